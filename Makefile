@@ -1,0 +1,31 @@
+# The verbs that people and CI use. Nothing here needs root.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: run test check clean
+
+run: $(READY)
+	$(BIN)/posmask run studies/quick.toml
+
+test: $(READY)
+	$(BIN)/pytest
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+ifneq ($(wildcard $(READY)),)
+$(info Using the environment in .venv (remove it to start afresh).)
+endif
+
+# pip, not uv or poetry: constraints.txt pins the CPU build of torch.
+$(READY): pyproject.toml constraints.txt
+	@echo "Setting up .venv: about 1 GB of packages the first time."
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $(READY)
+
+clean:
+	rm -rf .venv runs
