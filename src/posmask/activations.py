@@ -1,0 +1,217 @@
+"""Tokens x model -> a folder of vectors that know their token, position and text; the folder -> batches.
+
+Vectors are stored token by token, in shards. Tokens after a context's last kept one (padding) are not stored; BOS is,
+with `keep` False.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from posmask.corpus import Tokens
+from posmask.errors import DegenerateResult, NothingToDo
+from posmask.folders import finished, read_manifest, write_folder
+from posmask.model import LanguageModel
+from posmask.progress import progress_bar
+from posmask.seeds import generator
+
+__all__ = ["Activations", "Batch", "evaluation_batches", "harvest", "training_batches"]
+
+_TOKENS_PER_FORWARD = 4096
+_TOKENS_PER_SHARD = 65536
+_FIELDS = ("position", "token_id", "text", "keep")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some tokens' vectors and everything that must travel with them.
+
+    `text` numbers the text a token came from (-1: none), as in `Tokens`.
+    """
+
+    vectors: Float[Tensor, "token d_model"]
+    position: Int[Tensor, " token"]
+    token_id: Int[Tensor, " token"]
+    text: Int[Tensor, " token"]
+    keep: Bool[Tensor, " token"]
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    def kept(self) -> "Batch":
+        """The tokens that count."""
+        return Batch(*(getattr(self, name)[self.keep] for name in ("vectors", *_FIELDS)))
+
+
+class Activations:
+    """A finished folder of vectors, mapped into memory; the small per-token fields are read at once."""
+
+    def __init__(self, folder: Path) -> None:
+        manifest = read_manifest(folder)
+        self.folder = folder
+        self.made_from: dict[str, Any] = manifest["made_from"]
+        self._shards = [load_file(folder / name) for name in sorted(manifest["files"])]
+        self.position, self.token_id, self.text, self.keep = (
+            torch.cat([shard[name] for shard in self._shards]) for name in _FIELDS
+        )
+        sizes = torch.tensor([len(shard["vectors"]) for shard in self._shards])
+        self._ends = sizes.cumsum(0)
+        self._starts = self._ends - sizes
+
+    @property
+    def d_model(self) -> int:
+        return self._shards[0]["vectors"].shape[1]
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.position)
+
+    @property
+    def n_kept(self) -> int:
+        return int(self.keep.sum())
+
+    @property
+    def n_texts(self) -> int:
+        return int(self.text.max()) + 1
+
+    @cached_property
+    def centre_and_scale(self) -> tuple[Float[Tensor, " d_model"], Float[Tensor, ""]]:
+        """The mean of the kept vectors, and the scale that makes the mean of |x - mean|^2 equal d_model * scale^2."""
+        total = torch.zeros(self.d_model, dtype=torch.float64)
+        squares = torch.zeros((), dtype=torch.float64)
+        for batch in evaluation_batches(self):
+            vectors = batch.kept().vectors.double()
+            total += vectors.sum(0)
+            squares += vectors.square().sum()
+        mean = total / self.n_kept
+        variance = squares / self.n_kept - mean.square().sum()
+        if not float(variance) > 0:
+            raise DegenerateResult("all vectors are equal, so there is nothing to encode: check model, layer and texts")
+        return mean.float(), (variance / self.d_model).sqrt().float()
+
+    def batch(self, index: Int[Tensor, " token"]) -> Batch:
+        """The tokens of these numbers, in this order."""
+        shard_of = torch.searchsorted(self._ends, index, right=True)
+        vectors = torch.empty(len(index), self.d_model, dtype=self._shards[0]["vectors"].dtype)
+        for number in shard_of.unique().tolist():
+            rows = (shard_of == number).nonzero()[:, 0]
+            vectors[rows] = self._shards[number]["vectors"][index[rows] - self._starts[number]]
+        return Batch(vectors, self.position[index], self.token_id[index], self.text[index], self.keep[index])
+
+
+def harvest(
+    tokens: Tokens, model: LanguageModel | None, folder: Path, made_from: Mapping[str, Any], label: str
+) -> Activations:
+    """Run the model over the tokens and write their vectors, unless `folder` already holds them.
+
+    Args:
+        made_from: identity of model, layer, precision and tokens.
+        model: may be None when the folder is known to be finished.
+
+    Raises:
+        NothingToDo: no token is kept.
+        DegenerateResult: the model gave NaN or infinite vectors.
+    """
+    if finished(folder, made_from):
+        return Activations(folder)
+    if tokens.n_kept == 0:
+        raise NothingToDo(f"none of the {tokens.keep.numel():,} tokens of {label} is kept: give texts with content")
+    assert model is not None
+    with (
+        write_folder(folder, made_from, kept_tokens=tokens.n_kept) as draft,
+        progress_bar(f"harvest {label}", tokens.n_kept, "tokens") as advance,
+    ):
+        writer = _ShardWriter(draft)
+        for chunk in _forward_chunks(tokens):
+            length = int(_stored_length(tokens.keep[chunk]).max())
+            vectors = model.vectors(tokens.id[chunk, :length])
+            keep = tokens.keep[chunk, :length]
+            if not bool(torch.isfinite(vectors[keep]).all()):
+                raise DegenerateResult(f"the model gave NaN or infinite vectors for {label}: use precision float32")
+            stored = torch.arange(length) < _stored_length(keep)[:, None]
+            writer.add(
+                vectors=vectors[stored],
+                position=tokens.position[chunk, :length][stored].to(torch.int32),
+                token_id=tokens.id[chunk, :length][stored].to(torch.int32),
+                text=tokens.text[chunk, :length][stored].to(torch.int32),
+                keep=keep[stored],
+            )
+            advance(int(keep.sum()))
+        writer.flush()
+    return Activations(folder)
+
+
+def _stored_length(keep: Bool[Tensor, "context position"]) -> Int[Tensor, " context"]:
+    """Position of each context's last kept token + 1; at least 1."""
+    return (keep * torch.arange(1, keep.shape[1] + 1)).amax(1).clamp(min=1)
+
+
+def _forward_chunks(tokens: Tokens) -> Iterator[Int[Tensor, " context"]]:
+    """Contexts of similar length together, so that little padding is computed."""
+    length = _stored_length(tokens.keep)
+    order = torch.sort(length, stable=True).indices
+    start = 0
+    while start < len(order):
+        end = start + 1
+        while end < len(order) and (end + 1 - start) * int(length[order[end]]) <= _TOKENS_PER_FORWARD:
+            end += 1
+        yield order[start:end]
+        start = end
+
+
+class _ShardWriter:
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._parts: list[dict[str, Tensor]] = []
+        self._n_tokens = 0
+        self._n_shards = 0
+
+    def add(self, **fields: Tensor) -> None:
+        self._parts.append(fields)
+        self._n_tokens += len(fields["position"])
+        if self._n_tokens >= _TOKENS_PER_SHARD:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._parts:
+            joined = {name: torch.cat([part[name] for part in self._parts]) for name in self._parts[0]}
+            save_file(joined, self._folder / f"shard-{self._n_shards:05d}.safetensors")
+            self._n_shards += 1
+            self._parts, self._n_tokens = [], 0
+
+
+def evaluation_batches(activations: Activations, batch_tokens: int = 4096) -> Iterator[Batch]:
+    """Every stored token once, in order."""
+    for start in range(0, activations.n_tokens, batch_tokens):
+        yield activations.batch(torch.arange(start, min(start + batch_tokens, activations.n_tokens)))
+
+
+def training_batches(activations: Activations, batch_tokens: int, n_batches: int, seed: int) -> Iterator[Batch]:
+    """Random batches of kept tokens: every token once an epoch, in a new order each epoch.
+
+    Within a batch tokens stand by position, which changes no loss and lets masks work on runs of tokens.
+
+    Raises:
+        NothingToDo: fewer kept tokens than one batch.
+    """
+    kept = activations.keep.nonzero()[:, 0]
+    if len(kept) < batch_tokens:
+        raise NothingToDo(
+            f"batch_tokens = {batch_tokens:,} is more than the {len(kept):,} kept tokens: lower it, or harvest more"
+        )
+    random = generator(seed, "batches")
+    batches_per_epoch = len(kept) // batch_tokens
+    order = kept
+    for number in range(n_batches):
+        place = number % batches_per_epoch
+        if place == 0:
+            order = kept[torch.randperm(len(kept), generator=random)]
+        index = order[place * batch_tokens : (place + 1) * batch_tokens]
+        yield activations.batch(index[torch.sort(activations.position[index], stable=True).indices])

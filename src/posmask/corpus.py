@@ -1,0 +1,148 @@
+"""Texts -> Tokens: ids, positions, which text each token came from, and which tokens count.
+
+`keep` is decided here, once, and carried from then on: False for BOS, EOS and padding.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from posmask.errors import NothingToDo
+from posmask.seeds import generator
+
+__all__ = ["TRAINING_SHARE", "Tokenizer", "Tokens", "pack", "pad", "split_of", "text_key", "unique_texts"]
+
+TRAINING_SHARE = 0.25
+"""Which share of all texts may train an SAE. Small, because labelled texts for evaluation are what is scarce."""
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What is needed of a Hugging Face tokenizer."""
+
+    bos_token_id: int | None
+    eos_token_id: int | None
+
+    def __call__(self, text: list[str], *, add_special_tokens: bool) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens in contexts of equal length, position 0 = BOS. Dropped tokens (`keep` False) still stand in their place.
+
+    `text` numbers the text that a token came from, -1 for BOS and padding.
+    """
+
+    id: Int[Tensor, "context position"]
+    position: Int[Tensor, "context position"]
+    text: Int[Tensor, "context position"]
+    keep: Bool[Tensor, "context position"]
+
+    @property
+    def n_kept(self) -> int:
+        return int(self.keep.sum())
+
+
+def text_key(text: str) -> str:
+    """What two texts that count as the same have in common: SHA-256 of their beginnings.
+
+    Lower case, white space collapsed, the first 200 characters of that: so a text that one table cuts off and another
+    does not is the same text, as long as neither is shorter than that.
+    """
+    return hashlib.sha256(" ".join(text[:1000].lower().split())[:200].encode()).hexdigest()
+
+
+def split_of(text: str) -> Literal["training", "evaluation"]:
+    """Which side of the wall a text stands on, wherever it occurs: decided by its hash alone.
+
+    SAEs are trained on one side, metrics and probes use the other, so no choice of files can mix the two.
+    """
+    return "training" if int(text_key(text)[:8], 16) < TRAINING_SHARE * 16**8 else "evaluation"
+
+
+def unique_texts(texts: Iterable[str], split: Literal["training", "evaluation"]) -> list[str]:
+    """The non-empty texts of one split, each once, in order."""
+    found = {text_key(text): text for text in texts if text.strip() and split_of(text) == split}
+    return list(found.values())
+
+
+def _token_ids(texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:
+    return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+
+
+def _special_ids(tokenizer: Tokenizer) -> tuple[int, int]:
+    """(BOS, EOS); a tokenizer without one of them uses the other in its place."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if bos is None and eos is None:
+        raise NothingToDo("the tokenizer has neither a BOS nor an EOS token: set one, since contexts start with BOS")
+    return (eos if bos is None else bos), (bos if eos is None else eos)  # type: ignore[return-value]
+
+
+def pack(texts: list[str], tokenizer: Tokenizer, n_positions: int, kept_tokens: int, *, seed: int = 0) -> Tokens:
+    """Texts in random order, ended by EOS, cut into contexts of BOS and n_positions - 1 tokens.
+
+    Args:
+        kept_tokens: stop at the first context with which at least this many tokens are kept.
+
+    Raises:
+        NothingToDo: the texts do not have that many tokens.
+    """
+    bos, eos = _special_ids(tokenizer)
+    order = torch.randperm(len(texts), generator=generator(seed, "text order")).tolist()
+    stream: list[np.ndarray] = []
+    n_stream = 0
+    # EOS tokens and the cut at the end are not kept: 10 % more than asked for is enough unless texts are tiny.
+    for start in range(0, len(order), 256):
+        numbers = order[start : start + 256]
+        for number, ids in zip(numbers, _token_ids([texts[n] for n in numbers], tokenizer), strict=True):
+            row = np.full((len(ids) + 1, 2), number, dtype=np.int64)
+            row[:-1, 0], row[-1, 0] = ids, eos
+            stream.append(row)
+            n_stream += len(row)
+        if n_stream > 1.1 * kept_tokens + 2 * n_positions:
+            break
+    width = n_positions - 1
+    flat = np.concatenate(stream) if stream else np.zeros((0, 2), dtype=np.int64)
+    contexts = torch.from_numpy(flat[: len(flat) // width * width]).reshape(-1, width, 2)
+    keep = (contexts[..., 0] != bos) & (contexts[..., 0] != eos)
+    n_kept = keep.sum(1).cumsum(0)
+    if len(n_kept) == 0 or int(n_kept[-1]) < kept_tokens:
+        raise NothingToDo(
+            f"{kept_tokens:,} kept tokens were asked for, but the {len(texts):,} texts have "
+            f"{int(n_kept[-1]) if len(n_kept) else 0:,}: ask for fewer, or name more texts"
+        )
+    n_contexts = int(torch.searchsorted(n_kept, kept_tokens)) + 1
+    contexts, keep = contexts[:n_contexts], keep[:n_contexts]
+    return Tokens(
+        id=torch.cat([torch.full((n_contexts, 1), bos), contexts[..., 0]], 1),
+        position=torch.arange(n_positions).expand(n_contexts, -1).contiguous(),
+        text=torch.cat([torch.full((n_contexts, 1), -1), contexts[..., 1]], 1),
+        keep=torch.cat([torch.zeros(n_contexts, 1, dtype=torch.bool), keep], 1),
+    )
+
+
+def pad(texts: Sequence[str], tokenizer: Tokenizer, n_positions: int) -> Tokens:
+    """One text a context: BOS, the text cut to what fits, then padding (EOS ids that are not kept).
+
+    Context i holds text i. Tokens of the text that happen to be BOS or EOS are not kept.
+    """
+    bos, eos = _special_ids(tokenizer)
+    ids = torch.full((len(texts), n_positions), eos, dtype=torch.int64)
+    text = torch.full((len(texts), n_positions), -1, dtype=torch.int64)
+    ids[:, 0] = bos
+    for number, row in enumerate(_token_ids(list(texts), tokenizer)):
+        row = row[: n_positions - 1]
+        ids[number, 1 : 1 + len(row)] = torch.tensor(row, dtype=torch.int64)
+        text[number, 1 : 1 + len(row)] = number
+    return Tokens(
+        id=ids,
+        position=torch.arange(n_positions).expand(len(texts), -1).contiguous(),
+        text=text,
+        keep=(text >= 0) & (ids != bos) & (ids != eos),
+    )

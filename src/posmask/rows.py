@@ -1,0 +1,83 @@
+"""Results are rows of one long table; what a number is about stands in `slice`, never in a column's name."""
+
+import csv
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+__all__ = ["Measure", "Row", "parse_slice", "read_rows", "write_rows"]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number that a metric found, before it is known which cell it belongs to.
+
+    `low` and `high` bound a 95 % interval, NaN where none was computed. `n` counts what the number rests on:
+    kept tokens, test texts or latents, as the metric says.
+    """
+
+    metric: str
+    value: float
+    low: float = math.nan
+    high: float = math.nan
+    n: int = 0
+    slice: Mapping[str, object] | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A measure of one cell; the columns of `rows.csv` and `results.csv`, in order."""
+
+    cell: str
+    mask: str
+    budget: str
+    apply: str
+    seed: int
+    metric: str
+    slice: str
+    value: float
+    low: float
+    high: float
+    n: int
+
+    @classmethod
+    def of(cls, measure: Measure, *, cell: str, mask: str, budget: str, apply: str, seed: int) -> "Row":
+        return cls(
+            cell=cell,
+            mask=mask,
+            budget=budget,
+            apply=apply,
+            seed=seed,
+            metric=measure.metric,
+            slice=";".join(f"{key}={value}" for key, value in (measure.slice or {}).items()),
+            value=float(measure.value),
+            low=float(measure.low),
+            high=float(measure.high),
+            n=int(measure.n),
+        )
+
+
+def parse_slice(text: str) -> dict[str, str]:
+    """The key=value pairs of a row's slice.
+
+    >>> parse_slice("task=chronology;k=5")
+    {'task': 'chronology', 'k': '5'}
+    """
+    return dict(part.split("=", 1) for part in text.split(";")) if text else {}
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Write rows as CSV. Floats keep every digit (`repr`), so reading gives back the same numbers."""
+    with path.open("w", newline="", encoding="utf8") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+
+
+def read_rows(path: Path) -> list[Row]:
+    with path.open(newline="", encoding="utf8") as file:
+        return [
+            Row(**{field.name: field.type(line[field.name]) for field in fields(Row)})  # type: ignore[operator]
+            for line in csv.DictReader(file)
+        ]
