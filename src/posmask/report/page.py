@@ -1,0 +1,123 @@
+"""The page itself: the table first, then pictures, then where every number came from."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import vl_convert
+
+from posmask.errors import DamagedFolder
+from posmask.folders import read_manifest
+from posmask.report import figures
+from posmask.rows import parse_slice, read_rows
+from posmask.summary import ORDER_KS, PROBE_KS, summarise
+
+__all__ = ["write_report"]
+
+
+def write_report(root: Path) -> Path:
+    """Write `report.html` for a study's folder and return its path.
+
+    Raises:
+        DamagedFolder: the folder holds no results, or a cell is not what was written.
+    """
+    if not (root / "results.csv").is_file():
+        raise DamagedFolder(f"{root} holds no results.csv: give the folder of a study that `posmask run` finished")
+    rows = read_rows(root / "results.csv")
+    folders = _cell_folders(root, {row.cell for row in rows})
+    manifests = [read_manifest(folder, verify=True) for folder in folders]
+    first_seed = min((row.seed for row in rows if row.mask != "none"), default=0)
+    pictured = [folder for folder in folders if folder.name.endswith(f"-seed{first_seed}")]
+    lines = summarise(rows)
+    charts = {
+        "trade-off": figures.trade_off(lines, 5),
+        "position": figures.by_position(rows, "explained_variance", "explained variance"),
+        "masks": figures.mask_pictures(pictured),
+        "curves": figures.curves(pictured),
+    }
+    page = _TEMPLATES.get_template("page.html").render(
+        study=root.name,
+        lines=lines,
+        ks={"order": ORDER_KS, "probe": PROBE_KS},
+        intervals=_intervals(rows),
+        tasks=_by(rows, "order_accuracy", "task"),
+        datasets=_by(rows, "probe_accuracy", "dataset"),
+        bag=[(parse_slice(row.slice)["task"], row.value) for row in rows if row.metric == "order_bag_accuracy"],
+        n_heldout=next((row.n for row in rows if row.metric == "explained_variance" and not row.slice), 0),
+        seeds=sorted({row.seed for row in rows if row.mask != "none"}),
+        settings=json.dumps(manifests[0]["made_from"], indent=1) if manifests else "",
+        cells=[(folder.name, manifest["identity"]) for folder, manifest in zip(folders, manifests, strict=True)],
+        seconds={row.cell: row.value for row in rows if row.metric == "train_seconds"},
+        charts={name: figures.as_spec(chart) for name, chart in charts.items()},
+        vega=_vega_bundle(),
+    )
+    draft = root / f".report.html.draft-{os.getpid()}"
+    draft.write_text(page, encoding="utf8")
+    return draft.rename(root / "report.html")
+
+
+def _cell_folders(root: Path, names: set[str]) -> list[Path]:
+    """Folders of the cells in the results, in the order they were made known there."""
+    found = sorted((root / "cells").glob("*/manifest.json"), key=lambda path: path.stat().st_mtime)
+    return [path.parent for path in found if path.parent.name.rsplit("-seed", 1)[0] in names]
+
+
+def _intervals(rows: list) -> dict[tuple[str, str], str]:
+    """For hovering: the interval of each cell's overall numbers, by (cell, metric); of one seed where there are more."""
+    return {
+        (row.cell, row.metric): f"95 % interval {row.low:.4f} to {row.high:.4f}, n = {row.n:,}"
+        for row in rows
+        if not row.slice and math.isfinite(row.low)
+    }
+
+
+def _by(rows: list, metric: str, key: str) -> dict[str, Any]:
+    """One table of a metric: columns are (task or dataset, k), a line for each cell and pooling."""
+    found: dict[str, dict[tuple[str, int], list]] = {}
+    for row in rows:
+        if row.metric == metric:
+            where = parse_slice(row.slice)
+            pooling = where.get("pooling", "mean")
+            label = (
+                "the model itself"
+                if row.mask == "none"
+                else row.cell
+                if pooling == "mean"
+                else f"{row.cell} + {pooling}"
+            )
+            found.setdefault(label, {}).setdefault((where[key], int(where["k"])), []).append(row)
+    columns = list(dict.fromkeys(column for line in found.values() for column in line))
+    cells = {
+        label: [
+            (
+                sum(row.value for row in line[column]) / len(line[column]),
+                f"95 % interval {line[column][0].low:.3f} to {line[column][0].high:.3f}, n = {line[column][0].n}",
+            )
+            if column in line
+            else (math.nan, "not measured")
+            for column in columns
+        ]
+        for label, line in found.items()
+    }
+    names = list(dict.fromkeys(column[0] for column in columns))
+    return {
+        "names": names,
+        "ks": [k for name, k in columns if name == names[0]] if names else [],
+        "cells": cells,
+    }
+
+
+def _vega_bundle() -> str:
+    """Vega, Vega-Lite and vega-embed as one script that sets `window.vegaEmbed`."""
+    return vl_convert.javascript_bundle(None).replace("</script", "<\\/script")
+
+
+def _number(value: float, digits: int = 3) -> str:
+    return "–" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+_TEMPLATES = jinja2.Environment(loader=jinja2.PackageLoader("posmask.report", "."), autoescape=True)
+_TEMPLATES.filters["number"] = _number
