@@ -4,10 +4,10 @@ import torch
 from posmask import kernels
 
 
-def plain_top_k(product, bias, gate, gate_row, k):
+def plain_top_k(product, gate, gate_row, k):
     """{latent: preactivation} for each row, by sorting in Python."""
     rows = []
-    for row, position in zip(product.double() + bias.double(), gate_row.tolist(), strict=True):
+    for row, position in zip(product.double(), gate_row.tolist(), strict=True):
         relu = row.clamp(min=0)
         value = relu if gate is None else relu * gate[position].double()
         best = sorted(range(len(value)), key=lambda j: -float(value[j]))[:k]
@@ -23,19 +23,24 @@ def test_top_k_rows_are_the_k_largest(dtype, gated, n_latents, k):
     full = torch.float32 if dtype == torch.bfloat16 else dtype
     product = torch.randn(20, n_latents, generator=random).to(dtype)
     product[3] = -1.0  # a row in which nothing is positive
-    bias = 0.1 * torch.randn(n_latents, generator=random).to(full)
     gate = (torch.rand(5, n_latents, generator=random) * (torch.rand(5, n_latents, generator=random) > 0.3)).to(full)
     gate_row = torch.randint(5, (20,), generator=random)
-    chosen = kernels.top_k_rows(product, bias, gate if gated else None, gate_row, k)
-    expected = plain_top_k(product, bias, gate if gated else None, gate_row, k)
-    for latent, preactivation, row in zip(chosen.latent, chosen.preactivation, expected, strict=True):
-        found = {int(j): float(p) for j, p in zip(latent, preactivation, strict=True) if p > 0}
-        assert found.keys() == row.keys()
-        assert found == pytest.approx(row, rel=1e-6)
+    chosen = kernels.top_k_rows(product, gate if gated else None, gate_row, k, full)
+    expected = plain_top_k(product, gate if gated else None, gate_row, k)
+    for token, row in enumerate(expected):
+        found = {}
+        for j, p in zip(chosen.latent[token].tolist(), chosen.preactivation[token].tolist(), strict=True):
+            if p > 0:
+                found[j] = p
+                assert p == float(product[token, j])
+        weight = torch.ones(n_latents).double() if not gated else gate[gate_row[token]].double()
+        # By value, since of equal entries (common in bfloat16) any may be taken.
+        values = [sorted(float(weight[j]) * p for j, p in some.items()) for some in (found, row)]
+        assert values[0] == pytest.approx(values[1], rel=1e-6)
 
 
 def test_top_k_rows_takes_exactly_k_of_equal_entries():
-    chosen = kernels.top_k_rows(torch.ones(2, 300), torch.zeros(300), None, torch.zeros(2, dtype=torch.int64), 32)
+    chosen = kernels.top_k_rows(torch.ones(2, 300), None, torch.zeros(2, dtype=torch.int64), 32, torch.float32)
     for latent in chosen.latent:
         assert len(set(latent.tolist())) == 32
 

@@ -63,6 +63,7 @@ class PositionMask(nn.Module):
         self.n_positions = n_positions
         self.d_sae = d_sae
         self._groups: list[LiveGroup] | None = None
+        self._live: Tensor | None = None
         self._start(generator(seed, f"mask {settings.kind}"))
 
     def _start(self, random: torch.Generator) -> None:
@@ -101,8 +102,16 @@ class PositionMask(nn.Module):
             self._groups = live_groups(openness if self.gates_code() else torch.ones_like(openness))
         return self._groups
 
+    def live(self) -> Float[Tensor, "position latent"]:
+        """1 where the latent's code may be above 0, else 0. Cached like `groups`."""
+        if self._live is None:
+            openness = self.openness().detach()
+            self._live = (openness > 0).to(openness.dtype) if self.gates_code() else torch.ones_like(openness)
+        return self._live
+
     def _changed(self) -> None:
         self._groups = None
+        self._live = None
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         self._changed()
@@ -120,25 +129,30 @@ class PositionMask(nn.Module):
 def live_groups(openness: Float[Tensor, "position latent"]) -> list[LiveGroup]:
     """Positions grouped by their set of live (openness > 0) latents, every position in exactly one group.
 
-    Where more than half of all (position, latent) pairs are live, gathering the live weights costs more than it
-    saves, so that one gated group of everything is returned.
+    One gated group of everything is returned instead where openness takes values between 0 and 1, and where many
+    scattered latents are live, because gathering their weights would cost more than it saves.
     """
     live = openness > 0
     n_positions, d_sae = openness.shape
-    everything = slice(0, d_sae)
-    if live.float().mean() > 0.5:
-        gated = bool((openness != 1).any())
-        return [LiveGroup(torch.arange(n_positions, device=openness.device), everything, gated)]
+    everything = LiveGroup(
+        torch.arange(n_positions, device=openness.device), slice(0, d_sae), gated=bool((openness != 1).any())
+    )
+    if bool((openness[live] != 1).any()):
+        return [everything]
     sets, group_of_position = torch.unique(live, dim=0, return_inverse=True)
-    groups = []
+    groups, gathered = [], 0
     for number, members in enumerate(sets):
-        positions = (group_of_position == number).nonzero()[:, 0]
         latents = members.nonzero()[:, 0]
-        gated = bool((openness[positions][:, latents] != 1).any())
         contiguous = len(latents) > 0 and int(latents[-1] - latents[0]) + 1 == len(latents)
         block = slice(int(latents[0]), int(latents[-1]) + 1) if contiguous else latents
-        groups.append(LiveGroup(positions, block, gated))
+        gathered += 0 if contiguous else len(latents)
+        groups.append(LiveGroup((group_of_position == number).nonzero()[:, 0], block, gated=False))
+    if gathered > _MOST_GATHERED * len(groups) * d_sae:
+        return [everything]
     return sorted(groups, key=lambda group: int(group.positions[0]))
+
+
+_MOST_GATHERED = 0.25  # Share of the latents, mean over groups: above it one product of everything was faster.
 
 
 class Open(PositionMask):

@@ -209,11 +209,13 @@ class _ParameterGradients:
     ) -> None:
         by_latent = kernels.ByLatent(latent, self._sae.d_sae)
         masked = preactivation_gradient * share
+        # The last step's gradients are written over, which is faster than allocating as many pages anew.
+        old = (self._sae.encoder.grad, self._sae.decoder.grad) if not self._sent else (None, None)
         self._sent.append(
             (
-                by_latent.sum_rows(masked, self._encoder_input),
+                by_latent.sum_rows(masked, self._encoder_input, out=old[0]),
                 by_latent.sum(masked),
-                by_latent.sum_rows(value * share, output_gradient),
+                by_latent.sum_rows(value * share, output_gradient, out=old[1]),
                 by_latent.sum(preactivation_gradient),
             )
         )

@@ -24,7 +24,7 @@ from pydantic import (
 )
 from torch import Tensor
 
-from posmask import assets, corpus, folders, masks, model, rows, training
+from posmask import assets, corpus, folders, kernels, masks, model, rows, training
 from posmask.activations import Activations, Batch, evaluation_batches, harvest
 from posmask.errors import BadSetting, PosmaskError
 from posmask.metrics.reconstruction import Reconstruction, dead_share
@@ -192,7 +192,9 @@ def read_study(path: Path) -> StudySettings:
 
 
 def _first_mistake(error: ValidationError) -> str:
-    mistake = error.errors(include_url=False)[0]
+    # A misspelt setting is also a missing one: the misspelling says more.
+    mistakes = error.errors(include_url=False)
+    mistake = next((found for found in mistakes if found["type"] == "extra_forbidden"), mistakes[0])
     place = ".".join(str(part) for part in mistake["loc"])
     if mistake["type"] == "extra_forbidden":
         known = _all_fields(StudySettings)
@@ -436,6 +438,7 @@ def run_study(study: StudySettings, root: Path, say: Callable[[str], None] = pri
 
     A finished folder is never made again. One that was made from other settings is moved to `root/stale`.
     """
+    kernels.keep_freed_memory()
     source = Source(study.model)
     places = _places(study, source, root)
     todo = [place for place in places if _state(place) != "finished"]

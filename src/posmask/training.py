@@ -85,12 +85,8 @@ class DeadLatents:
         return self.eligible_since_fired >= self._limit
 
     def update(self, sae: SparseAutoencoder, batch: Batch, step: objective.StepLoss) -> None:
-        mask = sae.mask
-        if mask.gates_code():
-            tokens_at = torch.bincount(batch.position, minlength=mask.n_positions)
-            eligible = tokens_at.float() @ (mask.openness().detach() > 0).float()
-        else:
-            eligible = torch.full((sae.d_sae,), float(len(batch)))
+        tokens_at = torch.bincount(batch.position, minlength=sae.mask.n_positions)
+        eligible = tokens_at.float() @ sae.mask.live()
         fired = torch.zeros(sae.d_sae, dtype=torch.bool)
         fired[step.codes.latent[step.codes.value > 0]] = True
         self.eligible_since_fired = torch.where(fired, 0.0, self.eligible_since_fired + eligible)
@@ -141,7 +137,7 @@ def train(
                 sae.mask.learn(step.openness_gradient)
             learning_rate = optimizer.param_groups[0]["lr"]
             optimizer.step()
-            optimizer.zero_grad()
+            sae.mask.zero_grad()  # the SAE's own gradients are set anew each step
             schedule.step()
             with torch.no_grad():
                 sae.decoder.div_(sae.decoder.norm(dim=1, keepdim=True))

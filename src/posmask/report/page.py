@@ -66,7 +66,7 @@ def _cell_folders(root: Path, names: set[str]) -> list[Path]:
 
 
 def _intervals(rows: list) -> dict[tuple[str, str], str]:
-    """For hovering: the interval of each cell's overall numbers, by (cell, metric); of one seed where there are more."""
+    """For hovering: the interval of each cell's overall numbers, by (cell, metric); of the last seed."""
     return {
         (row.cell, row.metric): f"95 % interval {row.low:.4f} to {row.high:.4f}, n = {row.n:,}"
         for row in rows
@@ -81,13 +81,8 @@ def _by(rows: list, metric: str, key: str) -> dict[str, Any]:
         if row.metric == metric:
             where = parse_slice(row.slice)
             pooling = where.get("pooling", "mean")
-            label = (
-                "the model itself"
-                if row.mask == "none"
-                else row.cell
-                if pooling == "mean"
-                else f"{row.cell} + {pooling}"
-            )
+            label = "the model itself" if row.mask == "none" else row.cell
+            label += "" if pooling == "mean" else f" + {pooling}"
             found.setdefault(label, {}).setdefault((where[key], int(where["k"])), []).append(row)
     columns = list(dict.fromkeys(column for line in found.values() for column in line))
     cells = {
@@ -112,7 +107,8 @@ def _by(rows: list, metric: str, key: str) -> dict[str, Any]:
 
 def _vega_bundle() -> str:
     """Vega, Vega-Lite and vega-embed as one script that sets `window.vegaEmbed`."""
-    return vl_convert.javascript_bundle(None).replace("</script", "<\\/script")
+    bundle = vl_convert.javascript_bundle()  # pyright: ignore[reportCallIssue]
+    return bundle.replace("</script", "<\\/script")
 
 
 def _number(value: float, digits: int = 3) -> str:

@@ -1,0 +1,105 @@
+import pytest
+import torch
+
+from conftest import N_POSITIONS, make_texts
+from posmask.activations import Activations, evaluation_batches, harvest, training_batches
+from posmask.corpus import pack, pad
+from posmask.errors import BadSetting, DegenerateResult, NothingToDo
+from posmask.model import LanguageModel
+
+
+def test_vectors_are_the_models_hidden_states(causal_lm, language_model, tokenizer):
+    tokens = pack(make_texts(10), tokenizer, N_POSITIONS, 100)
+    with torch.no_grad():
+        expected = causal_lm(tokens.id, output_hidden_states=True).hidden_states[2]
+    assert torch.equal(language_model.vectors(tokens.id), expected)
+
+
+def test_a_layer_the_model_lacks_is_refused(causal_lm):
+    with pytest.raises(BadSetting, match="layer = 4 does not exist: the model has 3 layers"):
+        LanguageModel(causal_lm, layer=4)
+
+
+def test_harvested_tokens_carry_position_text_and_keep(causal_lm, language_model, tokenizer, tmp_path):
+    texts = [*make_texts(5, n_words=4), *make_texts(5, n_words=40)]
+    tokens = pad(texts, tokenizer, N_POSITIONS)
+    found = harvest(tokens, language_model, tmp_path / "a", {}, "test")
+    with torch.no_grad():
+        expected = causal_lm(tokens.id, output_hidden_states=True).hidden_states[2]
+    assert found.n_kept == tokens.n_kept == 5 * 4 + 5 * 15
+    seen = set()
+    for batch in evaluation_batches(found, batch_tokens=7):
+        for vector, position, token, text, keep in zip(
+            batch.vectors, batch.position, batch.token_id, batch.text, batch.keep, strict=True
+        ):
+            if keep:
+                seen.add((int(text), int(position)))
+                assert tokens.id[text, position] == token
+                torch.testing.assert_close(vector, expected[text, position])
+            else:
+                assert (int(position), int(text)) == (0, -1)
+    assert len(seen) == tokens.n_kept
+
+
+def test_a_finished_harvest_is_not_made_again(activations, tokenizer):
+    tokens = pack(make_texts(40), tokenizer, N_POSITIONS, 500)
+    again = harvest(tokens, None, activations.folder, {"what": "test"}, "test")
+    assert again.n_tokens == activations.n_tokens
+
+
+def test_a_harvest_of_nothing_or_of_nan_is_refused(causal_lm, language_model, tokenizer, tmp_path):
+    with pytest.raises(NothingToDo, match="none of the 16 tokens of empty is kept"):
+        harvest(pad([""], tokenizer, N_POSITIONS), language_model, tmp_path / "a", {}, "empty")
+
+    class Broken(LanguageModel):
+        def vectors(self, ids):
+            return super().vectors(ids) * torch.nan
+
+    with pytest.raises(DegenerateResult, match="NaN or infinite vectors"):
+        harvest(pad(["red house"], tokenizer, N_POSITIONS), Broken(causal_lm, 2), tmp_path / "a", {}, "broken")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_training_batches_hold_every_kept_token_once_an_epoch_by_position(activations):
+    n_batches = activations.n_kept // 100
+    seen = []
+    for batch in training_batches(activations, 100, n_batches, seed=0):
+        assert bool(batch.keep.all())
+        assert bool((batch.position.diff() >= 0).all())
+        seen += [tuple(vector.tolist()) for vector in batch.vectors]
+    assert len(seen) == n_batches * 100
+    stored = {tuple(vector.tolist()) for vector in activations.batch(activations.keep.nonzero()[:, 0]).vectors}
+    assert set(seen) <= stored
+    again = next(iter(training_batches(activations, 100, 1, seed=0)))
+    other = next(iter(training_batches(activations, 100, 1, seed=1)))
+    assert tuple(again.vectors[0].tolist()) == seen[0]
+    assert not torch.equal(again.vectors, other.vectors)
+
+
+def test_a_batch_larger_than_the_data_is_refused(activations):
+    with pytest.raises(NothingToDo, match=r"batch_tokens = 100,000 is more than the [\d,]+ kept tokens"):
+        next(iter(training_batches(activations, 100_000, 1, seed=0)))
+
+
+def test_dropped_tokens_change_no_bit(activations, language_model, tokenizer, tmp_path):
+    tokens = pack(make_texts(200), tokenizer, N_POSITIONS, 3000)
+
+    class NanWhereDropped(LanguageModel):
+        def vectors(self, ids):
+            found = super().vectors(ids)
+            special = (ids == tokenizer.bos_token_id) | (ids == tokenizer.eos_token_id)
+            return found.masked_fill(special[..., None], torch.nan)
+
+    from transformers import AutoModelForCausalLM
+
+    model = NanWhereDropped(AutoModelForCausalLM.from_pretrained(tokenizer_folder(language_model)).eval(), 2)
+    broken = harvest(tokens, model, tmp_path / "a", {}, "test")
+    assert isinstance(broken, Activations)
+    for one, other in zip(activations.centre_and_scale, broken.centre_and_scale, strict=True):
+        assert torch.equal(one, other)
+    for one, other in zip(training_batches(activations, 64, 50, 0), training_batches(broken, 64, 50, 0), strict=True):
+        assert torch.equal(one.vectors, other.vectors)
+
+
+def tokenizer_folder(language_model):
+    return language_model._body.config._name_or_path

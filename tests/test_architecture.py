@@ -1,0 +1,49 @@
+"""Imports go down only. The table is the house's plan; a new module needs a place in it."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import posmask
+
+LEVELS = [
+    ["errors", "rows", "seeds", "progress"],
+    ["folders"],
+    ["assets", "masks", "intervals", "summary"],
+    ["kernels", "model", "corpus"],
+    ["sae", "activations"],
+    ["objective", "metrics", "probing"],
+    ["training"],
+    ["study"],
+    ["cli"],
+]
+REPORT_MAY_IMPORT = {"errors", "rows", "folders", "summary", "report"}
+PACKAGE = Path(posmask.__file__).parent
+
+
+def imported(path):
+    """Top-level posmask modules that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf8"))):
+        if isinstance(node, ast.ImportFrom) and node.module == "posmask":
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("posmask."):
+            yield node.module.split(".")[1]
+
+
+def test_imports_go_down_only():
+    level = {name: number for number, names in enumerate(LEVELS) for name in names}
+    for path in PACKAGE.rglob("*.py"):
+        module = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if module == "__init__":
+            continue
+        for other in imported(path):
+            if module == "report":
+                assert other in REPORT_MAY_IMPORT, f"{path.name} imports {other}"
+            elif other != module and not (module == "cli" and other == "report"):
+                assert level[other] < level[module], f"{path.name} (level {level[module]}) imports {other}"
+
+
+def test_reports_need_no_torch():
+    code = "import sys, posmask.report; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

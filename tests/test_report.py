@@ -1,0 +1,62 @@
+import json
+import re
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from posmask.errors import DamagedFolder
+from posmask.folders import write_folder
+from posmask.report import write_report
+from posmask.rows import Measure, Row, write_rows
+
+HOSTILE = "<script>alert(1)</script>"
+
+
+def write_cell(root, name, mask):
+    measures = [
+        Measure("explained_variance", 0.8123, 0.80, 0.82, 1000),
+        *(Measure("explained_variance", 0.8 if p else float("nan"), n=9, slice={"position": p}) for p in range(4)),
+        Measure("retention", 0.25, 0.24, 0.26, 30),
+        Measure("order_accuracy", 0.61, 0.5, 0.7, 50, {"task": HOSTILE, "k": 5, "pooling": "mean"}),
+        Measure("probe_accuracy", 0.77, 0.7, 0.8, 50, {"dataset": "toy", "k": 5, "source": "sae"}),
+    ]
+    found = [Row.of(m, cell=name, mask=mask, budget="width", apply="forward", seed=0) for m in measures]
+    with write_folder(root / "cells" / f"{name}-seed0", {"cell": name, "note": HOSTILE}) as draft:
+        write_rows(draft / "rows.csv", found)
+        (draft / "curve.csv").write_text("tokens,explained_variance\n100,0.2\n200,0.5\n")
+        openness = np.ones((4, 6), np.float32) if mask == "open" else np.eye(4, 6, dtype=np.float32)
+        save_file({"mask.fixed_openness": openness}, draft / "sae.safetensors")
+    return found
+
+
+@pytest.fixture
+def root(tmp_path):
+    write_rows(tmp_path / "results.csv", [*write_cell(tmp_path, "open", "open"), *write_cell(tmp_path, "hard", "hard")])
+    return tmp_path
+
+
+def test_the_page_holds_every_cell_and_fetches_nothing(root):
+    page = write_report(root).read_text(encoding="utf8")
+    assert page.count('<th scope="row">hard</th>') == 3
+    assert "0.812" in page
+    assert "95 % interval 0.8000 to 0.8200, n = 1,000" in page
+    assert not re.search(r'<(script|link|img)[^>]+(src|href)\s*=\s*"?(https?:)?//', page)
+    for name in ("trade-off", "position", "masks", "curves"):
+        spec = re.search(rf'id="spec-{name}">(.*?)</script>', page, re.S)
+        assert json.loads(spec.group(1))["$schema"].endswith(".json")
+
+
+def test_text_from_data_never_runs_as_html(root):
+    page = write_report(root).read_text(encoding="utf8")
+    assert HOSTILE not in page
+    assert "&lt;script&gt;alert(1)" in page
+
+
+def test_a_folder_without_results_or_with_a_tampered_cell_is_refused(root, tmp_path):
+    (root / "cells" / "hard-seed0" / "curve.csv").write_text("tokens,explained_variance\n")
+    with pytest.raises(DamagedFolder, match=r"curve\.csv is not what was written"):
+        write_report(root)
+    (root / "results.csv").unlink()
+    with pytest.raises(DamagedFolder, match=r"holds no results\.csv"):
+        write_report(root)

@@ -1,0 +1,235 @@
+import csv
+import re
+
+import pytest
+import torch
+
+from conftest import make_texts
+from posmask import assets, corpus, folders, rows, study
+from posmask.errors import BadSetting, DamagedFolder
+from posmask.probing import order, topics
+
+STUDY = """
+name = "tiny"
+seeds = [0]
+[model]
+name = "MODEL"
+layer = 2
+precision = "float32"
+[corpus]
+n_positions = 16
+training_tokens = 1500
+heldout_tokens = 1500
+tables = ["words"]
+[sae]
+d_sae = 32
+rule = { kind = "topk", k = 4 }
+[training]
+n_steps = 20
+batch_tokens = 256
+learning_rate = 5e-3
+[evaluation]
+retention_positions = 4
+order_tasks = ["toy_order"]
+order_train_groups = 30
+order_test_groups = 10
+order_segments = 4
+probe_datasets = ["toy"]
+probe_train = 40
+probe_test = 10
+ks = [1, 5, 20]
+[[cells]]
+name = "open"
+mask = { kind = "open" }
+[[cells]]
+name = "slice-compute"
+mask = { kind = "slice", n_slices = 4 }
+budget = "compute"
+"""
+
+
+@pytest.fixture
+def texts(monkeypatch):
+    """Two toy tables in the place of the embedded ones, a toy dataset and a toy order task made from them."""
+    table = [(text, str(i % 2)) for i, text in enumerate(make_texts(1200, n_words=14))]
+    monkeypatch.setattr(assets, "read_table", lambda name: table)
+    monkeypatch.setitem(topics.DATASETS, "toy", {"even": ("words", "0"), "odd": ("words", "1")})
+
+    def swapped(random):
+        groups = []
+        for text, _ in table:
+            words = text.split()
+            if corpus.split_of(text) == "evaluation" and words[0] != words[-1]:
+                groups.append((text, " ".join([words[-1], *words[1:-1], words[0]])))
+        return iter(groups[:100]), iter(groups[100:])
+
+    monkeypatch.setitem(order.ORDER_TASKS, "toy_order", swapped)
+
+
+@pytest.fixture
+def study_file(tmp_path, model_folder, texts):
+    path = tmp_path / "tiny.toml"
+    path.write_text(STUDY.replace("MODEL", str(model_folder)))
+    return path
+
+
+def run(path, root):
+    said = []
+    found = study.run_study(study.read_study(path), root, say=said.append)
+    return found, said
+
+
+def test_a_study_runs_from_text_to_results(study_file, tmp_path):
+    found, _ = run(study_file, tmp_path / "run")
+    with (tmp_path / "run" / "results.csv").open() as file:
+        assert next(csv.reader(file)) == "cell,mask,budget,apply,seed,metric,slice,value,low,high,n".split(",")
+    assert repr(rows.read_rows(tmp_path / "run" / "results.csv")) == repr(found)
+    metrics = {row.metric for row in found if row.cell == "slice-compute"}
+    assert metrics >= {
+        "explained_variance", "l0", "dead_share", "retention", "retention_chance", "profile_fidelity",
+        "order_accuracy", "probe_accuracy", "train_seconds", "train_tokens",
+    }  # fmt: skip
+    by_slice = {(row.cell, row.metric, row.slice): row for row in found}
+    assert by_slice["slice-compute", "d_sae", ""].value == 4 * 32
+    assert by_slice["open", "train_tokens", ""].value == 20 * 256
+    assert by_slice["llm", "order_bag_accuracy", "task=toy_order"].value == 0.5
+    for pooling in ("mean", "segments4"):
+        assert ("open", "order_accuracy", f"task=toy_order;k=5;pooling={pooling}") in by_slice
+    for cell, source in (("open", "sae"), ("llm", "llm")):
+        assert (cell, "probe_accuracy", f"dataset=toy;k=1;source={source}") in by_slice
+    for name in ("open-seed0", "slice-compute-seed0"):
+        folder = tmp_path / "run" / "cells" / name
+        assert {path.name for path in folder.iterdir()} == {
+            "manifest.json", "settings.json", "sae.json", "sae.safetensors", "curve.csv", "rows.csv",
+        }  # fmt: skip
+
+
+def test_a_finished_cell_is_never_made_again_and_a_changed_setting_never_reuses_one(study_file, tmp_path):
+    root = tmp_path / "run"
+    run(study_file, root)
+    times = {path: path.stat().st_mtime_ns for path in (root / "cells").rglob("*")}
+    _, said = run(study_file, root)
+    assert said == ["3 of 3 folders are finished and stay as they are."]
+    assert {path: path.stat().st_mtime_ns for path in (root / "cells").rglob("*")} == times
+
+    study_file.write_text(study_file.read_text().replace("n_slices = 4", "n_slices = 2"))
+    settings = study.read_study(study_file)
+    assert [state for _, state in study.cell_states(settings, root)] == ["finished", "finished", "other settings"]
+    _, said = run(study_file, root)
+    assert "slice-compute-seed0 was made from other settings: moved to" in said[1]
+    assert folders.read_manifest(root / "stale" / "slice-compute-seed0-1", verify=True)
+    assert folders.read_manifest(root / "cells" / "slice-compute-seed0")["made_from"]["cell"]["mask"]["n_slices"] == 2
+    assert set((root / "cells" / "open-seed0").iterdir()) <= set(times)
+
+
+def test_layers_and_seeds_never_share_a_record(study_file):
+    settings = study.read_study(study_file)
+    other_layer = settings.model_copy(update={"model": settings.model.model_copy(update={"layer": 1})})
+    other_seed = settings.model_copy(update={"seeds": (1,)})
+    identities = [
+        folders.identity(place.made_from)
+        for some in (settings, other_layer, other_seed)
+        for place in study._places(some, study.Source(some.model), study_file.parent)
+        if place.cell is not None
+    ]
+    assert len(set(identities)) == 6
+
+
+def test_running_a_cell_twice_gives_the_same_bytes(study_file, tmp_path):
+    for name in ("one", "two"):
+        run(study_file, tmp_path / name)
+    for cell in ("open-seed0", "slice-compute-seed0"):
+        pair = [tmp_path / name / "cells" / cell for name in ("one", "two")]
+        for file in ("sae.safetensors", "curve.csv", "settings.json"):
+            assert (pair[0] / file).read_bytes() == (pair[1] / file).read_bytes()
+        lines = [
+            [line for line in (folder / "rows.csv").read_text().splitlines() if "train_seconds" not in line]
+            for folder in pair
+        ]
+        assert lines[0] == lines[1]
+
+
+def test_a_tampered_cell_is_found_before_its_numbers_are_used(study_file, tmp_path):
+    run(study_file, tmp_path / "run")
+    path = tmp_path / "run" / "cells" / "open-seed0" / "rows.csv"
+    path.write_text(path.read_text().replace("open,open", "open,shut", 1))
+    with pytest.raises(DamagedFolder, match=r"rows\.csv is not what was written"):
+        run(study_file, tmp_path / "run")
+
+
+def test_an_interrupted_cell_leaves_nothing_and_the_next_run_goes_on(study_file, tmp_path, monkeypatch):
+    evaluate = study.evaluate
+
+    def stop(the_study, sae, *rest):
+        if sae.mask.settings.kind == "slice":
+            raise KeyboardInterrupt
+        return evaluate(the_study, sae, *rest)
+
+    monkeypatch.setattr(study, "evaluate", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(study_file, tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run" / "cells").iterdir()] == ["open-seed0"]
+    assert not (tmp_path / "run" / "results.csv").exists()
+    monkeypatch.setattr(study, "evaluate", evaluate)
+    _, said = run(study_file, tmp_path / "run")
+    assert said == ["2 of 3 folders are finished and stay as they are."]
+
+
+def test_training_tokens_are_never_held_out_tokens(study_file, tmp_path):
+    settings = study.read_study(study_file)
+    data = study.prepare(settings, study.Source(settings.model), tmp_path)
+    seen = {}
+    for name in ("training", "heldout"):
+        found = getattr(data, name)
+        texts = [found.token_id[(found.text == number) & found.keep] for number in found.text.unique() if number >= 0]
+        seen[name] = {tuple(ids.tolist()) for ids in texts if len(ids) == 14}
+        assert len(seen[name]) > 50
+    assert not seen["training"] & seen["heldout"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("n_steps = 20", "n_step = 20", "training.n_step is not a setting: did you mean n_steps?"),
+        ("n_steps = 20", "n_steps = 0", "training.n_steps = 0 is not valid (input should be greater than 0)"),
+        ("n_steps = 20", "", "training.n_steps is missing: give it a value"),
+        (
+            "batch_tokens = 256",
+            "batch_tokens = 2048",
+            "training.batch_tokens = 2,048 is more than corpus.training_tokens",
+        ),
+        ("k = 4 }", "k = 40 }", "k = 40 is more than the 32 latents"),
+        ("n_slices = 4", "n_slices = 17", "n_slices = 17 is more than the 16 positions"),
+        ('kind = "slice", n_slices = 4', 'kind = "hard", positions_per_latent = 4', "has no equal-compute form"),
+        ('kind = "slice"', 'kind = "slcie"', "mask kind 'slcie' is unknown: choose one of open, slice"),
+        ('name = "slice-compute"', 'name = "open"', "two cells are called 'open'"),
+        ('name = "slice-compute"', 'name = "../up"', "cells.1.name = '../up' is not valid"),
+        ('"toy_order"', '"toy_ordre"', "'toy_ordre' is unknown: choose from"),
+        ("seeds = [0]", "seeds = []", "seeds = [] is not valid"),
+        ("seeds = [0]", "seeds = [1, 1]", "repeats a seed"),
+        ("retention_positions = 4", "retention_positions = 16", "retention would be 1 for everything"),
+        ("[model]", "[model", "is not a readable TOML file"),
+    ],
+)
+def test_mistakes_are_found_before_any_work_in_one_sentence(study_file, old, new, message):
+    assert old in study_file.read_text()
+    study_file.write_text(study_file.read_text().replace(old, new))
+    with pytest.raises(BadSetting, match=re.escape(message)):
+        study.read_study(study_file)
+
+
+def test_a_layer_the_model_lacks_stops_before_anything_is_written(study_file, tmp_path):
+    study_file.write_text(study_file.read_text().replace("layer = 2", "layer = 9"))
+    with pytest.raises(BadSetting, match="layer = 9 does not exist: the model has 3 layers"):
+        run(study_file, tmp_path / "run")
+    assert not list((tmp_path / "run").rglob("*.safetensors"))
+
+
+def test_an_untrained_sae_gets_no_numbers(study_file, tmp_path):
+    settings = study.read_study(study_file)
+    data = study.prepare(settings, study.Source(settings.model), tmp_path)
+    sae = settings.make_sae(settings.cells[0], 12, 0)
+    with torch.no_grad():
+        sae.encoder.zero_()
+    with pytest.raises(study.PosmaskError, match="the SAE codes 0 latents a token"):
+        study.evaluate(settings, sae, torch.zeros(32).bool(), data, "test")
