@@ -1,10 +1,12 @@
+import shutil
+
 import pytest
 import torch
 
 from conftest import N_POSITIONS, make_texts
 from posmask.activations import Activations, evaluation_batches, harvest, training_batches
 from posmask.corpus import pack, pad
-from posmask.errors import BadSetting, DegenerateResult, NothingToDo
+from posmask.errors import BadSetting, DamagedFolder, DegenerateResult, NothingToDo
 from posmask.model import LanguageModel
 
 
@@ -18,6 +20,12 @@ def test_vectors_are_the_models_hidden_states(causal_lm, language_model, tokeniz
 def test_a_layer_the_model_lacks_is_refused(causal_lm):
     with pytest.raises(BadSetting, match="layer = 4 does not exist: the model has 3 layers"):
         LanguageModel(causal_lm, layer=4)
+
+
+def test_contexts_longer_than_the_model_was_made_for_are_refused(language_model, tokenizer, tmp_path):
+    tokens = pad(make_texts(2), tokenizer, 65)
+    with pytest.raises(BadSetting, match="n_positions = 65 is more than the 64 positions"):
+        harvest(tokens, language_model, tmp_path / "a", {}, "long")
 
 
 def test_harvested_tokens_carry_position_text_and_keep(causal_lm, language_model, tokenizer, tmp_path):
@@ -45,6 +53,16 @@ def test_a_finished_harvest_is_not_made_again(activations, tokenizer):
     tokens = pack(make_texts(40), tokenizer, N_POSITIONS, 500)
     again = harvest(tokens, None, activations.folder, {"what": "test"}, "test")
     assert again.n_tokens == activations.n_tokens
+
+
+def test_a_flipped_byte_in_a_shard_is_found_before_use(activations, tmp_path):
+    shutil.copytree(activations.folder, tmp_path / "a")
+    shard = next((tmp_path / "a").glob("shard-*"))
+    content = bytearray(shard.read_bytes())
+    content[-100] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(DamagedFolder, match=r"shard-00000\.safetensors is not what was written"):
+        Activations(tmp_path / "a")
 
 
 def test_a_harvest_of_nothing_or_of_nan_is_refused(causal_lm, language_model, tokenizer, tmp_path):

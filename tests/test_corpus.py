@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from conftest import make_texts
+from conftest import WORDS, make_texts
 from posmask.corpus import Tokens, pack, pad, split_of, unique_texts
 from posmask.errors import NothingToDo
 
@@ -24,6 +24,11 @@ def test_packing_stops_at_what_there_is(tokenizer):
         pack(make_texts(2), tokenizer, 16, 500)
     with pytest.raises(NothingToDo, match="but the 0 texts have 0"):
         pack([], tokenizer, 16, 1)
+
+
+def test_packing_short_texts_finds_all_their_tokens(tokenizer):
+    texts = [f"{a} {b} {c}" for a in WORDS for b in WORDS for c in WORDS[:5]]
+    assert pack(texts, tokenizer, 16, 3 * len(texts) - 60).n_kept > 3 * len(texts) - 60 - 1
 
 
 def test_packing_repeats_with_the_seed_and_differs_with_another(tokenizer):

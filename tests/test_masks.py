@@ -2,12 +2,17 @@ import pytest
 import torch
 
 from conftest import D_SAE, MASKS, N_POSITIONS
+from posmask import masks
 from posmask.errors import BadSetting
 from posmask.masks import live_groups, make_mask, mask_settings
 
 
 def mask_of(kind, **changes):
     return make_mask(mask_settings({**MASKS[kind], **changes}), N_POSITIONS, D_SAE, seed=0)
+
+
+def test_every_kind_is_under_these_tests():
+    assert set(MASKS) == set(masks.MASKS)
 
 
 @pytest.mark.parametrize("kind", MASKS)

@@ -26,7 +26,7 @@ def write_cell(root, name, mask):
         write_rows(draft / "rows.csv", found)
         (draft / "curve.csv").write_text("tokens,explained_variance\n100,0.2\n200,0.5\n")
         openness = np.ones((4, 6), np.float32) if mask == "open" else np.eye(4, 6, dtype=np.float32)
-        save_file({"mask.fixed_openness": openness}, draft / "sae.safetensors")
+        save_file({"openness": openness}, draft / "openness.safetensors")
     return found
 
 

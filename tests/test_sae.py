@@ -84,3 +84,11 @@ def test_an_unreadable_sae_says_so(tmp_path):
     (tmp_path / "sae.safetensors").write_bytes(b"\x80\x04not a tensor")
     with pytest.raises(DamagedFolder, match="holds no readable SAE"):
         read_sae(tmp_path)
+
+
+def test_loading_weights_into_an_sae_in_use_takes_the_new_mask():
+    sae, other = make_sae("hard", seed=0), make_sae("hard", seed=1)
+    vectors, position = make_vectors(50)
+    sae.sparse_encode(vectors, position)
+    sae.load_state_dict(other.state_dict())
+    torch.testing.assert_close(sae.sparse_encode(vectors, position).dense(), sae.encode(vectors, position).detach())

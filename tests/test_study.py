@@ -100,7 +100,8 @@ def test_a_study_runs_from_text_to_results(study_file, tmp_path):
     for name in ("open-seed0", "slice-compute-seed0"):
         folder = tmp_path / "run" / "cells" / name
         assert {path.name for path in folder.iterdir()} == {
-            "manifest.json", "settings.json", "sae.json", "sae.safetensors", "curve.csv", "rows.csv",
+            "manifest.json", "settings.json", "sae.json", "sae.safetensors", "openness.safetensors", "curve.csv",
+            "rows.csv",
         }  # fmt: skip
 
 
@@ -207,7 +208,12 @@ def test_training_tokens_are_never_held_out_tokens(study_file, tmp_path):
         ('"toy_order"', '"toy_ordre"', "'toy_ordre' is unknown: choose from"),
         ("seeds = [0]", "seeds = []", "seeds = [] is not valid"),
         ("seeds = [0]", "seeds = [1, 1]", "repeats a seed"),
-        ("retention_positions = 4", "retention_positions = 16", "retention would be 1 for everything"),
+        ("retention_positions = 4", "retention_positions = 15", "retention would be 1 for everything"),
+        ("ks = [1, 5, 20]", "ks = [0]", "evaluation.ks.0 = 0 is not valid"),
+        ("ks = [1, 5, 20]", "ks = [99]", "probes on 99 latents of sae.d_sae = 32"),
+        ("learning_rate = 5e-3", "learning_rate = inf", "training.learning_rate = inf is not valid"),
+        ('kind = "open"', 'kind = ["open"]', "mask kind ['open'] is unknown"),
+        ('name = "open"', 'name = "llm"', "stands for the model itself: rename it"),
         ("[model]", "[model", "is not a readable TOML file"),
     ],
 )
@@ -223,6 +229,35 @@ def test_a_layer_the_model_lacks_stops_before_anything_is_written(study_file, tm
     with pytest.raises(BadSetting, match="layer = 9 does not exist: the model has 3 layers"):
         run(study_file, tmp_path / "run")
     assert not list((tmp_path / "run").rglob("*.safetensors"))
+
+
+def test_a_run_that_cannot_be_prepared_costs_nothing_that_was_finished(study_file, tmp_path):
+    root = tmp_path / "run"
+    run(study_file, root)
+    good = study_file.read_text()
+    before = (root / "results.csv").read_bytes()
+    for old, new in (("layer = 2", "layer = 9"), ("training_tokens = 1500", "training_tokens = 10_000_000")):
+        study_file.write_text(good.replace(old, new))
+        with pytest.raises(study.PosmaskError):
+            run(study_file, root)
+        assert not (root / "stale").exists()
+        assert (root / "results.csv").read_bytes() == before
+    study_file.write_text(good)
+    assert run(study_file, root)[1] == ["3 of 3 folders are finished and stay as they are."]
+
+
+def test_old_results_never_stand_beside_new_cells(study_file, tmp_path, monkeypatch):
+    root = tmp_path / "run"
+    run(study_file, root)
+    study_file.write_text(study_file.read_text().replace("n_steps = 20", "n_steps = 21"))
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study, "evaluate", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(study_file, root)
+    assert not (root / "results.csv").exists()
 
 
 def test_an_untrained_sae_gets_no_numbers(study_file, tmp_path):

@@ -3,7 +3,7 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import save_file
 
-from conftest import D_SAE, MASKS, N_POSITIONS, make_sae
+from conftest import D_SAE, MASKS, N_POSITIONS
 from posmask.activations import Activations, evaluation_batches
 from posmask.errors import DegenerateResult
 from posmask.folders import write_folder
@@ -159,16 +159,14 @@ def test_importance_finds_planted_positions_and_retention_tells_bound_from_free(
             assert share.value == pytest.approx(chance.value, abs=0.05)
 
 
-def test_gradient_masks_do_not_train_a_latent_outside(activations):
-    """Vectors only at positions where block 0 is closed leave its rows as they were."""
-    sae = make_sae("slice", "gradient")
-    with torch.no_grad():
-        sae.decoder.div_(sae.decoder.norm(dim=1, keepdim=True))
-    late = activations.position >= 4
-    index = (late & activations.keep).nonzero()[:, 0]
-    batch = activations.batch(index)
-    from posmask.objective import fast_gradients
-
-    fast_gradients(sae, batch.vectors, batch.position)
-    assert bool((sae.encoder.grad[:8] == 0).all())
-    assert bool((sae.encoder.grad[8:] != 0).any())
+def test_training_on_late_positions_leaves_early_latents_as_they_were(activations, tmp_path):
+    late = ((activations.position >= 4) & activations.keep).nonzero()[:, 0]
+    batch = activations.batch(late)
+    some = write_activations(tmp_path / "late", batch.vectors, batch.position, batch.text)
+    for apply in ("forward", "gradient"):
+        sae = fresh_sae("slice", apply=apply)
+        before = sae.encoder.detach().clone()
+        train(sae, some, SETTINGS.model_copy(update={"aux_k": 0}), 0, "late")
+        assert torch.equal(sae.encoder[:8], before[:8])
+        assert bool((sae.encoder_bias[:8] == 0).all())
+        assert not torch.equal(sae.encoder[8:], before[8:])

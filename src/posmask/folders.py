@@ -60,7 +60,9 @@ def write_folder(path: Path, made_from: Mapping[str, Any], **facts: Any) -> Iter
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.draft-{os.getpid()}")
-    shutil.rmtree(draft, ignore_errors=True)
+    for left_behind in path.parent.glob(f".{path.name}.draft-*"):
+        if left_behind == draft or not _is_running(int(left_behind.name.rsplit("-", 1)[1])):
+            shutil.rmtree(left_behind, ignore_errors=True)
     draft.mkdir()
     try:
         yield draft
@@ -69,6 +71,9 @@ def write_folder(path: Path, made_from: Mapping[str, Any], **facts: Any) -> Iter
             for file in sorted(draft.rglob("*"))
             if file.is_file()
         }
+        for name in files:
+            with (draft / name).open("rb") as file:
+                os.fsync(file.fileno())
         manifest = {"identity": identity(made_from), "made_from": made_from, **facts, "files": files}
         with (draft / MANIFEST).open("w", encoding="utf8") as file:
             file.write(as_json(manifest))
@@ -79,6 +84,16 @@ def write_folder(path: Path, made_from: Mapping[str, Any], **facts: Any) -> Iter
         draft.rename(path)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def finished(path: Path, made_from: Mapping[str, Any]) -> bool:

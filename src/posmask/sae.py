@@ -31,6 +31,7 @@ __all__ = ["RULES", "Codes", "SparseAutoencoder", "TopK", "read_sae", "rule_sett
 
 WEIGHTS_FILE = "sae.safetensors"
 SETTINGS_FILE = "sae.json"
+OPENNESS_FILE = "openness.safetensors"
 
 
 class TopK(BaseModel):
@@ -55,7 +56,7 @@ RULES: dict[str, type[TopK]] = {"topk": TopK}
 def rule_settings(values: dict[str, Any]) -> TopK:
     """The activation rule that `values["kind"]` names, checked."""
     kind = values.get("kind")
-    if kind not in RULES:
+    if not isinstance(kind, str) or kind not in RULES:
         raise BadSetting(f"activation rule {kind!r} is unknown: choose one of {', '.join(RULES)}")
     return RULES[kind](**values)
 
@@ -197,6 +198,8 @@ class SparseAutoencoder(nn.Module):
 def write_sae(sae: SparseAutoencoder, folder: Path) -> None:
     """Write weights, mask tensors and constants as safetensors, and what they mean as JSON beside them."""
     save_file({name: tensor.contiguous() for name, tensor in sae.state_dict().items()}, folder / WEIGHTS_FILE)
+    # What the mask ended as, whatever its kind keeps: for those who only want to look.
+    save_file({"openness": sae.mask.openness().detach().contiguous()}, folder / OPENNESS_FILE)
     description = {
         "d_model": sae.d_model,
         "d_sae": sae.d_sae,
@@ -219,7 +222,6 @@ def read_sae(folder: Path) -> SparseAutoencoder:
         mask = make_mask(mask_settings(description["mask"]), description["n_positions"], description["d_sae"])
         sae = SparseAutoencoder(description["d_model"], rule_settings(description["rule"]), mask)
         sae.load_state_dict(tensors)
-        mask._changed()
     except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
         raise DamagedFolder(f"{folder} holds no readable SAE ({error}): train it again") from error
     return sae

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from jaxtyping import Bool
 from pydantic import (
@@ -38,10 +38,11 @@ __all__ = ["CellSettings", "StudySettings", "cell_states", "read_study", "run_st
 
 RESULTS_FILE = "results.csv"
 _BASELINES = "baselines"
+_MODEL_CELL = "llm"  # what the baselines' rows say in the column `cell`
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ModelSettings(_Settings):
@@ -96,7 +97,7 @@ class EvaluationSettings(_Settings):
     probe_train: int = Field(gt=1)
     """Training texts a probe, half of them of its class; capped at what the dataset has, with the test texts."""
     probe_test: int = Field(gt=1)
-    ks: tuple[int, ...] = Field(default=(1, 5, 20, 50), min_length=1)
+    ks: tuple[Annotated[int, Field(gt=0)], ...] = Field(default=(1, 5, 20, 50), min_length=1)
     """How many latents a probe may use."""
 
     @model_validator(mode="after")
@@ -137,6 +138,8 @@ class StudySettings(_Settings):
     @model_validator(mode="after")
     def _fits_together(self) -> "StudySettings":
         names = [cell.name for cell in self.cells]
+        if _MODEL_CELL in names:
+            raise ValueError(f"a cell is called {_MODEL_CELL!r}, which stands for the model itself: rename it")
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two cells are called {name!r}: give each its own name")
@@ -147,10 +150,15 @@ class StudySettings(_Settings):
                 f"training.batch_tokens = {self.training.batch_tokens:,} is more than corpus.training_tokens = "
                 f"{self.corpus.training_tokens:,}, which would make 0 steps: lower the one or raise the other"
             )
-        if self.evaluation.retention_positions >= self.corpus.n_positions:
+        if self.evaluation.retention_positions >= self.corpus.n_positions - 1:
             raise ValueError(
-                f"evaluation.retention_positions = {self.evaluation.retention_positions} is not below "
-                f"corpus.n_positions = {self.corpus.n_positions}: retention would be 1 for everything"
+                f"evaluation.retention_positions = {self.evaluation.retention_positions} is not below the "
+                f"{self.corpus.n_positions - 1} positions after BOS: retention would be 1 for everything"
+            )
+        if max(self.evaluation.ks) > self.sae.d_sae:
+            raise ValueError(
+                f"evaluation.ks asks for probes on {max(self.evaluation.ks)} latents of sae.d_sae = {self.sae.d_sae}: "
+                "lower it"
             )
         return self
 
@@ -263,12 +271,16 @@ class Source:
         return model.load_model(self._settings.name, self._settings.layer, self._precision)
 
 
+def _texts_identity() -> dict[str, Any]:
+    return {"carrier": assets.TEXT_CARRIER.wheel_sha256, "training_share": corpus.TRAINING_SHARE}
+
+
 def prepare(study: StudySettings, source: Source, root: Path) -> Data:
     """Harvest what is missing: training, held-out, order and probe texts, each into a folder of its own."""
     n_positions = study.corpus.n_positions
     shared = {
         "model": source.made_from,
-        "texts": assets.TEXT_CARRIER.wheel_sha256,
+        "texts": _texts_identity(),
         "n_positions": n_positions,
     }
 
@@ -407,7 +419,7 @@ class _Place:
 def _places(study: StudySettings, source: Source, root: Path) -> list[_Place]:
     shared = {
         "model": source.made_from,
-        "texts": assets.TEXT_CARRIER.wheel_sha256,
+        "texts": _texts_identity(),
         **study.model_dump(mode="json", include={"corpus", "evaluation"}),
     }
     places = [_Place(None, 0, root / _BASELINES, shared)]
@@ -445,15 +457,18 @@ def run_study(study: StudySettings, root: Path, say: Callable[[str], None] = pri
     if len(todo) < len(places):
         say(f"{len(places) - len(todo)} of {len(places)} folders are finished and stay as they are.")
     if todo:
+        data = prepare(study, source, root)  # What cannot be prepared has moved nothing yet.
+        for name in (RESULTS_FILE, "report.html"):  # Old numbers must not stand beside new cells.
+            (root / name).unlink(missing_ok=True)
         for place in todo:
             if place.folder.exists():
                 moved = folders.set_aside(place.folder, root / "stale")
                 say(f"{place.label} was made from other settings: moved to {moved}.")
-        data = prepare(study, source, root)
-        for place in todo:
             _run_place(study, place, data)
     results = [row for place in places for row in _read_rows(place.folder)]
-    rows.write_rows(root / RESULTS_FILE, results)
+    draft = root / f".{RESULTS_FILE}.draft"
+    rows.write_rows(draft, results)
+    draft.replace(root / RESULTS_FILE)
     return results
 
 
@@ -463,7 +478,7 @@ def _run_place(study: StudySettings, place: _Place, data: Data) -> None:
         if cell is None:
             found = baselines(study, data)
             columns = {"mask": "none", "budget": "", "apply": ""}
-            name = "llm"
+            name = _MODEL_CELL
         else:
             sae = study.make_sae(cell, data.training.d_model, place.seed)
             trained = training.train(sae, data.training, study.training, place.seed, place.label)

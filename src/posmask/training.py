@@ -26,7 +26,7 @@ _CURVE_EVERY = 10
 class TrainingSettings(BaseModel):
     """How an SAE is trained. Tokens are kept tokens; shares are of the training's steps."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     n_steps: int = Field(gt=0)
     batch_tokens: int = Field(gt=0)

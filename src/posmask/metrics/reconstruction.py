@@ -18,7 +18,7 @@ class Reconstruction:
 
     explained_variance = 1 - sum |v - v_hat|^2 / sum |v - mean|^2 over kept held-out tokens, in the model's units;
     1 is perfect, 0 is no better than the mean. Overall, `mean` is the mean of all those tokens; at a position it is
-    the mean of the tokens there. BOS vectors are all equal, so position 0 would be 0/0: it is NaN.
+    the mean of the tokens there. Where no token is kept (position 0) or all vectors are equal it is NaN, never 0/0.
 
     l0 = mean number of non-zero codes a kept token.
 
@@ -35,9 +35,9 @@ class Reconstruction:
 
     def update(self, batch: Batch, codes: Codes, reconstruction: Float[Tensor, "token d_model"]) -> None:
         """Add kept tokens (`batch.kept()`), their codes and what those reconstruct."""
-        centred = batch.vectors.float() - self._mean
-        squares = centred.square().sum(1).double()
-        error = (batch.vectors.float() - reconstruction).square().sum(1).double()
+        centred = batch.vectors.double() - self._mean
+        squares = centred.square().sum(1)
+        error = (batch.vectors.double() - reconstruction).square().sum(1)
         active = (codes.value > 0).sum(1).double()
         text, position = batch.text.long(), batch.position.long()
         ones = torch.ones_like(error)
@@ -46,14 +46,15 @@ class Reconstruction:
         for name, values in (("error", error), ("squares", squares), ("n", ones)):
             self._by_position[name].index_add_(0, position, values)
         self._active_at.index_add_(0, position, active)
-        self._sum_at.index_add_(0, position, centred.double())
+        self._sum_at.index_add_(0, position, centred)
 
     def measures(self) -> list[Measure]:
         """
         Raises:
             DegenerateResult: no code is ever active, or the codes explain nothing.
         """
-        text = self._by_text
+        spoken = self._by_text["n"] > 0  # texts that have tokens here: the units of the bootstrap
+        text = {name: values[spoken] for name, values in self._by_text.items()}
         n = int(text["n"].sum())
         explained = 1 - float(text["error"].sum() / text["total"].sum())
         l0 = float(text["active"].sum() / n)
@@ -69,7 +70,7 @@ class Reconstruction:
         ]
         at = self._by_position
         variance = at["squares"] - self._sum_at.square().sum(1) / at["n"].clamp(min=1)
-        by_position = torch.where(variance > 1e-9 * at["squares"], 1 - at["error"] / variance, torch.nan)
+        by_position = torch.where(variance > 1e-6 * at["squares"], 1 - at["error"] / variance, torch.nan)
         for position, value in enumerate(by_position.tolist()):
             where = {"position": position}
             n_at = int(at["n"][position])
@@ -87,7 +88,7 @@ def dead_share(sae: SparseAutoencoder, dead: Bool[Tensor, " latent"]) -> list[Me
     latent open at few positions is judged on as many chances to fire as one open everywhere.
     """
     found = [Measure("dead_share", float(dead.float().mean()), n=len(dead))]
-    for position, row in enumerate(sae.mask.openness().detach()):
+    for position, row in enumerate(sae.mask.live()):
         open_here = row > 0
         value = float(dead[open_here].float().mean()) if bool(open_here.any()) else torch.nan
         found.append(Measure("dead_share", value, n=int(open_here.sum()), slice={"position": position}))

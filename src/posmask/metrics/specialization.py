@@ -13,7 +13,8 @@ from posmask.sae import Codes
 __all__ = ["PositionMass", "profile_fidelity", "retention"]
 
 N_FOLDS = 16  # Texts are dealt into folds: halves for choosing and measuring, and the units of the bootstrap.
-MIN_FIRINGS = 20  # A latent with fewer firings than this in either half has no share worth the name.
+HALVES = (slice(0, None, 2), slice(1, None, 2))
+MIN_FIRINGS = 20  # A latent without this many firings in each half has no share worth the name.
 
 
 class PositionMass:
@@ -35,6 +36,20 @@ class PositionMass:
         fired = (codes.value > 0).float().reshape(-1)
         self.firings.view(-1).index_add_(0, (fold[:, None] * codes.d_sae + codes.latent).reshape(-1), fired)
 
+    def counted(self) -> Bool[Tensor, " latent"]:
+        """The latents that fire often enough in each half of the texts.
+
+        Raises:
+            DegenerateResult: there are none.
+        """
+        counted = torch.stack([self.firings[half].sum(0) for half in HALVES]).amin(0) >= MIN_FIRINGS
+        if not bool(counted.any()):
+            raise DegenerateResult(
+                f"no latent fires {MIN_FIRINGS} times in each half of the held-out texts, so neither retention nor "
+                "profile fidelity can be measured: raise heldout_tokens"
+            )
+        return counted
+
 
 def retention(
     lifted: PositionMass, bound_positions: Bool[Tensor, "position latent"] | None, n_top: int
@@ -48,20 +63,14 @@ def retention(
     retention_chance = what that share would be if the latent fired without regard to position: the share of
     kept tokens at its positions.
 
-    Latents with fewer than 20 firings in either half are left out; `n` counts those that remain.
+    Latents without 20 firings in each half are left out; `n` counts those that remain.
 
     Args:
         lifted: accumulated from codes with the mask lifted.
     """
-    halves = (slice(0, None, 2), slice(1, None, 2))
-    counted = torch.stack([lifted.firings[half].sum(0) for half in halves]).amin(0) >= MIN_FIRINGS
-    if not bool(counted.any()):
-        raise DegenerateResult(
-            f"no latent fires {MIN_FIRINGS} times in each half of the held-out texts, so retention cannot be measured: "
-            "raise heldout_tokens"
-        )
+    counted = lifted.counted()
     shares, chances, resampled, resampled_chance = [], [], [], []
-    for chosen_on, measured_on in (halves, halves[::-1]):
+    for chosen_on, measured_on in (HALVES, HALVES[::-1]):
         if bound_positions is None:
             top = lifted.mass[chosen_on].sum(0).topk(n_top, dim=0).indices
             positions = torch.zeros_like(lifted.mass[0]).scatter_(0, top, 1.0)
@@ -91,7 +100,7 @@ def profile_fidelity(used: PositionMass, openness: Float[Tensor, "position laten
 
     For each latent, the overlap sum over p of min(q[p], o[p]) of two distributions over positions: q, its mean
     activation at p; o, its openness at p; both scaled to sum 1 over the positions that have kept tokens. In [0, 1],
-    1 when they are equal. The mean over latents with at least 20 firings in either half of the texts.
+    1 when they are equal. The mean over latents with at least 20 firings in each half of the texts.
 
     A strict mask raises this number by its construction, and few firings lower it for everyone (a finite sample is
     never as flat as an open mask): read it beside retention, never alone.
@@ -99,13 +108,7 @@ def profile_fidelity(used: PositionMass, openness: Float[Tensor, "position laten
     Args:
         used: accumulated from codes as the SAE is used, mask in place.
     """
-    halves = (slice(0, None, 2), slice(1, None, 2))
-    counted = torch.stack([used.firings[half].sum(0) for half in halves]).amin(0) >= MIN_FIRINGS
-    if not bool(counted.any()):
-        raise DegenerateResult(
-            f"no latent fires {MIN_FIRINGS} times in each half of the held-out texts, so profile fidelity cannot be "
-            "measured: raise heldout_tokens"
-        )
+    counted = used.counted()
 
     def overlap(mass: Tensor, tokens: Tensor) -> Tensor:
         seen = tokens > 0

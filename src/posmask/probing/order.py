@@ -86,12 +86,13 @@ _TOPICS = ("Politics", "Technology", "Sport")
 def _contrast_order(random: torch.Generator) -> _Groups:
     """A review of one good and one bad phrase, "Review: P, but N." or "Review: N, but P.": the last one's polarity.
 
-    No phrase is in more than one group.
+    No phrase is in more than one group, and none of the test phrases lies within a training phrase or around one.
     """
     sides = []
     for label in ("1", "0"):
         phrases = [text.strip(" .") for text in _evaluation_texts("92_glue_sst2", label)]
-        sides.append(_halves(_shuffled([text for text in phrases if 3 <= len(text.split()) <= 12], random)))
+        train, test = _halves(_shuffled([text for text in phrases if 3 <= len(text.split()) <= 12], random))
+        sides.append((train, [new for new in test if not any(new in old or old in new for old in train)]))
 
     def groups(side: int) -> Iterator[Group]:
         for good, bad in zip(sides[0][side], sides[1][side], strict=False):

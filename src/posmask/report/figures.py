@@ -150,10 +150,7 @@ def mask_pictures(folders: Sequence[Path]) -> alt.TopLevelMixin:
 
 def _openness(folder: Path) -> np.ndarray | None:
     """[position latent], or None for masks that are open everywhere."""
-    tensors = load_file(folder / "sae.safetensors")
-    if "mask.theta" in tensors:
-        return 1 / (1 + np.exp(-tensors["mask.theta"]))
-    openness = tensors["mask.fixed_openness"]
+    openness = load_file(folder / "openness.safetensors")["openness"]
     return None if (openness == 1).all() else openness
 
 

@@ -27,7 +27,8 @@ def write_report(root: Path) -> Path:
     if not (root / "results.csv").is_file():
         raise DamagedFolder(f"{root} holds no results.csv: give the folder of a study that `posmask run` finished")
     rows = read_rows(root / "results.csv")
-    folders = _cell_folders(root, {row.cell for row in rows})
+    cells = dict.fromkeys((row.cell, row.seed) for row in rows if row.mask != "none")
+    folders = [root / "cells" / f"{name}-seed{seed}" for name, seed in cells]
     manifests = [read_manifest(folder, verify=True) for folder in folders]
     first_seed = min((row.seed for row in rows if row.mask != "none"), default=0)
     pictured = [folder for folder in folders if folder.name.endswith(f"-seed{first_seed}")]
@@ -50,7 +51,7 @@ def write_report(root: Path) -> Path:
         seeds=sorted({row.seed for row in rows if row.mask != "none"}),
         settings=json.dumps(manifests[0]["made_from"], indent=1) if manifests else "",
         cells=[(folder.name, manifest["identity"]) for folder, manifest in zip(folders, manifests, strict=True)],
-        seconds={row.cell: row.value for row in rows if row.metric == "train_seconds"},
+        seconds={f"{row.cell}-seed{row.seed}": row.value for row in rows if row.metric == "train_seconds"},
         charts={name: figures.as_spec(chart) for name, chart in charts.items()},
         vega=_vega_bundle(),
     )
@@ -59,19 +60,20 @@ def write_report(root: Path) -> Path:
     return draft.rename(root / "report.html")
 
 
-def _cell_folders(root: Path, names: set[str]) -> list[Path]:
-    """Folders of the cells in the results, in the order they were made known there."""
-    found = sorted((root / "cells").glob("*/manifest.json"), key=lambda path: path.stat().st_mtime)
-    return [path.parent for path in found if path.parent.name.rsplit("-seed", 1)[0] in names]
-
-
 def _intervals(rows: list) -> dict[tuple[str, str], str]:
-    """For hovering: the interval of each cell's overall numbers, by (cell, metric); of the last seed."""
-    return {
-        (row.cell, row.metric): f"95 % interval {row.low:.4f} to {row.high:.4f}, n = {row.n:,}"
-        for row in rows
-        if not row.slice and math.isfinite(row.low)
-    }
+    """For hovering: about each cell's overall numbers, by (cell, metric)."""
+    found: dict[tuple[str, str], list] = {}
+    for row in rows:
+        if not row.slice and math.isfinite(row.low):
+            found.setdefault((row.cell, row.metric), []).append(row)
+    return {key: _about(same) for key, same in found.items()}
+
+
+def _about(same: list) -> str:
+    """The interval of one seed's number; of several seeds' mean, the range of their intervals."""
+    low, high = min(row.low for row in same), max(row.high for row in same)
+    what = "95 % interval" if len(same) == 1 else f"{len(same)} seeds, whose 95 % intervals reach from"
+    return f"{what} {low:.4f} to {high:.4f}, n = {same[0].n:,}"
 
 
 def _by(rows: list, metric: str, key: str) -> dict[str, Any]:
@@ -89,7 +91,7 @@ def _by(rows: list, metric: str, key: str) -> dict[str, Any]:
         label: [
             (
                 sum(row.value for row in line[column]) / len(line[column]),
-                f"95 % interval {line[column][0].low:.3f} to {line[column][0].high:.3f}, n = {line[column][0].n}",
+                _about(line[column]),
             )
             if column in line
             else (math.nan, "not measured")
@@ -117,3 +119,4 @@ def _number(value: float, digits: int = 3) -> str:
 
 _TEMPLATES = jinja2.Environment(loader=jinja2.PackageLoader("posmask.report", "."), autoescape=True)
 _TEMPLATES.filters["number"] = _number
+_TEMPLATES.globals["nan"] = math.nan
