@@ -20,6 +20,7 @@ def posmask(*words):
         (("run", "studies/none.toml"), "posmask: there is no study file studies/none.toml"),
         (("status", "README.md"), "posmask: README.md is not a readable TOML file"),
         (("report", "studies"), "posmask: studies holds no results.csv"),
+        (("run", "studies/quick.toml", "--root", "Makefile/run"), "Not a directory: 'Makefile/run"),
         (("fly",), "No such command 'fly'"),
     ],
 )

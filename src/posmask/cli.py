@@ -30,8 +30,11 @@ def main() -> None:
     """Entry point: posmask's own errors are one sentence on standard error and exit code 2."""
     try:
         app()
-    except (PosmaskError, OSError) as error:
+    except PosmaskError as error:
         print(f"posmask: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except OSError as error:
+        print(f"posmask: {error}: check the path, its permissions and the space left on the disk", file=sys.stderr)
         raise SystemExit(2) from None
 
 

@@ -71,7 +71,7 @@ class LanguageModel:
         """
         if self._longest is not None and n_positions > self._longest:
             raise BadSetting(
-                f"n_positions = {n_positions} is more than the {self._longest} positions the model was made for: lower it"
+                f"n_positions = {n_positions} is more than the {self._longest} positions of the model: lower it"
             )
 
     @torch.inference_mode()

@@ -31,7 +31,7 @@ from posmask.metrics.reconstruction import Reconstruction, dead_share
 from posmask.metrics.specialization import PositionMass, profile_fidelity, retention
 from posmask.probing import order, topics
 from posmask.probing.pooling import Pool
-from posmask.progress import progress_bar
+from posmask.progress import announce, progress_bar
 from posmask.sae import Codes, SparseAutoencoder, TopK, rule_settings, write_sae
 
 __all__ = ["CellSettings", "StudySettings", "cell_states", "read_study", "run_study"]
@@ -293,6 +293,7 @@ def prepare(study: StudySettings, source: Source, root: Path) -> Data:
 
     def packed(split: Literal["training", "evaluation"], n_tokens: int) -> Callable[[], corpus.Tokens]:
         def build() -> corpus.Tokens:
+            announce(f"Reading the {split} texts of {len(study.corpus.tables)} tables.")
             texts = corpus.unique_texts(
                 (text for name in study.corpus.tables for text, _ in assets.read_table(name)), split
             )
