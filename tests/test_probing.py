@@ -46,6 +46,14 @@ def test_constant_features_stop_the_probe():
         k_sparse_correct(torch.zeros(10, 4), label, torch.zeros(10, 4), label, (1,))
 
 
+def test_features_that_are_not_finite_stop_the_probe():
+    train, label = labelled(20)
+    test = train.clone()
+    test[3, 5] = torch.nan
+    with pytest.raises(DegenerateResult, match="NaN or infinite"):
+        k_sparse_correct(train, label, test, label, (1,))
+
+
 @pytest.mark.parametrize("n_segments", [1, 4])
 def test_pooling_equals_a_plain_loop(n_segments):
     sae = make_sae("hard")

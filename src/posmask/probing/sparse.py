@@ -29,8 +29,12 @@ def k_sparse_correct(
     standardised. Source: sae-bench 0.6.0, evals/sparse_probing/probe_training.py.
 
     Raises:
-        DegenerateResult: every feature is constant over the training texts, so a probe could only guess.
+        DegenerateResult: a feature is not finite, or every feature is constant over the training texts, so a probe could only guess.
     """
+    if not bool(train.isfinite().all() and test.isfinite().all()):
+        raise DegenerateResult(
+            "pooled features hold NaN or infinite numbers: look at the vectors and the SAE's weights"
+        )
     if bool((train == train[0]).all()):
         raise DegenerateResult(
             f"all {train.shape[1]:,} pooled features are constant over {len(train):,} training texts, so every probe "
@@ -42,7 +46,8 @@ def k_sparse_correct(
     for k in ks:
         chosen = ranked[:k]
         probe = LogisticRegression(C=1.0, max_iter=1000)
-        with warnings.catch_warnings():
+        # numpy's products may raise floating-point flags over finite numbers; these are finite, checked above.
+        with warnings.catch_warnings(), np.errstate(all="ignore"):
             # The protocol stops at 1000 iterations whether or not lbfgs is content.
             warnings.simplefilter("ignore", ConvergenceWarning)
             probe.fit(train[:, chosen].numpy(), train_label.numpy())
