@@ -29,7 +29,8 @@ def k_sparse_correct(
     standardised. Source: sae-bench 0.6.0, evals/sparse_probing/probe_training.py.
 
     Raises:
-        DegenerateResult: a feature is not finite, or every feature is constant over the training texts, so a probe could only guess.
+        DegenerateResult: a feature is not finite.
+        DegenerateResult: every feature is constant over the training texts, so a probe could only guess.
     """
     if not bool(train.isfinite().all() and test.isfinite().all()):
         raise DegenerateResult(
