@@ -142,7 +142,8 @@ def fast_gradients(
     position = position.long()
     sums = _ParameterGradients(sae, encoder_input)
 
-    def choose(k: int, among: Tensor | None) -> tuple[kernels.Selected, Tensor]:
+    def choose(k: int, among: Tensor | None) -> tuple[kernels.Selected, Tensor, Tensor]:
+        """The chosen entries, their openness and their codes."""
         with kernels.fast_float32():
             selected = kernels.select_top_k(
                 encoder_input,
@@ -155,9 +156,10 @@ def fast_gradients(
                 precision=precision,
                 among=among,
             )
-        return selected, openness[position[:, None], selected.latent]
+        rows = openness[position[:, None], selected.latent]
+        return selected, rows, selected.preactivation * rows if mask.gates_code() else selected.preactivation
 
-    def send(selected: kernels.Selected, rows: Tensor, output_gradient: Tensor) -> Tensor:
+    def send(selected: kernels.Selected, rows: Tensor, value: Tensor, output_gradient: Tensor) -> None:
         """Add what these entries send back, given dL/d(output) by token."""
         code_gradient = kernels.dot_rows(output_gradient, sae.decoder.detach(), selected.latent)
         active = selected.preactivation > 0
@@ -165,26 +167,21 @@ def fast_gradients(
             index = (position[:, None] * sae.d_sae + selected.latent).reshape(-1)
             openness_gradient.view(-1).index_add_(0, index, (code_gradient * selected.preactivation).reshape(-1))
         if mask.gates_code():
-            value, share = selected.preactivation * rows, torch.ones_like(rows)
-            preactivation_gradient = code_gradient * rows * active
+            share, preactivation_gradient = torch.ones_like(rows), code_gradient * rows * active
         else:
-            value, share = selected.preactivation, rows
-            preactivation_gradient = code_gradient * active
+            share, preactivation_gradient = rows, code_gradient * active
         sums.add(selected.latent, value, preactivation_gradient, share, output_gradient)
-        return value
 
-    selected, rows = choose(sae.rule.k, None)
-    value = selected.preactivation * rows if mask.gates_code() else selected.preactivation
+    selected, rows, value = choose(sae.rule.k, None)
     error = kernels.weighted_rows(selected.latent, value, sae.decoder) + sae.decoder_bias - x
     output_gradient = error * (2 / len(x))
-    send(selected, rows, output_gradient)
+    send(selected, rows, value, output_gradient)
 
     auxiliary = 0.0
     if dead is not None and aux_k and bool(dead.any()):
-        chosen, dead_rows = choose(aux_k, dead)
-        dead_value = chosen.preactivation * dead_rows if mask.gates_code() else chosen.preactivation
+        chosen, dead_rows, dead_value = choose(aux_k, dead)
         error_of_error = kernels.weighted_rows(chosen.latent, dead_value, sae.decoder) + error
-        send(chosen, dead_rows, error_of_error * (2 * AUX_WEIGHT / len(x)))
+        send(chosen, dead_rows, dead_value, error_of_error * (2 * AUX_WEIGHT / len(x)))
         auxiliary = float(error_of_error.square().sum(1).mean())
 
     sums.finish(output_gradient.sum(0))
