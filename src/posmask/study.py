@@ -32,7 +32,7 @@ from posmask.metrics.specialization import PositionMass, profile_fidelity, reten
 from posmask.probing import order, topics
 from posmask.probing.pooling import Pool
 from posmask.progress import announce, progress_bar
-from posmask.sae import Codes, SparseAutoencoder, TopK, rule_settings, write_sae
+from posmask.sae import SparseAutoencoder, TopK, rule_settings, write_sae
 
 __all__ = ["CellSettings", "StudySettings", "cell_states", "read_study", "run_study"]
 
@@ -205,7 +205,7 @@ def _first_mistake(error: ValidationError) -> str:
     mistake = next((found for found in mistakes if found["type"] == "extra_forbidden"), mistakes[0])
     place = ".".join(str(part) for part in mistake["loc"])
     if mistake["type"] == "extra_forbidden":
-        known = _all_fields(StudySettings)
+        known = _all_fields()
         close = difflib.get_close_matches(str(mistake["loc"][-1]), known, n=1)
         return f"{place} is not a setting: {f'did you mean {close[0]}?' if close else 'remove it'}"
     if mistake["type"] == "missing":
@@ -219,8 +219,8 @@ def _first_mistake(error: ValidationError) -> str:
     return f"{place} = {mistake['input']!r} is not valid ({mistake['msg'].lower()}): correct it"
 
 
-def _all_fields(kind: type[BaseModel]) -> list[str]:
-    found = set(kind.model_fields)
+def _all_fields() -> list[str]:
+    found = set(StudySettings.model_fields)
     for part in (
         ModelSettings,
         CorpusSettings,
@@ -360,14 +360,11 @@ def evaluate(
                 lifted.update(batch, sae.sparse_encode(batch.vectors, batch.position, lift=True))
         found += retention(lifted, strict, ask.retention_positions)
 
-        def encode(batch: Batch) -> Codes:
-            return sae.sparse_encode(batch.vectors, batch.position)
-
         segments = [1, ask.order_segments] if sae.mask.settings.kind == "open" else [1]
         for task, activations in data.order.values():
             pools = {count: Pool(len(task.texts), sae.d_sae, n_positions, count) for count in segments}
             for batch in _kept_batches(activations, advance):
-                codes = encode(batch)
+                codes = sae.sparse_encode(batch.vectors, batch.position)
                 for pool in pools.values():
                     pool.update(batch, codes)
             for count, pool in pools.items():
@@ -376,7 +373,7 @@ def evaluate(
         for dataset, activations in data.probes.values():
             pool = Pool(len(dataset.texts), sae.d_sae, n_positions)
             for batch in _kept_batches(activations, advance):
-                pool.update(batch, encode(batch))
+                pool.update(batch, sae.sparse_encode(batch.vectors, batch.position))
             found += topics.probe_accuracy(dataset, pool.features(), ask.ks, "sae")
     return found
 
