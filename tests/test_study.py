@@ -7,7 +7,7 @@ import torch
 from conftest import make_texts
 from posmask import assets, corpus, folders, rows, study
 from posmask.errors import BadSetting, DamagedFolder
-from posmask.probing import order, topics
+from posmask.probing import order_tasks, topics
 
 STUDY = """
 name = "tiny"
@@ -63,7 +63,7 @@ def texts(monkeypatch):
                 groups.append((text, " ".join([words[-1], *words[1:-1], words[0]])))
         return iter(groups[:100]), iter(groups[100:])
 
-    monkeypatch.setitem(order.ORDER_TASKS, "toy_order", swapped)
+    monkeypatch.setitem(order_tasks.ORDER_TASKS, "toy_order", swapped)
 
 
 @pytest.fixture

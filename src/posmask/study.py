@@ -30,6 +30,7 @@ from posmask.errors import BadSetting, PosmaskError
 from posmask.metrics.reconstruction import Reconstruction, dead_share
 from posmask.metrics.specialization import PositionMass, profile_fidelity, retention
 from posmask.probing import order, topics
+from posmask.probing.order_tasks import ORDER_TASKS, OrderTask, make_order_task
 from posmask.probing.pooling import Pool
 from posmask.progress import announce, progress_bar
 from posmask.sae import SparseAutoencoder, TopK, rule_settings, write_sae
@@ -88,7 +89,7 @@ class EvaluationSettings(_Settings):
 
     retention_positions: int = Field(gt=0)
     """How many top positions stand in for a mask, for latents whose mask binds them to none."""
-    order_tasks: tuple[str, ...] = tuple(order.ORDER_TASKS)
+    order_tasks: tuple[str, ...] = tuple(ORDER_TASKS)
     order_train_groups: int = Field(gt=0)
     order_test_groups: int = Field(gt=0)
     order_segments: int = Field(default=8, gt=1)
@@ -102,7 +103,7 @@ class EvaluationSettings(_Settings):
 
     @model_validator(mode="after")
     def _known_names(self) -> "EvaluationSettings":
-        for given, known in ((self.order_tasks, order.ORDER_TASKS), (self.probe_datasets, topics.DATASETS)):
+        for given, known in ((self.order_tasks, ORDER_TASKS), (self.probe_datasets, topics.DATASETS)):
             for name in given:
                 if name not in known:
                     raise ValueError(f"{name!r} is unknown: choose from {', '.join(known)}")
@@ -241,7 +242,7 @@ class Data:
 
     training: Activations
     heldout: Activations
-    order: dict[str, tuple[order.OrderTask, Activations]]
+    order: dict[str, tuple[OrderTask, Activations]]
     probes: dict[str, tuple[topics.ProbeDataset, Activations]]
     tokenizer: corpus.Tokenizer
 
@@ -317,7 +318,7 @@ def prepare(study: StudySettings, source: Source, root: Path) -> Data:
     }
     tasks, datasets = {}, {}
     for name in ask.order_tasks:
-        task = order.make_order_task(name, source.tokenizer, n_positions, ask.order_train_groups, ask.order_test_groups)
+        task = make_order_task(name, source.tokenizer, n_positions, ask.order_train_groups, ask.order_test_groups)
         tasks[name] = task, harvested(name, {"texts_of": list(task.texts)}, padded(task.texts))
     for name in ask.probe_datasets:
         dataset = topics.read_probe_dataset(name, ask.probe_train, ask.probe_test, study.corpus.max_characters)
