@@ -1,3 +1,6 @@
+import json
+import zipfile
+
 import pytest
 
 from posmask import assets
@@ -61,3 +64,23 @@ def test_no_registry_is_one_sentence(monkeypatch, tmp_path):
 def test_an_unknown_table_is_named():
     with pytest.raises(MissingAsset, match="'92_glue' is not among the tables"):
         assets.read_table("92_glue")
+
+
+def test_messages_are_named_the_same_in_every_language(monkeypatch, tmp_path):
+    with zipfile.ZipFile(tmp_path / "some.whl", "w") as wheel:
+        for language, hello, off in (("en", "hello", "off"), ("de", "hallo", "aus")):
+            tree = json.dumps({"say": {"hello": hello}, "off": off})
+            wheel.writestr(f"program/components/lamp/translations/{language}.json", tree)
+            wheel.writestr(f"program/components/lamp/translations/sensor.{language}.json", '{"on": "no"}')
+    monkeypatch.setattr(assets, "wheel_path", lambda carrier: tmp_path / "some.whl")
+    assert assets.read_messages("en") == {"lamp/say/hello": "hello", "lamp/off": "off"}
+    assert assets.read_messages("de") == {"lamp/say/hello": "hallo", "lamp/off": "aus"}
+    with pytest.raises(MissingAsset, match="has no messages in 'tlh': try en, de, fr, es or nl"):
+        assets.read_messages("tlh")
+
+
+@pytest.mark.embedded
+def test_dialogue_comes_in_turns_and_replies():
+    pairs = assets.read_dialogue()
+    assert len(pairs) == 64_350
+    assert pairs[10] == ("have fun tonight?", "tons")

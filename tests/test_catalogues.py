@@ -1,0 +1,58 @@
+from collections import Counter
+
+import pytest
+
+from posmask import assets, corpus
+from posmask.probing import catalogues
+
+ENGLISH = {
+    "a/1": "The lamp is on now, {name}.",
+    "a/2": "The lamp does not answer at all.",
+    "a/3": "Lamp on",
+    "b/1": "The lamp does not answer at all.",
+    "b/2": "See https://example.org for all the rest.",
+    "b/3": "Error 12 Error 13 Error 14",
+    "b/4": "Please restart the bridge and wait.",
+    "b/5": "This is said in English only.",
+}
+GERMAN = {
+    "a/1": "Die Lampe ist nun an, {name}.",
+    "a/2": "Die Lampe antwortet leider gar nicht.",
+    "a/3": "Lampe an",
+    "b/1": "Diese Lampe hier antwortet gar nicht.",
+    "b/2": "Alles Weitere steht auf https://example.org für dich.",
+    "b/3": "Error 12 Error 13 Error 14",
+    "b/4": "Die Lampe antwortet leider gar nicht.",
+}
+
+
+@pytest.fixture
+def messages(monkeypatch):
+    catalogue = {"en": ENGLISH, "de": GERMAN}
+    monkeypatch.setattr(assets, "read_messages", lambda language: catalogue.get(language, {}))
+    monkeypatch.setattr(corpus, "split_of", lambda text: "training" if "restart" in text else "evaluation")
+
+
+def test_sentences_are_whole_once_of_one_language_and_never_trained_on(messages):
+    found = catalogues.sentences_by_language()
+    assert list(found) == ["en", "fr", "de", "es", "nl"]
+    assert found["en"] == ["The lamp does not answer at all.", "This is said in English only."]
+    assert found["de"] == ["Die Lampe antwortet leider gar nicht.", "Diese Lampe hier antwortet gar nicht."]
+
+
+def test_a_translation_stands_on_neither_side_twice(messages):
+    assert catalogues.translations("de") == {
+        "The lamp does not answer at all.": "Die Lampe antwortet leider gar nicht."
+    }
+
+
+@pytest.mark.embedded
+def test_the_embedded_sentences_are_in_their_languages():
+    found = catalogues.sentences_by_language()
+    commonest = {"en": "the", "fr": "de", "de": "die", "es": "de", "nl": "de"}
+    for language, sentences in found.items():
+        assert len(sentences) > 1600
+        assert {corpus.split_of(text) for text in sentences} == {"evaluation"}
+        words = Counter(word for text in sentences for word in text.lower().split())
+        assert words.most_common(1)[0][0] == commonest[language]
+    assert len({text for sentences in found.values() for text in sentences}) == sum(map(len, found.values()))
