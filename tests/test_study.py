@@ -63,7 +63,8 @@ def texts(monkeypatch):
                 groups.append((text, " ".join([words[-1], *words[1:-1], words[0]])))
         return iter(groups[:100]), iter(groups[100:])
 
-    monkeypatch.setitem(order_tasks.ORDER_TASKS, "toy_order", swapped)
+    recipe = order_tasks.OrderRecipe(swapped, "Which end is first?", ("swapped", "intact"), "text", ())
+    monkeypatch.setitem(order_tasks.ORDER_TASKS, "toy_order", recipe)
 
 
 @pytest.fixture

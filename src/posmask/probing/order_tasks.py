@@ -3,24 +3,30 @@
 A task is a list of groups; a group has one text a class, and all its texts have exactly the same token ids in
 different orders. Any function of the bag of tokens therefore gets exactly one of a group's K texts right: 1/K is a
 proof, not a statistic. Groups whose tokens are not equal under the tokenizer are dropped, and a group stays whole on
-one side of the split, as do the articles, people and nouns that it is made of.
+one side of the split, as do the articles, people and nouns that it is made of. Every part that moves begins with a
+space, between a beginning and an end that all texts of the task share, so that moving it changes no token.
 
-To add a task: write a function from a random generator to two iterators of groups (training, test), and add it to
-`ORDER_TASKS`.
+To add a task: write a function from a random generator to two iterators of groups (training, test), whose docstring
+says how the groups are made, and enter it in `ORDER_TASKS` with what its classes mean.
 """
 
+import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice, permutations
+from itertools import islice, permutations, zip_longest
+from typing import TypeVar
 
+import numpy as np
 import torch
+from scipy.sparse import csr_matrix, hstack
 
 from posmask import assets, corpus
 from posmask.errors import BadSetting, NothingToDo
+from posmask.probing.catalogues import translations
 from posmask.seeds import generator
 
-__all__ = ["ORDER_TASKS", "OrderTask", "make_order_task"]
+__all__ = ["ORDER_TASKS", "OrderRecipe", "OrderTask", "edge_features", "find_groups", "make_order_task"]
 
 Group = tuple[str, ...]  # One text a class, in the order of the classes.
 _Groups = tuple[Iterator[Group], Iterator[Group]]  # Training and test groups.
@@ -37,13 +43,35 @@ class OrderTask:
     n_test_groups: int
 
 
-def _shuffled(items: list[str], random: torch.Generator) -> list[str]:
+@dataclass(frozen=True)
+class OrderRecipe:
+    """How a task's groups are made, and what there is to say of it.
+
+    `labels` holds what each class means; `sources` each carrier and what of it is used.
+    """
+
+    groups: Callable[[torch.Generator], _Groups]
+    question: str
+    labels: tuple[str, ...]
+    split_by: str
+    sources: tuple[tuple[assets.Carrier, str], ...]
+
+
+_Item = TypeVar("_Item")
+
+
+def _shuffled(items: list[_Item], random: torch.Generator) -> list[_Item]:
     return [items[i] for i in torch.randperm(len(items), generator=random).tolist()]
 
 
-def _halves(items: list[str], test_share: float = 0.25) -> tuple[list[str], list[str]]:
+def _halves(items: list[_Item], test_share: float = 0.25) -> tuple[list[_Item], list[_Item]]:
     cut = round(len(items) * (1 - test_share))
     return items[:cut], items[cut:]
+
+
+def _in_rounds(lists: Iterable[list[_Item]]) -> Iterator[_Item]:
+    """The first of each list, then the second of each, and so on."""
+    return (item for items in zip_longest(*lists) for item in items if item is not None)
 
 
 def _evaluation_texts(table: str, label: str | None = None) -> list[str]:
@@ -54,6 +82,43 @@ def _evaluation_texts(table: str, label: str | None = None) -> list[str]:
 
 def _opening(text: str, n_words: int) -> str:
     return " ".join(text.split()[:n_words])
+
+
+def _each_once(groups: Iterable[tuple[str, ...]], seen: set[str]) -> list[tuple[str, ...]]:
+    """The groups of parts none of which was seen before, in order; their parts are seen from then on."""
+    found = []
+    for parts in groups:
+        if len(set(parts)) == len(parts) and not seen.intersection(parts):
+            seen.update(parts)
+            found.append(parts)
+    return found
+
+
+def _in_both_orders(start: str, pairs: Iterable[tuple[str, ...]]) -> Iterator[Group]:
+    """Two parts the other way round (class 0) and as they come (class 1)."""
+    for first, second in pairs:
+        yield f"{start} {second} ; {first} ;", f"{start} {first} ; {second} ;"
+
+
+def _articles(random: torch.Generator) -> tuple[list[list[str]], list[list[str]]]:
+    """The whole sentences of news articles, article by article: of those for training, and of those for test.
+
+    A sentence ends with a word in lower case and a full stop, so "U.S." and "Sen." end none. Headlines and first
+    sentences, which begin with a place and an agency, are left out.
+    """
+    articles = []
+    for text in _evaluation_texts("100_news_fake", "1"):
+        found, words = [], []
+        for word in text.partition("\n")[2].split():
+            words.append(word)
+            if _LAST_WORD.fullmatch(word):
+                found.append(" ".join(words))
+                words = []
+        articles.append(found[1:])
+    return _halves(_shuffled(articles, random))
+
+
+_LAST_WORD = re.compile(r"[a-z-]+[.!?][\"”]?")
 
 
 def _topic_permutation(random: torch.Generator) -> _Groups:
@@ -141,19 +206,159 @@ def _agreement_swap(random: torch.Generator) -> _Groups:
     return groups(train), groups(test)
 
 
-_NOUNS: list[str] = """
+_NOUNS: list[str] = [
+    *"""
     house road river tree car table chair window garden school tower bridge market farm field mountain lake ship
     boat train truck engine lamp clock picture mirror door wall roof cabinet desk bottle basket barrel fountain
     statue station hotel museum theater hospital temple castle cottage barn fence gate
-""".split()
+    """.split()
+]
 _PLACES = ("near", "behind", "beside", "above", "below", "beyond", "opposite")
 _STATES = "old new small large famous empty beautiful dirty expensive ugly clean".split()
 
-ORDER_TASKS: dict[str, Callable[[torch.Generator], _Groups]] = {
-    "topic_permutation": _topic_permutation,
-    "contrast_order": _contrast_order,
-    "chronology": _chronology,
-    "agreement_swap": _agreement_swap,
+
+def _bigram_shift(random: torch.Generator) -> _Groups:
+    """A sentence of a news article, and the same with two adjacent inner words in lower case swapped (SentEval's task).
+
+    At most four sentences of an article, no sentence twice, and no article in both splits.
+    """
+    seen: set[str] = set()
+
+    def groups(articles: list[list[str]]) -> Iterator[Group]:
+        fitting = ([(text,) for text in article if 8 <= len(text.split()) <= 30][:4] for article in articles)
+        for (sentence,) in _each_once(_in_rounds(fitting), seen):
+            words = sentence.split()
+            plain = [re.fullmatch("[a-z]+", word) is not None for word in words]
+            places = [i for i in range(1, len(words) - 2) if plain[i] and plain[i + 1] and words[i] != words[i + 1]]
+            if places:
+                i = places[int(torch.randint(len(places), (), generator=random))]
+                swapped = [*words[:i], words[i + 1], words[i], *words[i + 2 :]]
+                yield f"Sentence: {' '.join(swapped)} ;", f"Sentence: {sentence} ;"
+
+    train, test = _articles(random)
+    return iter(list(groups(train))), groups(test)  # All of the training draws before the first test draw.
+
+
+def _sentence_order(random: torch.Generator) -> _Groups:
+    """Two adjacent sentences of a news article, as they stand there or the other way round.
+
+    At most two pairs of an article, no sentence twice, and no article in both splits.
+    """
+    seen: set[str] = set()
+
+    def groups(articles: list[list[str]]) -> Iterator[Group]:
+        pairs = ([*zip(article[::2], article[1::2], strict=False)] for article in articles)
+        fitting = (
+            [pair for pair in found if all(5 <= len(text.split()) <= 30 for text in pair)][:2] for found in pairs
+        )
+        return _in_both_orders("News:", _each_once(_in_rounds(fitting), seen))
+
+    train, test = _articles(random)
+    return groups(train), groups(test)
+
+
+def _dialogue_order(random: torch.Generator) -> _Groups:
+    """A turn of a film's dialogue and the reply to it, as they were spoken or the other way round.
+
+    No turn is used twice. The test pairs are one stretch of the collection, in which the pairs of a film stand
+    together: so but for the films at its two ends no film is in both splits.
+    """
+    pairs = [pair for pair in assets.read_dialogue() if all(map(_is_turn, pair))]
+    start = int(torch.randint(len(pairs), (), generator=random))
+    sides = _halves(pairs[start:] + pairs[:start])
+    seen: set[str] = set()
+    train, test = (_shuffled(_each_once(side, seen), random) for side in sides)
+    return _in_both_orders("Dialogue:", train), _in_both_orders("Dialogue:", test)
+
+
+def _is_turn(text: str) -> bool:
+    whole = 4 <= len(text.split()) <= 30 and text.endswith((".", "!", "?"))
+    return whole and corpus.split_of(text) == "evaluation"
+
+
+def _language_order(random: torch.Generator) -> _Groups:
+    """A paragraph of English messages and one of German messages, the English first or the German first.
+
+    The paragraphs are of about the same number of characters. They are not translations of each other, and no message
+    is in both splits, in whichever language.
+    """
+    german_of = translations("de")
+
+    def paragraphs(messages: list[str]) -> Iterator[str]:
+        paragraph = ""
+        for message in corpus.unique_texts(messages, "evaluation"):
+            paragraph = f"{paragraph} {message}".strip()
+            if len(paragraph) >= 80:
+                if len(paragraph) <= 160:
+                    yield paragraph
+                paragraph = ""
+
+    def groups(messages: list[str]) -> Iterator[Group]:
+        far = len(messages) // 2  # Half the list lies between the English messages and the German ones of a group.
+        german = [german_of[message] for message in messages[far:] + messages[:far]]
+        return _in_both_orders("Text:", zip(paragraphs(messages), paragraphs(german), strict=False))
+
+    train, test = _halves(_shuffled(list(german_of), random))
+    return groups(train), groups(test)
+
+
+ORDER_TASKS: dict[str, OrderRecipe] = {
+    "topic_permutation": OrderRecipe(
+        _topic_permutation,
+        "In which order do the openings of an article on politics, one on technology and one on sport stand?",
+        tuple(", ".join(order) for order in permutations(_TOPICS)),
+        "article",
+        ((assets.TEXT_CARRIER, "table 97_news_class"),),
+    ),
+    "contrast_order": OrderRecipe(
+        _contrast_order,
+        "Does a review of one good and one bad phrase end with the good one?",
+        ("ends with the bad phrase", "ends with the good phrase"),
+        "phrase",
+        ((assets.TEXT_CARRIER, "table 92_glue_sst2"),),
+    ),
+    "chronology": OrderRecipe(
+        _chronology,
+        "Was the person named first born first?",
+        ("the later born is named first", "the earlier born is named first"),
+        "person",
+        ((assets.TEXT_CARRIER, "table 2_hist_fig_birthyear"),),
+    ),
+    "agreement_swap": OrderRecipe(
+        _agreement_swap,
+        'Does the verb agree with its subject in "They say the N1 near the N2 is old."?',
+        ("does not agree", "agrees"),
+        "noun",
+        (),
+    ),
+    "bigram_shift": OrderRecipe(
+        _bigram_shift,
+        "Is a sentence intact, or are two adjacent words in it swapped?",
+        ("swapped", "intact"),
+        "article",
+        ((assets.TEXT_CARRIER, "table 100_news_fake, the genuine articles"),),
+    ),
+    "language_order": OrderRecipe(
+        _language_order,
+        "Does the English paragraph stand before the German one?",
+        ("German first", "English first"),
+        "message",
+        ((assets.MESSAGE_CARRIER, "its messages in English and German"),),
+    ),
+    "sentence_order": OrderRecipe(
+        _sentence_order,
+        "Do two adjacent sentences of an article stand in their true order?",
+        ("reversed", "true order"),
+        "article",
+        ((assets.TEXT_CARRIER, "table 100_news_fake, the genuine articles"),),
+    ),
+    "dialogue_order": OrderRecipe(
+        _dialogue_order,
+        "Do a turn and its reply stand in their true order?",
+        ("reversed", "true order"),
+        "turn, and by film but for the two at the border",
+        ((assets.DIALOGUE_CARRIER, "its film dialogue"),),
+    ),
 }
 
 
@@ -165,29 +370,84 @@ def make_order_task(
     n_test_groups: int,
     seed: int = 0,
 ) -> OrderTask:
-    """Build a task's texts; groups whose token multisets differ, or which do not fit the context, are left out.
+    """Build a task's texts, with exactly as many groups as asked for.
 
     Raises:
         BadSetting: no such task.
         NothingToDo: the embedded texts do not give that many groups.
     """
-    if name not in ORDER_TASKS:
-        raise BadSetting(f"order task {name!r} is unknown: choose from {', '.join(ORDER_TASKS)}")
-    chosen: list[Group] = []
-    for groups, wanted in zip(ORDER_TASKS[name](generator(seed, name)), (n_train_groups, n_test_groups), strict=True):
-        valid = (group for group in groups if _same_bag(group, tokenizer, n_positions))
-        found = list(islice(valid, wanted))
-        if len(found) < wanted:
+    task = find_groups(name, tokenizer, n_positions, n_train_groups, n_test_groups, seed)
+    for found, wanted in ((task.n_train_groups, n_train_groups), (task.n_test_groups, n_test_groups)):
+        if found < wanted:
             raise NothingToDo(
-                f"{name} has only {len(found)} groups of equal token multisets where {wanted} were asked for: lower "
+                f"{name} has only {found} groups of equal token multisets where {wanted} were asked for: lower "
                 "order_train_groups or order_test_groups"
             )
-        chosen += found
-    texts = tuple(text for group in chosen for text in group)
-    return OrderTask(name, len(chosen[0]), texts, n_train_groups, n_test_groups)
+    return task
 
 
-def _same_bag(group: Group, tokenizer: corpus.Tokenizer, n_positions: int) -> bool:
+def find_groups(
+    name: str,
+    tokenizer: corpus.Tokenizer,
+    n_positions: int,
+    n_train_groups: int,
+    n_test_groups: int,
+    seed: int = 0,
+) -> OrderTask:
+    """Build a task's texts, with as many groups as there are and at most as many as asked for.
+
+    Groups are left out whose token multisets differ, in which two texts are the same tokens, or which do not fit the
+    context.
+
+    Raises:
+        BadSetting: no such task.
+    """
+    if name not in ORDER_TASKS:
+        raise BadSetting(f"order task {name!r} is unknown: choose from {', '.join(ORDER_TASKS)}")
+    recipe = ORDER_TASKS[name]
+    train, test = (
+        list(islice((group for group in groups if _only_order_differs(group, tokenizer, n_positions)), wanted))
+        for groups, wanted in zip(recipe.groups(generator(seed, name)), (n_train_groups, n_test_groups), strict=True)
+    )
+    texts = tuple(text for group in train + test for text in group)
+    return OrderTask(name, len(recipe.labels), texts, len(train), len(test))
+
+
+def _only_order_differs(group: Group, tokenizer: corpus.Tokenizer, n_positions: int) -> bool:
+    """Whether the texts hold the same tokens, each text in an order of its own, and fit the context."""
     rows = tokenizer(list(group), add_special_tokens=False)["input_ids"]
     bags = [Counter(row) for row in rows]
-    return len(rows[0]) < n_positions and all(bag == bags[0] for bag in bags)
+    different = len(set(map(tuple, rows))) == len(rows)
+    return len(rows[0]) < n_positions and different and all(bag == bags[0] for bag in bags)
+
+
+def edge_features(task: OrderTask, tokenizer: corpus.Tokenizer, n_edge: int = 3) -> csr_matrix:
+    """Counts of the first and of the last tokens of each text, side by side: what can be told from the edges alone.
+
+    The beginning and the end that all texts of the task share say nothing and are skipped.
+
+    Args:
+        n_edge: how many tokens at either end; of a shorter text, all of them.
+    """
+    rows = [np.array(ids) for ids in tokenizer(list(task.texts), add_special_tokens=False)["input_ids"]]
+    shortest = min(map(len, rows))
+    start = _n_shared([row[:shortest] for row in rows])
+    end = _n_shared([row[::-1][: shortest - start] for row in rows])
+    content = [row[start : len(row) - end] for row in rows]
+    n_ids = 1 + max(int(row.max()) for row in rows)
+    sides = [[row[:n_edge] for row in content], [row[::-1][:n_edge] for row in content]]
+    return csr_matrix(hstack([_counts(side, n_ids) for side in sides]))
+
+
+def _n_shared(rows: list[np.ndarray]) -> int:
+    """How many first tokens all rows share; the rows are equally long."""
+    same = (np.stack(rows) == rows[0]).all(0)
+    return int(same.cumprod().sum())
+
+
+def _counts(rows: list[np.ndarray], n_ids: int) -> csr_matrix:
+    """How often each token id stands in each row."""
+    text = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
+    counts = csr_matrix((np.ones(len(text)), (text, np.concatenate(rows))), shape=(len(rows), n_ids))
+    counts.sum_duplicates()
+    return counts
