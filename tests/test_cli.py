@@ -21,6 +21,14 @@ def posmask(*words):
         (("status", "README.md"), "posmask: README.md is not a readable TOML file"),
         (("report", "studies"), "posmask: studies holds no results.csv"),
         (("run", "studies/quick.toml", "--root", "Makefile/run"), "Not a directory: 'Makefile/run"),
+        (
+            ("order-tasks", "--tokenizer", "no/such/model", "--out", "x"),
+            "posmask: model 'no/such/model' cannot be loaded",
+        ),
+        (
+            ("order-tasks", "--tokenizer", "x", "--out", "x", "--train-groups", "0"),
+            "Invalid value for '--train-groups'",
+        ),
         (("fly",), "No such command 'fly'"),
     ],
 )

