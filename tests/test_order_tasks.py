@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conftest import make_texts
-from posmask import assets, model
+from posmask import assets, corpus, model
 from posmask.errors import BadSetting, NothingToDo
 from posmask.folders import read_manifest
 from posmask.probing import catalogues, order, order_files, order_tasks
@@ -104,6 +104,7 @@ def test_sentences_of_an_article_are_all_on_one_side(name, smollm):
     train, test = (set(homes(side[1::2])) for side in sides(task))
     assert len(test) > 40
     assert not train & test
+    assert not parts(sides(task)[0]) & parts(sides(task)[1])
 
 
 @pytest.mark.embedded
@@ -114,6 +115,7 @@ def test_test_dialogues_are_one_stretch_of_the_films(tasks):
         for split, texts in zip("train test".split(), sides(tasks["dialogue_order"]), strict=True)
         for text in texts[1::2]
     )
+    assert {corpus.split_of(turn) for turn in parts(tasks["dialogue_order"].texts)} == {"evaluation"}
     splits = [split for _, split in marks]
     assert sum(one != other for one, other in zip(splits, splits[1:] + splits[:1], strict=True)) == 2
 
@@ -128,18 +130,20 @@ def test_no_message_is_on_both_sides_in_any_language_and_no_group_holds_a_transl
     def messages(words):
         """The messages that a paragraph was joined from, or None."""
         if not words:
-            return []
+            return set()
         for end in range(len(words), 0, -1):
-            first = number.get(" ".join(words[:end]))
-            if first is not None and (rest := messages(words[end:])) is not None:
-                return [first, *rest]
+            first = " ".join(words[:end])
+            if first in number and (rest := messages(words[end:])) is not None:
+                return {first, *rest}
         return None
 
     found = []
     for text in task.texts[1::2]:
-        english, german = text.removeprefix("Text:").removesuffix(" ;").split(" ; ")
-        assert not {*messages(english.split())} & {*messages(german.split())}
-        found.append({*messages(english.split()), *messages(german.split())})
+        both = [messages(part.split()) for part in text.removeprefix("Text:").removesuffix(" ;").split(" ; ")]
+        assert {corpus.split_of(message) for message in set.union(*both)} == {"evaluation"}
+        english, german = ({number[message] for message in language} for language in both)
+        assert not english & german
+        found.append(english | german)
     assert len(found) > 900
     assert not set.union(*found[: task.n_train_groups]) & set.union(*found[task.n_train_groups :])
 
@@ -157,6 +161,12 @@ def test_contrast_order_never_tests_on_part_of_a_training_phrase(tasks):
 def test_order_tasks_say_when_they_run_out(smollm):
     with pytest.raises(NothingToDo, match=r"chronology has only \d+ groups .* where 5000 were asked for"):
         make_order_task("chronology", smollm, 128, 5000, 10)
+
+
+def test_parts_are_used_once_and_over_both_splits():
+    seen = set()
+    assert order_tasks._each_once([("a", "b"), ("b", "c"), ("d", "d"), ("e", "f")], seen) == [("a", "b"), ("e", "f")]
+    assert order_tasks._each_once([("f", "g"), ("c", "d")], seen) == [("c", "d")]
 
 
 def test_edge_features_count_the_content_at_both_ends(tokenizer):
@@ -258,14 +268,14 @@ def test_texts_that_are_the_same_tokens_make_no_group(toy, tokenizer):
 
 
 @pytest.mark.embedded
-def test_every_task_can_be_written(smollm, tmp_path):
-    order_files.write_order_tasks(
-        smollm, model.EMBEDDED_MODEL, tmp_path / "out", n_positions=128, n_train_groups=2, n_test_groups=1, say=str
-    )
-    page = (tmp_path / "out" / "README.md").read_text()
+def test_every_task_can_be_written(tasks, smollm, tmp_path, monkeypatch):
+    monkeypatch.setattr(order_files, "find_groups", lambda name, *settings: tasks[name])
+    write(smollm, tmp_path / "out", n_positions=128)
+    page = (tmp_path / "out" / "README.md").read_text(encoding="utf8")
     for name, recipe in order_tasks.ORDER_TASKS.items():
         lines = (tmp_path / "out" / f"{name}.jsonl").read_text(encoding="utf8").splitlines()
-        assert len(lines) == 3 * len(recipe.labels)
+        assert tuple(json.loads(line)["text"] for line in lines) == tasks[name].texts
+        assert len({json.loads(line)["label"] for line in lines}) == tasks[name].n_classes
         assert f"## {name}\n\n**{recipe.question}**" in page
     for carrier in {carrier for recipe in order_tasks.ORDER_TASKS.values() for carrier, _ in recipe.sources}:
         assert f"{carrier.requirement} ({carrier.licence})" in page
