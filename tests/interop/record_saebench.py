@@ -4,6 +4,7 @@ A row is `class number * N_TRAIN + text` in training, `class number * N_TEST + t
 class is the probe's. Rows stand in the order in which the probe sees them.
 """
 
+import hashlib
 import json
 import os
 import sys
@@ -16,14 +17,17 @@ os.environ["JAXTYPING_DISABLE"] = "1"  # sae-bench's annotations fail the checks
 import numpy as np
 import sae_bench.evals.sparse_probing.main as peer
 import sae_bench.evals.sparse_probing.probe_training as probes
+import sae_bench.sae_bench_utils.dataset_info as dataset_info
+import sae_bench.sae_bench_utils.dataset_utils as dataset_utils
 import torch
 from sae_bench.evals.sparse_probing.eval_config import SparseProbingEvalConfig
-from synthetic import CLASSES, channels, latents, sha256
+from synthetic import CLASSES, EXTENSIONS, channels, code_rows, latents, sha256, table_rows, translation_rows
 
 KS = (1, 2, 5, 10, 20, 50)
 ALL_LATENTS = {"select_top_k": None, "use_sklearn": False, "batch_size": 250, "epochs": 100, "lr": 1e-2}
 SEED, LATENTS_SEED, STREAM_SEED = 7, 0, 42
 STREAM_KS = (1, 2, 5)
+TEXTS = (80, 20, 42)  # Training and test texts of a probe, seed.
 STREAM_DATASETS = {"one": 1, "two": 2}  # name: seed of its latents; its channels have that + 100.
 
 
@@ -145,6 +149,26 @@ def whole_stream(recorder):
     return found
 
 
+def sampled_texts():
+    """For each dataset and class, the SHA-256 of the training and the test texts, of synthetic rows, joined by NUL."""
+
+    def load_dataset(path, pair=None, **_):
+        if path == "codeparrot/github-code":  # What its loading script makes of its files.
+            rows = [row | {"language": EXTENSIONS["." + row["path"].rpartition(".")[2]]} for row in code_rows()]
+            return [row | {"code": row["content"]} for row in rows if row["language"] != "Rust"]
+        return translation_rows(pair) if pair else {split: table_rows(path, split) for split in ("train", "test")}
+
+    dataset_utils.load_dataset = load_dataset
+    found = {}
+    for name, classes in dataset_info.chosen_classes_per_dataset.items():
+        sides = dataset_utils.get_multi_label_train_test_data(name, *TEXTS)
+        sides = [dataset_utils.filter_dataset(side, classes) for side in sides]
+        found[name] = {
+            label: [hashlib.sha256("\0".join(side[label]).encode()).hexdigest() for side in sides] for label in classes
+        }
+    return found
+
+
 def main(path):
     torch.set_num_threads(1)
     recorder = Recorder()
@@ -163,6 +187,7 @@ def main(path):
             "channels_sha256": sha256(*(found for side in channels(101) for found in side.values())),
             "probes": whole_stream(recorder),
         },
+        "texts": dict(zip(("n_train", "n_test", "seed"), TEXTS, strict=True)) | {"sha256": sampled_texts()},
     }
     text = json.dumps(head)
     path.write_text(text.replace('{"class"', '\n{"class"').replace('{"dataset"', '\n{"dataset"') + "\n")

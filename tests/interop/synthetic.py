@@ -49,3 +49,44 @@ def sha256(*arrays: np.ndarray) -> str:
     for array in arrays:
         whole.update(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).tobytes())
     return whole.hexdigest()
+
+
+TABLES = {
+    # hub name: (text column, label column, labels, other column, its values)
+    "LabHC/bias_in_bios": ("hard_text", "profession", list(range(28)), "gender", [0, 1]),
+    "canrager/amazon_reviews_mcauley_1and5": ("text", "category", [1, 2, 3, 4, 5, 6], "rating", [1.0, 5.0]),
+    "fancyzhx/ag_news": ("text", "label", [0, 1, 2, 3], "source", ["", "wire"]),
+}
+EXTENSIONS = {".c": "C", ".h": "C", ".py": "Python", ".html": "HTML", ".java": "Java", ".php": "PHP", ".rs": "Rust"}
+
+
+def table_rows(path: str, split: str) -> list[dict]:
+    """Rows of a hub table with its real columns."""
+    text, label, labels, other, values = TABLES[path]
+    random = np.random.default_rng(len(path) + len(split))
+    n_rows = {"train": 2400, "test": 800}[split]
+    return [
+        {text: f"{split} text {i}", label: labels[int(a * len(labels))], other: values[int(b * len(values))]}
+        for i, (a, b) in enumerate(random.random((n_rows, 2)))
+    ]
+
+
+def translation_rows(pair: str) -> list[dict]:
+    """Rows of one language pair of Helsinki-NLP/europarl."""
+    return [{"translation": {language: f"{language} {pair} {i}" for language in pair.split("-")}} for i in range(90)]
+
+
+def code_rows() -> list[dict]:
+    """Rows as the files of codeparrot/github-code hold them: no language, only a path."""
+    random = np.random.default_rng(5)
+    extensions = list(EXTENSIONS)
+    return [
+        {
+            "content": "x" * int(380 + 600 * b) + f" // {i}",
+            "repo_name": "some/one",
+            "path": f"src.c/file{i}{extensions[int(a * a * len(extensions))]}",
+            "license": "mit",
+            "size": 1,
+        }
+        for i, (a, b) in enumerate(random.random((2000, 2)))
+    ]
