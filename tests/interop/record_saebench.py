@@ -137,7 +137,7 @@ def whole_stream(recorder):
     site = type("Site", (), {"hook_layer": 0, "hook_name": ""})
     sae = type("Sae", (), {"cfg": site})
     with tempfile.TemporaryDirectory() as folder:
-        peer.run_eval_single_sae(config, sae, None, "cpu", folder, save_activations=False)
+        means, _ = peer.run_eval_single_sae(config, sae, None, "cpu", folder, save_activations=False)
     datasets = np.repeat(list(STREAM_DATASETS), 2 * len(CLASSES) * (1 + len(STREAM_KS)))
     found = []
     for dataset, call in zip(datasets.tolist(), recorder.calls, strict=True):
@@ -146,7 +146,7 @@ def whole_stream(recorder):
         if "epoch_accuracies" in call:
             call["n_epochs"] = len(call.pop("epoch_accuracies"))
         found.append(where | call)
-    return found
+    return {"probes": found, "means": means}
 
 
 def sampled_texts():
@@ -185,8 +185,8 @@ def main(path):
             "seed": STREAM_SEED,
             "latents_seeds": STREAM_DATASETS,
             "channels_sha256": sha256(*(found for side in channels(101) for found in side.values())),
-            "probes": whole_stream(recorder),
-        },
+        }
+        | whole_stream(recorder),
         "texts": dict(zip(("n_train", "n_test", "seed"), TEXTS, strict=True)) | {"sha256": sampled_texts()},
     }
     text = json.dumps(head)
