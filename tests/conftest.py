@@ -33,6 +33,8 @@ from posmask.masks import make_mask, mask_settings
 from posmask.model import LanguageModel
 from posmask.sae import SparseAutoencoder, TopK
 
+collect_ignore = ["interop/record_saebench.py"]  # Runs in another environment.
+
 N_POSITIONS = 16
 D_MODEL = 12
 D_SAE = 32

@@ -15,7 +15,7 @@ LEVELS = [
     ["sae", "activations"],
     ["objective", "metrics", "probing"],
     ["training"],
-    ["study"],
+    ["study", "interop"],
     ["cli"],
 ]
 REPORT_MAY_IMPORT = {"errors", "rows", "folders", "summary", "report"}

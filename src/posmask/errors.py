@@ -1,6 +1,14 @@
 """The errors a caller would catch. Each message gives the value, the rule it breaks, and the remedy."""
 
-__all__ = ["BadSetting", "DamagedFolder", "DegenerateResult", "MissingAsset", "NothingToDo", "PosmaskError"]
+__all__ = [
+    "BadSetting",
+    "DamagedFolder",
+    "DegenerateResult",
+    "MissingAsset",
+    "MissingExtra",
+    "NothingToDo",
+    "PosmaskError",
+]
 
 
 class PosmaskError(Exception):
@@ -25,3 +33,7 @@ class DamagedFolder(PosmaskError):
 
 class MissingAsset(PosmaskError):
     """A model or text file that could not be fetched, or whose checksum is wrong."""
+
+
+class MissingExtra(PosmaskError):
+    """A package that only an optional part of posmask needs is not installed."""

@@ -1,0 +1,160 @@
+"""Probe accuracies -> the file that SAEBench writes for its sparse probing evaluation, field for field.
+
+Source: sae-bench 0.6.0, evals/sparse_probing/{main,eval_config,eval_output}.py. That package is not needed.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from posmask.errors import BadSetting
+from posmask.probing.hub import HUB_DATASETS
+
+__all__ = ["KS", "Accuracies", "EvalConfig", "eval_file_name", "eval_output", "write_eval_output"]
+
+KS = (1, 2, 5, 10, 20, 50, 100)
+"""The k for which SAEBench's format has fields. Other k stand in posmask's own rows alone."""
+
+_K = int | Literal["all"]
+Accuracies = Mapping[tuple[str, str, _K], float]
+"""(dataset, class, k) -> test accuracy of that class's probe; k is "all" for the probe on every feature."""
+
+
+class EvalConfig(BaseModel):
+    """SAEBench's `eval_config`: its names, its order and its defaults."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    random_seed: int = 42
+    dataset_names: tuple[str, ...] = tuple(HUB_DATASETS)
+    probe_train_set_size: int = 4000
+    """Texts a probe is fitted on, half of them of its class."""
+    probe_test_set_size: int = 1000
+    context_length: int = 128
+    """Tokens, BOS among them."""
+    sae_batch_size: int = Field(default=125, gt=0)
+    llm_batch_size: int | None = None
+    llm_dtype: str = ""
+    model_name: str = ""
+    k_values: tuple[int, ...] = (1, 2, 5)
+    lower_vram_usage: bool = False
+    """SAEBench then leaves out the probe on every latent."""
+
+
+def eval_output(
+    llm: Accuracies,
+    sae: Accuracies,
+    config: EvalConfig,
+    *,
+    eval_id: str,
+    epoch_milliseconds: int,
+    sae_name: str,
+    sae_config: Mapping[str, Any],
+    sae_id: str | None = "custom_sae",
+    sae_lens_version: str | None = None,
+    commit: str = "Unknown",
+) -> dict[str, Any]:
+    """What SAEBench would write: each accuracy's mean over classes a dataset, then over datasets, unweighted.
+
+    Args:
+        llm, sae: of the model's channels and of the latents: every dataset and k of `config`, and "all", which `sae`
+            may lack.
+        sae_name: stands as `sae_lens_release_id`, `sae_id` as `sae_lens_id`: so SAEBench names an SAE that it is
+            handed as an object.
+        sae_config: stands as `sae_cfg_dict`.
+        sae_lens_version, commit: of the SAELens and the SAEBench that ran; None and "Unknown" where neither did.
+
+    Raises:
+        BadSetting: an accuracy is missing or out of range, or the time is not one SAEBench reads.
+    """
+    if not 0 <= epoch_milliseconds <= 9_999_999_999_999:
+        raise BadSetting(f"{epoch_milliseconds} is not a time in milliseconds since 1970: multiply seconds by 1000")
+    classes = _by_metric(llm, "llm", config), _by_metric(sae, "sae", config)
+    per_dataset = [
+        {name: {metric: _mean(found) for metric, found in source[name].items()} for name in config.dataset_names}
+        for source in classes
+    ]
+    return {
+        "eval_type_id": "sparse_probing",
+        "eval_config": config.model_dump(mode="json"),
+        "eval_id": eval_id,
+        "datetime_epoch_millis": epoch_milliseconds,
+        "eval_result_metrics": {
+            source: _fields(source) | _over_datasets(datasets)
+            for source, datasets in zip(("llm", "sae"), per_dataset, strict=True)
+        },
+        "eval_result_details": [
+            {"dataset_name": f"{name}_results"}
+            | _fields("llm")
+            | _fields("sae")
+            | per_dataset[0][name]
+            | per_dataset[1][name]
+            for name in config.dataset_names
+        ],
+        "sae_bench_commit_hash": commit,
+        "sae_lens_id": sae_id,
+        "sae_lens_release_id": sae_name,
+        "sae_lens_version": sae_lens_version,
+        "sae_cfg_dict": dict(sae_config),
+        "eval_result_unstructured": {
+            f"{name}_results": classes[0][name] | classes[1][name] for name in config.dataset_names
+        },
+    }
+
+
+def write_eval_output(path: Path, output: Mapping[str, Any]) -> None:
+    """Write what `eval_output` returned, laid out as SAEBench lays it out."""
+    path.write_text(json.dumps(output, indent=2, default=str), encoding="utf8")
+
+
+def eval_file_name(sae_name: str, sae_id: str = "custom_sae") -> str:
+    """The name under which SAEBench looks for a finished evaluation.
+
+    >>> eval_file_name("me/sae")
+    'me_sae_custom_sae_eval_results.json'
+    """
+    return f"{sae_name}_{sae_id}_eval_results.json".replace("/", "_")
+
+
+def _metric(source: str, k: _K) -> str:
+    return f"{source}_test_accuracy" if k == "all" else f"{source}_top_{k}_test_accuracy"
+
+
+def _fields(source: str) -> dict[str, float | None]:
+    return {_metric(source, k): None for k in ("all", *KS)}
+
+
+def _by_metric(accuracies: Accuracies, source: str, config: EvalConfig) -> dict[str, dict[str, dict[str, float]]]:
+    """dataset -> metric -> class -> accuracy, for the k that have fields."""
+    found: dict[str, dict[str, dict[str, float]]] = {name: {} for name in config.dataset_names}
+    for (name, label, k), accuracy in accuracies.items():
+        if not (math.isfinite(accuracy) and 0 <= accuracy <= 1):
+            raise BadSetting(
+                f"{source} accuracy {accuracy} of {name}, class {label!r}, k {k} lies outside 0 to 1: give shares"
+            )
+        if name not in found:
+            raise BadSetting(f"{source} accuracies of {name} are not of the dataset_names: add it, or leave them out")
+        if k == "all" or k in KS:
+            found[name].setdefault(_metric(source, k), {})[label] = accuracy
+    has_all = source == "llm" or any(k == "all" for _, _, k in accuracies)
+    wanted = {_metric(source, k) for k in (*config.k_values, *(("all",) if has_all else ())) if k == "all" or k in KS}
+    for name, metrics in found.items():
+        if set(metrics) != wanted:
+            odd = ", ".join(sorted(wanted ^ set(metrics)))
+            raise BadSetting(f"{source} accuracies of {name} and k_values differ in {odd}: give both the same k")
+        if len({frozenset(labels) for labels in metrics.values()}) > 1:
+            raise BadSetting(f"{source} accuracies of {name} have other classes for other k: give all classes every k")
+    return found
+
+
+def _mean(found: Mapping[str, float]) -> float:
+    return sum(found.values()) / len(found)
+
+
+def _over_datasets(datasets: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    parts: Sequence[Mapping[str, float]] = list(datasets.values())
+    return {metric: sum(part[metric] for part in parts) / len(parts) for metric in parts[0]}

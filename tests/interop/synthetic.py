@@ -1,0 +1,92 @@
+"""Pooled activations to probe, the same bytes under any numpy: only uniform draws, sums and products of float64."""
+
+import hashlib
+
+import numpy as np
+
+CLASSES = ("0", "1", "2", "3", "4")
+N_TRAIN, N_TEST = 250, 60  # Texts a class.
+
+
+def latents(seed: int, n_features: int = 96) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """(training, test): class -> [text feature], float32, non-negative and mostly zero, as pooled SAE codes are.
+
+    Latents 0 to 39 fire more often and stronger in one class, by eight degrees; the last two never fire.
+    """
+    random = np.random.default_rng(seed)
+    rate = 0.02 + 0.2 * random.random(n_features) * random.random(n_features)
+    sides = []
+    for n_texts in (N_TRAIN, N_TEST):
+        side = {}
+        for number, name in enumerate(CLASSES):
+            mine = np.arange(n_features) % len(CLASSES) == number
+            excess = np.where(mine & (np.arange(n_features) < 40), 0.5 - 0.06 * (np.arange(n_features) // 5), 0.0)
+            fires = random.random((n_texts, n_features)) < rate + excess
+            value = random.random((n_texts, n_features)) * (0.2 + excess)
+            value[:, -2:] = 0.0
+            side[name] = (fires * value).astype(np.float32)
+        sides.append(side)
+    return sides[0], sides[1]
+
+
+def channels(seed: int, n_features: int = 24) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """(training, test) as `latents`, but dense and of either sign, as a model's pooled channels are."""
+    random = np.random.default_rng(seed)
+    middle = random.random((len(CLASSES), n_features)) - 0.5
+    sides = [
+        {
+            name: (random.random((n, n_features)) + random.random((n, n_features)) - 1 + middle[i]).astype(np.float32)
+            for i, name in enumerate(CLASSES)
+        }
+        for n in (N_TRAIN, N_TEST)
+    ]
+    return sides[0], sides[1]
+
+
+def sha256(*arrays: np.ndarray) -> str:
+    """Of the arrays' bytes, little-endian."""
+    whole = hashlib.sha256()
+    for array in arrays:
+        whole.update(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).tobytes())
+    return whole.hexdigest()
+
+
+TABLES = {
+    # hub name: (text column, label column, labels, other column, its values)
+    "LabHC/bias_in_bios": ("hard_text", "profession", list(range(28)), "gender", [0, 1]),
+    "canrager/amazon_reviews_mcauley_1and5": ("text", "category", [1, 2, 3, 4, 5, 6], "rating", [1.0, 5.0]),
+    "fancyzhx/ag_news": ("text", "label", [0, 1, 2, 3], "source", ["", "wire"]),
+}
+EXTENSIONS = {".c": "C", ".h": "C", ".py": "Python", ".html": "HTML", ".java": "Java", ".php": "PHP", ".rs": "Rust"}
+
+
+def table_rows(path: str, split: str) -> list[dict]:
+    """Rows of a hub table with its real columns."""
+    text, label, labels, other, values = TABLES[path]
+    random = np.random.default_rng(len(path) + len(split))
+    n_rows = {"train": 2400, "test": 800}[split]
+    return [
+        {text: f"{split} text {i}", label: labels[int(a * len(labels))], other: values[int(b * len(values))]}
+        for i, (a, b) in enumerate(random.random((n_rows, 2)))
+    ]
+
+
+def translation_rows(pair: str) -> list[dict]:
+    """Rows of one language pair of Helsinki-NLP/europarl."""
+    return [{"translation": {language: f"{language} {pair} {i}" for language in pair.split("-")}} for i in range(90)]
+
+
+def code_rows() -> list[dict]:
+    """Rows as the files of codeparrot/github-code hold them: no language, only a path."""
+    random = np.random.default_rng(5)
+    extensions = list(EXTENSIONS)
+    return [
+        {
+            "content": "x" * int(380 + 600 * b) + f" // {i}",
+            "repo_name": "some/one",
+            "path": f"src.c/file{i}{extensions[int(a * a * len(extensions))]}",
+            "license": "mit",
+            "size": 1,
+        }
+        for i, (a, b) in enumerate(random.random((2000, 2)))
+    ]
