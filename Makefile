@@ -3,12 +3,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: run test check clean
+.PHONY: run test test-all check clean
 
 run: $(READY)
 	$(BIN)/posmask run studies/quick.toml
 
 test: $(READY)
+	$(BIN)/pytest -m "not slow"
+
+test-all: $(READY)
 	$(BIN)/pytest
 
 check: $(READY)

@@ -10,15 +10,16 @@ import posmask
 LEVELS = [
     ["errors", "rows", "seeds", "progress"],
     ["folders"],
-    ["assets", "masks", "intervals", "summary"],
+    ["assets", "masks", "intervals", "summary", "verdicts"],
     ["kernels", "model", "corpus"],
     ["sae", "activations"],
     ["objective", "metrics", "probing"],
     ["training"],
-    ["study", "interop"],
+    ["evaluation", "interop"],
+    ["study"],
     ["cli"],
 ]
-REPORT_MAY_IMPORT = {"errors", "rows", "folders", "summary", "report"}
+REPORT_MAY_IMPORT = {"errors", "rows", "folders", "summary", "verdicts", "report"}
 PACKAGE = Path(posmask.__file__).parent
 
 

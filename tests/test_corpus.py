@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from conftest import WORDS, make_texts
-from posmask.corpus import Tokens, pack, pad, split_of, unique_texts
-from posmask.errors import NothingToDo
+from posmask.corpus import Tokens, pack, pad, shifted, split_of, unique_texts, with_shuffled
+from posmask.errors import BadSetting, NothingToDo
 
 
 def test_packed_contexts_start_with_bos_and_hold_the_texts_in_a_row(tokenizer):
@@ -61,3 +61,58 @@ def test_a_text_that_another_table_cuts_off_is_the_same_text():
     for end in (300, 500, 900):
         assert split_of(long[:end]) == split_of(long)
     assert len(unique_texts([long, long[:300]], split_of(long))) == 1
+
+
+def test_shuffled_copies_hold_the_same_tokens_in_another_order(tokenizer):
+    tokens = pad(make_texts(6, n_words=10), tokenizer, 16)
+    found = with_shuffled(tokens, torch.tensor([2, 4]))
+    assert torch.equal(found.id[:6], tokens.id)
+    assert found.text.max() == 7
+    for copy, context in ((6, 2), (7, 4)):
+        assert torch.equal(found.keep[copy], tokens.keep[context])
+        assert sorted(found.id[copy].tolist()) == sorted(tokens.id[context].tolist())
+        assert not torch.equal(found.id[copy], tokens.id[context])
+        assert set(found.text[copy].tolist()) == {-1, copy}
+        assert found.id[copy, 0] == tokenizer.bos_token_id
+
+
+def test_the_shift_design_shows_every_piece_once_in_every_window(tokenizer):
+    tokens = shifted(make_texts(60), tokenizer, 16, n_texts=8, n_windows=5)
+    assert tokens.id.shape == (40, 16)
+    assert tokens.n_kept == 8 * 5 * 3
+    special = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    for text in range(8):
+        rows = ((tokens.text == text).any(1)).nonzero()[:, 0].tolist()
+        seen = [tokens.id[row][tokens.keep[row]].tolist() for row in rows]
+        assert all(piece == seen[0] for piece in seen)
+        starts = [int(tokens.keep[row].nonzero()[0]) for row in rows]
+        assert starts == [1, 4, 7, 10, 13]
+        for row, start in zip(rows, starts, strict=True):
+            assert tokens.id[row, 0] == tokenizer.bos_token_id
+            if start > 1:  # other text stands before, ended by EOS
+                assert tokens.id[row, start - 1] == tokenizer.eos_token_id
+                assert not set(tokens.id[row, 1 : start - 1].tolist()) & special
+
+
+def test_the_shift_design_says_when_it_cannot_be(tokenizer):
+    with pytest.raises(NothingToDo, match=r"8 texts of 3 tokens, .* the 5 texts give 5"):
+        shifted(make_texts(5), tokenizer, 16, n_texts=8, n_windows=5)
+    with pytest.raises(BadSetting, match="9 windows leave 1 tokens of 16 positions"):
+        shifted(make_texts(60), tokenizer, 16, n_texts=8, n_windows=9)
+
+
+def test_a_tokenizer_without_bos_begins_contexts_with_eos_and_one_without_either_is_refused(tokenizer):
+    class Without:
+        def __init__(self, **ids):
+            self.bos_token_id = ids.get("bos")
+            self.eos_token_id = ids.get("eos")
+
+        def __call__(self, text, *, add_special_tokens):
+            return tokenizer(text, add_special_tokens=add_special_tokens)
+
+    eos = tokenizer.eos_token_id
+    tokens = pad(["red blue", ""], Without(eos=eos), 5)
+    assert tokens.id[0, 0] == eos
+    assert tokens.keep.tolist() == [[False, True, True, False, False], [False] * 5]
+    with pytest.raises(NothingToDo, match="neither a BOS nor an EOS token"):
+        pad(["red"], Without(), 5)

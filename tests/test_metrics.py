@@ -7,8 +7,9 @@ import torch
 from conftest import D_SAE, N_POSITIONS, make_sae, make_vectors
 from posmask.activations import Batch
 from posmask.errors import DegenerateResult
+from posmask.metrics.position import PositionInformation, ShiftDesign
 from posmask.metrics.reconstruction import Reconstruction, dead_share
-from posmask.metrics.specialization import PositionMass, profile_fidelity, retention
+from posmask.metrics.specialization import PositionMass, profile_fidelity, retention, special_positions
 from posmask.sae import Codes
 
 
@@ -83,49 +84,186 @@ def test_dead_share_by_position_counts_the_latents_open_there():
     assert found[(("position", 15),)].value == 0.0
 
 
-def mass_of(rate, n_texts=200, seed=0):
+def fired(rate, n_texts=200, seed=0):
     """Latents that fire at random with probability rate[position, latent], one code a token and latent."""
     random = torch.Generator().manual_seed(seed)
-    mass = PositionMass(*rate.shape)
     position = torch.arange(rate.shape[0]).repeat(n_texts).to(torch.int32)
     text = torch.arange(n_texts).repeat_interleave(rate.shape[0]).to(torch.int32)
     n = len(position)
     fires = torch.rand(n, rate.shape[1], generator=random) < rate[position.long()]
     value = fires * (1 + torch.rand(n, rate.shape[1], generator=random))
     latent = torch.arange(rate.shape[1]).expand(n, -1).contiguous()
-    batch = Batch(torch.zeros(n, 1), position, position, text, torch.ones(n).bool())
-    mass.update(batch, Codes(latent, value, rate.shape[1]))
+    batch = Batch(torch.zeros(n, 1), position, position, text, position > 0)
+    codes = Codes(latent, value, rate.shape[1])
+    return batch.kept(), Codes(codes.latent[batch.keep], codes.value[batch.keep], codes.d_sae)
+
+
+def mass_of(rate, n_texts=200, seed=0):
+    mass = PositionMass(*rate.shape)
+    mass.update(*fired(rate, n_texts, seed))
     return mass
 
 
+def retained(rate, bound, n_top=4):
+    lifted = mass_of(rate)
+    return retention(lifted, special_positions(lifted, bound, n_top))
+
+
 def test_retention_is_1_where_latents_stay_and_chance_where_they_do_not():
-    openness = make_sae("hard").mask.openness()
-    stays = retention(mass_of(0.8 * openness), openness > 0, 4)
+    openness = make_sae("slice").mask.openness()
+    openness = openness[:, openness[0] == 0]  # position 0 is never kept
+    chance = 4 / (N_POSITIONS - 1)
+    stays = retained(0.8 * openness, openness > 0)
     assert stays[0].value == pytest.approx(1.0)
-    assert stays[1].value == pytest.approx(4 / N_POSITIONS)
-    roams = retention(mass_of(torch.full_like(openness, 0.5)), openness > 0, 4)
-    assert roams[0].value == pytest.approx(4 / N_POSITIONS, abs=0.01)
+    assert stays[1].value == pytest.approx(chance)
+    roams = retained(torch.full_like(openness, 0.5), openness > 0)
+    assert roams[0].value == pytest.approx(chance, abs=0.01)
     assert roams[0].low < roams[0].value < roams[0].high
     # With positions chosen from the data the half-split keeps noise from looking like specialisation.
-    chosen = retention(mass_of(torch.full_like(openness, 0.5)), None, 4)
-    assert chosen[0].value == pytest.approx(4 / N_POSITIONS, abs=0.01)
-    found = retention(mass_of(0.8 * openness), None, 4)
-    assert found[0].value == pytest.approx(1.0)
+    chosen = retained(torch.full_like(openness, 0.5), None)
+    assert chosen[0].value == pytest.approx(chance, abs=0.01)
+    assert retained(0.8 * openness, None)[0].value == pytest.approx(1.0)
 
 
 def test_retention_leaves_out_latents_that_hardly_fire():
     rate = torch.full((N_POSITIONS, 8), 0.5)
     rate[:, 3] = 0.001
-    assert retention(mass_of(rate), None, 4)[0].n == 7
+    assert retained(rate, None)[0].n == 7
     with pytest.raises(DegenerateResult, match="no latent fires 20 times"):
-        retention(mass_of(torch.zeros(N_POSITIONS, 8)), None, 4)
+        retained(torch.zeros(N_POSITIONS, 8), None)
+
+
+def test_retention_after_more_training_keeps_the_positions_of_the_start():
+    early, late = torch.zeros(2, N_POSITIONS, 6)
+    early[1:5], late[8:12] = 0.8, 0.8
+    special = special_positions(mass_of(early), None, 4)
+    assert retention(mass_of(early), special, after=0.0)[0].value == pytest.approx(1.0)
+    moved = retention(mass_of(late), special, after=0.5)[0]
+    assert moved.value == 0
+    assert moved.slice == {"after": "0.5"}
+
+
+def test_retention_intervals_cover_the_truth():
+    """Planted: every latent fires twice as often at its 4 positions; 100 samples of 64 texts."""
+    bound = torch.zeros(N_POSITIONS, 20).bool()
+    bound[1:5] = True
+    rate = torch.where(bound, 0.4, 0.2)
+    truth = 4 * 0.4 / (4 * 0.4 + 11 * 0.2)
+    covered = 0
+    for seed in range(100):
+        lifted = mass_of(rate, n_texts=64, seed=seed)
+        found = retention(lifted, special_positions(lifted, bound, 4))[0]
+        covered += found.low <= truth <= found.high
+    assert covered >= 88
+
+
+def information(rate, **options):
+    batch, codes = fired(rate, **options)
+    metric = PositionInformation(*rate.shape, n_texts=200)
+    used = PositionMass(*rate.shape)
+    for part in (slice(0, 900), slice(900, None)):  # streaming changes nothing
+        some = batch.some(torch.arange(len(batch))[part])
+        metric.update(some, Codes(codes.latent[part], codes.value[part], codes.d_sae))
+        used.update(some, Codes(codes.latent[part], codes.value[part], codes.d_sae))
+    return {measure.metric: measure for measure in metric.measures(used)}
+
+
+def test_position_information_is_that_of_the_planted_rates_and_0_where_there_is_none():
+    even = information(torch.full((N_POSITIONS, 200), 0.2))
+    assert even["position_information_null"].value > 0.002  # what a finite sample alone gives
+    assert abs(even["position_information"].value) < 0.0005
+    assert even["position_bound_share"].value == pytest.approx(0.05, abs=0.05)
+    assert even["position_information"].low < 0 < even["position_information"].high
+
+    rate = torch.full((N_POSITIONS, 50), 0.1)
+    rate[1:6] = 0.7
+    p = rate[1:, 0].double().numpy()
+
+    def entropy(p):
+        return -(p * np.log(p) + (1 - p) * np.log(1 - p))
+
+    truth = 1 - entropy(p).mean() / entropy(p.mean())
+    bound = information(rate)
+    assert bound["position_information"].value == pytest.approx(truth, abs=0.01)
+    assert bound["position_information"].low < truth < bound["position_information"].high
+    assert bound["position_bound_share"].value == 1.0
+
+
+def test_runs_of_firings_do_not_pass_for_position():
+    """A latent that fires through a whole text, or not at all, says nothing of position, however few the texts."""
+    batch, codes = fired(torch.ones(N_POSITIONS, 40), n_texts=60)
+    speaks = torch.rand(60, 40, generator=torch.Generator().manual_seed(1)) < 0.5
+    length = torch.randint(4, N_POSITIONS, (60, 40), generator=torch.Generator().manual_seed(2))
+    start = torch.randint(N_POSITIONS - 1, (60, 40), generator=torch.Generator().manual_seed(3))
+    text, place = batch.text.long(), batch.position.long()[:, None] - 1
+    runs = speaks[text] & ((place - start[text]) % (N_POSITIONS - 1) < length[text])
+    codes = Codes(codes.latent, codes.value * runs, 40)
+    metric, used = PositionInformation(N_POSITIONS, 40, 60), PositionMass(N_POSITIONS, 40)
+    metric.update(batch, codes)
+    used.update(batch, codes)
+    found = {measure.metric: measure.value for measure in metric.measures(used)}
+    assert found["position_bound_share"] < 0.25
+    assert abs(found["position_information"]) < 0.5 * found["position_information_null"]
+
+
+def shift_design(activation, *, mask="on"):
+    """activation[text, token, window, latent] -> the three shares."""
+    n_texts, length, n_windows, d_sae = activation.shape
+    text, token, window = (part.reshape(-1) for part in torch.meshgrid(
+        torch.arange(n_texts), torch.arange(length), torch.arange(n_windows), indexing="ij"
+    ))  # fmt: skip
+    position = (1 + window * length + token).to(torch.int32)
+    batch = Batch(torch.zeros(len(text), 1), position, position, text.to(torch.int32), torch.ones(len(text)).bool())
+    latent = torch.arange(d_sae).expand(len(text), -1).contiguous()
+    design = ShiftDesign(n_texts, length, n_windows, d_sae)
+    for part in torch.randperm(len(text), generator=torch.Generator().manual_seed(0)).split(500):
+        value = activation[text[part], token[part], window[part]]
+        design.update(batch.some(part), Codes(latent[part], value, d_sae))
+    return {measure.metric.removeprefix("shift_"): measure for measure in design.measures(mask)}
+
+
+def random_of(*shape, seed=0):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_shift_design_tells_position_content_and_interaction_apart():
+    ones = torch.ones(40, 6, 5, 8)
+    content = shift_design(random_of(40, 6, 1, 8) * ones)
+    assert content["content"].value == pytest.approx(1.0)
+    position = shift_design(random_of(1, 1, 5, 8) * ones)
+    assert position["position"].value == pytest.approx(1.0)
+    noise = shift_design(random_of(40, 6, 5, 8))
+    assert noise["interaction"].value > 0.97
+    both = shift_design(random_of(40, 6, 1, 8) + random_of(1, 1, 5, 8, seed=1))
+    assert both["interaction"].value == pytest.approx(0, abs=1e-6)
+    for found in (content, position, noise, both):
+        assert sum(measure.value for measure in found.values()) == pytest.approx(1.0)
+
+
+def test_a_mask_does_not_win_the_position_share_by_its_construction():
+    """A rarely firing latent, open in one window alone: what it does there is interaction, not position."""
+    fires = (random_of(100, 20, 1, 8) < 0.03) * random_of(100, 20, 1, 8, seed=1)
+    open_in = torch.zeros(5, 8)
+    open_in[torch.arange(8) % 5, torch.arange(8)] = 1.0
+    found = shift_design(fires * open_in)
+    assert found["position"].value < 0.04
+    assert found["interaction"].value > 0.9
+
+
+def test_a_content_that_was_not_seen_everywhere_is_refused():
+    batch = Batch(torch.zeros(1, 1), *(torch.tensor([n], dtype=torch.int32) for n in (1, 1, 0)), torch.ones(1).bool())
+    design = ShiftDesign(2, 3, 5, 8)
+    design.update(batch, Codes(torch.tensor([[0]]), torch.tensor([[1.0]]), 8))
+    with pytest.raises(AssertionError, match="not seen in every window"):
+        design.measures("on")
 
 
 def test_profile_fidelity_is_the_overlap_of_two_distributions():
     openness = make_sae("hard").mask.openness()
+    openness = openness[:, openness[0] == 0]  # position 0 is never kept
     assert profile_fidelity(mass_of(0.9 * openness, 2000), openness)[0].value > 0.97
     even = profile_fidelity(mass_of(torch.full_like(openness, 0.9), 2000), openness)[0]
-    assert even.value == pytest.approx(4 / N_POSITIONS, abs=0.01)
+    assert even.value == pytest.approx(4 / (N_POSITIONS - 1), abs=0.01)
     flat = profile_fidelity(mass_of(torch.full_like(openness, 0.9), 2000), torch.ones_like(openness))[0]
     assert flat.value > 0.97
     assert np.isfinite([flat.low, flat.high]).all()

@@ -13,6 +13,7 @@ from posmask.errors import BadSetting, NothingToDo
 from posmask.folders import read_manifest
 from posmask.probing import catalogues, order, order_files, order_tasks
 from posmask.probing.order_tasks import OrderTask, find_groups, make_order_task
+from posmask.probing.pooling import PooledTexts
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,9 @@ def test_order_groups_hold_equal_bags_and_a_bag_of_words_scores_exactly_1_over_k
     bag = torch.zeros(len(rows), len(used))
     for row, ids in zip(bag, rows, strict=True):
         row.index_add_(0, torch.from_numpy(np.searchsorted(used, ids)), torch.ones(len(ids)))
-    for measure in order.order_accuracy(task, bag, (1, 20), "bag"):
+    features = PooledTexts(len(bag) + task.n_test_groups * task.n_classes, len(used))
+    features.add(torch.arange(features.n_texts), torch.cat([bag, bag[task.n_train_groups * task.n_classes :]]))
+    for measure in order.order_accuracy(task, features, (1, 20), "bag"):
         assert measure.value == 0.5
 
 

@@ -1,35 +1,51 @@
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 
-from conftest import D_SAE, N_POSITIONS, make_sae, make_vectors
+from conftest import N_POSITIONS, make_sae, make_vectors
 from posmask import assets, corpus, model
 from posmask.activations import Batch
 from posmask.errors import BadSetting, DegenerateResult
 from posmask.probing import order, order_tasks, topics
 from posmask.probing.order_tasks import OrderTask
-from posmask.probing.pooling import Pool
-from posmask.probing.sparse import k_sparse_correct
+from posmask.probing.pooling import PooledTexts, Pooling, equal_segments, growing_segments
+from posmask.probing.sparse import ProbeTask, all_feature_correct, k_sparse_correct, logistic_regression
+from posmask.sae import Codes
+
+
+def pooled(rows):
+    features = PooledTexts(*rows.shape)
+    features.add(torch.arange(len(rows)), rows)
+    features.n_tokens += 1
+    return features
 
 
 def labelled(n, *, seed=0):
     random = torch.Generator().manual_seed(seed)
     label = torch.arange(n) % 2 == 0
-    features = torch.randn(n, 20, generator=random)
+    features = torch.randn(n, 20, generator=random).clamp(min=0)
     features[:, 7] += 3.0 * label
     features[:, 3] -= 1.5 * label
     return features, label
 
 
+def probe(train, train_label, test, test_label, ks):
+    n_train = len(train)
+    task = ProbeTask(torch.arange(n_train), train_label, n_train + torch.arange(len(test)), test_label)
+    return {k: right for k, (right,) in k_sparse_correct(pooled(torch.cat([train, test])), [task], ks).items()}
+
+
 def test_probes_use_the_features_whose_class_means_differ_most():
     train, label = labelled(400)
     test, test_label = labelled(400, seed=1)
-    found = k_sparse_correct(train, label, test, test_label, (1, 2, 20))
+    found = probe(train, label, test, test_label, (1, 2, 20))
     assert found[1].float().mean() > 0.9
     assert found[2].float().mean() > found[1].float().mean()
     train[:, [7, 3]] = test[:, [7, 3]] = 0.0
-    blind = k_sparse_correct(train, label, test, test_label, (1, 2))
+    blind = probe(train, label, test, test_label, (1, 2))
     assert abs(float(blind[2].float().mean()) - 0.5) < 0.08
 
 
@@ -37,40 +53,164 @@ def test_probes_on_permuted_labels_are_at_chance():
     train, label = labelled(400)
     test, test_label = labelled(2000, seed=1)
     permuted = label[torch.randperm(400, generator=torch.Generator().manual_seed(5))]
-    correct = k_sparse_correct(train, permuted, test, test_label, (5,))[5]
-    assert abs(float(correct.float().mean()) - 0.5) < 0.1
+    assert abs(float(probe(train, permuted, test, test_label, (5,))[5].float().mean()) - 0.5) < 0.1
 
 
 def test_constant_features_stop_the_probe():
     label = torch.arange(10) % 2 == 0
-    with pytest.raises(DegenerateResult, match="all 4 pooled features are constant over 10 training texts"):
-        k_sparse_correct(torch.zeros(10, 4), label, torch.zeros(10, 4), label, (1,))
+    for value in (0.0, 0.3):
+        rows = torch.full((10, 4), value)
+        with pytest.raises(DegenerateResult, match="all 4 pooled features are constant over 10 training texts"):
+            probe(rows, label, rows, label, (1,))
 
 
 def test_features_that_are_not_finite_stop_the_probe():
     train, label = labelled(20)
-    test = train.clone()
-    test[3, 5] = torch.nan
-    with pytest.raises(DegenerateResult, match="NaN or infinite"):
-        k_sparse_correct(train, label, test, label, (1,))
+    for bad in (torch.nan, torch.inf):
+        test = train.clone()
+        test[3, 5] = bad
+        with pytest.raises(DegenerateResult, match="NaN or infinite"):
+            probe(train, label, test, label, (1,))
 
 
-@pytest.mark.parametrize("n_segments", [1, 4])
-def test_pooling_equals_a_plain_loop(n_segments):
-    sae = make_sae("hard")
-    vectors, position = make_vectors(200)
-    text = (torch.arange(200) * 7 % 5).to(torch.int32)
-    batch = Batch(vectors, position, position, text, torch.ones(200).bool())
-    codes = sae.sparse_encode(vectors, position)
-    pool = Pool(6, D_SAE, N_POSITIONS, n_segments)
-    pool.update(batch, codes)
-    expected = torch.zeros(6, n_segments, D_SAE)
-    for number in range(6):
-        for segment in range(n_segments):
-            inside = (text == number) & (position * n_segments // N_POSITIONS == segment)
-            if inside.any():
-                expected[number, segment] = codes.dense()[inside].mean(0)
-    torch.testing.assert_close(pool.features(), expected.flatten(1))
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])
+@pytest.mark.parametrize("k", [1, 5, 20])
+def test_newton_finds_scikit_learns_optimum(k, scale):
+    """Also where classes can be told apart with certainty, and where tasks have different numbers of texts."""
+    n_texts = (300, 200)
+    inputs, target = torch.zeros(2, 300, k, dtype=torch.float64), torch.zeros(2, 300, dtype=torch.float64)
+    for number, n in enumerate(n_texts):
+        rows, label = labelled(n, seed=number)
+        inputs[number, :n] = scale * rows[:, 20 - k :].double() if number else scale * rows[:, :k].double()
+        target[number, :n] = label.double() * 2 - 1
+    weight, intercept = logistic_regression(inputs, target)
+    for number, n in enumerate(n_texts):
+        peer = LogisticRegression(tol=1e-10, max_iter=10_000)
+        peer.fit(inputs[number, :n].numpy(), target[number, :n].numpy())
+
+        def loss(w, b, number=number, n=n):
+            margin = target[number, :n].numpy() * (inputs[number, :n].numpy() @ w + b)
+            return np.logaddexp(0, -margin).sum() + (w**2).sum() / 2
+
+        ours, theirs = loss(weight[number].numpy(), float(intercept[number])), loss(peer.coef_[0], peer.intercept_[0])
+        assert ours <= theirs * (1 + 1e-7)
+
+
+def test_a_warm_start_changes_no_solution():
+    rows, label = labelled(300)
+    inputs, target = rows.double()[None], (label.double() * 2 - 1)[None]
+    start = logistic_regression(inputs[..., :5], target)
+    cold = logistic_regression(inputs, target)
+    torch.testing.assert_close(logistic_regression(inputs, target, start), cold, rtol=1e-3, atol=1e-4)
+
+
+def test_many_probes_at_once_equal_one_at_a_time():
+    train, label = labelled(300)
+    other = torch.randperm(300, generator=torch.Generator().manual_seed(1)) < 150
+    features, texts = pooled(train), torch.arange(300)
+    tasks = [ProbeTask(texts[:200], some[:200], texts[200:], some[200:]) for some in (label, other)]
+    together = k_sparse_correct(features, tasks, (1, 3, 10))
+    for number, task in enumerate(tasks):
+        alone = k_sparse_correct(features, [task], (10, 3, 1))
+        assert all(torch.equal(alone[k][0], together[k][number]) for k in (1, 3, 10))
+
+
+def test_the_probe_on_all_features_never_sees_the_test_texts_by_default():
+    train, label = labelled(400)
+    features = pooled(torch.cat([train, labelled(200, seed=1)[0]]))
+    task = ProbeTask(torch.arange(400), label, 400 + torch.arange(200), torch.arange(200) % 2 == 0)
+    right = all_feature_correct(features, task, torch.Generator().manual_seed(0))
+    assert right.float().mean() > 0.9
+    # With the test labels turned round, what is right is turned round, and nothing else.
+    turned = ProbeTask(task.train, task.train_label, task.test, ~task.test_label)
+    assert torch.equal(all_feature_correct(features, turned, torch.Generator().manual_seed(0)), ~right)
+
+
+POOLINGS = {
+    "mean": {},
+    "fair": {"live": make_sae("hard").mask.live()},
+    "segments": {"segment_of_position": equal_segments(N_POSITIONS, 4)},
+    "growing": {"segment_of_position": growing_segments(N_POSITIONS)},
+    "fair segments": {
+        "live": make_sae("hard").mask.live(),
+        "segment_of_position": equal_segments(N_POSITIONS, 4),
+    },
+    "last": {"last_token_only": True},
+}
+
+
+def contexts(n_texts, *, seed=0):
+    """Batches of whole texts of different lengths, and their texts' numbers in some order."""
+    vectors, _ = make_vectors(n_texts * N_POSITIONS, seed=seed)
+    length = torch.randint(1, N_POSITIONS, (n_texts,), generator=torch.Generator().manual_seed(seed))
+    text = torch.arange(n_texts).repeat_interleave(length).to(torch.int32)
+    position = torch.cat([torch.arange(1, n + 1) for n in length.tolist()]).to(torch.int32)
+    n = len(text)
+    return Batch(vectors[:n], position, position, text, torch.ones(n).bool())
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("name", POOLINGS)
+def test_pooling_equals_a_plain_loop(name, dense):
+    options = dict(POOLINGS[name])
+    sae, batch = make_sae("hard"), contexts(9)
+    if dense:
+        options.pop("live", None)
+    codes = None if dense else sae.sparse_encode(batch.vectors, batch.position)
+    rows = batch.vectors if codes is None else codes.dense()
+    pooling = Pooling(10, rows.shape[1], **options)
+    for part in (batch.text < 4, batch.text >= 4):
+        some = None if codes is None else Codes(codes.latent[part], codes.value[part], codes.d_sae)
+        pooling.update(batch.some(part), some)
+    segment = options.get("segment_of_position", torch.zeros(N_POSITIONS, dtype=torch.int64))
+    live = options.get("live", torch.ones(N_POSITIONS, rows.shape[1]))
+    expected = torch.zeros(10, int(segment.max()) + 1, rows.shape[1])
+    for text in range(9):
+        tokens = (batch.text == text).nonzero()[:, 0].tolist()
+        for token in tokens[-1:] if name == "last" else tokens:
+            where = segment[batch.position[token].long()]
+            for feature in range(rows.shape[1]):
+                counted = [
+                    t
+                    for t in (tokens[-1:] if name == "last" else tokens)
+                    if segment[batch.position[t].long()] == where and live[batch.position[t].long(), feature] > 0
+                ]
+                if token in counted:
+                    expected[text, where, feature] += rows[token, feature] / len(counted)
+    found = pooling.texts.rows(torch.arange(10))
+    torch.testing.assert_close(found, expected.flatten(1))
+    some = torch.tensor([3, 0, 5])
+    assert torch.equal(pooling.texts.columns(some), found[:, some])
+    weight = torch.rand(10, 2, generator=torch.Generator().manual_seed(0)) * (torch.arange(10) % 3 > 0)[:, None]
+    torch.testing.assert_close(pooling.texts.weighted_sums(weight).float(), weight.T @ found)
+    assert pooling.texts.n_tokens.tolist() == [int((batch.text == text).sum()) for text in range(10)]
+
+
+def test_fair_pooling_gives_a_masked_latent_what_mean_pooling_takes():
+    """A latent that says 1 wherever it is open: mean pooling hides how loud it is, fair pooling does not."""
+    live = make_sae("slice").mask.live()
+    n_positions, d_sae = live.shape
+    position = torch.arange(1, n_positions, dtype=torch.int32)
+    batch = Batch(torch.zeros(len(position), 1), position, position, position * 0, position > 0)
+    codes = Codes(torch.arange(d_sae).expand(len(position), -1), live[1:], d_sae)
+    mean, fair = Pooling(1, d_sae), Pooling(1, d_sae, live=live)
+    for pooling in (mean, fair):
+        pooling.update(batch, codes)
+    everything = torch.arange(1)
+    assert torch.equal(fair.texts.rows(everything), torch.ones(1, d_sae))
+    assert float(mean.texts.rows(everything).max()) == pytest.approx(4 / 15)
+
+
+def test_texts_pool_the_same_in_memory_and_on_disk(monkeypatch):
+    rows = torch.rand(50, 30, generator=torch.Generator().manual_seed(0)) * (torch.rand(50, 30) < 0.3)
+    in_memory = pooled(rows)
+    monkeypatch.setattr("posmask.probing.pooling._IN_MEMORY_BYTES", 100)
+    monkeypatch.setattr("posmask.probing.pooling._BLOCK_ENTRIES", 7)
+    on_disk = pooled(rows)
+    assert on_disk._file._rolled
+    assert not in_memory._file._rolled
+    for features in (in_memory, on_disk):
+        assert torch.equal(features.rows(torch.arange(50)), rows)
 
 
 def make_dataset(n_class=40):
@@ -81,23 +221,103 @@ def make_dataset(n_class=40):
 
 def test_each_class_is_probed_on_balanced_texts_that_never_cross_the_split():
     dataset = make_dataset()
+    kept = torch.ones(120).bool()
+    kept[5] = False
     for number in range(3):
-        for train in (True, False):
-            chosen = topics._balanced(dataset, number, train)
+        task = topics._task(dataset, kept, number, torch.Generator().manual_seed(0))
+        for chosen, positive, train in ((task.train, task.train_label, True), (task.test, task.test_label, False)):
+            assert 5 not in chosen.tolist()
             assert len(set(chosen.tolist())) == len(chosen)
             assert bool((dataset.train[chosen] == train).all())
+            assert torch.equal(dataset.label[chosen] == number, positive)
             counts = Counter(dataset.label[chosen].tolist())
             assert counts[number] == len(chosen) / 2
             assert max(counts[other] for other in counts if other != number) <= len(chosen) / 4 + 1
 
 
-def test_probe_accuracy_is_the_mean_over_classes():
+@pytest.mark.parametrize("protocol", ["default", "saebench"])
+def test_probe_accuracy_is_the_mean_over_classes(protocol):
     dataset = make_dataset()
-    features = torch.nn.functional.one_hot(dataset.label, 3).float()
-    found = topics.probe_accuracy(dataset, features, (1, 3), "sae")
-    assert [measure.value for measure in found] == [1.0, 1.0]
-    assert found[0].slice == {"dataset": "toy", "k": 1, "source": "sae"}
-    assert found[0].n == 60
+    features = pooled(torch.nn.functional.one_hot(dataset.label, 3).float())
+    found = topics.probe_accuracy(
+        dataset, features, (1, 3), source="sae", protocol=protocol, random=torch.Generator().manual_seed(0)
+    )
+    whole = [measure for measure in found if "class" not in measure.slice]
+    # sae-bench's patience of 10 epochs is 10 steps with so few texts: its probe on all features learns nothing.
+    assert [measure.value for measure in whole][protocol == "saebench" :] == [1.0, 1.0, 1.0][protocol == "saebench" :]
+    assert [measure.slice["k"] for measure in whole] == ["all", 1, 3]
+    assert whole[1].slice == {
+        "dataset": "toy", "k": 1, "source": "sae", "pooling": "mean", "protocol": protocol, "train": 60,
+    }  # fmt: skip
+    assert [measure.slice["class"] for measure in found if "class" in measure.slice and measure.slice["k"] == 1] == [
+        "a", "b", "c",
+    ]  # fmt: skip
+
+
+def test_one_draw_serves_every_k_and_only_the_saebench_protocol_draws_anew(monkeypatch):
+    seen = {}
+    probes = topics.k_sparse_correct
+
+    def spy(features, tasks, ks):
+        for k in ks:
+            seen.setdefault(protocol, {})[k] = torch.cat([task.train for task in tasks])
+        return probes(features, tasks, ks)
+
+    monkeypatch.setattr(topics, "k_sparse_correct", spy)
+    features = pooled(torch.nn.functional.one_hot(make_dataset().label, 3).float())
+    for protocol in ("default", "saebench"):
+        topics.probe_accuracy(
+            make_dataset(), features, (1, 2), source="sae", protocol=protocol, random=torch.Generator().manual_seed(0)
+        )
+    assert torch.equal(seen["default"][1], seen["default"][2])
+    assert not torch.equal(seen["saebench"][1], seen["saebench"][2])
+
+
+def test_texts_of_special_tokens_alone_are_left_out_and_the_real_sizes_stand_in_every_row():
+    dataset = make_dataset()
+    features = pooled(torch.nn.functional.one_hot(dataset.label, 3).float())
+    features.n_tokens[:10] = 0  # ten training texts of class a
+    found = topics.probe_accuracy(dataset, features, (1,), source="sae")
+    sizes = {measure.slice["class"]: measure.slice["train"] for measure in found if "class" in measure.slice}
+    assert sizes == {"a": 40, "b": 60, "c": 60}
+    features.n_tokens[:30] = 0
+    with pytest.raises(BadSetting, match="toy has no texts with content on both sides of its class 'a'"):
+        topics.probe_accuracy(dataset, features, (1,), source="sae")
+
+
+def toy_order(n_train=60, n_test=40, n_classes=2):
+    texts = tuple(f"{group} {label}" for group in range(n_train + n_test) for label in range(n_classes))
+    return OrderTask("toy", n_classes, texts, n_train, n_test)
+
+
+@pytest.mark.parametrize("n_classes", [2, 3])
+def test_order_probes_are_right_where_features_know_the_order_and_controls_stay_at_chance(n_classes):
+    task = toy_order(n_classes=n_classes)
+    n_shuffled = task.n_test_groups * n_classes
+    label = torch.arange(len(task.texts)) % n_classes
+    knows = torch.nn.functional.one_hot(label, n_classes).float()
+    shuffled = torch.rand(n_shuffled, n_classes, generator=torch.Generator().manual_seed(0))
+    found = order.order_accuracy(task, pooled(torch.cat([knows, shuffled])), (1,), "mean")
+    values = {measure.metric: measure.value for measure in found}
+    assert values["order_accuracy"] == 1.0
+    assert abs(values["order_shuffled"] - 0.5) < 0.15
+    assert values["order_permuted"] < 0.9  # labels at random: a group is right or wrong as a whole
+    assert {measure.n for measure in found} == {task.n_test_groups}
+    bag = torch.arange(len(task.texts)).float()[:, None] // n_classes
+    bag = torch.cat([bag, bag[-n_shuffled:]])
+    blind = order.order_accuracy(task, pooled(torch.cat([bag, (bag % 7) ** 2], 1)), (1,), "mean")
+    assert [measure.value for measure in blind] == [0.5, 0.5, 0.5]
+
+
+def test_permuted_labels_leave_nothing_to_learn():
+    """Mean over many draws of features that know the order perfectly."""
+    found = []
+    for number in range(30):
+        task = OrderTask(f"toy{number}", 2, toy_order().texts, 60, 40)
+        knows = torch.nn.functional.one_hot(torch.arange(280) % 2, 2).float()
+        found.append(order.order_accuracy(task, pooled(knows), (1,), "mean")[2].value)
+    assert set(found) <= {0.0, 0.5, 1.0}
+    assert 0.25 < sum(found) / len(found) < 0.75
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,5 @@
 import csv
+import json
 import re
 
 import pytest
@@ -8,6 +9,7 @@ from conftest import make_texts
 from posmask import assets, corpus, folders, rows, study
 from posmask.errors import BadSetting, DamagedFolder
 from posmask.probing import order_tasks, topics
+from posmask.verdicts import read_verdicts
 
 STUDY = """
 name = "tiny"
@@ -30,6 +32,8 @@ batch_tokens = 256
 learning_rate = 5e-3
 [evaluation]
 retention_positions = 4
+shift_texts = 40
+model_contexts = 8
 order_tasks = ["toy_order"]
 order_train_groups = 30
 order_test_groups = 10
@@ -45,6 +49,10 @@ mask = { kind = "open" }
 name = "slice-compute"
 mask = { kind = "slice", n_slices = 4 }
 budget = "compute"
+decay = true
+[[questions]]
+cell = "slice-compute"
+against = "open + segments4"
 """
 
 
@@ -88,7 +96,9 @@ def test_a_study_runs_from_text_to_results(study_file, tmp_path):
     metrics = {row.metric for row in found if row.cell == "slice-compute"}
     assert metrics >= {
         "explained_variance", "l0", "dead_share", "retention", "retention_chance", "profile_fidelity",
-        "order_accuracy", "probe_accuracy", "train_seconds", "train_tokens",
+        "order_accuracy", "order_shuffled", "order_permuted", "probe_accuracy", "train_seconds", "train_tokens",
+        "ce_recovered", "kl_recovered", "ablation_effect", "causal_specificity", "position_information",
+        "position_information_null", "position_bound_share", "shift_position", "shift_content", "shift_interaction",
     }  # fmt: skip
     by_slice = {(row.cell, row.metric, row.slice): row for row in found}
     assert by_slice["slice-compute", "d_sae", ""].value == 4 * 32
@@ -97,12 +107,29 @@ def test_a_study_runs_from_text_to_results(study_file, tmp_path):
     for pooling in ("mean", "segments4"):
         assert ("open", "order_accuracy", f"task=toy_order;k=5;pooling={pooling}") in by_slice
     for cell, source in (("open", "sae"), ("llm", "llm")):
-        assert (cell, "probe_accuracy", f"dataset=toy;k=1;source={source}") in by_slice
+        where = f"dataset=toy;k=1;source={source};pooling=mean;protocol=default;train=40"
+        assert (cell, "probe_accuracy", where) in by_slice
+        assert (cell, "probe_accuracy", f"{where};class=odd") in by_slice
+    for after in ("0", "0.05", "0.5", "1"):
+        assert ("slice-compute", "retention", f"after={after}") in by_slice
+    said = read_verdicts(tmp_path / "run" / "verdicts.csv")
+    assert {(verdict.label, verdict.against) for verdict in said} == {
+        ("slice-compute", "open"), ("slice-compute", "open + segments4"),
+    }  # fmt: skip
+    assert {verdict.verdict for verdict in said} == {"no evidence"}  # one seed
+    explained = next(verdict for verdict in said if verdict.column == "explained_variance")
+    own, other = (by_slice[cell, "explained_variance", ""].value for cell in ("slice-compute", "open"))
+    assert explained.effect == pytest.approx(own - other)
+    peer = json.loads((tmp_path / "run" / "cells" / "open-seed0" / "saebench.json").read_text())
+    where = "dataset=toy;k=5;source=sae;pooling=mean;protocol=default;train=40"
+    assert peer["eval_result_metrics"]["sae"]["sae_top_5_test_accuracy"] == pytest.approx(
+        by_slice["open", "probe_accuracy", where].value
+    )
     for name in ("open-seed0", "slice-compute-seed0"):
         folder = tmp_path / "run" / "cells" / name
         assert {path.name for path in folder.iterdir()} == {
             "manifest.json", "settings.json", "sae.json", "sae.safetensors", "openness.safetensors", "curve.csv",
-            "rows.csv",
+            "rows.csv", "units.safetensors", "saebench.json",
         }  # fmt: skip
 
 
@@ -162,10 +189,10 @@ def test_a_tampered_cell_is_found_before_its_numbers_are_used(study_file, tmp_pa
 def test_an_interrupted_cell_leaves_nothing_and_the_next_run_goes_on(study_file, tmp_path, monkeypatch):
     evaluate = study.evaluate
 
-    def stop(the_study, sae, *rest):
+    def stop(sae, *rest):
         if sae.mask.settings.kind == "slice":
             raise KeyboardInterrupt
-        return evaluate(the_study, sae, *rest)
+        return evaluate(sae, *rest)
 
     monkeypatch.setattr(study, "evaluate", stop)
     with pytest.raises(KeyboardInterrupt):
@@ -215,6 +242,9 @@ def test_training_tokens_are_never_held_out_tokens(study_file, tmp_path):
         ("learning_rate = 5e-3", "learning_rate = inf", "training.learning_rate = inf is not valid"),
         ('kind = "open"', 'kind = ["open"]', "mask kind ['open'] is unknown"),
         ('name = "open"', 'name = "llm"', "stands for the model itself: rename it"),
+        ('against = "open + segments4"', 'against = "opne"', "questions ask about 'opne', which is no cell"),
+        ("model_contexts = 8", "model_contexts = 1", "evaluation.model_contexts = 1 is not valid"),
+        ("retention_positions = 4\n", "retention_positions = 4\ndecay_shares = [0]\n", "goes on for no steps"),
         ("[model]", "[model", "is not a readable TOML file"),
     ],
 )
@@ -268,4 +298,4 @@ def test_an_untrained_sae_gets_no_numbers(study_file, tmp_path):
     with torch.no_grad():
         sae.encoder.zero_()
     with pytest.raises(study.PosmaskError, match="the SAE codes 0 latents a token"):
-        study.evaluate(settings, sae, torch.zeros(32).bool(), data, "test")
+        study.evaluate(sae, torch.zeros(32).bool(), data, "test")

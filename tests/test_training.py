@@ -8,7 +8,7 @@ from posmask.activations import Activations, evaluation_batches
 from posmask.errors import DegenerateResult
 from posmask.folders import write_folder
 from posmask.masks import make_mask, mask_settings
-from posmask.metrics.specialization import PositionMass, retention
+from posmask.metrics.specialization import PositionMass, retention, special_positions
 from posmask.sae import SparseAutoencoder, TopK
 from posmask.training import TrainingSettings, train
 
@@ -151,7 +151,7 @@ def test_importance_finds_planted_positions_and_retention_tells_bound_from_free(
             codes = sae.sparse_encode(kept.vectors, kept.position)
             value = codes.value * chosen[codes.latent]
             mass.update(kept, type(codes)(codes.latent, value, codes.d_sae))
-        share, chance = retention(mass, None, 4)
+        share, chance = retention(mass, special_positions(mass, None, 4))
         assert chance.value == pytest.approx(4 / 15, abs=0.01)
         if is_bound:
             assert share.value > 0.95

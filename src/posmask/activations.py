@@ -45,9 +45,13 @@ class Batch:
     def __len__(self) -> int:
         return len(self.vectors)
 
+    def some(self, which: Bool[Tensor, " token"] | Int[Tensor, " some"]) -> "Batch":
+        """Some of the tokens, chosen by truth or by number."""
+        return Batch(*(getattr(self, name)[which] for name in ("vectors", *_FIELDS)))
+
     def kept(self) -> "Batch":
         """The tokens that count."""
-        return Batch(*(getattr(self, name)[self.keep] for name in ("vectors", *_FIELDS)))
+        return self.some(self.keep)
 
 
 class Activations:
@@ -189,9 +193,15 @@ class _ShardWriter:
 
 
 def evaluation_batches(activations: Activations, batch_tokens: int = 4096) -> Iterator[Batch]:
-    """Every stored token once, in order."""
-    for start in range(0, activations.n_tokens, batch_tokens):
-        yield activations.batch(torch.arange(start, min(start + batch_tokens, activations.n_tokens)))
+    """Every stored token once, in order; whole contexts, as many as fit into `batch_tokens` (at least one)."""
+    ends = [*(activations.position == 0).nonzero()[1:, 0].tolist(), activations.n_tokens]
+    start = end = 0
+    for next_end in ends:
+        if next_end - start > batch_tokens and end > start:
+            yield activations.batch(torch.arange(start, end))
+            start = end
+        end = next_end
+    yield activations.batch(torch.arange(start, end))
 
 
 def training_batches(activations: Activations, batch_tokens: int, n_batches: int, seed: int) -> Iterator[Batch]:

@@ -206,7 +206,7 @@ def _table(lines: list) -> Table:
         table.add_column(name, no_wrap=True)
     heads = [
         "expl.\nvar.",
-        "dead",
+        "CE\nrec.",
         "reten-\ntion",
         *(f"order\nk={k}" for k in ORDER_KS),
         *(f"probe\nk={k}" for k in PROBE_KS),
@@ -214,15 +214,17 @@ def _table(lines: list) -> Table:
     for name in heads:
         table.add_column(name, justify="right", no_wrap=True)
     for line in lines:
+        # A cell's own numbers stand once, on its first line.
+        overall = ["" if line.pooling != "mean" else _number(line.overall[name]) for name in _OVERALL]
         numbers = [
-            line.explained_variance,
-            line.dead_share,
-            line.retention,
             *line.order.values(),
             *line.probing.values(),
         ]
-        table.add_row(line.label, line.budget, *(_number(value) for value in numbers))
+        table.add_row(line.label, line.budget, *overall, *(_number(value) for value in numbers))
     return table
+
+
+_OVERALL = ("explained_variance", "ce_recovered", "retention")
 
 
 if __name__ == "__main__":

@@ -13,10 +13,22 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from posmask.errors import NothingToDo
+from posmask.errors import BadSetting, NothingToDo
 from posmask.seeds import generator
 
-__all__ = ["TRAINING_SHARE", "Tokenizer", "Tokens", "pack", "pad", "split_of", "text_key", "unique_texts"]
+__all__ = [
+    "TRAINING_SHARE",
+    "Split",
+    "Tokenizer",
+    "Tokens",
+    "pack",
+    "pad",
+    "shifted",
+    "split_of",
+    "text_key",
+    "unique_texts",
+    "with_shuffled",
+]
 
 TRAINING_SHARE = 0.25
 """Which share of all texts may train an SAE. Small, because labelled texts for evaluation are what is scarce."""
@@ -49,6 +61,9 @@ class Tokens:
         return int(self.keep.sum())
 
 
+Split = Literal["training", "evaluation"]
+
+
 def text_key(text: str) -> str:
     """What two texts that count as the same have in common: SHA-256 of their beginnings.
 
@@ -58,7 +73,7 @@ def text_key(text: str) -> str:
     return hashlib.sha256(" ".join(text[:1000].lower().split())[:200].encode()).hexdigest()
 
 
-def split_of(text: str) -> Literal["training", "evaluation"]:
+def split_of(text: str) -> Split:
     """Which side of the wall a text stands on, wherever it occurs: decided by its hash alone.
 
     SAEs are trained on one side, metrics and probes use the other, so no choice of files can put one text on both.
@@ -67,7 +82,7 @@ def split_of(text: str) -> Literal["training", "evaluation"]:
     return "training" if int(text_key(text)[:8], 16) < TRAINING_SHARE * 16**8 else "evaluation"
 
 
-def unique_texts(texts: Iterable[str], split: Literal["training", "evaluation"]) -> list[str]:
+def unique_texts(texts: Iterable[str], split: Split) -> list[str]:
     """The non-empty texts of one split, each once, in order."""
     found: dict[str, str] = {}
     for text in texts:
@@ -149,3 +164,72 @@ def pad(texts: Sequence[str], tokenizer: Tokenizer, n_positions: int) -> Tokens:
         text=text,
         keep=(text >= 0) & (ids != bos) & (ids != eos),
     )
+
+
+def with_shuffled(tokens: Tokens, contexts: Int[Tensor, " chosen"], *, seed: int = 0) -> Tokens:
+    """The same contexts, and after them copies of some whose kept tokens stand in random order.
+
+    The copies' texts are numbered on from the last text.
+    """
+    random = generator(seed, "shuffled tokens")
+    ids = tokens.id[contexts].clone()
+    for row, keep in zip(ids, tokens.keep[contexts], strict=True):
+        kept = row[keep]
+        row[keep] = kept[torch.randperm(len(kept), generator=random)]
+    first = int(tokens.text.max()) + 1
+    number = torch.arange(first, first + len(contexts))[:, None]
+    text = torch.where(tokens.text[contexts] >= 0, number, -1)
+    return Tokens(
+        id=torch.cat([tokens.id, ids]),
+        position=torch.cat([tokens.position, tokens.position[contexts]]),
+        text=torch.cat([tokens.text, text]),
+        keep=torch.cat([tokens.keep, tokens.keep[contexts]]),
+    )
+
+
+def shifted(texts: Sequence[str], tokenizer: Tokenizer, n_positions: int, n_texts: int, n_windows: int) -> Tokens:
+    """The shift design: the beginnings of `n_texts` texts, each seen once in each of `n_windows` equal windows.
+
+    A context is BOS, then other text ended by EOS (none before the first window), then the piece, which fills its
+    window; only the piece is kept, numbered as its text. Every piece has (n_positions - 1) // n_windows tokens; texts
+    that are too short or hold BOS or EOS go into what stands before.
+
+    Raises:
+        BadSetting: the windows would have fewer than two tokens.
+        NothingToDo: too few texts are long enough.
+    """
+    bos, eos = _special_ids(tokenizer)
+    length = (n_positions - 1) // n_windows
+    if length < 2:
+        raise BadSetting(
+            f"{n_windows} windows leave {length} tokens of {n_positions} positions to each: ask for fewer windows"
+        )
+    pieces: list[list[int]] = []
+    before: list[int] = []
+    needed = n_texts * length * (n_windows - 1)
+    for start in range(0, len(texts), 256):
+        for row in _token_ids(list(texts[start : start + 256]), tokenizer):
+            row = [token for token in row if token not in (bos, eos)]
+            if len(pieces) < n_texts and len(row) >= length:
+                pieces.append(row[:length])
+            elif len(before) < needed:
+                before += row
+        if len(pieces) == n_texts and len(before) >= needed:
+            break
+    if len(pieces) < n_texts or len(before) < needed:
+        raise NothingToDo(
+            f"{n_texts} texts of {length} tokens, with {needed:,} tokens to stand before them, were asked for, but the "
+            f"{len(texts):,} texts give {len(pieces)} and {len(before):,}: ask for fewer, or name more texts"
+        )
+    ids = torch.full((n_texts * n_windows, n_positions), eos, dtype=torch.int64)
+    ids[:, 0] = bos
+    text = torch.full_like(ids, -1)
+    for number, piece in enumerate(pieces):
+        own = before[number * length * (n_windows - 1) :]
+        for window in range(n_windows):
+            row, first = number * n_windows + window, 1 + window * length
+            ids[row, 1:first] = torch.tensor([*own[: first - 2], eos][: first - 1], dtype=torch.int64)
+            ids[row, first : first + length] = torch.tensor(piece)
+            text[row, first : first + length] = number
+    position = torch.arange(n_positions).expand(len(ids), -1).contiguous()
+    return Tokens(id=ids, position=position, text=text, keep=text >= 0)

@@ -1,19 +1,24 @@
-"""95 % intervals by bootstrap over texts (or groups of texts), the units that were drawn independently."""
+"""95 % intervals: over texts (or groups of them), the units that were drawn independently, and over folds of texts."""
+
+import math
+from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float, Int
+from scipy import stats
 from torch import Tensor
 
+from posmask.rows import Measure, Units
 from posmask.seeds import generator
 
-__all__ = ["interval", "mean_interval", "ratio_interval", "resample_counts"]
+__all__ = ["interval", "jackknife_interval", "ratio", "ratio_interval", "resample_counts"]
 
 N_RESAMPLES = 500
 
 
-def resample_counts(n_units: int, seed: int = 0) -> Int[Tensor, "resample unit"]:
+def resample_counts(n_units: int, purpose: str = "") -> Int[Tensor, "resample unit"]:
     """How often each unit was drawn in each of `N_RESAMPLES` draws of n_units with replacement."""
-    drawn = torch.randint(n_units, (N_RESAMPLES, n_units), generator=generator(seed, "bootstrap"))
+    drawn = torch.randint(n_units, (N_RESAMPLES, n_units), generator=generator(0, f"bootstrap {purpose}"))
     return torch.zeros(N_RESAMPLES, n_units, dtype=torch.int64).scatter_add_(1, drawn, torch.ones_like(drawn))
 
 
@@ -27,16 +32,41 @@ def interval(values: Float[Tensor, " resample"]) -> tuple[float, float]:
 
 
 def ratio_interval(top: Float[Tensor, " unit"], bottom: Float[Tensor, " unit"]) -> tuple[float, float]:
-    """Of sum(top) / sum(bottom)."""
+    """Of sum(top) / sum(bottom), by bootstrap over units.
+
+    >>> low, high = ratio_interval(torch.tensor([0.0, 1.0] * 50), torch.ones(100))
+    >>> low < 0.5 < high
+    True
+    """
     counts = resample_counts(len(top)).double()
     return interval((counts @ top.double()) / (counts @ bottom.double()))
 
 
-def mean_interval(values: Float[Tensor, " unit"]) -> tuple[float, float]:
-    """Of the mean over units.
+def ratio(
+    metric: str,
+    top: Float[Tensor, " unit"],
+    bottom: Float[Tensor, " unit"] | None = None,
+    *,
+    slice: Mapping[str, object] | None = None,
+    n: int | None = None,
+) -> Measure:
+    """The measure sum(top) / sum(bottom) with its interval over units, which it carries for paired comparisons.
 
-    >>> low, high = mean_interval(torch.tensor([0.0, 1.0] * 50))
-    >>> low < 0.5 < high
-    True
+    Args:
+        bottom: None means 1 a unit: a mean.
+        n: what the number rests on; None means the number of units.
     """
-    return ratio_interval(values, torch.ones_like(values))
+    top = top.double()
+    bottom = torch.ones_like(top) if bottom is None else bottom.double()
+    total = float(bottom.sum())
+    value = float(top.sum()) / total if total else math.nan
+    low, high = ratio_interval(top, bottom)
+    return Measure(metric, value, low, high, len(top) if n is None else n, slice, Units(top.numpy(), bottom.numpy()))
+
+
+def jackknife_interval(value: float, without_each: Float[Tensor, " fold"]) -> tuple[float, float]:
+    """From the values that leave out one fold of texts each: value +- t * standard error (Efron 1982, chapter 3)."""
+    n = len(without_each)
+    error = math.sqrt((n - 1) / n * float((without_each - without_each.mean()).square().sum()))
+    reach = float(stats.t.ppf(0.975, n - 1)) * error
+    return value - reach, value + reach

@@ -26,10 +26,12 @@ __all__ = [
     "ByLatent",
     "Precision",
     "Selected",
+    "add_weighted_entries",
     "dot_rows",
     "fast_float32",
     "float32_stays_float32",
     "keep_freed_memory",
+    "place_entries",
     "select_top_k",
     "top_k_rows",
     "weighted_rows",
@@ -164,6 +166,34 @@ def _largest_of_gated_rows(value, gate, gate_row, k, chosen):  # pragma: no cove
         for j in range(value.shape[1]):
             gated[j] = value[token, j] * openness[j]
         _largest(gated, k, chosen[token])
+
+
+@numba.njit(cache=True)
+def add_weighted_entries(row, column, value, first, which, weight, sums):  # pragma: no cover (compiled)
+    """sums[w, column[e]] += weight[row[e], w] * value[e] for each entry e of a sparse table and each w; in place.
+
+    Entries of a row stand together. The weights are sparse too: those of row r are weight[first[r] : first[r + 1]],
+    for the w in `which`.
+    """
+    start = 0
+    while start < len(row):
+        end = start + 1
+        while end < len(row) and row[end] == row[start]:
+            end += 1
+        for place in range(first[row[start]], first[row[start] + 1]):
+            total, share = sums[which[place]], weight[place]
+            for entry in range(start, end):
+                total[column[entry]] += share * value[entry]
+        start = end
+
+
+@numba.njit(cache=True)
+def place_entries(row, column, value, row_slot, column_slot, out):  # pragma: no cover (compiled)
+    """out[row_slot[row[e]], column_slot[column[e]]] = value[e] for each entry e whose slots are not negative."""
+    for entry in range(len(row)):
+        y, x = row_slot[row[entry]], column_slot[column[entry]]
+        if y >= 0 and x >= 0:
+            out[y, x] = value[entry]
 
 
 def dot_rows(rows: Tensor, table: Tensor, latent: Tensor) -> Tensor:

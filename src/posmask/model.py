@@ -48,6 +48,7 @@ class LanguageModel:
     """
 
     def __init__(self, model: Any, layer: int) -> None:
+        self._model = model
         self._body = model.get_decoder()  # without the head, whose product costs as much as several layers
         layers = _decoder_layers(self._body, model.config.num_hidden_layers)
         if not 1 <= layer <= len(layers):
@@ -58,10 +59,15 @@ class LanguageModel:
         self.d_model = int(model.config.hidden_size)
         self._longest = getattr(model.config, "max_position_embeddings", None)
         self._caught: Tensor | None = None
-        layers[layer - 1].register_forward_hook(self._catch)
+        self._replacement: Tensor | None = None
+        self._below = list(layers)[:layer]
+        layers[layer - 1].register_forward_hook(self._at_layer)
 
-    def _catch(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        self._caught = output[0] if isinstance(output, tuple) else output
+    def _at_layer(self, module: nn.Module, inputs: Any, output: Any) -> Any:
+        is_tuple = isinstance(output, tuple)
+        if self._replacement is not None:
+            return (self._replacement, *output[1:]) if is_tuple else self._replacement
+        self._caught = output[0] if is_tuple else output
         raise _Stop
 
     def check_length(self, n_positions: int) -> None:
@@ -82,6 +88,25 @@ class LanguageModel:
         assert self._caught is not None
         caught, self._caught = self._caught, None
         return caught
+
+    @torch.inference_mode()
+    def logits(
+        self, ids: Int[Tensor, "context position"], vectors: Float[Tensor, "context position d_model"]
+    ) -> Float[Tensor, "context position vocabulary"]:
+        """Next-token logits when `vectors` stand in the residual stream after `layer`; the layers below do not run."""
+        self._replacement = vectors.to(next(self._body.parameters()).dtype)
+        for block in self._below:
+            block.forward = _pass_on
+        try:
+            return self._model(input_ids=ids, use_cache=False).logits
+        finally:
+            self._replacement = None
+            for block in self._below:
+                del block.forward  # the instance's; the class's own shows again
+
+
+def _pass_on(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return hidden_states
 
 
 class _Stop(Exception):

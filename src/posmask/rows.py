@@ -6,7 +6,31 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-__all__ = ["Measure", "Row", "parse_slice", "read_rows", "write_rows"]
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+__all__ = [
+    "Measure",
+    "Row",
+    "Units",
+    "parse_slice",
+    "read_rows",
+    "read_units",
+    "slice_text",
+    "write_rows",
+    "write_units",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class Units:
+    """What a measure was drawn from, unit by unit (texts, groups of texts): its value is sum(top) / sum(bottom).
+
+    The same measure of another cell rests on the same units in the same order, so that the two can be paired.
+    """
+
+    top: np.ndarray
+    bottom: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -23,6 +47,7 @@ class Measure:
     high: float = math.nan
     n: int = 0
     slice: Mapping[str, object] | None = None
+    units: Units | None = None
 
 
 @dataclass(frozen=True)
@@ -50,12 +75,17 @@ class Row:
             apply=apply,
             seed=seed,
             metric=measure.metric,
-            slice=";".join(f"{key}={value}" for key, value in (measure.slice or {}).items()),
+            slice=slice_text(measure.slice or {}),
             value=float(measure.value),
             low=float(measure.low),
             high=float(measure.high),
             n=int(measure.n),
         )
+
+
+def slice_text(slice: Mapping[str, object]) -> str:
+    """A slice as it stands in a row: key=value pairs joined by semicolons."""
+    return ";".join(f"{key}={value}" for key, value in slice.items())
 
 
 def parse_slice(text: str) -> dict[str, str]:
@@ -81,3 +111,19 @@ def read_rows(path: Path) -> list[Row]:
             Row(**{field.name: field.type(line[field.name]) for field in fields(Row)})  # type: ignore[operator]
             for line in csv.DictReader(file)
         ]
+
+
+def write_units(path: Path, measures: Iterable[Measure]) -> None:
+    """Write the units of the measures that have them, by `metric|slice`."""
+    save_file(
+        {
+            f"{measure.metric}|{slice_text(measure.slice or {})}": np.stack([measure.units.top, measure.units.bottom])
+            for measure in measures
+            if measure.units is not None
+        },
+        path,
+    )
+
+
+def read_units(path: Path) -> dict[str, Units]:
+    return {name: Units(top, bottom) for name, (top, bottom) in load_file(path).items()}

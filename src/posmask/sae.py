@@ -27,7 +27,7 @@ from posmask.errors import BadSetting, DamagedFolder
 from posmask.masks import LiveGroup, PositionMask, make_mask, mask_settings
 from posmask.seeds import generator
 
-__all__ = ["RULES", "Codes", "SparseAutoencoder", "TopK", "read_sae", "rule_settings", "write_sae"]
+__all__ = ["RULES", "Codes", "SparseAutoencoder", "TopK", "read_sae", "rule_settings", "without_mask", "write_sae"]
 
 WEIGHTS_FILE = "sae.safetensors"
 SETTINGS_FILE = "sae.json"
@@ -193,6 +193,15 @@ class SparseAutoencoder(nn.Module):
                 f"positions {int(position.min())} to {int(position.max())} are not all within the "
                 f"{self.mask.n_positions} positions that this SAE's mask was made for: cut the texts to that length"
             )
+
+
+def without_mask(sae: SparseAutoencoder) -> SparseAutoencoder:
+    """A copy of an SAE, every latent open everywhere."""
+    mask = make_mask(mask_settings({"kind": "open"}), sae.mask.n_positions, sae.d_sae)
+    copy = SparseAutoencoder(sae.d_model, sae.rule, mask)
+    own = copy.state_dict()
+    copy.load_state_dict({**own, **{name: value for name, value in sae.state_dict().items() if "mask." not in name}})
+    return copy
 
 
 def write_sae(sae: SparseAutoencoder, folder: Path) -> None:

@@ -5,14 +5,15 @@ trains one SAE and evaluates it into its folder, `run_study` goes over the cells
 """
 
 import difflib
+import time
 import tomllib
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from jaxtyping import Bool
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -22,22 +23,24 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from torch import Tensor
 
-from posmask import assets, corpus, folders, kernels, masks, model, rows, training
-from posmask.activations import Activations, Batch, evaluation_batches, harvest
+from posmask import assets, corpus, folders, kernels, masks, model, rows, training, verdicts
+from posmask.activations import Activations, harvest
 from posmask.errors import BadSetting, PosmaskError
-from posmask.metrics.reconstruction import Reconstruction, dead_share
-from posmask.metrics.specialization import PositionMass, profile_fidelity, retention
-from posmask.probing import order, topics
-from posmask.probing.order_tasks import ORDER_TASKS, OrderTask, make_order_task
-from posmask.probing.pooling import Pool
-from posmask.progress import announce, progress_bar
+from posmask.evaluation import Data, EvaluationSettings, baselines, decay, evaluate
+from posmask.interop import saebench
+from posmask.probing import topics
+from posmask.probing.order import order_tokens
+from posmask.probing.order_tasks import make_order_task
+from posmask.progress import announce
 from posmask.sae import SparseAutoencoder, TopK, rule_settings, write_sae
 
 __all__ = ["CellSettings", "StudySettings", "cell_states", "read_study", "run_study"]
 
 RESULTS_FILE = "results.csv"
+VERDICTS_FILE = "verdicts.csv"
+UNITS_FILE = "units.safetensors"
+SAEBENCH_FILE = "saebench.json"
 _BASELINES = "baselines"
 _MODEL_CELL = "llm"  # what the baselines' rows say in the column `cell`
 
@@ -84,32 +87,6 @@ class SaeSettings(_Settings):
         return rule_settings(value) if isinstance(value, dict) else value
 
 
-class EvaluationSettings(_Settings):
-    """What each cell is asked, and how many texts it is asked with."""
-
-    retention_positions: int = Field(gt=0)
-    """How many top positions stand in for a mask, for latents whose mask binds them to none."""
-    order_tasks: tuple[str, ...] = tuple(ORDER_TASKS)
-    order_train_groups: int = Field(gt=0)
-    order_test_groups: int = Field(gt=0)
-    order_segments: int = Field(default=8, gt=1)
-    """Position segments of the segment-pooled rival of the unmasked SAE."""
-    probe_datasets: tuple[str, ...] = tuple(topics.DATASETS)
-    probe_train: int = Field(gt=1)
-    """Training texts a probe, half of them of its class; capped at what the dataset has, with the test texts."""
-    probe_test: int = Field(gt=1)
-    ks: tuple[Annotated[int, Field(gt=0)], ...] = Field(default=(1, 5, 20, 50), min_length=1)
-    """How many latents a probe may use."""
-
-    @model_validator(mode="after")
-    def _known_names(self) -> "EvaluationSettings":
-        for given, known in ((self.order_tasks, ORDER_TASKS), (self.probe_datasets, topics.DATASETS)):
-            for name in given:
-                if name not in known:
-                    raise ValueError(f"{name!r} is unknown: choose from {', '.join(known)}")
-        return self
-
-
 class CellSettings(_Settings):
     """One row of the study: a mask at a budget."""
 
@@ -117,11 +94,21 @@ class CellSettings(_Settings):
     mask: SerializeAsAny[masks.MaskSettings]
     budget: Literal["width", "compute"] = "width"
     """width: d_sae latents in all. compute: d_sae latents open at each position, as many in all as that takes."""
+    decay: bool = False
+    """Whether a copy is trained on without the mask, to see how fast specialisation fades: costs as much again."""
 
     @field_validator("mask", mode="before")
     @classmethod
     def _known_kind(cls, value: Any) -> Any:
         return masks.mask_settings(value) if isinstance(value, dict) else value
+
+
+class QuestionSettings(_Settings):
+    """A comparison to be judged, beside each cell's with the first open one."""
+
+    cell: str
+    against: str
+    """A cell's name, or `CELL + POOLING` for its order probes on another pooling, such as `open + segments8`."""
 
 
 class StudySettings(_Settings):
@@ -135,6 +122,7 @@ class StudySettings(_Settings):
     training: training.TrainingSettings
     evaluation: EvaluationSettings
     cells: tuple[CellSettings, ...] = Field(min_length=1)
+    questions: tuple[QuestionSettings, ...] = ()
 
     @model_validator(mode="after")
     def _fits_together(self) -> "StudySettings":
@@ -144,6 +132,10 @@ class StudySettings(_Settings):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two cells are called {name!r}: give each its own name")
+        for question in self.questions:
+            for side in (question.cell, question.against):
+                if side.partition(" + ")[0] not in names:
+                    raise ValueError(f"questions ask about {side!r}, which is no cell: choose from {', '.join(names)}")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds = {list(self.seeds)} repeats a seed: the same run twice is no second sample")
         if self.training.batch_tokens > self.corpus.training_tokens:
@@ -228,23 +220,13 @@ def _all_fields() -> list[str]:
         SaeSettings,
         EvaluationSettings,
         CellSettings,
+        QuestionSettings,
         training.TrainingSettings,
     ):
         found |= set(part.model_fields)
     for mask in masks.MASKS.values():
         found |= set(mask.Settings.model_fields)
     return sorted(found)
-
-
-@dataclass(frozen=True)
-class Data:
-    """Everything that all cells share: harvested vectors, with the tasks they belong to."""
-
-    training: Activations
-    heldout: Activations
-    order: dict[str, tuple[OrderTask, Activations]]
-    probes: dict[str, tuple[topics.ProbeDataset, Activations]]
-    tokenizer: corpus.Tokenizer
 
 
 class Source:
@@ -273,7 +255,8 @@ class Source:
 
 
 def _texts_identity() -> dict[str, Any]:
-    return {"carrier": assets.TEXT_CARRIER.wheel_sha256, "training_share": corpus.TRAINING_SHARE}
+    carriers = {carrier.package: carrier.wheel_sha256 for carrier in assets.CARRIERS if carrier != assets.MODEL_CARRIER}
+    return {"carriers": carriers, "training_share": corpus.TRAINING_SHARE}
 
 
 def prepare(study: StudySettings, source: Source, root: Path) -> Data:
@@ -292,23 +275,19 @@ def prepare(study: StudySettings, source: Source, root: Path) -> Data:
             return Activations(folder)
         return harvest(tokens(), source.loaded, folder, made_from, label)
 
-    def packed(split: Literal["training", "evaluation"], n_tokens: int) -> Callable[[], corpus.Tokens]:
-        def build() -> corpus.Tokens:
-            announce(f"Reading the {split} texts of {len(study.corpus.tables)} tables.")
-            texts = corpus.unique_texts(
-                (text for name in study.corpus.tables for text, _ in assets.read_table(name)), split
-            )
-            cut = [text[: study.corpus.max_characters] for text in texts]
-            return corpus.pack(cut, source.tokenizer, n_positions, n_tokens)
+    def texts(split: corpus.Split) -> list[str]:
+        announce(f"Reading the {split} texts of {len(study.corpus.tables)} tables.")
+        found = corpus.unique_texts(
+            (text for name in study.corpus.tables for text, _ in assets.read_table(name)), split
+        )
+        return [text[: study.corpus.max_characters] for text in found]
 
-        return build
-
-    def padded(texts: tuple[str, ...]) -> Callable[[], corpus.Tokens]:
-        return lambda: corpus.pad(texts, source.tokenizer, n_positions)
+    def packed(split: corpus.Split, n_tokens: int) -> Callable[[], corpus.Tokens]:
+        return lambda: corpus.pack(texts(split), source.tokenizer, n_positions, n_tokens)
 
     settings = study.corpus.model_dump(mode="json", include={"tables", "max_characters"})
     ask = study.evaluation
-    splits: tuple[tuple[Literal["training", "evaluation"], int], ...] = (
+    splits: tuple[tuple[corpus.Split, int], ...] = (
         ("training", study.corpus.training_tokens),
         ("evaluation", study.corpus.heldout_tokens),
     )
@@ -316,89 +295,32 @@ def prepare(study: StudySettings, source: Source, root: Path) -> Data:
         split: harvested(split, {"split": split, "tokens": n_tokens, **settings}, packed(split, n_tokens))
         for split, n_tokens in splits
     }
+    n_pieces, n_windows = ask.shift_texts, ask.shift_windows
+    shift = harvested(
+        "shift",
+        {"shift": [n_pieces, n_windows], **settings},
+        lambda: corpus.shifted(texts("evaluation"), source.tokenizer, n_positions, n_pieces, n_windows),
+    )
     tasks, datasets = {}, {}
     for name in ask.order_tasks:
         task = make_order_task(name, source.tokenizer, n_positions, ask.order_train_groups, ask.order_test_groups)
-        tasks[name] = task, harvested(name, {"texts_of": list(task.texts)}, padded(task.texts))
+        tokens = partial(order_tokens, task, source.tokenizer, n_positions)
+        tasks[name] = task, harvested(name, {"shuffled_too": True, "texts_of": list(task.texts)}, tokens)
     for name in ask.probe_datasets:
         dataset = topics.read_probe_dataset(name, ask.probe_train, ask.probe_test, study.corpus.max_characters)
-        datasets[name] = dataset, harvested(name, {"texts_of": list(dataset.texts)}, padded(dataset.texts))
-    return Data(sets["training"], sets["evaluation"], tasks, datasets, source.tokenizer)
-
-
-def _kept_batches(activations: Activations, advance: Callable[[int], None]) -> Iterator[Batch]:
-    for batch in evaluation_batches(activations):
-        kept = batch.kept()
-        yield kept
-        advance(len(kept))
-
-
-def evaluate(
-    study: StudySettings, sae: SparseAutoencoder, dead: Bool[Tensor, " latent"], data: Data, label: str
-) -> list[rows.Measure]:
-    """Every measure of a trained SAE."""
-    ask, n_positions = study.evaluation, study.corpus.n_positions
-    strict = sae.mask.bound_positions()
-    lift_changes_codes = sae.mask.gates_code() and not bool((sae.mask.openness() == 1).all())
-    heldout = data.heldout
-    n_tokens = heldout.n_kept * (2 if lift_changes_codes else 1)
-    n_tokens += sum(activations.n_kept for _, activations in [*data.order.values(), *data.probes.values()])
-    found: list[rows.Measure] = []
-    with progress_bar(f"evaluate {label}", n_tokens, "tokens") as advance:
-        mean, _ = heldout.centre_and_scale
-        fidelity = Reconstruction(n_positions, heldout.n_texts, mean)
-        used = PositionMass(n_positions, sae.d_sae)
-        for batch in _kept_batches(heldout, advance):
-            codes = sae.sparse_encode(batch.vectors, batch.position)
-            fidelity.update(batch, codes, sae.sparse_decode(codes))
-            used.update(batch, codes)
-        found += fidelity.measures() + dead_share(sae, dead)
-        found += profile_fidelity(used, sae.mask.openness().detach())
-        lifted = used
-        if lift_changes_codes:
-            lifted = PositionMass(n_positions, sae.d_sae)
-            for batch in _kept_batches(heldout, advance):
-                lifted.update(batch, sae.sparse_encode(batch.vectors, batch.position, lift=True))
-        found += retention(lifted, strict, ask.retention_positions)
-
-        segments = [1, ask.order_segments] if sae.mask.settings.kind == "open" else [1]
-        for task, activations in data.order.values():
-            pools = {count: Pool(len(task.texts), sae.d_sae, n_positions, count) for count in segments}
-            for batch in _kept_batches(activations, advance):
-                codes = sae.sparse_encode(batch.vectors, batch.position)
-                for pool in pools.values():
-                    pool.update(batch, codes)
-            for count, pool in pools.items():
-                pooling = "mean" if count == 1 else f"segments{count}"
-                found += order.order_accuracy(task, pool.features(), ask.ks, pooling)
-        for dataset, activations in data.probes.values():
-            pool = Pool(len(dataset.texts), sae.d_sae, n_positions)
-            for batch in _kept_batches(activations, advance):
-                pool.update(batch, sae.sparse_encode(batch.vectors, batch.position))
-            found += topics.probe_accuracy(dataset, pool.features(), ask.ks, "sae")
-    return found
-
-
-def baselines(study: StudySettings, data: Data) -> list[rows.Measure]:
-    """What needs no SAE: probes on the model's own channels, and the bag-of-words control of each order task."""
-    ask, n_positions = study.evaluation, study.corpus.n_positions
-    found: list[rows.Measure] = []
-    n_tokens = sum(activations.n_kept for _, activations in [*data.order.values(), *data.probes.values()])
-    with progress_bar("evaluate the model itself", n_tokens, "tokens") as advance:
-
-        def pooled(activations: Activations, n_texts: int) -> Tensor:
-            pool = Pool(n_texts, activations.d_model, n_positions)
-            for batch in _kept_batches(activations, advance):
-                pool.update_dense(batch)
-            return pool.features()
-
-        for task, activations in data.order.values():
-            found += order.bag_accuracy(task, data.tokenizer)
-            found += order.order_accuracy(task, pooled(activations, len(task.texts)), ask.ks, "mean")
-        for dataset, activations in data.probes.values():
-            features = pooled(activations, len(dataset.texts))
-            found += topics.probe_accuracy(dataset, features, ask.ks, "llm")
-    return found
+        tokens = partial(corpus.pad, dataset.texts, source.tokenizer, n_positions)
+        datasets[name] = dataset, harvested(name, {"texts_of": list(dataset.texts)}, tokens)
+    return Data(
+        sets["training"],
+        sets["evaluation"],
+        shift,
+        tasks,
+        datasets,
+        source.tokenizer,
+        n_positions,
+        ask,
+        lambda: source.loaded,
+    )
 
 
 @dataclass(frozen=True)
@@ -457,25 +379,48 @@ def run_study(study: StudySettings, root: Path, say: Callable[[str], None] = pri
         say(f"{len(places) - len(todo)} of {len(places)} folders are finished and stay as they are.")
     if todo:
         data = prepare(study, source, root)  # What cannot be prepared has moved nothing yet.
-        for name in (RESULTS_FILE, "report.html"):  # Old numbers must not stand beside new cells.
+        for name in (RESULTS_FILE, VERDICTS_FILE, "report.html"):  # Old numbers must not stand beside new cells.
             (root / name).unlink(missing_ok=True)
         for place in todo:
             if place.folder.exists():
                 moved = folders.set_aside(place.folder, root / "stale")
                 say(f"{place.label} was made from other settings: moved to {moved}.")
-            _run_place(study, place, data)
+            _run_place(study, place, data, [] if place.cell is None else _read_rows(places[0].folder))
     results = [row for place in places for row in _read_rows(place.folder)]
-    draft = root / f".{RESULTS_FILE}.draft"
-    rows.write_rows(draft, results)
-    draft.replace(root / RESULTS_FILE)
+    _write_whole(root / RESULTS_FILE, partial(rows.write_rows, rows=results))
+    _write_whole(root / VERDICTS_FILE, partial(verdicts.write_verdicts, verdicts=_verdicts(study, places)))
     return results
 
 
-def _run_place(study: StudySettings, place: _Place, data: Data) -> None:
+def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a file beside its place and move it there, so that it is never seen half-written."""
+    draft = path.with_name(f".{path.name}.draft")
+    write(draft)
+    draft.replace(path)
+
+
+def _verdicts(study: StudySettings, places: list["_Place"]) -> list[verdicts.Verdict]:
+    """Each cell against the first open one, then the study's own questions."""
+    units: dict[str, list[dict[str, rows.Units]]] = {}
+    for place in places:
+        if place.cell is not None:
+            units.setdefault(place.cell.name, []).append(rows.read_units(place.folder / UNITS_FILE))
+    baseline = next((cell.name for cell in study.cells if cell.mask.kind == "open" and cell.budget == "width"), None)
+    asked = [verdicts.Comparison(cell.name, baseline) for cell in study.cells if baseline not in (None, cell.name)]
+    asked += [verdicts.Comparison(question.cell, question.against) for question in study.questions]
+    return verdicts.judge(units, asked)
+
+
+def _run_place(study: StudySettings, place: _Place, data: Data, baseline: list[rows.Row]) -> None:
+    """Fill one folder.
+
+    Args:
+        baseline: the rows of the baselines, which come first.
+    """
     cell = place.cell
     with folders.write_folder(place.folder, place.made_from) as draft:
         if cell is None:
-            found = baselines(study, data)
+            found = baselines(data)
             columns = {"mask": "none", "budget": "", "apply": ""}
             name = _MODEL_CELL
         else:
@@ -487,8 +432,12 @@ def _run_place(study: StudySettings, place: _Place, data: Data) -> None:
                 rows.Measure("train_seconds", trained.seconds, n=1),
                 rows.Measure("train_tokens", trained.n_tokens, n=1),
                 rows.Measure("d_sae", sae.d_sae, n=1),
-                *evaluate(study, sae, trained.dead, data, place.label),
+                *evaluate(sae, trained.dead, data, place.label),
             ]
+            if cell.decay:
+                found += decay(sae, data, study.training, place.seed, place.label)
+            if study.evaluation.probe_datasets:
+                _write_saebench(draft / SAEBENCH_FILE, study, place, found, baseline)
             columns = {"mask": cell.mask.kind, "budget": cell.budget, "apply": cell.mask.apply}
             name = cell.name
         (draft / "settings.json").write_text(folders.as_json(place.made_from), encoding="utf8")
@@ -496,6 +445,48 @@ def _run_place(study: StudySettings, place: _Place, data: Data) -> None:
             draft / "rows.csv",
             [rows.Row.of(measure, cell=name, seed=place.seed, **columns) for measure in found],
         )
+        rows.write_units(draft / UNITS_FILE, found)
+
+
+def _write_saebench(
+    path: Path, study: StudySettings, place: _Place, found: list[rows.Measure], baseline: list[rows.Row]
+) -> None:
+    """SAEBench's own evaluation file, with the same cell's probe accuracies."""
+    assert place.cell is not None
+    ask = study.evaluation
+    llm, sae = (
+        {
+            (where["dataset"], where["class"], "all" if where["k"] == "all" else int(where["k"])): value
+            for metric, where, value in some
+            if metric == "probe_accuracy" and "class" in where and where["pooling"] == "mean"
+        }
+        for some in (
+            [(row.metric, rows.parse_slice(row.slice), row.value) for row in baseline],
+            [(one.metric, rows.parse_slice(rows.slice_text(one.slice or {})), one.value) for one in found],
+        )
+    )
+    config = saebench.EvalConfig(
+        random_seed=topics.SAEBENCH_SEED,
+        dataset_names=ask.probe_datasets,
+        probe_train_set_size=ask.probe_train,
+        probe_test_set_size=ask.probe_test,
+        context_length=study.corpus.n_positions,
+        llm_dtype=place.made_from["model"]["precision"],
+        model_name=study.model.name,
+        k_values=ask.ks,
+    )
+    identity = folders.identity(place.made_from)
+    output = saebench.eval_output(
+        llm,
+        sae,
+        config,
+        eval_id=str(uuid.uuid5(uuid.NAMESPACE_URL, identity)),
+        epoch_milliseconds=round(time.time() * 1000),
+        sae_name=f"posmask {study.name} {place.label}",
+        sae_id=None,
+        sae_config={"identity": identity, "probe_protocol": ask.probe_protocol, **place.made_from},
+    )
+    saebench.write_eval_output(path, output)
 
 
 def _read_rows(folder: Path) -> list[rows.Row]:

@@ -1,6 +1,7 @@
 """The study's table: one line a cell, means over seeds, tasks and datasets of the rows it stands on."""
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -14,22 +15,19 @@ PROBE_KS = (1, 5)
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the table. NaN where a line has no such number.
+    """One line of the table: a cell at one pooling. NaN where a line has no such number.
 
-    `order` and `probing` hold one mean accuracy for each k, over order tasks and over datasets.
+    `order` and `probing` hold one mean accuracy for each k, over order tasks and over datasets; `overall` the cell's
+    other numbers by metric.
     """
 
     label: str
+    pooling: str
     mask: str
     budget: str
     apply: str
     n_seeds: int
-    d_sae: float
-    explained_variance: float
-    dead_share: float
-    retention: float
-    retention_chance: float
-    profile_fidelity: float
+    overall: dict[str, float]
     order: dict[int, float]
     probing: dict[int, float]
 
@@ -40,40 +38,41 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def summarise(rows: Sequence[Row]) -> list[Line]:
-    """Cells in their order, then segment pooling of the cells that have it, then the model's own channels."""
+    """Cells in their order, then their other poolings, then the model's own channels."""
     names = list(dict.fromkeys(row.cell for row in rows))
     lines, pooled_lines, model_lines = [], [], []
     for name in names:
         own = [row for row in rows if row.cell == name]
         slices = [parse_slice(row.slice) for row in own]
-        poolings = list(dict.fromkeys(slice["pooling"] for slice in slices if "pooling" in slice))
+        poolings = list(dict.fromkeys(slice["pooling"] for slice in slices if "pooling" in slice)) or ["mean"]
+        by_metric: dict[str, list[float]] = {}
+        for row in own:
+            if not row.slice:
+                by_metric.setdefault(row.metric, []).append(row.value)
 
-        def overall(metric: str, own: list[Row] = own) -> float:
-            return _mean(row.value for row in own if row.metric == metric and not row.slice)
-
-        def accuracy(metric: str, k: int, pooling: str | None = None, own: list[Row] = own, slices=slices) -> float:
+        def accuracy(metric: str, k: int, pooling: str, own: list[Row] = own, slices=slices) -> float:
             return _mean(
                 row.value
                 for row, where in zip(own, slices, strict=True)
-                if row.metric == metric and where["k"] == str(k) and where.get("pooling") == pooling
+                if row.metric == metric
+                and where["k"] == str(k)
+                and where["pooling"] == pooling
+                and "class" not in where
             )
 
-        for pooling in poolings or ["mean"]:
+        for pooling in poolings:
             is_model, is_mean = own[0].mask == "none", pooling == "mean"
+            who = "the model itself" if is_model else name
             line = Line(
-                label="the model itself" if is_model else name if is_mean else f"{name} + {pooling}",
+                label=who if is_mean else f"{who} + {pooling}",
+                pooling=pooling,
                 mask=own[0].mask,
                 budget=own[0].budget,
                 apply=own[0].apply,
                 n_seeds=len({row.seed for row in own}),
-                d_sae=overall("d_sae"),
-                explained_variance=overall("explained_variance"),
-                dead_share=overall("dead_share"),
-                retention=overall("retention"),
-                retention_chance=overall("retention_chance"),
-                profile_fidelity=overall("profile_fidelity"),
+                overall=defaultdict(lambda: math.nan, {metric: _mean(found) for metric, found in by_metric.items()}),
                 order={k: accuracy("order_accuracy", k, pooling) for k in ORDER_KS},
-                probing={k: accuracy("probe_accuracy", k) if is_mean else math.nan for k in PROBE_KS},
+                probing={k: accuracy("probe_accuracy", k, pooling) for k in PROBE_KS},
             )
             (model_lines if is_model else lines if is_mean else pooled_lines).append(line)
     return lines + pooled_lines + model_lines

@@ -3,6 +3,7 @@
 import csv
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -93,9 +94,17 @@ class DeadLatents:
 
 
 def train(
-    sae: SparseAutoencoder, activations: Activations, settings: TrainingSettings, seed: int, label: str
+    sae: SparseAutoencoder,
+    activations: Activations,
+    settings: TrainingSettings,
+    seed: int,
+    label: str,
+    after_step: Callable[[int], None] = lambda done: None,
 ) -> Trained:
     """Train `sae` in place.
+
+    Args:
+        after_step: called with the number of steps done, after each.
 
     Raises:
         NothingToDo: fewer kept tokens than a batch.
@@ -146,6 +155,7 @@ def train(
             if done % _CURVE_EVERY == 0 or done in (1, settings.n_steps):
                 curve.append(_point(sae, batch, step, done, settings, learning_rate, int(deaths.dead.sum())))
             advance(len(batch))
+            after_step(done)
     final = curve[-1]
     if final.l0 == 0 or not final.explained_variance > 0:
         raise DegenerateResult(

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -19,8 +19,7 @@ __all__ = ["KS", "Accuracies", "EvalConfig", "eval_file_name", "eval_output", "w
 KS = (1, 2, 5, 10, 20, 50, 100)
 """The k for which SAEBench's format has fields. Other k stand in posmask's own rows alone."""
 
-_K = int | Literal["all"]
-Accuracies = Mapping[tuple[str, str, _K], float]
+Accuracies = Mapping[tuple[str, str, int | str], float]
 """(dataset, class, k) -> test accuracy of that class's probe; k is "all" for the probe on every feature."""
 
 
@@ -120,7 +119,7 @@ def eval_file_name(sae_name: str, sae_id: str = "custom_sae") -> str:
     return f"{sae_name}_{sae_id}_eval_results.json".replace("/", "_")
 
 
-def _metric(source: str, k: _K) -> str:
+def _metric(source: str, k: int | str) -> str:
     return f"{source}_test_accuracy" if k == "all" else f"{source}_top_{k}_test_accuracy"
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from posmask.activations import Batch
 from posmask.errors import DegenerateResult
-from posmask.intervals import ratio_interval
+from posmask.intervals import ratio
 from posmask.rows import Measure
 from posmask.sae import Codes, SparseAutoencoder
 
@@ -63,10 +63,9 @@ class Reconstruction:
                 f"the SAE codes {l0:.3g} latents a token and explains {explained:.3g} of the variance on held-out "
                 "tokens: numbers made with it would mean nothing, so none are written; train it first"
             )
-        low, high = ratio_interval(text["error"], text["total"])
         found = [
-            Measure("explained_variance", explained, 1 - high, 1 - low, n),
-            Measure("l0", l0, *ratio_interval(text["active"], text["n"]), n),
+            ratio("explained_variance", text["total"] - text["error"], text["total"], n=n),
+            ratio("l0", text["active"], text["n"], n=n),
         ]
         at = self._by_position
         variance = at["squares"] - self._sum_at.square().sum(1) / at["n"].clamp(min=1)

@@ -1,40 +1,39 @@
 """Whether latents speak where they were specialised: retention with the mask lifted, and profile fidelity."""
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from posmask.activations import Batch
 from posmask.errors import DegenerateResult
-from posmask.intervals import interval, resample_counts
+from posmask.intervals import jackknife_interval
 from posmask.rows import Measure
 from posmask.sae import Codes
 
-__all__ = ["PositionMass", "profile_fidelity", "retention"]
+__all__ = ["PositionMass", "SpecialPositions", "profile_fidelity", "retention", "special_positions"]
 
-N_FOLDS = 16  # Texts are dealt into folds: halves for choosing and measuring, and the units of the bootstrap.
+N_FOLDS = 16  # Texts are dealt into folds: halves for choosing and measuring, and the units of the jackknife.
 HALVES = (slice(0, None, 2), slice(1, None, 2))
 MIN_FIRINGS = 20  # A latent without this many firings in each half has no share worth the name.
 
 
 class PositionMass:
-    """Accumulates each latent's activation mass (sum of codes) by fold of texts and position."""
+    """Accumulates each latent's activation mass (sum of codes) and firings by fold of texts and position."""
 
     def __init__(self, n_positions: int, d_sae: int) -> None:
         self.mass: Float[Tensor, "fold position latent"] = torch.zeros(N_FOLDS, n_positions, d_sae)
-        self.firings: Float[Tensor, "fold latent"] = torch.zeros(N_FOLDS, d_sae)
+        self.firings: Float[Tensor, "fold position latent"] = torch.zeros(N_FOLDS, n_positions, d_sae)
         self.tokens: Float[Tensor, "fold position"] = torch.zeros(N_FOLDS, n_positions)
 
     def update(self, batch: Batch, codes: Codes) -> None:
         """Add kept tokens (`batch.kept()`) and their codes."""
-        fold = batch.text.long() % N_FOLDS
-        cell = fold * self.tokens.shape[1] + batch.position.long()
+        cell = batch.text.long() % N_FOLDS * self.tokens.shape[1] + batch.position.long()
         self.tokens.view(-1).index_add_(0, cell, torch.ones(len(cell)))
-        self.mass.view(-1).index_add_(
-            0, (cell[:, None] * codes.d_sae + codes.latent).reshape(-1), codes.value.reshape(-1)
-        )
-        fired = (codes.value > 0).float().reshape(-1)
-        self.firings.view(-1).index_add_(0, (fold[:, None] * codes.d_sae + codes.latent).reshape(-1), fired)
+        entry = (cell[:, None] * codes.d_sae + codes.latent).reshape(-1)
+        self.mass.view(-1).index_add_(0, entry, codes.value.reshape(-1))
+        self.firings.view(-1).index_add_(0, entry, (codes.value > 0).float().reshape(-1))
 
     def counted(self) -> Bool[Tensor, " latent"]:
         """The latents that fire often enough in each half of the texts.
@@ -42,7 +41,8 @@ class PositionMass:
         Raises:
             DegenerateResult: there are none.
         """
-        counted = torch.stack([self.firings[half].sum(0) for half in HALVES]).amin(0) >= MIN_FIRINGS
+        by_fold = self.firings.sum(1)
+        counted = torch.stack([by_fold[half].sum(0) for half in HALVES]).amin(0) >= MIN_FIRINGS
         if not bool(counted.any()):
             raise DegenerateResult(
                 f"no latent fires {MIN_FIRINGS} times in each half of the held-out texts, so neither retention nor "
@@ -51,48 +51,59 @@ class PositionMass:
         return counted
 
 
-def retention(
+@dataclass(frozen=True)
+class SpecialPositions:
+    """The positions that each latent is said to have specialised in, for measuring on either half of the texts."""
+
+    for_half: tuple[Float[Tensor, "position latent"], Float[Tensor, "position latent"]]
+
+
+def special_positions(
     lifted: PositionMass, bound_positions: Bool[Tensor, "position latent"] | None, n_top: int
-) -> list[Measure]:
+) -> SpecialPositions:
+    """Those its mask bound it to; where the mask binds none, the `n_top` with most mass on the *other* half."""
+    if bound_positions is not None:
+        bound = bound_positions.float()
+        return SpecialPositions((bound, bound))
+    other = [lifted.mass[half].sum(0).topk(n_top, dim=0).indices for half in HALVES[::-1]]
+    first, second = (torch.zeros_like(lifted.mass[0]).scatter_(0, top, 1.0) for top in other)
+    return SpecialPositions((first, second))
+
+
+def retention(lifted: PositionMass, special: SpecialPositions, *, after: float | None = None) -> list[Measure]:
     """`retention` and `retention_chance`: does a latent stay where it was specialised once it may speak anywhere?
 
-    retention = mean over latents of (mass at the latent's positions) / (its mass), mask lifted, in [0, 1].
-    The latent's positions are those its mask bound it to; where the mask binds none, the `n_top` positions with the
-    most mass on one half of the texts. The share is measured on the other half; both ways round, averaged.
+    retention = mean over latents of (mass at the latent's positions) / (its mass), mask lifted, in [0, 1], measured
+    on one half of the texts and on the other, averaged. retention_chance = what that share would be if the latent
+    fired without regard to position: the share of kept tokens at its positions.
 
-    retention_chance = what that share would be if the latent fired without regard to position: the share of
-    kept tokens at its positions.
-
-    Latents without 20 firings in each half are left out; `n` counts those that remain.
+    Latents without 20 firings in each half are left out; `n` counts those that remain. Intervals by jackknife over
+    folds of texts, the latents' positions held fixed.
 
     Args:
         lifted: accumulated from codes with the mask lifted.
+        after: share of the original training steps that went on without the mask; stands in the slice.
     """
     counted = lifted.counted()
-    shares, chances, resampled, resampled_chance = [], [], [], []
-    for chosen_on, measured_on in (HALVES, HALVES[::-1]):
-        if bound_positions is None:
-            top = lifted.mass[chosen_on].sum(0).topk(n_top, dim=0).indices
-            positions = torch.zeros_like(lifted.mass[0]).scatter_(0, top, 1.0)
-        else:
-            positions = bound_positions.float()
-        mass, tokens = lifted.mass[measured_on], lifted.tokens[measured_on]
-        inside = torch.einsum("fpl,pl->fl", mass, positions)[:, counted]
-        total = mass.sum(1)[:, counted]
-        tokens_inside = tokens @ positions[:, counted]
-        ones = torch.ones(1, len(tokens))
-        counts = resample_counts(len(tokens)).float()
-        for weights, share_list, chance_list in (
-            (ones, shares, chances),
-            (counts, resampled, resampled_chance),
-        ):
-            share_list.append(((weights @ inside) / (weights @ total)).nanmean(1))
-            chance_list.append(((weights @ tokens_inside) / (weights @ tokens.sum(1))[:, None]).mean(1))
-    n = int(counted.sum())
-    return [
-        Measure("retention", float(sum(shares)) / 2, *interval(sum(resampled) / 2), n),  # type: ignore[arg-type]
-        Measure("retention_chance", float(sum(chances)) / 2, *interval(sum(resampled_chance) / 2), n),  # type: ignore[arg-type]
-    ]
+    values: dict[str, list[Tensor]] = {"retention": [], "retention_chance": []}
+    without: dict[str, list[Tensor]] = {"retention": [], "retention_chance": []}
+    for half, positions in zip(HALVES, special.for_half, strict=True):
+        mass, tokens = lifted.mass[half], lifted.tokens[half]
+        chosen = positions[:, counted]
+        inside = torch.einsum("fpl,pl->fl", mass[..., counted], chosen).double()
+        total = mass.sum(1)[:, counted].double()
+        tokens_inside, n_tokens = (tokens @ chosen).double(), tokens.sum(1, keepdim=True).double()
+        for name, top, bottom in (("retention", inside, total), ("retention_chance", tokens_inside, n_tokens)):
+            values[name].append((top.sum(0) / bottom.sum(0)).nanmean())
+            without[name].append(((top.sum(0) - top) / (bottom.sum(0) - bottom)).nanmean(1))
+    found = []
+    for name, (one, other) in values.items():
+        value = float(one + other) / 2
+        # A fold left out of one half leaves the other half's value as it is.
+        folds = torch.cat([(without[name][0] + other) / 2, (one + without[name][1]) / 2])
+        where = None if after is None else {"after": f"{after:g}"}
+        found.append(Measure(name, value, *jackknife_interval(value, folds), int(counted.sum()), where))
+    return found
 
 
 def profile_fidelity(used: PositionMass, openness: Float[Tensor, "position latent"]) -> list[Measure]:
@@ -109,24 +120,15 @@ def profile_fidelity(used: PositionMass, openness: Float[Tensor, "position laten
         used: accumulated from codes as the SAE is used, mask in place.
     """
     counted = used.counted()
+    by_fold = used.mass[..., counted]
+    mass, tokens = by_fold.sum(0), used.tokens.sum(0)
 
     def overlap(mass: Tensor, tokens: Tensor) -> Tensor:
         seen = tokens > 0
-        rate = mass[seen][:, counted] / tokens[seen, None]
+        rate = mass[seen] / tokens[seen, None]
         expected = openness[seen][:, counted]
         return torch.minimum(rate / rate.sum(0), expected / expected.sum(0)).sum(0).nanmean()
 
-    resampled = torch.stack(
-        [
-            overlap(torch.einsum("f,fpl->pl", weights, used.mass), weights @ used.tokens)
-            for weights in resample_counts(N_FOLDS)[:_N_PROFILE_RESAMPLES].float()
-        ]
-    )
-    value = float(overlap(used.mass.sum(0), used.tokens.sum(0)))
-    # Resampling whole folds repeats texts, which makes profiles spikier than they are: the spread is kept, its
-    # centre is not.
-    low, high = interval(resampled - resampled.mean() + value)
-    return [Measure("profile_fidelity", value, low, high, int(counted.sum()))]
-
-
-_N_PROFILE_RESAMPLES = 50
+    without = torch.stack([overlap(mass - by_fold[fold], tokens - used.tokens[fold]) for fold in range(N_FOLDS)])
+    value = float(overlap(mass, tokens))
+    return [Measure("profile_fidelity", value, *jackknife_interval(value, without), int(counted.sum()))]

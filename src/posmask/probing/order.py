@@ -1,62 +1,84 @@
-"""Probing of order: what k-sparse probes, and the bag of tokens, tell of the order-sensitive tasks."""
+"""Probes on order tasks, and the controls that show what else could have given their accuracy.
+
+Chance is 0.5 throughout: where a task has more than two classes there is one probe a class against one other text of
+the same group, so that every probe's texts come in pairs of equal bags of tokens.
+"""
 
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Int
 from scipy.sparse import csr_matrix
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from posmask import corpus
 from posmask.errors import BadSetting
-from posmask.intervals import mean_interval
-from posmask.probing.order_tasks import OrderTask
-from posmask.probing.sparse import k_sparse_correct
+from posmask.intervals import ratio
+from posmask.probing.order_tasks import OrderTask, edge_features
+from posmask.probing.pooling import PooledTexts
+from posmask.probing.sparse import ProbeTask, k_sparse_correct
 from posmask.rows import Measure
+from posmask.seeds import generator
 
-__all__ = ["bag_accuracy", "order_accuracy"]
+__all__ = ["bag_accuracy", "edge_accuracy", "order_accuracy", "order_tokens"]
 
 
-def order_accuracy(
-    task: OrderTask, features: Float[Tensor, "text feature"], ks: Sequence[int], pooling: str
-) -> list[Measure]:
-    """`order_accuracy`: the share of test texts whose order a k-sparse probe tells; chance is 0.5 in every task.
+def order_tokens(task: OrderTask, tokenizer: corpus.Tokenizer, n_positions: int) -> corpus.Tokens:
+    """A task's texts as tokens, and after them its test texts once more with their tokens in random order."""
+    test = torch.arange(task.n_train_groups * task.n_classes, len(task.texts))
+    return corpus.with_shuffled(corpus.pad(task.texts, tokenizer, n_positions), test)
 
-    Where there are more than two classes, one probe a class against the others, on one other text of each of its
-    groups: so every probe's texts come in pairs of equal bags. The mean over classes. Intervals by bootstrap over
-    test groups; `n` counts test groups.
+
+def order_accuracy(task: OrderTask, features: PooledTexts, ks: Sequence[int], pooling: str) -> list[Measure]:
+    """The share of test texts whose order a k-sparse probe tells, mean over classes, and the same for two controls.
+
+    `order_accuracy` is the number. `order_shuffled` is the same probe on test texts whose tokens are shuffled, and
+    `order_permuted` a probe whose training labels were swapped in half of the groups, at random: both must lie at
+    0.5. Units are test groups.
 
     Args:
-        features: one row a text, in the task's order.
+        features: one row for each text of `order_tokens`.
         pooling: how they were pooled; stands in the slice.
     """
-    groups = features.unflatten(0, (-1, task.n_classes))
-    train, test = groups[: task.n_train_groups], groups[task.n_train_groups :]
-    positives = range(1, 2) if task.n_classes == 2 else range(task.n_classes)
-    right: dict[int, list[Tensor]] = {k: [] for k in ks}
-    for positive in positives:
-        pairs = [_pairs(side, positive) for side in (train, test)]
-        labels = [torch.tensor([True, False]).repeat(len(pair) // 2) for pair in pairs]
-        for k, correct in k_sparse_correct(pairs[0], labels[0], pairs[1], labels[1], ks).items():
-            right[k].append(correct.double().unflatten(0, (-1, 2)).mean(1))
-    measures = []
-    for k, parts in right.items():
-        by_group = torch.stack(parts).mean(0)
+    n_texts = len(task.texts)
+    test = torch.arange(task.n_train_groups, task.n_train_groups + task.n_test_groups)
+    train = torch.arange(task.n_train_groups)
+    probes, permuted = [], []
+    for positive in _positives(task):
+        train_pairs, train_label = _pairs(task, train, positive)
+        test_pairs, test_label = _pairs(task, test, positive)
+        shuffled = test_pairs + n_texts - task.n_train_groups * task.n_classes
+        asked = torch.cat([test_pairs, shuffled]), test_label.repeat(2)
+        probes.append(ProbeTask(train_pairs, train_label, *asked))
+        swap = torch.rand(len(train), generator=generator(positive, f"permuted {task.name}")) < 0.5
+        permuted.append(ProbeTask(train_pairs, train_label ^ swap.repeat_interleave(2), *asked))
+    found = []
+    for k, correct in k_sparse_correct(features, [*probes, *permuted], ks).items():
+        by_group = torch.stack([right.double().view(2, -1, 2).mean(2) for right in correct])
+        own, other = by_group[: len(probes)].mean(0), by_group[len(probes) :].mean(0)
         where = {"task": task.name, "k": k, "pooling": pooling}
-        measures.append(
-            Measure("order_accuracy", float(by_group.mean()), *mean_interval(by_group), len(by_group), where)
-        )
-    return measures
+        found += [
+            ratio("order_accuracy", own[0], slice=where),
+            ratio("order_shuffled", own[1], slice=where),
+            ratio("order_permuted", other[0], slice=where),
+        ]
+    return found
 
 
-def _pairs(groups: Float[Tensor, "group class feature"], positive: int) -> Float[Tensor, "text feature"]:
-    """The positive class's text and one other of each group, group by group."""
-    n_classes = groups.shape[1]
-    number = torch.arange(len(groups))
-    other = (positive + 1 + number % (n_classes - 1)) % n_classes
-    return torch.stack([groups[:, positive], groups[number, other]], 1).flatten(0, 1)
+def _positives(task: OrderTask) -> range:
+    return range(1, 2) if task.n_classes == 2 else range(task.n_classes)
+
+
+def _pairs(
+    task: OrderTask, groups: Int[Tensor, " group"], positive: int
+) -> tuple[Int[Tensor, " text"], Bool[Tensor, " text"]]:
+    """The positive class's text and one other of each group, group by group, with their labels."""
+    other = (positive + 1 + groups % (task.n_classes - 1)) % task.n_classes
+    first = groups * task.n_classes
+    pairs = torch.stack([first + positive, first + other], 1).flatten()
+    return pairs, torch.tensor([True, False]).repeat(len(groups))
 
 
 def bag_accuracy(task: OrderTask, tokenizer: corpus.Tokenizer) -> list[Measure]:
@@ -75,3 +97,18 @@ def bag_accuracy(task: OrderTask, tokenizer: corpus.Tokenizer) -> list[Measure]:
             "equal bags under this tokenizer, leave the task out"
         )
     return [Measure("order_bag_accuracy", accuracy, n=task.n_test_groups, slice={"task": task.name})]
+
+
+def edge_accuracy(task: OrderTask, tokenizer: corpus.Tokenizer) -> list[Measure]:
+    """`order_edges`: what the first three and the last three tokens alone tell, in the pairs of `order_accuracy`."""
+    edges = edge_features(task, tokenizer)
+    train = torch.arange(task.n_train_groups)
+    test = torch.arange(task.n_train_groups, task.n_train_groups + task.n_test_groups)
+    right = []
+    for positive in _positives(task):
+        train_pairs, train_label = _pairs(task, train, positive)
+        test_pairs, test_label = _pairs(task, test, positive)
+        probe = LogisticRegression(C=1.0, max_iter=1000).fit(edges[train_pairs.numpy()], train_label.numpy())
+        predicted = torch.from_numpy(np.asarray(probe.predict(edges[test_pairs.numpy()]), dtype=bool))
+        right.append((predicted == test_label).double().view(-1, 2).mean(1))
+    return [ratio("order_edges", torch.stack(right).mean(0), slice={"task": task.name})]

@@ -1,44 +1,171 @@
-"""Token codes -> one feature vector a text."""
+"""Token codes -> one feature row a text, kept sparse and out of memory.
 
+Poolings differ in which tokens they put together and in what they divide by:
+
+    mean         sum over a text's kept tokens / their number: SAEBench's
+    fair         the same sum / the number of kept tokens at which the latent was open: a latent that may speak at 16
+                 of 127 positions is not cut by the 111 where it may not. Equal to mean where every latent is open
+    segments<n>  the mean in each of n equal segments of the context, side by side: static slicing after the fact
+    growing<n>   the same in segments that double in length: position 1, 2-3, 4-7, ...
+    last         the text's last kept token alone
+"""
+
+import tempfile
+import weakref
+from collections.abc import Iterator
+
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
+from scipy.sparse import csr_matrix
 from torch import Tensor
 
+from posmask import kernels
 from posmask.activations import Batch
+from posmask.errors import DegenerateResult
 from posmask.sae import Codes
 
-__all__ = ["Pool"]
+__all__ = ["PooledTexts", "Pooling", "equal_segments", "growing_segments"]
+
+_ENTRY = np.dtype([("text", np.int32), ("feature", np.int32), ("value", np.float32)])
+_BLOCK_ENTRIES = 2**21  # 25 MB
+_IN_MEMORY_BYTES = 2**28
 
 
-class Pool:
-    """Accumulates the mean code over a text's kept tokens, or over those in each of several position segments.
+def equal_segments(n_positions: int, n_segments: int) -> Int[Tensor, " position"]:
+    """The segment of each position, all of equal length."""
+    return torch.arange(n_positions) * n_segments // n_positions
 
-    Args:
-        n_segments: 1 is mean pooling (SAEBench's). More is static slicing after the fact: positions are cut into
-            that many equal segments, each with features of its own; a segment without tokens gives 0.
+
+def growing_segments(n_positions: int) -> Int[Tensor, " position"]:
+    """The segment of each position, each twice as long as the one before: 1, 2-3, 4-7, ...
+
+    >>> growing_segments(10).tolist()
+    [0, 0, 1, 1, 2, 2, 2, 2, 3, 3]
+    """
+    return torch.tensor([max(position, 1).bit_length() - 1 for position in range(n_positions)])
+
+
+class PooledTexts:
+    """One sparse row of features a text.
+
+    Rows are appended to a temporary file once they take more than 256 MB, and read back in blocks, so that memory
+    does not grow with the number of texts.
     """
 
-    def __init__(self, n_texts: int, n_features: int, n_positions: int, n_segments: int = 1) -> None:
-        self._n_positions = n_positions
-        self._n_segments = n_segments
-        self._total = torch.zeros(n_texts, n_segments, n_features)
-        self._tokens = torch.zeros(n_texts, n_segments)
+    def __init__(self, n_texts: int, n_features: int) -> None:
+        self.n_texts = n_texts
+        self.n_features = n_features
+        self.n_tokens: Int[Tensor, " text"] = torch.zeros(n_texts, dtype=torch.int64)
+        """Kept tokens of each text; a text without any has an empty row and belongs in no probe."""
+        self._file = tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY_BYTES)  # noqa: SIM115 (closed below)
+        weakref.finalize(self, self._file.close)
 
-    def _place(self, batch: Batch) -> Tensor:
-        segment = batch.position.long() * self._n_segments // self._n_positions
-        place = batch.text.long() * self._n_segments + segment
-        self._tokens.view(-1).index_add_(0, place, torch.ones(len(place)))
-        return place
+    def add(self, text: Int[Tensor, " row"], rows: Float[Tensor, "row feature"]) -> None:
+        """Append whole rows, one of `text` each.
 
-    def update(self, batch: Batch, codes: Codes) -> None:
-        """Add kept tokens (`batch.kept()`) and their sparse codes."""
-        entry = self._place(batch)[:, None] * codes.d_sae + codes.latent
-        self._total.view(-1).index_add_(0, entry.reshape(-1), codes.value.reshape(-1))
+        Raises:
+            DegenerateResult: a number is NaN or infinite.
+        """
+        if not bool(rows.isfinite().all()):
+            raise DegenerateResult(
+                "pooled features hold NaN or infinite numbers: look at the vectors and the SAE's weights"
+            )
+        row, feature = rows.nonzero(as_tuple=True)
+        entries = np.empty(len(row), _ENTRY)
+        entries["text"], entries["feature"] = text[row].numpy(), feature.numpy()
+        entries["value"] = rows[row, feature].numpy()
+        self._file.seek(0, 2)
+        self._file.write(entries.tobytes())
 
-    def update_dense(self, batch: Batch) -> None:
-        """Add kept tokens with the model's own channels as features."""
-        place = self._place(batch)
-        self._total.view(-1, batch.vectors.shape[1]).index_add_(0, place, batch.vectors.float())
+    def _blocks(self) -> Iterator[np.ndarray]:
+        self._file.seek(0)
+        while data := self._file.read(_BLOCK_ENTRIES * _ENTRY.itemsize):
+            yield np.frombuffer(data, _ENTRY)
 
-    def features(self) -> Float[Tensor, "text feature"]:
-        return (self._total / self._tokens.clamp(min=1)[..., None]).flatten(1)
+    def weighted_sums(self, weight: Float[Tensor, "text column"]) -> Float[Tensor, "column feature"]:
+        """sum over texts of weight[text, column] * row[text, feature], in float64."""
+        sums = np.zeros((weight.shape[1], self.n_features))
+        table = csr_matrix(weight.double().numpy())
+        for block in self._blocks():
+            kernels.add_weighted_entries(
+                block["text"], block["feature"], block["value"], table.indptr, table.indices, table.data, sums
+            )
+        return torch.from_numpy(sums)
+
+    def columns(self, features: Int[Tensor, " chosen"]) -> Float[Tensor, "text chosen"]:
+        """Some features of every text, dense. `features` holds no number twice."""
+        return self._dense(torch.arange(self.n_texts), features)
+
+    def rows(self, texts: Int[Tensor, " chosen"]) -> Float[Tensor, "chosen feature"]:
+        """Every feature of some texts, dense. `texts` holds no number twice."""
+        return self._dense(texts, torch.arange(self.n_features))
+
+    def _dense(self, texts: Int[Tensor, " row"], features: Int[Tensor, " column"]) -> Float[Tensor, "row column"]:
+        slots = []
+        for chosen, count in ((texts, self.n_texts), (features, self.n_features)):
+            slots.append(np.full(count, -1, np.int32))
+            slots[-1][chosen.numpy()] = np.arange(len(chosen))
+        out = np.zeros((len(texts), len(features)), np.float32)
+        for block in self._blocks():
+            kernels.place_entries(block["text"], block["feature"], block["value"], slots[0], slots[1], out)
+        return torch.from_numpy(out)
+
+
+class Pooling:
+    """Pools batches of whole texts into `texts`.
+
+    Args:
+        segment_of_position: the segment that each position's tokens are pooled in; None pools all together.
+        live: 1 where a latent is open; given, a latent's sum is divided by the number of the text's kept tokens
+            (in the segment) at which it was open, instead of by all of them.
+        last_token_only: pool nothing but the last kept token of each text.
+    """
+
+    def __init__(
+        self,
+        n_texts: int,
+        n_features: int,
+        *,
+        segment_of_position: Int[Tensor, " position"] | None = None,
+        live: Float[Tensor, "position latent"] | None = None,
+        last_token_only: bool = False,
+    ) -> None:
+        self._segment = segment_of_position
+        self._n_segments = 1 if segment_of_position is None else int(segment_of_position.max()) + 1
+        self._live = live
+        self._last = last_token_only
+        self._n_latents = n_features
+        self.texts = PooledTexts(n_texts, n_features * self._n_segments)
+
+    def update(self, batch: Batch, codes: Codes | None) -> None:
+        """Add kept tokens (`batch.kept()`) with their sparse codes, or with their own channels where `codes` is None.
+
+        Every text's tokens must come within one batch, as `evaluation_batches` gives them for padded texts.
+        """
+        text, inverse = batch.text.long().unique(return_inverse=True)
+        assert int(self.texts.n_tokens[text].sum()) == 0, "a text's tokens came in two batches"
+        n_tokens = torch.bincount(inverse, minlength=len(text))
+        self.texts.n_tokens[text] = n_tokens
+        if self._last:
+            last = torch.zeros(len(text), dtype=torch.int64).scatter_reduce_(
+                0, inverse, torch.arange(len(inverse)), "amax"
+            )
+            batch, inverse = batch.some(last), inverse[last]
+            codes = None if codes is None else Codes(codes.latent[last], codes.value[last], codes.d_sae)
+        segment = 0 if self._segment is None else self._segment[batch.position.long()]
+        place = inverse * self._n_segments + segment
+        total = torch.zeros(len(text) * self._n_segments, self._n_latents)
+        if codes is None:
+            total.index_add_(0, place, batch.vectors.float())
+        else:
+            entry = place[:, None] * self._n_latents + codes.latent
+            total.view(-1).index_add_(0, entry.reshape(-1), codes.value.reshape(-1))
+        if self._live is None:
+            divisor = torch.bincount(place, minlength=len(total))[:, None].float()
+        else:
+            at = place * len(self._live) + batch.position.long()
+            tokens_at = torch.bincount(at, minlength=len(total) * len(self._live)).view(len(total), -1)
+            divisor = tokens_at.float() @ self._live
+        pooled = (total / divisor.clamp(min=1)).view(len(text), -1)
+        self.texts.add(text, pooled)

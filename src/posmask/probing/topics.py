@@ -1,35 +1,75 @@
-"""Standard sparse probing: labelled datasets, one probe a class against the others, as SAEBench does it."""
+"""Standard sparse probing: labelled datasets, one probe a class against the others, as SAEBench does it.
 
+Two protocols. `saebench` is that of sae-bench 0.6.0 to the letter, its random draws included: negatives are drawn
+anew for every k, and the probe on all features reports its best epoch on the test texts. `default` differs in these
+two alone: one draw serves every k and every source, and the epoch is chosen on training texts set apart.
+"""
+
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from posmask import assets, corpus
 from posmask.errors import BadSetting
-from posmask.intervals import mean_interval
-from posmask.probing.sparse import k_sparse_correct
+from posmask.intervals import ratio
+from posmask.probing.catalogues import sentences_by_language
+from posmask.probing.hub import HUB_DATASETS, read_hub_texts
+from posmask.probing.pooling import PooledTexts
+from posmask.probing.sparse import ProbeTask, all_feature_correct, k_sparse_correct
 from posmask.rows import Measure
 from posmask.seeds import generator
 
-__all__ = ["DATASETS", "ProbeDataset", "probe_accuracy", "read_probe_dataset"]
+__all__ = [
+    "DATASETS",
+    "SAEBENCH_SEED",
+    "ProbeDataset",
+    "Protocol",
+    "dataset_names",
+    "probe_accuracy",
+    "read_probe_dataset",
+]
+
+Protocol = Literal["default", "saebench"]
+SAEBENCH_SEED = 42
 
 DATASETS: dict[str, dict[str, tuple[str, str]]] = {
     # name: {class: (embedded table, label)}. The roles that SAEBench's datasets play, from the same sources where the
     # embedded tables have them; they are not the hub's datasets and do not go under their names.
-    "ag_news": {
+    "ag_news": {  # fancyzhx/ag_news, without its fourth class
         "world": ("161_agnews_0", "1"),
         "sports": ("162_agnews_1", "1"),
         "business": ("163_agnews_2", "1"),
     },
-    "github_code": {
+    "github_code": {  # codeparrot/github-code
         "C": ("158_code_C", "1"),
         "Python": ("159_code_Python", "1"),
         "HTML": ("160_code_HTML", "1"),
     },
-    "amazon_sentiment": {"5_stars": ("157_amazon_5star", "1"), "other": ("157_amazon_5star", "0")},
+    "amazon_sentiment": {  # canrager/amazon_reviews_mcauley_1and5_sentiment
+        "5_stars": ("157_amazon_5star", "1"),
+        "other": ("157_amazon_5star", "0"),
+    },
+    "occupations_1": {  # LabHC/bias_in_bios: the profession of the person a text speaks about, here from Wikipedia
+        "journalist": ("59_wikidata_occupation_isjournalist", "1"),
+        "athlete": ("60_wikidata_occupation_isathlete", "1"),
+        "actor": ("61_wikidata_occupation_isactor", "1"),
+    },
+    "occupations_2": {
+        "politician": ("62_wikidata_occupation_ispolitician", "1"),
+        "singer": ("63_wikidata_occupation_issinger", "1"),
+        "researcher": ("64_wikidata_occupation_isresearcher", "1"),
+    },
+    "news_class": {  # canrager/amazon_reviews_mcauley_1and5: the closest thing to its product categories
+        "politics": ("97_news_class", "Politics"),
+        "technology": ("97_news_class", "Technology"),
+        "sport": ("97_news_class", "Sport"),
+        "entertainment": ("97_news_class", "Entertainment"),
+    },
 }
 
 
@@ -44,79 +84,147 @@ class ProbeDataset:
     train: Bool[Tensor, " text"]
 
 
+SENTENCE_LANGUAGE = "sentence_language"  # Helsinki-NLP/europarl: the language of a sentence, here of program messages
+
+
+def dataset_names() -> tuple[str, ...]:
+    """All names that `read_probe_dataset` knows: the embedded roles, then SAEBench's datasets by their hub names."""
+    return (*DATASETS, SENTENCE_LANGUAGE, *HUB_DATASETS)
+
+
 def read_probe_dataset(name: str, n_train: int, n_test: int, max_characters: int) -> ProbeDataset:
-    """An embedded dataset, balanced: every class has the same number of texts.
+    """A dataset with as many texts of every class.
 
     Args:
-        n_train, n_test: how many texts a probe is fitted and tested on, half of them of its class; capped at what
-            the smallest class has, 4 : 1 or as asked.
-        max_characters: texts are cut to this length first (far beyond the context).
+        n_train, n_test: how many texts a probe is fitted and tested on, half of them of its class; lowered to what
+            the smallest class has, in the same ratio.
+        max_characters: texts are cut to this length (far beyond the context).
+
+    Raises:
+        BadSetting: no such dataset, a class of it is missing, or it has too few texts to probe.
     """
-    if name not in DATASETS:
-        raise BadSetting(f"probe dataset {name!r} is unknown: choose from {', '.join(DATASETS)}")
+    if name in HUB_DATASETS:
+        sides = read_hub_texts(name, n_train, n_test, SAEBENCH_SEED)
+    elif name in DATASETS or name == SENTENCE_LANGUAGE:
+        sides = _embedded_texts(name, n_train // 2, n_test // 2)
+    else:
+        raise BadSetting(f"probe dataset {name!r} is unknown: choose from {', '.join(dataset_names())}")
+    rows = [
+        (text[:max_characters], number, is_train)
+        for number, pair in enumerate(sides.values())
+        for is_train, texts in zip((True, False), pair, strict=True)
+        for text in texts
+    ]
+    texts, labels, train = zip(*rows, strict=True)
+    return ProbeDataset(name, tuple(sides), texts, torch.tensor(labels), torch.tensor(train))
+
+
+def _embedded_texts(name: str, n_train: int, n_test: int) -> dict[str, tuple[list[str], list[str]]]:
+    """Each class's (training, test) texts, none of which may train an SAE."""
     by_class: dict[str, list[str]] = {}
+    if name == SENTENCE_LANGUAGE:
+        by_class = sentences_by_language()
     seen: set[str] = set()
-    for label, (table, target) in DATASETS[name].items():
+    for label, (table, target) in DATASETS.get(name, {}).items():
         texts = corpus.unique_texts((text for text, found in assets.read_table(table) if found == target), "evaluation")
-        by_class[label] = [text[:max_characters] for text in texts if corpus.text_key(text) not in seen]
+        by_class[label] = [text for text in texts if corpus.text_key(text) not in seen]
         seen.update(corpus.text_key(text) for text in texts)
+    for label, texts in by_class.items():
+        if not texts:
+            raise BadSetting(f"{name} has no texts of its class {label!r}: leave the dataset out")
     smallest = min(map(len, by_class.values()))
-    n_class_train, n_class_test = n_train // 2, n_test // 2
-    if smallest < n_class_train + n_class_test:
-        n_class_test = smallest * n_class_test // (n_class_train + n_class_test)
-        n_class_train = smallest - n_class_test
-    if n_class_train == 0 or n_class_test == 0:
+    if smallest < n_train + n_test:
+        n_test = smallest * n_test // (n_train + n_test)
+        n_train = smallest - n_test
+    if n_train == 0 or n_test == 0:
         raise BadSetting(f"{name} has only {smallest} texts in its smallest class: too few to probe")
-    texts, labels, train = [], [], []
-    for number, found in enumerate(by_class.values()):
-        drawn = torch.randperm(len(found), generator=generator(number, f"probe texts {name}"))
-        for place, index in enumerate(drawn[: n_class_train + n_class_test].tolist()):
-            texts.append(found[index])
-            labels.append(number)
-            train.append(place < n_class_train)
-    return ProbeDataset(name, tuple(by_class), tuple(texts), torch.tensor(labels), torch.tensor(train))
+    sides = {}
+    for number, (label, texts) in enumerate(by_class.items()):
+        drawn = torch.randperm(len(texts), generator=generator(number, f"probe texts {name}")).tolist()
+        chosen = [texts[index] for index in drawn[: n_train + n_test]]
+        sides[label] = chosen[:n_train], chosen[n_train:]
+    return sides
 
 
 def probe_accuracy(
-    dataset: ProbeDataset, features: Float[Tensor, "text feature"], ks: Sequence[int], source: str
+    dataset: ProbeDataset,
+    features: PooledTexts,
+    ks: Sequence[int],
+    *,
+    source: Literal["sae", "llm"],
+    pooling: str = "mean",
+    protocol: Protocol = "default",
+    random: torch.Generator | None = None,
 ) -> list[Measure]:
-    """`probe_accuracy`: the share of test texts that k-sparse probes get right, mean over classes; chance is 0.5.
+    """`probe_accuracy`: the share of test texts that probes get right, mean over classes; chance is 0.5.
 
     For each class, positives are all its texts and negatives as many, drawn evenly from the other classes; training
-    and test sets are exactly balanced. One draw serves every k and every source (SAEBench draws anew for each).
+    and test sets are exactly balanced. `k=all` is the probe on all features. One measure a dataset and k, and one for
+    each class of it (`class` in the slice). Intervals by bootstrap over test texts, which one class's positives and
+    another's negatives share.
 
     Args:
-        features: mean-pooled, one row a text.
-        source: `sae` or `llm`; stands in the slice.
+        features: one row a text, in the dataset's order; texts without kept tokens are left out.
+        random: for the `saebench` protocol: the stream that sae-bench draws from, seeded once a run and handed on
+            from dataset to dataset.
     """
-    correct: dict[int, list[Tensor]] = {k: [] for k in ks}
-    for number in range(len(dataset.classes)):
-        sides = [_balanced(dataset, number, train) for train in (True, False)]
-        train, test = sides
-        found = k_sparse_correct(
-            features[train], dataset.label[train] == number, features[test], dataset.label[test] == number, ks
-        )
-        for k, right in found.items():
-            correct[k].append(right.double())
+    kept = features.n_tokens > 0
+    numbers = range(len(dataset.classes))
+    right: dict[int | str, list[Tensor]] = {}
+    tasks: dict[int | str, list[ProbeTask]] = {}
+    if protocol == "saebench":
+        assert random is not None
+        tasks["all"], right["all"] = [], []
+        for number in numbers:
+            task = _task(dataset, kept, number, random)
+            tasks["all"].append(task)
+            right["all"].append(all_feature_correct(features, task, random, choose_on_test=True))
+        for k in ks:
+            tasks[k] = [_task(dataset, kept, number, random) for number in numbers]
+            right[k] = k_sparse_correct(features, tasks[k], (k,))[k]
+    else:
+        streams = [generator(number, f"probe {dataset.name}") for number in numbers]
+        once = [_task(dataset, kept, number, stream) for number, stream in zip(numbers, streams, strict=True)]
+        tasks = dict.fromkeys(["all", *ks], once)
+        right["all"] = [all_feature_correct(features, task, stream) for task, stream in zip(once, streams, strict=True)]
+        for k, found in k_sparse_correct(features, once, ks).items():
+            right[k] = found
     measures = []
-    for k, parts in correct.items():
-        joined = torch.cat(parts)
-        where = {"dataset": dataset.name, "k": k, "source": source}
-        measures.append(Measure("probe_accuracy", float(joined.mean()), *mean_interval(joined), len(joined), where))
+    for k, by_class in right.items():
+        where = {"dataset": dataset.name, "k": k, "source": source, "pooling": pooling, "protocol": protocol}
+        top, bottom = (torch.zeros(len(dataset.texts), dtype=torch.float64) for _ in range(2))
+        for label, task, correct in zip(dataset.classes, tasks[k], by_class, strict=True):
+            top[task.test] += correct.double()
+            bottom[task.test] += 1
+            n_train = len(task.train)
+            measures.append(
+                ratio("probe_accuracy", correct.double(), slice={**where, "train": n_train, "class": label})
+            )
+        # Over all texts that probes may be tested on, so that the units are the same in every cell.
+        tested = ~dataset.train & kept
+        n_train = min(len(task.train) for task in tasks[k])
+        measures.append(ratio("probe_accuracy", top[tested], bottom[tested], slice={**where, "train": n_train}))
     return measures
 
 
-def _balanced(dataset: ProbeDataset, number: int, train: bool) -> Int[Tensor, " text"]:
-    """Texts of one class and as many of the others, on one side of the split."""
-    side = dataset.train == train
-    positives = ((dataset.label == number) & side).nonzero()[:, 0]
-    others = [other for other in range(len(dataset.classes)) if other != number]
-    random = generator(number, f"negatives {dataset.name} {train}")
-    each = -(-len(positives) // len(others))
-    drawn = []
-    for other in others:
-        pool = ((dataset.label == other) & side).nonzero()[:, 0]
-        drawn.append(pool[torch.randperm(len(pool), generator=random)[:each]])
-    negatives = torch.cat(drawn)
-    negatives = negatives[torch.randperm(len(negatives), generator=random)[: len(positives)]]
-    return torch.cat([positives, negatives])
+def _task(dataset: ProbeDataset, kept: Bool[Tensor, " text"], number: int, random: torch.Generator) -> ProbeTask:
+    """One class against the others; draws from `random` as sae-bench's `prepare_probe_data` does, training first."""
+    sides = []
+    for train in (True, False):
+        of_class = [
+            ((dataset.label == other) & (dataset.train == train) & kept).nonzero()[:, 0]
+            for other in range(len(dataset.classes))
+        ]
+        positives = of_class.pop(number)
+        each = math.ceil(len(positives) / len(of_class))
+        negatives = torch.cat([texts[torch.randperm(len(texts), generator=random)[:each]] for texts in of_class])
+        negatives = negatives[torch.randperm(len(negatives), generator=random)[: len(positives)]]
+        drawn = torch.cat([positives[: len(negatives)], negatives])
+        if len(drawn) == 0:
+            raise BadSetting(
+                f"{dataset.name} has no texts with content on both sides of its class {dataset.classes[number]!r}: "
+                "give each class more texts"
+            )
+        drawn = drawn[torch.randperm(len(drawn), generator=random)]
+        sides += [drawn, dataset.label[drawn] == number]
+    return ProbeTask(*sides)

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from posmask.rows import Row, parse_slice
 from posmask.summary import Line
 
-__all__ = ["by_position", "curves", "mask_pictures", "trade_off"]
+__all__ = ["as_spec", "by_position", "curves", "decay", "mask_pictures", "shift_split", "trade_off"]
 
 # Okabe and Ito's colours: distinct for colour-blind readers, on light and dark grounds.
 _COLOURS = [
@@ -41,12 +41,12 @@ def trade_off(lines: Sequence[Line], k: int) -> alt.TopLevelMixin:
     values = [
         {
             "cell": line.label,
-            "explained variance": line.explained_variance,
+            "explained variance": line.overall["explained_variance"],
             "order accuracy": line.order[k],
             "budget": line.budget,
         }
         for line in lines
-        if not math.isnan(line.explained_variance) and not math.isnan(line.order[k])
+        if not math.isnan(line.overall["explained_variance"]) and not math.isnan(line.order[k])
     ]
     base = alt.Chart(alt.Data(values=values)).encode(
         x=alt.X("explained variance:Q", scale=alt.Scale(zero=False, padding=20), axis=alt.Axis(tickCount=8)),
@@ -80,6 +80,66 @@ def by_position(rows: Sequence[Row], metric: str, title: str) -> alt.TopLevelMix
             tooltip=["cell:N", "position:Q", "mean(value):Q"],
         )
         .properties(width="container", height=260)
+    )
+
+
+def decay(rows: Sequence[Row]) -> alt.TopLevelMixin | None:
+    """Retention against how long training went on without the mask, with its chance; None where no cell has it."""
+    values = []
+    for row in rows:
+        where = parse_slice(row.slice)
+        if row.metric in ("retention", "retention_chance") and "after" in where:
+            values.append(
+                {
+                    "cell": row.cell,
+                    "share": float(where["after"]),
+                    "value": row.value,
+                    "what": "retention" if row.metric == "retention" else "chance",
+                }
+            )
+    if not values:
+        return None
+    return (
+        alt.Chart(alt.Data(values=values))
+        .mark_line(point=True)
+        .encode(
+            x=alt.X(
+                "share:Q", title="training without the mask, share of the original steps", axis=alt.Axis(format="%")
+            ),
+            y=alt.Y("mean(value):Q", title="retention", scale=alt.Scale(zero=False)),
+            color=_cell_colour(list(dict.fromkeys(value["cell"] for value in values))),
+            strokeDash=alt.StrokeDash("what:N", sort=["retention", "chance"], title=None),
+            tooltip=["cell:N", "what:N", "share:Q", "mean(value):Q"],
+        )
+        .properties(width="container", height=240)
+    )
+
+
+def shift_split(rows: Sequence[Row]) -> alt.TopLevelMixin:
+    """Each cell's variance split of the shift design, with its mask and with the mask lifted."""
+    parts = ["position", "interaction", "content"]
+    values = [
+        {
+            "cell": row.cell if where["mask"] == "on" else f"{row.cell}, mask lifted",
+            "part": row.metric.removeprefix("shift_"),
+            "order": parts.index(row.metric.removeprefix("shift_")),
+            "share": row.value,
+        }
+        for row in rows
+        if row.metric.startswith("shift_") and (where := parse_slice(row.slice))
+    ]
+    names = list(dict.fromkeys(value["cell"] for value in values))
+    return (
+        alt.Chart(alt.Data(values=values))
+        .mark_bar()
+        .encode(
+            y=alt.Y("cell:N", sort=names, title=None),
+            x=alt.X("mean(share):Q", stack="zero", title="share of a latent's variance, mean over latents"),
+            color=alt.Color("part:N", scale=alt.Scale(domain=parts, range=[_COLOURS[5], _COLOURS[1], _COLOURS[4]])),
+            order="order:Q",
+            tooltip=["cell:N", "part:N", "mean(share):Q"],
+        )
+        .properties(width="container", height=alt.Step(20))
     )
 
 

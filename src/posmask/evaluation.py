@@ -1,0 +1,298 @@
+"""Everything a trained SAE is asked, in the order of the results: one function a question.
+
+An evaluation goes over harvested vectors in batches, encodes them, and hands batch and codes to accumulators; each
+accumulator then gives its measures.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated
+
+import torch
+from jaxtyping import Bool
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+
+from posmask import corpus, training
+from posmask.activations import Activations, Batch, evaluation_batches
+from posmask.metrics.in_model import InModel, causal, recovered, specialised_latents, without_latents
+from posmask.metrics.position import PositionInformation, ShiftDesign
+from posmask.metrics.reconstruction import Reconstruction, dead_share
+from posmask.metrics.specialization import (
+    PositionMass,
+    profile_fidelity,
+    retention,
+    special_positions,
+)
+from posmask.model import LanguageModel
+from posmask.probing import order, topics
+from posmask.probing.order_tasks import ORDER_TASKS, OrderTask
+from posmask.probing.pooling import Pooling, equal_segments, growing_segments
+from posmask.progress import progress_bar
+from posmask.rows import Measure
+from posmask.sae import SparseAutoencoder, without_mask
+
+__all__ = ["Data", "EvaluationSettings", "baselines", "decay", "evaluate"]
+
+
+class EvaluationSettings(BaseModel):
+    """What each cell is asked, and with how much."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    retention_positions: int = Field(gt=0)
+    """How many top positions stand in for a mask, for latents whose mask binds them to none."""
+    decay_shares: tuple[Annotated[float, Field(ge=0)], ...] = (0, 0.05, 0.1, 0.25, 0.5, 1)
+    """When training goes on without the mask (cells with `decay`): after which shares of its steps to measure."""
+    shift_texts: int = Field(default=48, gt=1)
+    """Pieces of text in the shift design."""
+    shift_windows: int = Field(default=5, ge=4)
+    """In how many windows of the context each piece is seen."""
+    model_contexts: int = Field(gt=1)
+    """Whole held-out contexts on which the model goes on from replaced vectors."""
+    causal_windows: int = Field(default=4, gt=1)
+    """How many windows of positions the causal test tells apart."""
+    order_tasks: tuple[str, ...]
+    order_train_groups: int = Field(gt=0)
+    order_test_groups: int = Field(gt=1)
+    order_segments: int = Field(default=8, gt=1)
+    """Position segments of the segment-pooled rival of the unmasked SAE."""
+    probe_datasets: tuple[str, ...]
+    """Embedded roles, or SAEBench's datasets by their hub names."""
+    probe_train: int = Field(gt=1)
+    """Training texts a probe, half of them of its class; capped at what the dataset has, with the test texts."""
+    probe_test: int = Field(gt=1)
+    probe_protocol: topics.Protocol = "default"
+    """`saebench` repeats sae-bench's two habits that make numbers optimistic or noisy; see docs/metrics.md."""
+    ks: tuple[Annotated[int, Field(gt=0)], ...] = Field(default=(1, 5, 20, 50), min_length=1)
+    """How many latents a probe may use."""
+
+    @model_validator(mode="after")
+    def _something_to_follow(self) -> "EvaluationSettings":
+        if not any(self.decay_shares):
+            raise ValueError(f"decay_shares = {list(self.decay_shares)} goes on for no steps: name a share above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _known_names(self) -> "EvaluationSettings":
+        for given, known in ((self.order_tasks, ORDER_TASKS), (self.probe_datasets, topics.dataset_names())):
+            for name in given:
+                if name not in known:
+                    raise ValueError(f"{name!r} is unknown: choose from {', '.join(known)}")
+        return self
+
+
+@dataclass
+class Data:
+    """Everything that all cells share: harvested vectors, with the tasks they belong to.
+
+    `load_model` gives the language model, for the questions that run it on.
+    """
+
+    training: Activations
+    heldout: Activations
+    shift: Activations
+    order: dict[str, tuple[OrderTask, Activations]]
+    probes: dict[str, tuple[topics.ProbeDataset, Activations]]
+    tokenizer: corpus.Tokenizer
+    n_positions: int
+    ask: EvaluationSettings
+    load_model: Callable[[], LanguageModel]
+
+    @cached_property
+    def in_model(self) -> InModel:
+        return InModel(self.load_model(), self.heldout, self.ask.model_contexts)
+
+    @property
+    def n_probed_tokens(self) -> int:
+        return sum(activations.n_kept for _, activations in [*self.order.values(), *self.probes.values()])
+
+
+def _kept_batches(activations: Activations, advance: Callable[[int], None]) -> Iterator[Batch]:
+    for batch in evaluation_batches(activations):
+        kept = batch.kept()
+        yield kept
+        advance(len(kept))
+
+
+def evaluate(sae: SparseAutoencoder, dead: Bool[Tensor, " latent"], data: Data, label: str) -> list[Measure]:
+    """Every measure of a trained SAE, but for its decay."""
+    in_model = data.in_model  # Loads the model, if it is not there yet, before the bar starts.
+    lifted_too = _lifting_matters(sae)
+    n_tokens = (data.heldout.n_kept + data.shift.n_kept) * (2 if lifted_too else 1) + data.n_probed_tokens
+    with progress_bar(f"evaluate {label}", n_tokens + 4 * in_model.n_tokens, "tokens") as advance:
+        used, found = _heldout(sae, data, advance)
+        found += dead_share(sae, dead) + profile_fidelity(used, sae.mask.openness().detach())
+        lifted = _position_mass(sae, data, advance) if lifted_too else used
+        special = special_positions(lifted, sae.mask.bound_positions(), data.ask.retention_positions)
+        found += retention(lifted, special)
+        found += _shift(sae, data, advance, lifted_too)
+        found += _in_model(sae, used, data, advance)
+        found += _order(sae, data, advance)
+        found += _topics(sae, data, advance)
+    return found
+
+
+def _lifting_matters(sae: SparseAutoencoder) -> bool:
+    return sae.mask.gates_code() and not bool((sae.mask.openness() == 1).all())
+
+
+def _heldout(sae: SparseAutoencoder, data: Data, advance: Callable[[int], None]) -> tuple[PositionMass, list[Measure]]:
+    heldout = data.heldout
+    mean, _ = heldout.centre_and_scale
+    reconstruction = Reconstruction(data.n_positions, heldout.n_texts, mean)
+    used = PositionMass(data.n_positions, sae.d_sae)
+    information = PositionInformation(data.n_positions, sae.d_sae, heldout.n_texts)
+    for batch in _kept_batches(heldout, advance):
+        codes = sae.sparse_encode(batch.vectors, batch.position)
+        reconstruction.update(batch, codes, sae.sparse_decode(codes))
+        used.update(batch, codes)
+        information.update(batch, codes)
+    return used, reconstruction.measures() + information.measures(used)
+
+
+def _position_mass(sae: SparseAutoencoder, data: Data, advance: Callable[[int], None]) -> PositionMass:
+    """Where latents speak on the held-out texts when the mask is lifted."""
+    lifted = PositionMass(data.n_positions, sae.d_sae)
+    for batch in _kept_batches(data.heldout, advance):
+        lifted.update(batch, sae.sparse_encode(batch.vectors, batch.position, lift=True))
+    return lifted
+
+
+def _shift(sae: SparseAutoencoder, data: Data, advance: Callable[[int], None], lifted_too: bool) -> list[Measure]:
+    found = []
+    n_texts, n_windows = data.ask.shift_texts, data.ask.shift_windows
+    for mask in ("on", "lifted") if lifted_too else ("on",):
+        design = ShiftDesign(n_texts, (data.n_positions - 1) // n_windows, n_windows, sae.d_sae)
+        for batch in _kept_batches(data.shift, advance):
+            design.update(batch, sae.sparse_encode(batch.vectors, batch.position, lift=mask == "lifted"))
+        found += design.measures(mask)
+    return found
+
+
+def _in_model(sae: SparseAutoencoder, used: PositionMass, data: Data, advance: Callable[[int], None]) -> list[Measure]:
+    n_windows = data.ask.causal_windows
+    special, matched = specialised_latents(used, n_windows)
+
+    def reconstruct(batch: Batch, context: Tensor) -> Tensor:
+        return sae.sparse_decode(sae.sparse_encode(batch.vectors, batch.position))
+
+    clean, reconstructed, without_special, without_matched = data.in_model.losses(
+        [reconstruct, without_latents(sae, special), without_latents(sae, matched)], advance
+    )
+    return recovered(data.in_model.references, reconstructed) + causal(
+        clean, without_special, without_matched, n_windows, data.n_positions
+    )
+
+
+def _order(sae: SparseAutoencoder, data: Data, advance: Callable[[int], None]) -> list[Measure]:
+    found = []
+    for task, activations in data.order.values():
+        n_texts = activations.n_texts
+        poolings = _poolings(sae, n_texts)
+        if sae.mask.settings.kind == "open":
+            n_segments = data.ask.order_segments
+            growing = growing_segments(data.n_positions)
+            for name, segments in (
+                (f"segments{n_segments}", equal_segments(data.n_positions, n_segments)),
+                (f"growing{int(growing.max()) + 1}", growing),
+            ):
+                poolings[name] = Pooling(n_texts, sae.d_sae, segment_of_position=segments)
+        _pool(sae, activations, poolings, advance)
+        for name, pooling in poolings.items():
+            found += order.order_accuracy(task, pooling.texts, data.ask.ks, name)
+    return found
+
+
+def _topics(sae: SparseAutoencoder, data: Data, advance: Callable[[int], None]) -> list[Measure]:
+    found = []
+    streams = {name: torch.Generator().manual_seed(topics.SAEBENCH_SEED) for name in ("mean", "fair")}
+    for dataset, activations in data.probes.values():
+        poolings = _poolings(sae, len(dataset.texts))
+        _pool(sae, activations, poolings, advance)
+        for name, pooling in poolings.items():
+            found += topics.probe_accuracy(
+                dataset,
+                pooling.texts,
+                data.ask.ks,
+                source="sae",
+                pooling=name,
+                protocol=data.ask.probe_protocol,
+                random=streams[name],
+            )
+    return found
+
+
+def _poolings(sae: SparseAutoencoder, n_texts: int) -> dict[str, Pooling]:
+    """Mean pooling, and position-fair pooling where it differs."""
+    poolings = {"mean": Pooling(n_texts, sae.d_sae)}
+    live = sae.mask.live()
+    if not bool((live == 1).all()):
+        poolings["fair"] = Pooling(n_texts, sae.d_sae, live=live)
+    return poolings
+
+
+def _pool(
+    sae: SparseAutoencoder, activations: Activations, poolings: dict[str, Pooling], advance: Callable[[int], None]
+) -> None:
+    for batch in _kept_batches(activations, advance):
+        codes = sae.sparse_encode(batch.vectors, batch.position)
+        for pooling in poolings.values():
+            pooling.update(batch, codes)
+
+
+def decay(
+    sae: SparseAutoencoder, data: Data, settings: training.TrainingSettings, seed: int, label: str
+) -> list[Measure]:
+    """`retention` by `after`: how specialisation fades when training goes on without the mask.
+
+    A copy of the SAE with every latent open is trained on from fresh Adam moments at the original learning rate,
+    warmed up as before and then constant. Latents keep the positions they had at the start.
+    """
+    steps = {round(share * settings.n_steps): float(share) for share in data.ask.decay_shares}
+    open_sae = without_mask(sae)
+    before = _position_mass(open_sae, data, lambda n: None)
+    special = special_positions(before, sae.mask.bound_positions(), data.ask.retention_positions)
+    found = retention(before, special, after=0.0) if 0 in steps else []
+
+    def measure(done: int) -> None:
+        if done in steps:
+            mass = _position_mass(open_sae, data, lambda n: None)
+            found.extend(retention(mass, special, after=steps[done]))
+
+    on = settings.model_copy(update={"n_steps": max(steps), "decay_share": 0.0})
+    training.train(open_sae, data.training, on, seed, f"{label} without its mask", measure)
+    return found
+
+
+def baselines(data: Data) -> list[Measure]:
+    """What needs no SAE: probes on the model's own channels, and what order tasks give away without order."""
+    found = data.in_model.reference_measures()
+    with progress_bar("evaluate the model itself", data.n_probed_tokens, "tokens") as advance:
+
+        def pooled(activations: Activations, poolings: dict[str, Pooling]) -> None:
+            for batch in _kept_batches(activations, advance):
+                for pooling in poolings.values():
+                    pooling.update(batch, None)
+
+        for task, activations in data.order.values():
+            found += order.bag_accuracy(task, data.tokenizer) + order.edge_accuracy(task, data.tokenizer)
+            n_texts, d_model = activations.n_texts, activations.d_model
+            poolings = {"mean": Pooling(n_texts, d_model), "last": Pooling(n_texts, d_model, last_token_only=True)}
+            pooled(activations, poolings)
+            for name, pooling in poolings.items():
+                found += order.order_accuracy(task, pooling.texts, data.ask.ks, name)
+        random = torch.Generator().manual_seed(topics.SAEBENCH_SEED)
+        for dataset, activations in data.probes.values():
+            pooling = Pooling(len(dataset.texts), activations.d_model)
+            pooled(activations, {"mean": pooling})
+            found += topics.probe_accuracy(
+                dataset,
+                pooling.texts,
+                data.ask.ks,
+                source="llm",
+                protocol=data.ask.probe_protocol,
+                random=random,
+            )
+    return found

@@ -1,0 +1,213 @@
+"""What an SAE's reconstruction, and its position-bound latents, do to the model that goes on from them."""
+
+import bisect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from posmask.activations import Activations, Batch
+from posmask.intervals import jackknife_interval, ratio
+from posmask.kernels import weighted_rows
+from posmask.metrics.specialization import PositionMass
+from posmask.model import LanguageModel
+from posmask.rows import Measure
+from posmask.sae import SparseAutoencoder
+
+__all__ = ["InModel", "Losses", "causal", "recovered", "specialised_latents", "without_latents"]
+
+_CONTEXTS_AT_ONCE = 4  # Their logits stand in memory: 100 MB for a vocabulary of 49,152.
+Replace = Callable[[Batch, Int[Tensor, " token"]], Float[Tensor, "token d_model"]]
+"""Kept tokens and the number of the context that each stands in -> the vectors to put in their place."""
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What next-token predictions lose, in nats, by context and position; NaN where nothing is predicted.
+
+    `divergence` is KL(model as it is || model with replaced vectors).
+    """
+
+    cross_entropy: Float[Tensor, "context position"]
+    divergence: Float[Tensor, "context position"]
+
+
+class InModel:
+    """Runs the layers above on replaced vectors, over some whole held-out contexts.
+
+    Only kept tokens are replaced, so BOS keeps its own vector. A prediction counts where both the token and the one
+    it predicts are kept.
+
+    Args:
+        n_contexts: how many of the longest contexts; fewer if there are fewer.
+    """
+
+    def __init__(self, model: LanguageModel, activations: Activations, n_contexts: int) -> None:
+        self._model = model
+        self._activations = activations
+        starts = (activations.position == 0).nonzero()[:, 0]
+        lengths = torch.diff(starts, append=torch.tensor([activations.n_tokens]))
+        self.starts: Int[Tensor, " context"] = starts[lengths == lengths.max()][:n_contexts]
+        self._length = int(lengths.max())
+
+    def batch(self, contexts: Int[Tensor, " context"]) -> Batch:
+        return self._activations.batch((self.starts[contexts, None] + torch.arange(self._length)).reshape(-1))
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.starts) * self._length
+
+    def losses(self, replacements: Sequence[Replace], advance: Callable[[int], None] = lambda n: None) -> list[Losses]:
+        """What the model loses as it is (first), then with each replacement."""
+        found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(1 + len(replacements))]
+        for contexts in torch.arange(len(self.starts)).split(_CONTEXTS_AT_ONCE):
+            batch = self.batch(contexts)
+            ids = batch.token_id.view(len(contexts), -1).long()
+            context = contexts.repeat_interleave(self._length)
+            keep = batch.keep.view(ids.shape)
+            scored = keep[:, :-1] & keep[:, 1:]
+            clean = self._log_probabilities(ids, batch.vectors)
+            found[0].append(_losses(clean, clean, ids, scored))
+            for number, replace in enumerate(replacements, start=1):
+                vectors = batch.vectors.clone()
+                vectors[batch.keep] = replace(batch.kept(), context[batch.keep]).to(vectors.dtype)
+                replaced = self._log_probabilities(ids, vectors)
+                found[number].append(_losses(clean, replaced, ids, scored))
+            advance(ids.numel() * (1 + len(replacements)))
+        return [Losses(*(torch.cat(parts) for parts in zip(*some, strict=True))) for some in found]
+
+    def _log_probabilities(self, ids: Tensor, vectors: Tensor) -> Float[Tensor, "context position token"]:
+        logits = self._model.logits(ids, vectors.view(*ids.shape, -1))
+        return logits[:, :-1].float().log_softmax(-1)
+
+    @cached_property
+    def references(self) -> tuple[Losses, Losses]:
+        """As the model is, and with all kept vectors set to 0 (what sae-bench's `core` evaluation calls ablation)."""
+        clean, zeroed = self.losses([lambda batch, context: torch.zeros_like(batch.vectors)])
+        return clean, zeroed
+
+    def reference_measures(self) -> list[Measure]:
+        """`cross_entropy` of the model as it is and with its vectors set to 0, nats a token."""
+        found = []
+        for name, losses in zip(("model", "zeroed"), self.references, strict=True):
+            top, bottom = _by_context(losses.cross_entropy)
+            found.append(ratio("cross_entropy", top, bottom, slice={"vectors": name}, n=int(bottom.sum())))
+        return found
+
+
+def _losses(clean: Tensor, replaced: Tensor, ids: Tensor, scored: Bool[Tensor, "context position"]) -> tuple:
+    cross_entropy = -replaced.gather(2, ids[:, 1:, None])[..., 0]
+    divergence = (clean.exp() * (clean - replaced)).sum(2)
+    return cross_entropy.masked_fill(~scored, torch.nan), divergence.masked_fill(~scored, torch.nan)
+
+
+def _by_context(values: Float[Tensor, "context position"]) -> tuple[Tensor, Tensor]:
+    """Sums and counts of a context's predictions."""
+    return values.nansum(1).double(), values.isfinite().sum(1).double()
+
+
+def recovered(references: tuple[Losses, Losses], reconstructed: Losses) -> list[Measure]:
+    """`ce_recovered` and `kl_recovered`: how much of the model's prediction a reconstruction keeps.
+
+    ce_recovered = (CE(zeroed) - CE(reconstruction)) / (CE(zeroed) - CE(model)), kl_recovered = 1 - KL(reconstruction)
+    / KL(zeroed); 1 keeps all, 0 no more than vectors of 0. Overall, and at each position of the predicting token.
+    Units are contexts.
+    """
+    clean, zeroed = references
+    parts = {
+        "ce_recovered": (
+            zeroed.cross_entropy - reconstructed.cross_entropy,
+            zeroed.cross_entropy - clean.cross_entropy,
+        ),
+        "kl_recovered": (zeroed.divergence - reconstructed.divergence, zeroed.divergence),
+    }
+    found = []
+    for name, (top, bottom) in parts.items():
+        n_at = bottom.isfinite().sum(0)
+        found.append(ratio(name, top.nansum(1), bottom.nansum(1), n=int(n_at.sum())))
+        for position, n in enumerate(n_at.tolist()):
+            value = float(top[:, position].nansum() / bottom[:, position].nansum()) if n else torch.nan
+            found.append(Measure(name, value, n=n, slice={"position": position}))
+    return found
+
+
+def specialised_latents(
+    used: PositionMass, n_windows: int, share: float = 0.05
+) -> tuple[Bool[Tensor, "window latent"], Bool[Tensor, "window latent"]]:
+    """For each of `n_windows` equal windows of positions its most specialised latents, and equally active others.
+
+    The specialised are the `share` of the counted latents with the largest part of their activation mass in the
+    window. To each comes the unused other latent whose rank in mass is nearest to its own.
+    """
+    counted = used.counted().nonzero()[:, 0]
+    mass = used.mass.sum(0)[:, counted]
+    window = torch.arange(len(mass)) * n_windows // len(mass)
+    n_chosen = min(max(1, round(share * len(counted))), len(counted) // 2)
+    rank = torch.sort(mass.sum(0), stable=True).indices.argsort()
+    special = torch.zeros(n_windows, used.mass.shape[2], dtype=torch.bool)
+    matched = torch.zeros_like(special)
+    for number in range(n_windows):
+        part = mass[window == number].sum(0) / mass.sum(0)
+        chosen = torch.sort(part, descending=True, stable=True).indices[:n_chosen]
+        special[number, counted[chosen]] = True
+        rank_of_other = torch.ones(len(counted)).bool()
+        rank_of_other[rank[chosen]] = False
+        free = rank_of_other.nonzero()[:, 0].tolist()
+        by_rank = counted[rank.argsort()]
+        for wanted in rank[chosen].sort().values.tolist():
+            place = bisect.bisect(free, wanted)
+            nearest = min(free[max(0, place - 1) : place + 1], key=lambda other, wanted=wanted: abs(other - wanted))
+            free.remove(nearest)
+            matched[number, by_rank[nearest]] = True
+    return special, matched
+
+
+def without_latents(sae: SparseAutoencoder, chosen: Bool[Tensor, "window latent"]) -> Replace:
+    """Takes the decoder's part of some latents out of the vectors: in context c those of window c mod n_windows."""
+
+    def replace(batch: Batch, context: Int[Tensor, " token"]) -> Float[Tensor, "token d_model"]:
+        codes = sae.sparse_encode(batch.vectors, batch.position)
+        taken = codes.value * chosen[context[:, None] % len(chosen), codes.latent]
+        return batch.vectors.float() - weighted_rows(codes.latent, taken, sae.decoder.detach()) * sae.scale
+
+    return replace
+
+
+def causal(clean: Losses, specialised: Losses, matched: Losses, n_windows: int, n_positions: int) -> list[Measure]:
+    """The causal test: what happens inside and outside a window when the latents specialised on it are taken out.
+
+    `ablation_effect` = mean rise of the cross-entropy, nats a token, by `latents` (specialised, or as many equally
+    active others) and `at` (inside, outside the window). `causal_specificity` = (inside - outside) of the specialised
+    minus that of the others: above 0 when what was taken out mattered inside its window more than elsewhere.
+    Units are contexts, each tried with one window; what is taken out inside a window also reaches later positions
+    through attention.
+    """
+    n_contexts, n_predicting = clean.cross_entropy.shape
+    window = torch.arange(n_predicting) * n_windows // n_positions
+    inside = window == (torch.arange(n_contexts) % n_windows)[:, None]
+    found, differences = [], []
+    for name, ablated in (("specialised", specialised), ("matched", matched)):
+        rise = ablated.cross_entropy - clean.cross_entropy
+        sides = []
+        for side, where in (("inside", inside), ("outside", ~inside)):
+            top, bottom = _by_context(rise.masked_fill(~where, torch.nan))
+            found.append(
+                ratio("ablation_effect", top, bottom, slice={"latents": name, "at": side}, n=int(bottom.sum()))
+            )
+            sides.append((top, bottom))
+        differences.append(sides)
+
+    def specificity(keep: Tensor) -> Tensor:
+        (own_in, own_out), (other_in, other_out) = (
+            [top[keep].sum() / bottom[keep].sum() for top, bottom in sides] for sides in differences
+        )
+        return (own_in - own_out) - (other_in - other_out)
+
+    everything = torch.arange(n_contexts)
+    value = float(specificity(everything))
+    without = torch.stack([specificity(everything[everything != context]) for context in everything])
+    found.append(Measure("causal_specificity", value, *jackknife_interval(value, without), n_contexts))
+    return found

@@ -1,0 +1,191 @@
+"""What a latent's firing says about position: information against a permutation null, and the shift design."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from posmask.activations import Batch
+from posmask.errors import DegenerateResult
+from posmask.intervals import jackknife_interval
+from posmask.metrics.specialization import N_FOLDS, PositionMass
+from posmask.rows import Measure
+from posmask.sae import Codes
+from posmask.seeds import generator
+
+__all__ = ["PositionInformation", "ShiftDesign"]
+
+N_NULL_DRAWS = 19  # Exceeding all of them has a chance of 1 in 20 under the null.
+MIN_SHIFT_FIRINGS = 20
+
+
+class PositionInformation:
+    """Accumulates firings by position, as they are and with each text's tokens rotated through the context.
+
+    information(j) = I(latent j fires; position) / H(latent j fires), in [0, 1]: the share of the uncertainty about
+    whether it fires that the position takes away. Finite samples raise it above 0 for every latent, and the more so as
+    firings come in runs; both stay as they are when the positions of each text are rotated by a random amount, which
+    is the null, drawn 19 times.
+
+    `position_information` = mean over latents of (information - its mean over the null draws);
+    `position_information_null` = that mean; `position_bound_share` = the share of latents whose information is above
+    all of their 19 null draws: 0.05 by chance. Latents with 20 firings in each half of the texts.
+    """
+
+    def __init__(self, n_positions: int, d_sae: int, n_texts: int) -> None:
+        self._n_rotated = n_positions - 1  # Position 0 is never kept.
+        self._null = torch.zeros(N_NULL_DRAWS, n_positions, d_sae)
+        self._null_tokens = torch.zeros(N_NULL_DRAWS, n_positions)
+        self._rotation: Int[Tensor, "draw text"] = torch.randint(
+            self._n_rotated, (N_NULL_DRAWS, n_texts), generator=generator(0, "rotations")
+        )
+
+    def update(self, batch: Batch, codes: Codes) -> None:
+        """Add kept tokens (`batch.kept()`) and their codes."""
+        fired = codes.value > 0
+        token, _ = fired.nonzero(as_tuple=True)
+        latent, ones = codes.latent[fired], torch.ones(len(token))
+        for draw in range(N_NULL_DRAWS):
+            rotation = self._rotation[draw, batch.text.long()]
+            position = 1 + (batch.position.long() - 1 + rotation) % self._n_rotated
+            self._null_tokens[draw] += torch.bincount(position, minlength=self._n_rotated + 1)
+            self._null[draw].view(-1).index_add_(0, position[token] * codes.d_sae + latent, ones)
+
+    def measures(self, used: PositionMass) -> list[Measure]:
+        """
+        Args:
+            used: accumulated from the same codes.
+        """
+        counted = used.counted()
+        null = torch.stack(
+            [
+                _information(firings[:, counted], tokens)
+                for firings, tokens in zip(self._null, self._null_tokens, strict=True)
+            ]
+        )
+        by_fold, by_fold_tokens = used.firings[..., counted], used.tokens
+        firings, tokens = by_fold.sum(0), by_fold_tokens.sum(0)
+        real, expected = _information(firings, tokens), null.mean(0)
+        corrected = real - expected
+        # The null's mean falls as 1 / tokens: without a fold it is larger by that much.
+        grown = expected * N_FOLDS / (N_FOLDS - 1)
+        without = torch.stack(
+            [
+                (_information(firings - by_fold[fold], tokens - by_fold_tokens[fold]) - grown).mean()
+                for fold in range(N_FOLDS)
+            ]
+        )
+        value, n = float(corrected.mean()), int(counted.sum())
+        return [
+            Measure("position_information", value, *jackknife_interval(value, without), n),
+            Measure("position_information_null", float(expected.mean()), n=n),
+            Measure("position_bound_share", float((real > null.amax(0)).float().mean()), n=n),
+        ]
+
+
+def _information(
+    firings: Float[Tensor, "position latent"], tokens: Float[Tensor, " position"]
+) -> Float[Tensor, " latent"]:
+    seen = tokens > 0
+    share = (tokens[seen] / tokens.sum()).double()
+    rate = (firings[seen] / tokens[seen, None]).double()
+    overall = _binary_entropy((firings.sum(0) / tokens.sum()).double())
+    return (overall - share @ _binary_entropy(rate)) / overall
+
+
+def _binary_entropy(p: Tensor) -> Tensor:
+    return -(torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p))
+
+
+class ShiftDesign:
+    """Splits each latent's variance into position, content and their interaction, on texts seen at several places.
+
+    Every token (content) of `n_texts` pieces of `length` tokens was seen once in each of `n_windows` windows of the
+    context (`corpus.shifted`). For activation a[c, w] of a latent on content c in window w, the two-way random
+    effects a = mean + position[w] + content[c] + interaction[c, w] have the variance components
+
+        interaction = MS_interaction     content = (MS_content - MS_interaction) / n_windows
+        position = (MS_window - MS_interaction) / n_contents             (negative ones count as 0)
+
+    (Searle, Casella and McCulloch 1992, section 4.3), with the mean squares of two-way analysis of variance without
+    repetition. `shift_position`, `shift_content` and `shift_interaction` are their shares, mean over latents that
+    fire at least 20 times; the three sum to 1. A latent that heeds content alone has (0, 1, 0); one that is open in
+    one window only, whatever it responds to there, has nearly all its variance in the interaction, so a mask does not
+    win `shift_position` by its construction. Noise between windows (what stands before the piece differs) counts as
+    interaction.
+    """
+
+    def __init__(self, n_texts: int, length: int, n_windows: int, d_sae: int) -> None:
+        self._length = length
+        self._content = torch.zeros(n_texts * length, d_sae)
+        self._window = torch.zeros(N_FOLDS, n_windows, d_sae, dtype=torch.float64)
+        self._squares = torch.zeros(N_FOLDS, d_sae, dtype=torch.float64)
+        self._firings = torch.zeros(d_sae)
+        self._tokens = torch.zeros(N_FOLDS, n_windows)
+
+    def update(self, batch: Batch, codes: Codes) -> None:
+        """Add kept tokens (`batch.kept()`) and their codes."""
+        text, place = batch.text.long(), batch.position.long() - 1
+        window = place // self._length
+        content = text * self._length + place % self._length
+        fold = text % N_FOLDS
+        flat_latent, value = codes.latent.reshape(-1), codes.value.reshape(-1)
+
+        def entries(row: Tensor) -> Tensor:
+            return (row[:, None] * codes.d_sae + codes.latent).reshape(-1)
+
+        self._content.view(-1).index_add_(0, entries(content), value)
+        n_windows = self._window.shape[1]
+        self._window.view(-1).index_add_(0, entries(fold * n_windows + window), value.double())
+        self._squares.view(-1).index_add_(0, entries(fold), value.double().square())
+        self._firings.index_add_(0, flat_latent, (value > 0).float())
+        self._tokens.view(-1).index_add_(0, fold * n_windows + window, torch.ones(len(text)))
+
+    def measures(self, mask: str) -> list[Measure]:
+        """
+        Args:
+            mask: `on` or `lifted`; stands in the slice.
+
+        Raises:
+            DegenerateResult: no latent fires often enough.
+        """
+        n_texts, n_windows = len(self._content) // self._length, self._window.shape[1]
+        expected = torch.bincount(torch.arange(n_texts) % N_FOLDS, minlength=N_FOLDS).float() * self._length
+        assert bool((self._tokens == expected[:, None]).all()), "some content was not seen in every window"
+        counted = self._firings >= MIN_SHIFT_FIRINGS
+        if not bool(counted.any()):
+            raise DegenerateResult(
+                f"no latent fires {MIN_SHIFT_FIRINGS} times on the {len(self._content):,} tokens of the shift design: "
+                "raise shift_texts"
+            )
+        folds = (torch.arange(n_texts) % N_FOLDS).repeat_interleave(self._length)
+        content = torch.zeros_like(self._squares)
+        content.index_add_(0, folds, self._content.double().square())
+        parts = [part[..., counted] for part in (self._window, content, self._squares)]
+        contents = expected.double()
+
+        def shares(keep: Tensor) -> Tensor:
+            window, content, squares = (part[keep].sum(0) for part in parts)
+            n = float(contents[keep].sum())
+            grand = window.sum(0).square() / (n * n_windows)
+            between_windows = window.square().sum(0) / n - grand
+            between_contents = content / n_windows - grand
+            rest = squares - grand - between_windows - between_contents
+            interaction = (rest / ((n - 1) * (n_windows - 1))).clamp(min=0)
+            content_part = ((between_contents / (n - 1) - interaction) / n_windows).clamp(min=0)
+            position_part = ((between_windows / (n_windows - 1) - interaction) / n).clamp(min=0)
+            split = torch.stack([position_part, content_part, interaction])
+            return (split / split.sum(0)).nanmean(1)
+
+        used_folds = (expected > 0).nonzero()[:, 0]
+        value = shares(used_folds)
+        without = torch.stack([shares(used_folds[used_folds != fold]) for fold in used_folds])
+        return [
+            Measure(
+                f"shift_{name}",
+                float(value[number]),
+                *jackknife_interval(float(value[number]), without[:, number]),
+                int(counted.sum()),
+                {"mask": mask},
+            )
+            for number, name in enumerate(("position", "content", "interaction"))
+        ]

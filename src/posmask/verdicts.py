@@ -1,0 +1,228 @@
+"""Paired comparisons of cells, and what may be said of them: better, worse, or no evidence.
+
+Two cells of one study are compared on the same seeds and the same units (texts, or groups of them). For seed s let
+d[s] be the difference of the metric (mean over tasks or datasets, where there are several). Its mean over seeds has
+two sources of error, which are estimated apart and added:
+
+    seeds    var(d) / S
+    units    the variance over draws of the units with replacement (the same draw for both cells and all seeds, groups
+             whole), less what of it is noise of single seeds, which the first line holds already
+
+The interval is t with the geometric mean of S - 1 and Satterthwaite's degrees of freedom for two crossed random
+effects (Satterthwaite 1946, Biometrics 2:110), which by themselves are too many: docs/log.md has the coverage of both
+in simulated studies. p values of all comparisons of a study are corrected together (Holm 1979). A verdict other than
+"no evidence" needs a corrected p below 0.05 and at least three seeds: with fewer, the spread over seeds is unknown.
+"""
+
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+from posmask.rows import Units, parse_slice
+
+__all__ = [
+    "COLUMNS",
+    "MIN_SEEDS",
+    "Comparison",
+    "Difference",
+    "Verdict",
+    "holm",
+    "judge",
+    "paired_difference",
+    "read_verdicts",
+    "sample",
+    "write_verdicts",
+]
+
+MIN_SEEDS = 3
+LEVEL = 0.05
+N_RESAMPLES = 500
+
+Sample = Mapping[str, Units]
+"""One seed of one cell: the units of each task or dataset that a metric is the mean over."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean difference over seeds with its 95 % interval and two-sided p value, not corrected."""
+
+    effect: float
+    low: float
+    high: float
+    p: float
+    n_seeds: int
+
+
+def paired_difference(cell: Sequence[Sample], against: Sequence[Sample]) -> Difference:
+    """Of two cells, seed by seed in the same order; positive when `cell` is higher.
+
+    With one seed the interval covers the drawing of units only.
+    """
+    by_name, inflation, degrees = [], 1.0, 0
+    for name in sorted(cell[0]):
+        n_units = len(cell[0][name].top)
+        counts = _resample_counts(n_units, name)
+        by_name.append(_ratios(cell, name, counts) - _ratios(against, name, counts))
+        degrees += n_units - 1
+        inflation = max(inflation, n_units / max(n_units - 1, 1))
+    difference = np.mean(by_name, axis=0)
+    point, draw = difference[:, 0], difference[:, 1:]
+    n_seeds, effect = len(point), float(point.mean())
+    over_units = float(draw.mean(0).var()) * inflation
+    over_seeds = 0.0
+    if n_seeds > 1:
+        noise = float(draw.var(1).mean()) * inflation / n_seeds
+        over_units = max(0.0, (over_units - noise) / (1 - 1 / n_seeds))
+        over_seeds = float(point.var(ddof=1)) / n_seeds
+    variance = over_units + over_seeds
+    if variance == 0:
+        return Difference(effect, effect, effect, 1.0 if effect == 0 else 0.0, n_seeds)
+    spread = over_units**2 / max(degrees, 1) + (over_seeds**2 / (n_seeds - 1) if n_seeds > 1 else 0)
+    freedom = variance**2 / spread
+    if n_seeds > 1:  # Satterthwaite's alone is too many where few seeds happen to lie close.
+        freedom = math.sqrt(freedom * (n_seeds - 1))
+    error = math.sqrt(variance)
+    reach = float(stats.t.ppf(0.975, freedom)) * error
+    p = 2 * float(stats.t.sf(abs(effect) / error, freedom))
+    return Difference(effect, effect - reach, effect + reach, p, n_seeds)
+
+
+def _resample_counts(n_units: int, name: str) -> np.ndarray:
+    """Row 0: every unit once. Then how often each unit came in draws with replacement; the same for the same name."""
+    random = np.random.default_rng([n_units, *name.encode()])
+    counts = random.multinomial(n_units, np.full(n_units, 1 / n_units), N_RESAMPLES)
+    return np.concatenate([np.ones((1, n_units)), counts])
+
+
+def _ratios(cell: Sequence[Sample], name: str, counts: np.ndarray) -> np.ndarray:
+    """[seed draw]"""
+    top, bottom = (np.stack([getattr(seed[name], part) for seed in cell]) @ counts.T for part in ("top", "bottom"))
+    return np.divide(top, bottom, out=np.full(top.shape, np.nan), where=bottom != 0)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's corrected p values: the chance of one false verdict among all stays below the level.
+
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
+    """
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for place, number in enumerate(sorted(range(len(p_values)), key=lambda number: p_values[number])):
+        largest = max(largest, min(1.0, (len(p_values) - place) * p_values[number]))
+        corrected[number] = largest
+    return corrected
+
+
+COLUMNS: dict[str, tuple[str, dict[str, str]]] = {
+    "explained_variance": ("explained_variance", {}),
+    "ce_recovered": ("ce_recovered", {}),
+    "order k=1": ("order_accuracy", {"k": "1"}),
+    "order k=5": ("order_accuracy", {"k": "5"}),
+    "probing k=1": ("probe_accuracy", {"k": "1"}),
+    "probing k=5": ("probe_accuracy", {"k": "5"}),
+}
+"""What cells are compared by: a metric and what its slice must say. In all of them more is better."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Who is compared with whom: cells, or `cell + pooling` for a pooling other than the mean."""
+
+    label: str
+    against: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One line of `verdicts.csv`: is `label` better than `against` in `column`?"""
+
+    label: str
+    against: str
+    column: str
+    effect: float
+    low: float
+    high: float
+    p_corrected: float
+    n_seeds: int
+    n_comparisons: int
+    verdict: str
+
+
+def sample(units: Mapping[str, Units], pooling: str, column: str) -> Sample:
+    """The units of one column in one cell, by task or dataset; empty where the cell has no such number.
+
+    Args:
+        units: by `metric|slice`, as a cell's folder holds them.
+    """
+    metric, wanted = COLUMNS[column]
+    found = {}
+    for key, values in units.items():
+        name, _, text = key.partition("|")
+        where = parse_slice(text)
+        if (
+            name == metric
+            and "class" not in where
+            and where.get("pooling", pooling) == pooling
+            and all(where.get(part) == value for part, value in wanted.items())
+        ):
+            found[where.get("task") or where.get("dataset") or metric] = values
+    return found
+
+
+def judge(units: Mapping[str, Sequence[Mapping[str, Units]]], comparisons: Sequence[Comparison]) -> list[Verdict]:
+    """The verdict lines of a study, p values corrected over all of them together.
+
+    Args:
+        units: for each cell its units, seed by seed.
+    """
+    differences = []
+    for comparison in comparisons:
+        for column in COLUMNS:
+            pair = []
+            for label in (comparison.label, comparison.against):
+                cell, _, pooling = label.partition(" + ")
+                pair.append([sample(seed, pooling or "mean", column) for seed in units[cell]])
+            if all(one and one.keys() == other.keys() for one, other in zip(*pair, strict=True)):
+                differences.append((comparison, column, paired_difference(*pair)))
+    corrected = holm([found.p for _, _, found in differences])
+    return [
+        Verdict(
+            comparison.label,
+            comparison.against,
+            column,
+            found.effect,
+            found.low,
+            found.high,
+            p,
+            found.n_seeds,
+            len(differences),
+            _words(found, p),
+        )
+        for (comparison, column, found), p in zip(differences, corrected, strict=True)
+    ]
+
+
+def _words(found: Difference, p_corrected: float) -> str:
+    if found.n_seeds < MIN_SEEDS or not p_corrected < LEVEL:
+        return "no evidence"
+    return "better" if found.effect > 0 else "worse"
+
+
+def write_verdicts(path: Path, verdicts: Sequence[Verdict]) -> None:
+    with path.open("w", newline="", encoding="utf8") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Verdict)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(verdict) for verdict in verdicts)
+
+
+def read_verdicts(path: Path) -> list[Verdict]:
+    with path.open(newline="", encoding="utf8") as file:
+        return [
+            Verdict(**{field.name: field.type(line[field.name]) for field in fields(Verdict)})  # type: ignore[operator]
+            for line in csv.DictReader(file)
+        ]

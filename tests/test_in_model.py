@@ -1,0 +1,126 @@
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from conftest import D_MODEL, D_SAE, N_POSITIONS, make_sae
+from posmask.activations import evaluation_batches
+from posmask.metrics.in_model import InModel, Losses, causal, recovered, specialised_latents, without_latents
+from posmask.metrics.specialization import PositionMass
+
+
+@pytest.fixture(scope="module")
+def whole_model(model_folder):
+    return AutoModelForCausalLM.from_pretrained(model_folder).eval()
+
+
+@pytest.fixture(scope="module")
+def in_model(language_model, activations):
+    return InModel(language_model, activations, 12)
+
+
+def test_logits_from_a_layers_own_vectors_are_those_of_the_whole_model(whole_model, language_model):
+    ids = torch.randint(3, 20, (3, N_POSITIONS), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = whole_model(input_ids=ids).logits
+    vectors = language_model.vectors(ids)
+    assert torch.equal(language_model.logits(ids, vectors), expected)
+    assert not torch.allclose(language_model.logits(ids, vectors * 0), expected)
+    assert torch.equal(language_model.vectors(ids), vectors)  # nothing stays behind
+
+
+def test_losses_equal_a_plain_loop(in_model, whole_model, activations):
+    (clean,) = in_model.losses([])
+    assert clean.cross_entropy.shape == (12, N_POSITIONS - 1)
+    assert bool((clean.divergence.nan_to_num() == 0).all())
+    batch = in_model.batch(torch.arange(12))
+    ids, keep = (part.view(12, -1) for part in (batch.token_id.long(), batch.keep))
+    with torch.inference_mode():
+        log_p = whole_model(input_ids=ids).logits.log_softmax(-1)
+    for context in range(12):
+        for position in range(N_POSITIONS - 1):
+            found = clean.cross_entropy[context, position]
+            if keep[context, position] and keep[context, position + 1]:
+                assert float(found) == pytest.approx(-float(log_p[context, position, ids[context, position + 1]]))
+            else:
+                assert bool(found.isnan())
+    assert bool(clean.cross_entropy[:, 0].isnan().all())  # BOS is not kept
+
+
+def measures(found):
+    return {(measure.metric, *(measure.slice or {}).values()): measure for measure in found}
+
+
+def test_a_perfect_reconstruction_recovers_all_and_zeros_recover_nothing(in_model):
+    noise = torch.Generator().manual_seed(0)
+    perfect, zeros, noisy = in_model.losses(
+        [
+            lambda batch, context: batch.vectors,
+            lambda batch, context: torch.zeros_like(batch.vectors),
+            lambda batch, context: batch.vectors * (1 + 0.2 * torch.randn(batch.vectors.shape, generator=noise)),
+        ]
+    )[1:]
+    for losses, value in ((perfect, 1.0), (zeros, 0.0)):
+        found = measures(recovered(in_model.references, losses))
+        assert found[("ce_recovered",)].value == pytest.approx(value, abs=1e-5)
+        assert found[("kl_recovered",)].value == pytest.approx(value, abs=1e-5)
+        assert found[("kl_recovered", 5)].value == pytest.approx(value, abs=1e-4)
+        assert found[("ce_recovered", 0)].n == 0
+        assert found[("ce_recovered", 0)].value != found[("ce_recovered", 0)].value  # NaN, never a number
+    assert 0 < measures(recovered(in_model.references, noisy))[("kl_recovered",)].value < 1
+
+
+def test_taking_out_every_latent_leaves_the_error_and_taking_out_none_leaves_the_vectors(in_model):
+    sae = make_sae("slice")
+    batch = in_model.batch(torch.arange(8)).kept()
+    context = torch.zeros(len(batch), dtype=torch.int64)
+    codes = sae.sparse_encode(batch.vectors, batch.position)
+    nothing, everything = torch.zeros(1, D_SAE).bool(), torch.ones(1, D_SAE).bool()
+    torch.testing.assert_close(without_latents(sae, nothing)(batch, context), batch.vectors)
+    without_bias = sae.sparse_decode(codes) - sae.decoder_bias.detach() * sae.scale - sae.center
+    torch.testing.assert_close(
+        without_latents(sae, everything)(batch, context), batch.vectors - without_bias, rtol=1e-4, atol=1e-5
+    )
+    # Context c loses the latents of window c mod n_windows alone.
+    both = torch.cat([nothing, everything])
+    odd = torch.arange(len(batch)) % 2
+    found = without_latents(sae, both)(batch, odd)
+    torch.testing.assert_close(found[odd == 0], batch.vectors[odd == 0])
+    assert not torch.allclose(found[odd == 1], batch.vectors[odd == 1])
+
+
+def test_specialised_latents_are_those_of_the_window_and_have_equally_active_partners(activations):
+    sae = make_sae("slice", k=D_SAE)
+    used = PositionMass(N_POSITIONS, D_SAE)
+    for batch in evaluation_batches(activations):
+        used.update(batch.kept(), sae.sparse_encode(batch.kept().vectors, batch.kept().position))
+    special, matched = specialised_latents(used, 4, share=0.05)
+    openness = sae.mask.openness()
+    for window in range(4):
+        assert int(special[window].sum()) == int(matched[window].sum()) >= 1
+        assert not bool((special[window] & matched[window]).any())
+        assert bool((openness[window * 4 : window * 4 + 4, special[window]].mean(0) == 1).all())
+
+
+def losses(rise):
+    return Losses(torch.as_tensor(rise), torch.zeros_like(rise))
+
+
+def test_causal_specificity_is_the_planted_effect():
+    n_contexts, n_windows, n_positions = 24, 4, 17
+    random = torch.Generator().manual_seed(0)
+    clean = torch.randn(n_contexts, n_positions - 1, generator=random)
+    window = torch.arange(n_positions - 1) * n_windows // n_positions
+    inside = window == (torch.arange(n_contexts) % n_windows)[:, None]
+    noise = 0.01 * torch.randn(clean.shape, generator=random)
+    found = measures(
+        causal(losses(clean), losses(clean + 0.3 * inside + 0.1), losses(clean + 0.1 + noise), n_windows, n_positions)
+    )
+    assert found[("ablation_effect", "specialised", "inside")].value == pytest.approx(0.4)
+    assert found[("ablation_effect", "specialised", "outside")].value == pytest.approx(0.1)
+    specificity = found[("causal_specificity",)]
+    assert specificity.value == pytest.approx(0.3, abs=0.01)
+    assert 0.28 < specificity.low < 0.3 < specificity.high < 0.32
+
+
+def test_vectors_of_the_model_keep_their_width(in_model):
+    assert in_model.batch(torch.arange(1)).vectors.shape == (N_POSITIONS, D_MODEL)
