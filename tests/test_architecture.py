@@ -8,7 +8,7 @@ from pathlib import Path
 import posmask
 
 LEVELS = [
-    ["errors", "rows", "seeds", "progress"],
+    ["errors", "rows", "seeds", "progress", "bootstrap"],
     ["folders"],
     ["assets", "masks", "intervals", "summary", "verdicts"],
     ["kernels", "model", "corpus"],

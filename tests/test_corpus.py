@@ -77,27 +77,32 @@ def test_shuffled_copies_hold_the_same_tokens_in_another_order(tokenizer):
 
 
 def test_the_shift_design_shows_every_piece_once_in_every_window(tokenizer):
-    tokens = shifted(make_texts(60), tokenizer, 16, n_texts=8, n_windows=5)
-    assert tokens.id.shape == (40, 16)
-    assert tokens.n_kept == 8 * 5 * 3
+    tokens = shifted(make_texts(60), tokenizer, 16, n_texts=8, n_windows=4)
+    assert tokens.id.shape == (32, 16)
+    assert tokens.n_kept == 8 * 4 * 3
     special = {tokenizer.bos_token_id, tokenizer.eos_token_id}
     for text in range(8):
         rows = ((tokens.text == text).any(1)).nonzero()[:, 0].tolist()
         seen = [tokens.id[row][tokens.keep[row]].tolist() for row in rows]
         assert all(piece == seen[0] for piece in seen)
         starts = [int(tokens.keep[row].nonzero()[0]) for row in rows]
-        assert starts == [1, 4, 7, 10, 13]
-        for row, start in zip(rows, starts, strict=True):
+        assert starts == [4, 7, 10, 13]
+        for row, start in zip(rows, starts, strict=True):  # other text stands before, ended by EOS
             assert tokens.id[row, 0] == tokenizer.bos_token_id
-            if start > 1:  # other text stands before, ended by EOS
-                assert tokens.id[row, start - 1] == tokenizer.eos_token_id
-                assert not set(tokens.id[row, 1 : start - 1].tolist()) & special
+            assert tokens.id[row, start - 1] == tokenizer.eos_token_id
+            assert not set(tokens.id[row, 1 : start - 1].tolist()) & special
+
+
+def test_the_shift_design_draws_from_all_texts(tokenizer):
+    texts = ["red red red red"] * 30 + ["sea sea sea sea"] * 30
+    tokens = shifted(texts, tokenizer, 16, n_texts=10, n_windows=4)
+    assert len(set(tokens.id[tokens.keep].tolist())) == 2
 
 
 def test_the_shift_design_says_when_it_cannot_be(tokenizer):
-    with pytest.raises(NothingToDo, match=r"8 texts of 3 tokens, .* the 5 texts give 5"):
-        shifted(make_texts(5), tokenizer, 16, n_texts=8, n_windows=5)
-    with pytest.raises(BadSetting, match="9 windows leave 1 tokens of 16 positions"):
+    with pytest.raises(NothingToDo, match=r"8 texts of 3 tokens, .* 5 texts give 5"):
+        shifted(make_texts(5), tokenizer, 16, n_texts=8, n_windows=4)
+    with pytest.raises(BadSetting, match="9 shift windows leave 1 tokens of 16 positions"):
         shifted(make_texts(60), tokenizer, 16, n_texts=8, n_windows=9)
 
 

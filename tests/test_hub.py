@@ -3,6 +3,7 @@
 import builtins
 import hashlib
 import json
+from collections import Counter
 from pathlib import Path
 
 import pyarrow
@@ -11,7 +12,7 @@ import pytest
 
 from interop.synthetic import TABLES, code_rows, table_rows, translation_rows
 from posmask.errors import BadSetting, MissingAsset, MissingExtra
-from posmask.probing import hub
+from posmask.probing import hub, topics
 
 RECORDED = json.loads((Path(__file__).parent / "data" / "saebench_probing.json").read_text(encoding="utf8"))["texts"]
 AG_NEWS, BIOGRAPHIES = "fancyzhx/ag_news", "LabHC/bias_in_bios_class_set1"
@@ -130,3 +131,12 @@ def test_what_cannot_be_read_is_said_in_one_sentence(stand_in, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without_datasets)
     with pytest.raises(MissingExtra, match=r"needs the package `datasets`: pip install 'posmask\[hub\]'"):
         hub.read_hub_texts(AG_NEWS, 40, 10, 0)
+
+
+def test_a_study_may_name_them_as_the_hub_does(whole_hub):
+    dataset = topics.read_probe_dataset(AG_NEWS, 80, 20, 5)
+    assert dataset.classes == ("0", "1", "2", "3")
+    assert Counter(zip(dataset.label.tolist(), dataset.train.tolist(), strict=True)) == {
+        (label, train): 40 if train else 10 for label in range(4) for train in (True, False)
+    }
+    assert max(map(len, dataset.texts)) == 5

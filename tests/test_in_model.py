@@ -4,8 +4,8 @@ from transformers import AutoModelForCausalLM
 
 from conftest import D_MODEL, D_SAE, N_POSITIONS, make_sae
 from posmask.activations import evaluation_batches
-from posmask.metrics.in_model import InModel, Losses, causal, recovered, specialised_latents, without_latents
-from posmask.metrics.specialization import PositionMass
+from posmask.errors import DegenerateResult, NothingToDo
+from posmask.metrics.in_model import InModel, Losses, WindowMass, causal, recovered, without_latents
 
 
 @pytest.fixture(scope="module")
@@ -90,15 +90,43 @@ def test_taking_out_every_latent_leaves_the_error_and_taking_out_none_leaves_the
 
 def test_specialised_latents_are_those_of_the_window_and_have_equally_active_partners(activations):
     sae = make_sae("slice", k=D_SAE)
-    used = PositionMass(N_POSITIONS, D_SAE)
+    by_window = WindowMass(N_POSITIONS, 4, D_SAE)
     for batch in evaluation_batches(activations):
-        used.update(batch.kept(), sae.sparse_encode(batch.kept().vectors, batch.kept().position))
-    special, matched = specialised_latents(used, 4, share=0.05)
+        by_window.update(batch.kept(), sae.sparse_encode(batch.kept().vectors, batch.kept().position))
+    special, matched = by_window.specialised(share=0.05)
     openness = sae.mask.openness()
     for window in range(4):
         assert int(special[window].sum()) == int(matched[window].sum()) >= 1
         assert not bool((special[window] & matched[window]).any())
         assert bool((openness[window * 4 : window * 4 + 4, special[window]].mean(0) == 1).all())
+
+
+def test_partners_are_of_nearest_mass():
+    by_window = WindowMass(8, 2, 8)
+    mass = torch.tensor([100.0, 10.0, 90.0, 50.0, 9.0, 1.0, 2.0, 3.0])
+    in_first = torch.tensor([1.0, 1.0, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5])
+    by_window._mass = torch.stack([mass * in_first, mass * (1 - in_first)])
+    by_window._firings = torch.full((8,), 100.0)
+    special, matched = by_window.specialised(share=0.25)
+    assert special[0].nonzero()[:, 0].tolist() == [0, 1]
+    assert matched[0].nonzero()[:, 0].tolist() == [2, 4]
+    by_window._firings[1:] = 3
+    with pytest.raises(DegenerateResult, match="fewer than two latents fire 40 times"):
+        by_window.specialised()
+
+
+def test_the_contexts_are_spread_and_their_texts_known(language_model, activations):
+    in_model = InModel(language_model, activations, 5)
+    assert int(in_model.starts[-1]) > 0.7 * activations.n_tokens
+    batch = in_model.batch(torch.arange(5))
+    assert set(batch.kept().text.tolist()) == set(in_model.texts.tolist())
+    with pytest.raises(NothingToDo, match="model_contexts = 10000 is more than the"):
+        InModel(language_model, activations, 10_000)
+
+
+def test_predictions_that_overflow_stop_the_evaluation(in_model):
+    with pytest.raises(DegenerateResult, match="NaN or infinite on replaced vectors"):
+        in_model.losses([lambda batch, context: batch.vectors * torch.nan])
 
 
 def losses(rise):

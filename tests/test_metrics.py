@@ -212,7 +212,7 @@ def shift_design(activation, *, mask="on"):
     text, token, window = (part.reshape(-1) for part in torch.meshgrid(
         torch.arange(n_texts), torch.arange(length), torch.arange(n_windows), indexing="ij"
     ))  # fmt: skip
-    position = (1 + window * length + token).to(torch.int32)
+    position = (1 + (window + 1) * length + token).to(torch.int32)
     batch = Batch(torch.zeros(len(text), 1), position, position, text.to(torch.int32), torch.ones(len(text)).bool())
     latent = torch.arange(d_sae).expand(len(text), -1).contiguous()
     design = ShiftDesign(n_texts, length, n_windows, d_sae)
@@ -240,6 +240,25 @@ def test_the_shift_design_tells_position_content_and_interaction_apart():
         assert sum(measure.value for measure in found.values()) == pytest.approx(1.0)
 
 
+def test_what_stands_before_a_whole_piece_does_not_pass_for_position():
+    """An effect of text and window that all tokens of a piece share: no window is special on the average."""
+    found = []
+    for seed in range(20):
+        shared = random_of(40, 1, 5, 50, seed=seed) + 0.2 * random_of(40, 6, 5, 50, seed=100 + seed)
+        found.append(shift_design(shared)["position"])
+    mean = sum(measure.value for measure in found) / 20
+    assert abs(mean) < 0.002
+    assert sum(measure.low <= 0 <= measure.high for measure in found) >= 16
+
+
+def test_a_latent_that_always_fires_has_no_say_in_position_information():
+    rate = torch.full((N_POSITIONS, 10), 0.2)
+    rate[:, 4] = 1.1
+    found = information(rate)
+    assert found["position_information"].n == 9
+    assert found["position_information"].value == pytest.approx(0, abs=0.01)
+
+
 def test_a_mask_does_not_win_the_position_share_by_its_construction():
     """A rarely firing latent, open in one window alone: what it does there is interaction, not position."""
     fires = (random_of(100, 20, 1, 8) < 0.03) * random_of(100, 20, 1, 8, seed=1)
@@ -251,7 +270,7 @@ def test_a_mask_does_not_win_the_position_share_by_its_construction():
 
 
 def test_a_content_that_was_not_seen_everywhere_is_refused():
-    batch = Batch(torch.zeros(1, 1), *(torch.tensor([n], dtype=torch.int32) for n in (1, 1, 0)), torch.ones(1).bool())
+    batch = Batch(torch.zeros(1, 1), *(torch.tensor([n], dtype=torch.int32) for n in (4, 1, 0)), torch.ones(1).bool())
     design = ShiftDesign(2, 3, 5, 8)
     design.update(batch, Codes(torch.tensor([[0]]), torch.tensor([[1.0]]), 8))
     with pytest.raises(AssertionError, match="not seen in every window"):

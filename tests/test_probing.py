@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -8,10 +10,11 @@ from sklearn.linear_model import LogisticRegression
 from conftest import N_POSITIONS, make_sae, make_vectors
 from posmask import assets, corpus, model
 from posmask.activations import Batch
+from posmask.corpus import equal_segments, growing_segments
 from posmask.errors import BadSetting, DegenerateResult
 from posmask.probing import order, order_tasks, topics
 from posmask.probing.order_tasks import OrderTask
-from posmask.probing.pooling import PooledTexts, Pooling, equal_segments, growing_segments
+from posmask.probing.pooling import PooledTexts, Pooling
 from posmask.probing.sparse import ProbeTask, all_feature_correct, k_sparse_correct, logistic_regression
 from posmask.sae import Codes
 
@@ -213,6 +216,30 @@ def test_texts_pool_the_same_in_memory_and_on_disk(monkeypatch):
         assert torch.equal(features.rows(torch.arange(50)), rows)
 
 
+@pytest.mark.slow
+def test_pooled_rows_take_no_more_memory_for_more_texts():
+    """30,000 texts of 1,300 entries among 16,384 features: 470 MB as they are kept, 2 GB dense."""
+    code = """if True:
+        import resource, torch
+        from posmask.probing.pooling import PooledTexts
+        from posmask.probing.sparse import ProbeTask, k_sparse_correct
+        def peak():
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        features, random = PooledTexts(30_000, 16_384), torch.Generator().manual_seed(0)
+        before = peak()
+        for text in torch.arange(30_000).split(50):
+            rows = torch.rand(50, 16_384, generator=random)
+            features.add(text, rows * (torch.rand(50, 16_384, generator=random) < 0.08))
+        features.n_tokens += 1
+        label = torch.arange(30_000) % 2 == 0
+        every = torch.arange(30_000)
+        k_sparse_correct(features, [ProbeTask(every[:4000], label[:4000], every[4000:5000], label[4000:5000])], (1, 50))
+        print(peak() - before)
+    """
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(found.stdout) < 0.8  # GB: the 256 MB before rows go to disk, a block of them, and the probe's inputs
+
+
 def make_dataset(n_class=40):
     label = torch.arange(3).repeat_interleave(n_class)
     train = torch.arange(n_class).repeat(3) < 30
@@ -312,11 +339,10 @@ def test_order_probes_are_right_where_features_know_the_order_and_controls_stay_
 def test_permuted_labels_leave_nothing_to_learn():
     """Mean over many draws of features that know the order perfectly."""
     found = []
-    for number in range(30):
+    for number in range(12):
         task = OrderTask(f"toy{number}", 2, toy_order().texts, 60, 40)
         knows = torch.nn.functional.one_hot(torch.arange(280) % 2, 2).float()
         found.append(order.order_accuracy(task, pooled(knows), (1,), "mean")[2].value)
-    assert set(found) <= {0.0, 0.5, 1.0}
     assert 0.25 < sum(found) / len(found) < 0.75
 
 

@@ -33,6 +33,7 @@ learning_rate = 5e-3
 [evaluation]
 retention_positions = 4
 shift_texts = 40
+shift_windows = 4
 model_contexts = 8
 order_tasks = ["toy_order"]
 order_train_groups = 30
@@ -238,13 +239,19 @@ def test_training_tokens_are_never_held_out_tokens(study_file, tmp_path):
         ("seeds = [0]", "seeds = [1, 1]", "repeats a seed"),
         ("retention_positions = 4", "retention_positions = 15", "retention would be 1 for everything"),
         ("ks = [1, 5, 20]", "ks = [0]", "evaluation.ks.0 = 0 is not valid"),
-        ("ks = [1, 5, 20]", "ks = [99]", "probes on 99 latents of sae.d_sae = 32"),
+        ("ks = [1, 5, 20]", "ks = [1, 5, 99]", "probes on 99 latents of sae.d_sae = 32"),
         ("learning_rate = 5e-3", "learning_rate = inf", "training.learning_rate = inf is not valid"),
         ('kind = "open"', 'kind = ["open"]', "mask kind ['open'] is unknown"),
         ('name = "open"', 'name = "llm"', "stands for the model itself: rename it"),
         ('against = "open + segments4"', 'against = "opne"', "questions ask about 'opne', which is no cell"),
+        ('"open + segments4"', '"open + segments8"', "open has the poolings ['growing4', 'segments4']"),
+        ('"open + segments4"', '"open"', "'slice-compute' against 'open' twice, or for nothing"),
+        ("ks = [1, 5, 20]", "ks = [1, 20]", "ks = [1, 20] lacks 1 or 5"),
         ("model_contexts = 8", "model_contexts = 1", "evaluation.model_contexts = 1 is not valid"),
-        ("retention_positions = 4\n", "retention_positions = 4\ndecay_shares = [0]\n", "goes on for no steps"),
+        ("model_contexts = 8", "model_contexts = 6", "gives 4 causal windows less than two contexts each"),
+        ("shift_windows = 4", "shift_windows = 8", "8 shift windows leave 1 tokens of 16 positions"),
+        ("shift_windows = 4", "shift_windows = 4\ndecay_shares = [0]", "of 20 steps are the steps [0]"),
+        ("shift_windows = 4", "shift_windows = 4\ndecay_shares = [0, 0.01, 1]", "name shares that differ by a step"),
         ("[model]", "[model", "is not a readable TOML file"),
     ],
 )
@@ -289,6 +296,52 @@ def test_old_results_never_stand_beside_new_cells(study_file, tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         run(study_file, root)
     assert not (root / "results.csv").exists()
+
+
+def test_seeds_are_paired_and_enough_of_them_may_be_judged(study_file, tmp_path):
+    few = study_file.read_text().replace("seeds = [0]", "seeds = [0, 1, 2]").replace("decay = true\n", "")
+    study_file.write_text(few.replace("n_steps = 20", "n_steps = 60"))
+    found, _ = run(study_file, tmp_path / "run")
+    said = {
+        (verdict.against, verdict.column): verdict
+        for verdict in read_verdicts(tmp_path / "run" / "verdicts.csv")
+        if verdict.column == "explained_variance"
+    }
+    verdict = said["open", "explained_variance"]
+    assert verdict.n_seeds == 3
+    by_seed = {(row.cell, row.seed): row.value for row in found if row.metric == "explained_variance" and not row.slice}
+    differences = [by_seed["slice-compute", seed] - by_seed["open", seed] for seed in (0, 1, 2)]
+    assert verdict.effect == pytest.approx(sum(differences) / 3)
+    assert verdict.low < verdict.effect < verdict.high
+    assert verdict.verdict == {True: "better", False: "worse"}[verdict.effect > 0] or verdict.p_corrected >= 0.05
+
+
+def test_a_class_without_texts_stops_the_study_by_its_name(study_file, tmp_path, monkeypatch):
+    monkeypatch.setitem(topics.DATASETS, "toy", {"even": ("words", "0"), "missing": ("words", "7")})
+    with pytest.raises(BadSetting, match="toy has no texts of its class 'missing': leave the dataset out"):
+        run(study_file, tmp_path / "run")
+
+
+def test_a_dataset_too_small_is_cut_and_the_real_sizes_stand_in_the_rows(study_file, tmp_path):
+    study_file.write_text(study_file.read_text().replace("probe_train = 40", "probe_train = 40_000"))
+    study_file.write_text(study_file.read_text().replace("probe_test = 10", "probe_test = 10_000"))
+    found, _ = run(study_file, tmp_path / "run")
+    row = next(
+        row for row in found if row.metric == "probe_accuracy" and row.cell == "open" and "class" not in row.slice
+    )
+    n_train = int(rows.parse_slice(row.slice)["train"])
+    assert 200 < n_train < 1000
+    assert n_train / (n_train + row.n) == pytest.approx(0.8, abs=0.01)
+
+
+def test_the_saebench_protocol_runs_through_a_study(study_file, tmp_path):
+    study_file.write_text(study_file.read_text().replace("ks = [1", 'probe_protocol = "saebench"\nks = [1'))
+    found, _ = run(study_file, tmp_path / "run")
+    protocols = {rows.parse_slice(row.slice)["protocol"] for row in found if row.metric == "probe_accuracy"}
+    assert protocols == {"saebench"}
+    peer = json.loads((tmp_path / "run" / "cells" / "open-seed0" / "saebench.json").read_text())
+    assert peer["sae_cfg_dict"]["probe_protocol"] == "saebench"
+    assert peer["eval_result_metrics"]["sae"]["sae_test_accuracy"] > 0
 
 
 def test_an_untrained_sae_gets_no_numbers(study_file, tmp_path):

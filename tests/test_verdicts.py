@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from posmask import verdicts
+from posmask.bootstrap import resample_counts
+from posmask.errors import BadSetting, DegenerateResult
 from posmask.rows import Units
 from posmask.verdicts import Comparison, holm, judge, paired_difference
 
@@ -12,8 +14,13 @@ from posmask.verdicts import Comparison, holm, judge, paired_difference
 def quick_resampling(monkeypatch):
     """The same draws for every study, made once."""
     made = {}
-    draw = verdicts._resample_counts
-    monkeypatch.setattr(verdicts, "_resample_counts", lambda n, name: made.setdefault((n, name), draw(n, name)))
+
+    def once(n_units, name):
+        if (n_units, name) not in made:
+            made[n_units, name] = resample_counts(n_units, name)
+        return made[n_units, name]
+
+    monkeypatch.setattr(verdicts, "resample_counts", once)
 
 
 def simulated(random, n_seeds, seed_spread, text_spread, noise, *, difference=0.0, n_units=50, n_tasks=3):
@@ -139,9 +146,18 @@ def test_other_poolings_are_asked_for_by_name():
     }
     found = judge({"open": [rows] * 3}, [Comparison("open + segments8", "open"), Comparison("open", "open")])
     effects = {(verdict.label, verdict.column): verdict.effect for verdict in found}
-    assert effects[("open + segments8", "order k=5")] == 0.5
-    assert effects[("open", "probing k=5")] == 0
-    assert ("open + segments8", "probing k=5") not in effects
+    assert effects == {
+        ("open + segments8", "order k=5"): 0.5,  # what pooling does not touch is compared once, not twice
+        ("open", "order k=5"): 0, ("open", "probing k=5"): 0, ("open", "explained_variance"): 0,
+    }  # fmt: skip
+    with pytest.raises(BadSetting, match=r"'open \+ growing7' and 'open' have no number in common"):
+        judge({"open": [rows] * 3}, [Comparison("open + growing7", "open")])
+
+
+def test_a_number_without_a_value_stops_the_verdicts():
+    none = [{"task": Units(np.zeros(10), np.zeros(10))}] * 3
+    with pytest.raises(DegenerateResult, match="task has no value on some draw of its units"):
+        paired_difference(none, none)
 
 
 def test_holm_keeps_order_and_never_exceeds_1():

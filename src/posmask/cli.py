@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
@@ -79,7 +80,21 @@ def run(study_file: StudyFile, root: Root = None) -> None:
         f"Order and probing: accuracy of probes on k latents (chance .5), mean over tasks. Peak memory "
         f"{_peak_gigabytes():.1f} GB, {duration(time.perf_counter() - started)}."
     )
+    print(_verdict_line(root / "verdicts.csv"))
     print(f"The page: {page}")
+
+
+def _verdict_line(path: Path) -> str:
+    from posmask.verdicts import MIN_SEEDS, read_verdicts
+
+    verdicts = read_verdicts(path)
+    count = Counter(verdict.verdict for verdict in verdicts)
+    seeds = min((verdict.n_seeds for verdict in verdicts), default=0)
+    needed = f" (a verdict needs {MIN_SEEDS} seeds, here {'is' if seeds == 1 else 'are'} {seeds})"
+    return (
+        f"Verdicts: {count['better']} better, {count['worse']} worse, {count['no evidence']} no evidence"
+        f"{needed if seeds < MIN_SEEDS else ''}; differences with intervals in verdicts.csv and on the page."
+    )
 
 
 @app.command()

@@ -21,8 +21,11 @@ __all__ = [
     "Split",
     "Tokenizer",
     "Tokens",
+    "equal_segments",
+    "growing_segments",
     "pack",
     "pad",
+    "shift_length",
     "shifted",
     "split_of",
     "text_key",
@@ -187,49 +190,76 @@ def with_shuffled(tokens: Tokens, contexts: Int[Tensor, " chosen"], *, seed: int
     )
 
 
-def shifted(texts: Sequence[str], tokenizer: Tokenizer, n_positions: int, n_texts: int, n_windows: int) -> Tokens:
+def shifted(
+    texts: list[str], tokenizer: Tokenizer, n_positions: int, n_texts: int, n_windows: int, *, seed: int = 0
+) -> Tokens:
     """The shift design: the beginnings of `n_texts` texts, each seen once in each of `n_windows` equal windows.
 
-    A context is BOS, then other text ended by EOS (none before the first window), then the piece, which fills its
-    window; only the piece is kept, numbered as its text. Every piece has (n_positions - 1) // n_windows tokens; texts
-    that are too short or hold BOS or EOS go into what stands before.
+    A context is BOS, then other text ended by EOS, then the piece, which fills its window; only the piece is kept,
+    numbered as its text. The context after BOS is cut into n_windows + 1 stretches of `shift_length` tokens, the first
+    of which is never a window, so that every piece has other text before it. Texts come in random order, without their
+    BOS and EOS; those too short for a piece stand before others.
 
     Raises:
-        BadSetting: the windows would have fewer than two tokens.
         NothingToDo: too few texts are long enough.
     """
     bos, eos = _special_ids(tokenizer)
-    length = (n_positions - 1) // n_windows
-    if length < 2:
-        raise BadSetting(
-            f"{n_windows} windows leave {length} tokens of {n_positions} positions to each: ask for fewer windows"
-        )
+    length = shift_length(n_positions, n_windows)
     pieces: list[list[int]] = []
     before: list[int] = []
-    needed = n_texts * length * (n_windows - 1)
-    for start in range(0, len(texts), 256):
-        for row in _token_ids(list(texts[start : start + 256]), tokenizer):
+    per_piece = length * n_windows
+    order = torch.randperm(len(texts), generator=generator(seed, "shift texts")).tolist()
+    for start in range(0, len(order), 256):
+        for row in _token_ids([texts[number] for number in order[start : start + 256]], tokenizer):
             row = [token for token in row if token not in (bos, eos)]
             if len(pieces) < n_texts and len(row) >= length:
                 pieces.append(row[:length])
-            elif len(before) < needed:
+            elif len(before) < n_texts * per_piece:
                 before += row
-        if len(pieces) == n_texts and len(before) >= needed:
+        if len(pieces) == n_texts and len(before) >= n_texts * per_piece:
             break
-    if len(pieces) < n_texts or len(before) < needed:
+    if len(pieces) < n_texts or len(before) < n_texts * per_piece:
         raise NothingToDo(
-            f"{n_texts} texts of {length} tokens, with {needed:,} tokens to stand before them, were asked for, but the "
-            f"{len(texts):,} texts give {len(pieces)} and {len(before):,}: ask for fewer, or name more texts"
+            f"{n_texts} texts of {length} tokens, with {n_texts * per_piece:,} tokens to stand before them, were asked "
+            f"for, but {len(texts):,} texts give {len(pieces)} and {len(before):,}: ask for fewer, or name more texts"
         )
     ids = torch.full((n_texts * n_windows, n_positions), eos, dtype=torch.int64)
     ids[:, 0] = bos
     text = torch.full_like(ids, -1)
     for number, piece in enumerate(pieces):
-        own = before[number * length * (n_windows - 1) :]
+        own = torch.tensor(before[number * per_piece : (number + 1) * per_piece])
         for window in range(n_windows):
-            row, first = number * n_windows + window, 1 + window * length
-            ids[row, 1:first] = torch.tensor([*own[: first - 2], eos][: first - 1], dtype=torch.int64)
+            row, first = number * n_windows + window, 1 + (window + 1) * length
+            ids[row, 1 : first - 1] = own[: first - 2]
             ids[row, first : first + length] = torch.tensor(piece)
             text[row, first : first + length] = number
     position = torch.arange(n_positions).expand(len(ids), -1).contiguous()
     return Tokens(id=ids, position=position, text=text, keep=text >= 0)
+
+
+def shift_length(n_positions: int, n_windows: int) -> int:
+    """How many tokens a window of the shift design has.
+
+    Raises:
+        BadSetting: fewer than two.
+    """
+    length = (n_positions - 1) // (n_windows + 1)
+    if length < 2:
+        raise BadSetting(
+            f"{n_windows} shift windows leave {length} tokens of {n_positions} positions to each: ask for fewer"
+        )
+    return length
+
+
+def equal_segments(n_positions: int, n_segments: int) -> Int[Tensor, " position"]:
+    """The segment of each position, all of equal length."""
+    return torch.arange(n_positions) * n_segments // n_positions
+
+
+def growing_segments(n_positions: int) -> Int[Tensor, " position"]:
+    """The segment of each position, each twice as long as the one before: 1, 2-3, 4-7, ...
+
+    >>> growing_segments(10).tolist()
+    [0, 0, 1, 1, 2, 2, 2, 2, 3, 3]
+    """
+    return torch.tensor([max(position, 1).bit_length() - 1 for position in range(n_positions)])

@@ -4,22 +4,14 @@ import math
 from collections.abc import Mapping
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from scipy import stats
 from torch import Tensor
 
+from posmask.bootstrap import resample_counts
 from posmask.rows import Measure, Units
-from posmask.seeds import generator
 
-__all__ = ["interval", "jackknife_interval", "ratio", "ratio_interval", "resample_counts"]
-
-N_RESAMPLES = 500
-
-
-def resample_counts(n_units: int, purpose: str = "") -> Int[Tensor, "resample unit"]:
-    """How often each unit was drawn in each of `N_RESAMPLES` draws of n_units with replacement."""
-    drawn = torch.randint(n_units, (N_RESAMPLES, n_units), generator=generator(0, f"bootstrap {purpose}"))
-    return torch.zeros(N_RESAMPLES, n_units, dtype=torch.int64).scatter_add_(1, drawn, torch.ones_like(drawn))
+__all__ = ["interval", "jackknife_interval", "ratio", "ratio_interval"]
 
 
 def interval(values: Float[Tensor, " resample"]) -> tuple[float, float]:
@@ -38,7 +30,7 @@ def ratio_interval(top: Float[Tensor, " unit"], bottom: Float[Tensor, " unit"]) 
     >>> low < 0.5 < high
     True
     """
-    counts = resample_counts(len(top)).double()
+    counts = torch.from_numpy(resample_counts(len(top)))
     return interval((counts @ top.double()) / (counts @ bottom.double()))
 
 
@@ -64,9 +56,15 @@ def ratio(
     return Measure(metric, value, low, high, len(top) if n is None else n, slice, Units(top.numpy(), bottom.numpy()))
 
 
-def jackknife_interval(value: float, without_each: Float[Tensor, " fold"]) -> tuple[float, float]:
-    """From the values that leave out one fold of texts each: value +- t * standard error (Efron 1982, chapter 3)."""
-    n = len(without_each)
-    error = math.sqrt((n - 1) / n * float((without_each - without_each.mean()).square().sum()))
-    reach = float(stats.t.ppf(0.975, n - 1)) * error
+def jackknife_interval(value: float, *without_each: Float[Tensor, " fold"]) -> tuple[float, float]:
+    """From the values that leave out one fold of texts each: value +- t * standard error (Efron 1982, chapter 3).
+
+    Args:
+        without_each: one row of such values for each stratum of folds.
+    """
+    variance = sum(
+        (len(values) - 1) / len(values) * float((values - values.mean()).square().sum()) for values in without_each
+    )
+    freedom = sum(len(values) - 1 for values in without_each)
+    reach = float(stats.t.ppf(0.975, freedom)) * math.sqrt(variance)
     return value - reach, value + reach

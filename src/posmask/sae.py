@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -68,6 +68,10 @@ class Codes:
     latent: Int[Tensor, "token entry"]
     value: Float[Tensor, "token entry"]
     d_sae: int
+
+    def some(self, which: Bool[Tensor, " token"] | Int[Tensor, " some"]) -> "Codes":
+        """The codes of some of the tokens, chosen by truth or by number."""
+        return Codes(self.latent[which], self.value[which], self.d_sae)
 
     def dense(self) -> Float[Tensor, "token latent"]:
         return self.value.new_zeros(len(self.value), self.d_sae).scatter_add_(1, self.latent, self.value)

@@ -27,7 +27,7 @@ from pydantic import (
 from posmask import assets, corpus, folders, kernels, masks, model, rows, training, verdicts
 from posmask.activations import Activations, harvest
 from posmask.errors import BadSetting, PosmaskError
-from posmask.evaluation import Data, EvaluationSettings, baselines, decay, evaluate
+from posmask.evaluation import Data, EvaluationSettings, baselines, decay, evaluate, growing_name
 from posmask.interop import saebench
 from posmask.probing import topics
 from posmask.probing.order import order_tokens
@@ -132,10 +132,14 @@ class StudySettings(_Settings):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two cells are called {name!r}: give each its own name")
-        for question in self.questions:
-            for side in (question.cell, question.against):
-                if side.partition(" + ")[0] not in names:
-                    raise ValueError(f"questions ask about {side!r}, which is no cell: choose from {', '.join(names)}")
+        self._check_questions(names)
+        steps = [round(share * self.training.n_steps) for share in self.evaluation.decay_shares]
+        if len(set(steps)) < len(steps) or not any(steps):
+            raise ValueError(
+                f"evaluation.decay_shares = {list(self.evaluation.decay_shares)} of {self.training.n_steps} steps are "
+                f"the steps {steps}: name shares that differ by a step, one of them above 0"
+            )
+        corpus.shift_length(self.corpus.n_positions, self.evaluation.shift_windows)
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds = {list(self.seeds)} repeats a seed: the same run twice is no second sample")
         if self.training.batch_tokens > self.corpus.training_tokens:
@@ -154,6 +158,31 @@ class StudySettings(_Settings):
                 "lower it"
             )
         return self
+
+    def _check_questions(self, names: list[str]) -> None:
+        baseline = self.baseline
+        asked = {(cell.name, baseline) for cell in self.cells if baseline not in (None, cell.name)}
+        open_cells = {cell.name for cell in self.cells if cell.mask.kind == "open"}
+        pooled = {f"segments{self.evaluation.order_segments}", growing_name(self.corpus.n_positions)}
+        for question in self.questions:
+            sides = question.cell, question.against
+            for side in sides:
+                name, _, pooling = side.partition(" + ")
+                if name not in names:
+                    raise ValueError(f"questions ask about {side!r}, which is no cell: choose from {', '.join(names)}")
+                known = pooled if name in open_cells else {"fair"}
+                if pooling and pooling not in known:
+                    raise ValueError(f"questions ask about {side!r}, but {name} has the poolings {sorted(known)}")
+            if sides[0] == sides[1] or sides in asked:
+                raise ValueError(
+                    f"questions ask for {sides[0]!r} against {sides[1]!r} twice, or for nothing: remove it"
+                )
+            asked.add(sides)
+
+    @property
+    def baseline(self) -> str | None:
+        """The cell that every other is compared with: the first open one."""
+        return next((cell.name for cell in self.cells if cell.mask.kind == "open" and cell.budget == "width"), None)
 
     def width(self, cell: CellSettings) -> int:
         """How many latents a cell's SAE has."""
@@ -405,7 +434,7 @@ def _verdicts(study: StudySettings, places: list["_Place"]) -> list[verdicts.Ver
     for place in places:
         if place.cell is not None:
             units.setdefault(place.cell.name, []).append(rows.read_units(place.folder / UNITS_FILE))
-    baseline = next((cell.name for cell in study.cells if cell.mask.kind == "open" and cell.budget == "width"), None)
+    baseline = study.baseline
     asked = [verdicts.Comparison(cell.name, baseline) for cell in study.cells if baseline not in (None, cell.name)]
     asked += [verdicts.Comparison(question.cell, question.against) for question in study.questions]
     return verdicts.judge(units, asked)
@@ -476,6 +505,11 @@ def _write_saebench(
         k_values=ask.ks,
     )
     identity = folders.identity(place.made_from)
+    sizes = [
+        (where, row.n)
+        for row in baseline
+        if row.metric == "probe_accuracy" and "class" not in (where := rows.parse_slice(row.slice))
+    ]
     output = saebench.eval_output(
         llm,
         sae,
@@ -484,7 +518,13 @@ def _write_saebench(
         epoch_milliseconds=round(time.time() * 1000),
         sae_name=f"posmask {study.name} {place.label}",
         sae_id=None,
-        sae_config={"identity": identity, "probe_protocol": ask.probe_protocol, **place.made_from},
+        # Sizes as asked stand above; the texts that probes had, here.
+        sae_config={
+            "identity": identity,
+            "probe_protocol": ask.probe_protocol,
+            "probe_texts": {where["dataset"]: [int(where["train"]), n] for where, n in sizes},
+            **place.made_from,
+        },
     )
     saebench.write_eval_output(path, output)
 

@@ -23,6 +23,8 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
+from posmask.bootstrap import resample_counts
+from posmask.errors import BadSetting, DegenerateResult
 from posmask.rows import Units, parse_slice
 
 __all__ = [
@@ -41,7 +43,6 @@ __all__ = [
 
 MIN_SEEDS = 3
 LEVEL = 0.05
-N_RESAMPLES = 500
 
 Sample = Mapping[str, Units]
 """One seed of one cell: the units of each task or dataset that a metric is the mean over."""
@@ -66,7 +67,8 @@ def paired_difference(cell: Sequence[Sample], against: Sequence[Sample]) -> Diff
     by_name, inflation, degrees = [], 1.0, 0
     for name in sorted(cell[0]):
         n_units = len(cell[0][name].top)
-        counts = _resample_counts(n_units, name)
+        # First every unit once, then the draws.
+        counts = np.concatenate([np.ones((1, n_units)), resample_counts(n_units, name)])
         by_name.append(_ratios(cell, name, counts) - _ratios(against, name, counts))
         degrees += n_units - 1
         inflation = max(inflation, n_units / max(n_units - 1, 1))
@@ -92,17 +94,12 @@ def paired_difference(cell: Sequence[Sample], against: Sequence[Sample]) -> Diff
     return Difference(effect, effect - reach, effect + reach, p, n_seeds)
 
 
-def _resample_counts(n_units: int, name: str) -> np.ndarray:
-    """Row 0: every unit once. Then how often each unit came in draws with replacement; the same for the same name."""
-    random = np.random.default_rng([n_units, *name.encode()])
-    counts = random.multinomial(n_units, np.full(n_units, 1 / n_units), N_RESAMPLES)
-    return np.concatenate([np.ones((1, n_units)), counts])
-
-
 def _ratios(cell: Sequence[Sample], name: str, counts: np.ndarray) -> np.ndarray:
     """[seed draw]"""
     top, bottom = (np.stack([getattr(seed[name], part) for seed in cell]) @ counts.T for part in ("top", "bottom"))
-    return np.divide(top, bottom, out=np.full(top.shape, np.nan), where=bottom != 0)
+    if (bottom == 0).any() or not (np.isfinite(top).all() and np.isfinite(bottom).all()):
+        raise DegenerateResult(f"{name or 'a metric'} has no value on some draw of its units: measure more of them")
+    return top / bottom
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -167,7 +164,7 @@ def sample(units: Mapping[str, Units], pooling: str, column: str) -> Sample:
         if (
             name == metric
             and "class" not in where
-            and where.get("pooling", pooling) == pooling
+            and where.get("pooling", "mean") == pooling
             and all(where.get(part) == value for part, value in wanted.items())
         ):
             found[where.get("task") or where.get("dataset") or metric] = values
@@ -182,6 +179,7 @@ def judge(units: Mapping[str, Sequence[Mapping[str, Units]]], comparisons: Seque
     """
     differences = []
     for comparison in comparisons:
+        before = len(differences)
         for column in COLUMNS:
             pair = []
             for label in (comparison.label, comparison.against):
@@ -189,6 +187,10 @@ def judge(units: Mapping[str, Sequence[Mapping[str, Units]]], comparisons: Seque
                 pair.append([sample(seed, pooling or "mean", column) for seed in units[cell]])
             if all(one and one.keys() == other.keys() for one, other in zip(*pair, strict=True)):
                 differences.append((comparison, column, paired_difference(*pair)))
+        if len(differences) == before:
+            raise BadSetting(
+                f"{comparison.label!r} and {comparison.against!r} have no number in common: ask about cells that have"
+            )
     corrected = holm([found.p for _, _, found in differences])
     return [
         Verdict(

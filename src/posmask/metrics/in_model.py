@@ -1,6 +1,5 @@
 """What an SAE's reconstruction, and its position-bound latents, do to the model that goes on from them."""
 
-import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,15 +9,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from posmask.activations import Activations, Batch
+from posmask.corpus import equal_segments
+from posmask.errors import DegenerateResult, NothingToDo
 from posmask.intervals import jackknife_interval, ratio
 from posmask.kernels import weighted_rows
-from posmask.metrics.specialization import PositionMass
 from posmask.model import LanguageModel
 from posmask.rows import Measure
-from posmask.sae import SparseAutoencoder
+from posmask.sae import Codes, SparseAutoencoder
 
-__all__ = ["InModel", "Losses", "causal", "recovered", "specialised_latents", "without_latents"]
+__all__ = ["InModel", "Losses", "WindowMass", "causal", "recovered", "without_latents"]
 
+MIN_CAUSAL_FIRINGS = 40
 _CONTEXTS_AT_ONCE = 4  # Their logits stand in memory: 100 MB for a vocabulary of 49,152.
 Replace = Callable[[Batch, Int[Tensor, " token"]], Float[Tensor, "token d_model"]]
 """Kept tokens and the number of the context that each stands in -> the vectors to put in their place."""
@@ -42,7 +43,10 @@ class InModel:
     it predicts are kept.
 
     Args:
-        n_contexts: how many of the longest contexts; fewer if there are fewer.
+        n_contexts: how many, evenly spread over the whole contexts, so that few share a text.
+
+    Raises:
+        NothingToDo: there are not that many whole contexts.
     """
 
     def __init__(self, model: LanguageModel, activations: Activations, n_contexts: int) -> None:
@@ -50,8 +54,15 @@ class InModel:
         self._activations = activations
         starts = (activations.position == 0).nonzero()[:, 0]
         lengths = torch.diff(starts, append=torch.tensor([activations.n_tokens]))
-        self.starts: Int[Tensor, " context"] = starts[lengths == lengths.max()][:n_contexts]
+        whole = starts[lengths == lengths.max()]
+        if len(whole) < n_contexts:
+            raise NothingToDo(
+                f"model_contexts = {n_contexts} is more than the {len(whole)} whole contexts of the held-out texts: "
+                "lower it, or raise heldout_tokens"
+            )
+        self.starts: Int[Tensor, " context"] = whole[torch.arange(n_contexts) * len(whole) // n_contexts]
         self._length = int(lengths.max())
+        self.texts: Int[Tensor, " text"] = self.batch(torch.arange(n_contexts)).kept().text.unique()
 
     def batch(self, contexts: Int[Tensor, " context"]) -> Batch:
         return self._activations.batch((self.starts[contexts, None] + torch.arange(self._length)).reshape(-1))
@@ -75,6 +86,10 @@ class InModel:
                 vectors = batch.vectors.clone()
                 vectors[batch.keep] = replace(batch.kept(), context[batch.keep]).to(vectors.dtype)
                 replaced = self._log_probabilities(ids, vectors)
+                if not bool(replaced.isfinite().all()):
+                    raise DegenerateResult(
+                        "the model's predictions are NaN or infinite on replaced vectors: use precision float32"
+                    )
                 found[number].append(_losses(clean, replaced, ids, scored))
             advance(ids.numel() * (1 + len(replacements)))
         return [Losses(*(torch.cat(parts) for parts in zip(*some, strict=True))) for some in found]
@@ -85,7 +100,7 @@ class InModel:
 
     @cached_property
     def references(self) -> tuple[Losses, Losses]:
-        """As the model is, and with all kept vectors set to 0 (what sae-bench's `core` evaluation calls ablation)."""
+        """As the model is, and with all kept vectors set to 0 (sae-bench's `core` also sets that of BOS)."""
         clean, zeroed = self.losses([lambda batch, context: torch.zeros_like(batch.vectors)])
         return clean, zeroed
 
@@ -134,35 +149,47 @@ def recovered(references: tuple[Losses, Losses], reconstructed: Losses) -> list[
     return found
 
 
-def specialised_latents(
-    used: PositionMass, n_windows: int, share: float = 0.05
-) -> tuple[Bool[Tensor, "window latent"], Bool[Tensor, "window latent"]]:
-    """For each of `n_windows` equal windows of positions its most specialised latents, and equally active others.
+class WindowMass:
+    """Accumulates each latent's activation mass by window of positions, to choose latents for the causal test."""
 
-    The specialised are the `share` of the counted latents with the largest part of their activation mass in the
-    window. To each comes the unused other latent whose rank in mass is nearest to its own.
-    """
-    counted = used.counted().nonzero()[:, 0]
-    mass = used.mass.sum(0)[:, counted]
-    window = torch.arange(len(mass)) * n_windows // len(mass)
-    n_chosen = min(max(1, round(share * len(counted))), len(counted) // 2)
-    rank = torch.sort(mass.sum(0), stable=True).indices.argsort()
-    special = torch.zeros(n_windows, used.mass.shape[2], dtype=torch.bool)
-    matched = torch.zeros_like(special)
-    for number in range(n_windows):
-        part = mass[window == number].sum(0) / mass.sum(0)
-        chosen = torch.sort(part, descending=True, stable=True).indices[:n_chosen]
-        special[number, counted[chosen]] = True
-        rank_of_other = torch.ones(len(counted)).bool()
-        rank_of_other[rank[chosen]] = False
-        free = rank_of_other.nonzero()[:, 0].tolist()
-        by_rank = counted[rank.argsort()]
-        for wanted in rank[chosen].sort().values.tolist():
-            place = bisect.bisect(free, wanted)
-            nearest = min(free[max(0, place - 1) : place + 1], key=lambda other, wanted=wanted: abs(other - wanted))
-            free.remove(nearest)
-            matched[number, by_rank[nearest]] = True
-    return special, matched
+    def __init__(self, n_positions: int, n_windows: int, d_sae: int) -> None:
+        self._window = equal_segments(n_positions, n_windows)
+        self._mass = torch.zeros(n_windows, d_sae)
+        self._firings = torch.zeros(d_sae)
+
+    def update(self, batch: Batch, codes: Codes) -> None:
+        """Add kept tokens (`batch.kept()`) and their codes; none of texts that the test is made on."""
+        window = self._window[batch.position.long()]
+        entry = (window[:, None] * codes.d_sae + codes.latent).reshape(-1)
+        self._mass.view(-1).index_add_(0, entry, codes.value.reshape(-1))
+        self._firings.index_add_(0, codes.latent.reshape(-1), (codes.value > 0).float().reshape(-1))
+
+    def specialised(self, share: float = 0.05) -> tuple[Bool[Tensor, "window latent"], Bool[Tensor, "window latent"]]:
+        """For each window its most specialised latents, and as many equally active others.
+
+        The specialised are the `share` of the latents with at least 40 firings that have the largest part of their
+        mass in the window. To each, the most active first, comes the unused other latent of nearest log mass.
+        """
+        counted = (self._firings >= MIN_CAUSAL_FIRINGS).nonzero()[:, 0]
+        special, matched = torch.zeros(2, *self._mass.shape, dtype=torch.bool)
+        n_chosen = min(max(1, round(share * len(counted))), len(counted) // 2)
+        if n_chosen == 0:
+            raise DegenerateResult(
+                f"fewer than two latents fire {MIN_CAUSAL_FIRINGS} times on the held-out texts, so the causal test has "
+                "none to compare: raise heldout_tokens"
+            )
+        mass = self._mass[:, counted]
+        log_mass = mass.sum(0).log()
+        for number, part in enumerate(mass / mass.sum(0)):
+            chosen = torch.sort(part, descending=True, stable=True).indices[:n_chosen]
+            special[number, counted[chosen]] = True
+            free = torch.ones(len(counted)).bool()
+            free[chosen] = False
+            for latent in chosen[log_mass[chosen].argsort(descending=True)]:
+                nearest = (log_mass - log_mass[latent]).abs().masked_fill(~free, torch.inf).argmin()
+                free[nearest] = False
+                matched[number, counted[nearest]] = True
+        return special, matched
 
 
 def without_latents(sae: SparseAutoencoder, chosen: Bool[Tensor, "window latent"]) -> Replace:
@@ -186,9 +213,9 @@ def causal(clean: Losses, specialised: Losses, matched: Losses, n_windows: int, 
     through attention.
     """
     n_contexts, n_predicting = clean.cross_entropy.shape
-    window = torch.arange(n_predicting) * n_windows // n_positions
+    window = equal_segments(n_positions, n_windows)[:n_predicting]
     inside = window == (torch.arange(n_contexts) % n_windows)[:, None]
-    found, differences = [], []
+    found, effects = [], []
     for name, ablated in (("specialised", specialised), ("matched", matched)):
         rise = ablated.cross_entropy - clean.cross_entropy
         sides = []
@@ -198,11 +225,11 @@ def causal(clean: Losses, specialised: Losses, matched: Losses, n_windows: int, 
                 ratio("ablation_effect", top, bottom, slice={"latents": name, "at": side}, n=int(bottom.sum()))
             )
             sides.append((top, bottom))
-        differences.append(sides)
+        effects.append(sides)
 
     def specificity(keep: Tensor) -> Tensor:
         (own_in, own_out), (other_in, other_out) = (
-            [top[keep].sum() / bottom[keep].sum() for top, bottom in sides] for sides in differences
+            [top[keep].sum() / bottom[keep].sum() for top, bottom in sides] for sides in effects
         )
         return (own_in - own_out) - (other_in - other_out)
 

@@ -55,7 +55,8 @@ class PositionInformation:
         Args:
             used: accumulated from the same codes.
         """
-        counted = used.counted()
+        n_fired, n_tokens = used.firings.sum((0, 1)), used.tokens.sum()
+        counted = used.counted() & (n_fired < n_tokens)  # Whether a latent that always fires does so is no question.
         null = torch.stack(
             [
                 _information(firings[:, counted], tokens)
@@ -66,17 +67,14 @@ class PositionInformation:
         firings, tokens = by_fold.sum(0), by_fold_tokens.sum(0)
         real, expected = _information(firings, tokens), null.mean(0)
         corrected = real - expected
-        # The null's mean falls as 1 / tokens: without a fold it is larger by that much.
-        grown = expected * N_FOLDS / (N_FOLDS - 1)
-        without = torch.stack(
-            [
-                (_information(firings - by_fold[fold], tokens - by_fold_tokens[fold]) - grown).mean()
-                for fold in range(N_FOLDS)
-            ]
-        )
+        without = []
+        for fold in (by_fold_tokens.sum(1) > 0).nonzero()[:, 0].tolist():
+            left = tokens - by_fold_tokens[fold]
+            grown = expected * float(tokens.sum() / left.sum())  # The null's mean falls as 1 / tokens.
+            without.append((_information(firings - by_fold[fold], left) - grown).mean())
         value, n = float(corrected.mean()), int(counted.sum())
         return [
-            Measure("position_information", value, *jackknife_interval(value, without), n),
+            Measure("position_information", value, *jackknife_interval(value, torch.stack(without)), n),
             Measure("position_information_null", float(expected.mean()), n=n),
             Measure("position_bound_share", float((real > null.amax(0)).float().mean()), n=n),
         ]
@@ -103,42 +101,41 @@ class ShiftDesign:
     context (`corpus.shifted`). For activation a[c, w] of a latent on content c in window w, the two-way random
     effects a = mean + position[w] + content[c] + interaction[c, w] have the variance components
 
-        interaction = MS_interaction     content = (MS_content - MS_interaction) / n_windows
-        position = (MS_window - MS_interaction) / n_contents             (negative ones count as 0)
+        interaction = MS_interaction              content = (MS_content - MS_interaction) / n_windows
+        position = (MS_window - MS_text_by_window) / n_contents
 
     (Searle, Casella and McCulloch 1992, section 4.3), with the mean squares of two-way analysis of variance without
-    repetition. `shift_position`, `shift_content` and `shift_interaction` are their shares, mean over latents that
-    fire at least 20 times; the three sum to 1. A latent that heeds content alone has (0, 1, 0); one that is open in
-    one window only, whatever it responds to there, has nearly all its variance in the interaction, so a mask does not
-    win `shift_position` by its construction. Noise between windows (what stands before the piece differs) counts as
-    interaction.
+    repetition. What stands before a piece is common to its tokens, so windows are held against the interaction of
+    whole texts with windows, not of single tokens. Components are unbiased, so a latent without one may have a little
+    below 0. `shift_position`, `shift_content` and `shift_interaction` are their shares, mean over latents that fire at
+    least 20 times; the three sum to 1. A latent that heeds content alone has (0, 1, 0); one that is open in one window
+    only, whatever it responds to there, has nearly all its variance in the interaction, so a mask does not win
+    `shift_position` by its construction.
     """
 
     def __init__(self, n_texts: int, length: int, n_windows: int, d_sae: int) -> None:
         self._length = length
         self._content = torch.zeros(n_texts * length, d_sae)
-        self._window = torch.zeros(N_FOLDS, n_windows, d_sae, dtype=torch.float64)
-        self._squares = torch.zeros(N_FOLDS, d_sae, dtype=torch.float64)
+        self._window = torch.zeros(n_texts, n_windows, d_sae)
+        self._squares = torch.zeros(n_texts, d_sae)
         self._firings = torch.zeros(d_sae)
-        self._tokens = torch.zeros(N_FOLDS, n_windows)
+        self._tokens = torch.zeros(n_texts, n_windows)
 
     def update(self, batch: Batch, codes: Codes) -> None:
         """Add kept tokens (`batch.kept()`) and their codes."""
         text, place = batch.text.long(), batch.position.long() - 1
-        window = place // self._length
+        window = text * self._tokens.shape[1] + place // self._length - 1
         content = text * self._length + place % self._length
-        fold = text % N_FOLDS
-        flat_latent, value = codes.latent.reshape(-1), codes.value.reshape(-1)
+        value = codes.value.reshape(-1)
 
-        def entries(row: Tensor) -> Tensor:
-            return (row[:, None] * codes.d_sae + codes.latent).reshape(-1)
+        def add(table: Tensor, row: Tensor, values: Tensor) -> None:
+            table.view(-1).index_add_(0, (row[:, None] * codes.d_sae + codes.latent).reshape(-1), values)
 
-        self._content.view(-1).index_add_(0, entries(content), value)
-        n_windows = self._window.shape[1]
-        self._window.view(-1).index_add_(0, entries(fold * n_windows + window), value.double())
-        self._squares.view(-1).index_add_(0, entries(fold), value.double().square())
-        self._firings.index_add_(0, flat_latent, (value > 0).float())
-        self._tokens.view(-1).index_add_(0, fold * n_windows + window, torch.ones(len(text)))
+        add(self._content, content, value)
+        add(self._window, window, value)
+        add(self._squares, text, value.square())
+        self._firings.index_add_(0, codes.latent.reshape(-1), (value > 0).float())
+        self._tokens.view(-1).index_add_(0, window, torch.ones(len(text)))
 
     def measures(self, mask: str) -> list[Measure]:
         """
@@ -148,37 +145,42 @@ class ShiftDesign:
         Raises:
             DegenerateResult: no latent fires often enough.
         """
-        n_texts, n_windows = len(self._content) // self._length, self._window.shape[1]
-        expected = torch.bincount(torch.arange(n_texts) % N_FOLDS, minlength=N_FOLDS).float() * self._length
-        assert bool((self._tokens == expected[:, None]).all()), "some content was not seen in every window"
+        n_texts, n_windows = self._tokens.shape
+        assert bool((self._tokens == self._length).all()), "some content was not seen in every window"
         counted = self._firings >= MIN_SHIFT_FIRINGS
         if not bool(counted.any()):
             raise DegenerateResult(
                 f"no latent fires {MIN_SHIFT_FIRINGS} times on the {len(self._content):,} tokens of the shift design: "
                 "raise shift_texts"
             )
-        folds = (torch.arange(n_texts) % N_FOLDS).repeat_interleave(self._length)
-        content = torch.zeros_like(self._squares)
-        content.index_add_(0, folds, self._content.double().square())
-        parts = [part[..., counted] for part in (self._window, content, self._squares)]
-        contents = expected.double()
+        by_text = [
+            self._content[:, counted].double().square().unflatten(0, (n_texts, -1)).sum(1),
+            self._squares[:, counted].double(),
+        ]
+        window = self._window[..., counted].double()
 
-        def shares(keep: Tensor) -> Tensor:
-            window, content, squares = (part[keep].sum(0) for part in parts)
-            n = float(contents[keep].sum())
-            grand = window.sum(0).square() / (n * n_windows)
-            between_windows = window.square().sum(0) / n - grand
+        def shares(texts: Tensor) -> Tensor:
+            """[part]"""
+            content, squares = (part[texts].sum(0) for part in by_text)
+            sums = window[texts]
+            n = len(texts) * self._length
+            grand = sums.sum((0, 1)).square() / (n * n_windows)
+            between_windows = sums.sum(0).square().sum(0) / n - grand
+            between_texts = sums.sum(1).square().sum(0) / (self._length * n_windows) - grand
             between_contents = content / n_windows - grand
+            text_by_window = sums.square().sum((0, 1)) / self._length - grand - between_windows - between_texts
             rest = squares - grand - between_windows - between_contents
-            interaction = (rest / ((n - 1) * (n_windows - 1))).clamp(min=0)
-            content_part = ((between_contents / (n - 1) - interaction) / n_windows).clamp(min=0)
-            position_part = ((between_windows / (n_windows - 1) - interaction) / n).clamp(min=0)
+            interaction = rest / ((n - 1) * (n_windows - 1))
+            text_error = text_by_window / ((len(texts) - 1) * (n_windows - 1))
+            content_part = (between_contents / (n - 1) - interaction) / n_windows
+            position_part = (between_windows / (n_windows - 1) - text_error) / n
             split = torch.stack([position_part, content_part, interaction])
             return (split / split.sum(0)).nanmean(1)
 
-        used_folds = (expected > 0).nonzero()[:, 0]
-        value = shares(used_folds)
-        without = torch.stack([shares(used_folds[used_folds != fold]) for fold in used_folds])
+        every = torch.arange(n_texts)
+        value = shares(every)
+        n_folds = min(N_FOLDS, n_texts)
+        without = torch.stack([shares(every[every % n_folds != fold]) for fold in range(n_folds)])
         return [
             Measure(
                 f"shift_{name}",

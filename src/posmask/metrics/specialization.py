@@ -100,9 +100,9 @@ def retention(lifted: PositionMass, special: SpecialPositions, *, after: float |
     for name, (one, other) in values.items():
         value = float(one + other) / 2
         # A fold left out of one half leaves the other half's value as it is.
-        folds = torch.cat([(without[name][0] + other) / 2, (one + without[name][1]) / 2])
+        folds = (without[name][0] + other) / 2, (one + without[name][1]) / 2
         where = None if after is None else {"after": f"{after:g}"}
-        found.append(Measure(name, value, *jackknife_interval(value, folds), int(counted.sum()), where))
+        found.append(Measure(name, value, *jackknife_interval(value, *folds), int(counted.sum()), where))
     return found
 
 

@@ -24,6 +24,8 @@ from posmask.seeds import generator
 
 __all__ = ["bag_accuracy", "edge_accuracy", "order_accuracy", "order_tokens"]
 
+N_PERMUTATIONS = 5
+
 
 def order_tokens(task: OrderTask, tokenizer: corpus.Tokenizer, n_positions: int) -> corpus.Tokens:
     """A task's texts as tokens, and after them its test texts once more with their tokens in random order."""
@@ -35,8 +37,8 @@ def order_accuracy(task: OrderTask, features: PooledTexts, ks: Sequence[int], po
     """The share of test texts whose order a k-sparse probe tells, mean over classes, and the same for two controls.
 
     `order_accuracy` is the number. `order_shuffled` is the same probe on test texts whose tokens are shuffled, and
-    `order_permuted` a probe whose training labels were swapped in half of the groups, at random: both must lie at
-    0.5. Units are test groups.
+    `order_permuted` the mean of 5 probes whose training labels were swapped in half of the groups, at random: both must
+    lie at 0.5. Units are test groups.
 
     Args:
         features: one row for each text of `order_tokens`.
@@ -52,8 +54,9 @@ def order_accuracy(task: OrderTask, features: PooledTexts, ks: Sequence[int], po
         shuffled = test_pairs + n_texts - task.n_train_groups * task.n_classes
         asked = torch.cat([test_pairs, shuffled]), test_label.repeat(2)
         probes.append(ProbeTask(train_pairs, train_label, *asked))
-        swap = torch.rand(len(train), generator=generator(positive, f"permuted {task.name}")) < 0.5
-        permuted.append(ProbeTask(train_pairs, train_label ^ swap.repeat_interleave(2), *asked))
+        for draw in range(N_PERMUTATIONS):
+            swap = torch.rand(len(train), generator=generator(positive, f"permuted {task.name} {draw}")) < 0.5
+            permuted.append(ProbeTask(train_pairs, train_label ^ swap.repeat_interleave(2), *asked))
     found = []
     for k, correct in k_sparse_correct(features, [*probes, *permuted], ks).items():
         by_group = torch.stack([right.double().view(2, -1, 2).mean(2) for right in correct])

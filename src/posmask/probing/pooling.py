@@ -25,25 +25,11 @@ from posmask.activations import Batch
 from posmask.errors import DegenerateResult
 from posmask.sae import Codes
 
-__all__ = ["PooledTexts", "Pooling", "equal_segments", "growing_segments"]
+__all__ = ["PooledTexts", "Pooling"]
 
 _ENTRY = np.dtype([("text", np.int32), ("feature", np.int32), ("value", np.float32)])
 _BLOCK_ENTRIES = 2**21  # 25 MB
 _IN_MEMORY_BYTES = 2**28
-
-
-def equal_segments(n_positions: int, n_segments: int) -> Int[Tensor, " position"]:
-    """The segment of each position, all of equal length."""
-    return torch.arange(n_positions) * n_segments // n_positions
-
-
-def growing_segments(n_positions: int) -> Int[Tensor, " position"]:
-    """The segment of each position, each twice as long as the one before: 1, 2-3, 4-7, ...
-
-    >>> growing_segments(10).tolist()
-    [0, 0, 1, 1, 2, 2, 2, 2, 3, 3]
-    """
-    return torch.tensor([max(position, 1).bit_length() - 1 for position in range(n_positions)])
 
 
 class PooledTexts:
@@ -152,7 +138,7 @@ class Pooling:
                 0, inverse, torch.arange(len(inverse)), "amax"
             )
             batch, inverse = batch.some(last), inverse[last]
-            codes = None if codes is None else Codes(codes.latent[last], codes.value[last], codes.d_sae)
+            codes = None if codes is None else codes.some(last)
         segment = 0 if self._segment is None else self._segment[batch.position.long()]
         place = inverse * self._n_segments + segment
         total = torch.zeros(len(text) * self._n_segments, self._n_latents)

@@ -154,14 +154,15 @@ def probe_accuracy(
     source: Literal["sae", "llm"],
     pooling: str = "mean",
     protocol: Protocol = "default",
+    on_all: bool = True,
     random: torch.Generator | None = None,
 ) -> list[Measure]:
     """`probe_accuracy`: the share of test texts that probes get right, mean over classes; chance is 0.5.
 
     For each class, positives are all its texts and negatives as many, drawn evenly from the other classes; training
-    and test sets are exactly balanced. `k=all` is the probe on all features. One measure a dataset and k, and one for
-    each class of it (`class` in the slice). Intervals by bootstrap over test texts, which one class's positives and
-    another's negatives share.
+    and test sets are exactly balanced. `k=all` is the probe on all features, where `on_all`. One measure a dataset and
+    k, and one for each class of it (`class` in the slice). Intervals by bootstrap over test texts, which one class's
+    positives and another's negatives share.
 
     Args:
         features: one row a text, in the dataset's order; texts without kept tokens are left out.
@@ -174,21 +175,22 @@ def probe_accuracy(
     tasks: dict[int | str, list[ProbeTask]] = {}
     if protocol == "saebench":
         assert random is not None
-        tasks["all"], right["all"] = [], []
-        for number in numbers:
-            task = _task(dataset, kept, number, random)
-            tasks["all"].append(task)
-            right["all"].append(all_feature_correct(features, task, random, choose_on_test=True))
+        if on_all:
+            tasks["all"], right["all"] = [], []
+            for number in numbers:
+                tasks["all"].append(_task(dataset, kept, number, random))
+                right["all"].append(all_feature_correct(features, tasks["all"][-1], random, choose_on_test=True))
         for k in ks:
             tasks[k] = [_task(dataset, kept, number, random) for number in numbers]
             right[k] = k_sparse_correct(features, tasks[k], (k,))[k]
     else:
         streams = [generator(number, f"probe {dataset.name}") for number in numbers]
         once = [_task(dataset, kept, number, stream) for number, stream in zip(numbers, streams, strict=True)]
-        tasks = dict.fromkeys(["all", *ks], once)
-        right["all"] = [all_feature_correct(features, task, stream) for task, stream in zip(once, streams, strict=True)]
+        if on_all:
+            right["all"] = [all_feature_correct(features, *pair) for pair in zip(once, streams, strict=True)]
         for k, found in k_sparse_correct(features, once, ks).items():
             right[k] = found
+        tasks = dict.fromkeys(right, once)
     measures = []
     for k, by_class in right.items():
         where = {"dataset": dataset.name, "k": k, "source": source, "pooling": pooling, "protocol": protocol}
