@@ -26,12 +26,22 @@ def interval(values: Float[Tensor, " resample"]) -> tuple[float, float]:
 def ratio_interval(top: Float[Tensor, " unit"], bottom: Float[Tensor, " unit"]) -> tuple[float, float]:
     """Of sum(top) / sum(bottom), by bootstrap over units.
 
+    Percentiles of the draws, stretched about the value by what draws with replacement from few units lack: the ratio of
+    t's quantile with n - 1 degrees of freedom to the normal one, times sqrt(n / (n - 1)): 17 % for 12 units, 1 % for
+    200.
+
     >>> low, high = ratio_interval(torch.tensor([0.0, 1.0] * 50), torch.ones(100))
     >>> low < 0.5 < high
     True
     """
     counts = torch.from_numpy(resample_counts(len(top)))
-    return interval((counts @ top.double()) / (counts @ bottom.double()))
+    low, high = interval((counts @ top.double()) / (counts @ bottom.double()))
+    n = len(top)
+    if n < 2:
+        return low, high
+    value = float(top.sum() / bottom.sum())
+    stretch = float(stats.t.ppf(0.975, n - 1) / stats.norm.ppf(0.975)) * math.sqrt(n / (n - 1))
+    return value - stretch * (value - low), value + stretch * (high - value)
 
 
 def ratio(

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
@@ -97,20 +98,31 @@ def parse_slice(text: str) -> dict[str, str]:
     return dict(part.split("=", 1) for part in text.split(";")) if text else {}
 
 
-def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Write rows as CSV. Floats keep every digit (`repr`), so reading gives back the same numbers."""
+Record = TypeVar("Record")
+
+
+def write_records(path: Path, kind: type[Record], records: Iterable[Record]) -> None:
+    """Write dataclass instances as CSV, a column a field. Floats keep every digit, so reading gives the same back."""
     with path.open("w", newline="", encoding="utf8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
+        writer = csv.DictWriter(file, [field.name for field in fields(kind)], lineterminator="\n")  # type: ignore[arg-type]
         writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+        writer.writerows(asdict(record) for record in records)  # type: ignore[call-overload]
+
+
+def read_records(path: Path, kind: type[Record]) -> list[Record]:
+    with path.open(newline="", encoding="utf8") as file:
+        return [
+            kind(**{field.name: field.type(line[field.name]) for field in fields(kind)})  # type: ignore[operator]
+            for line in csv.DictReader(file)
+        ]
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    write_records(path, Row, rows)
 
 
 def read_rows(path: Path) -> list[Row]:
-    with path.open(newline="", encoding="utf8") as file:
-        return [
-            Row(**{field.name: field.type(line[field.name]) for field in fields(Row)})  # type: ignore[operator]
-            for line in csv.DictReader(file)
-        ]
+    return read_records(path, Row)
 
 
 def write_units(path: Path, measures: Iterable[Measure]) -> None:

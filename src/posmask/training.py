@@ -1,10 +1,9 @@
 """Batches -> a trained SAE and its curve: the one training loop."""
 
-import csv
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ from posmask.activations import Activations, Batch, training_batches
 from posmask.errors import DegenerateResult
 from posmask.kernels import Precision
 from posmask.progress import progress_bar
+from posmask.rows import write_records
 from posmask.sae import SparseAutoencoder
 
 __all__ = ["CurvePoint", "Trained", "TrainingSettings", "train", "write_curve"]
@@ -199,7 +199,4 @@ def _point(
 
 
 def write_curve(path: Path, curve: list[CurvePoint]) -> None:
-    with path.open("w", newline="", encoding="utf8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(CurvePoint)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(point) for point in curve)
+    write_records(path, CurvePoint, curve)

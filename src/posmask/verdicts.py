@@ -8,16 +8,17 @@ two sources of error, which are estimated apart and added:
     units    the variance over draws of the units with replacement (the same draw for both cells and all seeds, groups
              whole), less what of it is noise of single seeds, which the first line holds already
 
-The interval is t with the geometric mean of S - 1 and Satterthwaite's degrees of freedom for two crossed random
-effects (Satterthwaite 1946, Biometrics 2:110), which by themselves are too many: docs/log.md has the coverage of both
-in simulated studies. p values of all comparisons of a study are corrected together (Holm 1979). A verdict other than
-"no evidence" needs a corrected p below 0.05 and at least three seeds: with fewer, the spread over seeds is unknown.
+The interval is t with degrees of freedom between S - 1 and Satterthwaite's for two crossed random effects (1946,
+Biometrics 2:110), the square of the mean of their roots: the former cover too much, the latter too little (docs/log.md
+has the coverage in simulated studies). p values of all comparisons of a study are corrected together (Holm 1979). A
+verdict other than "no evidence" needs a corrected p below 0.04, so that with what the variances themselves are unsure
+of fewer than 5 in 100 null studies hold a false one, and at least three seeds: with fewer, the spread over seeds is
+unknown.
 """
 
-import csv
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from scipy import stats
 
 from posmask.bootstrap import resample_counts
 from posmask.errors import BadSetting, DegenerateResult
-from posmask.rows import Units, parse_slice
+from posmask.rows import Units, parse_slice, read_records, write_records
 
 __all__ = [
     "COLUMNS",
@@ -42,7 +43,7 @@ __all__ = [
 ]
 
 MIN_SEEDS = 3
-LEVEL = 0.05
+LEVEL = 0.04
 
 Sample = Mapping[str, Units]
 """One seed of one cell: the units of each task or dataset that a metric is the mean over."""
@@ -87,7 +88,7 @@ def paired_difference(cell: Sequence[Sample], against: Sequence[Sample]) -> Diff
     spread = over_units**2 / max(degrees, 1) + (over_seeds**2 / (n_seeds - 1) if n_seeds > 1 else 0)
     freedom = variance**2 / spread
     if n_seeds > 1:  # Satterthwaite's alone is too many where few seeds happen to lie close.
-        freedom = math.sqrt(freedom * (n_seeds - 1))
+        freedom = ((math.sqrt(freedom) + math.sqrt(n_seeds - 1)) / 2) ** 2
     error = math.sqrt(variance)
     reach = float(stats.t.ppf(0.975, freedom)) * error
     p = 2 * float(stats.t.sf(abs(effect) / error, freedom))
@@ -216,15 +217,8 @@ def _words(found: Difference, p_corrected: float) -> str:
 
 
 def write_verdicts(path: Path, verdicts: Sequence[Verdict]) -> None:
-    with path.open("w", newline="", encoding="utf8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Verdict)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(verdict) for verdict in verdicts)
+    write_records(path, Verdict, verdicts)
 
 
 def read_verdicts(path: Path) -> list[Verdict]:
-    with path.open(newline="", encoding="utf8") as file:
-        return [
-            Verdict(**{field.name: field.type(line[field.name]) for field in fields(Verdict)})  # type: ignore[operator]
-            for line in csv.DictReader(file)
-        ]
+    return read_records(path, Verdict)
