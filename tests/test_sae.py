@@ -4,7 +4,7 @@ import torch
 from conftest import MASKS, N_POSITIONS, make_sae, make_vectors
 from posmask.errors import BadSetting, DamagedFolder
 from posmask.masks import make_mask, mask_settings
-from posmask.sae import SparseAutoencoder, TopK, read_sae, write_sae
+from posmask.sae import SparseAutoencoder, TopK, read_sae, without_mask, write_sae
 
 KINDS = [(kind, apply) for kind in MASKS for apply in ("forward", "gradient")]
 
@@ -92,3 +92,16 @@ def test_loading_weights_into_an_sae_in_use_takes_the_new_mask():
     sae.sparse_encode(vectors, position)
     sae.load_state_dict(other.state_dict())
     torch.testing.assert_close(sae.sparse_encode(vectors, position).dense(), sae.encode(vectors, position).detach())
+
+
+@pytest.mark.parametrize("apply", ["forward", "gradient"])
+@pytest.mark.parametrize("kind", MASKS)
+def test_without_its_mask_an_sae_codes_as_with_the_mask_lifted(kind, apply):
+    sae = make_sae(kind, apply)
+    vectors, position = make_vectors(50)
+    bare = without_mask(sae)
+    assert torch.equal(bare.encode(vectors, position), sae.encode(vectors, position, lift=True))
+    assert bool((bare.mask.openness() == 1).all())
+    with torch.no_grad():
+        bare.encoder.zero_()
+    assert not bool((sae.encoder == 0).any())  # a copy

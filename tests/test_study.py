@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from conftest import make_texts
-from posmask import assets, corpus, folders, rows, study
+from posmask import assets, corpus, evaluation, folders, rows, study, training
 from posmask.errors import BadSetting, DamagedFolder
+from posmask.metrics.in_model import WindowMass
 from posmask.probing import order_tasks, topics
 from posmask.verdicts import read_verdicts
 
@@ -342,6 +343,36 @@ def test_the_saebench_protocol_runs_through_a_study(study_file, tmp_path):
     peer = json.loads((tmp_path / "run" / "cells" / "open-seed0" / "saebench.json").read_text())
     assert peer["sae_cfg_dict"]["probe_protocol"] == "saebench"
     assert peer["eval_result_metrics"]["sae"]["sae_test_accuracy"] > 0
+
+
+def test_latents_to_ablate_are_chosen_on_other_texts_than_they_are_tried_on(study_file, tmp_path, monkeypatch):
+    settings = study.read_study(study_file)
+    data = study.prepare(settings, study.Source(settings.model), tmp_path)
+    chosen_on, tried_on = set(), set()
+    update, replace = WindowMass.update, evaluation.without_latents
+
+    def spy(self, batch, codes):
+        chosen_on.update(batch.text.tolist())
+        update(self, batch, codes)
+
+    def spy_replace(sae, latents):
+        inner = replace(sae, latents)
+
+        def taken_out(batch, context):
+            tried_on.update(batch.text.tolist())
+            return inner(batch, context)
+
+        return taken_out
+
+    monkeypatch.setattr(WindowMass, "update", spy)
+    monkeypatch.setattr(evaluation, "without_latents", spy_replace)
+    sae = settings.make_sae(settings.cells[0], 12, 0)
+    sae.center, sae.scale = data.training.centre_and_scale
+    training.train(sae, data.training, settings.training, 0, "test")
+    evaluation.evaluate(sae, torch.zeros(32).bool(), data, "test")
+    assert len(chosen_on) > 20
+    assert len(tried_on) > 4
+    assert not chosen_on & tried_on
 
 
 def test_an_untrained_sae_gets_no_numbers(study_file, tmp_path):

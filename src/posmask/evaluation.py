@@ -157,9 +157,8 @@ def _heldout(
         reconstruction.update(batch, codes, sae.sparse_decode(codes))
         used.update(batch, codes)
         information.update(batch, codes)
-        apart = ~torch.isin(
-            batch.text, data.in_model.texts
-        )  # Latents are chosen on other texts than they are tried on.
+        # Latents are chosen on other texts than they are tried on.
+        apart = ~torch.isin(batch.text, data.in_model.texts)
         to_ablate.update(batch.some(apart), codes.some(apart))
     return used, to_ablate, reconstruction.measures() + information.measures(used)
 
@@ -253,10 +252,14 @@ def _poolings(sae: SparseAutoencoder, n_texts: int) -> dict[str, Pooling]:
 
 
 def _pool(
-    sae: SparseAutoencoder, activations: Activations, poolings: dict[str, Pooling], advance: Callable[[int], None]
+    sae: SparseAutoencoder | None,
+    activations: Activations,
+    poolings: dict[str, Pooling],
+    advance: Callable[[int], None],
 ) -> None:
+    """Encode once, pool in every way. Without an SAE the model's own channels are pooled."""
     for batch in _kept_batches(activations, advance):
-        codes = sae.sparse_encode(batch.vectors, batch.position)
+        codes = None if sae is None else sae.sparse_encode(batch.vectors, batch.position)
         for pooling in poolings.values():
             pooling.update(batch, codes)
 
@@ -289,23 +292,17 @@ def baselines(data: Data) -> list[Measure]:
     """What needs no SAE: probes on the model's own channels, and what order tasks give away without order."""
     found = data.in_model.reference_measures()
     with progress_bar("evaluate the model itself", data.n_probed_tokens, "tokens") as advance:
-
-        def pooled(activations: Activations, poolings: dict[str, Pooling]) -> None:
-            for batch in _kept_batches(activations, advance):
-                for pooling in poolings.values():
-                    pooling.update(batch, None)
-
         for task, activations in data.order.values():
             found += order.bag_accuracy(task, data.tokenizer) + order.edge_accuracy(task, data.tokenizer)
             n_texts, d_model = activations.n_texts, activations.d_model
             poolings = {"mean": Pooling(n_texts, d_model), "last": Pooling(n_texts, d_model, last_token_only=True)}
-            pooled(activations, poolings)
+            _pool(None, activations, poolings, advance)
             for name, pooling in poolings.items():
                 found += order.order_accuracy(task, pooling.texts, data.ask.ks, name)
         random = torch.Generator().manual_seed(topics.SAEBENCH_SEED)
         for dataset, activations in data.probes.values():
             pooling = Pooling(len(dataset.texts), activations.d_model)
-            pooled(activations, {"mean": pooling})
+            _pool(None, activations, {"mean": pooling}, advance)
             found += topics.probe_accuracy(
                 dataset,
                 pooling.texts,
