@@ -10,6 +10,7 @@ from posmask import assets, corpus, evaluation, folders, rows, study, training
 from posmask.errors import BadSetting, DamagedFolder
 from posmask.metrics.in_model import WindowMass
 from posmask.probing import order_tasks, topics
+from posmask.report import write_report
 from posmask.verdicts import read_verdicts
 
 STUDY = """
@@ -343,6 +344,25 @@ def test_the_saebench_protocol_runs_through_a_study(study_file, tmp_path):
     peer = json.loads((tmp_path / "run" / "cells" / "open-seed0" / "saebench.json").read_text())
     assert peer["sae_cfg_dict"]["probe_protocol"] == "saebench"
     assert peer["eval_result_metrics"]["sae"]["sae_test_accuracy"] > 0
+
+
+def test_a_study_may_ask_no_probes_and_have_no_open_cell(study_file, tmp_path):
+    text = study_file.read_text()
+    for old, new in (
+        ('order_tasks = ["toy_order"]', "order_tasks = []"),
+        ('probe_datasets = ["toy"]', "probe_datasets = []"),
+        ('kind = "open"', 'kind = "hard", positions_per_latent = 4'),
+        ('[[questions]]\ncell = "slice-compute"\nagainst = "open + segments4"\n', ""),
+    ):
+        assert old in text
+        text = text.replace(old, new)
+    study_file.write_text(text)
+    found, _ = run(study_file, tmp_path / "run")
+    assert read_verdicts(tmp_path / "run" / "verdicts.csv") == []
+    assert "order_accuracy" not in {row.metric for row in found}
+    page = write_report(tmp_path / "run").read_text(encoding="utf8")
+    assert "The verdicts" not in page
+    assert "explained variance" in page
 
 
 def test_latents_to_ablate_are_chosen_on_other_texts_than_they_are_tried_on(study_file, tmp_path, monkeypatch):

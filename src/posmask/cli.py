@@ -88,8 +88,10 @@ def _verdict_line(path: Path) -> str:
     from posmask.verdicts import MIN_SEEDS, read_verdicts
 
     verdicts = read_verdicts(path)
+    if not verdicts:
+        return "Verdicts: none, as the study has no open cell to compare with and asks no questions."
     count = Counter(verdict.verdict for verdict in verdicts)
-    seeds = min((verdict.n_seeds for verdict in verdicts), default=0)
+    seeds = min(verdict.n_seeds for verdict in verdicts)
     needed = f" (a verdict needs {MIN_SEEDS} seeds, here {'is' if seeds == 1 else 'are'} {seeds})"
     return (
         f"Verdicts: {count['better']} better, {count['worse']} worse, {count['no evidence']} no evidence"
