@@ -11,7 +11,7 @@ from posmask.errors import BadSetting, DamagedFolder
 from posmask.metrics.in_model import WindowMass
 from posmask.probing import order_tasks, topics
 from posmask.report import write_report
-from posmask.verdicts import read_verdicts
+from posmask.verdicts import LEVEL, read_verdicts
 
 STUDY = """
 name = "tiny"
@@ -315,7 +315,8 @@ def test_seeds_are_paired_and_enough_of_them_may_be_judged(study_file, tmp_path)
     differences = [by_seed["slice-compute", seed] - by_seed["open", seed] for seed in (0, 1, 2)]
     assert verdict.effect == pytest.approx(sum(differences) / 3)
     assert verdict.low < verdict.effect < verdict.high
-    assert verdict.verdict == {True: "better", False: "worse"}[verdict.effect > 0] or verdict.p_corrected >= 0.05
+    decided = "better" if verdict.effect > 0 else "worse"
+    assert verdict.verdict == (decided if verdict.p_corrected < LEVEL else "no evidence")
 
 
 def test_a_class_without_texts_stops_the_study_by_its_name(study_file, tmp_path, monkeypatch):

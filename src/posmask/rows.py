@@ -15,9 +15,11 @@ __all__ = [
     "Row",
     "Units",
     "parse_slice",
+    "read_records",
     "read_rows",
     "read_units",
     "slice_text",
+    "write_records",
     "write_rows",
     "write_units",
 ]

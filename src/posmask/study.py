@@ -10,7 +10,7 @@ import tomllib
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -304,6 +304,7 @@ def prepare(study: StudySettings, source: Source, root: Path) -> Data:
             return Activations(folder)
         return harvest(tokens(), source.loaded, folder, made_from, label)
 
+    @cache
     def texts(split: corpus.Split) -> list[str]:
         announce(f"Reading the {split} texts of {len(study.corpus.tables)} tables.")
         found = corpus.unique_texts(
@@ -428,7 +429,7 @@ def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
     draft.replace(path)
 
 
-def _verdicts(study: StudySettings, places: list["_Place"]) -> list[verdicts.Verdict]:
+def _verdicts(study: StudySettings, places: list[_Place]) -> list[verdicts.Verdict]:
     """Each cell against the first open one, then the study's own questions."""
     units: dict[str, list[dict[str, rows.Units]]] = {}
     for place in places:

@@ -13,7 +13,7 @@ import numpy as np
 
 from posmask.errors import BadSetting, MissingAsset, MissingExtra
 
-__all__ = ["HUB_DATASETS", "HubDataset", "read_hub_texts"]
+__all__ = ["HUB_DATASETS", "HubDataset", "cut_to_smallest", "read_hub_texts"]
 
 
 @dataclass(frozen=True)
@@ -171,15 +171,23 @@ def _shuffled(
     for label, pool in pools.items():
         if not pool:
             raise BadSetting(f"{name} has no texts of class {_say(HUB_DATASETS[name], label)}: leave the dataset out")
-    smallest = min(map(len, pools.values()))
-    if smallest < n_train + n_test:
-        n_test = smallest * n_test // (n_train + n_test)
-        n_train = smallest - n_test
-    n_train, n_test = _enough(name, n_train, n_test)
+    n_train, n_test = cut_to_smallest(name, min(map(len, pools.values())), n_train, n_test)
     order = random.Random(seed)
     for pool in pools.values():
         order.shuffle(pool)
     return {label: (pool[:n_train], pool[n_train : n_train + n_test]) for label, pool in pools.items()}
+
+
+def cut_to_smallest(name: str, smallest: int, n_train: int, n_test: int) -> tuple[int, int]:
+    """How many (training, test) texts every class gets when the smallest has so many: as asked, or in that ratio.
+
+    Raises:
+        BadSetting: one of the two would be none.
+    """
+    if smallest < n_train + n_test:
+        n_test = smallest * n_test // (n_train + n_test)
+        n_train = smallest - n_test
+    return _enough(name, n_train, n_test)
 
 
 def _enough(name: str, n_train: int, n_test: int) -> tuple[int, int]:

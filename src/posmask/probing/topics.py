@@ -18,7 +18,7 @@ from posmask import assets, corpus
 from posmask.errors import BadSetting
 from posmask.intervals import ratio
 from posmask.probing.catalogues import sentences_by_language
-from posmask.probing.hub import HUB_DATASETS, read_hub_texts
+from posmask.probing.hub import HUB_DATASETS, cut_to_smallest, read_hub_texts
 from posmask.probing.pooling import PooledTexts
 from posmask.probing.sparse import ProbeTask, all_feature_correct, k_sparse_correct
 from posmask.rows import Measure
@@ -132,12 +132,7 @@ def _embedded_texts(name: str, n_train: int, n_test: int) -> dict[str, tuple[lis
     for label, texts in by_class.items():
         if not texts:
             raise BadSetting(f"{name} has no texts of its class {label!r}: leave the dataset out")
-    smallest = min(map(len, by_class.values()))
-    if smallest < n_train + n_test:
-        n_test = smallest * n_test // (n_train + n_test)
-        n_train = smallest - n_test
-    if n_train == 0 or n_test == 0:
-        raise BadSetting(f"{name} has only {smallest} texts in its smallest class: too few to probe")
+    n_train, n_test = cut_to_smallest(name, min(map(len, by_class.values())), n_train, n_test)
     sides = {}
     for number, (label, texts) in enumerate(by_class.items()):
         drawn = torch.randperm(len(texts), generator=generator(number, f"probe texts {name}")).tolist()
