@@ -8,11 +8,14 @@ READY := .venv/.ready
 run: $(READY)
 	$(BIN)/posmask run studies/quick.toml
 
+# Small tests, side by side on up to four cores.
+PYTEST := $(BIN)/pytest -n auto --maxprocesses 4
+
 test: $(READY)
-	$(BIN)/pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(READY)
-	$(BIN)/pytest
+	$(PYTEST)
 
 check: $(READY)
 	$(BIN)/ruff format --check .

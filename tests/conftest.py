@@ -9,6 +9,8 @@ from jaxtyping import install_import_hook
 # Shapes are checked here and nowhere else. kernels.py is left out: numba compiles its functions.
 _CHECKED = [
     "masks",
+    "mask_kinds",
+    "rules",
     "sae",
     "objective",
     "corpus",
@@ -27,11 +29,16 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from posmask.activations import Activations, harvest
+from posmask.activations import Activations, Batch, harvest, training_batches
 from posmask.corpus import pack
-from posmask.masks import make_mask, mask_settings
+from posmask.mask_kinds import make_mask, mask_settings
+from posmask.masks import Observed
 from posmask.model import LanguageModel
-from posmask.sae import SparseAutoencoder, TopK
+from posmask.rules import rule_settings
+from posmask.sae import Codes, SparseAutoencoder
+from posmask.training import train
+
+torch.set_num_threads(1)  # Everything here is small: a second thread would mostly wait for the first.
 
 collect_ignore = ["interop/record_saebench.py"]  # Runs in another environment.
 
@@ -46,21 +53,63 @@ MASKS = {
     "cohort": {"kind": "cohort", "n_cohorts": 8, "positions_per_latent": 4},
     "soft": {"kind": "soft", "low": 0.3, "high": 0.7},
     "importance": {"kind": "importance", "positions_per_latent": 4},
+    "band": {"kind": "band", "growth": 1.5},
+    "budget": {"kind": "budget", "mean_openness": 0.25},
+    "split": {"kind": "split", "start_latents": 8, "max_latents": 32, "n_windows": 4, "n_splittings": 2},
+    "switch": {"kind": "switch", "n_experts": 4},
+}
+FORWARD_ONLY = ("split", "switch")  # without positions, or with latents that must be silent
+KINDS = [
+    (kind, apply)
+    for kind in MASKS
+    for apply in ("forward", "gradient")
+    if (kind, apply) not in [(other, "gradient") for other in FORWARD_ONLY]
+]
+
+RULES = {
+    "relu": {"kind": "relu", "l1_coefficient": 0.3},
+    "topk": {"kind": "topk", "k": 4},
+    "batchtopk": {"kind": "batchtopk", "k": 4},
+    "matryoshka": {"kind": "matryoshka", "k": 4, "parts": (0.25, 0.5, 1.0)},
+    "jumprelu": {"kind": "jumprelu", "l0_coefficient": 0.3, "initial_threshold": 0.4, "bandwidth": 0.5},
+    "gated": {"kind": "gated", "l1_coefficient": 0.3},
 }
 
 
-def make_sae(kind, apply="forward", *, k=4, d_model=D_MODEL, d_sae=D_SAE, seed=0, dtype=torch.float32):
-    """An SAE with random (not only initial) parameters, so that biases and both dictionaries matter."""
-    mask = make_mask(mask_settings({**MASKS[kind], "apply": apply}), N_POSITIONS, d_sae, seed)
-    if kind == "importance":
-        mask.learn(torch.rand(N_POSITIONS, d_sae, generator=torch.Generator().manual_seed(3)))
-        mask._keep(4)
-    sae = SparseAutoencoder(d_model, TopK(k=k), mask, seed).to(dtype)
+def make_sae(
+    kind, apply="forward", *, rule="topk", d_model=D_MODEL, d_sae=D_SAE, seed=0, dtype=torch.float32, **changes
+):
+    """An SAE as in the midst of training: random (not only initial) parameters, masks that have learned something."""
+    mask = make_mask(mask_settings({**MASKS[kind], "apply": apply, **changes}), N_POSITIONS, d_sae, seed)
+    rule = RULES[rule] if isinstance(rule, str) else rule
+    sae = SparseAutoencoder(d_model, rule_settings(rule), mask, seed)
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in (sae.encoder, sae.encoder_bias, sae.decoder, sae.decoder_bias):
-            parameter += 0.2 * torch.randn(parameter.shape, generator=random, dtype=dtype)
-    return sae
+        for parameter in (sae.encoder, sae.encoder_bias, sae.decoder, sae.decoder_bias, *sae.rule.parameters()):
+            parameter += 0.2 * torch.randn(parameter.shape, generator=random)
+        if rule["kind"] in ("batchtopk", "matryoshka"):
+            sae.rule.threshold.fill_(1.1)
+    grow(sae)
+    return sae.to(dtype)
+
+
+def grow(sae, n_steps=10):
+    """Take masks that change in training to their end, on random codes."""
+    mask = sae.mask
+    random = torch.Generator().manual_seed(3)
+    token = torch.arange(200).repeat_interleave(5)
+    for done in range(n_steps):
+        mask.before_step(done, n_steps)
+        if mask.learns and mask.settings.kind == "importance":
+            mask.learn(torch.rand(N_POSITIONS, sae.d_sae, generator=random))
+        if mask.watches:
+            place = torch.randint(1, N_POSITIONS, (200,), generator=random)
+            live = mask.live()[place[token]]
+            latent = (torch.rand(live.shape, generator=random) * live).argmax(1)
+            value = torch.rand(1000, generator=random)
+            residual = torch.randn(200, sae.d_model, generator=random)
+            mask.observe(Observed(place, token, latent, value, residual, sae.decoder.detach()))
+        mask.after_step(done + 1, n_steps)
 
 
 def make_vectors(n_tokens, *, dtype=torch.float32, seed=1):
@@ -68,6 +117,28 @@ def make_vectors(n_tokens, *, dtype=torch.float32, seed=1):
     vectors = torch.randn(n_tokens, D_MODEL, generator=random, dtype=dtype)
     position = torch.sort(torch.randint(1, N_POSITIONS, (n_tokens,), generator=random)).values.to(torch.int32)
     return vectors, position
+
+
+def batch_of(vectors, position, text, keep=None):
+    """A batch of one token a row; other ways to count positions are those of the context."""
+    position, text = position.to(torch.int32), text.to(torch.int32)
+    keep = torch.ones(len(position)).bool() if keep is None else keep
+    return Batch(vectors, position, torch.zeros_like(position), text, keep, position, position, position)
+
+
+def codes_of(dense):
+    """The codes whose dense form this is."""
+    token, latent = dense.nonzero(as_tuple=True)
+    return Codes(token, latent, dense[token, latent], *dense.shape)
+
+
+def train_on(sae, activations, settings, seed=0, after_step=lambda done: None, positions=None):
+    """Train on harvested vectors; `positions`: on the tokens of these positions alone."""
+    sae.center, sae.scale = activations.centre_and_scale
+    batches = training_batches(activations, settings.batch_tokens, settings.n_steps, seed)
+    if positions is not None:
+        batches = (batch.some(positions[batch.position.long()]) for batch in batches)
+    return train(sae, batches, settings, "test", after_step)
 
 
 WORDS = "red blue green old new big small house tree road sea sky bird fish runs flies sleeps sings and or".split()

@@ -64,4 +64,4 @@ def test_doctor_says_what_is_here(monkeypatch, tmp_path):
 def test_status_of_the_quick_study_needs_no_model(tmp_path):
     result = CliRunner().invoke(app, ["status", str(ROOT / "studies" / "quick.toml"), "--root", str(tmp_path)])
     assert result.exit_code == 0, result.output
-    assert "0 of 10 finished" in result.output
+    assert "0 of 17 finished" in result.output

@@ -65,7 +65,7 @@ def test_a_text_that_another_table_cuts_off_is_the_same_text():
 
 def test_shuffled_copies_hold_the_same_tokens_in_another_order(tokenizer):
     tokens = pad(make_texts(6, n_words=10), tokenizer, 16)
-    found = with_shuffled(tokens, torch.tensor([2, 4]))
+    found = with_shuffled(tokens, torch.tensor([2, 4]), tokenizer)
     assert torch.equal(found.id[:6], tokens.id)
     assert found.text.max() == 7
     for copy, context in ((6, 2), (7, 4)):
@@ -115,9 +115,57 @@ def test_a_tokenizer_without_bos_begins_contexts_with_eos_and_one_without_either
         def __call__(self, text, *, add_special_tokens):
             return tokenizer(text, add_special_tokens=add_special_tokens)
 
+        def convert_ids_to_tokens(self, ids):
+            return tokenizer.convert_ids_to_tokens(ids)
+
     eos = tokenizer.eos_token_id
     tokens = pad(["red blue", ""], Without(eos=eos), 5)
     assert tokens.id[0, 0] == eos
     assert tokens.keep.tolist() == [[False, True, True, False, False], [False] * 5]
     with pytest.raises(NothingToDo, match="neither a BOS nor an EOS token"):
         pad(["red"], Without(), 5)
+
+
+class Pieces:
+    """A tokenizer whose tokens are given, split at |, in the byte-level alphabet of GPT-2."""
+
+    bos_token_id, eos_token_id = 0, 1
+
+    def __init__(self):
+        self.words = ["<bos>", "<eos>"]
+
+    def __call__(self, text, *, add_special_tokens):
+        rows = [one.split("|") if one else [] for one in text]
+        for word in [word for row in rows for word in row]:
+            if word not in self.words:
+                self.words.append(word)
+        return {"input_ids": [[self.words.index(word) for word in row] for row in rows]}
+
+    def convert_ids_to_tokens(self, ids):
+        return [self.words[number] for number in ids]
+
+
+def test_positions_are_counted_from_the_sentence_the_line_and_the_end():
+    text = 'He|\u0120said|\u0120yes|."|\u0120Pi|\u0120is|\u01203|.|14|!|\u0120So|\u010a|It|\u0120is'
+    tokens = pad([text, "Two|\u0120words"], Pieces(), 20)
+    #                       He said yes ." Pi is 3 . 14 ! So \n It is
+    assert tokens.sentence[0].tolist() == [0, 1, 2, 3, 4, 1, 2, 3, 4, 5, 6, 1, 2, 1, 2, *[0] * 5]
+    assert tokens.line[0].tolist() == [0, *range(1, 13), 1, 2, *[0] * 5]
+    assert tokens.end[0].tolist() == [0, *range(14, 0, -1), *[0] * 5]
+    assert tokens.end[1].tolist() == [0, 2, 1, *[0] * 17]
+    packed = pack(["a|b|c.|\u0120d"] * 3, Pieces(), 8, 8)
+    #                                     a b c. d EOS a b
+    assert packed.sentence[0].tolist() == [0, 1, 2, 3, 1, 0, 1, 2]
+    assert packed.line[0].tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
+    assert packed.end[0].tolist() == [0, 4, 3, 2, 1, 0, 2, 1]  # the second text goes on in the next context
+
+
+def test_every_kept_token_has_a_place_in_each_way_of_counting(tokenizer):
+    for tokens in (
+        pack(make_texts(30), tokenizer, 16, 500),
+        pad(make_texts(5), tokenizer, 16),
+        shifted(make_texts(60), tokenizer, 16, n_texts=8, n_windows=4),
+    ):
+        for counted in (tokens.sentence, tokens.line, tokens.end):
+            assert bool(((counted > 0) == tokens.keep).all())
+            assert int(counted.max()) <= 15

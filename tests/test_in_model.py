@@ -89,7 +89,7 @@ def test_taking_out_every_latent_leaves_the_error_and_taking_out_none_leaves_the
 
 
 def test_specialised_latents_are_those_of_the_window_and_have_equally_active_partners(activations):
-    sae = make_sae("slice", k=D_SAE)
+    sae = make_sae("slice", rule={"kind": "topk", "k": D_SAE})
     by_window = WindowMass(N_POSITIONS, 4, D_SAE)
     for batch in evaluation_batches(activations):
         by_window.update(batch.kept(), sae.sparse_encode(batch.kept().vectors, batch.kept().position))

@@ -1,10 +1,13 @@
 import pytest
 import torch
+from pydantic import ValidationError
 
-from conftest import D_SAE, MASKS, N_POSITIONS
-from posmask import masks
+from conftest import D_SAE, MASKS, N_POSITIONS, make_sae
+from posmask import mask_kinds
 from posmask.errors import BadSetting
-from posmask.masks import live_groups, make_mask, mask_settings
+from posmask.mask_kinds import make_mask, mask_settings
+from posmask.masks import Observed, live_groups
+from posmask.metrics.specialization import mask_measures
 
 
 def mask_of(kind, **changes):
@@ -12,7 +15,7 @@ def mask_of(kind, **changes):
 
 
 def test_every_kind_is_under_these_tests():
-    assert set(MASKS) == set(masks.MASKS)
+    assert set(MASKS) == set(mask_kinds.MASKS)
 
 
 @pytest.mark.parametrize("kind", MASKS)
@@ -82,14 +85,147 @@ def test_strict_masks_compute_only_what_is_live():
         assert computed == mask_of(kind).openness().sum()
 
 
-def test_width_at_equal_compute_leaves_as_many_latents_open_as_unmasked():
-    for kind in ("slice", "cohort", "open"):
-        settings = mask_settings(MASKS[kind])
-        width = type(mask_of(kind)).width_at_equal_compute(settings, N_POSITIONS, D_SAE)
-        if kind == "cohort":
-            settings = settings.model_copy(update={"n_cohorts": 4})
-        openness = make_mask(settings, N_POSITIONS, width).openness()
-        assert openness.sum(1).tolist() == [D_SAE] * N_POSITIONS
+WIDTHS = [
+    ({"kind": "open"}, 32),
+    ({"kind": "slice", "n_slices": 4}, 128),
+    ({"kind": "slice", "n_slices": 4, "free_fraction": 0.5}, None),
+    ({"kind": "cohort", "n_cohorts": 4, "positions_per_latent": 4}, 128),
+    ({"kind": "cohort", "n_cohorts": 8, "positions_per_latent": 4, "free_fraction": 0.3}, None),
+    ({"kind": "band"}, 7 * 32),
+    ({"kind": "band", "growth": 2, "free_fraction": 0.1}, None),
+    ({"kind": "split", "start_latents": 32, "max_latents": 100}, 100),
+    ({"kind": "switch", "n_experts": 4}, 128),
+]
+
+
+@pytest.mark.parametrize(("values", "width"), WIDTHS)
+def test_width_at_equal_compute_leaves_as_many_latents_open_as_unmasked(values, width):
+    settings = mask_settings(values)
+    found = mask_kinds.MASKS[settings.kind].width_at_equal_compute(settings, N_POSITIONS, 32)
+    assert width is None or found == width
+    mask = make_mask(settings, N_POSITIONS, found)
+    assert set(mask.table().sum(1).tolist()) == {32.0}
+    assert abs(mask.n_free / found - settings.free_fraction) < 0.1
+
+
+def test_a_budget_keeps_as_many_latents_at_each_position_as_unmasked():
+    settings = mask_settings({"kind": "budget", "mean_openness": 0.125})
+    assert mask_kinds.Budget.width_at_equal_compute(settings, N_POSITIONS, 32) == 256
+    mask = make_sae("budget").mask
+    assert mask.openness().sum(1).tolist() == [8.0] * N_POSITIONS
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("fraction", [0.0, 0.25, 1.0])
+def test_free_latents_are_open_everywhere_and_the_rest_follows_the_kind(kind, fraction):
+    more = {"start_latents": 16} if kind == "split" else {}
+    mask = mask_of(kind, free_fraction=fraction, **more)
+    # To the nearest number that leaves equal blocks: 7 windows of the bands cannot share 24 latents.
+    assert mask.n_free == (11 if (kind, fraction) == ("band", 0.25) else fraction * D_SAE)
+    assert bool((mask.table()[:, : mask.n_free] == 1).all())
+    assert bool(mask.bound_positions()[:, : mask.n_free].all())
+    if 0 < mask.n_free < D_SAE:
+        bound = mask.table()[:, mask.n_free :].detach()
+        assert kind in ("open", "importance", "budget") or bool((bound != 1).any())
+
+
+@pytest.mark.parametrize("kind", ["slice", "hard", "cohort", "band", "importance"])
+def test_a_leak_joins_a_strict_mask_to_an_open_one(kind):
+    strict = mask_of(kind).openness()
+    for leak in (0.0, 0.3, 1.0):
+        leaky = mask_of(kind, leak=leak)
+        torch.testing.assert_close(leaky.openness(), strict.clamp(min=leak))
+        assert torch.equal(leaky.bound_positions(), strict > 0)
+    assert mask_measures(mask_of(kind, leak=0.3))[1].value == pytest.approx(0.7 if kind != "importance" else 0)
+
+
+def test_strictness_and_mean_openness_are_those_of_the_positions_after_bos():
+    openness, strictness = mask_measures(mask_of("hard"))
+    assert openness.value == pytest.approx(float(mask_of("hard").openness()[1:].mean()))
+    assert strictness.value == 1
+    assert [measure.value for measure in mask_measures(mask_of("open"))] == [1, 0]
+
+
+def test_bands_give_the_first_positions_their_own_and_grow():
+    window = mask_kinds.Band.windows(mask_settings({"kind": "band", "growth": 1.5}), 32)
+    assert torch.bincount(window).tolist() == [2, 1, 1, 1, 2, 3, 5, 7, 10]
+    mask = mask_of("band")
+    assert bool((mask.openness().sum(0) == torch.bincount(mask_kinds.Band.windows(mask.settings, 16))[
+        torch.arange(D_SAE) * 7 // D_SAE
+    ]).all())  # fmt: skip
+    assert torch.equal(mask.openness().max(1).values, torch.ones(16))
+
+
+def test_smooth_bands_fall_off_on_both_sides():
+    mask = mask_of("band", smoothness=1.0)
+    strict = mask_of("band").openness()
+    assert torch.equal(mask.openness() == 1, strict == 1)
+    last = mask.openness()[:, -1]
+    assert last.tolist() == sorted(last.tolist())
+    assert 0 < float(last[8]) < 1
+    assert float(last[1]) == 0
+    assert torch.equal(mask.bound_positions(), strict == 1)
+    assert len(mask.groups()) > 1  # what is closed is not computed, though openness is not 0 or 1
+
+
+def test_soft_masks_sharpen_and_freeze_on_schedule():
+    mask = mask_of("soft", last_temperature=0.01, sharpen_from=0.25, sharpen_to=0.75, freeze_at=0.9)
+    temperatures, learns = [], []
+    for done in range(101):
+        mask.before_step(done, 100)
+        temperatures.append(float(mask.temperature))
+        learns.append(mask.learns)
+    assert temperatures[:26] == [1.0] * 26
+    assert temperatures[50] == pytest.approx(0.1)
+    assert temperatures[75:] == pytest.approx([0.01] * 26)
+    assert learns == [True] * 90 + [False] * 11
+    assert mask_measures(mask)[1].value > 0.99  # ends strict
+
+
+def test_pressure_closes_what_the_loss_does_not_hold_open():
+    mask = mask_of("soft", pressure=2.0)
+    mask.learn(torch.zeros(N_POSITIONS, D_SAE))
+    openness = mask.openness().detach()
+    torch.testing.assert_close(mask.theta.grad, 2.0 * openness * (1 - openness) / openness.numel())
+
+
+def test_importance_regrows_closed_positions_between_prunings():
+    mask = mask_of("importance", regrow=0.5, n_prunings=4)
+    salient = torch.rand(N_POSITIONS, D_SAE, generator=torch.Generator().manual_seed(0))
+    opened, before = 0, mask.openness().clone()
+    for done in range(1, 101):
+        mask.learn(salient)
+        mask.after_step(done, 100)
+        opened += int(((mask.openness() == 1) & (before == 0)).sum())
+        before = mask.openness().clone()
+    assert opened > D_SAE
+    assert mask.openness().sum(0).tolist() == [4.0] * D_SAE
+
+
+def test_a_budget_keeps_the_gates_whose_closing_would_cost_most():
+    """The score is the rise of the squared error when a code is taken away, summed over the gate's tokens."""
+    mask = mask_of("budget", memory_steps=1)
+    random = torch.Generator().manual_seed(0)
+    decoder = torch.nn.functional.normalize(torch.randn(D_SAE, 6, generator=random), dim=1)
+    place = torch.randint(N_POSITIONS, (50,), generator=random)
+    token = torch.arange(50).repeat_interleave(3)
+    latent = torch.randint(D_SAE, (150,), generator=random)
+    value, residual = torch.rand(150, generator=random), torch.randn(50, 6, generator=random)
+    mask.observe(Observed(place, token, latent, value, residual, decoder))
+    expected = torch.zeros(N_POSITIONS, D_SAE)
+    for t, j, z in zip(token.tolist(), latent.tolist(), value.tolist(), strict=True):
+        without = residual[t] + z * decoder[j]
+        expected[place[t], j] += float(without.square().sum() - residual[t].square().sum())
+    torch.testing.assert_close(mask.score, expected, rtol=1e-4, atol=1e-5)
+    for done in range(1, 101):
+        mask.before_step(done - 1, 100)
+        mask.after_step(done, 100)
+        if done == 30:  # on the way, the mean openness at each position is the budget of the moment
+            budget = 0.25 ** ((0.3 - 0.1) / 0.5)
+            assert mask.openness().mean(1).tolist() == pytest.approx([budget] * N_POSITIONS, abs=1e-3)
+    best = torch.zeros(N_POSITIONS, D_SAE).scatter_(1, mask.score.topk(8, dim=1).indices, 1.0)
+    assert torch.equal(mask.openness(), best)
+    assert not mask.watches
 
 
 @pytest.mark.parametrize(
@@ -100,14 +236,51 @@ def test_width_at_equal_compute_leaves_as_many_latents_open_as_unmasked():
         ({"kind": "hard", "positions_per_latent": 20}, "20 is more than the 16 positions"),
         ({"kind": "cohort", "n_cohorts": 5, "positions_per_latent": 4}, "must be a multiple"),
         ({"kind": "soft", "low": 0.7, "high": 0.3}, "low = 0.7 is above high = 0.3"),
+        ({"kind": "budget", "mean_openness": 0.01}, "would leave a position with no open latent"),
+        ({"kind": "band", "growth": 1}, None),
+        ({"kind": "split", "start_latents": 8, "max_latents": 30}, "max_latents = 30 is not the 32 latents"),
+        (
+            {"kind": "split", "start_latents": 8, "max_latents": 32, "n_windows": 17},
+            "n_windows = 17 is more than the 16 positions",
+        ),
+        (
+            {"kind": "split", "start_latents": 8, "max_latents": 32, "free_fraction": 0.5},
+            "are all among the 16 free latents",
+        ),
+        ({"kind": "switch", "n_experts": 33}, "n_experts = 33 is more than the 32 latents"),
     ],
 )
 def test_masks_that_do_not_fit_say_why(values, message):
+    if message is None:
+        make_mask(mask_settings(values), N_POSITIONS, D_SAE)
+        return
     with pytest.raises(BadSetting, match=message):
         make_mask(mask_settings(values), N_POSITIONS, D_SAE)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"kind": "open", "free_fraction": 1.5}, "less than or equal to 1"),
+        ({"kind": "open", "free_fraction": -0.1}, "greater than or equal to 0"),
+        ({"kind": "open", "leak": 2}, "less than or equal to 1"),
+        ({"kind": "open", "coordinate": "paragraph"}, "'context', 'sentence', 'line' or 'end'"),
+        ({"kind": "split", "start_latents": 9, "max_latents": 8}, "start_latents = 9 is above max_latents = 8"),
+        ({"kind": "split", "start_latents": 8, "max_latents": 9, "apply": "gradient"}, "unborn latents must be silent"),
+        ({"kind": "switch", "n_experts": 4, "leak": 0.1}, "switch has no positions"),
+        ({"kind": "soft", "low": 0.1, "high": 0.2, "sharpen_from": 0.9}, "sharpen_from, sharpen_to = 0.9, 0.8"),
+        ({"kind": "budget", "mean_openness": 0.5, "sharpen_to": 0.1}, "sharpen_from, sharpen_to = 0.1, 0.1"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(values, message):
+    with pytest.raises(ValidationError, match=message):
+        mask_settings(values)
 
 
 def test_equal_compute_is_refused_where_a_position_has_no_fixed_number_of_latents():
     mask = mask_of("hard")
     with pytest.raises(BadSetting, match="has no equal-compute form"):
         mask.width_at_equal_compute(mask.settings, N_POSITIONS, D_SAE)
+    settings = mask_settings({"kind": "split", "start_latents": 8, "max_latents": 64})
+    with pytest.raises(BadSetting, match="start_latents = 8 is not the 32 latents that are live"):
+        mask_kinds.Split.width_at_equal_compute(settings, N_POSITIONS, D_SAE)

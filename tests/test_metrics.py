@@ -4,19 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import D_SAE, N_POSITIONS, make_sae, make_vectors
-from posmask.activations import Batch
+from conftest import D_SAE, N_POSITIONS, batch_of, codes_of, make_sae, make_vectors
 from posmask.errors import DegenerateResult
 from posmask.metrics.position import PositionInformation, ShiftDesign
 from posmask.metrics.reconstruction import Reconstruction, dead_share
 from posmask.metrics.specialization import PositionMass, profile_fidelity, retention, special_positions
-from posmask.sae import Codes
 
 
 def make_batch(n_tokens, n_texts=40):
     vectors, position = make_vectors(n_tokens)
-    text = torch.arange(n_tokens, dtype=torch.int32) % n_texts
-    return Batch(vectors, position, torch.zeros(n_tokens, dtype=torch.int32), text, torch.ones(n_tokens).bool())
+    return batch_of(vectors, position, torch.arange(n_tokens) % n_texts)
 
 
 def by_slice(measures, metric):
@@ -29,9 +26,8 @@ def test_explained_variance_and_l0_equal_their_formulas():
     noise = torch.randn(batch.vectors.shape, generator=torch.Generator().manual_seed(9))
     reconstruction = batch.vectors + 0.3 * noise
     metric = Reconstruction(N_POSITIONS, 40, batch.vectors.mean(0))
-    for part in (slice(0, 150), slice(150, 400)):  # streaming changes nothing
-        some = Batch(*(getattr(batch, f)[part] for f in ("vectors", "position", "token_id", "text", "keep")))
-        metric.update(some, Codes(codes.latent[part], codes.value[part], D_SAE), reconstruction[part])
+    for part in torch.arange(400).split([150, 250]):  # streaming changes nothing
+        metric.update(batch.some(part), codes.some(part), reconstruction[part])
     v, v_hat, p = batch.vectors.double().numpy(), reconstruction.double().numpy(), batch.position.numpy()
     explained = by_slice(metric.measures(), "explained_variance")
     expected = 1 - ((v - v_hat) ** 2).sum() / ((v - v.mean(0)) ** 2).sum()
@@ -43,7 +39,7 @@ def test_explained_variance_and_l0_equal_their_formulas():
         expected = 1 - ((v - v_hat)[at] ** 2).sum() / ((v[at] - v[at].mean(0)) ** 2).sum()
         assert explained[(("position", place),)].value == pytest.approx(expected, rel=1e-4)
     l0 = by_slice(metric.measures(), "l0")
-    assert l0[()].value == pytest.approx(float((codes.value > 0).sum(1).float().mean()))
+    assert l0[()].value == pytest.approx(len(codes.value) / 400)
 
 
 def test_equal_vectors_at_a_position_are_nan_never_a_number():
@@ -52,10 +48,9 @@ def test_equal_vectors_at_a_position_are_nan_never_a_number():
     vectors = torch.randn(400, 576, generator=random) * 100
     vectors[:20] = vectors[0].clone()
     position = torch.cat([torch.zeros(20), torch.ones(380)]).to(torch.int32)
-    text = torch.arange(400, dtype=torch.int32) % 40
-    batch = Batch(vectors, position, position, text, torch.ones(400).bool())
+    batch = batch_of(vectors, position, torch.arange(400) % 40)
     metric = Reconstruction(2, 40, vectors.mean(0))
-    codes = Codes(torch.zeros(400, 1, dtype=torch.int64), torch.ones(400, 1), 4)
+    codes = codes_of(torch.tensor([1.0, 0, 0, 0]).expand(400, -1))
     metric.update(batch, codes, vectors + torch.randn(400, 576, generator=random))
     explained = by_slice(metric.measures(), "explained_variance")
     assert math.isnan(explained[(("position", 0),)].value)
@@ -92,10 +87,8 @@ def fired(rate, n_texts=200, seed=0):
     n = len(position)
     fires = torch.rand(n, rate.shape[1], generator=random) < rate[position.long()]
     value = fires * (1 + torch.rand(n, rate.shape[1], generator=random))
-    latent = torch.arange(rate.shape[1]).expand(n, -1).contiguous()
-    batch = Batch(torch.zeros(n, 1), position, position, text, position > 0)
-    codes = Codes(latent, value, rate.shape[1])
-    return batch.kept(), Codes(codes.latent[batch.keep], codes.value[batch.keep], codes.d_sae)
+    batch = batch_of(torch.zeros(n, 1), position, text, position > 0)
+    return batch.kept(), codes_of(value[batch.keep])
 
 
 def mass_of(rate, n_texts=200, seed=0):
@@ -106,7 +99,11 @@ def mass_of(rate, n_texts=200, seed=0):
 
 def retained(rate, bound, n_top=4):
     lifted = mass_of(rate)
-    return retention(lifted, special_positions(lifted, bound, n_top))
+    return retention(lifted, special_positions(lifted, unbound(rate) if bound is None else bound, n_top))
+
+
+def unbound(rate):
+    return torch.ones_like(rate).bool()
 
 
 def test_retention_is_1_where_latents_stay_and_chance_where_they_do_not():
@@ -136,7 +133,7 @@ def test_retention_leaves_out_latents_that_hardly_fire():
 def test_retention_after_more_training_keeps_the_positions_of_the_start():
     early, late = torch.zeros(2, N_POSITIONS, 6)
     early[1:5], late[8:12] = 0.8, 0.8
-    special = special_positions(mass_of(early), None, 4)
+    special = special_positions(mass_of(early), unbound(early), 4)
     assert retention(mass_of(early), special, after=0.0)[0].value == pytest.approx(1.0)
     moved = retention(mass_of(late), special, after=0.5)[0]
     assert moved.value == 0
@@ -161,10 +158,9 @@ def information(rate, **options):
     batch, codes = fired(rate, **options)
     metric = PositionInformation(*rate.shape, n_texts=200)
     used = PositionMass(*rate.shape)
-    for part in (slice(0, 900), slice(900, None)):  # streaming changes nothing
-        some = batch.some(torch.arange(len(batch))[part])
-        metric.update(some, Codes(codes.latent[part], codes.value[part], codes.d_sae))
-        used.update(some, Codes(codes.latent[part], codes.value[part], codes.d_sae))
+    for part in torch.arange(len(batch)).split([900, len(batch) - 900]):  # streaming changes nothing
+        metric.update(batch.some(part), codes.some(part))
+        used.update(batch.some(part), codes.some(part))
     return {measure.metric: measure for measure in metric.measures(used)}
 
 
@@ -197,7 +193,7 @@ def test_runs_of_firings_do_not_pass_for_position():
     start = torch.randint(N_POSITIONS - 1, (60, 40), generator=torch.Generator().manual_seed(3))
     text, place = batch.text.long(), batch.position.long()[:, None] - 1
     runs = speaks[text] & ((place - start[text]) % (N_POSITIONS - 1) < length[text])
-    codes = Codes(codes.latent, codes.value * runs, 40)
+    codes = codes_of(codes.dense() * runs)
     metric, used = PositionInformation(N_POSITIONS, 40, 60), PositionMass(N_POSITIONS, 40)
     metric.update(batch, codes)
     used.update(batch, codes)
@@ -213,12 +209,11 @@ def shift_design(activation, *, mask="on"):
         torch.arange(n_texts), torch.arange(length), torch.arange(n_windows), indexing="ij"
     ))  # fmt: skip
     position = (1 + (window + 1) * length + token).to(torch.int32)
-    batch = Batch(torch.zeros(len(text), 1), position, position, text.to(torch.int32), torch.ones(len(text)).bool())
-    latent = torch.arange(d_sae).expand(len(text), -1).contiguous()
+    batch = batch_of(torch.zeros(len(text), 1), position, text)
     design = ShiftDesign(n_texts, length, n_windows, d_sae)
     for part in torch.randperm(len(text), generator=torch.Generator().manual_seed(0)).split(500):
         value = activation[text[part], token[part], window[part]]
-        design.update(batch.some(part), Codes(latent[part], value, d_sae))
+        design.update(batch.some(part), codes_of(value))
     return {measure.metric.removeprefix("shift_"): measure for measure in design.measures(mask)}
 
 
@@ -270,9 +265,9 @@ def test_a_mask_does_not_win_the_position_share_by_its_construction():
 
 
 def test_a_content_that_was_not_seen_everywhere_is_refused():
-    batch = Batch(torch.zeros(1, 1), *(torch.tensor([n], dtype=torch.int32) for n in (4, 1, 0)), torch.ones(1).bool())
+    batch = batch_of(torch.zeros(1, 1), torch.tensor([4]), torch.tensor([0]))
     design = ShiftDesign(2, 3, 5, 8)
-    design.update(batch, Codes(torch.tensor([[0]]), torch.tensor([[1.0]]), 8))
+    design.update(batch, codes_of(torch.tensor([[1.0] + [0] * 7])))
     with pytest.raises(AssertionError, match="not seen in every window"):
         design.measures("on")
 

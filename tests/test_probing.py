@@ -7,16 +7,14 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from conftest import N_POSITIONS, make_sae, make_vectors
+from conftest import N_POSITIONS, batch_of, codes_of, make_sae, make_vectors
 from posmask import assets, corpus, model
-from posmask.activations import Batch
 from posmask.corpus import equal_segments, growing_segments
 from posmask.errors import BadSetting, DegenerateResult
 from posmask.probing import order, order_tasks, topics
 from posmask.probing.order_tasks import OrderTask
 from posmask.probing.pooling import PooledTexts, Pooling
 from posmask.probing.sparse import ProbeTask, all_feature_correct, k_sparse_correct, logistic_regression
-from posmask.sae import Codes
 
 
 def pooled(rows):
@@ -149,7 +147,7 @@ def contexts(n_texts, *, seed=0):
     text = torch.arange(n_texts).repeat_interleave(length).to(torch.int32)
     position = torch.cat([torch.arange(1, n + 1) for n in length.tolist()]).to(torch.int32)
     n = len(text)
-    return Batch(vectors[:n], position, position, text, torch.ones(n).bool())
+    return batch_of(vectors[:n], position, text)
 
 
 @pytest.mark.parametrize("dense", [False, True])
@@ -163,8 +161,7 @@ def test_pooling_equals_a_plain_loop(name, dense):
     rows = batch.vectors if codes is None else codes.dense()
     pooling = Pooling(10, rows.shape[1], **options)
     for part in (batch.text < 4, batch.text >= 4):
-        some = None if codes is None else Codes(codes.latent[part], codes.value[part], codes.d_sae)
-        pooling.update(batch.some(part), some)
+        pooling.update(batch.some(part), None if codes is None else codes.some(part))
     segment = options.get("segment_of_position", torch.zeros(N_POSITIONS, dtype=torch.int64))
     live = options.get("live", torch.ones(N_POSITIONS, rows.shape[1]))
     expected = torch.zeros(10, int(segment.max()) + 1, rows.shape[1])
@@ -194,8 +191,8 @@ def test_fair_pooling_gives_a_masked_latent_what_mean_pooling_takes():
     live = make_sae("slice").mask.live()
     n_positions, d_sae = live.shape
     position = torch.arange(1, n_positions, dtype=torch.int32)
-    batch = Batch(torch.zeros(len(position), 1), position, position, position * 0, position > 0)
-    codes = Codes(torch.arange(d_sae).expand(len(position), -1), live[1:], d_sae)
+    batch = batch_of(torch.zeros(len(position), 1), position, position * 0)
+    codes = codes_of(live[1:])
     mean, fair = Pooling(1, d_sae), Pooling(1, d_sae, live=live)
     for pooling in (mean, fair):
         pooling.update(batch, codes)

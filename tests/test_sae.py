@@ -1,82 +1,29 @@
 import pytest
 import torch
 
-from conftest import MASKS, N_POSITIONS, make_sae, make_vectors
+from conftest import N_POSITIONS, make_sae, make_vectors
 from posmask.errors import BadSetting, DamagedFolder
-from posmask.masks import make_mask, mask_settings
-from posmask.sae import SparseAutoencoder, TopK, read_sae, without_mask, write_sae
-
-KINDS = [(kind, apply) for kind in MASKS for apply in ("forward", "gradient")]
-
-
-@pytest.mark.parametrize(("kind", "apply"), KINDS)
-@pytest.mark.parametrize("lift", [False, True])
-def test_sparse_encode_equals_the_definition(kind, apply, lift):
-    sae = make_sae(kind, apply, dtype=torch.float64)
-    vectors, position = make_vectors(200, dtype=torch.float64)
-    shuffled = torch.randperm(200, generator=torch.Generator().manual_seed(0))
-    vectors, position = vectors[shuffled], position[shuffled]  # any order of rows must do
-    dense = sae.encode(vectors, position, lift=lift)
-    codes = sae.sparse_encode(vectors, position, lift=lift)
-    torch.testing.assert_close(codes.dense(), dense.detach())
-    torch.testing.assert_close(sae.sparse_decode(codes), sae.decode(dense).detach())
+from posmask.mask_kinds import make_mask, mask_settings
+from posmask.masks import Copies
+from posmask.rules import rule_settings
+from posmask.sae import SparseAutoencoder, copy_latents_, read_origin, read_sae, started_from, write_sae
 
 
-@pytest.mark.parametrize("kind", MASKS)
-def test_closed_latents_are_exactly_zero_and_take_no_place(kind):
-    sae = make_sae(kind)
+def test_closed_latents_take_no_place():
+    sae = make_sae("hard")
     vectors, position = make_vectors(200)
     closed = sae.mask.openness()[position.long()] == 0
     codes = sae.encode(vectors, position)
-    assert bool((codes[closed] == 0).all())
     preactivation = ((sae.normalise(vectors) - sae.decoder_bias) @ sae.encoder.T + sae.encoder_bias).relu()
     n_candidates = ((preactivation > 0) & ~closed).sum(1)
-    assert torch.equal((codes > 0).sum(1), n_candidates.clamp(max=sae.rule.k))
-
-
-def test_open_equals_no_mask_bit_for_bit():
-    sae = make_sae("open")
-    vectors, position = make_vectors(100)
-    unmasked = ((sae.normalise(vectors) - sae.decoder_bias) @ sae.encoder.T + sae.encoder_bias).relu()
-    assert torch.equal(sae.encode(vectors, position), sae.rule(unmasked))
-
-
-def test_gradient_masks_leave_the_code_alone():
-    forward, gradient = make_sae("open"), make_sae("slice", "gradient")
-    vectors, position = make_vectors(100)
-    assert torch.equal(forward.encode(vectors, position), gradient.encode(vectors, position))
-
-
-def test_texts_by_position_equal_single_tokens():
-    sae = make_sae("hard")
-    vectors = make_vectors(3 * N_POSITIONS)[0].reshape(3, N_POSITIONS, -1)
-    position = torch.arange(N_POSITIONS).expand(3, -1)
-    codes = sae.encode(vectors, position)
-    torch.testing.assert_close(codes.flatten(0, 1), sae.encode(vectors.flatten(0, 1), position.flatten()))
-
-
-@pytest.mark.parametrize(("kind", "apply"), KINDS)
-def test_a_written_sae_reads_back_with_the_same_codes(kind, apply, tmp_path):
-    sae = make_sae(kind, apply)
-    sae.center += 1.5
-    sae.scale *= 2
-    write_sae(sae, tmp_path)
-    vectors, position = make_vectors(50)
-    back = read_sae(tmp_path)
-    assert torch.equal(back(vectors, position), sae(vectors, position))
-    assert torch.equal(back.sparse_encode(vectors, position).value, sae.sparse_encode(vectors, position).value)
-    assert back.mask.settings == sae.mask.settings
-
-
-def test_a_mask_for_another_context_length_is_refused():
-    sae = make_sae("slice")
-    with pytest.raises(BadSetting, match="positions 0 to 16 are not all within the 16 positions"):
-        sae.encode(torch.zeros(17, 12), torch.arange(17))
+    assert torch.equal((codes > 0).sum(1), n_candidates.clamp(max=4))
 
 
 def test_k_above_the_number_of_latents_is_refused():
     with pytest.raises(BadSetting, match="k = 40 is more than the 32 latents"):
-        SparseAutoencoder(8, TopK(k=40), make_mask(mask_settings({"kind": "open"}), 16, 32))
+        SparseAutoencoder(
+            8, rule_settings({"kind": "topk", "k": 40}), make_mask(mask_settings({"kind": "open"}), 16, 32)
+        )
 
 
 def test_an_unreadable_sae_says_so(tmp_path):
@@ -84,6 +31,19 @@ def test_an_unreadable_sae_says_so(tmp_path):
     (tmp_path / "sae.safetensors").write_bytes(b"\x80\x04not a tensor")
     with pytest.raises(DamagedFolder, match="holds no readable SAE"):
         read_sae(tmp_path)
+    with pytest.raises(DamagedFolder, match=r"sae\.json cannot be read"):
+        read_origin(tmp_path / "elsewhere")
+
+
+def test_a_mask_that_does_not_fit_its_sae_is_refused(tmp_path):
+    """Kind, context length or number of latents in the description differ from the tensors."""
+    for old, new in (('"n_positions": 16', '"n_positions": 8'), ('"d_sae": 32', '"d_sae": 64'), ('"slice"', '"soft"')):
+        write_sae(make_sae("slice"), tmp_path)
+        description = (tmp_path / "sae.json").read_text()
+        assert old in description
+        (tmp_path / "sae.json").write_text(description.replace(old, new))
+        with pytest.raises(DamagedFolder, match="holds no readable SAE"):
+            read_sae(tmp_path)
 
 
 def test_loading_weights_into_an_sae_in_use_takes_the_new_mask():
@@ -94,14 +54,75 @@ def test_loading_weights_into_an_sae_in_use_takes_the_new_mask():
     torch.testing.assert_close(sae.sparse_encode(vectors, position).dense(), sae.encode(vectors, position).detach())
 
 
-@pytest.mark.parametrize("apply", ["forward", "gradient"])
-@pytest.mark.parametrize("kind", MASKS)
-def test_without_its_mask_an_sae_codes_as_with_the_mask_lifted(kind, apply):
-    sae = make_sae(kind, apply)
-    vectors, position = make_vectors(50)
-    bare = without_mask(sae)
-    assert torch.equal(bare.encode(vectors, position), sae.encode(vectors, position, lift=True))
-    assert bool((bare.mask.openness() == 1).all())
+def test_codes_of_some_tokens_stand_in_the_order_asked_for():
+    sae = make_sae("hard")
+    codes = sae.sparse_encode(*make_vectors(30))
+    numbers = torch.tensor([7, 3, 29, 0])
+    assert torch.equal(codes.some(numbers).dense(), codes.dense()[numbers])
+    chosen = torch.arange(30) % 3 == 0
+    assert torch.equal(codes.some(chosen).dense(), codes.dense()[chosen])
+    assert torch.equal(codes.n_active(), (codes.dense() > 0).sum(1).float())
+
+
+def test_positions_are_counted_as_the_mask_says():
+    """The same SAE, its mask counted from the sentence's start: the codes follow that number, not the context's."""
+    sae = make_sae("slice", coordinate="sentence")
+    assert sae.mask.settings.coordinate == "sentence"
+    vectors, position = make_vectors(20)
+    assert not torch.equal(sae.encode(vectors, position), sae.encode(vectors, (position + 4) % N_POSITIONS))
+
+
+UPCYCLED = {
+    "slice": ({"kind": "slice", "n_slices": 4}, 32),
+    "slice with free latents": ({"kind": "slice", "n_slices": 4, "free_fraction": 0.25}, 20),
+    "band": ({"kind": "band", "growth": 1.5}, 7 * 8),
+    "cohort": ({"kind": "cohort", "n_cohorts": 4, "positions_per_latent": 4}, 32),
+    "split": ({"kind": "split", "start_latents": 8, "max_latents": 24, "n_windows": 4}, 24),
+    "hard at equal width": ({"kind": "hard", "positions_per_latent": 16}, 8),
+}
+
+
+@pytest.mark.parametrize("rule", ["topk", "jumprelu", "matryoshka", "gated"])
+@pytest.mark.parametrize("name", UPCYCLED)
+def test_an_upcycled_sae_does_what_its_source_did(name, rule):
+    """At every position exactly one copy of each latent is live, so nothing changes at the start."""
+    values, d_sae = UPCYCLED[name]
+    source = make_sae("open", rule=rule, d_sae=8, dtype=torch.float64)
+    source.center += 1
+    mask = make_mask(mask_settings(values), N_POSITIONS, d_sae)
+    sae = started_from(source, mask)
+    vectors, position = make_vectors(200, dtype=torch.float64)
+    torch.testing.assert_close(sae(vectors, position), source(vectors, position))
+    found, expected = sae.sparse_encode(vectors, position), source.sparse_encode(vectors, position)
+    torch.testing.assert_close(found.value.sort().values, expected.value.sort().values)
     with torch.no_grad():
-        bare.encoder.zero_()
-    assert not bool((sae.encoder == 0).any())  # a copy
+        sae.encoder.zero_()
+    assert bool((source.encoder != 0).any())
+
+
+def test_a_source_that_does_not_fit_is_refused():
+    source = make_sae("open", d_sae=8)
+    slices = {"kind": "slice", "n_slices": 4}
+    for values, d_sae, message in (
+        ({"kind": "hard", "positions_per_latent": 4}, 32, "does not open one copy of each of the 8 latents"),
+        (slices, 40, "does not open one copy of each of the 8 latents"),
+        ({"kind": "split", "start_latents": 10, "max_latents": 24}, 24, "does not open one copy of each"),
+    ):
+        with pytest.raises(BadSetting, match=message):
+            started_from(source, make_mask(mask_settings(values), N_POSITIONS, d_sae))
+    with pytest.raises(BadSetting, match="has a 'slice' mask: start from one that is open everywhere"):
+        started_from(make_sae("slice"), make_mask(mask_settings(slices), N_POSITIONS, 32))
+    with pytest.raises(BadSetting, match="contexts of 16 positions, not 12"):
+        started_from(source, make_mask(mask_settings(slices), 12, 32))
+
+
+def test_copied_latents_take_all_that_belongs_to_a_latent():
+    sae = make_sae("open", rule="matryoshka", d_model=32)  # as many channels as latents: nothing else may be mistaken
+    bias = sae.decoder_bias.detach().clone()
+    copy_latents_(sae, Copies(torch.tensor([1, 2]), torch.tensor([30, 31])))
+    assert torch.equal(sae.decoder_bias, bias)
+    for tensor in (sae.encoder, sae.encoder_bias, sae.decoder, sae.rule.level):
+        assert torch.equal(tensor[30:], tensor[1:3])
+    sae = make_sae("open", rule="jumprelu")
+    copy_latents_(sae, Copies(torch.tensor([1]), torch.tensor([30])))
+    assert sae.rule.threshold[30] == sae.rule.threshold[1]

@@ -5,8 +5,8 @@ import re
 import pytest
 import torch
 
-from conftest import make_texts
-from posmask import assets, corpus, evaluation, folders, rows, study, training
+from conftest import make_texts, train_on
+from posmask import assets, corpus, evaluation, folders, rows, study
 from posmask.errors import BadSetting, DamagedFolder
 from posmask.metrics.in_model import WindowMass
 from posmask.probing import order_tasks, topics
@@ -102,6 +102,7 @@ def test_a_study_runs_from_text_to_results(study_file, tmp_path):
         "order_accuracy", "order_shuffled", "order_permuted", "probe_accuracy", "train_seconds", "train_tokens",
         "ce_recovered", "kl_recovered", "ablation_effect", "causal_specificity", "position_information",
         "position_information_null", "position_bound_share", "shift_position", "shift_content", "shift_interaction",
+        "mean_openness", "strictness",
     }  # fmt: skip
     by_slice = {(row.cell, row.metric, row.slice): row for row in found}
     assert by_slice["slice-compute", "d_sae", ""].value == 4 * 32
@@ -388,8 +389,7 @@ def test_latents_to_ablate_are_chosen_on_other_texts_than_they_are_tried_on(stud
     monkeypatch.setattr(WindowMass, "update", spy)
     monkeypatch.setattr(evaluation, "without_latents", spy_replace)
     sae = settings.make_sae(settings.cells[0], 12, 0)
-    sae.center, sae.scale = data.training.centre_and_scale
-    training.train(sae, data.training, settings.training, 0, "test")
+    train_on(sae, data.training, settings.training)
     evaluation.evaluate(sae, torch.zeros(32).bool(), data, "test")
     assert len(chosen_on) > 20
     assert len(tried_on) > 4

@@ -18,6 +18,7 @@ from torch import Tensor
 from posmask.corpus import Tokens
 from posmask.errors import DegenerateResult, NothingToDo
 from posmask.folders import finished, read_manifest, write_folder
+from posmask.masks import Coordinate
 from posmask.model import LanguageModel
 from posmask.progress import progress_bar
 from posmask.seeds import generator
@@ -26,21 +27,21 @@ __all__ = ["Activations", "Batch", "evaluation_batches", "harvest", "training_ba
 
 _TOKENS_PER_FORWARD = 4096
 _TOKENS_PER_SHARD = 65536
-_FIELDS = ("position", "token_id", "text", "keep")
+_FIELDS = ("position", "token_id", "text", "keep", "sentence", "line", "end")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Some tokens' vectors and everything that must travel with them.
-
-    `text` numbers the text a token came from (-1: none), as in `Tokens`.
-    """
+    """Some tokens' vectors and everything that must travel with them; the fields are those of `Tokens`."""
 
     vectors: Float[Tensor, "token d_model"]
     position: Int[Tensor, " token"]
     token_id: Int[Tensor, " token"]
     text: Int[Tensor, " token"]
     keep: Bool[Tensor, " token"]
+    sentence: Int[Tensor, " token"]
+    line: Int[Tensor, " token"]
+    end: Int[Tensor, " token"]
 
     def __len__(self) -> int:
         return len(self.vectors)
@@ -48,6 +49,10 @@ class Batch:
     def some(self, which: Bool[Tensor, " token"] | Int[Tensor, " some"]) -> "Batch":
         """Some of the tokens, chosen by truth or by number."""
         return Batch(*(getattr(self, name)[which] for name in ("vectors", *_FIELDS)))
+
+    def counted(self, coordinate: Coordinate) -> Int[Tensor, " token"]:
+        """The tokens' positions, counted as a mask's `coordinate` says."""
+        return self.position if coordinate == "context" else getattr(self, coordinate)
 
     def kept(self) -> "Batch":
         """The tokens that count."""
@@ -62,9 +67,8 @@ class Activations:
         self.folder = folder
         self.made_from: dict[str, Any] = manifest["made_from"]
         self._shards = [load_file(folder / name) for name in sorted(manifest["files"])]
-        self.position, self.token_id, self.text, self.keep = (
-            torch.cat([shard[name] for shard in self._shards]) for name in _FIELDS
-        )
+        fields = [torch.cat([shard[name] for shard in self._shards]) for name in _FIELDS]
+        self.position, self.token_id, self.text, self.keep, self.sentence, self.line, self.end = fields
         sizes = torch.tensor([len(shard["vectors"]) for shard in self._shards])
         self._ends = sizes.cumsum(0)
         self._starts = self._ends - sizes
@@ -107,7 +111,7 @@ class Activations:
         for number in shard_of.unique().tolist():
             rows = (shard_of == number).nonzero()[:, 0]
             vectors[rows] = self._shards[number]["vectors"][index[rows] - self._starts[number]]
-        return Batch(vectors, self.position[index], self.token_id[index], self.text[index], self.keep[index])
+        return Batch(vectors, *(getattr(self, name)[index] for name in _FIELDS))
 
 
 def harvest(
@@ -143,10 +147,12 @@ def harvest(
             stored = torch.arange(length) < _stored_length(keep)[:, None]
             writer.add(
                 vectors=vectors[stored],
-                position=tokens.position[chunk, :length][stored].to(torch.int32),
                 token_id=tokens.id[chunk, :length][stored].to(torch.int32),
-                text=tokens.text[chunk, :length][stored].to(torch.int32),
                 keep=keep[stored],
+                **{
+                    name: getattr(tokens, name)[chunk, :length][stored].to(torch.int32)
+                    for name in ("position", "text", "sentence", "line", "end")
+                },
             )
             advance(int(keep.sum()))
         writer.flush()

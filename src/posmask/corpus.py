@@ -46,18 +46,25 @@ class Tokenizer(Protocol):
 
     def __call__(self, text: list[str], *, add_special_tokens: bool) -> Any: ...
 
+    def convert_ids_to_tokens(self, ids: list[int]) -> Any: ...
+
 
 @dataclass(frozen=True)
 class Tokens:
     """Tokens in contexts of equal length, position 0 = BOS. Dropped tokens (`keep` False) still stand in their place.
 
-    `text` numbers the text that a token came from, -1 for BOS and padding.
+    `text` numbers the text that a token came from, -1 for BOS and padding. `sentence`, `line` and `end` are the other
+    ways to count positions: the token's number in its sentence, in its line, and from its text's last kept token in
+    this context backwards, all from 1; 0 for tokens that are not kept.
     """
 
     id: Int[Tensor, "context position"]
     position: Int[Tensor, "context position"]
     text: Int[Tensor, "context position"]
     keep: Bool[Tensor, "context position"]
+    sentence: Int[Tensor, "context position"]
+    line: Int[Tensor, "context position"]
+    end: Int[Tensor, "context position"]
 
     @property
     def n_kept(self) -> int:
@@ -106,6 +113,47 @@ def _special_ids(tokenizer: Tokenizer) -> tuple[int, int]:
     return (eos if bos is None else bos), (bos if eos is None else eos)  # type: ignore[return-value]
 
 
+def _tokens(
+    ids: Int[Tensor, "context position"],
+    text: Int[Tensor, "context position"],
+    keep: Bool[Tensor, "context position"],
+    tokenizer: Tokenizer,
+) -> Tokens:
+    """Tokens with every way of counting their positions."""
+    position = torch.arange(ids.shape[1]).expand(len(ids), -1).contiguous()
+    new_sentence, new_line = _starts(ids, text, keep, tokenizer)
+    since = [position - torch.where(new, position, 0).cummax(1).values + 1 for new in (new_sentence, new_line)]
+    goes_on = torch.zeros_like(keep)
+    goes_on[:, :-1] = keep[:, 1:] & (text[:, 1:] == text[:, :-1])
+    last = torch.where(goes_on, ids.shape[1], position).flip(1).cummin(1).values.flip(1)
+    sentence, line, end = (counted.masked_fill(~keep, 0) for counted in (*since, last - position + 1))
+    return Tokens(ids, position, text, keep, sentence, line, end)
+
+
+def _starts(
+    ids: Int[Tensor, "context position"],
+    text: Int[Tensor, "context position"],
+    keep: Bool[Tensor, "context position"],
+    tokenizer: Tokenizer,
+) -> tuple[Bool[Tensor, "context position"], Bool[Tensor, "context position"]]:
+    """Where sentences and where lines begin.
+
+    A line begins with a text and after a token with a newline in it. A sentence begins there too, and with a token
+    that starts with a space after one that ends in . ! ? or …, perhaps followed by quotes or brackets.
+    """
+    unique, inverse = ids.unique(return_inverse=True)
+    words = [str(word) for word in tokenizer.convert_ids_to_tokens(unique.tolist())]
+    newline = torch.tensor([any(mark in word for mark in ("\n", "\u010a", "<0x0A>")) for word in words])[inverse]
+    stop = torch.tensor([word.rstrip("\"')]}\u2019\u201d").endswith((".", "!", "?", "\u2026")) for word in words])
+    spaced = torch.tensor([word.startswith((" ", "\u0120", "\u2581")) for word in words])
+    first = torch.ones_like(keep)
+    first[:, 1:] = ~keep[:, :-1] | (text[:, 1:] != text[:, :-1])
+    new_line, new_sentence = first.clone(), first.clone()
+    new_line[:, 1:] |= newline[:, :-1]
+    new_sentence[:, 1:] |= newline[:, :-1] | (stop[inverse[:, :-1]] & spaced[inverse[:, 1:]])
+    return new_sentence, new_line
+
+
 def pack(texts: list[str], tokenizer: Tokenizer, n_positions: int, kept_tokens: int, *, seed: int = 0) -> Tokens:
     """Texts in random order, ended by EOS, cut into contexts of BOS and n_positions - 1 tokens.
 
@@ -140,11 +188,11 @@ def pack(texts: list[str], tokenizer: Tokenizer, n_positions: int, kept_tokens: 
         )
     n_contexts = int(torch.searchsorted(n_kept, kept_tokens)) + 1
     contexts, keep = contexts[:n_contexts], keep[:n_contexts]
-    return Tokens(
-        id=torch.cat([torch.full((n_contexts, 1), bos), contexts[..., 0]], 1),
-        position=torch.arange(n_positions).expand(n_contexts, -1).contiguous(),
-        text=torch.cat([torch.full((n_contexts, 1), -1), contexts[..., 1]], 1),
-        keep=torch.cat([torch.zeros(n_contexts, 1, dtype=torch.bool), keep], 1),
+    return _tokens(
+        torch.cat([torch.full((n_contexts, 1), bos), contexts[..., 0]], 1),
+        torch.cat([torch.full((n_contexts, 1), -1), contexts[..., 1]], 1),
+        torch.cat([torch.zeros(n_contexts, 1, dtype=torch.bool), keep], 1),
+        tokenizer,
     )
 
 
@@ -161,15 +209,10 @@ def pad(texts: Sequence[str], tokenizer: Tokenizer, n_positions: int) -> Tokens:
         row = row[: n_positions - 1]
         ids[number, 1 : 1 + len(row)] = torch.tensor(row, dtype=torch.int64)
         text[number, 1 : 1 + len(row)] = number
-    return Tokens(
-        id=ids,
-        position=torch.arange(n_positions).expand(len(texts), -1).contiguous(),
-        text=text,
-        keep=(text >= 0) & (ids != bos) & (ids != eos),
-    )
+    return _tokens(ids, text, (text >= 0) & (ids != bos) & (ids != eos), tokenizer)
 
 
-def with_shuffled(tokens: Tokens, contexts: Int[Tensor, " chosen"], *, seed: int = 0) -> Tokens:
+def with_shuffled(tokens: Tokens, contexts: Int[Tensor, " chosen"], tokenizer: Tokenizer, *, seed: int = 0) -> Tokens:
     """The same contexts, and after them copies of some whose kept tokens stand in random order.
 
     The copies' texts are numbered on from the last text.
@@ -182,11 +225,11 @@ def with_shuffled(tokens: Tokens, contexts: Int[Tensor, " chosen"], *, seed: int
     first = int(tokens.text.max()) + 1
     number = torch.arange(first, first + len(contexts))[:, None]
     text = torch.where(tokens.text[contexts] >= 0, number, -1)
-    return Tokens(
-        id=torch.cat([tokens.id, ids]),
-        position=torch.cat([tokens.position, tokens.position[contexts]]),
-        text=torch.cat([tokens.text, text]),
-        keep=torch.cat([tokens.keep, tokens.keep[contexts]]),
+    return _tokens(
+        torch.cat([tokens.id, ids]),
+        torch.cat([tokens.text, text]),
+        torch.cat([tokens.keep, tokens.keep[contexts]]),
+        tokenizer,
     )
 
 
@@ -233,8 +276,7 @@ def shifted(
             ids[row, 1 : first - 1] = own[: first - 2]
             ids[row, first : first + length] = torch.tensor(piece)
             text[row, first : first + length] = number
-    position = torch.arange(n_positions).expand(len(ids), -1).contiguous()
-    return Tokens(id=ids, position=position, text=text, keep=text >= 0)
+    return _tokens(ids, text, text >= 0, tokenizer)
 
 
 def shift_length(n_positions: int, n_windows: int) -> int:

@@ -15,12 +15,13 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from posmask import corpus, training
-from posmask.activations import Activations, Batch, evaluation_batches
+from posmask.activations import Activations, Batch, evaluation_batches, training_batches
 from posmask.metrics.in_model import InModel, WindowMass, causal, recovered, without_latents
 from posmask.metrics.position import PositionInformation, ShiftDesign
 from posmask.metrics.reconstruction import Reconstruction, dead_share
 from posmask.metrics.specialization import (
     PositionMass,
+    mask_measures,
     profile_fidelity,
     retention,
     special_positions,
@@ -31,7 +32,7 @@ from posmask.probing.order_tasks import ORDER_TASKS, OrderTask
 from posmask.probing.pooling import Pooling
 from posmask.progress import progress_bar
 from posmask.rows import Measure
-from posmask.sae import SparseAutoencoder, without_mask
+from posmask.sae import Codes, SparseAutoencoder, without_mask
 
 __all__ = ["Data", "EvaluationSettings", "baselines", "decay", "evaluate", "growing_name"]
 
@@ -114,6 +115,10 @@ class Data:
         return sum(activations.n_kept for _, activations in [*self.order.values(), *self.probes.values()])
 
 
+def _encode(sae: SparseAutoencoder, batch: Batch, *, lift: bool = False) -> Codes:
+    return sae.sparse_encode(batch.vectors, batch.counted(sae.mask.settings.coordinate), lift=lift)
+
+
 def _kept_batches(activations: Activations, advance: Callable[[int], None]) -> Iterator[Batch]:
     for batch in evaluation_batches(activations):
         kept = batch.kept()
@@ -128,7 +133,8 @@ def evaluate(sae: SparseAutoencoder, dead: Bool[Tensor, " latent"], data: Data, 
     n_tokens = (data.heldout.n_kept + data.shift.n_kept) * (2 if lifted_too else 1) + data.n_probed_tokens
     with progress_bar(f"evaluate {label}", n_tokens + 4 * in_model.n_tokens, "tokens") as advance:
         used, to_ablate, found = _heldout(sae, data, advance)
-        found += dead_share(sae, dead) + profile_fidelity(used, sae.mask.openness().detach())
+        found += mask_measures(sae.mask) + dead_share(sae, dead)
+        found += profile_fidelity(used, sae.mask.openness().detach())
         lifted = _position_mass(sae, data, advance) if lifted_too else used
         found += retention(lifted, special_positions(lifted, sae.mask.bound_positions(), data.ask.retention_positions))
         del used, lifted  # 0.3 GB each for 18,432 latents at 128 positions
@@ -140,7 +146,7 @@ def evaluate(sae: SparseAutoencoder, dead: Bool[Tensor, " latent"], data: Data, 
 
 
 def _lifting_matters(sae: SparseAutoencoder) -> bool:
-    return sae.mask.gates_code() and not bool((sae.mask.openness() == 1).all())
+    return sae.mask.gates_code() and not bool((sae.mask.table() == 1).all())
 
 
 def _heldout(
@@ -149,25 +155,29 @@ def _heldout(
     heldout = data.heldout
     mean, _ = heldout.centre_and_scale
     reconstruction = Reconstruction(data.n_positions, heldout.n_texts, mean)
+    coordinate = sae.mask.settings.coordinate
     used = PositionMass(data.n_positions, sae.d_sae)
+    in_context = used if coordinate == "context" else PositionMass(data.n_positions, sae.d_sae)
     information = PositionInformation(data.n_positions, sae.d_sae, heldout.n_texts)
     to_ablate = WindowMass(data.n_positions, data.ask.causal_windows, sae.d_sae)
     for batch in _kept_batches(heldout, advance):
-        codes = sae.sparse_encode(batch.vectors, batch.position)
+        codes = _encode(sae, batch)
         reconstruction.update(batch, codes, sae.sparse_decode(codes))
-        used.update(batch, codes)
+        used.update(batch, codes, coordinate)
+        if in_context is not used:
+            in_context.update(batch, codes)
         information.update(batch, codes)
         # Latents are chosen on other texts than they are tried on.
         apart = ~torch.isin(batch.text, data.in_model.texts)
         to_ablate.update(batch.some(apart), codes.some(apart))
-    return used, to_ablate, reconstruction.measures() + information.measures(used)
+    return used, to_ablate, reconstruction.measures() + information.measures(in_context)
 
 
 def _position_mass(sae: SparseAutoencoder, data: Data, advance: Callable[[int], None]) -> PositionMass:
     """Where latents speak on the held-out texts when the mask is lifted."""
     lifted = PositionMass(data.n_positions, sae.d_sae)
     for batch in _kept_batches(data.heldout, advance):
-        lifted.update(batch, sae.sparse_encode(batch.vectors, batch.position, lift=True))
+        lifted.update(batch, _encode(sae, batch, lift=True), sae.mask.settings.coordinate)
     return lifted
 
 
@@ -177,7 +187,7 @@ def _shift(sae: SparseAutoencoder, data: Data, advance: Callable[[int], None], l
     for mask in ("on", "lifted") if lifted_too else ("on",):
         design = ShiftDesign(n_texts, corpus.shift_length(data.n_positions, n_windows), n_windows, sae.d_sae)
         for batch in _kept_batches(data.shift, advance):
-            design.update(batch, sae.sparse_encode(batch.vectors, batch.position, lift=mask == "lifted"))
+            design.update(batch, _encode(sae, batch, lift=mask == "lifted"))
         found += design.measures(mask)
     return found
 
@@ -189,7 +199,7 @@ def _in_model(
     special, matched = to_ablate.specialised()
 
     def reconstruct(batch: Batch, context: Tensor) -> Tensor:
-        return sae.sparse_decode(sae.sparse_encode(batch.vectors, batch.position))
+        return sae.sparse_decode(_encode(sae, batch))
 
     clean, reconstructed, without_special, without_matched = data.in_model.losses(
         [reconstruct, without_latents(sae, special), without_latents(sae, matched)], advance
@@ -245,9 +255,9 @@ def _topics(sae: SparseAutoencoder, data: Data, advance: Callable[[int], None]) 
 def _poolings(sae: SparseAutoencoder, n_texts: int) -> dict[str, Pooling]:
     """Mean pooling, and position-fair pooling where it differs."""
     poolings = {"mean": Pooling(n_texts, sae.d_sae)}
-    live = sae.mask.live()
-    if not bool((live == 1).all()):
-        poolings["fair"] = Pooling(n_texts, sae.d_sae, live=live)
+    live = (sae.mask.openness().detach() > 0).float()
+    if sae.mask.gates_code() and not bool((live == 1).all()):
+        poolings["fair"] = Pooling(n_texts, sae.d_sae, live=live, coordinate=sae.mask.settings.coordinate)
     return poolings
 
 
@@ -259,7 +269,7 @@ def _pool(
 ) -> None:
     """Encode once, pool in every way. Without an SAE the model's own channels are pooled."""
     for batch in _kept_batches(activations, advance):
-        codes = None if sae is None else sae.sparse_encode(batch.vectors, batch.position)
+        codes = None if sae is None else _encode(sae, batch)
         for pooling in poolings.values():
             pooling.update(batch, codes)
 
@@ -284,7 +294,8 @@ def decay(
             found.extend(retention(mass, special, after=steps[done]))
 
     on = settings.model_copy(update={"n_steps": max(steps), "decay_share": 0.0})
-    training.train(open_sae, data.training, on, seed, f"{label} without its mask", measure)
+    batches = training_batches(data.training, on.batch_tokens, on.n_steps, seed)
+    training.train(open_sae, batches, on, f"{label} without its mask", measure)
     return found
 
 

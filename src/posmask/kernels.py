@@ -1,10 +1,9 @@
 """The fast ways to do what sae.py says: only live latents are multiplied, only active codes are decoded.
 
-A batch's sparse codes are `n_entries` pairs (latent, value) a token; an entry of value 0 says nothing. Products
-with the dictionary go through these entries alone, in both directions, so their cost does not grow with d_sae.
-On the CPU the loops that torch has no fast operation for (choosing a row's largest entries, sums and dot products
-over scattered rows) are compiled by numba on the user's machine; on other devices the same results come from torch
-operations.
+A batch's active codes are entries (token, latent), those of a token together, tokens in order. Products with the
+dictionary go through these entries alone, in both directions, so their cost does not grow with d_sae. On the CPU the
+loops that torch has no fast operation for (choosing the largest of many numbers, sums and dot products over scattered
+rows) are compiled by numba on the user's machine; on other devices the same results come from torch operations.
 """
 
 import contextlib
@@ -23,22 +22,27 @@ from torch import Tensor
 from posmask.masks import LiveGroup
 
 __all__ = [
-    "ByLatent",
+    "Above",
+    "Choice",
+    "Entries",
+    "Grouped",
+    "LargestOfBatch",
+    "LargestOfToken",
     "Precision",
-    "Selected",
     "add_weighted_entries",
+    "choose",
+    "choose_in_rows",
     "dot_rows",
     "fast_float32",
     "float32_stays_float32",
     "keep_freed_memory",
     "place_entries",
-    "select_top_k",
-    "top_k_rows",
-    "weighted_rows",
+    "token_groups",
+    "tokens_by_group",
 ]
 
 Precision = Literal["float32", "bfloat16"]
-"""In which precision the encoder's product is made to choose the k latents; their values are always full precision."""
+"""In which precision the encoder's product is made to choose latents; their values are always full precision."""
 
 _N_STRIDES = 128  # Running maxima kept side by side; the k-th largest of them bounds the k-th largest entry.
 
@@ -90,26 +94,40 @@ def float32_stays_float32() -> bool:
 
 
 @numba.njit(parallel=True, fastmath={"contract", "reassoc", "nsz"}, cache=True)
-def _dot_rows(rows, table, latent, out):  # pragma: no cover (compiled)
-    for token in numba.prange(latent.shape[0]):
-        for entry in range(latent.shape[1]):
-            row = table[latent[token, entry]]
-            total = table.dtype.type(0)
-            for column in range(rows.shape[1]):
-                total += rows[token, column] * row[column]
-            out[token, entry] = total
+def _dot_rows(rows, row, table, latent, out):  # pragma: no cover (compiled)
+    for entry in numba.prange(len(latent)):
+        left, right = rows[row[entry]], table[latent[entry]]
+        total = table.dtype.type(0)
+        for column in range(rows.shape[1]):
+            total += left[column] * right[column]
+        out[entry] = total
 
 
 @numba.njit(parallel=True, fastmath={"contract", "reassoc", "nsz"}, cache=True)
-def _sum_rows(weight, rows, token, first, out):  # pragma: no cover (compiled)
-    for j in numba.prange(out.shape[0]):
-        total = out[j]
+def _sum_rows(weight, table, index, order, first, out):  # pragma: no cover (compiled)
+    for key in numba.prange(out.shape[0]):
+        total = out[key]
         total[:] = 0
-        for place in range(first[j], first[j + 1]):
-            share = weight[place]
-            row = rows[token[place]]
+        for place in range(first[key], first[key + 1]):
+            entry = order[place]
+            share, row = weight[entry], table[index[entry]]
             for column in range(total.shape[0]):
                 total[column] += share * row[column]
+
+
+@numba.njit(cache=True)
+def _count_sort(key, n_keys):  # pragma: no cover (compiled)
+    """(order, first): entries in the order of their keys, those of key j at order[first[j] : first[j + 1]]."""
+    first = np.zeros(n_keys + 1, np.int64)
+    for entry in range(len(key)):
+        first[key[entry] + 1] += 1
+    for j in range(n_keys):
+        first[j + 1] += first[j]
+    place, order = first[:-1].copy(), np.empty(len(key), np.int64)
+    for entry in range(len(key)):
+        order[place[key[entry]]] = entry
+        place[key[entry]] += 1
+    return order, first
 
 
 @numba.njit(cache=True)
@@ -159,13 +177,50 @@ def _largest_of_rows(value, k, chosen):  # pragma: no cover (compiled)
 
 
 @numba.njit(parallel=True, cache=True)
-def _largest_of_gated_rows(value, gate, gate_row, k, chosen):  # pragma: no cover (compiled)
-    for token in numba.prange(value.shape[0]):
-        openness = gate[gate_row[token]]
-        gated = np.empty(value.shape[1], gate.dtype)
-        for j in range(value.shape[1]):
-            gated[j] = value[token, j] * openness[j]
-        _largest(gated, k, chosen[token])
+def _rows_above(value, cut, n_ties):  # pragma: no cover (compiled)
+    """(row, column) of the entries above `cut`, and of the first `n_ties` that equal it, row by row."""
+    n_rows = len(value)
+    above, equal = np.zeros(n_rows, np.int64), np.zeros(n_rows, np.int64)
+    for r in numba.prange(n_rows):
+        for c in range(value.shape[1]):
+            above[r] += value[r, c] > cut
+            equal[r] += value[r, c] == cut
+    first, left = np.zeros(n_rows + 1, np.int64), n_ties
+    for r in range(n_rows):
+        equal[r] = min(equal[r], left)
+        left -= equal[r]
+        first[r + 1] = first[r] + above[r] + equal[r]
+    row, column = np.empty(first[-1], np.int64), np.empty(first[-1], np.int64)
+    for r in numba.prange(n_rows):
+        place, ties = first[r], equal[r]
+        for c in range(value.shape[1]):
+            if value[r, c] > cut or (value[r, c] == cut and ties > 0):
+                ties -= value[r, c] == cut
+                row[place], column[place] = r, c
+                place += 1
+    return row, column
+
+
+@numba.njit(parallel=True, cache=True)
+def _count_high_bits(bits, shift, n_parts):  # pragma: no cover (compiled)
+    """How often each value of the high 15 bits occurs among positive numbers; counted in parts, side by side."""
+    counts = np.zeros((n_parts, 2**15), np.int64)
+    for part in numba.prange(n_parts):
+        for r in range(part, len(bits), n_parts):
+            for c in range(bits.shape[1]):
+                if bits[r, c] > 0:
+                    counts[part, bits[r, c] >> shift] += 1
+    return counts.sum(0)
+
+
+@numba.njit(parallel=True, cache=True)
+def _gate_rows(product, table, place, latent_of, group, out):  # pragma: no cover (compiled)
+    for token in numba.prange(len(product)):
+        openness, latents = table[place[token]], latent_of[group[token]]
+        for c in range(product.shape[1]):
+            # Columns that only fill up hold -inf: 0 times that is no number.
+            gate = openness[latents[c]]
+            out[token, c] = product[token, c] * gate if gate > 0 else 0
 
 
 @numba.njit(cache=True)
@@ -196,86 +251,113 @@ def place_entries(row, column, value, row_slot, column_slot, out):  # pragma: no
             out[y, x] = value[entry]
 
 
-def dot_rows(rows: Tensor, table: Tensor, latent: Tensor) -> Tensor:
-    """out[t, e] = rows[t] . table[latent[t, e]].
+def dot_rows(rows: Tensor, row: Tensor, table: Tensor, latent: Tensor) -> Tensor:
+    """out[e] = rows[row[e]] . table[latent[e]].
 
     Args:
-        rows: [token d], table: [latent d], latent: [token entry].
+        rows, table: [any d]; row, latent: [entry].
     """
     if rows.device.type == "cpu":
-        out = rows.new_empty(latent.shape)
-        _dot_rows(rows.numpy(), table.numpy(), latent.numpy(), out.numpy())
+        out = rows.new_empty(len(latent))
+        _dot_rows(rows.numpy(), row.numpy(), table.numpy(), latent.numpy(), out.numpy())
         return out
-    return torch.einsum("td,ted->te", rows, table[latent])
+    return torch.einsum("ed,ed->e", rows[row], table[latent])
 
 
-def weighted_rows(latent: Tensor, weight: Tensor, table: Tensor) -> Tensor:
-    """out[t] = sum over e of weight[t, e] * table[latent[t, e]]: the sparse decoder's product, [token d]."""
-    return F.embedding_bag(latent, table, per_sample_weights=weight, mode="sum")
+class Grouped:
+    """Entries put together by a key, to sum what they send to it.
 
-
-class ByLatent:
-    """The entries of a batch's codes sorted by latent, to sum what their tokens send to each latent.
+    By latent it sums what tokens send to a latent's parameters, by token it is the sparse decoder's product.
 
     Args:
-        latent: [token entry]; n_latents: rows of the sums.
+        key: [entry], 0 .. n_keys - 1.
     """
 
-    def __init__(self, latent: Tensor, n_latents: int) -> None:
-        self._flat = latent.reshape(-1)
-        ordered, self._order = torch.sort(self._flat, stable=True)
-        self._token = self._order // latent.shape[1]
-        self._first = torch.searchsorted(ordered, torch.arange(n_latents + 1, device=latent.device))
-        self._n_latents = n_latents
+    def __init__(self, key: Tensor, n_keys: int) -> None:
+        self._key = key
+        self._n_keys = n_keys
+        if key.device.type == "cpu":
+            order, first = _count_sort(key.numpy(), n_keys)
+            self._order, self._first = torch.from_numpy(order), torch.from_numpy(first)
+        else:
+            ordered, self._order = torch.sort(key, stable=True)
+            self._first = torch.searchsorted(ordered, torch.arange(n_keys + 1, device=key.device))
 
-    def sum_rows(self, weight: Tensor, rows: Tensor, out: Tensor | None = None) -> Tensor:
-        """out[j] = sum over entries (t, e) of latent j of weight[t, e] * rows[t]; [latent d].
+    def sum_rows(self, weight: Tensor, table: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
+        """out[j] = sum over entries e of key j of weight[e] * table[index[e]]; [key d].
 
         Args:
+            weight, index: [entry]; table: [any d].
             out: a tensor of the result's shape to write it into (on the CPU), which spares allocating it.
         """
-        in_order = weight.reshape(-1)[self._order]
-        if rows.device.type == "cpu":
-            out = rows.new_empty(self._n_latents, rows.shape[1]) if out is None else out
-            _sum_rows(*(array.numpy() for array in (in_order, rows, self._token, self._first, out)))
+        if table.device.type == "cpu":
+            out = table.new_empty(self._n_keys, table.shape[1]) if out is None else out
+            _sum_rows(*(array.numpy() for array in (weight, table, index, self._order, self._first, out)))
             return out
-        return F.embedding_bag(self._token, rows, self._first[:-1], per_sample_weights=in_order, mode="sum")
+        return F.embedding_bag(
+            index[self._order], table, self._first[:-1], per_sample_weights=weight[self._order], mode="sum"
+        )
 
     def sum(self, weight: Tensor) -> Tensor:
-        """out[j] = sum over entries of latent j of weight; [latent]."""
-        return weight.new_zeros(self._n_latents).index_add_(0, self._flat, weight.reshape(-1))
+        """out[j] = sum over entries of key j of weight; [key]."""
+        return weight.new_zeros(self._n_keys).index_add_(0, self._key, weight)
 
 
 @dataclass(frozen=True)
-class Selected:
-    """The latents that a top-k rule chose for each token.
+class LargestOfToken:
+    """The k largest positive numbers of each token."""
 
-    `preactivation` is relu(x . encoder + bias) before the gate, and 0 in entries that say nothing.
+    k: int
+
+
+@dataclass(frozen=True)
+class LargestOfBatch:
+    """The largest positive numbers of the batch, k times as many as it has tokens."""
+
+    k: int
+
+
+@dataclass(frozen=True)
+class Above:
+    """All numbers above a threshold of at least 0."""
+
+    threshold: float
+
+
+Choice = LargestOfToken | LargestOfBatch | Above
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Chosen pairs of token and latent, those of a token together, tokens in order.
+
+    `preactivation` is x . encoder + bias, above 0, before the gate.
     """
 
-    latent: Tensor  # [token entry]
-    preactivation: Tensor  # [token entry]
+    token: Tensor  # [entry]
+    latent: Tensor  # [entry]
+    preactivation: Tensor  # [entry]
 
 
-def select_top_k(
+def choose(
     x: Tensor,
-    position: Tensor,
+    place: Tensor,
     encoder: Tensor,
     bias: Tensor,
     groups: Sequence[LiveGroup],
     openness: Tensor,
-    k: int,
+    choice: Choice,
     *,
     precision: Precision = "float32",
     among: Tensor | None = None,
-) -> Selected:
-    """The k latents with the largest openness * relu(x . encoder + bias) among those live at each token's position.
+) -> Entries:
+    """The entries that `choice` takes by openness * relu(x . encoder + bias), among those live at each token's place.
 
-    One product for each group of positions with the same live latents, then one selection for the whole batch.
+    One product for each group of places with the same live latents, then one choice for the whole batch.
 
     Args:
-        x: [token d_model] with the decoder bias already taken off; position: [token].
-        encoder: [latent d_model]; bias: [latent]; openness: [position latent].
+        x: [token d_model] with the decoder bias already taken off; place: [token], a row of `openness`.
+        encoder: [latent d_model]; bias: [latent]; openness: [place latent].
         groups: which latents are live where; nothing else is computed.
         among: [latent] bool, to choose among these only.
     """
@@ -283,27 +365,49 @@ def select_top_k(
     inputs, weights, offset = (part.bfloat16() if low else part for part in (x, encoder, bias))
     live = [_live(group.latents, len(bias), among, x.device) for group in groups]
     if len(groups) == 1:
-        (latents,), (group,) = live, groups
+        (latents,) = live
+        order = None
+        group_of_row = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        latent_of = _numbers(latents, x.device)[None]
         product = _product(inputs, weights, offset, latents)
-        gate = _rows(openness.T, latents).T.contiguous() if group.gated else None
-        chosen = top_k_rows(product, gate, position, k, bias.dtype)
-        latent = _look_up(latents, chosen.latent)
     else:
-        group_of_position = torch.empty(openness.shape[0], dtype=torch.int16, device=x.device)
-        for number, group in enumerate(groups):
-            group_of_position[group.positions] = number
-        ordered, order = torch.sort(group_of_position[position], stable=True)
-        ends = torch.bincount(ordered.long(), minlength=len(groups)).cumsum(0).tolist()
+        order, group_of_row, ends = token_groups(groups, place)
         product, latent_of = _grouped_product(inputs[order], weights, offset, live, ends)
-        chosen = top_k_rows(product, None, position, k, bias.dtype)
-        latent = torch.empty_like(chosen.latent)
-        latent[order] = latent_of[ordered.long()[:, None], chosen.latent]
-        chosen = Selected(latent, torch.empty_like(chosen.preactivation).index_copy_(0, order, chosen.preactivation))
-    empty = chosen.preactivation <= 0
-    preactivation = chosen.preactivation
+    value = product
+    if any(group.gated for group in groups):
+        value = _gated(product, openness, place if order is None else place[order], latent_of, group_of_row)
+    row, column = choose_in_rows(value, choice)
+    latent, preactivation = latent_of[group_of_row[row], column], product[row, column].to(bias.dtype)
+    token = row if order is None else order[row]
+    if order is not None:
+        in_order = torch.argsort(token, stable=True)
+        token, latent, preactivation = token[in_order], latent[in_order], preactivation[in_order]
     if low:
-        preactivation = (dot_rows(x, encoder, latent) + bias[latent]).clamp(min=0).masked_fill(empty, 0)
-    return Selected(latent.masked_fill(empty, 0), preactivation)
+        preactivation = (dot_rows(x, token, encoder, latent) + bias[latent]).clamp(min=torch.finfo(x.dtype).tiny)
+    return Entries(token, latent, preactivation)
+
+
+def token_groups(groups: Sequence[LiveGroup], place: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+    """Tokens in the order of the groups that their places belong to.
+
+    Returns:
+        order [row], the group of each row, and where in that order each group ends.
+    """
+    n_places = sum(len(group.positions) for group in groups)
+    group_of_place = torch.empty(n_places, dtype=torch.int16, device=place.device)
+    for number, group in enumerate(groups):
+        group_of_place[group.positions] = number
+    ordered, order = torch.sort(group_of_place[place], stable=True)
+    ordered = ordered.long()
+    return order, ordered, torch.bincount(ordered, minlength=len(groups)).cumsum(0).tolist()
+
+
+def tokens_by_group(groups: Sequence[LiveGroup], place: Tensor) -> Iterator[tuple[Tensor, LiveGroup]]:
+    """The tokens of each group that has any."""
+    order, _, ends = token_groups(groups, place)
+    for group, start, end in zip(groups, [0, *ends[:-1]], ends, strict=True):
+        if end > start:
+            yield order[start:end], group
 
 
 def _live(latents: slice | Tensor, d_sae: int, among: Tensor | None, device: torch.device) -> slice | Tensor:
@@ -313,8 +417,8 @@ def _live(latents: slice | Tensor, d_sae: int, among: Tensor | None, device: tor
     return numbers[among[numbers]]
 
 
-def _width(latents: slice | Tensor) -> int:
-    return latents.stop - latents.start if isinstance(latents, slice) else len(latents)
+def _numbers(latents: slice | Tensor, device: torch.device) -> Tensor:
+    return torch.arange(latents.start, latents.stop, device=device) if isinstance(latents, slice) else latents
 
 
 def _rows(table: Tensor, latents: slice | Tensor) -> Tensor:
@@ -335,19 +439,20 @@ def _grouped_product(
     Args:
         inputs: [token d_model] in the order of groups; group g's rows end before row ends[g].
     """
-    widths = torch.tensor([_width(latents) for latents in live], device=inputs.device)
+    numbers = [_numbers(latents, inputs.device) for latents in live]
+    widths = torch.tensor([len(some) for some in numbers], device=inputs.device)
     widest = _round_up(int(widths.max()), 16)
     latent_of = torch.zeros(len(live), widest, dtype=torch.int64, device=inputs.device)
-    for number, latents in enumerate(live):
-        numbers = torch.arange(latents.start, latents.stop) if isinstance(latents, slice) else latents
-        latent_of[number, : len(numbers)] = numbers
+    for number, some in enumerate(numbers):
+        latent_of[number, : len(some)] = some
     product = inputs.new_full((len(inputs), widest), -torch.inf)
     starts = [0, *ends[:-1]]
     if all(isinstance(latents, slice) for latents in live):
         for latents, start, end in zip(live, starts, ends, strict=True):
             if end > start:
                 rows = inputs[start : start + _round_up(end - start, 64)]
-                product[start:end, : _width(latents)] = _product(rows, weights, offset, latents)[: end - start]
+                part = _product(rows, weights, offset, latents)
+                product[start:end, : part.shape[1]] = part[: end - start]
         return product, latent_of
     closed = torch.arange(widest, device=inputs.device) >= widths[:, None]
     most_rows = _round_up(max(end - start for start, end in zip(starts, ends, strict=True)), 16)
@@ -373,37 +478,87 @@ def _round_up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 
 
-def _look_up(latents: slice | Tensor, index: Tensor) -> Tensor:
-    """The latents that stand at these places of the live ones."""
-    if isinstance(latents, slice):
-        return index + latents.start
-    return latents[index] if len(latents) else index
+def _gated(product: Tensor, openness: Tensor, place: Tensor, latent_of: Tensor, group: Tensor) -> Tensor:
+    """product * openness of each entry's latent at its token's place, in the openness's precision."""
+    if product.device.type == "cpu":
+        out = openness.new_empty(product.shape)
+        arrays = (product.to(openness.dtype), openness, place, latent_of, group, out)
+        _gate_rows(*(array.numpy() for array in arrays))
+        return out
+    return product.to(openness.dtype) * openness[place[:, None], latent_of[group]]
 
 
-def top_k_rows(product: Tensor, gate: Tensor | None, gate_row: Tensor, k: int, dtype: torch.dtype) -> Selected:
-    """The k entries of each row with the largest gate * relu(product), in no particular order.
+def choose_in_rows(value: Tensor, choice: Choice) -> tuple[Tensor, Tensor]:
+    """(row, column) of the entries that `choice` takes; rows in order, only numbers above 0.
 
-    Rows with fewer than k positive entries are filled up with entries of preactivation 0.
+    Of equal numbers any may be taken, but never more than `choice` allows.
 
     Args:
-        product: [token latent], float32, float64 or bfloat16.
-        gate: [position latent] or None for 1; gate_row: [token], the row of `gate` for each token.
-        dtype: of the pre-activations returned, and of the gate.
+        value: [token column], float32, float64 or bfloat16.
     """
-    if product.device.type == "cpu":
-        latent = torch.empty(len(product), k, dtype=torch.int64)
-        if gate is not None:
-            _largest_of_gated_rows(product.to(dtype).numpy(), gate.numpy(), gate_row.numpy(), k, latent.numpy())
+    if isinstance(choice, Above):
+        return _above(value, choice.threshold, 0)
+    if isinstance(choice, LargestOfToken):
+        if value.device.type == "cpu":
+            column = torch.empty(len(value), choice.k, dtype=torch.int64)
+            _largest_of_rows(_ordered(value).numpy(), choice.k, column.numpy())
+            row, entry = (column >= 0).nonzero(as_tuple=True)
+            return row, column[row, entry]
+        top = value.topk(min(choice.k, value.shape[1]), dim=1)
+        row, entry = (top.values > 0).nonzero(as_tuple=True)
+        return row, top.indices[row, entry]
+    count = choice.k * len(value)
+    if value.device.type == "cpu" and value.dtype != torch.float64:
+        return _above(value, *_cut_by_bits(value, count))
+    positive = value[value > 0]
+    if len(positive) <= count:
+        return _above(value, 0.0, 0)
+    top = positive.topk(count).values
+    return _above(value, float(top[-1]), int((top == top[-1]).sum()))
+
+
+def _ordered(value: Tensor) -> Tensor:
+    """Numbers in the same order that numba can read.
+
+    As integers, the bits of positive bfloat16 numbers are in the same order, and negative ones stay below 0.
+    """
+    return value.view(torch.int16) if value.dtype == torch.bfloat16 else value
+
+
+def _cut_by_bits(value: Tensor, count: int) -> tuple[float, int]:
+    """The `count`-th largest positive number of a table, and how many that equal it are among those; (0, 0) if none.
+
+    Counts how often each pattern of high bits occurs, then sorts only the numbers that share the decisive pattern.
+    """
+    low = value.dtype == torch.bfloat16
+    bits = value.view(torch.int16 if low else torch.int32)
+    counts = torch.from_numpy(_count_high_bits(bits.numpy(), 0 if low else 16, numba.get_num_threads()))
+    at_least = counts.flip(0).cumsum(0).flip(0)
+    if int(at_least[0]) <= count:
+        return 0.0, 0
+    pattern = int((at_least >= count).sum()) - 1
+    wanted = count - int(at_least[pattern] - counts[pattern])
+    if low:
+        return float(torch.tensor(pattern, dtype=torch.int16).view(torch.bfloat16)), wanted
+    edges = torch.tensor([pattern << 16, (pattern << 16) + 0xFFFF], dtype=torch.int32).view(torch.float32)
+    row, column = _above(value, float(edges[0]), int(counts[pattern]))
+    alike = value[row, column]
+    top = alike[alike <= edges[1]].topk(wanted).values
+    return float(top[-1]), int((top == top[-1]).sum())
+
+
+def _above(value: Tensor, cut: float, n_ties: int) -> tuple[Tensor, Tensor]:
+    """(row, column) of the numbers above `cut`, and of the first `n_ties` that equal it."""
+    if value.device.type == "cpu":
+        if value.dtype == torch.bfloat16:
+            at = int(torch.tensor(cut, dtype=torch.bfloat16).view(torch.int16))
         else:
-            # As integers, the bits of positive bfloat16 numbers are in the same order, and negative ones stay below 0.
-            value = product.view(torch.int16) if product.dtype == torch.bfloat16 else product
-            _largest_of_rows(value.numpy(), k, latent.numpy())
-        empty = latent < 0
-        latent = latent.masked_fill_(empty, 0)
-        return Selected(latent, product.gather(1, latent).to(dtype).masked_fill_(empty, 0))
-    relu = product.to(dtype).clamp(min=0)
-    value = relu if gate is None else relu * gate[gate_row]
-    top = value.topk(min(k, value.shape[1]), dim=1)
-    fill = k - top.indices.shape[1]
-    chosen = relu.gather(1, top.indices).masked_fill(top.values <= 0, 0)
-    return Selected(F.pad(top.indices, (0, fill)), F.pad(chosen, (0, fill)))
+            at = np.dtype(str(value.dtype).removeprefix("torch.")).type(cut)
+        row, column = _rows_above(_ordered(value).numpy(), at, n_ties)
+        return torch.from_numpy(row), torch.from_numpy(column)
+    taken = value > cut
+    if n_ties:
+        row, column = (value == cut).nonzero(as_tuple=True)
+        taken[row[:n_ties], column[:n_ties]] = True
+    row, column = taken.nonzero(as_tuple=True)
+    return row, column

@@ -1,15 +1,15 @@
-"""PositionMask: how open each latent is at each position of the context.
+"""PositionMask: how open each latent is at each position of the context. The kinds are in `mask_kinds.py`.
 
 Openness `M[p, j]` lies in [0, 1]: 1 lets latent j speak freely at position p, 0 closes it. With `apply = "forward"`
 the mask multiplies the code, and so the gradient. With `apply = "gradient"` the code is left alone and only the
 gradient that a token at p sends into latent j's own parameters is multiplied: specialised training, unrestricted
 inference.
-
-To add a kind: write one subclass of `PositionMask` with its `Settings`, and add it to `MASKS`.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -20,17 +20,39 @@ from torch import Tensor, nn
 from posmask.errors import BadSetting
 from posmask.seeds import generator
 
-__all__ = ["MASKS", "LiveGroup", "MaskSettings", "PositionMask", "live_groups", "make_mask", "mask_settings"]
+__all__ = [
+    "COORDINATES",
+    "Coordinate",
+    "Copies",
+    "LiveGroup",
+    "MaskSettings",
+    "Observed",
+    "PositionMask",
+    "Routing",
+    "live_groups",
+    "moments",
+]
+
+Coordinate = Literal["context", "sentence", "line", "end"]
+COORDINATES: tuple[Coordinate, ...] = ("context", "sentence", "line", "end")
 
 
 class MaskSettings(BaseModel):
     """What every kind of mask has in common; each kind's own `Settings` adds its fields."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     kind: str
     apply: Literal["forward", "gradient"] = "forward"
     """Whether the mask multiplies the code (and so its gradient), or only the gradient of the latent's parameters."""
+    free_fraction: float = Field(default=0.0, ge=0, le=1)
+    """The share of all latents, the first ones, that stay open everywhere; the rest follow the kind. Taken to the
+    nearest number that leaves the kind equal blocks."""
+    leak: float = Field(default=0.0, ge=0, le=1)
+    """The least openness: M becomes M + leak * (1 - M). 0 leaves a mask as strict as it is, 1 opens it everywhere."""
+    coordinate: Coordinate = "context"
+    """From where positions are counted: the context's start (BOS is 0), the start of the token's sentence or line, or
+    the end of its text (the last token is 1). Beyond the context's length the last position stands for all."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +65,45 @@ class LiveGroup:
     """Whether openness differs from 1 among these latents at these positions, so that codes must be multiplied."""
 
 
+@dataclass(frozen=True)
+class Routing:
+    """Which row of the mask's table each token takes.
+
+    `strength` multiplies the token's codes after the activation rule; `penalty` is a term of the training loss.
+    """
+
+    place: Int[Tensor, "*token"]
+    strength: Float[Tensor, "*token"] | None = None
+    penalty: Float[Tensor, ""] | None = None
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What a step of training shows to masks that watch: the active codes and what was left to explain.
+
+    `residual` is x - x_hat in the SAE's units; entries are those of `Codes`.
+    """
+
+    place: Int[Tensor, " token"]
+    token: Int[Tensor, " entry"]
+    latent: Int[Tensor, " entry"]
+    value: Float[Tensor, " entry"]
+    residual: Float[Tensor, "token d_model"]
+    decoder: Float[Tensor, "latent d_model"]
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Latents that a mask wants to become copies of others, with all that training knows of them."""
+
+    source: Int[Tensor, " copy"]
+    target: Int[Tensor, " copy"]
+
+
 class PositionMask(nn.Module):
-    """How open each latent is at each position. Abstract: see the kinds below.
+    """How open each latent is at each position. Abstract: the kinds are in `mask_kinds.py`.
+
+    A kind decides over the bound latents, those after the first `n_free`, in `_start` and `_bound_openness`.
 
     Args:
         n_positions: length of the context, position 0 (BOS) included.
@@ -53,41 +112,77 @@ class PositionMask(nn.Module):
     """
 
     Settings: ClassVar[type[MaskSettings]]
-    learns: ClassVar[bool] = False
-    """Whether training should hand `learn` the gradient of the loss with respect to the openness."""
     fixed_openness: Tensor
+    learns: bool = False
+    """Whether training should hand `learn` the gradient of the loss with respect to the table."""
+    watches: bool = False
+    """Whether training should show `observe` the step's codes and residual."""
 
     def __init__(self, settings: MaskSettings, n_positions: int, d_sae: int, seed: int = 0) -> None:
         super().__init__()
         self.settings = settings
         self.n_positions = n_positions
         self.d_sae = d_sae
+        self.n_free = self.free_latents(settings, n_positions, d_sae)
+        self.n_bound = d_sae - self.n_free
         self._groups: list[LiveGroup] | None = None
         self._live: Tensor | None = None
         self._start(generator(seed, f"mask {settings.kind}"))
 
     def _start(self, random: torch.Generator) -> None:
-        """Set the openness at step 0."""
+        """Set the bound latents' openness at step 0."""
         raise NotImplementedError
 
-    def _fix(self, openness: Float[Tensor, "position latent"]) -> None:
+    def meet(self, d_model: int, seed: int) -> None:
+        """Called once by the SAE that the mask belongs to, before training or loading."""
+
+    def _fix(self, openness: Float[Tensor, "place bound"]) -> None:
         self.register_buffer("fixed_openness", openness.to(torch.get_default_dtype()))
 
-    def openness(self) -> Float[Tensor, "position latent"]:
-        """M, differentiable where the kind has parameters."""
+    def _bound_openness(self) -> Float[Tensor, "place bound"]:
+        """M of the bound latents before the leak, differentiable where the kind has parameters."""
         return self.fixed_openness
 
-    def learn(self, openness_gradient: Float[Tensor, "position latent"]) -> None:
-        """Take in dL/dM of one batch (the gradient that the gate receives, or would receive if it were applied)."""
+    def table(self) -> Float[Tensor, "place latent"]:
+        """What codes are multiplied by, a row for each place that `route` may send a token to."""
+        bound = self._bound_openness()
+        if self.settings.leak:
+            bound = bound + self.settings.leak * (1 - bound)  # Where M is 1 it stays exactly 1.
+        if not self.n_free:
+            return bound
+        return torch.cat([bound.new_ones(len(bound), self.n_free), bound], 1)
 
-    def after_step(self, done: int, n_steps: int) -> None:
+    def openness(self) -> Float[Tensor, "position latent"]:
+        """M: how open each latent is at each position."""
+        return self.table()
+
+    def route(self, x: Float[Tensor, "*token d_model"], position: Int[Tensor, "*token"]) -> Routing:
+        """Each token's row of the table: its position."""
+        return Routing(position.long())
+
+    def learn(self, gradient: Float[Tensor, "place latent"]) -> None:
+        """Take in dL/dM of one batch (what the gate receives, or would receive if it were applied)."""
+        self._learn(gradient[:, self.n_free :] * (1 - self.settings.leak))
+
+    def _learn(self, gradient: Float[Tensor, "place bound"]) -> None:
+        raise NotImplementedError
+
+    def observe(self, seen: Observed) -> None:
+        """Take in one batch's codes and residual."""
+        raise NotImplementedError
+
+    def before_step(self, done: int, n_steps: int) -> None:
+        """Called before each of `n_steps` training steps, `done` of which are behind us."""
+
+    def after_step(self, done: int, n_steps: int) -> Copies | None:
         """Called after each of `n_steps` training steps, `done` of which are behind us."""
 
-    def bound_positions(self) -> Bool[Tensor, "position latent"] | None:
-        """Where each latent was allowed to specialise; None when the mask binds no latent to a set of positions."""
-        openness = self.openness().detach()
-        strict = bool(((openness == 0) | (openness == 1)).all())
-        return openness > 0 if strict and not bool((openness == 1).all()) else None
+    def bound_positions(self) -> Bool[Tensor, "position latent"]:
+        """Where each latent was allowed to specialise; all True for latents that the mask binds to no set."""
+        own = self._bound_openness().detach()
+        strict = bool(((own == 0) | (own == 1)).all())
+        bound = own > 0 if strict else torch.ones_like(own, dtype=torch.bool)
+        return torch.cat([torch.ones(len(own), self.n_free, dtype=torch.bool, device=own.device), bound], 1)
 
     def gates_code(self) -> bool:
         return self.settings.apply == "forward"
@@ -95,18 +190,18 @@ class PositionMask(nn.Module):
     def groups(self) -> list[LiveGroup]:
         """The live groups of the code as it is computed: all latents everywhere where the mask gates only gradients.
 
-        Cached until the openness changes; a kind that learns its openness by gradient is dense and gated throughout.
+        Cached until the openness changes.
         """
         if self._groups is None:
-            openness = self.openness().detach()
-            self._groups = live_groups(openness if self.gates_code() else torch.ones_like(openness))
+            table = self.table().detach()
+            self._groups = live_groups(table if self.gates_code() else torch.ones_like(table))
         return self._groups
 
-    def live(self) -> Float[Tensor, "position latent"]:
+    def live(self) -> Float[Tensor, "place latent"]:
         """1 where the latent's code may be above 0, else 0. Cached like `groups`."""
         if self._live is None:
-            openness = self.openness().detach()
-            self._live = (openness > 0).to(openness.dtype) if self.gates_code() else torch.ones_like(openness)
+            table = self.table().detach()
+            self._live = (table > 0).to(table.dtype) if self.gates_code() else torch.ones_like(table)
         return self._live
 
     def _changed(self) -> None:
@@ -122,259 +217,78 @@ class PositionMask(nn.Module):
         return super()._apply(*args, **kwargs)
 
     @classmethod
+    def n_blocks(cls, settings: MaskSettings, n_positions: int) -> int:
+        """How many blocks of equal size the kind makes of its bound latents."""
+        return 1
+
+    @classmethod
+    def growth(cls, settings: MaskSettings, n_positions: int) -> Fraction | None:
+        """Bound latents for each one that is open at any position; None where that differs between positions."""
+        return None
+
+    @classmethod
+    def free_latents(cls, settings: MaskSettings, n_positions: int, d_sae: int) -> int:
+        """`free_fraction` of `d_sae`, to the nearest number that leaves blocks of equal size."""
+        if settings.free_fraction in (0, 1):
+            return d_sae * int(settings.free_fraction)
+        wanted, n_blocks = settings.free_fraction * d_sae, cls.n_blocks(settings, n_positions)
+        below = math.floor(wanted) - (math.floor(wanted) - d_sae) % n_blocks
+        return min((n for n in (below, below + n_blocks) if 0 <= n <= d_sae), key=lambda n: abs(n - wanted))
+
+    @classmethod
     def width_at_equal_compute(cls, settings: MaskSettings, n_positions: int, d_live: int) -> int:
-        """How many latents leave exactly `d_live` of them open at each position."""
+        """How many latents leave exactly `d_live` of them open at each position.
+
+        With free latents: n_free + growth * (d_live - n_free), n_free being `free_fraction` of that.
+
+        Raises:
+            BadSetting: there is no such number.
+        """
+        growth = cls.growth(settings, n_positions)
+        if growth is None:
+            raise BadSetting(
+                f"mask kind {settings.kind!r} has no equal-compute form (the number of latents open at a position is "
+                'not the same everywhere): use budget = "width"'
+            )
+        fraction = Fraction(settings.free_fraction)
+        exact = fraction * growth * d_live / (1 + fraction * (growth - 1))
+        for n_free in sorted(range(d_live + 1), key=lambda n: abs(n - exact)) if fraction else [0]:
+            width = n_free + growth * (d_live - n_free)
+            if width.denominator == 1 and cls.free_latents(settings, n_positions, int(width)) == n_free:
+                return int(width)
         raise BadSetting(
-            f"mask kind {settings.kind!r} has no equal-compute form (the number of latents open at a position is not "
-            'the same everywhere): use budget = "width"'
+            f"no number of latents leaves exactly {d_live} open at each position under {settings.model_dump()}: "
+            f"{d_live} latents times {growth} must be a whole number"
         )
 
 
 def live_groups(openness: Float[Tensor, "position latent"]) -> list[LiveGroup]:
     """Positions grouped by their set of live (openness > 0) latents, every position in exactly one group.
 
-    One gated group of everything is returned instead where openness takes values between 0 and 1, and where many
-    scattered latents are live, because gathering their weights would cost more than it saves.
+    One gated group of everything is returned instead where more than half of the latents are live at scattered places
+    of the dictionary, because gathering their weights would cost more than the product of the closed ones.
     """
     live = openness > 0
     n_positions, d_sae = openness.shape
-    everything = LiveGroup(
-        torch.arange(n_positions, device=openness.device), slice(0, d_sae), gated=bool((openness != 1).any())
-    )
-    if bool((openness[live] != 1).any()):
-        return [everything]
     sets, group_of_position = torch.unique(live, dim=0, return_inverse=True)
-    groups, gathered = [], 0
+    groups, scattered = [], 0
     for number, members in enumerate(sets):
+        positions = (group_of_position == number).nonzero()[:, 0]
         latents = members.nonzero()[:, 0]
         contiguous = len(latents) > 0 and int(latents[-1] - latents[0]) + 1 == len(latents)
         block = slice(int(latents[0]), int(latents[-1]) + 1) if contiguous else latents
-        gathered += 0 if contiguous else len(latents)
-        groups.append(LiveGroup((group_of_position == number).nonzero()[:, 0], block, gated=False))
-    if gathered > _MOST_GATHERED * len(groups) * d_sae:
-        return [everything]
+        scattered += 0 if contiguous else len(latents)
+        gated = bool((openness[positions][:, latents] != 1).any())
+        groups.append(LiveGroup(positions, block, gated))
+    if scattered > _MOST_SCATTERED * len(groups) * d_sae:
+        return [LiveGroup(torch.arange(n_positions, device=openness.device), slice(0, d_sae), gated=True)]
     return sorted(groups, key=lambda group: int(group.positions[0]))
 
 
-_MOST_GATHERED = 0.25  # Share of the latents, mean over groups: above it one product of everything was faster.
+_MOST_SCATTERED = 0.5  # Share of the latents, mean over groups.
 
 
-class Open(PositionMask):
-    """Every latent open everywhere: the baseline, equal to no mask bit for bit."""
-
-    class Settings(MaskSettings):
-        kind: Literal["open"] = "open"
-
-    def _start(self, random: torch.Generator) -> None:
-        self._fix(torch.ones(self.n_positions, self.d_sae))
-
-    @classmethod
-    def width_at_equal_compute(cls, settings: MaskSettings, n_positions: int, d_live: int) -> int:
-        return d_live
-
-
-class Slice(PositionMask):
-    """Static slicing: contiguous latent block b is open exactly on contiguous position block b."""
-
-    class Settings(MaskSettings):
-        kind: Literal["slice"] = "slice"
-        n_slices: int = Field(gt=0)
-        """Number of blocks; block b covers positions b*T/n .. (b+1)*T/n, rounded down, and latents likewise."""
-
-    settings: Settings
-
-    def _start(self, random: torch.Generator) -> None:
-        n_slices = self.settings.n_slices
-        if n_slices > min(self.n_positions, self.d_sae):
-            raise BadSetting(
-                f"n_slices = {n_slices} is more than the {self.n_positions} positions or {self.d_sae} latents it "
-                "divides: choose fewer slices"
-            )
-        block_of_position = torch.arange(self.n_positions) * n_slices // self.n_positions
-        block_of_latent = torch.arange(self.d_sae) * n_slices // self.d_sae
-        self._fix((block_of_position[:, None] == block_of_latent).float())
-
-    @classmethod
-    def width_at_equal_compute(cls, settings: MaskSettings, n_positions: int, d_live: int) -> int:
-        assert isinstance(settings, cls.Settings)
-        return settings.n_slices * d_live
-
-
-def _check_positions_per_latent(positions_per_latent: int, n_positions: int) -> None:
-    if positions_per_latent > n_positions:
-        raise BadSetting(
-            f"positions_per_latent = {positions_per_latent} is more than the {n_positions} positions of the context: "
-            "choose at most that many"
-        )
-
-
-class Hard(PositionMask):
-    """Each latent open at exactly `positions_per_latent` positions, drawn without replacement (the log's Run 1)."""
-
-    class Settings(MaskSettings):
-        kind: Literal["hard"] = "hard"
-        positions_per_latent: int = Field(gt=0)
-
-    settings: Settings
-
-    def _start(self, random: torch.Generator) -> None:
-        n_open = self.settings.positions_per_latent
-        _check_positions_per_latent(n_open, self.n_positions)
-        drawn = torch.rand(self.n_positions, self.d_sae, generator=random).topk(n_open, dim=0).indices
-        self._fix(torch.zeros(self.n_positions, self.d_sae).scatter_(0, drawn, 1.0))
-
-
-class Cohort(PositionMask):
-    """A structured hard mask: latents of a cohort are neighbours in memory and share one random set of positions.
-
-    Every position is open for the same number of cohorts, so that at each position one block of the weights is live.
-    """
-
-    class Settings(MaskSettings):
-        kind: Literal["cohort"] = "cohort"
-        n_cohorts: int = Field(gt=0)
-        positions_per_latent: int = Field(gt=0)
-
-    settings: Settings
-
-    def _start(self, random: torch.Generator) -> None:
-        n_cohorts, n_open = self.settings.n_cohorts, self.settings.positions_per_latent
-        _check_positions_per_latent(n_open, self.n_positions)
-        if n_cohorts * n_open % self.n_positions or self.d_sae % n_cohorts:
-            raise BadSetting(
-                f"n_cohorts = {n_cohorts} of {n_open} positions cannot open every one of {self.n_positions} positions "
-                f"for the same number of {self.d_sae} latents: n_cohorts * positions_per_latent must be a multiple of "
-                "the context length, and the number of latents a multiple of n_cohorts"
-            )
-        cohorts = torch.zeros(self.n_positions, n_cohorts)
-        for cohort in range(n_cohorts):
-            # The positions used least so far, ties at random: usage stays level, and no position comes twice.
-            order = cohorts.sum(1) + torch.rand(self.n_positions, generator=random)
-            cohorts[order.topk(n_open, largest=False).indices, cohort] = 1.0
-        self._fix(cohorts.repeat_interleave(self.d_sae // n_cohorts, dim=1))
-
-    @classmethod
-    def width_at_equal_compute(cls, settings: MaskSettings, n_positions: int, d_live: int) -> int:
-        assert isinstance(settings, cls.Settings)
-        if d_live * n_positions % settings.positions_per_latent:
-            raise BadSetting(
-                f"{d_live} live latents x {n_positions} positions is no multiple of positions_per_latent = "
-                f"{settings.positions_per_latent}: choose a divisor"
-            )
-        return d_live * n_positions // settings.positions_per_latent
-
-
-class Soft(PositionMask):
-    """Learned openness sigma(theta), initial values uniform in [low, high] (the log's Runs 2 and 3).
-
-    With `apply = "gradient"` the loss does not depend on theta, so that the openness stays as it was drawn.
-    """
-
-    class Settings(MaskSettings):
-        kind: Literal["soft"] = "soft"
-        low: float = Field(gt=0, lt=1)
-        high: float = Field(gt=0, lt=1)
-
-    settings: Settings
-    learns = True
-
-    def _start(self, random: torch.Generator) -> None:
-        low, high = self.settings.low, self.settings.high
-        if low > high:
-            raise BadSetting(f"low = {low} is above high = {high}: openness starts uniform between them")
-        drawn = low + (high - low) * torch.rand(self.n_positions, self.d_sae, generator=random)
-        self.theta = nn.Parameter(torch.logit(drawn))
-
-    def openness(self) -> Float[Tensor, "position latent"]:
-        return torch.sigmoid(self.theta)
-
-    def learn(self, openness_gradient: Float[Tensor, "position latent"]) -> None:
-        if self.gates_code():
-            self.openness().backward(openness_gradient)
-
-
-class Importance(PositionMask):
-    """Learned from gradients: starts open, ends strict at each latent's most important positions (the log's Run 4).
-
-    Saliency |M * dL/dM| is summed over batches. At `n_prunings` moments, evenly spaced over the training from
-    `first_pruning` to `last_pruning` (shares of its steps), each latent keeps its most salient positions; how many
-    falls geometrically from all of them to `positions_per_latent`. Saliency is halved at each pruning.
-    """
-
-    class Settings(MaskSettings):
-        kind: Literal["importance"] = "importance"
-        positions_per_latent: int = Field(gt=0)
-        n_prunings: int = Field(default=8, gt=0)
-        first_pruning: float = Field(default=0.15, gt=0, lt=1)
-        last_pruning: float = Field(default=0.6, gt=0, le=1)
-
-    settings: Settings
-    learns = True
-    saliency: Tensor
-    tie: Tensor
-
-    def _start(self, random: torch.Generator) -> None:
-        _check_positions_per_latent(self.settings.positions_per_latent, self.n_positions)
-        if self.settings.first_pruning > self.settings.last_pruning:
-            raise BadSetting(
-                f"first_pruning = {self.settings.first_pruning} comes after last_pruning = "
-                f"{self.settings.last_pruning}: give shares of the training in order"
-            )
-        self._fix(torch.ones(self.n_positions, self.d_sae))
-        self.register_buffer("saliency", torch.zeros(self.n_positions, self.d_sae), persistent=False)
-        # Decides between positions of equal saliency, which otherwise all latents would settle alike.
-        self.register_buffer(
-            "tie", torch.rand(self.n_positions, self.d_sae, generator=random) * 1e-12, persistent=False
-        )
-
-    def learn(self, openness_gradient: Float[Tensor, "position latent"]) -> None:
-        self.saliency += (self.fixed_openness * openness_gradient).abs()
-
-    def pruning_steps(self, n_steps: int) -> list[int]:
-        settings = self.settings
-        shares = torch.linspace(settings.first_pruning, settings.last_pruning, settings.n_prunings).tolist()
-        return [min(n_steps, max(1, round(share * n_steps))) for share in shares]
-
-    def after_step(self, done: int, n_steps: int) -> None:
-        for number, step in enumerate(self.pruning_steps(n_steps), start=1):
-            if step == done:
-                shrink = self.settings.positions_per_latent / self.n_positions
-                self._keep(math.ceil(self.n_positions * shrink ** (number / self.settings.n_prunings) - 1e-9))
-
-    def _keep(self, n_open: int) -> None:
-        ranked = (self.saliency + self.tie).masked_fill(self.fixed_openness == 0, -1.0)
-        kept = ranked.topk(n_open, dim=0).indices
-        self.fixed_openness.zero_().scatter_(0, kept, 1.0)
-        self.saliency *= 0.5
-        self._changed()
-
-
-MASKS: dict[str, type[PositionMask]] = {
-    "open": Open,
-    "slice": Slice,
-    "hard": Hard,
-    "cohort": Cohort,
-    "soft": Soft,
-    "importance": Importance,
-}
-
-
-def mask_settings(values: dict[str, Any]) -> MaskSettings:
-    """Settings of the kind that `values["kind"]` names, checked.
-
-    >>> mask_settings({"kind": "slice", "n_slices": 8}).apply
-    'forward'
-    """
-    kind = values.get("kind")
-    if not isinstance(kind, str) or kind not in MASKS:
-        raise BadSetting(f"mask kind {kind!r} is unknown: choose one of {', '.join(MASKS)}")
-    return MASKS[kind].Settings(**values)
-
-
-def make_mask(settings: MaskSettings, n_positions: int, d_sae: int, seed: int = 0) -> PositionMask:
-    """A mask of the kind that its settings name.
-
-    Raises:
-        BadSetting: the settings do not fit the context length or the number of latents.
-    """
-    return MASKS[settings.kind](settings, n_positions, d_sae, seed)
+def moments(first: float, last: float, count: int, n_steps: int) -> Iterator[int]:
+    """`count` steps of a training, evenly spaced between two shares of it; at least 1, at most the last."""
+    for share in torch.linspace(first, last, count).tolist():
+        yield min(n_steps, max(1, round(share * n_steps)))

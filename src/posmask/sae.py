@@ -4,77 +4,76 @@ For a token at position p with vector v:
 
     x     = (v - center) / scale                                 (constants of the training data, stored here)
     pre   = (x - decoder_bias) . encoder[j] + encoder_bias[j]    for each latent j
-    code  = rule(M[p] * relu(pre))                               (M: the position mask's openness)
+    code  = rule(M[p] * relu(pre))                               (M: the position mask's openness; see rules.py)
     x_hat = sum_j code[j] * decoder[j] + decoder_bias            and  v_hat = x_hat * scale + center
-
-The gate acts before the rule selects, so a closed latent never takes one of the k places.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
-from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from posmask import kernels
 from posmask.errors import BadSetting, DamagedFolder
-from posmask.masks import LiveGroup, PositionMask, make_mask, mask_settings
+from posmask.mask_kinds import make_mask, mask_settings
+from posmask.masks import Copies, LiveGroup, PositionMask
+from posmask.rules import RuleSettings, make_rule, rule_settings
 from posmask.seeds import generator
 
-__all__ = ["RULES", "Codes", "SparseAutoencoder", "TopK", "read_sae", "rule_settings", "without_mask", "write_sae"]
+__all__ = [
+    "Codes",
+    "SparseAutoencoder",
+    "copy_latents_",
+    "read_origin",
+    "read_sae",
+    "started_from",
+    "without_mask",
+    "write_sae",
+]
 
 WEIGHTS_FILE = "sae.safetensors"
 SETTINGS_FILE = "sae.json"
 OPENNESS_FILE = "openness.safetensors"
 
 
-class TopK(BaseModel):
-    """Keep the k largest gated pre-activations of each token (Gao et al. 2024, arXiv 2406.04093, section 2.3)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    rule: ClassVar[str] = "topk"
-
-    kind: Literal["topk"] = "topk"
-    k: int = Field(gt=0)
-    """How many latents may be active on a token."""
-
-    def __call__(self, gated: Float[Tensor, "*token latent"]) -> Float[Tensor, "*token latent"]:
-        top = gated.topk(min(self.k, gated.shape[-1]), dim=-1)
-        # Where fewer than k are positive the rest is chosen arbitrarily: it must send no gradient either.
-        return torch.zeros_like(gated).scatter(-1, top.indices, top.values * (top.values > 0))
-
-
-RULES: dict[str, type[TopK]] = {"topk": TopK}
-
-
-def rule_settings(values: dict[str, Any]) -> TopK:
-    """The activation rule that `values["kind"]` names, checked."""
-    kind = values.get("kind")
-    if not isinstance(kind, str) or kind not in RULES:
-        raise BadSetting(f"activation rule {kind!r} is unknown: choose one of {', '.join(RULES)}")
-    return RULES[kind](**values)
-
-
 @dataclass(frozen=True)
 class Codes:
-    """The codes of some tokens, sparse: entries of value 0 say nothing, and no latent stands twice in a token."""
+    """The active codes of some tokens: pairs of token and latent, those of a token together, tokens in order.
 
-    latent: Int[Tensor, "token entry"]
-    value: Float[Tensor, "token entry"]
+    All values are above 0, and no pair stands twice.
+    """
+
+    token: Int[Tensor, " entry"]
+    latent: Int[Tensor, " entry"]
+    value: Float[Tensor, " entry"]
+    n_tokens: int
     d_sae: int
 
     def some(self, which: Bool[Tensor, " token"] | Int[Tensor, " some"]) -> "Codes":
-        """The codes of some of the tokens, chosen by truth or by number."""
-        return Codes(self.latent[which], self.value[which], self.d_sae)
+        """The codes of some of the tokens, chosen by truth or by number (none twice), as `Batch.some` takes them."""
+        numbers = which.nonzero()[:, 0] if which.dtype == torch.bool else which
+        new = torch.full((self.n_tokens,), -1, device=self.token.device)
+        new[numbers] = torch.arange(len(numbers), device=new.device)
+        token = new[self.token]
+        entry = (token >= 0).nonzero()[:, 0]
+        entry = entry[torch.sort(token[entry], stable=True).indices]
+        return Codes(token[entry], self.latent[entry], self.value[entry], len(numbers), self.d_sae)
+
+    def n_active(self) -> Float[Tensor, " token"]:
+        """How many latents are active on each token."""
+        return torch.bincount(self.token, minlength=self.n_tokens).float()
 
     def dense(self) -> Float[Tensor, "token latent"]:
-        return self.value.new_zeros(len(self.value), self.d_sae).scatter_add_(1, self.latent, self.value)
+        out = self.value.new_zeros(self.n_tokens, self.d_sae)
+        out[self.token, self.latent] = self.value
+        return out
 
 
 class SparseAutoencoder(nn.Module):
@@ -92,12 +91,12 @@ class SparseAutoencoder(nn.Module):
     center: Tensor
     scale: Tensor
 
-    def __init__(self, d_model: int, rule: TopK, mask: PositionMask, seed: int = 0) -> None:
+    def __init__(self, d_model: int, rule: RuleSettings, mask: PositionMask, seed: int = 0) -> None:
         super().__init__()
-        if rule.k > mask.d_sae:
-            raise BadSetting(f"k = {rule.k} is more than the {mask.d_sae} latents there are: lower k or raise d_sae")
-        self.rule = rule
+        self.rule = make_rule(rule, mask.d_sae)
+        self.rule.nest(mask.table().detach(), mask.n_free)
         self.mask = mask
+        mask.meet(d_model, seed)
         rows = torch.randn(mask.d_sae, d_model, generator=generator(seed, "weights"))
         rows = rows / rows.norm(dim=1, keepdim=True)
         self.encoder = nn.Parameter(rows.clone())
@@ -110,6 +109,10 @@ class SparseAutoencoder(nn.Module):
     @property
     def d_sae(self) -> int:
         return self.encoder.shape[0]
+
+    def latent_parameters(self) -> list[nn.Parameter]:
+        """The parameters that hold a row or a number for each latent."""
+        return [self.encoder, self.encoder_bias, self.decoder, *self.rule.parameters()]
 
     @property
     def d_model(self) -> int:
@@ -124,23 +127,26 @@ class SparseAutoencoder(nn.Module):
         position: Int[Tensor, "*token"],
         *,
         lift: bool = False,
+        beyond: Literal["refuse", "clamp"] = "refuse",
     ) -> Float[Tensor, "*token latent"]:
         """The codes, by definition: dense and differentiable.
 
         Args:
             vectors: in the model's units.
-            position: of each token in its context, counted from 0 = BOS.
+            position: of each token, counted as the mask's `coordinate` says; 0 = BOS.
             lift: lift the mask, i.e. take every latent as open everywhere.
+            beyond: what to do with positions outside the context that the mask was made for: `clamp` takes the last.
 
         Raises:
-            BadSetting: a position outside the context that the mask was made for.
+            BadSetting: a position outside the context.
         """
-        self._check_positions(position)
-        preactivation = (self.normalise(vectors) - self.decoder_bias) @ self.encoder.T + self.encoder_bias
-        gated = preactivation.relu()
-        if self.mask.gates_code() and not lift:
-            gated = gated * self.mask.openness()[position.long()]
-        return self.rule(gated)
+        position = self._checked(position, beyond)
+        x = self.normalise(vectors)
+        routing = self.mask.route(x, position)
+        preactivation = (x - self.decoder_bias) @ self.encoder.T + self.encoder_bias
+        openness = self.mask.table()[routing.place] if self.mask.gates_code() and not lift else None
+        codes = self.rule.codes(preactivation, openness, lambda parameter: parameter)
+        return codes if routing.strength is None else codes * routing.strength[..., None]
 
     def decode(self, codes: Float[Tensor, "*token latent"]) -> Float[Tensor, "*token d_model"]:
         """The vectors that codes stand for, in the model's units."""
@@ -158,58 +164,156 @@ class SparseAutoencoder(nn.Module):
         position: Int[Tensor, " token"],
         *,
         lift: bool = False,
+        beyond: Literal["refuse", "clamp"] = "refuse",
         precision: kernels.Precision = "float32",
     ) -> Codes:
         """The same codes as `encode`, found without computing what is closed or zero.
 
         Args:
-            precision: of the product that chooses the k latents; the values are always computed in full.
+            precision: of the product that chooses the latents; the values are always computed in full.
         """
-        self._check_positions(position)
-        position = position.long()
+        x = self.normalise(vectors)
+        routing = self.mask.route(x, self._checked(position, beyond))
+        table = self.mask.table().detach()
+        groups = [_everything(table)] if lift else self.mask.groups()
         gates = self.mask.gates_code() and not lift
-        openness = self.mask.openness().detach()
-        everything = LiveGroup(torch.arange(self.mask.n_positions), slice(0, self.d_sae), gated=False)
-        with kernels.fast_float32():
-            selected = kernels.select_top_k(
-                self.normalise(vectors) - self.decoder_bias,
-                position,
-                self.encoder.detach(),
-                self.encoder_bias.detach(),
-                [everything] if lift else self.mask.groups(),
-                openness,
-                self.rule.k,
-                precision=precision,
-            )
-        value = selected.preactivation
-        if gates:
-            value = value * openness[position[:, None], selected.latent]
-        return Codes(selected.latent, value, self.d_sae)
+        inputs, choice = x - self.decoder_bias, self.rule.choice()
+        if choice is None:
+            token, latent, value = self._encode_blocks(inputs, routing.place, groups, table if gates else None)
+        else:
+            with kernels.fast_float32():
+                found = kernels.choose(
+                    inputs,
+                    routing.place,
+                    self.encoder.detach(),
+                    self.encoder_bias.detach(),
+                    groups,
+                    table,
+                    choice,
+                    precision=precision,
+                )
+            token, latent, value = found.token, found.latent, found.preactivation
+            if gates:
+                value = value * table[routing.place[token], latent]
+        if routing.strength is not None:
+            value = value * routing.strength[token]
+        return Codes(token, latent, value, len(x), self.d_sae)
+
+    def _encode_blocks(
+        self, inputs: Tensor, place: Tensor, groups: list[LiveGroup], table: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(token, latent, value) of the active codes, for rules that see all pre-activations of the live latents."""
+        found = []
+        for tokens, group in kernels.tokens_by_group(groups, place):
+            latents = group.latents
+            with kernels.fast_float32():
+                preactivation = inputs[tokens] @ self.encoder[latents].T + self.encoder_bias[latents]
+            openness = table[place[tokens]][:, latents] if table is not None and group.gated else None
+            codes = self.rule.codes(preactivation, openness, lambda parameter, latents=latents: parameter[latents])
+            row, column = codes.nonzero(as_tuple=True)
+            numbers = torch.arange(self.d_sae, device=inputs.device)[latents]
+            found.append((tokens[row], numbers[column], codes[row, column]))
+        token, latent, value = (torch.cat(parts) for parts in zip(*found, strict=True))
+        order = torch.sort(token, stable=True).indices
+        return token[order], latent[order], value[order]
 
     @torch.no_grad()
     def sparse_decode(self, codes: Codes) -> Float[Tensor, "token d_model"]:
-        x_hat = kernels.weighted_rows(codes.latent, codes.value, self.decoder) + self.decoder_bias
+        tokens = kernels.Grouped(codes.token, codes.n_tokens)
+        x_hat = tokens.sum_rows(codes.value, self.decoder.detach(), codes.latent) + self.decoder_bias
         return x_hat * self.scale + self.center
 
-    def _check_positions(self, position: Int[Tensor, "*token"]) -> None:
-        if position.numel() and (int(position.min()) < 0 or int(position.max()) >= self.mask.n_positions):
+    def _checked(self, position: Int[Tensor, "*token"], beyond: str) -> Int[Tensor, "*token"]:
+        longest = self.mask.n_positions - 1
+        if beyond == "clamp":
+            position = position.clamp(max=longest)
+        if position.numel() and (int(position.min()) < 0 or int(position.max()) > longest):
             raise BadSetting(
                 f"positions {int(position.min())} to {int(position.max())} are not all within the "
-                f"{self.mask.n_positions} positions that this SAE's mask was made for: cut the texts to that length"
+                f"{self.mask.n_positions} positions that this SAE's mask was made for: cut the texts to that length, "
+                'or take the last position for those beyond with beyond = "clamp"'
             )
+        return position.long()
+
+
+def _everything(table: Tensor) -> LiveGroup:
+    return LiveGroup(torch.arange(len(table), device=table.device), slice(0, table.shape[1]), gated=False)
+
+
+def copy_latents_(sae: SparseAutoencoder, copies: Copies) -> None:
+    """Make some latents copies of others, with whatever the rule holds for them."""
+    with torch.no_grad():
+        for tensor in (*sae.latent_parameters(), *sae.rule.buffers()):
+            if tensor.dim():  # A rule may keep a number for all latents together.
+                tensor[copies.target] = tensor[copies.source]
 
 
 def without_mask(sae: SparseAutoencoder) -> SparseAutoencoder:
     """A copy of an SAE, every latent open everywhere."""
-    mask = make_mask(mask_settings({"kind": "open"}), sae.mask.n_positions, sae.d_sae)
-    copy = SparseAutoencoder(sae.d_model, sae.rule, mask)
+    settings = mask_settings({"kind": "open", "coordinate": sae.mask.settings.coordinate})
+    mask = make_mask(settings, sae.mask.n_positions, sae.d_sae)
+    copy = SparseAutoencoder(sae.d_model, sae.rule.settings, mask)
     own = copy.state_dict()
     copy.load_state_dict({**own, **{name: value for name, value in sae.state_dict().items() if "mask." not in name}})
     return copy
 
 
-def write_sae(sae: SparseAutoencoder, folder: Path) -> None:
-    """Write weights, mask tensors and constants as safetensors, and what they mean as JSON beside them."""
+def started_from(source: SparseAutoencoder, mask: PositionMask, seed: int = 0) -> SparseAutoencoder:
+    """An SAE with this mask whose latents are copies of an unmasked SAE's.
+
+    Where the mask has as many latents as the source, each is a copy of its own. Otherwise the free latents copy the
+    first ones and each block of the mask the rest, so that at every position exactly one copy of each latent is live
+    and the new SAE does what the source did (*upcycling*); splitting starts with one copy of each, the rest unborn.
+
+    Raises:
+        BadSetting: the source has a mask, or the mask has no such blocks for its latents.
+    """
+    n_free, n_latents = mask.n_free, source.d_sae
+    if source.mask.settings.kind != "open":
+        raise BadSetting(
+            f"the SAE to start from has a {source.mask.settings.kind!r} mask: start from one that is open everywhere"
+        )
+    if source.mask.n_positions != mask.n_positions:
+        raise BadSetting(
+            f"the SAE to start from was trained on contexts of {source.mask.n_positions} positions, not "
+            f"{mask.n_positions}: harvest at that length, or start from another"
+        )
+    latent = torch.arange(mask.d_sae)
+    live = mask.live() > 0
+    unborn = ~live.any(0)
+    if mask.d_sae == n_latents:
+        copied = latent
+    else:
+        per_block = max(1, n_latents - n_free)
+        copied = torch.where(latent < n_free, latent, n_free + (latent - n_free) % per_block)
+        once = all(torch.equal(copied[row].sort().values, torch.arange(n_latents)) for row in live)
+        if n_free > n_latents or not once:
+            raise BadSetting(
+                f"a {mask.settings.kind!r} mask of {mask.d_sae} latents does not open one copy of each of the "
+                f"{n_latents} latents to start from at every position: use slice, band, split or cohort with budget = "
+                '"compute", or as many latents as the source has'
+            )
+    sae = SparseAutoencoder(source.d_model, source.rule.settings, mask, seed).to(source.encoder.dtype)
+    with torch.no_grad():
+        for name, tensor in sae.state_dict().items():
+            if name.startswith("mask."):
+                continue
+            given = source.state_dict()[name]
+            if name == "rule.level":  # The mask decides.
+                continue
+            if name in ("encoder", "encoder_bias", "decoder") or (name.startswith("rule.") and given.dim()):
+                tensor[~unborn] = given[copied[~unborn]]
+            else:
+                tensor.copy_(given)
+    return sae
+
+
+def write_sae(sae: SparseAutoencoder, folder: Path, origin: Mapping[str, Any] | None = None) -> None:
+    """Write weights, mask tensors and constants as safetensors, and what they mean as JSON beside them.
+
+    Args:
+        origin: what the SAE was trained on: `weights` and `layer` of the model, `training_tokens`.
+    """
     save_file({name: tensor.contiguous() for name, tensor in sae.state_dict().items()}, folder / WEIGHTS_FILE)
     # What the mask ended as, whatever its kind keeps: for those who only want to look.
     save_file({"openness": sae.mask.openness().detach().contiguous()}, folder / OPENNESS_FILE)
@@ -217,8 +321,9 @@ def write_sae(sae: SparseAutoencoder, folder: Path) -> None:
         "d_model": sae.d_model,
         "d_sae": sae.d_sae,
         "n_positions": sae.mask.n_positions,
-        "rule": sae.rule.model_dump(),
+        "rule": sae.rule.settings.model_dump(),
         "mask": sae.mask.settings.model_dump(),
+        "origin": dict(origin or {}),
     }
     (folder / SETTINGS_FILE).write_text(json.dumps(description, indent=1), encoding="utf8")
 
@@ -238,3 +343,15 @@ def read_sae(folder: Path) -> SparseAutoencoder:
     except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
         raise DamagedFolder(f"{folder} holds no readable SAE ({error}): train it again") from error
     return sae
+
+
+def read_origin(folder: Path) -> dict[str, Any]:
+    """What `write_sae` was told of the SAE's training; empty where it was told nothing.
+
+    Raises:
+        DamagedFolder: there is no readable description.
+    """
+    try:
+        return json.loads((folder / SETTINGS_FILE).read_text(encoding="utf8"))["origin"]
+    except (OSError, KeyError, ValueError) as error:
+        raise DamagedFolder(f"{folder / SETTINGS_FILE} cannot be read ({error}): give the folder of an SAE") from error

@@ -24,8 +24,8 @@ from pydantic import (
     model_validator,
 )
 
-from posmask import assets, corpus, folders, kernels, masks, model, rows, training, verdicts
-from posmask.activations import Activations, harvest
+from posmask import assets, corpus, folders, kernels, mask_kinds, masks, model, rows, rules, training, verdicts
+from posmask.activations import Activations, harvest, training_batches
 from posmask.errors import BadSetting, PosmaskError
 from posmask.evaluation import Data, EvaluationSettings, baselines, decay, evaluate, growing_name
 from posmask.interop import saebench
@@ -33,7 +33,7 @@ from posmask.probing import topics
 from posmask.probing.order import order_tokens
 from posmask.probing.order_tasks import make_order_task
 from posmask.progress import announce
-from posmask.sae import SparseAutoencoder, TopK, rule_settings, write_sae
+from posmask.sae import WEIGHTS_FILE, SparseAutoencoder, read_origin, read_sae, started_from, write_sae
 
 __all__ = ["CellSettings", "StudySettings", "cell_states", "read_study", "run_study"]
 
@@ -79,12 +79,12 @@ class SaeSettings(_Settings):
     """The unmasked SAE's size; `budget` says what a cell makes of it."""
 
     d_sae: int = Field(gt=0)
-    rule: TopK
+    rule: SerializeAsAny[rules.RuleSettings]
 
     @field_validator("rule", mode="before")
     @classmethod
     def _known_rule(cls, value: Any) -> Any:
-        return rule_settings(value) if isinstance(value, dict) else value
+        return rules.rule_settings(value) if isinstance(value, dict) else value
 
 
 class CellSettings(_Settings):
@@ -94,13 +94,22 @@ class CellSettings(_Settings):
     mask: SerializeAsAny[masks.MaskSettings]
     budget: Literal["width", "compute"] = "width"
     """width: d_sae latents in all. compute: d_sae latents open at each position, as many in all as that takes."""
+    start: str | None = None
+    """Where its weights come from: the name of an open cell, or (with a slash in it) the folder of an SAE that is open
+    everywhere; each latent becomes a copy. None: drawn at random."""
+    steps_share: float = Field(default=1.0, gt=0, le=1)
+    """Its share of `training.n_steps`, counting those of the cell it starts from: there are no free steps."""
     decay: bool = False
     """Whether a copy is trained on without the mask, to see how fast specialisation fades: costs as much again."""
+
+    @property
+    def start_folder(self) -> Path | None:
+        return Path(self.start) if self.start is not None and "/" in self.start else None
 
     @field_validator("mask", mode="before")
     @classmethod
     def _known_kind(cls, value: Any) -> Any:
-        return masks.mask_settings(value) if isinstance(value, dict) else value
+        return mask_kinds.mask_settings(value) if isinstance(value, dict) else value
 
 
 class QuestionSettings(_Settings):
@@ -133,6 +142,7 @@ class StudySettings(_Settings):
             if names.count(name) > 1:
                 raise ValueError(f"two cells are called {name!r}: give each its own name")
         self._check_questions(names)
+        self._check_starts()
         steps = [round(share * self.training.n_steps) for share in self.evaluation.decay_shares]
         if len(set(steps)) < len(steps) or not any(steps):
             raise ValueError(
@@ -159,6 +169,38 @@ class StudySettings(_Settings):
             )
         return self
 
+    def _check_starts(self) -> None:
+        by_name = {cell.name: cell for cell in self.cells}
+        baseline = by_name.get(self.baseline or "")
+        for cell in self.cells:
+            source = by_name.get(cell.start or "")
+            if cell.start is None or cell.start_folder:
+                if cell.start_folder and baseline is not None and baseline.start != cell.start:
+                    raise ValueError(
+                        f"{cell.name} starts from {cell.start}, but {baseline.name} does not, so that it would be "
+                        "compared with an SAE of fewer training tokens: let both start from it"
+                    )
+                if self.n_steps(cell) < 1:
+                    raise ValueError(f"steps_share = {cell.steps_share} of {cell.name} makes 0 steps: raise it")
+                continue
+            if source is None:
+                raise ValueError(f"{cell.name} starts from {cell.start!r}, which is no cell (a folder needs a slash)")
+            if source.mask.kind != "open" or source.budget != "width" or source.start is not None:
+                raise ValueError(
+                    f"{cell.name} starts from {cell.start}, which is not an open cell of its own: name one that is"
+                )
+            if self.n_steps(cell) < 1:
+                raise ValueError(
+                    f"{cell.name} starts from {cell.start}, which leaves no step of its {self.training.n_steps}: name "
+                    "an open cell with a smaller steps_share"
+                )
+
+    def n_steps(self, cell: CellSettings) -> int:
+        """Steps that a cell itself is trained for."""
+        source = next((other for other in self.cells if other.name == cell.start), None)
+        total = round(cell.steps_share * self.training.n_steps)
+        return total - (self.n_steps(source) if source is not None and source != cell else 0)
+
     def _check_questions(self, names: list[str]) -> None:
         baseline = self.baseline
         asked = {(cell.name, baseline) for cell in self.cells if baseline not in (None, cell.name)}
@@ -182,18 +224,33 @@ class StudySettings(_Settings):
     @property
     def baseline(self) -> str | None:
         """The cell that every other is compared with: the first open one."""
-        return next((cell.name for cell in self.cells if cell.mask.kind == "open" and cell.budget == "width"), None)
+        for cell in self.cells:
+            if cell.mask.kind == "open" and cell.budget == "width" and cell.steps_share == 1:
+                return cell.name
+        return None
 
     def width(self, cell: CellSettings) -> int:
         """How many latents a cell's SAE has."""
         if cell.budget == "width":
             return self.sae.d_sae
-        kind = masks.MASKS[cell.mask.kind]
+        kind = mask_kinds.MASKS[cell.mask.kind]
         return kind.width_at_equal_compute(cell.mask, self.corpus.n_positions, self.sae.d_sae)
 
     def make_sae(self, cell: CellSettings, d_model: int, seed: int) -> SparseAutoencoder:
-        mask = masks.make_mask(cell.mask, self.corpus.n_positions, self.width(cell), seed)
+        mask = self._make_mask(cell, seed)
         return SparseAutoencoder(d_model, self.sae.rule, mask, seed)
+
+    def _make_mask(self, cell: CellSettings, seed: int) -> masks.PositionMask:
+        return mask_kinds.make_mask(cell.mask, self.corpus.n_positions, self.width(cell), seed)
+
+    def start_sae(self, cell: CellSettings, source: SparseAutoencoder, seed: int) -> SparseAutoencoder:
+        """The SAE of a cell that starts from another."""
+        if source.rule.settings != self.sae.rule:
+            raise BadSetting(
+                f"{cell.name} would start from an SAE with the rule {source.rule.settings.model_dump()}, but sae.rule "
+                f"is {self.sae.rule.model_dump()}: make them equal"
+            )
+        return started_from(source, self._make_mask(cell, seed), seed)
 
 
 def read_study(path: Path) -> StudySettings:
@@ -214,6 +271,9 @@ def read_study(path: Path) -> StudySettings:
         study = StudySettings.model_validate(values)
         for cell in study.cells:  # Masks that do not fit are found here, not after the harvest.
             study.make_sae(cell, d_model=1, seed=study.seeds[0])
+            if cell.start is not None:
+                stand_in = CellSettings(name="source", mask=mask_kinds.mask_settings({"kind": "open"}))
+                study.start_sae(cell, study.make_sae(stand_in, d_model=1, seed=0), seed=study.seeds[0])
     except ValidationError as error:
         raise BadSetting(f"{path}: {_first_mistake(error)}") from None
     except PosmaskError as error:
@@ -253,8 +313,8 @@ def _all_fields() -> list[str]:
         training.TrainingSettings,
     ):
         found |= set(part.model_fields)
-    for mask in masks.MASKS.values():
-        found |= set(mask.Settings.model_fields)
+    for part in (*mask_kinds.MASKS.values(), *rules.RULES.values()):
+        found |= set(part.Settings.model_fields)
     return sorted(found)
 
 
@@ -361,6 +421,7 @@ class _Place:
     seed: int
     folder: Path
     made_from: dict[str, Any]
+    start: Path | None = None  # the folder of the SAE that the cell starts from
 
     @property
     def label(self) -> str:
@@ -375,11 +436,36 @@ def _places(study: StudySettings, source: Source, root: Path) -> list[_Place]:
     }
     places = [_Place(None, 0, root / _BASELINES, shared)]
     training_part = study.model_dump(mode="json", include={"sae", "training"})
+    names = [cell.name for cell in study.cells]
     for cell in study.cells:
         for seed in study.seeds:
             made_from = {**shared, **training_part, "cell": cell.model_dump(mode="json"), "seed": seed}
-            places.append(_Place(cell, seed, root / "cells" / f"{cell.name}-seed{seed}", made_from))
+            start = cell.start_folder
+            if start is not None:
+                made_from["start"] = _checked_start(start, source.made_from)
+            elif cell.start is not None:
+                # Where the cell it starts from would be made anew, so must it be.
+                origin = study.cells[names.index(cell.start)]
+                start = root / "cells" / f"{cell.start}-seed{seed}"
+                made_from["start"] = {**origin.model_dump(mode="json")}
+            places.append(_Place(cell, seed, root / "cells" / f"{cell.name}-seed{seed}", made_from, start))
     return places
+
+
+def _checked_start(folder: Path, model_made_from: dict[str, Any]) -> dict[str, Any]:
+    """The identity of an SAE that a user brings.
+
+    Raises:
+        BadSetting: it says that it was trained on another model or layer.
+    """
+    origin = read_origin(folder)
+    for what in ("weights", "layer"):
+        if what in origin and origin[what] != model_made_from[what]:
+            raise BadSetting(
+                f"the SAE in {folder} was trained on {what} {origin[what]!r} of a model, not on "
+                f"{model_made_from[what]!r}: start from one of the same model and layer"
+            )
+    return {"sha256": folders.file_sha256(folder / WEIGHTS_FILE)}
 
 
 CellState = Literal["finished", "missing", "other settings"]
@@ -411,7 +497,7 @@ def run_study(study: StudySettings, root: Path, say: Callable[[str], None] = pri
         data = prepare(study, source, root)  # What cannot be prepared has moved nothing yet.
         for name in (RESULTS_FILE, VERDICTS_FILE, "report.html"):  # Old numbers must not stand beside new cells.
             (root / name).unlink(missing_ok=True)
-        for place in todo:
+        for place in sorted(todo, key=lambda place: place.start is not None):  # what others start from comes first
             if place.folder.exists():
                 moved = folders.set_aside(place.folder, root / "stale")
                 say(f"{place.label} was made from other settings: moved to {moved}.")
@@ -454,18 +540,36 @@ def _run_place(study: StudySettings, place: _Place, data: Data, baseline: list[r
             columns = {"mask": "none", "budget": "", "apply": ""}
             name = _MODEL_CELL
         else:
-            sae = study.make_sae(cell, data.training.d_model, place.seed)
-            trained = training.train(sae, data.training, study.training, place.seed, place.label)
+            before = 0
+            if place.start is None:
+                sae = study.make_sae(cell, data.training.d_model, place.seed)
+                sae.center, sae.scale = data.training.centre_and_scale
+            else:  # With the constants that its weights were made for.
+                sae = study.start_sae(cell, _read_start(place.start, data.training.d_model), place.seed)
+                before = read_origin(place.start).get("training_tokens", 0)
+            settings = study.training.model_copy(update={"n_steps": study.n_steps(cell)})
+            batches = training_batches(data.training, settings.batch_tokens, settings.n_steps, place.seed)
+            trained = training.train(sae, batches, settings, place.label)
             training.write_curve(draft / "curve.csv", trained.curve)
-            write_sae(sae, draft)
+            n_tokens = before + trained.n_tokens
+            model_made_from = place.made_from["model"]
+            write_sae(
+                sae,
+                draft,
+                {
+                    "weights": model_made_from["weights"],
+                    "layer": model_made_from["layer"],
+                    "training_tokens": n_tokens,
+                },
+            )
             found = [
                 rows.Measure("train_seconds", trained.seconds, n=1),
-                rows.Measure("train_tokens", trained.n_tokens, n=1),
+                rows.Measure("train_tokens", n_tokens, n=1),
                 rows.Measure("d_sae", sae.d_sae, n=1),
                 *evaluate(sae, trained.dead, data, place.label),
             ]
             if cell.decay:
-                found += decay(sae, data, study.training, place.seed, place.label)
+                found += decay(sae, data, settings, place.seed, place.label)
             if study.evaluation.probe_datasets:
                 _write_saebench(draft / SAEBENCH_FILE, study, place, found, baseline)
             columns = {"mask": cell.mask.kind, "budget": cell.budget, "apply": cell.mask.apply}
@@ -476,6 +580,13 @@ def _run_place(study: StudySettings, place: _Place, data: Data, baseline: list[r
             [rows.Row.of(measure, cell=name, seed=place.seed, **columns) for measure in found],
         )
         rows.write_units(draft / UNITS_FILE, found)
+
+
+def _read_start(folder: Path, d_model: int) -> SparseAutoencoder:
+    sae = read_sae(folder)
+    if sae.d_model != d_model:
+        raise BadSetting(f"the SAE in {folder} codes vectors of {sae.d_model} numbers, the model gives {d_model}")
+    return sae
 
 
 def _write_saebench(

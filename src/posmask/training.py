@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,12 +12,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from posmask import objective
-from posmask.activations import Activations, Batch, training_batches
+from posmask.activations import Batch
 from posmask.errors import DegenerateResult
 from posmask.kernels import Precision
+from posmask.masks import Copies, Observed
 from posmask.progress import progress_bar
 from posmask.rows import write_records
-from posmask.sae import SparseAutoencoder
+from posmask.sae import SparseAutoencoder, copy_latents_
 
 __all__ = ["CurvePoint", "Trained", "TrainingSettings", "train", "write_curve"]
 
@@ -44,7 +45,7 @@ class TrainingSettings(BaseModel):
     aux_k: int = Field(default=32, ge=0)
     """How many dead latents reconstruct the error on each token, to be revived; 0 leaves them dead."""
     selection: Precision = "float32"
-    """Precision of the product that chooses the k latents. bfloat16 is faster where the processor has it, and may
+    """Precision of the product that chooses latents. bfloat16 is faster where the processor has it, and may
     choose another latent where two are within half a percent; values and gradients are float32 either way."""
 
 
@@ -85,39 +86,40 @@ class DeadLatents:
     def dead(self) -> Bool[Tensor, " latent"]:
         return self.eligible_since_fired >= self._limit
 
-    def update(self, sae: SparseAutoencoder, batch: Batch, step: objective.StepLoss) -> None:
-        tokens_at = torch.bincount(batch.position, minlength=sae.mask.n_positions)
-        eligible = tokens_at.float() @ sae.mask.live()
+    def update(self, sae: SparseAutoencoder, step: objective.StepLoss) -> None:
+        live = sae.mask.live()
+        eligible = torch.bincount(step.place, minlength=len(live)).to(live.dtype) @ live
         fired = torch.zeros(sae.d_sae, dtype=torch.bool)
-        fired[step.codes.latent[step.codes.value > 0]] = True
+        fired[step.codes.latent] = True
         self.eligible_since_fired = torch.where(fired, 0.0, self.eligible_since_fired + eligible)
+
+    def copy_(self, copies: Copies) -> None:
+        self.eligible_since_fired[copies.target] = self.eligible_since_fired[copies.source]
 
 
 def train(
     sae: SparseAutoencoder,
-    activations: Activations,
+    batches: Iterable[Batch],
     settings: TrainingSettings,
-    seed: int,
     label: str,
     after_step: Callable[[int], None] = lambda done: None,
 ) -> Trained:
-    """Train `sae` in place.
+    """Train `sae` in place. Parameters that require no gradient stay as they are.
 
     Args:
+        batches: `n_steps` of them, such as `training_batches`; the SAE's center and scale must suit their vectors.
         after_step: called with the number of steps done, after each.
 
     Raises:
         NothingToDo: fewer kept tokens than a batch.
         DegenerateResult: the loss is not finite, or the trained SAE explains nothing.
     """
-    sae.center, sae.scale = activations.centre_and_scale
+    mask_parameters = list(sae.mask.parameters())
+    own = [p for p in sae.parameters() if p.requires_grad and all(p is not other for other in mask_parameters)]
     optimizer = torch.optim.Adam(
         [
-            {
-                "params": [sae.encoder, sae.encoder_bias, sae.decoder, sae.decoder_bias],
-                "lr": settings.learning_rate,
-            },
-            {"params": list(sae.mask.parameters()), "lr": settings.mask_learning_rate},
+            {"params": own, "lr": settings.learning_rate},
+            {"params": mask_parameters, "lr": settings.mask_learning_rate},
         ],
         fused=True,
     )
@@ -125,17 +127,18 @@ def train(
     deaths = DeadLatents(sae, settings.dead_after_eligible_tokens)
     curve: list[CurvePoint] = []
     started = time.perf_counter()
-    batches = training_batches(activations, settings.batch_tokens, settings.n_steps, seed)
     with progress_bar(f"train {label}", settings.n_steps * settings.batch_tokens, "tokens") as advance:
         for done, batch in enumerate(batches, start=1):
-            dead = deaths.dead
+            for part in (sae.mask, sae.rule):
+                part.before_step(done - 1, settings.n_steps)
             step = objective.fast_gradients(
                 sae,
                 batch.vectors,
-                batch.position,
-                dead=dead,
+                batch.counted(sae.mask.settings.coordinate),
+                dead=deaths.dead,
                 aux_k=settings.aux_k,
                 precision=settings.selection,
+                loss_tokens=settings.batch_tokens,
             )
             if not math.isfinite(step.reconstruction):
                 raise DegenerateResult(
@@ -144,14 +147,21 @@ def train(
                 )
             if step.openness_gradient is not None:
                 sae.mask.learn(step.openness_gradient)
+            if sae.mask.watches:
+                sae.mask.observe(_observed(sae, step))
             learning_rate = optimizer.param_groups[0]["lr"]
             optimizer.step()
             sae.mask.zero_grad()  # the SAE's own gradients are set anew each step
             schedule.step()
             with torch.no_grad():
                 sae.decoder.div_(sae.decoder.norm(dim=1, keepdim=True))
-            sae.mask.after_step(done, settings.n_steps)
-            deaths.update(sae, batch, step)
+            sae.rule.after_step(step.codes.value)
+            deaths.update(sae, step)
+            copies = sae.mask.after_step(done, settings.n_steps)
+            if copies is not None:
+                copy_latents_(sae, copies)
+                _copy_moments_(optimizer, sae, copies)
+                deaths.copy_(copies)
             if done % _CURVE_EVERY == 0 or done in (1, settings.n_steps):
                 curve.append(_point(sae, batch, step, done, settings, learning_rate, int(deaths.dead.sum())))
             advance(len(batch))
@@ -163,6 +173,19 @@ def train(
             f"after {settings.n_steps} steps: train longer, or change learning_rate = {settings.learning_rate}"
         )
     return Trained(sae, curve, deaths.dead, settings.n_steps * settings.batch_tokens, time.perf_counter() - started)
+
+
+def _observed(sae: SparseAutoencoder, step: objective.StepLoss) -> Observed:
+    codes = step.codes
+    return Observed(step.place, codes.token, codes.latent, codes.value, step.residual, sae.decoder.detach())
+
+
+def _copy_moments_(optimizer: torch.optim.Adam, sae: SparseAutoencoder, copies: Copies) -> None:
+    """Give copied latents the Adam moments of those they copy."""
+    for parameter in sae.latent_parameters():
+        for moment in optimizer.state[parameter].values():
+            if moment.dim():  # not the count of steps
+                moment[copies.target] = moment[copies.source]
 
 
 def _rate_factor(done: int, settings: TrainingSettings) -> float:
@@ -192,7 +215,7 @@ def _point(
         loss=step.reconstruction,
         auxiliary_loss=step.auxiliary,
         explained_variance=1 - step.reconstruction / variance,
-        l0=float((step.codes.value > 0).sum(1).float().mean()),
+        l0=float(step.codes.n_active().mean()),
         dead_latents=n_dead,
         mean_openness=mean_openness,
     )

@@ -12,7 +12,7 @@ from posmask.activations import Activations, Batch
 from posmask.corpus import equal_segments
 from posmask.errors import DegenerateResult, NothingToDo
 from posmask.intervals import jackknife_interval, ratio
-from posmask.kernels import weighted_rows
+from posmask.kernels import Grouped
 from posmask.model import LanguageModel
 from posmask.rows import Measure
 from posmask.sae import Codes, SparseAutoencoder
@@ -160,9 +160,8 @@ class WindowMass:
     def update(self, batch: Batch, codes: Codes) -> None:
         """Add kept tokens (`batch.kept()`) and their codes; none of texts that the test is made on."""
         window = self._window[batch.position.long()]
-        entry = (window[:, None] * codes.d_sae + codes.latent).reshape(-1)
-        self._mass.view(-1).index_add_(0, entry, codes.value.reshape(-1))
-        self._firings.index_add_(0, codes.latent.reshape(-1), (codes.value > 0).float().reshape(-1))
+        self._mass.view(-1).index_add_(0, window[codes.token] * codes.d_sae + codes.latent, codes.value)
+        self._firings += torch.bincount(codes.latent, minlength=codes.d_sae)
 
     def specialised(self, share: float = 0.05) -> tuple[Bool[Tensor, "window latent"], Bool[Tensor, "window latent"]]:
         """For each window its most specialised latents, and as many equally active others.
@@ -196,9 +195,10 @@ def without_latents(sae: SparseAutoencoder, chosen: Bool[Tensor, "window latent"
     """Takes the decoder's part of some latents out of the vectors: in context c those of window c mod n_windows."""
 
     def replace(batch: Batch, context: Int[Tensor, " token"]) -> Float[Tensor, "token d_model"]:
-        codes = sae.sparse_encode(batch.vectors, batch.position)
-        taken = codes.value * chosen[context[:, None] % len(chosen), codes.latent]
-        return batch.vectors.float() - weighted_rows(codes.latent, taken, sae.decoder.detach()) * sae.scale
+        codes = sae.sparse_encode(batch.vectors, batch.counted(sae.mask.settings.coordinate))
+        taken = codes.value * chosen[context[codes.token] % len(chosen), codes.latent]
+        parts = Grouped(codes.token, codes.n_tokens).sum_rows(taken, sae.decoder.detach(), codes.latent)
+        return batch.vectors.float() - parts * sae.scale
 
     return replace
 

@@ -41,9 +41,7 @@ class PositionInformation:
 
     def update(self, batch: Batch, codes: Codes) -> None:
         """Add kept tokens (`batch.kept()`) and their codes."""
-        fired = codes.value > 0
-        token, _ = fired.nonzero(as_tuple=True)
-        latent, ones = codes.latent[fired], torch.ones(len(token))
+        token, latent, ones = codes.token, codes.latent, torch.ones(len(codes.token))
         for draw in range(N_NULL_DRAWS):
             rotation = self._rotation[draw, batch.text.long()]
             position = 1 + (batch.position.long() - 1 + rotation) % self._n_rotated
@@ -126,15 +124,15 @@ class ShiftDesign:
         text, place = batch.text.long(), batch.position.long() - 1
         window = text * self._tokens.shape[1] + place // self._length - 1
         content = text * self._length + place % self._length
-        value = codes.value.reshape(-1)
+        value = codes.value
 
         def add(table: Tensor, row: Tensor, values: Tensor) -> None:
-            table.view(-1).index_add_(0, (row[:, None] * codes.d_sae + codes.latent).reshape(-1), values)
+            table.view(-1).index_add_(0, row[codes.token] * codes.d_sae + codes.latent, values)
 
         add(self._content, content, value)
         add(self._window, window, value)
         add(self._squares, text, value.square())
-        self._firings.index_add_(0, codes.latent.reshape(-1), (value > 0).float())
+        self._firings += torch.bincount(codes.latent, minlength=codes.d_sae)
         self._tokens.view(-1).index_add_(0, window, torch.ones(len(text)))
 
     def measures(self, mask: str) -> list[Measure]:

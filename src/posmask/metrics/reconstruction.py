@@ -38,7 +38,7 @@ class Reconstruction:
         centred = batch.vectors.double() - self._mean
         squares = centred.square().sum(1)
         error = (batch.vectors.double() - reconstruction).square().sum(1)
-        active = (codes.value > 0).sum(1).double()
+        active = codes.n_active().double()
         text, position = batch.text.long(), batch.position.long()
         ones = torch.ones_like(error)
         for name, values in (("error", error), ("total", squares), ("active", active), ("n", ones)):
@@ -87,8 +87,8 @@ def dead_share(sae: SparseAutoencoder, dead: Bool[Tensor, " latent"]) -> list[Me
     latent open at few positions is judged on as many chances to fire as one open everywhere.
     """
     found = [Measure("dead_share", float(dead.float().mean()), n=len(dead))]
-    for position, row in enumerate(sae.mask.live()):
-        open_here = row > 0
+    for position, row in enumerate(sae.mask.openness().detach()):
+        open_here = row > 0 if sae.mask.gates_code() else row >= 0
         value = float(dead[open_here].float().mean()) if bool(open_here.any()) else torch.nan
         found.append(Measure("dead_share", value, n=int(open_here.sum()), slice={"position": position}))
     return found

@@ -9,10 +9,18 @@ from torch import Tensor
 from posmask.activations import Batch
 from posmask.errors import DegenerateResult
 from posmask.intervals import jackknife_interval
+from posmask.masks import Coordinate, PositionMask
 from posmask.rows import Measure
 from posmask.sae import Codes
 
-__all__ = ["PositionMass", "SpecialPositions", "profile_fidelity", "retention", "special_positions"]
+__all__ = [
+    "PositionMass",
+    "SpecialPositions",
+    "mask_measures",
+    "profile_fidelity",
+    "retention",
+    "special_positions",
+]
 
 N_FOLDS = 16  # Texts are dealt into folds: halves for choosing and measuring, and the units of the jackknife.
 HALVES = (slice(0, None, 2), slice(1, None, 2))
@@ -27,13 +35,13 @@ class PositionMass:
         self.firings: Float[Tensor, "fold position latent"] = torch.zeros(N_FOLDS, n_positions, d_sae)
         self.tokens: Float[Tensor, "fold position"] = torch.zeros(N_FOLDS, n_positions)
 
-    def update(self, batch: Batch, codes: Codes) -> None:
-        """Add kept tokens (`batch.kept()`) and their codes."""
-        cell = batch.text.long() % N_FOLDS * self.tokens.shape[1] + batch.position.long()
+    def update(self, batch: Batch, codes: Codes, coordinate: Coordinate = "context") -> None:
+        """Add kept tokens (`batch.kept()`) and their codes, at positions counted in that way."""
+        cell = batch.text.long() % N_FOLDS * self.tokens.shape[1] + batch.counted(coordinate).long()
         self.tokens.view(-1).index_add_(0, cell, torch.ones(len(cell)))
-        entry = (cell[:, None] * codes.d_sae + codes.latent).reshape(-1)
-        self.mass.view(-1).index_add_(0, entry, codes.value.reshape(-1))
-        self.firings.view(-1).index_add_(0, entry, (codes.value > 0).float().reshape(-1))
+        entry = cell[codes.token] * codes.d_sae + codes.latent
+        self.mass.view(-1).index_add_(0, entry, codes.value)
+        self.firings.view(-1).index_add_(0, entry, torch.ones(len(entry)))
 
     def counted(self) -> Bool[Tensor, " latent"]:
         """The latents that fire often enough in each half of the texts.
@@ -59,15 +67,15 @@ class SpecialPositions:
 
 
 def special_positions(
-    lifted: PositionMass, bound_positions: Bool[Tensor, "position latent"] | None, n_top: int
+    lifted: PositionMass, bound_positions: Bool[Tensor, "position latent"], n_top: int
 ) -> SpecialPositions:
-    """Those its mask bound it to; where the mask binds none, the `n_top` with most mass on the *other* half."""
-    if bound_positions is not None:
-        bound = bound_positions.float()
-        return SpecialPositions((bound, bound))
-    other = [lifted.mass[half].sum(0).topk(n_top, dim=0).indices for half in HALVES[::-1]]
-    first, second = (torch.zeros_like(lifted.mass[0]).scatter_(0, top, 1.0) for top in other)
-    return SpecialPositions((first, second))
+    """Those its mask bound a latent to; where it bound it to none, the `n_top` with most mass on the *other* half."""
+    unbound = bound_positions.all(0) | ~bound_positions.any(0)
+    bound, other = bound_positions.float(), []
+    for half in HALVES[::-1]:
+        top = lifted.mass[half].sum(0).topk(n_top, dim=0).indices
+        other.append(torch.where(unbound, torch.zeros_like(bound).scatter_(0, top, 1.0), bound))
+    return SpecialPositions((other[0], other[1]))
 
 
 def retention(lifted: PositionMass, special: SpecialPositions, *, after: float | None = None) -> list[Measure]:
@@ -132,3 +140,17 @@ def profile_fidelity(used: PositionMass, openness: Float[Tensor, "position laten
     without = torch.stack([overlap(mass - by_fold[fold], tokens - used.tokens[fold]) for fold in range(N_FOLDS)])
     value = float(overlap(mass, tokens))
     return [Measure("profile_fidelity", value, *jackknife_interval(value, without), int(counted.sum()))]
+
+
+def mask_measures(mask: PositionMask) -> list[Measure]:
+    """`mean_openness` and `strictness` of what the mask ended as, over the positions after BOS.
+
+    strictness = mean over latents of 1 - (least openness) / (largest): 0 where latents are equally open everywhere,
+    1 where they are closed somewhere. Latents that are closed everywhere count as strict.
+    """
+    openness = mask.openness().detach()[1:]
+    contrast = 1 - openness.amin(0) / openness.amax(0).clamp(min=1e-30)
+    return [
+        Measure("mean_openness", float(openness.mean()), n=mask.d_sae),
+        Measure("strictness", float(contrast.mean()), n=mask.d_sae),
+    ]

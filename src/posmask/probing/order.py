@@ -30,7 +30,7 @@ N_PERMUTATIONS = 5
 def order_tokens(task: OrderTask, tokenizer: corpus.Tokenizer, n_positions: int) -> corpus.Tokens:
     """A task's texts as tokens, and after them its test texts once more with their tokens in random order."""
     test = torch.arange(task.n_train_groups * task.n_classes, len(task.texts))
-    return corpus.with_shuffled(corpus.pad(task.texts, tokenizer, n_positions), test)
+    return corpus.with_shuffled(corpus.pad(task.texts, tokenizer, n_positions), test, tokenizer)
 
 
 def order_accuracy(task: OrderTask, features: PooledTexts, ks: Sequence[int], pooling: str) -> list[Measure]:

@@ -23,6 +23,7 @@ from torch import Tensor
 from posmask import kernels
 from posmask.activations import Batch
 from posmask.errors import DegenerateResult
+from posmask.masks import Coordinate
 from posmask.sae import Codes
 
 __all__ = ["PooledTexts", "Pooling"]
@@ -105,6 +106,7 @@ class Pooling:
         segment_of_position: the segment that each position's tokens are pooled in; None pools all together.
         live: 1 where a latent is open; given, a latent's sum is divided by the number of the text's kept tokens
             (in the segment) at which it was open, instead of by all of them.
+        coordinate: how the positions of `live` are counted.
         last_token_only: pool nothing but the last kept token of each text.
     """
 
@@ -115,11 +117,13 @@ class Pooling:
         *,
         segment_of_position: Int[Tensor, " position"] | None = None,
         live: Float[Tensor, "position latent"] | None = None,
+        coordinate: Coordinate = "context",
         last_token_only: bool = False,
     ) -> None:
         self._segment = segment_of_position
         self._n_segments = 1 if segment_of_position is None else int(segment_of_position.max()) + 1
         self._live = live
+        self._coordinate: Coordinate = coordinate
         self._last = last_token_only
         self._n_latents = n_features
         self.texts = PooledTexts(n_texts, n_features * self._n_segments)
@@ -145,12 +149,11 @@ class Pooling:
         if codes is None:
             total.index_add_(0, place, batch.vectors.float())
         else:
-            entry = place[:, None] * self._n_latents + codes.latent
-            total.view(-1).index_add_(0, entry.reshape(-1), codes.value.reshape(-1))
+            total.view(-1).index_add_(0, place[codes.token] * self._n_latents + codes.latent, codes.value)
         if self._live is None:
             divisor = torch.bincount(place, minlength=len(total))[:, None].float()
         else:
-            at = place * len(self._live) + batch.position.long()
+            at = place * len(self._live) + batch.counted(self._coordinate).long()
             tokens_at = torch.bincount(at, minlength=len(total) * len(self._live)).view(len(total), -1)
             divisor = tokens_at.float() @ self._live
         pooled = (total / divisor.clamp(min=1)).view(len(text), -1)

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from safetensors.numpy import load_file
 from posmask.rows import Row, parse_slice
 from posmask.summary import Line
 
-__all__ = ["as_spec", "by_position", "curves", "decay", "mask_pictures", "shift_split", "trade_off"]
+__all__ = ["as_spec", "by_position", "curves", "decay", "mask_pictures", "shift_split", "strictness", "trade_off"]
 
 # Okabe and Ito's colours: distinct for colour-blind readers, on light and dark grounds.
 _COLOURS = [
@@ -27,6 +28,12 @@ _COLOURS = [
     "#999933",
     "#666666",
     "#A05A2C",
+    "#00B3A4",
+    "#B5485D",
+    "#4B5FC1",
+    "#7FA23A",
+    "#D99AC5",
+    "#3E6E6B",
 ]
 _N_LATENT_BINS = 48
 _N_POSITION_BINS = 32
@@ -141,6 +148,53 @@ def shift_split(rows: Sequence[Row]) -> alt.TopLevelMixin:
         )
         .properties(width="container", height=alt.Step(20))
     )
+
+
+def strictness(lines: Sequence[Line]) -> alt.TopLevelMixin | None:
+    """What masks cost and give from strict to open: each family of cells against how open its masks are in the mean.
+
+    Cells named FAMILY-NUMBER make a family, at least three of them; None where there is none. The open cell is a dotted
+    line across.
+    """
+    families: dict[str, list[Line]] = {}
+    for line in lines:
+        named = re.fullmatch(r"(.+)-[0-9.]+", line.label)
+        if named and line.pooling == "mean":
+            families.setdefault(named.group(1), []).append(line)
+    families = {name: members for name, members in families.items() if len(members) >= 3}
+    if not families:
+        return None
+    baseline = next((line for line in lines if line.label == "open"), None)
+    charts = []
+    for title, value_of in (
+        ("explained variance", lambda line: line.overall["explained_variance"]),
+        ("retention", lambda line: line.overall["retention"]),
+        ("order accuracy, k = 5", lambda line: line.order[5]),
+        ("probing accuracy, k = 5", lambda line: line.probing[5]),
+    ):
+        values = [
+            {"family": name, "cell": line.label, "openness": line.overall["mean_openness"], "value": value_of(line)}
+            for name, members in families.items()
+            for line in members
+            if math.isfinite(value_of(line))
+        ]
+        if not values:
+            continue
+        chart = (
+            alt.Chart(alt.Data(values=values))
+            .mark_line(point=True)
+            .encode(
+                x=alt.X("openness:Q", scale=alt.Scale(domain=[0, 1]), title="mean openness: 0 strict, 1 open"),
+                y=alt.Y("value:Q", scale=alt.Scale(zero=False), title=title),
+                color=alt.Color("family:N", scale=alt.Scale(domain=list(families), range=_COLOURS)),
+                tooltip=["cell:N", "openness:Q", "value:Q"],
+            )
+        )
+        if baseline is not None and math.isfinite(value_of(baseline)):
+            across = alt.Chart(alt.Data(values=[{"value": value_of(baseline)}]))
+            chart += across.mark_rule(strokeDash=[2, 3]).encode(y="value:Q")
+        charts.append(chart.properties(width=320, height=200))
+    return alt.concat(*charts, columns=2).resolve_scale(color="shared")
 
 
 def curves(folders: Sequence[Path]) -> alt.TopLevelMixin:

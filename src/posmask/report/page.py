@@ -41,6 +41,7 @@ def write_report(root: Path) -> Path:
         "loss": figures.by_position(rows, "ce_recovered", "cross-entropy recovered"),
         "shift": figures.shift_split(rows),
         "decay": figures.decay(rows),
+        "strictness": figures.strictness(lines),
         "masks": figures.mask_pictures(pictured),
         "curves": figures.curves(pictured),
     }
@@ -92,6 +93,8 @@ def _verdict_table(verdicts: list[Verdict]) -> dict[str, Any]:
 
 
 _SPECIALISATION = (
+    ("mean_openness", "", "mean openness"),
+    ("strictness", "", "strictness"),
     ("retention", "", "retention"),
     ("retention_chance", "", "its chance"),
     ("profile_fidelity", "", "profile fidelity"),

@@ -1,0 +1,206 @@
+"""What holds for every activation rule with every mask, applied either way, in every precision."""
+
+import pytest
+import torch
+
+from conftest import D_MODEL, D_SAE, KINDS, MASKS, N_POSITIONS, RULES, make_sae, make_vectors
+from posmask import mask_kinds, rules
+from posmask.errors import BadSetting
+from posmask.kernels import float32_stays_float32
+from posmask.masks import Routing
+from posmask.objective import fast_gradients, plain_gradients
+from posmask.sae import read_sae, without_mask, write_sae
+
+every_rule = pytest.mark.parametrize("rule", RULES)
+every_mask = pytest.mark.parametrize(("kind", "apply"), KINDS)
+every_precision = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+CHANGES = {"plain": {}, "free and leaky": {"free_fraction": 0.125, "leak": 0.3}}
+
+
+def changed(kind, changes):
+    """What every kind takes; a switch has no leak."""
+    return {name: value for name, value in CHANGES[changes].items() if (kind, name) != ("switch", "leak")}
+
+
+def gradients_of(sae):
+    return {name: p.grad.clone() for name, p in sae.named_parameters() if not name.startswith("mask.theta")}
+
+
+def test_every_rule_and_every_mask_is_under_this_contract():
+    assert set(RULES) == set(rules.RULES)
+    assert set(MASKS) == set(mask_kinds.MASKS)
+
+
+@every_rule
+@every_mask
+@every_precision
+@pytest.mark.parametrize("lift", [False, True])
+def test_sparse_encode_equals_the_definition(rule, kind, apply, dtype, lift):
+    sae = make_sae(kind, apply, rule=rule, dtype=dtype)
+    vectors, position = make_vectors(200, dtype=dtype)
+    shuffled = torch.randperm(200, generator=torch.Generator().manual_seed(0))
+    vectors, position = vectors[shuffled], position[shuffled]  # any order of rows must do
+    dense = sae.encode(vectors, position, lift=lift).detach()
+    codes = sae.sparse_encode(vectors, position, lift=lift)
+    torch.testing.assert_close(codes.dense(), dense)
+    torch.testing.assert_close(sae.sparse_decode(codes), sae.decode(dense).detach())
+    assert bool((codes.value > 0).all())
+    assert bool((codes.token.diff() >= 0).all())
+
+
+@every_rule
+@every_mask
+@pytest.mark.parametrize("changes", CHANGES)
+def test_fast_gradients_equal_the_definition(rule, kind, apply, changes):
+    sae = make_sae(kind, apply, rule=rule, dtype=torch.float64, **changed(kind, changes))
+    vectors, position = make_vectors(150, dtype=torch.float64)
+    dead = torch.arange(D_SAE) % 3 == 0
+    plain = plain_gradients(sae, vectors, position, dead=dead, aux_k=3)
+    expected = gradients_of(sae)
+    sae.zero_grad()
+    fast = fast_gradients(sae, vectors, position, dead=dead, aux_k=3)
+    assert fast.reconstruction == pytest.approx(plain.reconstruction, rel=1e-12)
+    assert fast.auxiliary == pytest.approx(plain.auxiliary, rel=1e-12)
+    assert (fast.auxiliary > 0) == sae.rule.revives
+    for name, gradient in gradients_of(sae).items():
+        torch.testing.assert_close(gradient, expected[name], msg=name)
+    torch.testing.assert_close(fast.codes.dense(), plain.codes.dense())
+    torch.testing.assert_close(fast.residual, plain.residual)
+    assert (fast.openness_gradient is None) == (plain.openness_gradient is None) == (not sae.mask.learns)
+    if fast.openness_gradient is not None:
+        torch.testing.assert_close(fast.openness_gradient, plain.openness_gradient)
+
+
+@every_rule
+@every_mask
+def test_closed_latents_are_exactly_zero_and_get_exactly_no_gradient(rule, kind, apply):
+    sae = make_sae(kind, apply, rule=rule)
+    if kind == "switch":  # which latents are closed depends on the token: all go to one expert
+        sae.mask.route = lambda x, position: Routing(torch.full(x.shape[:-1], 1))
+    closed_anywhere = False
+    for place in (1, 15):
+        vectors, position = make_vectors(80)[0], torch.full((80,), place, dtype=torch.int32)
+        row = 1 if kind == "switch" else place
+        closed = sae.mask.table().detach()[row] == 0
+        closed_anywhere |= bool(closed.any())
+        if apply == "forward":
+            assert bool((sae.encode(vectors, position)[:, closed] == 0).all())
+            assert not bool(closed[sae.sparse_encode(vectors, position).latent].any())
+        for method in (plain_gradients, fast_gradients):
+            for dead in (None, torch.arange(D_SAE) % 2 == 0)[: 1 + sae.rule.revives]:
+                sae.zero_grad()
+                method(sae, vectors, position, dead=dead, aux_k=3)
+                for parameter in sae.latent_parameters():
+                    assert bool((parameter.grad[closed] == 0).all())
+                    if rule != "jumprelu" or parameter is not sae.rule.threshold:
+                        assert bool((parameter.grad[~closed] != 0).any())
+    assert closed_anywhere == (kind not in ("open", "soft"))
+
+
+@every_rule
+@every_precision
+def test_a_mask_open_everywhere_equals_no_mask_bit_for_bit(rule, dtype):
+    sae = make_sae("open", rule=rule, dtype=dtype)
+    vectors, position = make_vectors(100, dtype=dtype)
+    preactivation = (sae.normalise(vectors) - sae.decoder_bias) @ sae.encoder.T + sae.encoder_bias
+    unmasked = sae.rule.codes(preactivation, None, lambda parameter: parameter)
+    assert torch.equal(sae.encode(vectors, position), unmasked)
+    for changes in ({"leak": 1.0}, {"free_fraction": 1.0}):
+        opened = make_sae("hard", rule=rule, dtype=dtype, **changes)
+        assert torch.equal(opened.encode(vectors, position), unmasked)
+        found = opened.sparse_encode(vectors, position), sae.sparse_encode(vectors, position)
+        assert torch.equal(found[0].dense(), found[1].dense())
+
+
+@every_rule
+@pytest.mark.parametrize("kind", [kind for kind, apply in KINDS if apply == "gradient"])
+def test_gradient_masks_leave_the_code_alone(rule, kind):
+    free, bound = make_sae("open", rule=rule), make_sae(kind, "gradient", rule=rule)
+    vectors, position = make_vectors(100)
+    assert torch.equal(free.encode(vectors, position), bound.encode(vectors, position))
+
+
+@every_rule
+@every_mask
+@every_precision
+def test_texts_by_position_equal_single_tokens(rule, kind, apply, dtype):
+    sae = make_sae(kind, apply, rule=rule, dtype=dtype)
+    vectors = make_vectors(3 * N_POSITIONS, dtype=dtype)[0].reshape(3, N_POSITIONS, -1)
+    position = torch.arange(N_POSITIONS).expand(3, -1)
+    codes = sae.encode(vectors, position)
+    torch.testing.assert_close(codes.flatten(0, 1), sae.encode(vectors.flatten(0, 1), position.flatten()))
+    assert sae(vectors, position).shape == vectors.shape
+
+
+@every_rule
+@every_mask
+@pytest.mark.parametrize("changes", CHANGES)
+def test_a_written_sae_reads_back_with_the_same_codes(rule, kind, apply, changes, tmp_path):
+    sae = make_sae(kind, apply, rule=rule, **changed(kind, changes))
+    sae.center += 1.5
+    sae.scale *= 2
+    write_sae(sae, tmp_path)
+    vectors, position = make_vectors(50)
+    back = read_sae(tmp_path)
+    assert torch.equal(back(vectors, position), sae(vectors, position))
+    assert torch.equal(back.sparse_encode(vectors, position).value, sae.sparse_encode(vectors, position).value)
+    assert back.mask.settings == sae.mask.settings
+    assert back.rule.settings == sae.rule.settings
+
+
+@every_rule
+@every_mask
+def test_positions_beyond_the_context_are_refused_or_clamped(rule, kind, apply):
+    sae = make_sae(kind, apply, rule=rule)
+    vectors, position = torch.ones(17, D_MODEL), torch.arange(17)
+    last = position.clamp(max=15)
+    for encode in (sae.encode, lambda *given, **options: sae.sparse_encode(*given, **options).dense()):
+        with pytest.raises(BadSetting, match="positions 0 to 16 are not all within the 16 positions"):
+            encode(vectors, position)
+        torch.testing.assert_close(encode(vectors, position, beyond="clamp"), encode(vectors, last))
+        with pytest.raises(BadSetting, match="positions -1 to 15"):
+            encode(vectors, position - 1, beyond="clamp")
+
+
+@every_rule
+@every_mask
+def test_without_its_mask_an_sae_codes_as_with_the_mask_lifted(rule, kind, apply):
+    if kind == "switch":
+        pytest.skip("its router goes with the mask")
+    sae = make_sae(kind, apply, rule=rule)
+    vectors, position = make_vectors(50)
+    bare = without_mask(sae)
+    assert torch.equal(bare.encode(vectors, position), sae.encode(vectors, position, lift=True))
+    assert bool((bare.mask.openness() == 1).all())
+    with torch.no_grad():
+        bare.encoder.zero_()
+    assert not bool((sae.encoder == 0).any())  # a copy
+
+
+@every_rule
+@every_mask
+def test_bfloat16_selection_gives_float32_values_of_the_latents_it_chose(rule, kind, apply):
+    sae = make_sae(kind, apply, rule=rule)
+    vectors, position = make_vectors(150)
+    exact = fast_gradients(sae, vectors, position).codes.dense()
+    chosen = fast_gradients(sae, vectors, position, precision="bfloat16").codes.dense()
+    both = (exact > 0) & (chosen > 0)
+    torch.testing.assert_close(chosen[both], exact[both])
+    assert int(both.sum()) > 0.97 * int((exact > 0).sum())
+
+
+@every_rule
+@every_mask
+def test_float32_agrees_with_float64(rule, kind, apply):
+    assert float32_stays_float32()
+    found = {}
+    for dtype in (torch.float32, torch.float64):
+        sae = make_sae(kind, apply, rule=rule, dtype=dtype)
+        vectors, position = make_vectors(200)
+        step = fast_gradients(sae, vectors.to(dtype), position)
+        found[dtype] = step, sae.decoder.grad
+    (low, gradient), (high, exact) = found.values()
+    same = bool((low.codes.dense() > 0).eq(high.codes.dense() > 0).all())
+    assert low.reconstruction == pytest.approx(high.reconstruction, rel=1e-5)
+    if same:  # Two candidates closer than float32 tells apart may change places.
+        torch.testing.assert_close(gradient.double(), exact, rtol=1e-3, atol=1e-5)

@@ -1,0 +1,182 @@
+"""Adaptive splitting: the function does not change at a split, its cost never does, and planted positions are found."""
+
+import pytest
+import torch
+
+from conftest import D_MODEL, N_POSITIONS, make_vectors, train_on
+from posmask.mask_kinds import make_mask, mask_settings
+from posmask.masks import Observed
+from posmask.rules import rule_settings
+from posmask.sae import SparseAutoencoder, copy_latents_, started_from
+from posmask.training import TrainingSettings
+from test_training import write_activations
+
+SPLIT = {"kind": "split", "start_latents": 8, "max_latents": 32, "n_windows": 8, "n_splittings": 4, "watch_steps": 5}
+SETTINGS = TrainingSettings(n_steps=40, batch_tokens=128, learning_rate=5e-3)
+
+
+def split_sae(d_sae=32, **changes):
+    mask = make_mask(mask_settings({**SPLIT, "max_latents": d_sae, **changes}), N_POSITIONS, d_sae)
+    return SparseAutoencoder(D_MODEL, rule_settings({"kind": "topk", "k": 4}), mask)
+
+
+def watch(sae, n_tokens=400, seed=0):
+    """Show the mask one batch; returns what it saw."""
+    vectors, position = make_vectors(n_tokens, seed=seed)
+    codes = sae.sparse_encode(vectors, position)
+    residual = (vectors - sae.sparse_decode(codes)) / sae.scale
+    seen = Observed(position.long(), codes.token, codes.latent, codes.value, residual, sae.decoder.detach())
+    sae.mask.observe(seen)
+    return seen
+
+
+def families(sae, parents):
+    """The latent of the start that each latent descends from."""
+    root = torch.arange(sae.d_sae)
+    for copies in parents:
+        root[copies.target] = root[copies.source]
+    return root
+
+
+def test_the_function_does_not_change_at_a_split_to_the_last_bit():
+    sae = split_sae()
+    vectors, position = make_vectors(300, seed=5)
+    parents = []
+    for n_births in (3, 8, 13):
+        before = sae.encode(vectors, position)
+        watch(sae)
+        parents.append(sae.mask._split(n_births))
+        assert len(parents[-1].source) == n_births
+        copy_latents_(sae, parents[-1])
+        after = sae.encode(vectors, position)
+        root = families(sae, parents)
+        by_family = [torch.zeros(300, 32).index_add(1, root, codes.detach()) for codes in (before, after)]
+        assert torch.equal(by_family[0], by_family[1])
+        assert torch.equal(sae.decoder, sae.decoder[root])  # nothing has moved yet, so all of a family are equal
+        torch.testing.assert_close(sae(vectors, position), sae.decode(before))
+
+
+def test_as_many_latents_are_live_at_every_position_from_start_to_end(activations):
+    sae = split_sae()
+    live = []
+    train_on(sae, activations, SETTINGS, after_step=lambda done: live.append(sae.mask.live().sum(1).unique().tolist()))
+    assert live == [[8.0]] * 40
+    assert int((sae.mask.openness().amax(0) > 0).sum()) > 20  # and they did split
+    for group in sae.mask.groups():  # nothing closed is computed
+        assert len(torch.arange(32)[group.latents]) == 8
+
+
+def test_gains_equal_brute_force_least_squares():
+    """What the squared error falls by when the two parts of a latent's tokens get their best decoder rows."""
+    sae = split_sae()
+    seen = watch(sae, n_tokens=600)
+    gains, _ = sae.mask.gains()
+    assert gains.shape == (7, 32)
+    window = seen.place * 8 // N_POSITIONS
+    compared = 0
+    for latent in range(8):
+        entries = (seen.latent == latent).nonzero()[:, 0]
+        if len(entries) < 10:
+            continue
+        value = seen.value[entries].double()[:, None]
+        target = seen.residual[seen.token[entries]].double() + value * seen.decoder[latent].double()
+
+        def error(which, value=value, target=target):
+            if not bool(which.any()):
+                return 0.0
+            row = torch.linalg.lstsq(value[which], target[which]).solution
+            return float((target[which] - value[which] @ row).square().sum())
+
+        at = window[seen.token[entries]]
+        together = error(torch.ones_like(at).bool())
+        for cut in range(7):
+            expected = together - error(at <= cut) - error(at > cut)
+            assert float(gains[cut, latent]) == pytest.approx(expected, rel=1e-3, abs=1e-3)
+            compared += 1
+    assert compared >= 35
+    assert bool((gains[:, 8:] == -torch.inf).all())  # the unborn
+
+
+def test_those_who_gain_most_split_where_they_gain_most():
+    sae = split_sae()
+    watch(sae)
+    gains, _ = sae.mask.gains()
+    best = gains.max(0)
+    copies = sae.mask._split(3)
+    assert copies.source.tolist() == best.values.topk(3).indices.tolist()
+    assert copies.target.tolist() == [8, 9, 10]
+    for parent, child in zip(copies.source.tolist(), copies.target.tolist(), strict=True):
+        late = torch.arange(N_POSITIONS) * 8 // N_POSITIONS > int(best.indices[parent])
+        assert torch.equal(sae.mask.openness()[:, child] == 1, late)
+        assert torch.equal(sae.mask.openness()[:, parent] == 1, ~late)
+
+
+def test_a_latent_that_never_spoke_in_a_part_gains_nothing_there():
+    sae = split_sae()
+    decoder = torch.nn.functional.normalize(torch.ones(32, D_MODEL), dim=1)
+    place = torch.arange(8, 16)
+    token, latent = torch.arange(8), torch.zeros(8, dtype=torch.int64)
+    sae.mask.observe(Observed(place, token, latent, torch.ones(8), torch.ones(8, D_MODEL), decoder))
+    gains, _ = sae.mask.gains()
+    assert gains[:4, 0].tolist() == pytest.approx([0.0] * 4, abs=1e-4)
+    assert bool(gains[:, :8].isfinite().all())
+
+
+def test_copies_inherit_adams_moments_and_the_count_of_silence(activations, monkeypatch):
+    import posmask.training as training
+
+    seen = {}
+    original = training._copy_moments_
+
+    def spy(optimizer, sae, copies):
+        original(optimizer, sae, copies)
+        moments = optimizer.state[sae.encoder]["exp_avg"]
+        seen["equal"] = torch.equal(moments[copies.target], moments[copies.source])
+        seen["bias"] = optimizer.state[sae.decoder_bias]["exp_avg"].clone()
+
+    monkeypatch.setattr(training, "_copy_moments_", spy)
+    train_on(split_sae(), activations, SETTINGS)
+    assert seen["equal"]
+
+
+@pytest.mark.parametrize("start", ["from scratch", "from an open SAE"])
+def test_planted_positions_are_found(tmp_path, start):
+    """Two features take turns behind one direction: one before, one after the middle. Splitting must cut there."""
+    random = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(16, 16, generator=random)).Q
+    n_texts = 800
+    position = torch.arange(N_POSITIONS).repeat(n_texts)
+    text = torch.arange(n_texts).repeat_interleave(N_POSITIONS)
+    active = (torch.rand(len(position), 6, generator=random) < 0.25) * (
+        1 + torch.rand(len(position), 6, generator=random)
+    )
+    shared = basis[:6] + 0.0
+    vectors = active @ shared
+    side = torch.where(position < 8, 1.0, -1.0)[:, None]
+    vectors += side * (active[:, :3] @ basis[8:11])  # the first three lean one way early, the other way late
+    vectors += 0.01 * torch.randn(vectors.shape, generator=random)
+    activations = write_activations(tmp_path / "planted", vectors, position, text)
+    settings = TrainingSettings(n_steps=300, batch_tokens=512, learning_rate=3e-3, aux_k=0)
+    values = {**SPLIT, "start_latents": 6, "max_latents": 9, "n_splittings": 1, "first_splitting": 0.5,
+              "last_splitting": 0.5, "watch_steps": 30}  # fmt: skip
+    mask = make_mask(mask_settings(values), N_POSITIONS, 9)
+    rule = rule_settings({"kind": "topk", "k": 3})
+    if start == "from scratch":
+        sae = SparseAutoencoder(16, rule, mask)
+        with torch.no_grad():
+            rows = torch.nn.functional.normalize(shared + 0.2 * torch.randn(6, 16, generator=random), dim=1)
+            sae.encoder[:6], sae.decoder[:6] = rows, rows
+    else:
+        source = SparseAutoencoder(16, rule, make_mask(mask_settings({"kind": "open"}), N_POSITIONS, 6))
+        with torch.no_grad():
+            rows = torch.nn.functional.normalize(shared + 0.2 * torch.randn(6, 16, generator=random), dim=1)
+            source.encoder.copy_(rows)
+            source.decoder.copy_(rows)
+        train_on(source, activations, settings)
+        sae = started_from(source, mask)
+    train_on(sae, activations, settings)
+    openness = sae.mask.openness()
+    halves = [openness[:, latent] for latent in range(9) if not bool((openness[:, latent] == 1).all())]
+    assert len(halves) == 6
+    early = (torch.arange(N_POSITIONS) < 8).float()
+    assert all(torch.equal(half, early) or torch.equal(half, 1 - early) for half in halves)
