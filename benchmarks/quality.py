@@ -44,11 +44,11 @@ from posmask.training import TrainingSettings
 from posmask.training import train as train_sae
 
 BATCH_TOKENS = 2048
-# Of the L1 or L0 loss, so that the held-out L0 lies below, at and above 32.
+# Of the L1 or L0 loss, so that the held-out L0 lies below and above 32.
 COEFFICIENTS = {
-    "standard": {1e-3: (1.6, 1.8, 2.0), 3e-3: (1.6, 1.8, 2.0)},
-    "jumprelu": {1e-3: (1.0, 1.5, 2.0), 3e-3: (1.0, 1.5, 2.0)},
-    "gated": {1e-3: (1.8, 2.2, 2.6), 3e-3: (1.8, 2.2, 2.6)},
+    "standard": {3e-3: (2.0, 2.2)},
+    "jumprelu": {3e-3: (0.6, 0.75)},
+    "gated": {3e-3: (3.0, 3.8)},
 }
 RULES = {
     "standard": ("relu", "l1_coefficient"),
@@ -106,40 +106,30 @@ def train(run: Run, vectors: Vectors) -> Trained:
     return Trained(lambda x: sae.sparse_encode(x, one.expand(len(x))).dense(), sae.decode, trained.seconds)
 
 
-def at_k(lines: list[dict]) -> float | None:
-    """Explained variance where L0 is K, between the two coefficients around it; None where none lie around it."""
-    if lines[0]["k"] is not None:
-        return lines[0]["explained_variance"]
+def at_k(lines: list[dict]) -> tuple[float, float]:
+    """(explained variance, L0) where L0 is K, between the two coefficients around it; the nearest if none are."""
     points = sorted((line["l0"], line["explained_variance"]) for line in lines)
-    if not points[0][0] <= K <= points[-1][0]:
-        return None
-    return float(np.interp(K, *zip(*points, strict=True)))
+    if lines[0]["k"] is None and points[0][0] <= K <= points[-1][0]:
+        return float(np.interp(K, *zip(*points, strict=True))), K
+    l0, explained = min(points, key=lambda point: abs(point[0] - K))
+    return explained, l0
 
 
 def table(paths: list[Path]) -> None:
-    """A line an architecture: each one's better learning rate at seed 0, the runs of all seeds, the differences."""
-    runs = defaultdict(list)
+    """A line an architecture, seed 0 at each one's better learning rate: explained variance at L0 = K."""
+    runs = defaultdict(lambda: defaultdict(list))
     for path in paths:
         for line in read_lines(path):
-            runs[line["peer"], line["architecture"]].append(line)
+            if line["seed"] == SEEDS[0] and line["steps"] == STEPS:
+                runs[line["peer"], line["architecture"]][line["learning_rate"]].append(line)
     peers = list(dict.fromkeys(peer for peer, _ in runs))
-    print("| architecture | " + " | ".join(peers) + " |")
+    print("| rule | " + " | ".join(peers) + " |")
     print("|---" * (1 + len(peers)) + "|")
     for architecture in (*WITH_K, *WITH_COEFFICIENT):
         cells = []
         for peer in peers:
-            by_rate = defaultdict(list)
-            for line in runs[peer, architecture]:
-                if line["seed"] == SEEDS[0]:
-                    by_rate[line["learning_rate"]].append(line)
-            values = {rate: value for rate, lines in by_rate.items() if (value := at_k(lines)) is not None}
-            if not values:
-                cells.append("–")
-                continue
-            rate = max(values, key=values.__getitem__)
-            near = sorted(line["explained_variance"] for line in runs[peer, architecture] if line["seed"] != SEEDS[0])
-            others = f"; seeds 1, 2: {', '.join(f'{value:.4f}' for value in near)}" if near else ""
-            cells.append(f"{values[rate]:.4f} ({rate:g}{others})")
+            explained, l0 = max(at_k(lines) for lines in runs[peer, architecture].values())
+            cells.append(f"{explained:.4f}" + ("" if abs(l0 - K) < 0.5 else f" at L0 {l0:.1f}"))
         print(f"| {architecture} | " + " | ".join(cells) + " |")
 
 

@@ -33,12 +33,11 @@ def test_every_rule_and_every_mask_is_under_this_contract():
 
 @every_rule
 @every_mask
-@every_precision
-@pytest.mark.parametrize("lift", [False, True])
+@pytest.mark.parametrize(("dtype", "lift"), [(torch.float64, False), (torch.float64, True), (torch.float32, False)])
 def test_sparse_encode_equals_the_definition(rule, kind, apply, dtype, lift):
     sae = make_sae(kind, apply, rule=rule, dtype=dtype)
-    vectors, position = make_vectors(200, dtype=dtype)
-    shuffled = torch.randperm(200, generator=torch.Generator().manual_seed(0))
+    vectors, position = make_vectors(60, dtype=dtype)
+    shuffled = torch.randperm(60, generator=torch.Generator().manual_seed(0))
     vectors, position = vectors[shuffled], position[shuffled]  # any order of rows must do
     dense = sae.encode(vectors, position, lift=lift).detach()
     codes = sae.sparse_encode(vectors, position, lift=lift)
@@ -53,7 +52,7 @@ def test_sparse_encode_equals_the_definition(rule, kind, apply, dtype, lift):
 @pytest.mark.parametrize("changes", CHANGES)
 def test_fast_gradients_equal_the_definition(rule, kind, apply, changes):
     sae = make_sae(kind, apply, rule=rule, dtype=torch.float64, **changed(kind, changes))
-    vectors, position = make_vectors(150, dtype=torch.float64)
+    vectors, position = make_vectors(60, dtype=torch.float64)
     dead = torch.arange(D_SAE) % 3 == 0
     plain = plain_gradients(sae, vectors, position, dead=dead, aux_k=3)
     expected = gradients_of(sae)
@@ -79,7 +78,7 @@ def test_closed_latents_are_exactly_zero_and_get_exactly_no_gradient(rule, kind,
         sae.mask.route = lambda x, position: Routing(torch.full(x.shape[:-1], 1))
     closed_anywhere = False
     for place in (1, 15):
-        vectors, position = make_vectors(80)[0], torch.full((80,), place, dtype=torch.int32)
+        vectors, position = make_vectors(60)[0], torch.full((60,), place, dtype=torch.int32)
         row = 1 if kind == "switch" else place
         closed = sae.mask.table().detach()[row] == 0
         closed_anywhere |= bool(closed.any())
@@ -134,9 +133,8 @@ def test_texts_by_position_equal_single_tokens(rule, kind, apply, dtype):
 
 @every_rule
 @every_mask
-@pytest.mark.parametrize("changes", CHANGES)
-def test_a_written_sae_reads_back_with_the_same_codes(rule, kind, apply, changes, tmp_path):
-    sae = make_sae(kind, apply, rule=rule, **changed(kind, changes))
+def test_a_written_sae_reads_back_with_the_same_codes(rule, kind, apply, tmp_path):
+    sae = make_sae(kind, apply, rule=rule, **changed(kind, "free and leaky"))
     sae.center += 1.5
     sae.scale *= 2
     write_sae(sae, tmp_path)
@@ -148,7 +146,7 @@ def test_a_written_sae_reads_back_with_the_same_codes(rule, kind, apply, changes
     assert back.rule.settings == sae.rule.settings
 
 
-@every_rule
+@pytest.mark.parametrize("rule", ["topk", "gated"])  # one that chooses codes, one that computes them in blocks
 @every_mask
 def test_positions_beyond_the_context_are_refused_or_clamped(rule, kind, apply):
     sae = make_sae(kind, apply, rule=rule)
@@ -196,7 +194,7 @@ def test_float32_agrees_with_float64(rule, kind, apply):
     found = {}
     for dtype in (torch.float32, torch.float64):
         sae = make_sae(kind, apply, rule=rule, dtype=dtype)
-        vectors, position = make_vectors(200)
+        vectors, position = make_vectors(60)
         step = fast_gradients(sae, vectors.to(dtype), position)
         found[dtype] = step, sae.decoder.grad
     (low, gradient), (high, exact) = found.values()

@@ -1,16 +1,19 @@
 import csv
 import json
 import re
+from typing import Literal
 
 import pytest
 import torch
+from pydantic import Field
 
 from conftest import make_texts, train_on
-from posmask import assets, corpus, evaluation, folders, rows, study
+from posmask import assets, corpus, evaluation, folders, mask_kinds, masks, rows, rules, study
 from posmask.errors import BadSetting, DamagedFolder
 from posmask.metrics.in_model import WindowMass
 from posmask.probing import order_tasks, topics
 from posmask.report import write_report
+from posmask.sae import read_sae
 from posmask.verdicts import LEVEL, read_verdicts
 
 STUDY = """
@@ -218,6 +221,147 @@ def test_training_tokens_are_never_held_out_tokens(study_file, tmp_path):
         seen[name] = {tuple(ids.tolist()) for ids in texts if len(ids) == 14}
         assert len(seen[name]) > 50
     assert not seen["training"] & seen["heldout"]
+
+
+STARTED = """
+[[cells]]
+name = "open-half"
+mask = { kind = "open" }
+steps_share = 0.5
+[[cells]]
+name = "upcycled"
+mask = { kind = "slice", n_slices = 4 }
+budget = "compute"
+start = "open-half"
+[[cells]]
+name = "split"
+mask = { kind = "split", start_latents = 32, max_latents = 48, n_windows = 4, n_splittings = 1, watch_steps = 3 }
+budget = "compute"
+start = "open-half"
+[[cells]]
+name = "switch"
+mask = { kind = "switch", n_experts = 4 }
+budget = "compute"
+[[cells]]
+name = "by-sentence"
+mask = { kind = "budget", mean_openness = 0.25, coordinate = "sentence", free_fraction = 0.25 }
+"""
+
+
+def test_cells_that_start_from_another_take_the_rest_of_its_steps(study_file, tmp_path):
+    study_file.write_text(study_file.read_text().replace("decay = true\n", "") + STARTED)
+    root = tmp_path / "run"
+    found, _ = run(study_file, root)
+    value = {(row.cell, row.metric): row.value for row in found if not row.slice}
+    for cell, n_own in (("open", 20), ("open-half", 10), ("upcycled", 10), ("split", 10), ("switch", 20)):
+        total = 10 if cell == "open-half" else 20  # No free steps: those of the source count.
+        assert value[cell, "train_tokens"] == total * 256
+        curve = (root / "cells" / f"{cell}-seed0" / "curve.csv").read_text().splitlines()
+        assert int(curve[-1].split(",")[0]) == n_own
+    assert [value[cell, "d_sae"] for cell in ("upcycled", "split", "switch")] == [128, 48, 128]
+    assert value["upcycled", "strictness"] == 1
+    assert value["switch", "mean_openness"] == 1
+    # What it starts from is part of a cell's identity, and its source is made first.
+    study_file.write_text(study_file.read_text().replace("steps_share = 0.5", "steps_share = 0.4"))
+    settings = study.read_study(study_file)
+    states = dict(study.cell_states(settings, root))
+    assert {cell for cell, state in states.items() if state == "other settings"} == {
+        "open-half-seed0", "upcycled-seed0", "split-seed0",
+    }  # fmt: skip
+
+
+def test_cells_may_start_from_an_sae_that_a_user_brings(study_file, tmp_path):
+    run(study_file, tmp_path / "first")
+    brought = tmp_path / "first" / "cells" / "open-seed0"
+    base = study_file.read_text().replace("decay = true\n", "")
+    everywhere = base.replace('{ kind = "open" }', f'{{ kind = "open" }}\nstart = "{brought}"').replace(
+        'budget = "compute"', f'budget = "compute"\nstart = "{brought}"'
+    )
+    study_file.write_text(everywhere)
+    found, _ = run(study_file, tmp_path / "second")
+    tokens = {row.cell: row.value for row in found if row.metric == "train_tokens"}
+    assert tokens == {"open": 2 * 20 * 256, "slice-compute": 2 * 20 * 256}
+    start = json.loads((brought / "sae.json").read_text())
+    for change, message in (
+        ({"layer": 3}, "was trained on layer 3 of a model, not on 2"),
+        ({"weights": "others"}, "was trained on weights 'others' of a model"),
+    ):
+        (brought / "sae.json").write_text(json.dumps({**start, "origin": {**start["origin"], **change}}))
+        with pytest.raises(BadSetting, match=message):
+            run(study_file, tmp_path / "third")
+    (brought / "sae.json").write_text(json.dumps(start))
+    study_file.write_text(everywhere.replace("k = 4", "k = 3"))
+    with pytest.raises(BadSetting, match=r"would start from an SAE with the rule .* but sae.rule is"):
+        run(study_file, tmp_path / "third")
+    study_file.write_text(everywhere.replace("d_sae = 32", "d_sae = 24"))
+    with pytest.raises(BadSetting, match="does not open one copy of each of the 32 latents"):
+        run(study_file, tmp_path / "third")
+    study_file.write_text(everywhere.replace(str(brought), str(tmp_path / "nowhere")))
+    with pytest.raises(DamagedFolder, match="give the folder of an SAE"):
+        run(study_file, tmp_path / "third")
+    alone = base.replace('budget = "compute"', f'budget = "compute"\nstart = "{brought}"')
+    study_file.write_text(alone)
+    with pytest.raises(BadSetting, match="compared with an SAE of fewer training tokens"):
+        study.read_study(study_file)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('start = "open-half"', 'start = "opne"', "starts from 'opne', which is no cell (a folder needs a slash)"),
+        ('start = "open-half"', 'start = "switch"', "starts from switch, which is not an open cell of its own"),
+        ("steps_share = 0.5", "", "which leaves no step of its 20"),
+        ("steps_share = 0.5", "steps_share = 0.01", "steps_share = 0.01 of open-half makes 0 steps"),
+        ("steps_share = 0.5", "steps_share = 1.5", "steps_share = 1.5 is not valid"),
+        ("n_slices = 4 }\nbudget", "n_slices = 4, free_fraction = 1.5 }\nbudget", "cells.1.mask"),
+        ("mean_openness = 0.25", "mean_openness = 0.01", "would leave a position with no open latent"),
+        ("start_latents = 32", "start_latents = 16", "start_latents = 16 is not the 32 latents that are live"),
+        (
+            'kind = "slice", n_slices = 4 }\nbudget = "compute"\nstart',
+            'kind = "cohort", n_cohorts = 8, positions_per_latent = 4 }\nbudget = "compute"\nstart',
+            "does not open one copy of each of the 32 latents",
+        ),
+    ],
+)
+def test_starts_that_make_no_sense_are_refused_before_any_work(study_file, old, new, message):
+    text = study_file.read_text() + STARTED
+    assert old in text
+    study_file.write_text(text.replace(old, new))
+    with pytest.raises(BadSetting, match=re.escape(message)):
+        study.read_study(study_file)
+
+
+def test_a_new_kind_and_a_new_rule_take_one_class_and_one_entry(study_file, tmp_path, monkeypatch):
+    """As the README says; nothing else knows of them, and a study, its table and its page take them."""
+
+    class Odd(masks.PositionMask):
+        class Settings(masks.MaskSettings):
+            kind: Literal["odd"] = "odd"
+
+        def _start(self, random):
+            parity = torch.arange(self.n_positions)[:, None] % 2
+            self._fix((parity == torch.arange(self.n_bound) % 2).float())
+
+    class Floored(rules.ActivationRule):
+        class Settings(rules.RuleSettings):
+            kind: Literal["floored"] = "floored"
+            floor: float = Field(gt=0)
+
+        def codes(self, preactivation, openness, take):
+            value = rules.gated(preactivation, openness)
+            return value * (value > self.settings.floor)
+
+    monkeypatch.setitem(mask_kinds.MASKS, "odd", Odd)
+    monkeypatch.setitem(rules.RULES, "floored", Floored)
+    text = study_file.read_text().replace('{ kind = "topk", k = 4 }', '{ kind = "floored", floor = 0.1 }')
+    text = text.replace('{ kind = "slice", n_slices = 4 }\nbudget = "compute"', '{ kind = "odd", leak = 0.1 }')
+    study_file.write_text(text)
+    found, _ = run(study_file, tmp_path / "run")
+    assert {row.mask for row in found} == {"none", "open", "odd"}
+    assert write_report(tmp_path / "run").is_file()
+    back = read_sae(tmp_path / "run" / "cells" / "slice-compute-seed0")
+    assert isinstance(back.mask, Odd)
+    assert isinstance(back.rule, Floored)
 
 
 @pytest.mark.parametrize(

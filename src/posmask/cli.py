@@ -224,7 +224,7 @@ def _table(lines: list) -> Table:
     heads = [
         "expl.\nvar.",
         "CE\nrec.",
-        "reten-\ntion",
+        "ret.−\nchance",
         *(f"order\nk={k}" for k in ORDER_KS),
         *(f"probe\nk={k}" for k in PROBE_KS),
     ]
@@ -241,7 +241,7 @@ def _table(lines: list) -> Table:
     return table
 
 
-_OVERALL = ("explained_variance", "ce_recovered", "retention")
+_OVERALL = ("explained_variance", "ce_recovered", "retention_gain")
 
 
 if __name__ == "__main__":

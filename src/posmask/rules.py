@@ -112,7 +112,7 @@ def gated(preactivation: Tensor, openness: Tensor | None) -> Tensor:
 
 
 class _Penalised(RuleSettings):
-    penalty_warmup_share: float = Field(default=0.1, ge=0, le=1)
+    penalty_warmup_share: float = Field(default=0.05, ge=0, le=1)
     """The penalty rises linearly from 0 over this share of the steps."""
 
 
@@ -322,7 +322,7 @@ class JumpReLU(_WithPenalty):
     class Settings(_Penalised):
         kind: Literal["jumprelu"] = "jumprelu"
         l0_coefficient: float = Field(ge=0)
-        bandwidth: float = Field(default=1.0, gt=0)
+        bandwidth: float = Field(default=2.0, gt=0)
         """In units of codes, like `initial_threshold`: vectors are scaled to a mean |x|^2 of d_model."""
         initial_threshold: float = Field(default=0.5, gt=0)
 

@@ -18,7 +18,7 @@ class Line:
     """One line of the table: a cell at one pooling. NaN where a line has no such number.
 
     `order` and `probing` hold one mean accuracy for each k, over order tasks and over datasets; `overall` the cell's
-    other numbers by metric.
+    other numbers by metric, and `retention_gain`, retention less its chance, which differs between masks.
     """
 
     label: str
@@ -61,6 +61,9 @@ def summarise(rows: Sequence[Row]) -> list[Line]:
             )
 
         for pooling in poolings:
+            overall = {metric: _mean(found) for metric, found in by_metric.items()}
+            if "retention" in overall and "retention_chance" in overall:
+                overall["retention_gain"] = overall["retention"] - overall["retention_chance"]
             is_model, is_mean = own[0].mask == "none", pooling == "mean"
             who = "the model itself" if is_model else name
             line = Line(
@@ -70,7 +73,7 @@ def summarise(rows: Sequence[Row]) -> list[Line]:
                 budget=own[0].budget,
                 apply=own[0].apply,
                 n_seeds=len({row.seed for row in own}),
-                overall=defaultdict(lambda: math.nan, {metric: _mean(found) for metric, found in by_metric.items()}),
+                overall=defaultdict(lambda: math.nan, overall),
                 order={k: accuracy("order_accuracy", k, pooling) for k in ORDER_KS},
                 probing={k: accuracy("probe_accuracy", k, pooling) for k in PROBE_KS},
             )

@@ -38,6 +38,9 @@ class TrainingSettings(BaseModel):
     """The learning rate rises linearly from 0 over this share of the steps."""
     decay_share: float = Field(default=0.3, ge=0, le=1)
     """It falls linearly to 0 over this share, the last."""
+    max_gradient_norm: float | None = Field(default=1.0, gt=0)
+    """The gradient of all parameters but the mask's together is scaled down to this norm, as it nearly always is with
+    vectors at a mean |x|^2 of d_model. Else the large first gradients would slow Adam down for hundreds of steps."""
     mask_learning_rate: float = Field(default=0.01, gt=0)
     """Of a learned mask's own parameters; same warm-up and decay."""
     dead_after_eligible_tokens: int = Field(default=100_000, gt=0)
@@ -149,6 +152,8 @@ def train(
                 sae.mask.learn(step.openness_gradient)
             if sae.mask.watches:
                 sae.mask.observe(_observed(sae, step))
+            if settings.max_gradient_norm is not None:
+                torch.nn.utils.clip_grad_norm_(own, settings.max_gradient_norm)
             learning_rate = optimizer.param_groups[0]["lr"]
             optimizer.step()
             sae.mask.zero_grad()  # the SAE's own gradients are set anew each step

@@ -168,7 +168,7 @@ def strictness(lines: Sequence[Line]) -> alt.TopLevelMixin | None:
     charts = []
     for title, value_of in (
         ("explained variance", lambda line: line.overall["explained_variance"]),
-        ("retention", lambda line: line.overall["retention"]),
+        ("retention less its chance", lambda line: line.overall["retention_gain"]),
         ("order accuracy, k = 5", lambda line: line.order[5]),
         ("probing accuracy, k = 5", lambda line: line.probing[5]),
     ):
