@@ -55,7 +55,7 @@ MASKS = {
     "importance": {"kind": "importance", "positions_per_latent": 4},
     "band": {"kind": "band", "growth": 1.5},
     "budget": {"kind": "budget", "mean_openness": 0.25},
-    "split": {"kind": "split", "start_latents": 8, "max_latents": 32, "n_windows": 4, "n_splittings": 2},
+    "split": {"kind": "split", "start_latents": 8, "max_latents": 32, "n_windows": 4, "n_splittings": 3},
     "switch": {"kind": "switch", "n_experts": 4},
 }
 FORWARD_ONLY = ("split", "switch")  # without positions, or with latents that must be silent

@@ -121,3 +121,11 @@ def test_dropped_tokens_change_no_bit(activations, language_model, tokenizer, tm
 
 def tokenizer_folder(language_model):
     return language_model._body.config._name_or_path
+
+
+def test_training_batches_go_on_where_others_ended(activations):
+    whole = list(training_batches(activations, 512, 12, seed=3))
+    rest = list(training_batches(activations, 512, 7, seed=3, after=5))
+    assert len(rest) == 7
+    for one, other in zip(rest, whole[5:], strict=True):
+        assert torch.equal(one.vectors, other.vectors)

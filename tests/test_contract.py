@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from conftest import D_MODEL, D_SAE, KINDS, MASKS, N_POSITIONS, RULES, make_sae, make_vectors
+from conftest import D_MODEL, D_SAE, FORWARD_ONLY, KINDS, MASKS, N_POSITIONS, RULES, make_sae, make_vectors
 from posmask import mask_kinds, rules
 from posmask.errors import BadSetting
 from posmask.kernels import float32_stays_float32
@@ -13,13 +13,21 @@ from posmask.sae import read_sae, without_mask, write_sae
 
 every_rule = pytest.mark.parametrize("rule", RULES)
 every_mask = pytest.mark.parametrize(("kind", "apply"), KINDS)
+# The rest of these run in `make test-all`.
+every_mask_in_time = pytest.mark.parametrize(
+    ("kind", "apply"),
+    [
+        pytest.param(kind, apply, marks=[] if kind in ("open", "slice", "hard", "soft") else [pytest.mark.slow])
+        for kind, apply in KINDS
+    ],
+)
 every_precision = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 CHANGES = {"plain": {}, "free and leaky": {"free_fraction": 0.125, "leak": 0.3}}
 
 
 def changed(kind, changes):
-    """What every kind takes; a switch has no leak."""
-    return {name: value for name, value in CHANGES[changes].items() if (kind, name) != ("switch", "leak")}
+    """What a kind takes of them; a switch has no leak, and unborn latents of a split must be silent."""
+    return {name: value for name, value in CHANGES[changes].items() if name != "leak" or kind not in FORWARD_ONLY}
 
 
 def gradients_of(sae):
@@ -176,7 +184,7 @@ def test_without_its_mask_an_sae_codes_as_with_the_mask_lifted(rule, kind, apply
 
 
 @every_rule
-@every_mask
+@every_mask_in_time
 def test_bfloat16_selection_gives_float32_values_of_the_latents_it_chose(rule, kind, apply):
     sae = make_sae(kind, apply, rule=rule)
     vectors, position = make_vectors(150)
@@ -188,7 +196,7 @@ def test_bfloat16_selection_gives_float32_values_of_the_latents_it_chose(rule, k
 
 
 @every_rule
-@every_mask
+@every_mask_in_time
 def test_float32_agrees_with_float64(rule, kind, apply):
     assert float32_stays_float32()
     found = {}

@@ -247,6 +247,10 @@ def test_a_budget_keeps_the_gates_whose_closing_would_cost_most():
             {"kind": "split", "start_latents": 8, "max_latents": 32, "free_fraction": 0.5},
             "are all among the 16 free latents",
         ),
+        (
+            {"kind": "split", "start_latents": 8, "max_latents": 32, "n_splittings": 1},
+            "n_splittings = 1 cannot make 32 latents of 8",
+        ),
         ({"kind": "switch", "n_experts": 33}, "n_experts = 33 is more than the 32 latents"),
     ],
 )
@@ -267,6 +271,7 @@ def test_masks_that_do_not_fit_say_why(values, message):
         ({"kind": "open", "coordinate": "paragraph"}, "'context', 'sentence', 'line' or 'end'"),
         ({"kind": "split", "start_latents": 9, "max_latents": 8}, "start_latents = 9 is above max_latents = 8"),
         ({"kind": "split", "start_latents": 8, "max_latents": 9, "apply": "gradient"}, "unborn latents must be silent"),
+        ({"kind": "split", "start_latents": 8, "max_latents": 9, "leak": 0.1}, "unborn latents must be silent"),
         ({"kind": "switch", "n_experts": 4, "leak": 0.1}, "switch has no positions"),
         ({"kind": "soft", "low": 0.1, "high": 0.2, "sharpen_from": 0.9}, "sharpen_from, sharpen_to = 0.9, 0.8"),
         ({"kind": "budget", "mean_openness": 0.5, "sharpen_to": 0.1}, "sharpen_from, sharpen_to = 0.1, 0.1"),

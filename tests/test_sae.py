@@ -110,6 +110,8 @@ def test_a_source_that_does_not_fit_is_refused():
     ):
         with pytest.raises(BadSetting, match=message):
             started_from(source, make_mask(mask_settings(values), N_POSITIONS, d_sae))
+    with pytest.raises(BadSetting, match="multiplies codes by its router's p"):
+        started_from(source, make_mask(mask_settings({"kind": "switch", "n_experts": 4}), N_POSITIONS, 32))
     with pytest.raises(BadSetting, match="has a 'slice' mask: start from one that is open everywhere"):
         started_from(make_sae("slice"), make_mask(mask_settings(slices), N_POSITIONS, 32))
     with pytest.raises(BadSetting, match="contexts of 16 positions, not 12"):

@@ -297,11 +297,11 @@ def test_cells_may_start_from_an_sae_that_a_user_brings(study_file, tmp_path):
     with pytest.raises(BadSetting, match="does not open one copy of each of the 32 latents"):
         run(study_file, tmp_path / "third")
     study_file.write_text(everywhere.replace(str(brought), str(tmp_path / "nowhere")))
-    with pytest.raises(DamagedFolder, match="give the folder of an SAE"):
+    with pytest.raises(BadSetting, match="holds no readable SAE"):
         run(study_file, tmp_path / "third")
     alone = base.replace('budget = "compute"', f'budget = "compute"\nstart = "{brought}"')
     study_file.write_text(alone)
-    with pytest.raises(BadSetting, match="compared with an SAE of fewer training tokens"):
+    with pytest.raises(BadSetting, match="let all start from the same folder, or none"):
         study.read_study(study_file)
 
 

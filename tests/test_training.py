@@ -268,3 +268,12 @@ def test_a_mask_counts_positions_its_own_way(activations):
     codes = trained.sae.sparse_encode(batch.vectors, batch.counted("end"))
     assert torch.equal(batch.end[codes.token].long() // 4, codes.latent // 8)
     assert not torch.equal(batch.end, batch.position)
+
+
+@pytest.mark.parametrize("kind", ["open", "switch"])
+def test_the_batch_threshold_fits_codes_before_a_router_weighs_them(kind, activations):
+    sae = fresh_sae(kind, rule=RULES["batchtopk"])
+    trained = train_on(sae, activations, SETTINGS.model_copy(update={"n_steps": 150}))
+    batch = activations.batch(activations.keep.nonzero()[:, 0])
+    n_active = trained.sae.sparse_encode(batch.vectors, batch.position).n_active()
+    assert float(n_active.mean()) == pytest.approx(4, rel=0.2)

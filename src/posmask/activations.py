@@ -210,12 +210,17 @@ def evaluation_batches(activations: Activations, batch_tokens: int = 4096) -> It
     yield activations.batch(torch.arange(start, end))
 
 
-def training_batches(activations: Activations, batch_tokens: int, n_batches: int, seed: int) -> Iterator[Batch]:
+def training_batches(
+    activations: Activations, batch_tokens: int, n_batches: int, seed: int, *, after: int = 0
+) -> Iterator[Batch]:
     """Random batches of kept tokens: each token at most once an epoch, in a new order each epoch.
 
     What is left of an epoch after its last whole batch is not used in it.
 
     Within a batch tokens stand by position, which changes no loss and lets masks work on runs of tokens.
+
+    Args:
+        after: go on where so many batches end.
 
     Raises:
         NothingToDo: fewer kept tokens than one batch.
@@ -228,9 +233,11 @@ def training_batches(activations: Activations, batch_tokens: int, n_batches: int
     random = generator(seed, "batches")
     batches_per_epoch = len(kept) // batch_tokens
     order = kept
-    for number in range(n_batches):
+    for number in range(after + n_batches):
         place = number % batches_per_epoch
         if place == 0:
             order = kept[torch.randperm(len(kept), generator=random)]
+        if number < after:
+            continue
         index = order[place * batch_tokens : (place + 1) * batch_tokens]
         yield activations.batch(index[torch.sort(activations.position[index], stable=True).indices])

@@ -485,7 +485,8 @@ def _gated(product: Tensor, openness: Tensor, place: Tensor, latent_of: Tensor, 
         arrays = (product.to(openness.dtype), openness, place, latent_of, group, out)
         _gate_rows(*(array.numpy() for array in arrays))
         return out
-    return product.to(openness.dtype) * openness[place[:, None], latent_of[group]]
+    gate = openness[place[:, None], latent_of[group]]
+    return torch.where(gate > 0, product.to(openness.dtype) * gate, 0)
 
 
 def choose_in_rows(value: Tensor, choice: Choice) -> tuple[Tensor, Tensor]:

@@ -208,7 +208,8 @@ class Soft(PositionMask):
 
     The temperature falls geometrically from 1 to `last_temperature` over a stretch of the training; from `freeze_at`
     on the openness is no longer learned. `pressure` times the mean openness is a term of the training loss. As the log
-    had it: neither. With `apply = "gradient"` the loss does not depend on theta, so that only pressure moves it.
+    had it: neither. Openness within 1e-6 of 0 or 1 is 0 or 1. With `apply = "gradient"` the loss does not depend on
+    theta, so that only pressure moves it.
     """
 
     class Settings(MaskSettings):
@@ -241,12 +242,18 @@ class Soft(PositionMask):
         self.learns = True
 
     def _bound_openness(self) -> Float[Tensor, "position bound"]:
-        return torch.sigmoid(self.theta / self.temperature)
+        openness = torch.sigmoid(self.theta / self.temperature)
+        openness = torch.where(openness < 1e-6, 0.0, openness)
+        return torch.where(openness > 1 - 1e-6, 1.0, openness)
 
     def before_step(self, done: int, n_steps: int) -> None:
         ask = self.settings
         self.temperature.fill_(_temperature(done, n_steps, 1.0, ask.last_temperature, ask.sharpen_from, ask.sharpen_to))
         self.learns = done < ask.freeze_at * n_steps
+        self._changed()
+
+    def openness_parameters(self) -> list[nn.Parameter]:
+        return [self.theta]
 
     def _learn(self, gradient: Float[Tensor, "position bound"]) -> None:
         gradient = gradient if self.gates_code() else torch.zeros_like(gradient)
@@ -310,8 +317,8 @@ class Importance(PositionMask):
         ranked = (self.saliency + 1e-12 * self.tie).masked_fill(self.fixed_openness == 0, -1.0)
         kept = ranked.topk(n_open, dim=0).indices
         now = torch.zeros_like(self.fixed_openness).scatter_(0, kept, 1.0)
-        closed_before = self.tie.masked_fill(self.fixed_openness + now > 0, -1.0)
-        self.fixed_openness.copy_(now.scatter_(0, closed_before.topk(n_new, dim=0).indices, 1.0))
+        closed = self.tie.masked_fill(now > 0, -1.0)
+        self.fixed_openness.copy_(now.scatter_(0, closed.topk(n_new, dim=0).indices, 1.0))
         self.saliency *= 0.5
         self.tie.copy_(self.tie.roll(1, dims=0))  # other positions regrow next time
         self._changed()
@@ -372,7 +379,7 @@ class Budget(PositionMask):
         self.score.lerp_(fresh, 1 / self.settings.memory_steps)
 
     def before_step(self, done: int, n_steps: int) -> None:
-        self.watches = done <= self.settings.sharpen_to * n_steps
+        self.watches = done < self.settings.sharpen_to * n_steps
 
     def after_step(self, done: int, n_steps: int) -> None:
         ask = self.settings
@@ -442,11 +449,12 @@ class Split(PositionMask):
                     f"first_splitting = {self.first_splitting} comes after last_splitting = {self.last_splitting}: "
                     "give shares of the training in order"
                 )
-            if self.apply == "gradient":
-                raise ValueError('split needs apply = "forward": unborn latents must be silent')
+            if self.apply == "gradient" or self.leak:
+                raise ValueError('split needs apply = "forward" and no leak: unborn latents must be silent')
             return self
 
     settings: Settings
+    _window: Tensor
 
     def _start(self, random: torch.Generator) -> None:
         ask = self.settings
@@ -464,10 +472,15 @@ class Split(PositionMask):
                 "split: lower free_fraction or raise start_latents"
             )
         self._n_live = max(0, ask.start_latents - self.n_free)
+        if self._n_live * 2**ask.n_splittings < self.n_bound:
+            raise BadSetting(
+                f"n_splittings = {ask.n_splittings} cannot make {ask.max_latents} latents of {ask.start_latents}, as "
+                "each splits in two at most once a time: raise it"
+            )
         openness = torch.zeros(self.n_positions, self.n_bound)
         openness[:, : self._n_live] = 1
         self._fix(openness)
-        self._window = _blocks(self.n_positions, ask.n_windows)
+        self.register_buffer("_window", _blocks(self.n_positions, ask.n_windows), persistent=False)
         self._gathered: tuple[Tensor, Tensor, Tensor] | None = None
         self.watches = False
 
@@ -502,7 +515,6 @@ class Split(PositionMask):
         pairs = kernels.Grouped(pair_of[self._window[seen.place[token]], latent], len(squares))
         towards += pairs.sum_rows(value, seen.residual, token)
         squares += pairs.sum(value.square())
-        self._decoder = seen.decoder
 
     def after_step(self, done: int, n_steps: int) -> Copies | None:
         steps = self._splitting_steps(n_steps)
@@ -519,11 +531,11 @@ class Split(PositionMask):
         _, towards, squares = self._gathered
         by_window = self._by_window()
         alive = (by_window.amax(0) > 0).nonzero()[:, 0]
-        decoder = self._decoder[self.n_free :][alive]
         window, slot = by_window[:, alive].nonzero(as_tuple=True)  # in the order of the pairs
-        pulled = towards + squares[:, None] * decoder[slot]
-        total = torch.zeros(len(alive), pulled.shape[1], dtype=pulled.dtype).index_add_(0, slot, pulled)
-        weight = torch.zeros(len(alive), dtype=pulled.dtype).index_add_(0, slot, squares)
+        # G = towards + squares * decoder, whose second part is the same for all of a latent's windows and cancels.
+        pulled, squares = towards.double(), squares.double()
+        total = pulled.new_zeros(len(alive), pulled.shape[1]).index_add_(0, slot, pulled)
+        weight = pulled.new_zeros(len(alive)).index_add_(0, slot, squares)
         before, before_weight = torch.zeros_like(total), torch.zeros_like(weight)
         gains = pulled.new_full((len(by_window) - 1, self.n_bound), -torch.inf)
         ends = torch.bincount(window, minlength=len(by_window)).cumsum(0).tolist()

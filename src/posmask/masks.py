@@ -177,12 +177,20 @@ class PositionMask(nn.Module):
     def after_step(self, done: int, n_steps: int) -> Copies | None:
         """Called after each of `n_steps` training steps, `done` of which are behind us."""
 
+    def support(self) -> Bool[Tensor, "place latent"]:
+        """Where latents may speak, leaks aside."""
+        own = self._bound_openness().detach() > 0
+        return torch.cat([own.new_ones(len(own), self.n_free), own], 1)
+
     def bound_positions(self) -> Bool[Tensor, "position latent"]:
         """Where each latent was allowed to specialise; all True for latents that the mask binds to no set."""
         own = self._bound_openness().detach()
         strict = bool(((own == 0) | (own == 1)).all())
-        bound = own > 0 if strict else torch.ones_like(own, dtype=torch.bool)
-        return torch.cat([torch.ones(len(own), self.n_free, dtype=torch.bool, device=own.device), bound], 1)
+        return self.support() if strict else torch.ones_like(self.support())
+
+    def openness_parameters(self) -> list[nn.Parameter]:
+        """Parameters that training gives a learning rate of their own."""
+        return []
 
     def gates_code(self) -> bool:
         return self.settings.apply == "forward"
@@ -270,6 +278,9 @@ def live_groups(openness: Float[Tensor, "position latent"]) -> list[LiveGroup]:
     """
     live = openness > 0
     n_positions, d_sae = openness.shape
+    if bool(live.all()):
+        everywhere = torch.arange(n_positions, device=openness.device)
+        return [LiveGroup(everywhere, slice(0, d_sae), gated=bool((openness != 1).any()))]
     sets, group_of_position = torch.unique(live, dim=0, return_inverse=True)
     groups, scattered = [], 0
     for number, members in enumerate(sets):

@@ -39,7 +39,7 @@ class StepLoss:
     """What a step found besides the gradients it set. Losses are means over the batch's tokens.
 
     `reconstruction` is that of all codes together, whatever parts there are; `place` the row of the mask's table that
-    each token took; `residual` is x - x_hat.
+    each token took; `residual` is x - x_hat, `strength` what a router multiplied the codes by.
     """
 
     reconstruction: float
@@ -47,6 +47,7 @@ class StepLoss:
     codes: Codes
     place: Int[Tensor, " token"]
     residual: Float[Tensor, "token d_model"]
+    strength: Float[Tensor, " token"] | None
     openness_gradient: Float[Tensor, "place latent"] | None
 
 
@@ -161,6 +162,7 @@ def plain_gradients(
         Codes(token, latent, codes.detach()[token, latent], len(x), sae.d_sae),
         routing.place,
         -error.detach(),
+        None if routing.strength is None else routing.strength.detach(),
         table.grad,
     )
 
@@ -270,7 +272,7 @@ def _through_entries(
     sums.finish(bias_gradient)
     codes = Codes(chosen.token, chosen.latent, value, n, sae.d_sae)
     loss = float(error.square().sum(1).mean())
-    return StepLoss(loss, auxiliary, codes, place, -error, table_gradient), strength_gradient
+    return StepLoss(loss, auxiliary, codes, place, -error, strength, table_gradient), strength_gradient
 
 
 def _errors_of_parts(
@@ -337,7 +339,7 @@ def _through_blocks(sae: SparseAutoencoder, x: Tensor, routing: Routing, loss_to
         parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
     residual, strength_gradient = torch.empty_like(x), x.new_zeros(n)
     unmasked_bias = torch.zeros_like(sae.encoder_bias)
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    found = [(place[:0], place[:0], x.new_zeros(0))]
 
     for tokens, group in kernels.tokens_by_group(mask.groups(), place):
         latents, some = group.latents, x[tokens]
@@ -390,7 +392,8 @@ def _through_blocks(sae: SparseAutoencoder, x: Tensor, routing: Routing, loss_to
     order = torch.sort(token, stable=True).indices
     codes = Codes(token[order], latent[order], value[order], n, sae.d_sae)
     loss = float(residual.square().sum(1).mean())
-    return StepLoss(loss, 0.0, codes, place, residual, table_gradient), strength_gradient
+    strength = None if routing.strength is None else routing.strength.detach()
+    return StepLoss(loss, 0.0, codes, place, residual, strength, table_gradient), strength_gradient
 
 
 def _shared_of(latents: slice | Tensor, share: Tensor) -> Callable[[Tensor], Tensor]:

@@ -76,8 +76,8 @@ class ActivationRule(nn.Module):
         self.settings = settings
         self.register_buffer("level", None)
 
-    def nest(self, openness: Float[Tensor, "place latent"], n_free: int) -> None:
-        """Called once with the mask's first table, by rules that divide the latents into parts."""
+    def nest(self, support: Bool[Tensor, "place latent"], n_free: int) -> None:
+        """Called once with where latents may speak, for rules that divide them into parts."""
 
     def codes(
         self,
@@ -255,17 +255,17 @@ class Matryoshka(BatchTopK):
     def __init__(self, settings: Settings, d_sae: int) -> None:
         super().__init__(settings, d_sae)
         self.register_buffer("level", torch.zeros(d_sae, dtype=torch.int64))
-        self.nest(torch.ones(1, d_sae), 0)
+        self.nest(torch.ones(1, d_sae, dtype=torch.bool), 0)
 
     @property
     def _by_batch(self) -> bool:
         return self.settings.select == "batch"
 
-    def nest(self, openness: Tensor, n_free: int) -> None:
+    def nest(self, support: Tensor, n_free: int) -> None:
         parts = self.settings.parts
-        is_free = torch.arange(openness.shape[1], device=openness.device) < n_free
+        is_free = torch.arange(support.shape[1]) < n_free
         _, sets, counts = torch.unique(
-            torch.cat([is_free[None], openness > 0]), dim=1, return_inverse=True, return_counts=True
+            torch.cat([is_free[None], support]), dim=1, return_inverse=True, return_counts=True
         )
         sets = torch.where(counts[sets] < 2 * len(parts), -1, sets)
         for one in sets.unique():
@@ -317,7 +317,10 @@ def _near(value: Tensor, threshold: Tensor, bandwidth: float) -> Bool[Tensor, "t
 
 
 class JumpReLU(_WithPenalty):
-    """Gated pre-activations above a learned threshold of each latent (Rajamanoharan et al. 2024, arXiv 2407.14435)."""
+    """Gated pre-activations above a learned threshold of each latent (Rajamanoharan et al. 2024, arXiv 2407.14435).
+
+    Unlike there, the penalty's estimated gradient goes to the pre-activations too, not to the threshold alone.
+    """
 
     class Settings(_Penalised):
         kind: Literal["jumprelu"] = "jumprelu"

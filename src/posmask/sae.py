@@ -94,7 +94,7 @@ class SparseAutoencoder(nn.Module):
     def __init__(self, d_model: int, rule: RuleSettings, mask: PositionMask, seed: int = 0) -> None:
         super().__init__()
         self.rule = make_rule(rule, mask.d_sae)
-        self.rule.nest(mask.table().detach(), mask.n_free)
+        self.rule.nest(mask.support(), mask.n_free)
         self.mask = mask
         mask.meet(d_model, seed)
         rows = torch.randn(mask.d_sae, d_model, generator=generator(seed, "weights"))
@@ -203,7 +203,7 @@ class SparseAutoencoder(nn.Module):
         self, inputs: Tensor, place: Tensor, groups: list[LiveGroup], table: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(token, latent, value) of the active codes, for rules that see all pre-activations of the live latents."""
-        found = []
+        found = [(place[:0], place[:0], inputs.new_zeros(0))]
         for tokens, group in kernels.tokens_by_group(groups, place):
             latents = group.latents
             with kernels.fast_float32():
@@ -278,10 +278,14 @@ def started_from(source: SparseAutoencoder, mask: PositionMask, seed: int = 0) -
             f"the SAE to start from was trained on contexts of {source.mask.n_positions} positions, not "
             f"{mask.n_positions}: harvest at that length, or start from another"
         )
+    if mask.settings.kind == "switch":
+        raise BadSetting(
+            "a switch multiplies codes by its router's p, so it cannot do what an SAE did: leave out start"
+        )
     latent = torch.arange(mask.d_sae)
     live = mask.live() > 0
     unborn = ~live.any(0)
-    if mask.d_sae == n_latents:
+    if mask.d_sae == n_latents and not bool(unborn.any()):
         copied = latent
     else:
         per_block = max(1, n_latents - n_free)

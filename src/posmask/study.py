@@ -174,12 +174,15 @@ class StudySettings(_Settings):
         baseline = by_name.get(self.baseline or "")
         for cell in self.cells:
             source = by_name.get(cell.start or "")
+            if baseline is not None and baseline.start_folder != cell.start_folder:
+                raise ValueError(
+                    f"{cell.name} starts from {cell.start or 'scratch'}, but {baseline.name}, with which it would be "
+                    f"compared, from {baseline.start or 'scratch'}: let all start from the same folder, or none, since "
+                    "training tokens count"
+                )
+            if cell.decay and cell.mask.kind == "switch":
+                raise ValueError(f"{cell.name} has decay, but a switch cannot be trained on without its router")
             if cell.start is None or cell.start_folder:
-                if cell.start_folder and baseline is not None and baseline.start != cell.start:
-                    raise ValueError(
-                        f"{cell.name} starts from {cell.start}, but {baseline.name} does not, so that it would be "
-                        "compared with an SAE of fewer training tokens: let both start from it"
-                    )
                 if self.n_steps(cell) < 1:
                     raise ValueError(f"steps_share = {cell.steps_share} of {cell.name} makes 0 steps: raise it")
                 continue
@@ -271,7 +274,9 @@ def read_study(path: Path) -> StudySettings:
         study = StudySettings.model_validate(values)
         for cell in study.cells:  # Masks that do not fit are found here, not after the harvest.
             study.make_sae(cell, d_model=1, seed=study.seeds[0])
-            if cell.start is not None:
+            if cell.start_folder is not None:
+                study.start_sae(cell, read_sae(cell.start_folder), seed=study.seeds[0])
+            elif cell.start is not None:
                 stand_in = CellSettings(name="source", mask=mask_kinds.mask_settings({"kind": "open"}))
                 study.start_sae(cell, study.make_sae(stand_in, d_model=1, seed=0), seed=study.seeds[0])
     except ValidationError as error:
@@ -447,7 +452,7 @@ def _places(study: StudySettings, source: Source, root: Path) -> list[_Place]:
                 # Where the cell it starts from would be made anew, so must it be.
                 origin = study.cells[names.index(cell.start)]
                 start = root / "cells" / f"{cell.start}-seed{seed}"
-                made_from["start"] = {**origin.model_dump(mode="json")}
+                made_from["start"] = origin.model_dump(mode="json", exclude={"decay"})
             places.append(_Place(cell, seed, root / "cells" / f"{cell.name}-seed{seed}", made_from, start))
     return places
 
@@ -548,7 +553,8 @@ def _run_place(study: StudySettings, place: _Place, data: Data, baseline: list[r
                 sae = study.start_sae(cell, _read_start(place.start, data.training.d_model), place.seed)
                 before = read_origin(place.start).get("training_tokens", 0)
             settings = study.training.model_copy(update={"n_steps": study.n_steps(cell)})
-            batches = training_batches(data.training, settings.batch_tokens, settings.n_steps, place.seed)
+            taken = round(cell.steps_share * study.training.n_steps) - settings.n_steps  # by the cell it starts from
+            batches = training_batches(data.training, settings.batch_tokens, settings.n_steps, place.seed, after=taken)
             trained = training.train(sae, batches, settings, place.label)
             training.write_curve(draft / "curve.csv", trained.curve)
             n_tokens = before + trained.n_tokens
@@ -569,7 +575,7 @@ def _run_place(study: StudySettings, place: _Place, data: Data, baseline: list[r
                 *evaluate(sae, trained.dead, data, place.label),
             ]
             if cell.decay:
-                found += decay(sae, data, settings, place.seed, place.label)
+                found += decay(sae, data, study.training, place.seed, place.label)
             if study.evaluation.probe_datasets:
                 _write_saebench(draft / SAEBENCH_FILE, study, place, found, baseline)
             columns = {"mask": cell.mask.kind, "budget": cell.budget, "apply": cell.mask.apply}

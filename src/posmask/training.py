@@ -83,7 +83,9 @@ class DeadLatents:
 
     def __init__(self, sae: SparseAutoencoder, dead_after_eligible_tokens: int) -> None:
         self._limit = dead_after_eligible_tokens
-        self.eligible_since_fired: Float[Tensor, " latent"] = torch.zeros(sae.d_sae, dtype=torch.float64)
+        self.eligible_since_fired: Float[Tensor, " latent"] = torch.zeros(
+            sae.d_sae, dtype=torch.float64, device=sae.encoder.device
+        )
 
     @property
     def dead(self) -> Bool[Tensor, " latent"]:
@@ -92,7 +94,7 @@ class DeadLatents:
     def update(self, sae: SparseAutoencoder, step: objective.StepLoss) -> None:
         live = sae.mask.live()
         eligible = torch.bincount(step.place, minlength=len(live)).to(live.dtype) @ live
-        fired = torch.zeros(sae.d_sae, dtype=torch.bool)
+        fired = torch.zeros(sae.d_sae, dtype=torch.bool, device=live.device)
         fired[step.codes.latent] = True
         self.eligible_since_fired = torch.where(fired, 0.0, self.eligible_since_fired + eligible)
 
@@ -117,7 +119,7 @@ def train(
         NothingToDo: fewer kept tokens than a batch.
         DegenerateResult: the loss is not finite, or the trained SAE explains nothing.
     """
-    mask_parameters = list(sae.mask.parameters())
+    mask_parameters = sae.mask.openness_parameters()
     own = [p for p in sae.parameters() if p.requires_grad and all(p is not other for other in mask_parameters)]
     optimizer = torch.optim.Adam(
         [
@@ -160,7 +162,8 @@ def train(
             schedule.step()
             with torch.no_grad():
                 sae.decoder.div_(sae.decoder.norm(dim=1, keepdim=True))
-            sae.rule.after_step(step.codes.value)
+            codes, strength = step.codes, step.strength
+            sae.rule.after_step(codes.value if strength is None else codes.value / strength[codes.token])
             deaths.update(sae, step)
             copies = sae.mask.after_step(done, settings.n_steps)
             if copies is not None:
