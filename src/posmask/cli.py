@@ -214,7 +214,7 @@ def _peak_gigabytes() -> float:
 
 def _number(value: float) -> str:
     """Three decimals without the leading zero, as wide as the column needs."""
-    return "–" if value != value else f"{value:.3f}".removeprefix("0")
+    return "–" if value != value else f"{value:.3f}".replace("0.", ".", 1)
 
 
 def _table(lines: list) -> Table:
