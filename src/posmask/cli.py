@@ -213,7 +213,11 @@ def _peak_gigabytes() -> float:
 
 
 def _number(value: float) -> str:
-    """Three decimals without the leading zero, as wide as the column needs."""
+    """Three decimals without the leading zero, as wide as the column needs.
+
+    >>> _number(0.826), _number(-0.006), _number(1.0)
+    ('.826', '-.006', '1.000')
+    """
     return "–" if value != value else f"{value:.3f}".replace("0.", ".", 1)
 
 
