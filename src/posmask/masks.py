@@ -21,7 +21,6 @@ from posmask.errors import BadSetting
 from posmask.seeds import generator
 
 __all__ = [
-    "COORDINATES",
     "Coordinate",
     "Copies",
     "LiveGroup",
@@ -34,7 +33,6 @@ __all__ = [
 ]
 
 Coordinate = Literal["context", "sentence", "line", "end"]
-COORDINATES: tuple[Coordinate, ...] = ("context", "sentence", "line", "end")
 
 
 class MaskSettings(BaseModel):
