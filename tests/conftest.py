@@ -6,7 +6,7 @@ os.environ.setdefault("NUMBA_NUM_THREADS", "2")
 
 from jaxtyping import install_import_hook
 
-# Shapes are checked here and nowhere else. kernels.py is left out: numba compiles its functions.
+# Shapes are checked here and nowhere else. kernels.py and choosing.py are left out: numba compiles their functions.
 _CHECKED = [
     "masks",
     "mask_kinds",
@@ -29,6 +29,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from posmask import kernels
 from posmask.activations import Activations, Batch, harvest, training_batches
 from posmask.corpus import pack
 from posmask.mask_kinds import make_mask, mask_settings
@@ -41,6 +42,15 @@ from posmask.training import train
 torch.set_num_threads(1)  # Everything here is small: a second thread would mostly wait for the first.
 
 collect_ignore = ["interop/record_saebench.py"]  # Runs in another environment.
+
+
+
+@pytest.fixture(params=["compiled", "torch operations"])
+def either_way(request, monkeypatch):
+    """Twice: with the compiled loops of the CPU, and with what other devices do."""
+    if request.param != "compiled":
+        monkeypatch.setattr(kernels, "compiled", lambda tensor: False)
+
 
 N_POSITIONS = 16
 D_MODEL = 12

@@ -12,6 +12,7 @@ LEVELS = [
     ["folders"],
     ["assets", "masks", "intervals", "summary", "verdicts"],
     ["kernels", "model", "corpus"],
+    ["choosing"],
     ["mask_kinds", "rules", "activations"],
     ["sae"],
     ["objective", "metrics", "probing"],

@@ -2,51 +2,9 @@ import pytest
 import torch
 
 from posmask import kernels
-from posmask.kernels import Above, LargestOfBatch, LargestOfToken
 
 
-def table(n_latents, dtype):
-    product = torch.randn(20, n_latents, generator=torch.Generator().manual_seed(n_latents)).to(dtype)
-    product[3] = -1.0  # a row in which nothing is positive
-    product[5, ::3] = -torch.inf  # as in columns that only fill up
-    return product
-
-
-def chosen_values(value, choice):
-    row, column = kernels.choose_in_rows(value, choice)
-    pairs = list(zip(row.tolist(), column.tolist(), strict=True))
-    assert len(set(pairs)) == len(pairs)
-    assert row.tolist() == sorted(row.tolist())
-    return [(r, float(value[r, c])) for r, c in pairs]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize(("n_latents", "k"), [(7, 10), (40, 4), (300, 32), (1000, 200)])
-def test_the_largest_of_tokens_and_of_the_batch_are_those_that_sorting_finds(dtype, n_latents, k):
-    value = table(n_latents, dtype)
-    rows = [sorted((v for v in row if v > 0), reverse=True)[:k] for row in value.double().tolist()]
-    found = chosen_values(value, LargestOfToken(k))
-    # By value, since of equal entries (common in bfloat16) any may be taken.
-    for number, row in enumerate(rows):
-        assert sorted((v for r, v in found if r == number), reverse=True) == row
-    everything = sorted((v for v in value.double().flatten().tolist() if v > 0), reverse=True)
-    found = chosen_values(value, LargestOfBatch(k))
-    assert sorted((v for _, v in found), reverse=True) == everything[: 20 * k]
-    found = chosen_values(value, Above(0.5))
-    assert sorted((v for _, v in found), reverse=True) == [v for v in everything if v > 0.5]
-
-
-def test_exactly_k_of_equal_entries_are_taken():
-    ones = torch.ones(2, 300)
-    for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        row, column = kernels.choose_in_rows(ones.to(dtype), LargestOfToken(32))
-        assert torch.bincount(row).tolist() == [32, 32]
-        assert len({*zip(row.tolist(), column.tolist(), strict=True)}) == 64
-        row, _ = kernels.choose_in_rows(ones.to(dtype), LargestOfBatch(32))
-        assert len(row) == 64
-
-
-def test_dictionary_products_equal_plain_loops():
+def test_dictionary_products_equal_plain_loops(either_way):
     random = torch.Generator().manual_seed(0)
     rows = torch.randn(6, 5, generator=random, dtype=torch.float64)
     dictionary = torch.randn(9, 5, generator=random, dtype=torch.float64)
@@ -65,6 +23,51 @@ def test_dictionary_products_equal_plain_loops():
     torch.testing.assert_close(by_token.sum_rows(weight, dictionary, latent), decoded)
     torch.testing.assert_close(by_latent.sum_rows(weight, rows, token), summed)
     torch.testing.assert_close(by_latent.sum(weight), total)
+    twice = by_latent.sum_rows(weight, rows, token, out=summed.clone(), add=True)
+    torch.testing.assert_close(twice, 2 * summed)
+
+
+@pytest.mark.parametrize("n_parts", [1, 3])
+def test_what_entries_leave_of_a_target_equals_plain_loops(n_parts, either_way):
+    random = torch.Generator().manual_seed(0)
+    target = torch.randn(6, 5, generator=random, dtype=torch.float64)
+    dictionary = torch.randn(9, 5, generator=random, dtype=torch.float64)
+    token = torch.randint(6, (31,), generator=random).sort().values
+    latent, value = torch.randint(9, (31,), generator=random), torch.rand(31, generator=random, dtype=torch.float64)
+    level = torch.randint(n_parts, (9,), generator=random)
+    level[0] = n_parts - 1
+    remainders = []
+    for part in range(n_parts):
+        rest = target.clone()
+        for entry in range(31):
+            if level[latent[entry]] <= part:
+                rest[token[entry]] -= value[entry] * dictionary[latent[entry]]
+        remainders.append(rest)
+    left, along = kernels.explain(target, token, latent, value, dictionary, None if n_parts == 1 else level)
+    for part in range(n_parts):
+        torch.testing.assert_close(left[part], sum(remainders[part:]))
+    for entry in range(31):
+        expected = left[level[latent[entry]], token[entry]] @ dictionary[latent[entry]]
+        torch.testing.assert_close(along[entry], expected)
+
+
+def test_vectors_are_centred_whatever_their_precision_and_memory_order(either_way):
+    random = torch.Generator().manual_seed(0)
+    vectors = torch.randn(4, 3, generator=random)
+    center, bias = torch.randn(3, generator=random), torch.randn(3, generator=random)
+    order = torch.tensor([3, 1, 1, 0])
+    for given in (vectors, vectors.T.contiguous().T, vectors.bfloat16(), vectors.double(), vectors.half()):
+        expected = (given.float() - center) / 2.5 - bias
+        found = kernels.centred(given, None, center, torch.tensor(2.5), bias)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(kernels.centred(given, order, center, torch.tensor(2.5), bias), expected[order])
+
+
+def test_rows_get_unit_norm(either_way):
+    rows = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
+    expected = rows / rows.norm(dim=1, keepdim=True)
+    kernels.unit_rows_(rows)
+    torch.testing.assert_close(rows, expected)
 
 
 def test_fast_float32_restores_the_setting():

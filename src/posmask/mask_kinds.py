@@ -605,6 +605,7 @@ class Switch(PositionMask):
             return self
 
     settings: Settings
+    reads_vectors = True
 
     def _start(self, random: torch.Generator) -> None:
         n_experts = self.settings.n_experts

@@ -113,6 +113,8 @@ class PositionMask(nn.Module):
     fixed_openness: Tensor
     learns: bool = False
     """Whether training should hand `learn` the gradient of the loss with respect to the table."""
+    reads_vectors: bool = False
+    """Whether `route` looks at the vectors, and not at positions alone."""
     watches: bool = False
     """Whether training should show `observe` the step's codes and residual."""
 
@@ -155,7 +157,11 @@ class PositionMask(nn.Module):
         return self.table()
 
     def route(self, x: Float[Tensor, "*token d_model"], position: Int[Tensor, "*token"]) -> Routing:
-        """Each token's row of the table: its position."""
+        """Each token's row of the table: its position.
+
+        Args:
+            x: in the SAE's units; anything where `reads_vectors` is False.
+        """
         return Routing(position.long())
 
     def learn(self, gradient: Float[Tensor, "place latent"]) -> None:

@@ -16,7 +16,7 @@ of its gradient.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from posmask import kernels
-from posmask.masks import Routing
+from posmask.choosing import Choice, LargestOfToken, Precision, choose, in_group_order, pieces
 from posmask.rules import Coded
 from posmask.sae import Codes, SparseAutoencoder
 
@@ -38,13 +38,18 @@ AUX_WEIGHT = 1 / 32
 class StepLoss:
     """What a step found besides the gradients it set. Losses are means over the batch's tokens.
 
-    `reconstruction` is that of all codes together, whatever parts there are; `place` the row of the mask's table that
-    each token took; `residual` is x - x_hat, `strength` what a router multiplied the codes by.
+    `reconstruction` is that of all codes together, whatever parts there are; `fired` which latents were active on any
+    token, `n_active` the number of active codes and `least` the least of them, before a router's strength; `place` the
+    row of the mask's table that each token took; `residual` is x - x_hat, `strength` what a router multiplied the
+    codes by. `codes` is None where it was not asked for and had to be collected.
     """
 
     reconstruction: float
     auxiliary: float
-    codes: Codes
+    fired: Bool[Tensor, " latent"]
+    n_active: int
+    least: float
+    codes: Codes | None
     place: Int[Tensor, " token"]
     residual: Float[Tensor, "token d_model"]
     strength: Float[Tensor, " token"] | None
@@ -159,6 +164,9 @@ def plain_gradients(
     return StepLoss(
         float(error.detach().square().sum(1).mean()),
         float(auxiliary.detach()),
+        (codes > 0).any(0),
+        len(token),
+        float(coded.codes.detach()[token, latent].min()) if len(token) else 0.0,
         Codes(token, latent, codes.detach()[token, latent], len(x), sae.d_sae),
         routing.place,
         -error.detach(),
@@ -175,228 +183,310 @@ def fast_gradients(
     *,
     dead: Bool[Tensor, " latent"] | None = None,
     aux_k: int = 0,
-    precision: kernels.Precision = "float32",
+    precision: Precision = "float32",
     loss_tokens: int | None = None,
+    with_codes: bool = True,
 ) -> StepLoss:
     """The same loss and gradients without what is closed or zero; the one place that chooses how.
 
     Rules that make few codes active from the start work on active codes alone. The others need all pre-activations of
-    the latents that are live at a position, and work on blocks of them.
+    the latents that are live at a position, and work on blocks of them. Either way tokens are taken in the order of
+    the mask's live groups, which costs a copy where the batch is laid out otherwise.
+
+    Args:
+        precision: bfloat16 is for float32 SAEs. Where few codes are chosen it decides only which; all values and
+            gradients are float32. The other rules' products with the dictionary all carry its rounding.
+        with_codes: whether the codes are wanted where collecting them costs time.
     """
-    x = sae.normalise(vectors)
     with torch.enable_grad():
-        routing = sae.mask.route(x, position)
+        routing = sae.mask.route(sae.normalise(vectors) if sae.mask.reads_vectors else vectors, position)
+    order, ends = in_group_order(sae.mask.groups(), routing.place)
+    work = _Work(
+        sae,
+        inputs=kernels.centred(vectors, order, sae.center, sae.scale, sae.decoder_bias.detach()),
+        place=_in_order(routing.place, order),
+        ends=ends,
+        strength=None if routing.strength is None else _in_order(routing.strength.detach(), order),
+        loss_tokens=loss_tokens or len(vectors),
+    )
     if sae.rule.training_choice() is None:
-        found, strength_gradient = _through_blocks(sae, x, routing, loss_tokens or len(x))
+        found = _through_blocks(work, precision, with_codes)
     else:
         revived = dead if sae.rule.revives and aux_k and dead is not None and bool(dead.any()) else None
-        found, strength_gradient = _through_entries(sae, x, routing, revived, aux_k, precision, loss_tokens or len(x))
+        found = _through_entries(work, revived, aux_k, precision)
+    if order is not None:
+        found = _as_they_came(found, order)
     if routing.strength is not None:
         assert routing.penalty is not None
+        strength_gradient = torch.empty_like(work.strength_gradient)
+        strength_gradient[slice(None) if order is None else order] = work.strength_gradient
         torch.autograd.backward([routing.strength, routing.penalty], [strength_gradient, torch.ones(())])
     return found
 
 
-def _through_entries(
-    sae: SparseAutoencoder,
-    x: Tensor,
-    routing: Routing,
-    dead: Tensor | None,
-    aux_k: int,
-    precision: kernels.Precision,
-    loss_tokens: int,
-) -> tuple[StepLoss, Tensor]:
-    mask, place, n = sae.mask, routing.place, len(x)
-    inputs = x - sae.decoder_bias
-    table = mask.table().detach()
-    table_gradient = torch.zeros_like(table) if mask.learns else None
-    strength = None if routing.strength is None else routing.strength.detach()
-    strength_gradient = x.new_zeros(n)
-    decoder = sae.decoder.detach()
-    sums = _ParameterGradients(sae, inputs)
+class _Work:
+    """A batch as it is worked on, tokens in the order of live groups, and what it sends to the mask."""
 
-    def choose(choice: kernels.Choice, among: Tensor | None) -> tuple[kernels.Entries, Tensor, Tensor]:
-        """The chosen entries, their openness and their codes."""
-        with kernels.fast_float32():
-            chosen = kernels.choose(
-                inputs,
-                place,
-                sae.encoder.detach(),
-                sae.encoder_bias.detach(),
-                mask.groups(),
-                table,
-                choice,
-                precision=precision,
-                among=among,
-            )
-        rows = table[place[chosen.token], chosen.latent]
-        value = chosen.preactivation * rows if mask.gates_code() else chosen.preactivation
-        return chosen, rows, value if strength is None else value * strength[chosen.token]
+    def __init__(
+        self,
+        sae: SparseAutoencoder,
+        inputs: Tensor,
+        place: Tensor,
+        ends: list[int],
+        strength: Tensor | None,
+        loss_tokens: int,
+    ) -> None:
+        self.sae = sae
+        self.inputs = inputs  # x - decoder_bias
+        self.place = place
+        self.ends = ends  # where in the order of tokens each live group ends
+        self.strength = strength
+        self.loss_tokens = loss_tokens
+        self.table = sae.mask.table().detach()
+        self.table_gradient = torch.zeros_like(self.table) if sae.mask.learns else None
+        self.strength_gradient = inputs.new_zeros(len(inputs))
 
-    def send(chosen: kernels.Entries, rows: Tensor, value: Tensor, gradient: Tensor, row: Tensor) -> None:
-        """Add what these entries send back, given dL/d(output) in `gradient`, of which entry e takes row[e]."""
-        code_gradient = kernels.dot_rows(gradient, row, decoder, chosen.latent)
-        if strength is not None:
-            strength_gradient.index_add_(0, chosen.token, code_gradient * value / strength[chosen.token])
-            code_gradient = code_gradient * strength[chosen.token]
-        if table_gradient is not None:
-            index = place[chosen.token] * sae.d_sae + chosen.latent
-            table_gradient.view(-1).index_add_(0, index, code_gradient * chosen.preactivation)
-        if mask.gates_code():
-            share, preactivation_gradient = torch.ones_like(rows), code_gradient * rows
-        else:
-            share, preactivation_gradient = rows, code_gradient
-        sums.add(chosen, value, preactivation_gradient, share, gradient, row)
 
+def _in_order(tensor: Tensor, order: Tensor | None) -> Tensor:
+    return tensor if order is None else tensor[order]
+
+
+def _as_they_came(found: StepLoss, order: Tensor) -> StepLoss:
+    """The same with tokens as they stood in the batch, of which `order` lists those worked on."""
+    codes = found.codes
+    if codes is not None:
+        token = order[codes.token]
+        entry = kernels.Grouped(token, codes.n_tokens).order
+        codes = replace(codes, token=token[entry], latent=codes.latent[entry], value=codes.value[entry])
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order), device=order.device)
+    return replace(
+        found,
+        codes=codes,
+        place=found.place[back],
+        residual=found.residual[back],
+        strength=None if found.strength is None else found.strength[back],
+    )
+
+
+def _through_entries(work: _Work, dead: Tensor | None, aux_k: int, precision: Precision) -> StepLoss:
+    sae, n = work.sae, len(work.inputs)
     training_choice = sae.rule.training_choice()
     assert training_choice is not None
-    chosen, rows, value = choose(training_choice, None)
-    errors, row = _errors_of_parts(sae, x, chosen, value)
-    n_parts = len(errors) // n
+    sums = _ParameterGradients(work)
+    chosen = _choose(work, training_choice, precision)
+    n_parts = 1 if sae.rule.level is None else int(sae.rule.level.max()) + 1
+    left = sums.explain(work.inputs, chosen, 2 / (work.loss_tokens * n_parts), sae.rule.level)
     # What a latent of part m does shows in the errors of m and of all later parts.
-    gradient = errors.view(n_parts, n, -1).flip(0).cumsum(0).flip(0).reshape(errors.shape) * (
-        2 / (loss_tokens * n_parts)
-    )
-    send(chosen, rows, value, gradient, row)
-    bias_gradient = gradient[:n].sum(0)
-    error = errors[-n:]
-
+    bias_gradient = left[0].sum(0) * (-2 / (work.loss_tokens * n_parts))
+    residual = left[-1]
     auxiliary = 0.0
     if dead is not None:
-        revived, dead_rows, dead_value = choose(kernels.LargestOfToken(aux_k), dead)
-        tokens = kernels.Grouped(revived.token, n)
-        error_of_error = tokens.sum_rows(dead_value, decoder, revived.latent) + error
-        send(revived, dead_rows, dead_value, error_of_error * (2 * AUX_WEIGHT / loss_tokens), revived.token)
-        auxiliary = float(error_of_error.square().sum(1).mean())
-
+        revived = _choose(work, LargestOfToken(aux_k), precision, among=dead)
+        left = sums.explain(residual, revived, 2 * AUX_WEIGHT / work.loss_tokens)
+        auxiliary = _mean_square(left[0])
     sums.finish(bias_gradient)
-    codes = Codes(chosen.token, chosen.latent, value, n, sae.d_sae)
-    loss = float(error.square().sum(1).mean())
-    return StepLoss(loss, auxiliary, codes, place, -error, strength, table_gradient), strength_gradient
+    value, strength = chosen.value, work.strength
+    fired = torch.zeros(sae.d_sae, dtype=torch.bool, device=value.device)
+    fired[chosen.latent] = True
+    return StepLoss(
+        _mean_square(residual),
+        auxiliary,
+        fired,
+        len(value),
+        float((value if strength is None else value / strength[chosen.token]).min()) if len(value) else 0.0,
+        Codes(chosen.token, chosen.latent, value, n, sae.d_sae),
+        work.place,
+        residual,
+        strength,
+        work.table_gradient,
+    )
 
 
-def _errors_of_parts(
-    sae: SparseAutoencoder, x: Tensor, chosen: kernels.Entries, value: Tensor
-) -> tuple[Tensor, Tensor]:
-    """(x_hat - x from each nested part, one below the other [part * token, d_model]; each entry's row in it)."""
-    level = sae.rule.level
-    n_parts = 1 if level is None else int(level.max()) + 1
-    row = chosen.token if level is None else level[chosen.latent] * len(x) + chosen.token
-    own = kernels.Grouped(row, n_parts * len(x)).sum_rows(value, sae.decoder.detach(), chosen.latent)
-    own = own.view(n_parts, len(x), -1)
-    own[0] += sae.decoder_bias - x
-    return own.cumsum(0).view(n_parts * len(x), -1), row
+def _mean_square(rows: Tensor) -> float:
+    return float(torch.linalg.vector_norm(rows).square()) / len(rows)
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """Active codes: what they are made of, and their values with gate and router's strength."""
+
+    token: Tensor
+    latent: Tensor
+    preactivation: Tensor
+    openness: Tensor | None  # None: 1 for all
+    value: Tensor
+
+
+def _choose(work: _Work, choice: Choice, precision: Precision, among: Tensor | None = None) -> _Chosen:
+    sae = work.sae
+    found = choose(
+        work.inputs,
+        work.place,
+        work.ends,
+        sae.encoder.detach(),
+        sae.encoder_bias.detach(),
+        sae.mask.groups(),
+        work.table,
+        choice,
+        precision=precision,
+        among=among,
+    )
+    openness = None
+    if not sae.mask.gates_code() or any(group.gated for group in sae.mask.groups()):
+        openness = work.table[work.place[found.token], found.latent]
+    value = found.preactivation
+    if sae.mask.gates_code() and openness is not None:
+        value = value * openness
+    if work.strength is not None:
+        value = value * work.strength[found.token]
+    return _Chosen(found.token, found.latent, found.preactivation, openness, value)
 
 
 class _ParameterGradients:
-    """Sums what sparse entries send to the SAE's parameters, and sets their `.grad` at the end."""
+    """Sums what entries send to the SAE's parameters, and sets their `.grad` at the end."""
 
-    def __init__(self, sae: SparseAutoencoder, encoder_input: Tensor) -> None:
-        self._sae = sae
-        self._encoder_input = encoder_input
-        self._sent: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-
-    def add(
-        self,
-        chosen: kernels.Entries,
-        value: Tensor,
-        preactivation_gradient: Tensor,
-        share: Tensor,
-        output_gradient: Tensor,
-        row: Tensor,
-    ) -> None:
-        by_latent = kernels.Grouped(chosen.latent, self._sae.d_sae)
-        masked = preactivation_gradient * share
+    def __init__(self, work: _Work) -> None:
+        self._work = work
+        self._first = True
         # The last step's gradients are written over, which is faster than allocating as many pages anew.
-        old = (self._sae.encoder.grad, self._sae.decoder.grad) if not self._sent else (None, None)
-        self._sent.append(
-            (
-                by_latent.sum_rows(masked, self._encoder_input, chosen.token, out=old[0]),
-                by_latent.sum(masked),
-                by_latent.sum_rows(value * share, output_gradient, row, out=old[1]),
-                by_latent.sum(preactivation_gradient),
-            )
-        )
+        sae = work.sae
+        for parameter in (sae.encoder, sae.decoder):
+            if parameter.grad is None:
+                parameter.grad = torch.empty_like(parameter)
+        self._bias = torch.zeros_like(sae.encoder_bias)
+        self._unmasked_bias = torch.zeros_like(sae.encoder_bias)
 
-    def finish(self, output_gradient_total: Tensor) -> None:
-        sae = self._sae
-        encoder, encoder_bias, decoder, unmasked_bias = self._sent[0]
-        for sent in self._sent[1:]:
-            for total, part in zip((encoder, encoder_bias, decoder, unmasked_bias), sent, strict=True):
-                total += part
-        sae.encoder.grad, sae.encoder_bias.grad, sae.decoder.grad = encoder, encoder_bias, decoder
+    def explain(self, target: Tensor, chosen: _Chosen, slope: float, level: Tensor | None = None) -> Tensor:
+        """Take the codes from the target, and add what slope / 2 * |what is left|^2 sends back; see kernels.explain.
+
+        Args:
+            slope: 2 / number of tokens, for a mean over them.
+        """
+        work, sae, token, latent = self._work, self._work.sae, chosen.token, chosen.latent
+        left, along = kernels.explain(target, token, latent, chosen.value, sae.decoder.detach(), level)
+        pulled = along * -slope
+        if work.strength is not None:
+            work.strength_gradient.index_add_(0, token, pulled * chosen.value / work.strength[token])
+            pulled = pulled * work.strength[token]
+        if work.table_gradient is not None:
+            index = work.place[token] * sae.d_sae + latent
+            work.table_gradient.view(-1).index_add_(0, index, pulled * chosen.preactivation)
+        value, masked = chosen.value, pulled
+        if chosen.openness is not None:
+            masked = pulled * chosen.openness
+            if sae.mask.gates_code():
+                pulled = masked
+            else:
+                value = value * chosen.openness
+        by_latent = kernels.Grouped(latent, sae.d_sae)
+        row = token if level is None else level[latent] * len(target) + token
+        add = not self._first
+        by_latent.sum_rows(masked, work.inputs, token, out=sae.encoder.grad, add=add)
+        by_latent.sum_rows(value * -slope, left.view(-1, sae.d_model), row, out=sae.decoder.grad, add=add)
+        self._bias += by_latent.sum(masked)
+        self._unmasked_bias += by_latent.sum(pulled)
+        self._first = False
+        return left
+
+    def finish(self, bias_gradient: Tensor) -> None:
+        sae = self._work.sae
+        sae.encoder_bias.grad = self._bias
         # The encoder's input is x - decoder_bias, so every pre-activation pulls the decoder bias the other way.
-        sae.decoder_bias.grad = output_gradient_total - unmasked_bias @ sae.encoder
+        sae.decoder_bias.grad = bias_gradient - self._unmasked_bias @ sae.encoder
 
 
-def _through_blocks(sae: SparseAutoencoder, x: Tensor, routing: Routing, loss_tokens: int) -> tuple[StepLoss, Tensor]:
-    mask, place, n = sae.mask, routing.place, len(x)
-    inputs = x - sae.decoder_bias
-    table = mask.table().detach()
-    table_gradient = torch.zeros_like(table) if mask.learns else None
-    parameters = [sae.encoder, sae.encoder_bias, sae.decoder, sae.decoder_bias, *sae.rule.parameters()]
-    for parameter in parameters:
+def _through_blocks(work: _Work, precision: Precision, with_codes: bool) -> StepLoss:
+    sae, mask, n = work.sae, work.sae.mask, len(work.inputs)
+    for parameter in (sae.encoder, sae.encoder_bias, sae.decoder, sae.decoder_bias, *sae.rule.parameters()):
         parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
-    residual, strength_gradient = torch.empty_like(x), x.new_zeros(n)
+    low = precision == "bfloat16" and work.inputs.dtype == torch.float32
+    encoder, decoder, inputs = (part.bfloat16() if low else part for part in (sae.encoder, sae.decoder, work.inputs))
+    residual = torch.empty_like(work.inputs)
     unmasked_bias = torch.zeros_like(sae.encoder_bias)
-    found = [(place[:0], place[:0], x.new_zeros(0))]
+    n_active_of = torch.zeros(sae.d_sae, dtype=torch.int64, device=residual.device)
+    every = torch.arange(sae.d_sae, device=residual.device)
+    found = [(work.place[:0], work.place[:0], residual.new_zeros(0))]
 
-    for tokens, group in kernels.tokens_by_group(mask.groups(), place):
-        latents, some = group.latents, x[tokens]
-        encoder, decoder = sae.encoder[latents], sae.decoder[latents]
-        rows = table[place[tokens]][:, latents]
-        share = torch.ones_like(rows) if mask.gates_code() else rows
+    def product(left: Tensor, right: Tensor) -> Tensor:
+        return (left.bfloat16() @ right if low else left @ right).to(residual.dtype)
+
+    for rows, group in pieces(mask.groups(), work.ends, _BLOCK_NUMBERS):
+        latents, strength = group.latents, None if work.strength is None else work.strength[rows, None]
+        encoder_here, decoder_here = encoder[latents], decoder[latents]
+        ungated = not mask.learns and (not mask.gates_code() or not group.gated)
+        openness_here = None
+        if not ungated or not mask.gates_code():
+            openness_here = work.table[work.place[rows]][:, latents]
+        share = None if mask.gates_code() else openness_here
         with kernels.fast_float32():
-            preactivation = (inputs[tokens] @ encoder.T + sae.encoder_bias[latents]).requires_grad_()
+            preactivation = product(inputs[rows], encoder_here.T).add_(sae.encoder_bias[latents]).requires_grad_()
         with torch.enable_grad():
-            gate = rows.clone().requires_grad_(mask.learns)
-            openness = gate if mask.gates_code() else 1 + (gate - rows)
-            plain = not mask.learns and (not mask.gates_code() or not group.gated)
-            coded = sae.rule.training_codes(preactivation, None if plain else openness, _shared_of(latents, share))
+            gate = openness = None
+            if openness_here is not None and not ungated:
+                gate = openness_here.clone().requires_grad_(mask.learns)
+                openness = gate if mask.gates_code() else 1 + (gate - openness_here)
+            coded = sae.rule.training_codes(preactivation, openness, _shared_of(latents, share))
         codes = coded.codes.detach()
-        strength = None if routing.strength is None else routing.strength.detach()[tokens, None]
         spoken = codes if strength is None else codes * strength
         with kernels.fast_float32():
-            error = spoken @ decoder + sae.decoder_bias - some
-            output_gradient = error * (2 / loss_tokens)
-            code_gradient = output_gradient @ decoder.T
+            error = product(spoken, decoder_here) - work.inputs[rows]
+            output_gradient = error * (2 / work.loss_tokens)
+            code_gradient = product(output_gradient, decoder_here.T)
             if strength is not None:
-                strength_gradient[tokens] = (code_gradient * codes).sum(1)
+                work.strength_gradient[rows] = (code_gradient * codes).sum(1)
                 code_gradient = code_gradient * strength
             outputs, gradients = [coded.codes], [code_gradient]
             if coded.penalty is not None:
-                outputs, gradients = [*outputs, coded.penalty], [*gradients, x.new_ones(()) / loss_tokens]
+                outputs, gradients = [*outputs, coded.penalty], [*gradients, error.new_ones(()) / work.loss_tokens]
             if coded.through_gate is not None:
-                gate_error = coded.through_gate.detach() @ decoder + sae.decoder_bias - some
+                gate_error = product(coded.through_gate.detach(), decoder_here) - work.inputs[rows]
                 outputs = [*outputs, coded.through_gate]
-                gradients = [*gradients, gate_error @ decoder.T * (2 / loss_tokens)]
+                gradients = [*gradients, product(gate_error, decoder_here.T) * (2 / work.loss_tokens)]
             torch.autograd.backward(outputs, gradients)
             assert preactivation.grad is not None
-            masked = preactivation.grad * share
-            _add_at(sae.encoder.grad, latents, masked.T @ inputs[tokens])
-            _add_at(sae.decoder.grad, latents, (spoken * share).T @ output_gradient)
+            masked = preactivation.grad if share is None else preactivation.grad * share
+            spoken_share = spoken if share is None else spoken * share
+            _add_at(sae.encoder.grad, latents, product(masked.T, inputs[rows]))
+            _add_at(sae.decoder.grad, latents, product(spoken_share.T, output_gradient.to(inputs.dtype)))
         _add_at(sae.encoder_bias.grad, latents, masked.sum(0))
-        _add_at(unmasked_bias, latents, preactivation.grad.sum(0))
-        if table_gradient is not None and gate.grad is not None:
-            numbers = torch.arange(sae.d_sae, device=x.device)[latents]
-            table_gradient.index_put_((place[tokens, None], numbers), gate.grad, accumulate=True)
+        _add_at(unmasked_bias, latents, masked.sum(0) if share is None else preactivation.grad.sum(0))
+        if work.table_gradient is not None and gate is not None and gate.grad is not None:
+            work.table_gradient.index_put_((work.place[rows, None], every[latents]), gate.grad, accumulate=True)
         assert sae.decoder_bias.grad is not None
         sae.decoder_bias.grad += output_gradient.sum(0)
-        residual[tokens] = -error
-        row, column = spoken.nonzero(as_tuple=True)
-        found.append((tokens[row], torch.arange(sae.d_sae, device=x.device)[latents][column], spoken[row, column]))
+        residual[rows] = -error
+        n_active_of[latents] += (spoken > 0).sum(0)
+        if with_codes:
+            row, column = spoken.nonzero(as_tuple=True)
+            found.append((row + rows.start, every[latents][column], spoken[row, column]))
 
     assert sae.decoder_bias.grad is not None
     sae.decoder_bias.grad -= unmasked_bias @ sae.encoder
-    token, latent, value = (torch.cat(parts) for parts in zip(*found, strict=True))
-    order = torch.sort(token, stable=True).indices
-    codes = Codes(token[order], latent[order], value[order], n, sae.d_sae)
-    loss = float(residual.square().sum(1).mean())
-    strength = None if routing.strength is None else routing.strength.detach()
-    return StepLoss(loss, 0.0, codes, place, residual, strength, table_gradient), strength_gradient
+    codes = None
+    if with_codes:
+        token, latent, value = (torch.cat(parts) for parts in zip(*found, strict=True))
+        codes = Codes(token, latent, value, n, sae.d_sae)
+    return StepLoss(
+        _mean_square(residual),
+        0.0,
+        n_active_of > 0,
+        int(n_active_of.sum()),
+        0.0,
+        codes,
+        work.place,
+        residual,
+        work.strength,
+        work.table_gradient,
+    )
 
 
-def _shared_of(latents: slice | Tensor, share: Tensor) -> Callable[[Tensor], Tensor]:
+_BLOCK_NUMBERS = 2**22  # 16 MB of float32; with few rows a piece the sums over tokens would be slow
+
+
+def _shared_of(latents: slice | Tensor, share: Tensor | None) -> Callable[[Tensor], Tensor]:
+    if share is None:
+        return lambda parameter: parameter[latents]
     return lambda parameter: _Shared.apply(parameter[latents], share)
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from posmask.errors import BadSetting
-from posmask.kernels import Above, Choice, LargestOfBatch, LargestOfToken, choose_in_rows
+from posmask.choosing import Above, Choice, LargestOfBatch, LargestOfToken
 
 __all__ = ["RULES", "ActivationRule", "Coded", "RuleSettings", "Take", "TopK", "make_rule", "rule_settings"]
 
@@ -103,8 +103,8 @@ class ActivationRule(nn.Module):
     def before_step(self, done: int, n_steps: int) -> None:
         """Called before each of `n_steps` training steps, `done` of which are behind us."""
 
-    def after_step(self, value: Float[Tensor, " entry"]) -> None:
-        """Called after each step with its active codes."""
+    def after_step(self, least: float) -> None:
+        """Called after each step with its least active code, 0 where `training_choice` is None."""
 
 
 def gated(preactivation: Tensor, openness: Tensor | None) -> Tensor:
@@ -195,6 +195,7 @@ class BatchTopK(TopK):
     def __init__(self, settings: Settings, d_sae: int) -> None:
         super().__init__(settings, d_sae)
         self.register_buffer("threshold", torch.zeros(()))
+        self._least = 0.0  # of the last step's codes
 
     @property
     def _by_batch(self) -> bool:
@@ -210,21 +211,20 @@ class BatchTopK(TopK):
         if not self._by_batch:
             return super().training_codes(preactivation, openness, take)
         value = gated(preactivation, openness)
-        chosen = torch.zeros_like(value)
-        chosen[choose_in_rows(value.detach(), self.training_choice())] = 1
-        return Coded(value * chosen)
+        top = value.flatten().topk(min(self.settings.k * len(value), value.numel()))
+        return Coded(torch.zeros_like(value).flatten().scatter(0, top.indices, top.values * (top.values > 0)).view_as(value))
 
     def choice(self) -> Choice:
         return Above(float(self.threshold)) if self._by_batch else super().choice()
 
     def training_choice(self) -> Choice:
-        return LargestOfBatch(self.settings.k) if self._by_batch else super().choice()
+        return LargestOfBatch(self.settings.k, near=0.8 * self._least) if self._by_batch else super().choice()
 
-    def after_step(self, value: Tensor) -> None:
-        if self._by_batch and len(value):
-            least = value.min()
+    def after_step(self, least: float) -> None:
+        if self._by_batch and least > 0:
+            self._least = least
             rate = self.settings.threshold_rate if float(self.threshold) > 0 else 1.0
-            self.threshold.lerp_(least.to(self.threshold.dtype), rate)
+            self.threshold.lerp_(self.threshold.new_tensor(least), rate)
 
 
 class Matryoshka(BatchTopK):
@@ -345,7 +345,7 @@ class JumpReLU(_WithPenalty):
         active = _Count.apply(value, threshold, self.settings.bandwidth)
         return Coded(codes, self._warmth * self.settings.l0_coefficient * active.sum())
 
-    def after_step(self, value: Float[Tensor, " entry"]) -> None:
+    def after_step(self, least: float) -> None:
         self.threshold.data.clamp_(min=0)
 
 

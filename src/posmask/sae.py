@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from posmask import kernels
+from posmask.choosing import Precision, choose, in_group_order, pieces
 from posmask.errors import BadSetting, DamagedFolder
 from posmask.mask_kinds import make_mask, mask_settings
 from posmask.masks import Copies, LiveGroup, PositionMask
@@ -165,57 +166,53 @@ class SparseAutoencoder(nn.Module):
         *,
         lift: bool = False,
         beyond: Literal["refuse", "clamp"] = "refuse",
-        precision: kernels.Precision = "float32",
+        precision: Precision = "float32",
     ) -> Codes:
         """The same codes as `encode`, found without computing what is closed or zero.
 
         Args:
             precision: of the product that chooses the latents; the values are always computed in full.
         """
-        x = self.normalise(vectors)
-        routing = self.mask.route(x, self._checked(position, beyond))
+        position = self._checked(position, beyond)
+        routing = self.mask.route(self.normalise(vectors) if self.mask.reads_vectors else vectors, position)
         table = self.mask.table().detach()
         groups = [_everything(table)] if lift else self.mask.groups()
         gates = self.mask.gates_code() and not lift
-        inputs, choice = x - self.decoder_bias, self.rule.choice()
+        order, ends = in_group_order(groups, routing.place)
+        inputs = kernels.centred(vectors, order, self.center, self.scale, self.decoder_bias.detach())
+        place, choice = routing.place if order is None else routing.place[order], self.rule.choice()
         if choice is None:
-            token, latent, value = self._encode_blocks(inputs, routing.place, groups, table if gates else None)
+            token, latent, value = self._encode_blocks(inputs, place, ends, groups, table if gates else None)
         else:
-            with kernels.fast_float32():
-                found = kernels.choose(
-                    inputs,
-                    routing.place,
-                    self.encoder.detach(),
-                    self.encoder_bias.detach(),
-                    groups,
-                    table,
-                    choice,
-                    precision=precision,
-                )
+            encoder, bias = self.encoder.detach(), self.encoder_bias.detach()
+            found = choose(inputs, place, ends, encoder, bias, groups, table, choice, precision=precision)
             token, latent, value = found.token, found.latent, found.preactivation
             if gates:
-                value = value * table[routing.place[token], latent]
+                value = value * table[place[token], latent]
+        if order is not None:
+            token = order[token]
+            entry = kernels.Grouped(token, len(vectors)).order
+            token, latent, value = token[entry], latent[entry], value[entry]
         if routing.strength is not None:
             value = value * routing.strength[token]
-        return Codes(token, latent, value, len(x), self.d_sae)
+        return Codes(token, latent, value, len(vectors), self.d_sae)
 
     def _encode_blocks(
-        self, inputs: Tensor, place: Tensor, groups: list[LiveGroup], table: Tensor | None
+        self, inputs: Tensor, place: Tensor, ends: list[int], groups: list[LiveGroup], table: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(token, latent, value) of the active codes, for rules that see all pre-activations of the live latents."""
         found = [(place[:0], place[:0], inputs.new_zeros(0))]
-        for tokens, group in kernels.tokens_by_group(groups, place):
+        for rows, group in pieces(groups, ends):
             latents = group.latents
             with kernels.fast_float32():
-                preactivation = inputs[tokens] @ self.encoder[latents].T + self.encoder_bias[latents]
-            openness = table[place[tokens]][:, latents] if table is not None and group.gated else None
+                preactivation = inputs[rows] @ self.encoder[latents].T + self.encoder_bias[latents]
+            openness = table[place[rows]][:, latents] if table is not None and group.gated else None
             codes = self.rule.codes(preactivation, openness, lambda parameter, latents=latents: parameter[latents])
             row, column = codes.nonzero(as_tuple=True)
             numbers = torch.arange(self.d_sae, device=inputs.device)[latents]
-            found.append((tokens[row], numbers[column], codes[row, column]))
+            found.append((row + rows.start, numbers[column], codes[row, column]))
         token, latent, value = (torch.cat(parts) for parts in zip(*found, strict=True))
-        order = torch.sort(token, stable=True).indices
-        return token[order], latent[order], value[order]
+        return token, latent, value
 
     @torch.no_grad()
     def sparse_decode(self, codes: Codes) -> Float[Tensor, "token d_model"]:

@@ -11,10 +11,10 @@ from jaxtyping import Bool, Float
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from posmask import objective
+from posmask import kernels, objective
 from posmask.activations import Batch
 from posmask.errors import DegenerateResult
-from posmask.kernels import Precision
+from posmask.choosing import Precision
 from posmask.masks import Copies, Observed
 from posmask.progress import progress_bar
 from posmask.rows import write_records
@@ -94,9 +94,7 @@ class DeadLatents:
     def update(self, sae: SparseAutoencoder, step: objective.StepLoss) -> None:
         live = sae.mask.live()
         eligible = torch.bincount(step.place, minlength=len(live)).to(live.dtype) @ live
-        fired = torch.zeros(sae.d_sae, dtype=torch.bool, device=live.device)
-        fired[step.codes.latent] = True
-        self.eligible_since_fired = torch.where(fired, 0.0, self.eligible_since_fired + eligible)
+        self.eligible_since_fired = torch.where(step.fired, 0.0, self.eligible_since_fired + eligible)
 
     def copy_(self, copies: Copies) -> None:
         self.eligible_since_fired[copies.target] = self.eligible_since_fired[copies.source]
@@ -144,6 +142,7 @@ def train(
                 aux_k=settings.aux_k,
                 precision=settings.selection,
                 loss_tokens=settings.batch_tokens,
+                with_codes=sae.mask.watches,
             )
             if not math.isfinite(step.reconstruction):
                 raise DegenerateResult(
@@ -160,10 +159,8 @@ def train(
             optimizer.step()
             sae.mask.zero_grad()  # the SAE's own gradients are set anew each step
             schedule.step()
-            with torch.no_grad():
-                sae.decoder.div_(sae.decoder.norm(dim=1, keepdim=True))
-            codes, strength = step.codes, step.strength
-            sae.rule.after_step(codes.value if strength is None else codes.value / strength[codes.token])
+            kernels.unit_rows_(sae.decoder.detach())
+            sae.rule.after_step(step.least)
             deaths.update(sae, step)
             copies = sae.mask.after_step(done, settings.n_steps)
             if copies is not None:
@@ -185,6 +182,7 @@ def train(
 
 def _observed(sae: SparseAutoencoder, step: objective.StepLoss) -> Observed:
     codes = step.codes
+    assert codes is not None
     return Observed(step.place, codes.token, codes.latent, codes.value, step.residual, sae.decoder.detach())
 
 
@@ -223,7 +221,7 @@ def _point(
         loss=step.reconstruction,
         auxiliary_loss=step.auxiliary,
         explained_variance=1 - step.reconstruction / variance,
-        l0=float(step.codes.n_active().mean()),
+        l0=step.n_active / len(batch),
         dead_latents=n_dead,
         mean_openness=mean_openness,
     )

@@ -1,0 +1,510 @@
+"""Which latents speak: the encoder's product, only where latents are live, and the choice among its numbers.
+
+The product is made in pieces of some tokens of one live group, and each piece is chosen from while it is still in the
+processor's cache; there is never one of a whole batch. On the CPU the choice is compiled by numba on the user's
+machine; on other devices the same comes from torch operations.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from posmask import kernels
+from posmask.masks import LiveGroup
+
+__all__ = [
+    "Above",
+    "Choice",
+    "Entries",
+    "LargestOfBatch",
+    "LargestOfToken",
+    "Precision",
+    "choose",
+    "in_group_order",
+    "pieces",
+]
+
+Precision = Literal["float32", "bfloat16"]
+"""In which precision the encoder's product is made to choose latents; their values are always full precision."""
+
+
+@dataclass(frozen=True)
+class LargestOfToken:
+    """The k largest positive numbers of each token."""
+
+    k: int
+
+
+@dataclass(frozen=True)
+class LargestOfBatch:
+    """The largest positive numbers of the batch, k times as many as it has tokens.
+
+    `near` is a guess of the least of them, which changes nothing but the time that is needed: the closer from below
+    the better.
+    """
+
+    k: int
+    near: float = 0.0
+
+
+@dataclass(frozen=True)
+class Above:
+    """All numbers above a threshold of at least 0."""
+
+    threshold: float
+
+
+Choice = LargestOfToken | LargestOfBatch | Above
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Chosen pairs of token and latent, those of a token together, tokens in order.
+
+    `preactivation` is x . encoder + bias, above 0, before the gate.
+    """
+
+    token: Tensor  # [entry]
+    latent: Tensor  # [entry]
+    preactivation: Tensor  # [entry]
+
+
+def in_group_order(groups: Sequence[LiveGroup], place: Tensor) -> tuple[Tensor | None, list[int]]:
+    """The order of tokens that puts each live group's together, and where in it each group ends.
+
+    The order is None where tokens stand so already.
+
+    Args:
+        place: [token], each of which is in `positions` of exactly one group.
+    """
+    if len(groups) == 1:
+        return None, [len(place)]
+    n_places = sum(len(group.positions) for group in groups)
+    group_of_place = torch.empty(n_places, dtype=torch.int64, device=place.device)
+    for number, group in enumerate(groups):
+        group_of_place[group.positions] = number
+    group_of_token = group_of_place[place]
+    ends = torch.bincount(group_of_token, minlength=len(groups)).cumsum(0).tolist()
+    if bool((group_of_token[1:] >= group_of_token[:-1]).all()):
+        return None, ends
+    return torch.sort(group_of_token.to(torch.int16), stable=True).indices, ends
+
+
+def pieces(
+    groups: Sequence[LiveGroup], ends: Sequence[int], numbers: int = 2**20
+) -> Iterator[tuple[slice, LiveGroup]]:
+    """The rows of each group that has any, few enough at a time that a table of them stays in the cache.
+
+    Args:
+        numbers: in that table, a row a token and a column a live latent.
+    """
+    for group, start, end in zip(groups, [0, *ends[:-1]], ends, strict=True):
+        live = group.latents.stop - group.latents.start if isinstance(group.latents, slice) else len(group.latents)
+        step = max(_LEAST_ROWS, numbers // max(live, 1) // 64 * 64)
+        for first in range(start, end, step):
+            yield slice(first, min(end, first + step)), group
+
+
+_LEAST_ROWS = 256  # with fewer the product itself becomes slower
+
+
+def choose(
+    x: Tensor,
+    place: Tensor,
+    ends: Sequence[int],
+    encoder: Tensor,
+    bias: Tensor,
+    groups: Sequence[LiveGroup],
+    openness: Tensor,
+    choice: Choice,
+    *,
+    precision: Precision = "float32",
+    among: Tensor | None = None,
+) -> Entries:
+    """The entries that `choice` takes by openness * relu(x . encoder + bias), among those live at each token's place.
+
+    Of equal numbers any may be taken, but never more than `choice` allows.
+
+    Args:
+        x: [token d_model] with the decoder bias already taken off; place: [token], a row of `openness`; tokens in
+            the order of groups.
+        ends: where in it each group ends (see `in_group_order`).
+        encoder: [latent d_model]; bias: [latent]; openness: [place latent].
+        groups: which latents are live where; nothing else is computed.
+        among: [latent] bool, to choose among these only.
+    """
+    low = precision == "bfloat16" and x.dtype == torch.float32
+    inputs, weights = (x.bfloat16(), encoder.bfloat16()) if low else (x, encoder)
+    found = _Found(choice, len(x), bias)
+    buffer = inputs.new_empty(0)
+    latents, live_bias, gathered = bias, bias, weights
+    last: LiveGroup | None = None
+    with kernels.fast_float32():
+        for rows, group in pieces(groups, ends):
+            if group is not last:
+                latents, gathered = _live_rows(weights, group, among)
+                live_bias, last = bias[latents], group
+            if not len(latents):
+                continue
+            # Rows are rounded up, into the next group's, so that the library meets few shapes: it compiles a kernel
+            # for each.
+            n_rows = min(len(inputs) - rows.start, -(-(rows.stop - rows.start) // _ROWS_MULTIPLE) * _ROWS_MULTIPLE)
+            if buffer.numel() < n_rows * len(gathered):
+                buffer = inputs.new_empty(n_rows * len(gathered))
+            product = buffer[: n_rows * len(gathered)].view(n_rows, len(gathered))
+            torch.mm(inputs[rows.start : rows.start + n_rows], gathered.T, out=product)
+            gate = (openness, place[rows]) if group.gated else None
+            found.add(product, rows, live_bias, latents, gate)
+    if isinstance(choice, LargestOfBatch) and found.missing and choice.near > 0:
+        lower = replace(choice, near=0.0)
+        return choose(x, place, ends, encoder, bias, groups, openness, lower, precision=precision, among=among)
+    token, latent, preactivation = found.entries()
+    if low:
+        preactivation = (kernels.dot_rows(x, token, encoder, latent) + bias[latent]).clamp(
+            min=torch.finfo(x.dtype).tiny
+        )
+    return Entries(token, latent, preactivation)
+
+
+_ROWS_MULTIPLE = 32
+_COLUMNS_MULTIPLE = 32
+
+
+def _live_rows(weights: Tensor, group: LiveGroup, among: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(numbers of a group's live latents, their rows of the encoder, and some more to round their count up)."""
+    every = torch.arange(len(weights), device=weights.device)
+    latents = every[group.latents]
+    if among is not None:
+        latents = latents[among[latents]]
+    elif isinstance(group.latents, slice):
+        return latents, weights[group.latents]
+    padding = latents.new_zeros(-len(latents) % _COLUMNS_MULTIPLE)
+    return latents, weights.index_select(0, torch.cat([latents, padding]))
+
+
+class _Found:
+    """What was chosen so far. Tables of a piece have a row a token, and maybe more, and a column a live latent."""
+
+    def __init__(self, choice: Choice, n_tokens: int, bias: Tensor) -> None:
+        self._choice = choice
+        self._wanted = choice.k * n_tokens if isinstance(choice, LargestOfBatch) else None
+        self._floor = choice.threshold if isinstance(choice, Above) else 0.0
+        if isinstance(choice, LargestOfBatch):
+            self._floor = choice.near
+        none = torch.empty(0, dtype=torch.int64, device=bias.device)
+        self._found: list[tuple[Tensor, ...]] = [(none, none, bias.new_empty(0), bias.new_empty(0))]
+
+    def add(
+        self, product: Tensor, rows: slice, bias: Tensor, latents: Tensor, gate: tuple[Tensor, Tensor] | None
+    ) -> None:
+        """
+        Args:
+            bias, latents: [live]; gate: (a table of openness for all latents, the row of it for each token).
+        """
+        n_rows = rows.stop - rows.start
+        if kernels.compiled(product):
+            row, column, preactivation, value = _take_compiled(
+                product, n_rows, bias, latents, gate, self._choice, self._floor
+            )
+        else:
+            row, column, preactivation, value = _take(
+                product[:n_rows, : len(latents)], bias, latents, gate, self._choice, self._floor
+            )
+        self._found.append((row + rows.start, latents[column], preactivation, value))
+        if self._wanted is not None and self._n_found > 2 * self._wanted:
+            self._cut(self._wanted)
+
+    @property
+    def _n_found(self) -> int:
+        return sum(len(part[0]) for part in self._found)
+
+    @property
+    def missing(self) -> bool:
+        """Whether fewer were found than the batch's largest are."""
+        return self._wanted is not None and self._n_found < self._wanted
+
+    def _cut(self, wanted: int) -> None:
+        """Drop all but the largest; nothing smaller can be among the batch's largest any more."""
+        joined = tuple(torch.cat(parts) for parts in zip(*self._found, strict=True))
+        value = joined[3]
+        if len(value) > wanted:
+            self._floor = float(value.kthvalue(len(value) - wanted + 1).values)
+            kept = value > self._floor
+            ties = (value == self._floor).nonzero()[:, 0]
+            kept[ties[: wanted - int(kept.sum())]] = True
+            entry = kept.nonzero()[:, 0]
+            joined = tuple(part.index_select(0, entry) for part in joined)
+        self._found = [joined]
+
+    def entries(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(token, latent, preactivation)."""
+        if self._wanted is not None:
+            self._cut(self._wanted)
+        token, latent, preactivation, _ = (torch.cat(parts) for parts in zip(*self._found, strict=True))
+        return token, latent, preactivation
+
+
+def _take(
+    product: Tensor,
+    bias: Tensor,
+    latents: Tensor,
+    gate: tuple[Tensor, Tensor] | None,
+    choice: Choice,
+    floor: float,
+) -> tuple[Tensor, ...]:
+    """(row, column, preactivation, value) of what a choice takes: the definition of `_take_compiled`."""
+    preactivation = product.to(bias.dtype) + bias
+    value = preactivation
+    if gate is not None:
+        value = value * gate[0][gate[1][:, None], latents]
+    if isinstance(choice, LargestOfToken):
+        top = value.topk(min(choice.k, value.shape[1]), dim=1)
+        row, entry = (top.values > 0).nonzero(as_tuple=True)
+        column = top.indices[row, entry]
+    else:
+        row, column = ((value > floor) & (value > 0)).nonzero(as_tuple=True)
+    return row, column, preactivation[row, column], value[row, column]
+
+
+def _take_compiled(
+    product: Tensor,
+    n_rows: int,
+    bias: Tensor,
+    latents: Tensor,
+    gate: tuple[Tensor, Tensor] | None,
+    choice: Choice,
+    floor: float,
+) -> tuple[Tensor, ...]:
+    low = product.dtype == torch.bfloat16
+    numbers = product.view(torch.int16).numpy() if low else product.numpy()
+    table, place = gate if gate is not None else (bias.new_empty(0, 0), latents[:0])
+    most = min(choice.k, len(latents)) if isinstance(choice, LargestOfToken) else len(latents)
+    column = np.empty((n_rows, most), np.int32)
+    found = np.empty((2, n_rows, most), bias.numpy().dtype)  # the entries' pre-activations, and gated
+    count = np.empty(n_rows, np.int64)
+    given = (numbers, low, bias.numpy(), latents.numpy(), table.numpy(), place.numpy())
+    n_parts = min(n_rows, 8 * numba.get_num_threads())  # Each with room of its own.
+    if isinstance(choice, LargestOfToken):
+        _largest_of_rows(*given, n_parts, most, column, found, count)
+    else:
+        _above_floor(*given, n_parts, found.dtype.type(floor), column, found, count)
+    return tuple(torch.from_numpy(array) for array in _joined(column, found, count))
+
+
+_LANES, _DEPTH = 128, 4
+"""A row's maximum is kept for each of so many lanes, and for each cell of so many numbers of a lane."""
+_BLOCK = 32  # numbers looked at at once for any that are above a floor
+
+
+@numba.njit(cache=True, fastmath={"contract", "reassoc", "nsz"})
+def _gated_part(  # pragma: no cover (compiled)
+    row, low, bias, latents, openness, start, end, bits, value
+):
+    """value[c] = openness * (product + bias) for columns start .. end.
+
+    `bits` is room for the product's, which are bfloat16 where `low`; `openness` is empty where it is 1.
+    """
+    some, offset = value[start:end], bias[start:end]
+    n = len(some)
+    if low:
+        raw, wide = row[start:end], bits[start:end]
+        for c in range(n):
+            wide[c] = np.int32(raw[c]) << 16
+        number = wide.view(np.float32)
+        for c in range(n):
+            some[c] = number[c] + offset[c]
+    else:
+        product = row[start:end]
+        for c in range(n):
+            some[c] = product[c] + offset[c]
+    if len(openness):
+        which = latents[start:end]
+        if which[n - 1] - which[0] == n - 1:
+            gate = openness[which[0] : which[0] + n]
+            for c in range(n):
+                some[c] *= gate[c]
+        else:
+            for c in range(n):
+                some[c] *= openness[which[c]]
+
+
+@numba.njit(cache=True)
+def _preactivation(row, low, bias, bits, c):  # pragma: no cover (compiled)
+    return bits.view(np.float32)[c] + bias[c] if low else row[c] + bias[c]
+
+
+@numba.njit(cache=True)
+def _maxima(value, start, cell, lane):  # pragma: no cover (compiled)
+    """The maxima of the cells of the segment of the row that starts there; raises those of the lanes to them."""
+    top = cell[start // _DEPTH : start // _DEPTH + _LANES]
+    a, b = value[start : start + _LANES], value[start + _LANES : start + 2 * _LANES]
+    start += 2 * _LANES
+    c, d = value[start : start + _LANES], value[start + _LANES : start + 2 * _LANES]
+    for s in range(_LANES):
+        left, right = a[s] if a[s] > b[s] else b[s], c[s] if c[s] > d[s] else d[s]
+        top[s] = left if left > right else right
+        lane[s] = top[s] if top[s] > lane[s] else lane[s]
+
+
+@numba.njit(cache=True)
+def _floor_of_largest(k, cell, n_cells, lane):  # pragma: no cover (compiled)
+    """A number that at least k of the row's numbers reach, or 0, from the maxima of cells and lanes."""
+    zero = lane.dtype.type(0)
+    if k > _LANES:
+        if k > n_cells:
+            return zero
+        floor = np.partition(cell[:n_cells], n_cells - k)[n_cells - k]
+        return floor if floor > zero else zero
+    low, high = zero, zero
+    for s in range(_LANES):
+        high = lane[s] if lane[s] > high else high
+    for _ in range(7):
+        middle = (low + high) * lane.dtype.type(0.5)
+        n_above = np.int32(0)
+        for s in range(_LANES):
+            n_above += np.int32(lane[s] >= middle)
+        if n_above >= k:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@numba.njit(cache=True)
+def _candidates(value, floor, cell, n_cells, lane, column, number):  # pragma: no cover (compiled)
+    """Write the positive numbers of the row that reach `floor`, and where they stand; how many they are.
+
+    Without branches, which the processor could not foresee: what is not wanted is written over by the next.
+    """
+    n, zero, width = 0, value.dtype.type(0), _LANES * _DEPTH
+    lanes, n_lanes = np.empty(_LANES, np.int32), 0
+    for s in range(_LANES):
+        lanes[n_lanes] = s
+        n_lanes += lane[s] >= floor
+    cells, n_hit = np.empty(n_cells + 1, np.int32), 0
+    for first in range(0, n_cells, _LANES):
+        for i in range(n_lanes):
+            cells[n_hit] = first + lanes[i]
+            n_hit += cell[first + lanes[i]] >= floor
+    for i in range(n_hit):
+        first = cells[i] // _LANES * width + cells[i] % _LANES
+        for depth in range(_DEPTH):
+            c = first + depth * _LANES
+            column[n], number[n] = c, value[c]
+            n += (value[c] >= floor) & (value[c] > zero)
+    for c in range(n_cells * _DEPTH, len(value)):
+        column[n], number[n] = c, value[c]
+        n += (value[c] >= floor) & (value[c] > zero)
+    return n
+
+
+@numba.njit(cache=True, fastmath=True)
+def _cut_of_largest(number, n, k, room):  # pragma: no cover (compiled)
+    """The k-th largest of the first n numbers, of which there are more than k; none is infinite or NaN."""
+    if n - k > 32:
+        return np.partition(number[:n], n - k)[n - k]
+    # Few are too many: take the least away until the next least is it.
+    most = number.dtype.type(np.finfo(np.float32).max)
+    for i in range(n):
+        room[i] = number[i]
+    n_gone = 0
+    while True:
+        least = most
+        for i in range(n):
+            least = room[i] if room[i] < least else least
+        n_least = np.int32(0)
+        for i in range(n):
+            n_least += np.int32(room[i] == least)
+            room[i] = most if room[i] == least else room[i]
+        n_gone += n_least
+        if n_gone > n - k or n_least == 0:
+            return least
+
+
+@numba.njit(parallel=True, cache=True)
+def _largest_of_rows(  # pragma: no cover (compiled)
+    product, low, bias, latents, table, place, n_parts, k, column, found, count
+):
+    """The k largest positive numbers of each row of openness * (product + bias), in no order."""
+    n_rows, n = len(count), len(bias)
+    n_cells = n // (_LANES * _DEPTH) * _LANES
+    for part in numba.prange(n_parts):
+        bits, value = np.empty(n, np.int32), np.empty(n, bias.dtype)
+        cell, lane = np.empty(n_cells, bias.dtype), np.empty(_LANES, bias.dtype)
+        place_of, number = np.empty(n + 1, np.int32), np.empty((2, n + 1), bias.dtype)
+        for t in range(part * n_rows // n_parts, (part + 1) * n_rows // n_parts):
+            openness = table[place[t]] if len(place) else bias[:0]
+            lane[:] = 0
+            for start in range(0, n_cells * _DEPTH, _LANES * _DEPTH):
+                _gated_part(product[t], low, bias, latents, openness, start, start + _LANES * _DEPTH, bits, value)
+                _maxima(value, start, cell, lane)
+            if n_cells * _DEPTH < n:
+                _gated_part(product[t], low, bias, latents, openness, n_cells * _DEPTH, n, bits, value)
+                for c in range(n_cells * _DEPTH, n):
+                    s = c % _LANES
+                    lane[s] = value[c] if value[c] > lane[s] else lane[s]
+            floor = _floor_of_largest(k, cell, n_cells, lane)
+            n_candidates = _candidates(value, floor, cell, n_cells, lane, place_of, number[0])
+            cut, n_above = value.dtype.type(0), n_candidates
+            if n_candidates > k:
+                cut = _cut_of_largest(number[0], n_candidates, k, number[1])
+                n_above = 0
+                for i in range(n_candidates):
+                    n_above += number[0, i] > cut
+            n_ties, n_taken = k - n_above, 0
+            for i in range(n_candidates):
+                if number[0, i] > cut or (number[0, i] == cut and n_ties > 0):
+                    n_ties -= number[0, i] == cut
+                    c = place_of[i]
+                    column[t, n_taken] = c
+                    found[0, t, n_taken] = _preactivation(product[t], low, bias, bits, c)
+                    found[1, t, n_taken] = number[0, i]
+                    n_taken += 1
+            count[t] = n_taken
+
+
+@numba.njit(parallel=True, cache=True)
+def _above_floor(  # pragma: no cover (compiled)
+    product, low, bias, latents, table, place, n_parts, floor, column, found, count
+):
+    """All positive numbers above `floor` of each row of openness * (product + bias)."""
+    n_rows, n, zero = len(count), len(bias), bias.dtype.type(0)
+    for part in numba.prange(n_parts):
+        bits, value = np.empty(n, np.int32), np.empty(n, bias.dtype)
+        for t in range(part * n_rows // n_parts, (part + 1) * n_rows // n_parts):
+            openness = table[place[t]] if len(place) else bias[:0]
+            _gated_part(product[t], low, bias, latents, openness, 0, n, bits, value)
+            n_taken = 0
+            for start in range(0, n, _BLOCK):
+                some = value[start : start + _BLOCK]
+                n_above = np.int32(0)
+                for c in range(len(some)):
+                    n_above += np.int32(some[c] > floor)
+                if n_above:
+                    for c in range(start, start + len(some)):
+                        if value[c] > floor and value[c] > zero:
+                            column[t, n_taken] = c
+                            found[0, t, n_taken] = _preactivation(product[t], low, bias, bits, c)
+                            found[1, t, n_taken] = value[c]
+                            n_taken += 1
+            count[t] = n_taken
+
+
+@numba.njit(cache=True)
+def _joined(column, found, count):  # pragma: no cover (compiled)
+    """(row, column, preactivation, value) of the first count[t] entries of each row t."""
+    n = count.sum()
+    row, columns = np.empty(n, np.int64), np.empty(n, np.int64)
+    preactivation, value = np.empty(n, found.dtype), np.empty(n, found.dtype)
+    e = 0
+    for t in range(len(count)):
+        for i in range(count[t]):
+            row[e], columns[e] = t, column[t, i]
+            preactivation[e], value[e] = found[0, t, i], found[1, t, i]
+            e += 1
+    return row, columns, preactivation, value

@@ -1,0 +1,121 @@
+import pytest
+import torch
+
+from posmask import choosing, kernels
+from posmask.choosing import Above, LargestOfBatch, LargestOfToken, choose, in_group_order
+from posmask.masks import LiveGroup, live_groups
+
+TYPES = [torch.float32, torch.float64, torch.bfloat16]
+
+
+def table(n_latents, dtype=torch.float32, n_tokens=20):
+    value = torch.randn(n_tokens, n_latents, generator=torch.Generator().manual_seed(n_latents)).to(dtype)
+    value[3] = -1.0  # a token for which nothing is positive
+    value[5, ::3] = value[5].max()  # and one with many equal numbers
+    return value
+
+
+def chosen(value, choice, openness=None, **options):
+    """(token, latent) pairs that `choose` takes of products that are just these values."""
+    n_tokens, n_latents = value.shape
+    low = value.dtype == torch.bfloat16
+    value = value.float() if low else value
+    openness = value.new_ones(1, n_latents) if openness is None else openness
+    groups = live_groups(openness)
+    place = torch.arange(n_tokens) % len(openness)
+    order, ends = in_group_order(groups, place)
+    order = torch.arange(n_tokens) if order is None else order
+    precision = "bfloat16" if low else "float32"
+    identity, bias = torch.eye(n_latents, dtype=value.dtype), value.new_zeros(n_latents)
+    entries = choose(
+        value[order], place[order], ends, identity, bias, groups, openness, choice, precision=precision, **options
+    )
+    assert bool((entries.token.diff() >= 0).all())
+    token, latent = order[entries.token], entries.latent
+    torch.testing.assert_close(entries.preactivation, value[token, latent])
+    pairs = list(zip(token.tolist(), latent.tolist(), strict=True))
+    assert len(set(pairs)) == len(pairs)
+    return pairs
+
+
+def by_size(value, pairs):
+    return sorted((float(value[pair]) for pair in pairs), reverse=True)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("n_latents", "k"), [(7, 10), (40, 4), (300, 32), (1100, 32), (1100, 200), (600, 500)])
+def test_the_largest_of_tokens_and_of_the_batch_are_those_that_sorting_finds(dtype, n_latents, k, either_way):
+    value = table(n_latents, dtype)
+    found = chosen(value, LargestOfToken(k))
+    # By value, since of equal numbers any may be taken.
+    for token, row in enumerate(value.double().tolist()):
+        own = [pair for pair in found if pair[0] == token]
+        assert by_size(value, own) == sorted((v for v in row if v > 0), reverse=True)[:k]
+    everything = sorted((v for v in value.double().flatten().tolist() if v > 0), reverse=True)
+    for near in (0.0, 0.5, 100.0):  # whether the guess is too low, about right or too high
+        assert by_size(value, chosen(value, LargestOfBatch(k, near))) == everything[: 20 * k]
+    assert by_size(value, chosen(value, Above(0.5))) == [v for v in everything if v > 0.5]
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_exactly_k_of_equal_numbers_are_taken(dtype, either_way):
+    ones = torch.ones(2, 600).to(dtype)
+    tokens = [token for token, _ in chosen(ones, LargestOfToken(32))]
+    assert tokens == [0] * 32 + [1] * 32
+    assert len(chosen(ones, LargestOfBatch(32))) == 64
+
+
+@pytest.mark.parametrize("scattered", [False, True])
+@pytest.mark.parametrize("choice", [LargestOfToken(5), LargestOfBatch(5), Above(0.3)])
+def test_gates_and_live_groups_decide_what_can_be_chosen(choice, scattered, either_way):
+    n_places, n_latents = 4, 640
+    random = torch.Generator().manual_seed(0)
+    openness = torch.rand(n_places, n_latents, generator=random)
+    live = torch.arange(n_latents) * n_places // n_latents == torch.arange(n_places)[:, None]
+    if scattered:
+        live = torch.rand(n_places, n_latents, generator=random) < 0.25
+    openness = openness * live
+    value = table(n_latents, n_tokens=37)
+    gated = value * openness[torch.arange(37) % n_places]
+    assert by_size(gated, chosen(value, choice, openness)) == by_size(gated, chosen(gated, choice))
+    among = torch.arange(n_latents) % 2 == 0
+    assert by_size(gated, chosen(value, choice, openness, among=among)) == by_size(gated, chosen(gated * among, choice))
+    nobody = torch.zeros(n_latents).bool()
+    assert chosen(value, choice, openness, among=nobody) == []
+
+
+def test_a_place_where_nothing_is_live_gets_nothing(either_way):
+    openness = torch.zeros(2, 50)
+    openness[1, 10:20] = 1
+    found = chosen(table(50).abs(), LargestOfToken(3), openness)
+    assert {token % 2 for token, _ in found} == {1}
+    assert {latent // 10 for _, latent in found} == {1}
+
+
+def test_the_batch_is_cut_while_it_is_searched(monkeypatch):
+    """What the cuts drop on the way could not have been among the largest."""
+    monkeypatch.setattr(choosing, "_LEAST_ROWS", 64)
+    value = table(5000, n_tokens=2000)
+    cuts = []
+    plain = choosing._Found._cut
+    monkeypatch.setattr(choosing._Found, "_cut", lambda self, wanted: cuts.append(self._n_found) or plain(self, wanted))
+    pairs = []
+    x, place = value, torch.zeros(2000, dtype=torch.int64)
+    groups = [LiveGroup(torch.tensor([0]), slice(0, 5000), gated=False)]
+    encoder, bias, openness = torch.eye(5000), torch.zeros(5000), torch.ones(1, 5000)
+    entries = choose(x, place, [2000], encoder, bias, groups, openness, LargestOfBatch(4))
+    pairs = value[entries.token, entries.latent].sort(descending=True).values
+    assert len(cuts) > 2
+    assert max(cuts) < 0.2 * value.numel()
+    assert torch.equal(pairs, value.flatten().topk(8000).values)
+
+
+def test_tokens_in_group_order_are_left_as_they_are():
+    groups = live_groups(torch.eye(4).repeat_interleave(3, 0))
+    place = torch.tensor([0, 2, 3, 3, 7, 11])
+    order, ends = in_group_order(groups, place)
+    assert order is None
+    assert ends == [2, 4, 5, 6]
+    order, ends = in_group_order(groups, place.flip(0))
+    assert order.tolist() == [4, 5, 2, 3, 1, 0]
+    assert ends == [2, 4, 5, 6]
