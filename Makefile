@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: run test test-all check clean
+.PHONY: run test test-all check bench clean
 
 run: $(READY)
 	$(BIN)/posmask run studies/quick.toml
@@ -22,6 +22,10 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
+# Against its peers, each set up in .bench/: about an hour, or QUICK=1 for the main ratios in minutes.
+bench: $(READY)
+	$(BIN)/python benchmarks/bench.py $(if $(QUICK),--quick) $(GROUPS)
+
 ifneq ($(wildcard $(READY)),)
 $(info Using the environment in .venv (remove it to start afresh).)
 endif
@@ -34,4 +38,4 @@ $(READY): pyproject.toml constraints.txt
 	@touch $(READY)
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .bench runs

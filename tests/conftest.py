@@ -2,7 +2,8 @@
 
 import os
 
-os.environ.setdefault("NUMBA_NUM_THREADS", "2")
+# With a thread each, tests side by side wait for one another's loops up to twenty times as long as these take.
+os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 
 from jaxtyping import install_import_hook
 
@@ -42,7 +43,6 @@ from posmask.training import train
 torch.set_num_threads(1)  # Everything here is small: a second thread would mostly wait for the first.
 
 collect_ignore = ["interop/record_saebench.py"]  # Runs in another environment.
-
 
 
 @pytest.fixture(params=["compiled", "torch operations"])

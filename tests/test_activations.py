@@ -129,3 +129,23 @@ def test_training_batches_go_on_where_others_ended(activations):
     assert len(rest) == 7
     for one, other in zip(rest, whole[5:], strict=True):
         assert torch.equal(one.vectors, other.vectors)
+
+
+@pytest.mark.parametrize(
+    ("stored", "dtype", "worst"), [("bfloat16", torch.bfloat16, 2**-8), ("int8", torch.int8, 0.0041)]
+)
+def test_vectors_stored_in_fewer_bits_come_back_nearly_the_same(
+    stored, dtype, worst, language_model, tokenizer, activations, tmp_path
+):
+    tokens = pack(make_texts(40), tokenizer, N_POSITIONS, 300)
+    exact = harvest(tokens, language_model, tmp_path / "exact", {}, "test")
+    low = harvest(tokens, language_model, tmp_path / "low", {}, "test", stored)
+    assert low._shards[0]["vectors"].dtype == dtype
+    index = torch.randperm(exact.n_tokens, generator=torch.Generator().manual_seed(0))
+    expected, found = exact.batch(index), low.batch(index)
+    assert torch.equal(found.position, expected.position)
+    assert torch.equal(found.end, expected.end)
+    error = (found.vectors.float() - expected.vectors).abs().amax(1) / expected.vectors.abs().amax(1)
+    assert 0 < float(error.max()) < worst  # half a step of 1/127 of the largest number, and the scale's own rounding
+    assert low.d_model == exact.d_model
+    torch.testing.assert_close(low.centre_and_scale[1], exact.centre_and_scale[1], rtol=0.01, atol=0)

@@ -10,8 +10,8 @@ import posmask
 LEVELS = [
     ["errors", "rows", "seeds", "progress", "bootstrap"],
     ["folders"],
-    ["assets", "masks", "intervals", "summary", "verdicts"],
-    ["kernels", "model", "corpus"],
+    ["assets", "kernels", "masks", "intervals", "summary", "verdicts"],
+    ["model", "corpus"],
     ["choosing"],
     ["mask_kinds", "rules", "activations"],
     ["sae"],

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from posmask import choosing, kernels
+from posmask import choosing
 from posmask.choosing import Above, LargestOfBatch, LargestOfToken, choose, in_group_order
 from posmask.masks import LiveGroup, live_groups
 

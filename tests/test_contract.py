@@ -79,6 +79,17 @@ def test_fast_gradients_equal_the_definition(rule, kind, apply, changes):
 
 
 @every_rule
+def test_windows_that_start_anywhere_give_the_gradients_of_the_definition(rule):
+    sae = make_sae("hard", rule=rule, dtype=torch.float64, contiguous=True)
+    vectors, position = make_vectors(60, dtype=torch.float64)
+    plain_gradients(sae, vectors, position)
+    expected = gradients_of(sae)
+    fast_gradients(sae, vectors, position)
+    for name, gradient in gradients_of(sae).items():
+        torch.testing.assert_close(gradient, expected[name], msg=name)
+
+
+@every_rule
 @every_mask_in_time
 def test_where_loops_cannot_be_compiled_torch_operations_give_the_same(rule, kind, apply, monkeypatch):
     vectors, position = make_vectors(60, dtype=torch.float64)

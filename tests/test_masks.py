@@ -33,6 +33,17 @@ def test_slice_opens_block_b_on_positions_of_block_b():
             assert openness[position, latent] == float(position // 4 == latent // 8)
 
 
+def test_contiguous_hard_windows_start_anywhere_and_live_latents_are_neighbours():
+    mask = mask_of("hard", contiguous=True)
+    openness = mask.openness()
+    assert openness.sum(0).tolist() == [4] * D_SAE
+    first = openness.argmax(0)
+    assert bool((openness.gather(0, first + torch.arange(4)[:, None]) == 1).all())
+    assert bool((first.diff() >= 0).all())
+    assert len(first.unique()) > 8  # 13 starts there are
+    assert all(isinstance(group.latents, slice) for group in mask.groups())
+
+
 def test_hard_opens_exactly_that_many_positions_differently_by_latent():
     openness = mask_of("hard").openness()
     assert openness.sum(0).tolist() == [4] * D_SAE

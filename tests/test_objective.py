@@ -1,8 +1,12 @@
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from conftest import D_SAE, KINDS, RULES, make_sae, make_vectors
-from posmask.objective import fast_gradients
+from posmask.objective import fast_gradients, plain_gradients
 
 PARAMETERS = ("encoder", "encoder_bias", "decoder", "decoder_bias")
 # By the slope of the loss itself; jumprelu's threshold learns from an estimate of it instead.
@@ -118,3 +122,79 @@ def test_penalties_rise_over_their_warm_up():
         rule.before_step(done, 10)
         penalties.append(float(rule.training_codes(torch.ones(2, 3), None, lambda one: one).penalty))
     assert penalties == pytest.approx([0.3 * 6 * share for share in (0.2, 0.4, 0.6, 0.8, 1, 1, 1, 1, 1, 1)])
+
+
+LAYOUTS = ("shuffled", "one place only", "not contiguous", "bfloat16", "half", "long positions")
+
+
+@pytest.mark.parametrize("rule", ["topk", "batchtopk", "relu"])
+@pytest.mark.parametrize("kind", ["open", "slice", "hard", "cohort"])
+@pytest.mark.parametrize("given", LAYOUTS)
+def test_batches_laid_out_otherwise_give_the_definition_too(given, kind, rule):
+    """Rows in any order, groups without a token, other memory orders and precisions."""
+    sae = make_sae(kind, rule=rule, dtype=torch.float64)
+    vectors, position = make_vectors(60, dtype=torch.float64)
+    match given:
+        case "shuffled":
+            order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
+            vectors, position = vectors[order], position[order]
+        case "one place only":
+            position = torch.full_like(position, 3)
+        case "not contiguous":
+            vectors = vectors.T.contiguous().T
+        case "bfloat16" | "half":
+            vectors = vectors.to(getattr(torch, given))
+        case "long positions":
+            position = position.long()
+    plain = plain_gradients(sae, vectors, position)
+    expected = [parameter.grad.clone() for parameter in sae.latent_parameters()]
+    fast = fast_gradients(sae, vectors, position)
+    assert fast.reconstruction == pytest.approx(plain.reconstruction, rel=1e-12)
+    torch.testing.assert_close(fast.codes.dense(), plain.codes.dense())
+    torch.testing.assert_close(fast.residual, plain.residual)
+    assert torch.equal(fast.place, plain.place)
+    for parameter, gradient in zip(sae.latent_parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
+@pytest.mark.parametrize("rule", ["topk", "batchtopk", "matryoshka"])
+def test_with_more_active_latents_asked_for_than_are_live_all_live_ones_may_speak(rule):
+    sae = make_sae("slice", rule={**RULES[rule], "k": 12})  # 8 are live at each position
+    vectors, position = make_vectors(60)
+    expected = plain_gradients(sae, vectors, position).codes.dense()
+    step = fast_gradients(sae, vectors, position)
+    torch.testing.assert_close(step.codes.dense(), expected)
+    assert 0 < int(step.codes.n_active().max()) <= 8
+
+
+PLAIN_PROCESSOR = {
+    "ATEN_CPU_CAPABILITY": "default",
+    "ONEDNN_MAX_CPU_ISA": "SSE41",
+    "MKL_CBWR": "COMPATIBLE",
+    "NUMBA_CPU_NAME": "generic",
+    "NUMBA_CPU_FEATURES": "",
+}
+
+
+@pytest.mark.slow
+def test_a_processor_without_wide_vectors_and_bfloat16_gives_the_same(tmp_path):
+    """Two threads and all there is, against one thread and what any 64-bit processor has; numba compiles anew."""
+    code = (
+        "import sys, torch\n"
+        "sys.path.insert(0, 'tests')\n"
+        "from conftest import make_sae, make_vectors\n"
+        "from posmask.objective import fast_gradients\n"
+        "vectors, position = make_vectors(300)\n"
+        "for precision in ('float32', 'bfloat16'):\n"
+        "    sae = make_sae('hard', d_sae=600)\n"
+        "    step = fast_gradients(sae, vectors, position, precision=precision)\n"
+        "    norms = [float(parameter.grad.norm()) for parameter in (sae.encoder, sae.decoder)]\n"
+        "    print(step.n_active, step.reconstruction, *norms)\n"
+    )
+    found = []
+    for number, changes in enumerate(({"NUMBA_NUM_THREADS": "2"}, PLAIN_PROCESSOR)):
+        environment = {**os.environ, **changes, "NUMBA_CACHE_DIR": str(tmp_path / str(number))}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        found.append([[float(word) for word in line.split()] for line in done.stdout.splitlines()])
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
+    assert found[1][1] == pytest.approx(found[0][1], rel=1e-3)  # bfloat16 sums in another order may choose otherwise

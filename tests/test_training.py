@@ -87,7 +87,8 @@ def sparse_sums(n_batches, n_tokens, d_model):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(
-    "kind", ["open", "slice", pytest.param("hard", marks=pytest.mark.slow), pytest.param("cohort", marks=pytest.mark.slow)]
+    "kind",
+    ["open", "slice", pytest.param("hard", marks=pytest.mark.slow), pytest.param("cohort", marks=pytest.mark.slow)],
 )
 def test_the_loss_curve_is_that_of_plain_autograd_and_adam(kind, rule, precision, monkeypatch):
     if precision == "bfloat16" and rule in ("relu", "jumprelu", "gated"):

@@ -1,18 +1,15 @@
-"""What sae-bench's own probing costs: `saebench_probing.py ACTIVATIONS.npz D_SAE`, in its environment (saebench.txt).
+"""sae-bench's own probing: `saebench_probing.py ACTIVATIONS.npz D_SAE`, in its environment (saebench.txt).
 
-Synthetic pooled activations of 5 classes, 2000 training and 500 test texts each, about 8 % non-zero; written to the
-file if it is not there, so that others can be timed on the same: arrays `train` and `test`, [class text latent].
-One thread, process CPU seconds. The file takes 0.2 GB at 4608 latents, 0.8 GB at 16384.
+For each request one pass over all k, on one thread; see steps_terms.py. Synthetic pooled activations of 5 classes, 2000
+training and 500 test texts each, about 8 % non-zero; written to the file if it is not there, so that others can be
+timed on the same: arrays `train` and `test`, [class text latent]. It takes 0.2 GB at 4608 latents, 0.8 GB at 16384.
 """
 
 import contextlib
 import io
-import json
 import os
 import sys
-import time
 import warnings
-from importlib.metadata import version
 from pathlib import Path
 
 os.environ["JAXTYPING_DISABLE"] = "1"  # sae-bench's annotations fail the checks of newer jaxtyping.
@@ -21,6 +18,7 @@ os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 import numpy as np
 import torch
 from sae_bench.evals.sparse_probing.probe_training import train_probe_on_activations
+from steps_terms import serve
 
 KS = (1, 2, 5, 10, 20, 50)
 N_CLASSES, N_TRAIN, N_TEST = 5, 2000, 500
@@ -43,13 +41,6 @@ def make_activations(path: Path, d_sae: int) -> None:
     np.savez(path, **sides)
 
 
-def timed(train, test, **options):
-    started = time.process_time()
-    with contextlib.redirect_stdout(io.StringIO()):
-        _, accuracies = train_probe_on_activations(train, test, **options)
-    return time.process_time() - started, float(np.mean(list(accuracies.values())))
-
-
 def main(path: Path, d_sae: int) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -61,27 +52,17 @@ def main(path: Path, d_sae: int) -> None:
             for side in ("train", "test")
         )
     assert train["0"].shape == (N_TRAIN, d_sae), f"{path} holds {tuple(train['0'].shape)}"
-    share = float(np.mean([(part > 0).float().mean() for part in train.values()]))
-    torch.manual_seed(42)
-    by_k = {k: timed(train, test, select_top_k=k) for k in KS}
-    # The options with which its evaluation calls it.
-    whole = timed(train, test, select_top_k=None, use_sklearn=False, batch_size=250, epochs=100, lr=1e-2)
-    print(
-        json.dumps(
-            {
-                "d_sae": d_sae,
-                "non_zero_share": round(share, 4),
-                "cpu_seconds": {k: round(seconds, 3) for k, (seconds, _) in by_k.items()},
-                "cpu_seconds_all_k": round(sum(seconds for seconds, _ in by_k.values()), 2),
-                "cpu_seconds_all_latents": round(whole[0], 2),
-                "accuracy": {k: round(accuracy, 4) for k, (_, accuracy) in by_k.items()},
-                "accuracy_mean_over_k": round(float(np.mean([accuracy for _, accuracy in by_k.values()])), 4),
-                "accuracy_all_latents": round(whole[1], 4),
-                "versions": {name: version(name) for name in ("sae-bench", "torch", "scikit-learn", "numpy")},
-            },
-            indent=1,
-        )
-    )
+
+    def probe() -> dict:
+        torch.manual_seed(42)
+        by_k = []
+        for k in KS:
+            with contextlib.redirect_stdout(io.StringIO()):
+                _, accuracies = train_probe_on_activations(train, test, select_top_k=k)
+            by_k.append(float(np.mean(list(accuracies.values()))))
+        return {"accuracy": float(np.mean(by_k))}
+
+    serve(probe)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
 """Tokens x model -> a folder of vectors that know their token, position and text; the folder -> batches.
 
 Vectors are stored token by token, in shards. Tokens after a context's last kept one (padding) are not stored; BOS is,
-with `keep` False.
+with `keep` False. As int8 a vector takes a quarter of float32's room: its numbers over a scale of its own, such that
+the largest is 127.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -23,10 +24,13 @@ from posmask.model import LanguageModel
 from posmask.progress import progress_bar
 from posmask.seeds import generator
 
-__all__ = ["Activations", "Batch", "evaluation_batches", "harvest", "training_batches"]
+__all__ = ["Activations", "Batch", "Stored", "evaluation_batches", "harvest", "training_batches"]
 
 _TOKENS_PER_FORWARD = 4096
 _TOKENS_PER_SHARD = 65536
+Stored = Literal["model", "float32", "bfloat16", "int8"]
+"""Precision of vectors on disk; `model` is that in which the model computes."""
+
 _FIELDS = ("position", "token_id", "text", "keep", "sentence", "line", "end")
 
 
@@ -68,6 +72,7 @@ class Activations:
         self.made_from: dict[str, Any] = manifest["made_from"]
         self._shards = [load_file(folder / name) for name in sorted(manifest["files"])]
         fields = [torch.cat([shard[name] for shard in self._shards]) for name in _FIELDS]
+        fields = [field.int() if field.dtype == torch.int16 else field for field in fields]
         self.position, self.token_id, self.text, self.keep, self.sentence, self.line, self.end = fields
         sizes = torch.tensor([len(shard["vectors"]) for shard in self._shards])
         self._ends = sizes.cumsum(0)
@@ -107,19 +112,28 @@ class Activations:
     def batch(self, index: Int[Tensor, " token"]) -> Batch:
         """The tokens of these numbers, in this order."""
         shard_of = torch.searchsorted(self._ends, index, right=True)
-        vectors = torch.empty(len(index), self.d_model, dtype=self._shards[0]["vectors"].dtype)
+        stored = self._shards[0]["vectors"].dtype
+        vectors = torch.empty(len(index), self.d_model, dtype=torch.float32 if stored == torch.int8 else stored)
         for number in shard_of.unique().tolist():
             rows = (shard_of == number).nonzero()[:, 0]
-            vectors[rows] = self._shards[number]["vectors"][index[rows] - self._starts[number]]
+            place, shard = index[rows] - self._starts[number], self._shards[number]
+            found = shard["vectors"][place]
+            vectors[rows] = found * shard["scale"][place, None].float() if stored == torch.int8 else found
         return Batch(vectors, *(getattr(self, name)[index] for name in _FIELDS))
 
 
 def harvest(
-    tokens: Tokens, model: LanguageModel | None, folder: Path, made_from: Mapping[str, Any], label: str
+    tokens: Tokens,
+    model: LanguageModel | None,
+    folder: Path,
+    made_from: Mapping[str, Any],
+    label: str,
+    stored: Stored = "model",
 ) -> Activations:
     """Run the model over the tokens and write their vectors, unless `folder` already holds them.
 
     Args:
+        stored: the vectors' precision in the folder; as int8 they come back as float32.
         made_from: identity of model, layer, precision and tokens.
         model: may be None when the folder is known to be finished.
 
@@ -138,25 +152,35 @@ def harvest(
         progress_bar(f"harvest {label}", tokens.n_kept, "tokens") as advance,
     ):
         writer = _ShardWriter(draft)
+        counts = torch.int16 if tokens.id.shape[1] < 2**15 else torch.int32
         for chunk in _forward_chunks(tokens):
             length = int(_stored_length(tokens.keep[chunk]).max())
             vectors = model.vectors(tokens.id[chunk, :length])
             keep = tokens.keep[chunk, :length]
             if not bool(torch.isfinite(vectors[keep]).all()):
                 raise DegenerateResult(f"the model gave NaN or infinite vectors for {label}: use precision float32")
-            stored = torch.arange(length) < _stored_length(keep)[:, None]
+            there = torch.arange(length) < _stored_length(keep)[:, None]
             writer.add(
-                vectors=vectors[stored],
-                token_id=tokens.id[chunk, :length][stored].to(torch.int32),
-                keep=keep[stored],
+                **_as_stored(vectors[there], stored),
+                token_id=tokens.id[chunk, :length][there].to(torch.int32),
+                text=tokens.text[chunk, :length][there].to(torch.int32),
+                keep=keep[there],
                 **{
-                    name: getattr(tokens, name)[chunk, :length][stored].to(torch.int32)
-                    for name in ("position", "text", "sentence", "line", "end")
+                    name: getattr(tokens, name)[chunk, :length][there].to(counts)
+                    for name in ("position", "sentence", "line", "end")
                 },
             )
             advance(int(keep.sum()))
         writer.flush()
     return Activations(folder)
+
+
+def _as_stored(vectors: Float[Tensor, "token d_model"], stored: Stored) -> dict[str, Tensor]:
+    if stored == "int8":
+        scale = (vectors.float().abs().amax(1) / 127).half().clamp(min=torch.finfo(torch.float16).tiny)
+        whole = (vectors.float() / scale[:, None].float()).round().clamp(-127, 127).to(torch.int8)
+        return {"vectors": whole, "scale": scale}
+    return {"vectors": vectors if stored == "model" else vectors.to(getattr(torch, stored))}
 
 
 def _stored_length(keep: Bool[Tensor, "context position"]) -> Int[Tensor, " context"]:

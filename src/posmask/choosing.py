@@ -95,9 +95,7 @@ def in_group_order(groups: Sequence[LiveGroup], place: Tensor) -> tuple[Tensor |
     return torch.sort(group_of_token.to(torch.int16), stable=True).indices, ends
 
 
-def pieces(
-    groups: Sequence[LiveGroup], ends: Sequence[int], numbers: int = 2**20
-) -> Iterator[tuple[slice, LiveGroup]]:
+def pieces(groups: Sequence[LiveGroup], ends: Sequence[int], numbers: int = 2**20) -> Iterator[tuple[slice, LiveGroup]]:
     """The rows of each group that has any, few enough at a time that a table of them stays in the cache.
 
     Args:

@@ -27,7 +27,7 @@ __all__ = [
     "write_folder",
 ]
 
-FORMAT = 3  # Part of every identity: raise it when the same settings would now write something else.
+FORMAT = 4  # Part of every identity: raise it when the same settings would now write something else.
 MANIFEST = "manifest.json"
 
 

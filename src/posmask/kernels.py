@@ -105,8 +105,8 @@ def centred(vectors: Tensor, order: Tensor | None, center: Tensor, scale: Tensor
     if compiled(vectors):
         out = torch.empty(vectors.shape, dtype=bias.dtype)
         rows = torch.empty(0, dtype=torch.int64) if order is None else order
-        numbers = (tensor.contiguous().numpy() for tensor in (vectors, rows, center))
-        _centred(*numbers, scale.numpy()[()], bias.numpy(), out.numpy())
+        given = (vectors.contiguous().numpy(), rows.numpy(), center.contiguous().numpy(), scale.numpy()[()])
+        _centred(*given, bias.numpy(), out.numpy())
         return out
     return ((vectors if order is None else vectors[order]) - center) / scale - bias
 
@@ -138,23 +138,49 @@ def _dot(left, right):  # pragma: no cover (compiled)
 def _add_rows(weight, table, index, entry, start, end, sign, total):  # pragma: no cover (compiled)
     """total += sign * sum of weight[e] * table[index[e]] over e = entry[start:end], or start:end where it is empty.
 
-    Four at a time, so that the total is read and written a fourth as often.
+    Eight at a time, so that the total is read and written an eighth as often.
     """
     n, listed = len(total), len(entry) > 0
+    some = np.empty(8, np.int64)
     i = start
-    while i + 4 <= end:
-        e, f, g, h = (entry[i], entry[i + 1], entry[i + 2], entry[i + 3]) if listed else (i, i + 1, i + 2, i + 3)
-        a, b, c, d = table[index[e]], table[index[f]], table[index[g]], table[index[h]]
-        u, v, w, z = sign * weight[e], sign * weight[f], sign * weight[g], sign * weight[h]
+    while i + 8 <= end:
+        for j in range(8):
+            some[j] = entry[i + j] if listed else i + j
+        a, b, c, d = table[index[some[0]]], table[index[some[1]]], table[index[some[2]]], table[index[some[3]]]
+        f, g, h, k = table[index[some[4]]], table[index[some[5]]], table[index[some[6]]], table[index[some[7]]]
+        s, t, u, v = weight[some[0]], weight[some[1]], weight[some[2]], weight[some[3]]
+        w, x, y, z = weight[some[4]], weight[some[5]], weight[some[6]], weight[some[7]]
         for column in range(n):
-            total[column] += u * a[column] + v * b[column] + w * c[column] + z * d[column]
-        i += 4
+            left = s * a[column] + t * b[column] + u * c[column] + v * d[column]
+            right = w * f[column] + x * g[column] + y * h[column] + z * k[column]
+            total[column] += sign * (left + right)
+        i += 8
     while i < end:
-        e = entry[i] if listed else i
-        a, u = table[index[e]], sign * weight[e]
+        e, f = entry[i] if listed else i, entry[min(i + 1, end - 1)] if listed else min(i + 1, end - 1)
+        a, b, s, t = table[index[e]], table[index[f]], weight[e], weight[f] * (i + 1 < end)
         for column in range(n):
-            total[column] += u * a[column]
-        i += 1
+            total[column] += sign * (s * a[column] + t * b[column])
+        i += 2
+
+
+@numba.njit(fastmath=_FAST, cache=True)
+def _dots(vector, table, index, start, end, out):  # pragma: no cover (compiled)
+    """out[e] = vector . table[index[e]] for e = start .. end; four at a time, so that it is read a fourth as often."""
+    e = start
+    while e + 4 <= end:
+        a, b, c, d = table[index[e]], table[index[e + 1]], table[index[e + 2]], table[index[e + 3]]
+        s = t = u = v = vector.dtype.type(0)
+        for column in range(len(vector)):
+            number = vector[column]
+            s += number * a[column]
+            t += number * b[column]
+            u += number * c[column]
+            v += number * d[column]
+        out[e], out[e + 1], out[e + 2], out[e + 3] = s, t, u, v
+        e += 4
+    while e < end:
+        out[e] = _dot(vector, table[index[e]])
+        e += 1
 
 
 @numba.njit(parallel=True, fastmath=_FAST, cache=True)
@@ -186,8 +212,7 @@ def _explain(target, first, latent, value, table, level, left, along):  # pragma
         if n_parts == 1:
             left[0, token] = target[token]
             _add_rows(value, table, latent, nothing, start, end, sign, left[0, token])
-            for e in range(start, end):
-                along[e] = _dot(left[0, token], table[latent[e]])
+            _dots(left[0, token], table, latent, start, end, along)
         else:
             left[:, token] = 0
             left[0, token] = target[token]
@@ -293,8 +318,8 @@ class Grouped:
         if out is None:
             out = table.new_empty(self._n_keys, table.shape[1])
         if compiled(table):
-            arrays = (weight, table, index, self.order, self._first, out)
-            _sum_rows(*(tensor.numpy() for tensor in arrays), not add)
+            arrays = (weight.numpy(), table.numpy(), index.numpy(), self.order.numpy(), self._first.numpy())
+            _sum_rows(*arrays, out.numpy(), not add)
             return out
         total = F.embedding_bag(
             index[self.order], table, self._first[:-1], per_sample_weights=weight[self.order], mode="sum"

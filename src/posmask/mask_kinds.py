@@ -137,18 +137,28 @@ def _check_positions_per_latent(positions_per_latent: int, n_positions: int) -> 
 
 
 class Hard(PositionMask):
-    """Each latent open at exactly `positions_per_latent` positions, drawn without replacement (the log's Run 1)."""
+    """Each latent open at exactly `positions_per_latent` positions, drawn without replacement (the log's Run 1).
+
+    With `contiguous` they are neighbours: a window whose middle is drawn from all positions, moved inside the context;
+    latents stand in the order of their windows.
+    """
 
     class Settings(MaskSettings):
         kind: Literal["hard"] = "hard"
         positions_per_latent: int = Field(gt=0)
+        contiguous: bool = False
 
     settings: Settings
 
     def _start(self, random: torch.Generator) -> None:
         n_open = self.settings.positions_per_latent
         _check_positions_per_latent(n_open, self.n_positions)
-        drawn = torch.rand(self.n_positions, self.n_bound, generator=random).topk(n_open, dim=0).indices
+        if self.settings.contiguous:
+            middle = torch.randint(self.n_positions, (self.n_bound,), generator=random).sort().values
+            start = (middle - n_open // 2).clamp(0, self.n_positions - n_open)
+            drawn = start + torch.arange(n_open)[:, None]
+        else:
+            drawn = torch.rand(self.n_positions, self.n_bound, generator=random).topk(n_open, dim=0).indices
         self._fix(torch.zeros(self.n_positions, self.n_bound).scatter_(0, drawn, 1.0))
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from posmask import assets
 from posmask.errors import BadSetting, DamagedFolder, MissingAsset
 from posmask.folders import file_sha256, finished, identity, read_manifest, write_folder
+from posmask.kernels import fast_float32
 from posmask.progress import announce
 
 __all__ = [
@@ -83,7 +84,7 @@ class LanguageModel:
     @torch.inference_mode()
     def vectors(self, ids: Int[Tensor, "context position"]) -> Float[Tensor, "context position d_model"]:
         """The residual stream after `layer`, in the model's precision. Later positions do not affect earlier ones."""
-        with contextlib.suppress(_Stop):
+        with contextlib.suppress(_Stop), fast_float32():
             self._body(input_ids=ids, use_cache=False)
         assert self._caught is not None
         caught, self._caught = self._caught, None
@@ -98,7 +99,8 @@ class LanguageModel:
         for block in self._below:
             block.forward = _pass_on
         try:
-            return self._model(input_ids=ids, use_cache=False).logits
+            with fast_float32():
+                return self._model(input_ids=ids, use_cache=False).logits
         finally:
             self._replacement = None
             for block in self._below:

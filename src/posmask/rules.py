@@ -25,8 +25,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from posmask.errors import BadSetting
 from posmask.choosing import Above, Choice, LargestOfBatch, LargestOfToken
+from posmask.errors import BadSetting
 
 __all__ = ["RULES", "ActivationRule", "Coded", "RuleSettings", "Take", "TopK", "make_rule", "rule_settings"]
 
@@ -212,7 +212,9 @@ class BatchTopK(TopK):
             return super().training_codes(preactivation, openness, take)
         value = gated(preactivation, openness)
         top = value.flatten().topk(min(self.settings.k * len(value), value.numel()))
-        return Coded(torch.zeros_like(value).flatten().scatter(0, top.indices, top.values * (top.values > 0)).view_as(value))
+        return Coded(
+            torch.zeros_like(value).flatten().scatter(0, top.indices, top.values * (top.values > 0)).view_as(value)
+        )
 
     def choice(self) -> Choice:
         return Above(float(self.threshold)) if self._by_batch else super().choice()

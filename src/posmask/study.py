@@ -25,7 +25,7 @@ from pydantic import (
 )
 
 from posmask import assets, corpus, folders, kernels, mask_kinds, masks, model, rows, rules, training, verdicts
-from posmask.activations import Activations, harvest, training_batches
+from posmask.activations import Activations, Stored, harvest, training_batches
 from posmask.errors import BadSetting, PosmaskError
 from posmask.evaluation import Data, EvaluationSettings, baselines, decay, evaluate, growing_name
 from posmask.interop import saebench
@@ -58,6 +58,8 @@ class ModelSettings(_Settings):
     """Vectors are read after this many layers (`hidden_states[layer]`)."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the model's forward pass and of the stored vectors. auto: bfloat16 where the processor is fast in it."""
+    stored: Stored = "model"
+    """Of the training vectors on disk; those that are measured on always keep the model's precision."""
 
 
 class CorpusSettings(_Settings):
@@ -362,12 +364,14 @@ def prepare(study: StudySettings, source: Source, root: Path) -> Data:
         "n_positions": n_positions,
     }
 
-    def harvested(label: str, what: dict[str, Any], tokens: Callable[[], corpus.Tokens]) -> Activations:
-        made_from = {**shared, **what}
+    def harvested(
+        label: str, what: dict[str, Any], tokens: Callable[[], corpus.Tokens], stored: Stored = "model"
+    ) -> Activations:
+        made_from = {**shared, **what, "stored": stored}
         folder = root / "activations" / f"{label}-{folders.identity(made_from)}"
         if folders.finished(folder, made_from):
             return Activations(folder)
-        return harvest(tokens(), source.loaded, folder, made_from, label)
+        return harvest(tokens(), source.loaded, folder, made_from, label, stored)
 
     @cache
     def texts(split: corpus.Split) -> list[str]:
@@ -382,13 +386,13 @@ def prepare(study: StudySettings, source: Source, root: Path) -> Data:
 
     settings = study.corpus.model_dump(mode="json", include={"tables", "max_characters"})
     ask = study.evaluation
-    splits: tuple[tuple[corpus.Split, int], ...] = (
-        ("training", study.corpus.training_tokens),
-        ("evaluation", study.corpus.heldout_tokens),
+    splits: tuple[tuple[corpus.Split, int, Stored], ...] = (
+        ("training", study.corpus.training_tokens, study.model.stored),
+        ("evaluation", study.corpus.heldout_tokens, "model"),
     )
     sets = {
-        split: harvested(split, {"split": split, "tokens": n_tokens, **settings}, packed(split, n_tokens))
-        for split, n_tokens in splits
+        split: harvested(split, {"split": split, "tokens": n_tokens, **settings}, packed(split, n_tokens), stored)
+        for split, n_tokens, stored in splits
     }
     n_pieces, n_windows = ask.shift_texts, ask.shift_windows
     shift = harvested(

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from posmask import kernels, objective
 from posmask.activations import Batch
-from posmask.errors import DegenerateResult
 from posmask.choosing import Precision
+from posmask.errors import DegenerateResult
 from posmask.masks import Copies, Observed
 from posmask.progress import progress_bar
 from posmask.rows import write_records

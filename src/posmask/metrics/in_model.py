@@ -20,7 +20,7 @@ from posmask.sae import Codes, SparseAutoencoder
 __all__ = ["InModel", "Losses", "WindowMass", "causal", "recovered", "without_latents"]
 
 MIN_CAUSAL_FIRINGS = 40
-_CONTEXTS_AT_ONCE = 4  # Their logits stand in memory: 100 MB for a vocabulary of 49,152.
+_CONTEXTS_AT_ONCE = 2  # 25 MB of log-probabilities each, several times over
 Replace = Callable[[Batch, Int[Tensor, " token"]], Float[Tensor, "token d_model"]]
 """Kept tokens and the number of the context that each stands in -> the vectors to put in their place."""
 
@@ -81,7 +81,8 @@ class InModel:
             keep = batch.keep.view(ids.shape)
             scored = keep[:, :-1] & keep[:, 1:]
             clean = self._log_probabilities(ids, batch.vectors)
-            found[0].append(_losses(clean, clean, ids, scored))
+            probability = clean.exp()
+            found[0].append(_losses(clean, probability, clean, ids, scored))
             for number, replace in enumerate(replacements, start=1):
                 vectors = batch.vectors.clone()
                 vectors[batch.keep] = replace(batch.kept(), context[batch.keep]).to(vectors.dtype)
@@ -90,7 +91,7 @@ class InModel:
                     raise DegenerateResult(
                         "the model's predictions are NaN or infinite on replaced vectors: use precision float32"
                     )
-                found[number].append(_losses(clean, replaced, ids, scored))
+                found[number].append(_losses(clean, probability, replaced, ids, scored))
             advance(ids.numel() * (1 + len(replacements)))
         return [Losses(*(torch.cat(parts) for parts in zip(*some, strict=True))) for some in found]
 
@@ -113,9 +114,11 @@ class InModel:
         return found
 
 
-def _losses(clean: Tensor, replaced: Tensor, ids: Tensor, scored: Bool[Tensor, "context position"]) -> tuple:
+def _losses(
+    clean: Tensor, probability: Tensor, replaced: Tensor, ids: Tensor, scored: Bool[Tensor, "context position"]
+) -> tuple:
     cross_entropy = -replaced.gather(2, ids[:, 1:, None])[..., 0]
-    divergence = (clean.exp() * (clean - replaced)).sum(2)
+    divergence = (clean - replaced).mul_(probability).sum(2)
     return cross_entropy.masked_fill(~scored, torch.nan), divergence.masked_fill(~scored, torch.nan)
 
 

@@ -1,15 +1,17 @@
-"""What posmask's k-sparse probing costs, on the activations of peers/saebench_probing.py: `probing.py ACTIVATIONS.npz`.
+"""posmask's k-sparse probing on the activations of peers/saebench_probing.py: `probing_posmask.py ACTIVATIONS.npz`.
 
-One thread, process CPU seconds, kernels compiled beforehand. The pooled rows are made before the clock starts, as they
-are there in memory for sae-bench too.
+For each request one pass over all k, on one thread; see peers/steps_terms.py. The pooled rows are made beforehand, as
+they are there in memory for sae-bench too.
 """
 
-import json
+import os
 import sys
-import time
+
+os.environ["OMP_NUM_THREADS"] = os.environ["NUMBA_NUM_THREADS"] = "1"
 
 import numpy as np
 import torch
+from steps_terms import serve
 
 from posmask.probing import topics
 from posmask.probing.pooling import PooledTexts
@@ -42,24 +44,14 @@ def main(path: str) -> None:
     torch.set_num_threads(1)
     features, dataset = read(path)
     kept = torch.ones(features.n_texts).bool()
-    seconds = []
-    for _ in range(4):
-        started = time.process_time()
+
+    def probe() -> dict:
         tasks = [topics._task(dataset, kept, number, generator(number, "probe")) for number in range(5)]
         right = k_sparse_correct(features, tasks, KS)
-        seconds.append(time.process_time() - started)
-    accuracy = {k: float(np.mean([part.double().mean() for part in parts])) for k, parts in right.items()}
-    print(
-        json.dumps(
-            {
-                "d_sae": features.n_features,
-                "cpu_seconds_all_k": round(min(seconds[1:]), 3),
-                "accuracy": {k: round(value, 4) for k, value in accuracy.items()},
-                "accuracy_mean_over_k": round(float(np.mean(list(accuracy.values()))), 4),
-            },
-            indent=1,
-        )
-    )
+        accuracy = [np.mean([part.double().mean() for part in parts]) for parts in right.values()]
+        return {"accuracy": float(np.mean(accuracy))}
+
+    serve(probe)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,404 @@
+"""posmask against its peers on the same work: `bench.py [--quick] [GROUP ...]`, or `make bench`.
+
+Each peer runs in an environment of its own under .bench/, set up here from peers/*.txt. Ours and theirs take turns in
+one run, one thread each (see peers/steps_terms.py); a round is one step of everyone. A request is clean if both
+products around it took at most 1.15 times the fastest of the run. Reported are medians over clean requests, their
+ratio, and as `low` and `high` the smallest and largest ratio of a single round. Results of a group replace those in
+results.json, and all that stand there make the tables of docs/performance.md.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+ENVIRONMENTS = ROOT / ".bench"
+RESULTS = HERE / "results.json"
+PAGE = ROOT / "docs" / "performance.md"
+SHAPES = ("576x4608", "576x16384", "2304x9216")
+WARM_UP = 2
+CLEAN = 1.15
+PEERS = {
+    "sae-lens": "sae_lens",
+    "dictionary-learning": "dictionary_learning",
+    "eai-sparsify": "sparsify",
+    "overcomplete": "overcomplete",
+    "sae-bench": "saebench",
+}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Works that the same steps of peers answer: ours, each against what each peer does of the same kind."""
+
+    ours: tuple[str, ...]
+    theirs: str
+    peers: tuple[str, ...]
+    tuned: tuple[str, ...] = ()
+    """Peers timed once more, with bfloat16 autocast: what a user can do."""
+
+
+GROUPS = {
+    "topk": Group(
+        ("topk-float32", "topk-bf16-select", "mask-slice", "mask-cohort", "mask-contiguous", "mask-hard"),
+        "topk",
+        ("sae-lens", "dictionary-learning", "eai-sparsify", "overcomplete"),
+        ("sae-lens", "eai-sparsify"),
+    ),
+    "batchtopk": Group(("batchtopk",), "batchtopk", ("sae-lens", "dictionary-learning", "overcomplete")),
+    "matryoshka": Group(("matryoshka",), "matryoshka", ("sae-lens", "dictionary-learning")),
+    "jumprelu": Group(("jumprelu",), "jumprelu", ("sae-lens", "dictionary-learning", "overcomplete")),
+    "gated": Group(("gated",), "gated", ("sae-lens", "dictionary-learning")),
+    "relu-l1": Group(
+        ("relu-l1-float32", "relu-l1-bf16"),
+        "relu-l1",
+        ("sae-lens", "dictionary-learning", "overcomplete"),
+        ("sae-lens",),
+    ),
+}
+ROUNDS = {"576x4608": 12, "576x16384": 6, "2304x9216": 5}
+
+
+class Worker:
+    """A process that does one thing each time it is asked."""
+
+    def __init__(self, name: str, python: Path, *command: str) -> None:
+        self.name = name
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by stop)
+        environment = {**os.environ, "PYTHONPATH": str(HERE / "peers"), "PYTHONWARNINGS": "ignore"}
+        self._process = subprocess.Popen(
+            [str(python), *command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env=environment,
+        )
+        self.answers: list[dict] = []
+        self._read()
+
+    def _read(self) -> dict:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        self._log.seek(0)
+        raise SystemExit(f"{self.name} ended before it answered:\n{self._log.read()[-3000:]}")
+
+    def ask(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        self.answers.append(self._read())
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._log.close()
+
+
+def environment(name: str) -> Path:
+    """The Python of a peer's environment, set up if it is not there."""
+    folder = ENVIRONMENTS / name
+    python, ready = folder / "bin" / "python", folder / ".ready"
+    if not ready.exists():
+        pins = HERE / "peers" / f"{name}.txt"
+        print(f"Setting up {folder.relative_to(ROOT)} ...", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+        pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*pip, "--constraint", str(pins), "torch"], check=True)
+        subprocess.run([*pip, "--no-deps", "--requirement", str(pins)], check=True)
+        ready.touch()
+    return python
+
+
+def in_turn(workers: list[Worker], n_rounds: int) -> None:
+    """Warm up, then one request of each worker a round."""
+    for worker in workers:
+        for _ in range(WARM_UP):
+            worker.ask()
+        worker.answers.clear()
+    for _ in range(n_rounds):
+        for worker in workers:
+            worker.ask()
+
+
+def compare(ours: Worker, theirs: Worker, fastest: float, time_of: str) -> dict | None:
+    """The figures of one comparison; None where too few requests were clean."""
+
+    def clean(answer: dict) -> bool:
+        return max(answer["calibration_ms"]) <= CLEAN * fastest
+
+    own = [answer[time_of] for answer in ours.answers if clean(answer)]
+    other = [answer[time_of] for answer in theirs.answers if clean(answer)]
+    rounds = [
+        b[time_of] / a[time_of] for a, b in zip(ours.answers, theirs.answers, strict=True) if clean(a) and clean(b)
+    ]
+    if not rounds:
+        return None
+    a, b = statistics.median(own), statistics.median(other)
+    return {
+        "ours_ms": round(a, 2),
+        "peer_ms": round(b, 2),
+        "ratio": round(b / a, 2),
+        "low": round(min(rounds), 2),
+        "high": round(max(rounds), 2),
+        "rounds": len(rounds),
+        "ours_peak_mb": round(ours.answers[-1]["peak_mb"]),
+        "peer_peak_mb": round(theirs.answers[-1]["peak_mb"]),
+    }
+
+
+def ours_of(work: str, shape: str, n_threads: int = 1) -> Worker:
+    return Worker(work, Path(sys.executable), str(HERE / "steps_posmask.py"), work, shape, str(n_threads))
+
+
+def run_group(name: str, shape: str, n_rounds: int, peers: set[str], works: set[str] | None = None) -> list[dict]:
+    group = GROUPS[name]
+    ours = [ours_of(work, shape) for work in group.ours if works is None or work in works]
+    theirs = []
+    for peer in group.peers:
+        if peer in peers:
+            script = str(HERE / "peers" / f"steps_{PEERS[peer]}.py")
+            for more in ([], ["tuned"]) if peer in group.tuned else ([],):
+                label = f"{peer} tuned" if more else peer
+                theirs.append(Worker(label, environment(PEERS[peer]), script, group.theirs, shape, "1", *more))
+    floor = Worker("gemm-floor", Path(sys.executable), str(HERE / "floor.py"), shape)
+    workers = [*ours, *theirs, floor]
+    in_turn(workers, n_rounds)
+    found = rows_of(ours, [*theirs, floor], {"shape": shape}, "cpu_ms")
+    for worker in workers:
+        worker.stop()
+    return found
+
+
+def rows_of(ours: list[Worker], theirs: list[Worker], terms: dict, time_of: str) -> list[dict]:
+    every = [time for worker in (*ours, *theirs) for answer in worker.answers for time in answer["calibration_ms"]]
+    found = []
+    for own in ours:
+        for other in theirs:
+            figures = compare(own, other, min(every), time_of)
+            if figures is None:
+                print(f"{own.name} {terms} against {other.name}: no clean round, the machine was busy", flush=True)
+                continue
+            peer, _, setting = other.name.partition(" ")
+            row = {"work": own.name, **terms, "peer": peer, **({"setting": setting} if setting else {}), **figures}
+            print(f"{row['work']:>17} {terms.get('shape', '')} {other.name:>20} {row['ratio']:7.2f}x", flush=True)
+            found.append(row)
+    return found
+
+
+def run_harvest(n_rounds: int) -> list[dict]:
+    from posmask.model import embedded_model_folder
+
+    model, found = str(embedded_model_folder()), []
+    for precision, work in (("float32", "harvest-float32"), ("bfloat16", "harvest-bf16")):
+        own = str(HERE / "harvest_posmask.py")
+        ours = Worker(work, Path(sys.executable), own, "harvest", model, "1", precision)
+        bare = Worker("bare-forward", Path(sys.executable), own, "forward", model, "1", precision)
+        script = str(HERE / "peers" / "harvest_sae_lens.py")
+        theirs = [
+            Worker(label, environment("sae_lens"), script, model, "1", own_precision)
+            for label, own_precision in (("sae-lens", "float32"), ("sae-lens tuned", "bfloat16"))
+            if own_precision == "float32" or precision == "bfloat16"
+        ]
+        in_turn([ours, bare, *theirs], n_rounds)
+        rows = rows_of([ours], [bare, *theirs], {"shape": "SmolLM2-135M, layer 15"}, "cpu_ms")
+        for row, worker in zip(rows, [bare, *theirs], strict=True):
+            last = ours.answers[-1]
+            row["ours_bytes_a_token"] = round(last["bytes"] / last["tokens"])
+            if "bytes" in worker.answers[-1]:
+                row["peer_bytes_a_token"] = round(worker.answers[-1]["bytes"] / worker.answers[-1]["tokens"])
+            row["ours_tokens_a_second"] = round(1000 * last["tokens"] / row["ours_ms"])
+        found += rows
+        for worker in (ours, bare, *theirs):
+            worker.stop()
+    return found
+
+
+def run_probing(d_saes: tuple[int, ...], n_rounds: int) -> list[dict]:
+    found = []
+    for d_sae in d_saes:
+        with tempfile.TemporaryDirectory() as folder:
+            activations = f"{folder}/activations.npz"
+            script = str(HERE / "peers" / "saebench_probing.py")
+            theirs = Worker("sae-bench", environment("saebench"), script, activations, str(d_sae))
+            ours = Worker("probing", Path(sys.executable), str(HERE / "probing_posmask.py"), activations)
+            in_turn([ours, theirs], n_rounds)
+            rows = rows_of([ours], [theirs], {"shape": f"d_sae {d_sae}"}, "cpu_ms")
+            for row in rows:
+                row["ours_accuracy"] = round(ours.answers[-1]["accuracy"], 4)
+                row["peer_accuracy"] = round(theirs.answers[-1]["accuracy"], 4)
+            found += rows
+            ours.stop()
+            theirs.stop()
+    return found
+
+
+# How a step grows: (work, shape, threads), timed in turn in one run.
+SCALING = {
+    "d_sae": [
+        (work, f"576x{d_sae}", 1) for d_sae in (2304, 4608, 9216, 16384) for work in ("topk-float32", "mask-slice")
+    ],
+    "tokens a batch": [(f"topk-float32@{n}", "576x4608", 1) for n in (1024, 2048, 4096, 8192)],
+    "positions a latent": [(f"mask-hard-{n}", "576x4608", 1) for n in (4, 8, 16, 32, 64, 128)],
+    "threads": [(work, "576x4608", n) for n in (1, 2) for work in ("topk-float32", "topk-bf16-select", "mask-slice")],
+}
+
+
+def run_scaling(n_rounds: int) -> list[dict]:
+    found = []
+    for name, points in SCALING.items():
+        workers = [ours_of(*point) for point in points]
+        in_turn(workers, n_rounds)
+        fastest = min(time for worker in workers for answer in worker.answers for time in answer["calibration_ms"])
+        for worker, (work, shape, n_threads) in zip(workers, points, strict=True):
+            clean = [a for a in worker.answers if max(a["calibration_ms"]) <= CLEAN * fastest] or worker.answers
+            # With two threads the time that passes counts, not what both spend.
+            times = [answer["wall_ms" if name == "threads" else "cpu_ms"] for answer in clean]
+            row = {"by": name, "work": work, "shape": shape, "threads": n_threads}
+            found.append({**row, "ms": round(statistics.median(times), 2), "best_ms": round(min(times), 2)})
+            print(f"{name}: {work} {shape} x{n_threads} {found[-1]['ms']:.1f} ms", flush=True)
+            worker.stop()
+    return found
+
+
+PROFILED = ("topk-float32", "topk-bf16-select", "mask-slice", "mask-hard", "batchtopk")
+
+
+def run_profile() -> list[dict]:
+    found = []
+    for work in PROFILED:
+        command = [sys.executable, str(HERE / "profile_posmask.py"), work, SHAPES[0], "40"]
+        environment = {**os.environ, "PYTHONPATH": str(HERE / "peers")}
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        found.append({"work": work, "shape": SHAPES[0], "ms": json.loads(done.stdout.splitlines()[-1])})
+        print(f"profile: {work} {found[-1]['ms']}", flush=True)
+    return found
+
+
+def machine() -> dict:
+    facts = {}
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        key, _, value = line.partition(":")
+        facts.setdefault(key.strip(), value.strip())
+    flags, name = facts.get("flags", "").split(), facts.get("model name", platform.processor())
+    return {
+        "processor": f"{name} (family {facts.get('cpu family')}, model {facts.get('model')})",
+        "cores": os.cpu_count(),
+        "features": [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags],
+        "system": platform.platform(terse=True),
+        "threads": 1,
+    }
+
+
+def versions() -> dict:
+    found = {name: version(name) for name in ("torch", "numba", "numpy", "transformers")}
+    for peer, name in PEERS.items():
+        pins = (HERE / "peers" / f"{name}.txt").read_text().splitlines()
+        found[peer] = next(pin.split("==")[1] for pin in pins if pin.lower().startswith(f"{peer}=="))
+    return {"python": platform.python_version(), **found}
+
+
+@dataclass
+class Results:
+    """What results.json holds."""
+
+    machine: dict = field(default_factory=dict)
+    versions: dict = field(default_factory=dict)
+    ratios: list[dict] = field(default_factory=list)
+    scaling: list[dict] = field(default_factory=list)
+    profile: list[dict] = field(default_factory=list)
+
+    @classmethod
+    def read(cls) -> "Results":
+        return cls(**json.loads(RESULTS.read_text())) if RESULTS.exists() else cls()
+
+    def put(self, rows: list[dict]) -> None:
+        """Take rows in, in place of those of the same works and shapes; write the file."""
+        new = {(row["work"], row["shape"]) for row in rows}
+        self.ratios = [row for row in self.ratios if (row["work"], row["shape"]) not in new] + rows
+        self.write()
+
+    def write(self) -> None:
+        self.machine, self.versions = machine(), versions()
+        parts = {"machine": self.machine, "versions": self.versions}
+        lines = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in parts.items()]
+        for name in ("ratios", "scaling", "profile"):
+            rows = ",\n".join(f"  {json.dumps(row)}" for row in getattr(self, name))
+            lines.append(f' "{name}": [\n{rows}\n ]' if rows else f' "{name}": []')
+        draft = RESULTS.with_suffix(".draft")
+        draft.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        draft.replace(RESULTS)
+
+
+def main() -> None:
+    every = [*GROUPS, "harvest", "probing", "scaling", "profile"]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("groups", nargs="*", help=f"of {', '.join(every)}; all if none is named")
+    parser.add_argument(
+        "--quick", action="store_true", help="the main ratios at the smallest shape; nothing is written"
+    )
+    parser.add_argument("--shape", action="append", choices=SHAPES, help="only at this shape")
+    given = parser.parse_args()
+    unknown = set(given.groups) - set(every)
+    if unknown:
+        parser.error(f"{', '.join(sorted(unknown))} is no group: choose of {', '.join(every)}")
+    if given.quick:
+        quick()
+        return
+    results = Results.read()
+    for name in given.groups or every:
+        started = time.perf_counter()
+        if name == "harvest":
+            results.put(run_harvest(4))
+        elif name == "probing":
+            results.put(run_probing((4608, 16384), 3))
+        elif name == "scaling":
+            results.scaling = run_scaling(7)
+            results.write()
+        elif name == "profile":
+            results.profile = run_profile()
+            results.write()
+        else:
+            for shape in given.shape or SHAPES:
+                results.put(run_group(name, shape, ROUNDS[shape], set(PEERS)))
+        print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
+        write_page(results)
+
+
+def quick() -> None:
+    """The main ratios, in minutes."""
+    works = {"topk-float32", "topk-bf16-select", "mask-slice", "mask-hard"}
+    run_group("topk", SHAPES[0], 5, {"sae-lens", "eai-sparsify"}, works)
+    run_group("batchtopk", SHAPES[0], 4, {"sae-lens"})
+    run_group("relu-l1", SHAPES[0], 4, {"sae-lens"})
+    run_harvest(2)
+
+
+def write_page(results: Results) -> None:
+    """Put the tables between their marks in docs/performance.md."""
+    from tables import tables
+
+    page = PAGE.read_text()
+    for name, text in tables(results.__dict__).items():
+        start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+        before, _, rest = page.partition(start)
+        _, _, after = rest.partition(end)
+        assert after, f"{PAGE} has no place for {name}"
+        page = f"{before}{start}{text}\n{end}{after}"
+    PAGE.write_text(page)
+
+
+if __name__ == "__main__":
+    main()
