@@ -95,7 +95,7 @@ def main(study_file: Path, folder: Path, results: Path) -> None:
                 mask_of = make_mask(mask_settings(values), study.corpus.n_positions, study.sae.d_sae, seed)
                 sae = SparseAutoencoder(training.d_model, study.sae.rule, mask_of, seed)
                 sae.center, sae.scale = training.centre_and_scale
-                settings = study.training.model_copy(update={"selection": selection})
+                settings = study.training.model_copy(update={"precision": selection})
                 batches = training_batches(training, settings.batch_tokens, settings.n_steps, seed)
                 train(sae, batches, settings, f"{mask} {seed}: {precision} model, {stored}, {selection} choosing")
                 value = round(explained_variance(sae, heldout), 5)

@@ -47,7 +47,7 @@ def main(study_file: Path, root: Path) -> None:
     training, heldout = (
         Activations(next((root / "activations").glob(f"{name}-*"))) for name in ("training", "evaluation")
     )
-    settings = study.training.model_copy(update={"selection": "float32", "aux_k": 0, "max_gradient_norm": None})
+    settings = study.training.model_copy(update={"precision": "float32", "aux_k": 0, "max_gradient_norm": None})
     for bias_learns in (False, True):
         sliced = start(study, training, {"kind": "slice", "n_slices": N_SLICES}, study.sae.d_sae)
         first = {name: getattr(sliced, name).detach().clone() for name in ("encoder", "decoder")}

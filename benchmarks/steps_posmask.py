@@ -60,7 +60,7 @@ def main(work: str, shape: str, n_threads: int) -> None:
     rule, mask, precision, n_tokens = terms_of(work)
     d_model, d_sae = sizes(shape)
     sae = SparseAutoencoder(d_model, rule_settings(rule), make_mask(mask_settings(mask), N_POSITIONS, d_sae))
-    settings = TrainingSettings(n_steps=10_000, batch_tokens=n_tokens, learning_rate=1e-3, selection=precision)
+    settings = TrainingSettings(n_steps=10_000, batch_tokens=n_tokens, learning_rate=1e-3, precision=precision)
     train(sae, batches(d_model, n_tokens), settings, work)
 
 

@@ -95,7 +95,7 @@ def test_the_loss_curve_is_that_of_plain_autograd_and_adam(kind, rule, precision
         pytest.skip("their products carry bfloat16's rounding; docs/performance.md has the measured difference")
     d_sae, d_model = (768, 96) if precision == "float32" else (1536, 384)  # where bfloat16 is of use
     settings = TrainingSettings(
-        n_steps=12, batch_tokens=1024, learning_rate=1e-3, warmup_share=0, decay_share=0, selection=precision
+        n_steps=12, batch_tokens=1024, learning_rate=1e-3, warmup_share=0, decay_share=0, precision=precision
     )
     batches = sparse_sums(12, 1024, d_model)
     dead = torch.arange(d_sae) % 7 == 0

@@ -47,9 +47,11 @@ class TrainingSettings(BaseModel):
     """A latent is dead when it has not fired on this many tokens at which it was open."""
     aux_k: int = Field(default=32, ge=0)
     """How many dead latents reconstruct the error on each token, to be revived; 0 leaves them dead."""
-    selection: Precision = "float32"
-    """Precision of the product that chooses latents. bfloat16 is faster where the processor has it, and may
-    choose another latent where two are within half a percent; values and gradients are float32 either way."""
+    precision: Precision = "float32"
+    """Of the products with the dictionary; bfloat16 is faster where the processor has it. With rules that choose few
+    latents (topk, batchtopk, matryoshka) it only decides which, and may take another where two are within half a
+    percent; all values and gradients stay float32. With the others (relu, jumprelu, gated) codes, reconstruction and
+    gradients carry its rounding."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ def train(
                 batch.counted(sae.mask.settings.coordinate),
                 dead=deaths.dead,
                 aux_k=settings.aux_k,
-                precision=settings.selection,
+                precision=settings.precision,
                 loss_tokens=settings.batch_tokens,
                 with_codes=sae.mask.watches,
             )

@@ -1,0 +1,50 @@
+"""The page of performance says what results.json says, and that has the form that others may read it by."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+WORKS = {
+    "topk-float32",
+    "topk-bf16-select",
+    "mask-cohort",
+    "mask-slice",
+    "mask-contiguous",
+    "mask-hard",
+    "batchtopk",
+    "jumprelu",
+    "gated",
+    "matryoshka",
+    "relu-l1-float32",
+    "relu-l1-bf16",
+    "harvest-float32",
+    "harvest-bf16",
+    "probing",
+}
+
+
+def results():
+    return json.loads((ROOT / "benchmarks" / "results.json").read_text(encoding="utf8"))
+
+
+def test_every_work_has_a_ratio_with_its_spread():
+    found = results()
+    assert {row["work"] for row in found["ratios"]} == WORKS
+    for row in found["ratios"]:
+        assert row["low"] <= row["high"]
+        assert 0.9 * row["low"] <= row["ratio"] <= 1.1 * row["high"]  # a ratio of medians, beside those of single rounds
+        assert row["ratio"] * row["ours_ms"] == pytest.approx(row["peer_ms"], rel=0.02, abs=1)
+    assert {"processor", "cores"} <= set(found["machine"])
+    assert {"torch", "sae-lens", "eai-sparsify", "dictionary-learning", "overcomplete"} <= set(found["versions"])
+
+
+def test_the_tables_of_the_page_are_those_of_the_results():
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf8")
+    for name, text in module.tables(results()).items():
+        assert f"<!-- {name} -->\n{text}\n<!-- end of {name} -->" in page, name
