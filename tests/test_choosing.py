@@ -97,8 +97,10 @@ def test_the_batch_is_cut_while_it_is_searched(monkeypatch):
     monkeypatch.setattr(choosing, "_LEAST_ROWS", 64)
     value = table(5000, n_tokens=2000)
     cuts = []
-    plain = choosing._Found._cut
-    monkeypatch.setattr(choosing._Found, "_cut", lambda self, wanted: cuts.append(self._n_found) or plain(self, wanted))
+    plain = choosing._Others._cut
+    monkeypatch.setattr(
+        choosing._Others, "_cut", lambda self, wanted: cuts.append(self._n_found) or plain(self, wanted)
+    )
     pairs = []
     x, place = value, torch.zeros(2000, dtype=torch.int64)
     groups = [LiveGroup(torch.tensor([0]), slice(0, 5000), gated=False)]

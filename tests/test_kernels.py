@@ -70,6 +70,12 @@ def test_rows_get_unit_norm(either_way):
     torch.testing.assert_close(rows, expected)
 
 
+def test_where_the_fast_product_is_not_float32_it_is_not_taken(monkeypatch):
+    monkeypatch.setattr(kernels, "float32_stays_float32", lambda: False)  # as on a processor with AMX
+    with kernels.fast_float32():
+        assert torch.get_float32_matmul_precision() == "highest"
+
+
 def test_fast_float32_restores_the_setting():
     before = torch.get_float32_matmul_precision()
     with kernels.fast_float32():

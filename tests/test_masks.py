@@ -44,6 +44,20 @@ def test_contiguous_hard_windows_start_anywhere_and_live_latents_are_neighbours(
     assert all(isinstance(group.latents, slice) for group in mask.groups())
 
 
+def test_neighbours_that_share_most_of_their_live_latents_are_computed_together():
+    mask = make_mask(mask_settings({"kind": "hard", "positions_per_latent": 16, "contiguous": True}), 128, 1024, seed=0)
+    groups = mask.groups()
+    assert 20 < len(groups) < 60
+    assert sorted(torch.cat([group.positions for group in groups]).tolist()) == list(range(128))
+    for group in groups:
+        live = mask.openness()[group.positions] > 0
+        inside = live[:, group.latents].sum(1)
+        assert torch.equal(inside, live.sum(1))
+        assert group.latents.stop - group.latents.start <= 1.25 * int(inside.min())
+        assert group.gated == (not bool((mask.openness()[group.positions][:, group.latents] == 1).all()))
+    assert len(make_mask(mask_settings({"kind": "slice", "n_slices": 8}), 128, 1024).groups()) == 8
+
+
 def test_hard_opens_exactly_that_many_positions_differently_by_latent():
     openness = mask_of("hard").openness()
     assert openness.sum(0).tolist() == [4] * D_SAE

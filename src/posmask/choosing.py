@@ -84,10 +84,10 @@ def in_group_order(groups: Sequence[LiveGroup], place: Tensor) -> tuple[Tensor |
     """
     if len(groups) == 1:
         return None, [len(place)]
-    n_places = sum(len(group.positions) for group in groups)
-    group_of_place = torch.empty(n_places, dtype=torch.int64, device=place.device)
-    for number, group in enumerate(groups):
-        group_of_place[group.positions] = number
+    positions = torch.cat([group.positions for group in groups])
+    sizes = torch.tensor([len(group.positions) for group in groups], device=place.device)
+    group_of_place = torch.empty_like(positions)
+    group_of_place[positions] = torch.arange(len(groups), device=place.device).repeat_interleave(sizes)
     group_of_token = group_of_place[place]
     ends = torch.bincount(group_of_token, minlength=len(groups)).cumsum(0).tolist()
     if bool((group_of_token[1:] >= group_of_token[:-1]).all()):
@@ -138,7 +138,8 @@ def choose(
     """
     low = precision == "bfloat16" and x.dtype == torch.float32
     inputs, weights = (x.bfloat16(), encoder.bfloat16()) if low else (x, encoder)
-    found = _Found(choice, len(x), bias)
+    of_token = isinstance(choice, LargestOfToken) and kernels.compiled(x)
+    found = _LargestOfTokens(choice.k, len(x), bias) if of_token else _Others(choice, len(x), bias)
     buffer = inputs.new_empty(0)
     latents, live_bias, gathered = bias, bias, weights
     last: LiveGroup | None = None
@@ -158,7 +159,7 @@ def choose(
             torch.mm(inputs[rows.start : rows.start + n_rows], gathered.T, out=product)
             gate = (openness, place[rows]) if group.gated else None
             found.add(product, rows, live_bias, latents, gate)
-    if isinstance(choice, LargestOfBatch) and found.missing and choice.near > 0:
+    if isinstance(choice, LargestOfBatch) and choice.near > 0 and found.missing:
         lower = replace(choice, near=0.0)
         return choose(x, place, ends, encoder, bias, groups, openness, lower, precision=precision, among=among)
     token, latent, preactivation = found.entries()
@@ -185,7 +186,30 @@ def _live_rows(weights: Tensor, group: LiveGroup, among: Tensor | None) -> tuple
     return latents, weights.index_select(0, torch.cat([latents, padding]))
 
 
-class _Found:
+class _LargestOfTokens:
+    """The k largest of each token, written by compiled loops into one table. Arguments as those of `_Others`."""
+
+    missing = False
+
+    def __init__(self, k: int, n_tokens: int, bias: Tensor) -> None:
+        k = min(k, len(bias))
+        self._latent = np.empty((n_tokens, k), np.int64)
+        self._preactivation = np.empty((n_tokens, k), bias.numpy().dtype)
+        self._count = np.zeros(n_tokens, np.int64)
+
+    def add(
+        self, product: Tensor, rows: slice, bias: Tensor, latents: Tensor, gate: tuple[Tensor, Tensor] | None
+    ) -> None:
+        latent, preactivation, count = self._latent[rows], self._preactivation[rows], self._count[rows]
+        k = min(latent.shape[1], len(bias))
+        _largest_of_rows(*_arrays(product, bias, latents, gate, len(count)), k, latent, preactivation, count)
+
+    def entries(self) -> tuple[Tensor, Tensor, Tensor]:
+        token, latent, preactivation = _joined(self._latent, self._preactivation, self._count)
+        return torch.from_numpy(token), torch.from_numpy(latent), torch.from_numpy(preactivation)
+
+
+class _Others:
     """What was chosen so far. Tables of a piece have a row a token, and maybe more, and a column a live latent."""
 
     def __init__(self, choice: Choice, n_tokens: int, bias: Tensor) -> None:
@@ -206,14 +230,11 @@ class _Found:
         """
         n_rows = rows.stop - rows.start
         if kernels.compiled(product):
-            row, column, preactivation, value = _take_compiled(
-                product, n_rows, bias, latents, gate, self._choice, self._floor
-            )
+            found = _take_above(product, n_rows, bias, latents, gate, self._floor)
         else:
-            row, column, preactivation, value = _take(
-                product[:n_rows, : len(latents)], bias, latents, gate, self._choice, self._floor
-            )
-        self._found.append((row + rows.start, latents[column], preactivation, value))
+            found = _take(product[:n_rows, : len(latents)], bias, latents, gate, self._choice, self._floor)
+        row, *rest = found
+        self._found.append((row + rows.start, *rest))
         if self._wanted is not None and self._n_found > 2 * self._wanted:
             self._cut(self._wanted)
 
@@ -255,7 +276,7 @@ def _take(
     choice: Choice,
     floor: float,
 ) -> tuple[Tensor, ...]:
-    """(row, column, preactivation, value) of what a choice takes: the definition of `_take_compiled`."""
+    """(row, latent, preactivation, value) of what a choice takes: the definition of the compiled loops."""
     preactivation = product.to(bias.dtype) + bias
     value = preactivation
     if gate is not None:
@@ -266,32 +287,29 @@ def _take(
         column = top.indices[row, entry]
     else:
         row, column = ((value > floor) & (value > 0)).nonzero(as_tuple=True)
-    return row, column, preactivation[row, column], value[row, column]
+    return row, latents[column], preactivation[row, column], value[row, column]
 
 
-def _take_compiled(
-    product: Tensor,
-    n_rows: int,
-    bias: Tensor,
-    latents: Tensor,
-    gate: tuple[Tensor, Tensor] | None,
-    choice: Choice,
-    floor: float,
+def _take_above(
+    product: Tensor, n_rows: int, bias: Tensor, latents: Tensor, gate: tuple[Tensor, Tensor] | None, floor: float
 ) -> tuple[Tensor, ...]:
+    """The same of all above a floor, by compiled loops."""
+    latent = np.empty((n_rows, len(latents)), np.int64)
+    preactivation, value = np.empty(latent.shape, bias.numpy().dtype), np.empty(latent.shape, bias.numpy().dtype)
+    count = np.empty(n_rows, np.int64)
+    arrays = _arrays(product, bias, latents, gate, n_rows)
+    _above_floor(*arrays, value.dtype.type(floor), latent, preactivation, value, count)
+    found = (*_joined(latent, preactivation, count), _joined(latent, value, count)[2])
+    return tuple(torch.from_numpy(array) for array in found)
+
+
+def _arrays(product: Tensor, bias: Tensor, latents: Tensor, gate: tuple[Tensor, Tensor] | None, n_rows: int) -> tuple:
+    """What the compiled loops ask for first."""
     low = product.dtype == torch.bfloat16
     numbers = product.view(torch.int16).numpy() if low else product.numpy()
     table, place = gate if gate is not None else (bias.new_empty(0, 0), latents[:0])
-    most = min(choice.k, len(latents)) if isinstance(choice, LargestOfToken) else len(latents)
-    column = np.empty((n_rows, most), np.int32)
-    found = np.empty((2, n_rows, most), bias.numpy().dtype)  # the entries' pre-activations, and gated
-    count = np.empty(n_rows, np.int64)
-    given = (numbers, low, bias.numpy(), latents.numpy(), table.numpy(), place.numpy())
-    n_parts = min(n_rows, 8 * numba.get_num_threads())  # Each with room of its own.
-    if isinstance(choice, LargestOfToken):
-        _largest_of_rows(*given, n_parts, most, column, found, count)
-    else:
-        _above_floor(*given, n_parts, found.dtype.type(floor), column, found, count)
-    return tuple(torch.from_numpy(array) for array in _joined(column, found, count))
+    n_parts = min(n_rows, 8 * numba.get_num_threads())  # each with room of its own
+    return numbers, low, bias.numpy(), latents.numpy(), table.numpy(), place.numpy(), n_parts
 
 
 _LANES, _DEPTH = 128, 4
@@ -426,7 +444,7 @@ def _cut_of_largest(number, n, k, room):  # pragma: no cover (compiled)
 
 @numba.njit(parallel=True, cache=True)
 def _largest_of_rows(  # pragma: no cover (compiled)
-    product, low, bias, latents, table, place, n_parts, k, column, found, count
+    product, low, bias, latents, table, place, n_parts, k, latent, preactivation, count
 ):
     """The k largest positive numbers of each row of openness * (product + bias), in no order."""
     n_rows, n = len(count), len(bias)
@@ -459,18 +477,17 @@ def _largest_of_rows(  # pragma: no cover (compiled)
                 if number[0, i] > cut or (number[0, i] == cut and n_ties > 0):
                     n_ties -= number[0, i] == cut
                     c = place_of[i]
-                    column[t, n_taken] = c
-                    found[0, t, n_taken] = _preactivation(product[t], low, bias, bits, c)
-                    found[1, t, n_taken] = number[0, i]
+                    latent[t, n_taken] = latents[c]
+                    preactivation[t, n_taken] = _preactivation(product[t], low, bias, bits, c)
                     n_taken += 1
             count[t] = n_taken
 
 
 @numba.njit(parallel=True, cache=True)
 def _above_floor(  # pragma: no cover (compiled)
-    product, low, bias, latents, table, place, n_parts, floor, column, found, count
+    product, low, bias, latents, table, place, n_parts, floor, latent, preactivation, taken, count
 ):
-    """All positive numbers above `floor` of each row of openness * (product + bias)."""
+    """All positive numbers above `floor` of each row of openness * (product + bias), and the pre-activations."""
     n_rows, n, zero = len(count), len(bias), bias.dtype.type(0)
     for part in numba.prange(n_parts):
         bits, value = np.empty(n, np.int32), np.empty(n, bias.dtype)
@@ -486,23 +503,20 @@ def _above_floor(  # pragma: no cover (compiled)
                 if n_above:
                     for c in range(start, start + len(some)):
                         if value[c] > floor and value[c] > zero:
-                            column[t, n_taken] = c
-                            found[0, t, n_taken] = _preactivation(product[t], low, bias, bits, c)
-                            found[1, t, n_taken] = value[c]
+                            latent[t, n_taken], taken[t, n_taken] = latents[c], value[c]
+                            preactivation[t, n_taken] = _preactivation(product[t], low, bias, bits, c)
                             n_taken += 1
             count[t] = n_taken
 
 
 @numba.njit(cache=True)
-def _joined(column, found, count):  # pragma: no cover (compiled)
-    """(row, column, preactivation, value) of the first count[t] entries of each row t."""
+def _joined(latent, value, count):  # pragma: no cover (compiled)
+    """(row, latent, value) of the first count[t] entries of each row t."""
     n = count.sum()
-    row, columns = np.empty(n, np.int64), np.empty(n, np.int64)
-    preactivation, value = np.empty(n, found.dtype), np.empty(n, found.dtype)
+    row, latents, values = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n, value.dtype)
     e = 0
     for t in range(len(count)):
         for i in range(count[t]):
-            row[e], columns[e] = t, column[t, i]
-            preactivation[e], value[e] = found[0, t, i], found[1, t, i]
+            row[e], latents[e], values[e] = t, latent[t, i], value[t, i]
             e += 1
-    return row, columns, preactivation, value
+    return row, latents, values

@@ -127,6 +127,7 @@ class PositionMask(nn.Module):
         self.n_bound = d_sae - self.n_free
         self._groups: list[LiveGroup] | None = None
         self._live: Tensor | None = None
+        self._strict: bool | None = None
         self._start(generator(seed, f"mask {settings.kind}"))
 
     def _start(self, random: torch.Generator) -> None:
@@ -209,6 +210,13 @@ class PositionMask(nn.Module):
             self._groups = live_groups(table if self.gates_code() else torch.ones_like(table))
         return self._groups
 
+    def is_strict(self) -> bool:
+        """Whether M is 0 or 1 everywhere, so that a latent that may speak is not softened. Cached like `groups`."""
+        if self._strict is None:
+            table = self.table().detach()
+            self._strict = bool(((table == 0) | (table == 1)).all())
+        return self._strict
+
     def live(self) -> Float[Tensor, "place latent"]:
         """1 where the latent's code may be above 0, else 0. Cached like `groups`."""
         if self._live is None:
@@ -219,6 +227,7 @@ class PositionMask(nn.Module):
     def _changed(self) -> None:
         self._groups = None
         self._live = None
+        self._strict = None
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -277,8 +286,9 @@ class PositionMask(nn.Module):
 def live_groups(openness: Float[Tensor, "position latent"]) -> list[LiveGroup]:
     """Positions grouped by their set of live (openness > 0) latents, every position in exactly one group.
 
-    One gated group of everything is returned instead where more than half of the latents are live at scattered places
-    of the dictionary, because gathering their weights would cost more than the product of the closed ones.
+    Some closed latents are computed, and gated to 0, where that is faster: one group of everything where more than
+    half of the latents are live at scattered places of the dictionary, whose weights would have to be gathered; and
+    one group for neighbours whose live blocks overlap so much that together they are little more than each.
     """
     live = openness > 0
     n_positions, d_sae = openness.shape
@@ -297,10 +307,33 @@ def live_groups(openness: Float[Tensor, "position latent"]) -> list[LiveGroup]:
         groups.append(LiveGroup(positions, block, gated))
     if scattered > _MOST_SCATTERED * len(groups) * d_sae:
         return [LiveGroup(torch.arange(n_positions, device=openness.device), slice(0, d_sae), gated=True)]
-    return sorted(groups, key=lambda group: int(group.positions[0]))
+    groups = sorted(groups, key=lambda group: int(group.positions[0]))
+    return _merged(groups) if all(isinstance(group.latents, slice) for group in groups) else groups
 
 
 _MOST_SCATTERED = 0.5  # Share of the latents, mean over groups.
+_MOST_IN_COMMON = 1.25  # Times as many latents as the least of the merged groups has.
+
+
+def _merged(groups: list[LiveGroup]) -> list[LiveGroup]:
+    """Groups of neighbouring latents, those that overlap widely made one."""
+    found: list[LiveGroup] = []
+    least = 0
+    for group in groups:
+        here = group.latents
+        assert isinstance(here, slice)
+        if found:
+            before = found[-1].latents
+            assert isinstance(before, slice)
+            start, stop = min(before.start, here.start), max(before.stop, here.stop)
+            smaller = min(least, here.stop - here.start)
+            if stop - start <= _MOST_IN_COMMON * smaller:
+                positions = torch.cat([found[-1].positions, group.positions])
+                found[-1], least = LiveGroup(positions, slice(start, stop), gated=True), smaller
+                continue
+        found.append(group)
+        least = here.stop - here.start
+    return found
 
 
 def moments(first: float, last: float, count: int, n_steps: int) -> Iterator[int]:

@@ -41,7 +41,7 @@ class StepLoss:
     `reconstruction` is that of all codes together, whatever parts there are; `fired` which latents were active on any
     token, `n_active` the number of active codes and `least` the least of them, before a router's strength; `place` the
     row of the mask's table that each token took; `residual` is x - x_hat, `strength` what a router multiplied the
-    codes by. `codes` is None where it was not asked for and had to be collected.
+    codes by. `codes` and `residual` are None where they were not asked for.
     """
 
     reconstruction: float
@@ -51,7 +51,7 @@ class StepLoss:
     least: float
     codes: Codes | None
     place: Int[Tensor, " token"]
-    residual: Float[Tensor, "token d_model"]
+    residual: Float[Tensor, "token d_model"] | None
     strength: Float[Tensor, " token"] | None
     openness_gradient: Float[Tensor, "place latent"] | None
 
@@ -185,7 +185,7 @@ def fast_gradients(
     aux_k: int = 0,
     precision: Precision = "float32",
     loss_tokens: int | None = None,
-    with_codes: bool = True,
+    details: bool = True,
 ) -> StepLoss:
     """The same loss and gradients without what is closed or zero; the one place that chooses how.
 
@@ -196,7 +196,7 @@ def fast_gradients(
     Args:
         precision: bfloat16 is for float32 SAEs. Where few codes are chosen it decides only which; all values and
             gradients are float32. The other rules' products with the dictionary all carry its rounding.
-        with_codes: whether the codes are wanted where collecting them costs time.
+        details: whether codes and residual are wanted, which not every step of a training needs.
     """
     with torch.enable_grad():
         routing = sae.mask.route(sae.normalise(vectors) if sae.mask.reads_vectors else vectors, position)
@@ -210,10 +210,12 @@ def fast_gradients(
         loss_tokens=loss_tokens or len(vectors),
     )
     if sae.rule.training_choice() is None:
-        found = _through_blocks(work, precision, with_codes)
+        found = _through_blocks(work, precision, details)
     else:
         revived = dead if sae.rule.revives and aux_k and dead is not None and bool(dead.any()) else None
         found = _through_entries(work, revived, aux_k, precision)
+    if not details:
+        found = replace(found, codes=None, residual=None)
     if order is not None:
         found = _as_they_came(found, order)
     if routing.strength is not None:
@@ -264,7 +266,7 @@ def _as_they_came(found: StepLoss, order: Tensor) -> StepLoss:
         found,
         codes=codes,
         place=found.place[back],
-        residual=found.residual[back],
+        residual=None if found.residual is None else found.residual[back],
         strength=None if found.strength is None else found.strength[back],
     )
 
@@ -333,7 +335,7 @@ def _choose(work: _Work, choice: Choice, precision: Precision, among: Tensor | N
         among=among,
     )
     openness = None
-    if not sae.mask.gates_code() or any(group.gated for group in sae.mask.groups()):
+    if not (sae.mask.gates_code() and sae.mask.is_strict()):
         openness = work.table[work.place[found.token], found.latent]
     value = found.preactivation
     if sae.mask.gates_code() and openness is not None:
@@ -396,7 +398,7 @@ class _ParameterGradients:
         sae.decoder_bias.grad = bias_gradient - self._unmasked_bias @ sae.encoder
 
 
-def _through_blocks(work: _Work, precision: Precision, with_codes: bool) -> StepLoss:
+def _through_blocks(work: _Work, precision: Precision, details: bool) -> StepLoss:
     sae, mask, n = work.sae, work.sae.mask, len(work.inputs)
     for parameter in (sae.encoder, sae.encoder_bias, sae.decoder, sae.decoder_bias, *sae.rule.parameters()):
         parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
@@ -457,14 +459,14 @@ def _through_blocks(work: _Work, precision: Precision, with_codes: bool) -> Step
         sae.decoder_bias.grad += output_gradient.sum(0)
         residual[rows] = -error
         n_active_of[latents] += (spoken > 0).sum(0)
-        if with_codes:
+        if details:
             row, column = spoken.nonzero(as_tuple=True)
             found.append((row + rows.start, every[latents][column], spoken[row, column]))
 
     assert sae.decoder_bias.grad is not None
     sae.decoder_bias.grad -= unmasked_bias @ sae.encoder
     codes = None
-    if with_codes:
+    if details:
         token, latent, value = (torch.cat(parts) for parts in zip(*found, strict=True))
         codes = Codes(token, latent, value, n, sae.d_sae)
     return StepLoss(

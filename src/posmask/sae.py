@@ -178,6 +178,7 @@ class SparseAutoencoder(nn.Module):
         table = self.mask.table().detach()
         groups = [_everything(table)] if lift else self.mask.groups()
         gates = self.mask.gates_code() and not lift
+        softens = gates and not self.mask.is_strict()
         order, ends = in_group_order(groups, routing.place)
         inputs = kernels.centred(vectors, order, self.center, self.scale, self.decoder_bias.detach())
         place, choice = routing.place if order is None else routing.place[order], self.rule.choice()
@@ -187,7 +188,7 @@ class SparseAutoencoder(nn.Module):
             encoder, bias = self.encoder.detach(), self.encoder_bias.detach()
             found = choose(inputs, place, ends, encoder, bias, groups, table, choice, precision=precision)
             token, latent, value = found.token, found.latent, found.preactivation
-            if gates:
+            if softens:
                 value = value * table[place[token], latent]
         if order is not None:
             token = order[token]

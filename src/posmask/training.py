@@ -144,7 +144,7 @@ def train(
                 aux_k=settings.aux_k,
                 precision=settings.precision,
                 loss_tokens=settings.batch_tokens,
-                with_codes=sae.mask.watches,
+                details=sae.mask.watches,
             )
             if not math.isfinite(step.reconstruction):
                 raise DegenerateResult(
@@ -184,7 +184,7 @@ def train(
 
 def _observed(sae: SparseAutoencoder, step: objective.StepLoss) -> Observed:
     codes = step.codes
-    assert codes is not None
+    assert codes is not None and step.residual is not None
     return Observed(step.place, codes.token, codes.latent, codes.value, step.residual, sae.decoder.detach())
 
 
