@@ -15,7 +15,7 @@ import steps_terms  # noqa: E402
 
 PARTS = {
     "the encoder's product": ("torch.mm", "torch.addmm"),
-    "choosing": ("_largest_of_rows", "_above_floor", "_joined", "kthvalue"),
+    "choosing": ("_largest_of_rows", "_above_floor", "_joined", "kthvalue", "_dot_rows", "bfloat16"),
     "reconstruction, residual, gradients of codes": ("_explain",),
     "gradients of encoder and decoder": ("_sum_rows", "_count_sort"),
     "Adam": ("_fused_adam_",),

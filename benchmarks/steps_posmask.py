@@ -11,7 +11,6 @@ os.environ["OMP_NUM_THREADS"] = os.environ["NUMBA_NUM_THREADS"] = sys.argv[3]
 import torch
 from steps_terms import BATCH_TOKENS, N_POSITIONS, K, on_demand, sizes, use_threads
 
-from posmask import kernels
 from posmask.activations import Batch
 from posmask.mask_kinds import make_mask, mask_settings
 from posmask.rules import rule_settings
@@ -48,15 +47,18 @@ def terms_of(work: str) -> tuple[dict, dict, str, int]:
 
 
 def batches(d_model: int, n_tokens: int):
-    position = (torch.arange(n_tokens) * N_POSITIONS // n_tokens).int()
-    fields = (position, position, position, torch.ones(n_tokens, dtype=torch.bool), position, position, position)
-    for vectors in on_demand(d_model, n_tokens):
+    """Tokens at random positions but that of BOS, ordered by position as `training_batches` does."""
+    random = torch.Generator().manual_seed(0)
+    drawn = [torch.randint(1, N_POSITIONS, (n_tokens,), generator=random).sort().values.int() for _ in range(16)]
+    keep = torch.ones(n_tokens, dtype=torch.bool)
+    for number, vectors in enumerate(on_demand(d_model, n_tokens)):
+        position = drawn[number % len(drawn)]
+        fields = (position, position, position, keep, position, position, position)
         yield Batch(vectors, *fields)
 
 
 def main(work: str, shape: str, n_threads: int) -> None:
     use_threads(n_threads)
-    kernels.keep_freed_memory()
     rule, mask, precision, n_tokens = terms_of(work)
     d_model, d_sae = sizes(shape)
     sae = SparseAutoencoder(d_model, rule_settings(rule), make_mask(mask_settings(mask), N_POSITIONS, d_sae))

@@ -132,7 +132,7 @@ def test_training_batches_go_on_where_others_ended(activations):
 
 
 @pytest.mark.parametrize(
-    ("stored", "dtype", "worst"), [("bfloat16", torch.bfloat16, 2**-8), ("int8", torch.int8, 0.0041)]
+    ("stored", "dtype", "worst"), [("bfloat16", torch.bfloat16, 2**-8), ("int8", torch.int8, 0.00394)]
 )
 def test_vectors_stored_in_fewer_bits_come_back_nearly_the_same(
     stored, dtype, worst, language_model, tokenizer, activations, tmp_path
@@ -146,6 +146,8 @@ def test_vectors_stored_in_fewer_bits_come_back_nearly_the_same(
     assert torch.equal(found.position, expected.position)
     assert torch.equal(found.end, expected.end)
     error = (found.vectors.float() - expected.vectors).abs().amax(1) / expected.vectors.abs().amax(1)
-    assert 0 < float(error.max()) < worst  # half a step of 1/127 of the largest number, and the scale's own rounding
+    assert 0 < float(error.max()) < worst  # half a step of 1/127 of the largest number
     assert low.d_model == exact.d_model
+    again = harvest(tokens, language_model, tmp_path / "again", {}, "test", stored)
+    assert again.made_from == low.made_from != exact.made_from
     torch.testing.assert_close(low.centre_and_scale[1], exact.centre_and_scale[1], rtol=0.01, atol=0)

@@ -65,10 +65,11 @@ def test_exactly_k_of_equal_numbers_are_taken(dtype, either_way):
     assert len(chosen(ones, LargestOfBatch(32))) == 64
 
 
+@pytest.mark.parametrize("n_latents", [640, 4096])
 @pytest.mark.parametrize("scattered", [False, True])
 @pytest.mark.parametrize("choice", [LargestOfToken(5), LargestOfBatch(5), Above(0.3)])
-def test_gates_and_live_groups_decide_what_can_be_chosen(choice, scattered, either_way):
-    n_places, n_latents = 4, 640
+def test_gates_and_live_groups_decide_what_can_be_chosen(choice, scattered, n_latents, either_way):
+    n_places = 4
     random = torch.Generator().manual_seed(0)
     openness = torch.rand(n_places, n_latents, generator=random)
     live = torch.arange(n_latents) * n_places // n_latents == torch.arange(n_places)[:, None]
@@ -101,7 +102,6 @@ def test_the_batch_is_cut_while_it_is_searched(monkeypatch):
     monkeypatch.setattr(
         choosing._Others, "_cut", lambda self, wanted: cuts.append(self._n_found) or plain(self, wanted)
     )
-    pairs = []
     x, place = value, torch.zeros(2000, dtype=torch.int64)
     groups = [LiveGroup(torch.tensor([0]), slice(0, 5000), gated=False)]
     encoder, bias, openness = torch.eye(5000), torch.zeros(5000), torch.ones(1, 5000)
@@ -121,3 +121,13 @@ def test_tokens_in_group_order_are_left_as_they_are():
     order, ends = in_group_order(groups, place.flip(0))
     assert order.tolist() == [4, 5, 2, 3, 1, 0]
     assert ends == [2, 4, 5, 6]
+
+
+def test_infinite_numbers_are_at_most_k_latents_a_token(either_way):
+    """A vector that is no vector gives no usable codes, but never writes where it must not."""
+    x = torch.where(torch.arange(130) < 70, 1e38, table(130))
+    place, everywhere = torch.zeros(20, dtype=torch.int64), torch.ones(1, 130)
+    groups, encoder = live_groups(everywhere), 1e3 * torch.eye(130)  # 1e41 is more than float32 holds
+    entries = choose(x, place, [20], encoder, torch.zeros(130), groups, everywhere, LargestOfToken(32))
+    assert int(torch.bincount(entries.token, minlength=20).max()) <= 32
+    assert 0 <= int(entries.latent.min()) <= int(entries.latent.max()) < 130

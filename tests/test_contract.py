@@ -73,6 +73,12 @@ def test_fast_gradients_equal_the_definition(rule, kind, apply, changes):
         torch.testing.assert_close(gradient, expected[name], msg=name)
     torch.testing.assert_close(fast.codes.dense(), plain.codes.dense())
     torch.testing.assert_close(fast.residual, plain.residual)
+    assert torch.equal(fast.fired, plain.fired)
+    assert fast.n_active == plain.n_active
+    assert fast.least == pytest.approx(0 if sae.rule.training_choice() is None else plain.least, rel=1e-12)
+    assert (fast.strength is None) == (plain.strength is None)
+    if fast.strength is not None:
+        torch.testing.assert_close(fast.strength, plain.strength)
     assert (fast.openness_gradient is None) == (plain.openness_gradient is None) == (not sae.mask.learns)
     if fast.openness_gradient is not None:
         torch.testing.assert_close(fast.openness_gradient, plain.openness_gradient)

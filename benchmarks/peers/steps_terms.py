@@ -36,11 +36,7 @@ def use_threads(n_threads: int) -> None:
 
 
 def make_batches(d_model: int, n_tokens: int) -> list[Tensor]:
-    """Sums of some 32 of 2 d_model directions, at a mean squared norm of d_model.
-
-    Row t of n is at position t * 128 / n. Rows of a position stand together, as posmask lays its batches out; to the
-    others order means nothing.
-    """
+    """Sums of some 32 of 2 d_model directions, at a mean squared norm of d_model."""
     random = torch.Generator().manual_seed(0)
     directions = torch.nn.functional.normalize(torch.randn(2 * d_model, d_model, generator=random))
     batches = []

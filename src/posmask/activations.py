@@ -118,7 +118,7 @@ class Activations:
             rows = (shard_of == number).nonzero()[:, 0]
             place, shard = index[rows] - self._starts[number], self._shards[number]
             found = shard["vectors"][place]
-            vectors[rows] = found * shard["scale"][place, None].float() if stored == torch.int8 else found
+            vectors[rows] = found * shard["scale"][place, None] if stored == torch.int8 else found
         return Batch(vectors, *(getattr(self, name)[index] for name in _FIELDS))
 
 
@@ -141,6 +141,7 @@ def harvest(
         NothingToDo: no token is kept.
         DegenerateResult: the model gave NaN or infinite vectors.
     """
+    made_from = {**made_from, "stored": stored}
     if finished(folder, made_from):
         return Activations(folder)
     if tokens.n_kept == 0:
@@ -177,8 +178,8 @@ def harvest(
 
 def _as_stored(vectors: Float[Tensor, "token d_model"], stored: Stored) -> dict[str, Tensor]:
     if stored == "int8":
-        scale = (vectors.float().abs().amax(1) / 127).half().clamp(min=torch.finfo(torch.float16).tiny)
-        whole = (vectors.float() / scale[:, None].float()).round().clamp(-127, 127).to(torch.int8)
+        scale = (vectors.float().abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+        whole = (vectors.float() / scale[:, None]).round().to(torch.int8)
         return {"vectors": whole, "scale": scale}
     return {"vectors": vectors if stored == "model" else vectors.to(getattr(torch, stored))}
 

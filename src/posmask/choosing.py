@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 Precision = Literal["float32", "bfloat16"]
-"""In which precision the encoder's product is made to choose latents; their values are always full precision."""
+"""In which precision products with the dictionary are made; see `training.TrainingSettings.precision`."""
 
 
 @dataclass(frozen=True)
@@ -314,6 +314,7 @@ def _arrays(product: Tensor, bias: Tensor, latents: Tensor, gate: tuple[Tensor, 
 
 _LANES, _DEPTH = 128, 4
 """A row's maximum is kept for each of so many lanes, and for each cell of so many numbers of a lane."""
+_SEGMENT = _LANES * _DEPTH
 _BLOCK = 32  # numbers looked at at once for any that are above a floor
 
 
@@ -321,14 +322,14 @@ _BLOCK = 32  # numbers looked at at once for any that are above a floor
 def _gated_part(  # pragma: no cover (compiled)
     row, low, bias, latents, openness, start, end, bits, value
 ):
-    """value[c] = openness * (product + bias) for columns start .. end.
+    """value[c] = openness * (product + bias) for columns start .. end, at most a segment.
 
-    `bits` is room for the product's, which are bfloat16 where `low`; `openness` is empty where it is 1.
+    `bits` is room for those of the product, which is bfloat16 where `low`; `openness` is empty where it is 1.
     """
     some, offset = value[start:end], bias[start:end]
     n = len(some)
     if low:
-        raw, wide = row[start:end], bits[start:end]
+        raw, wide = row[start:end], bits[:n]
         for c in range(n):
             wide[c] = np.int32(raw[c]) << 16
         number = wide.view(np.float32)
@@ -351,7 +352,10 @@ def _gated_part(  # pragma: no cover (compiled)
 
 @numba.njit(cache=True)
 def _preactivation(row, low, bias, bits, c):  # pragma: no cover (compiled)
-    return bits.view(np.float32)[c] + bias[c] if low else row[c] + bias[c]
+    if low:
+        bits[0] = np.int32(row[c]) << 16
+        return bits.view(np.float32)[0] + bias[c]
+    return row[c] + bias[c]
 
 
 @numba.njit(cache=True)
@@ -397,7 +401,7 @@ def _candidates(value, floor, cell, n_cells, lane, column, number):  # pragma: n
 
     Without branches, which the processor could not foresee: what is not wanted is written over by the next.
     """
-    n, zero, width = 0, value.dtype.type(0), _LANES * _DEPTH
+    n, zero = 0, value.dtype.type(0)
     lanes, n_lanes = np.empty(_LANES, np.int32), 0
     for s in range(_LANES):
         lanes[n_lanes] = s
@@ -408,7 +412,7 @@ def _candidates(value, floor, cell, n_cells, lane, column, number):  # pragma: n
             cells[n_hit] = first + lanes[i]
             n_hit += cell[first + lanes[i]] >= floor
     for i in range(n_hit):
-        first = cells[i] // _LANES * width + cells[i] % _LANES
+        first = cells[i] // _LANES * _SEGMENT + cells[i] % _LANES
         for depth in range(_DEPTH):
             c = first + depth * _LANES
             column[n], number[n] = c, value[c]
@@ -419,9 +423,12 @@ def _candidates(value, floor, cell, n_cells, lane, column, number):  # pragma: n
     return n
 
 
-@numba.njit(cache=True, fastmath=True)
+@numba.njit(cache=True, fastmath={"contract", "reassoc", "nsz", "nnan"})
 def _cut_of_largest(number, n, k, room):  # pragma: no cover (compiled)
-    """The k-th largest of the first n numbers, of which there are more than k; none is infinite or NaN."""
+    """The k-th largest of the first n numbers, of which there are more than k; none is NaN.
+
+    Where infinities are among them it may be less than that.
+    """
     if n - k > 32:
         return np.partition(number[:n], n - k)[n - k]
     # Few are too many: take the least away until the next least is it.
@@ -448,16 +455,16 @@ def _largest_of_rows(  # pragma: no cover (compiled)
 ):
     """The k largest positive numbers of each row of openness * (product + bias), in no order."""
     n_rows, n = len(count), len(bias)
-    n_cells = n // (_LANES * _DEPTH) * _LANES
+    n_cells = n // _SEGMENT * _LANES
     for part in numba.prange(n_parts):
-        bits, value = np.empty(n, np.int32), np.empty(n, bias.dtype)
+        bits, value = np.empty(_SEGMENT, np.int32), np.empty(n, bias.dtype)
         cell, lane = np.empty(n_cells, bias.dtype), np.empty(_LANES, bias.dtype)
         place_of, number = np.empty(n + 1, np.int32), np.empty((2, n + 1), bias.dtype)
         for t in range(part * n_rows // n_parts, (part + 1) * n_rows // n_parts):
             openness = table[place[t]] if len(place) else bias[:0]
             lane[:] = 0
-            for start in range(0, n_cells * _DEPTH, _LANES * _DEPTH):
-                _gated_part(product[t], low, bias, latents, openness, start, start + _LANES * _DEPTH, bits, value)
+            for start in range(0, n_cells * _DEPTH, _SEGMENT):
+                _gated_part(product[t], low, bias, latents, openness, start, start + _SEGMENT, bits, value)
                 _maxima(value, start, cell, lane)
             if n_cells * _DEPTH < n:
                 _gated_part(product[t], low, bias, latents, openness, n_cells * _DEPTH, n, bits, value)
@@ -474,7 +481,7 @@ def _largest_of_rows(  # pragma: no cover (compiled)
                     n_above += number[0, i] > cut
             n_ties, n_taken = k - n_above, 0
             for i in range(n_candidates):
-                if number[0, i] > cut or (number[0, i] == cut and n_ties > 0):
+                if n_taken < k and (number[0, i] > cut or (number[0, i] == cut and n_ties > 0)):
                     n_ties -= number[0, i] == cut
                     c = place_of[i]
                     latent[t, n_taken] = latents[c]
@@ -490,10 +497,12 @@ def _above_floor(  # pragma: no cover (compiled)
     """All positive numbers above `floor` of each row of openness * (product + bias), and the pre-activations."""
     n_rows, n, zero = len(count), len(bias), bias.dtype.type(0)
     for part in numba.prange(n_parts):
-        bits, value = np.empty(n, np.int32), np.empty(n, bias.dtype)
+        bits, value = np.empty(_SEGMENT, np.int32), np.empty(n, bias.dtype)
         for t in range(part * n_rows // n_parts, (part + 1) * n_rows // n_parts):
             openness = table[place[t]] if len(place) else bias[:0]
-            _gated_part(product[t], low, bias, latents, openness, 0, n, bits, value)
+            for start in range(0, n, _SEGMENT):
+                end = min(n, start + _SEGMENT)
+                _gated_part(product[t], low, bias, latents, openness, start, end, bits, value)
             n_taken = 0
             for start in range(0, n, _BLOCK):
                 some = value[start : start + _BLOCK]

@@ -262,6 +262,9 @@ class Soft(PositionMask):
         self.learns = done < ask.freeze_at * n_steps
         self._changed()
 
+    def after_step(self, done: int, n_steps: int) -> None:
+        self._changed()  # theta has moved
+
     def openness_parameters(self) -> list[nn.Parameter]:
         return [self.theta]
 

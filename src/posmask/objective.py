@@ -39,9 +39,10 @@ class StepLoss:
     """What a step found besides the gradients it set. Losses are means over the batch's tokens.
 
     `reconstruction` is that of all codes together, whatever parts there are; `fired` which latents were active on any
-    token, `n_active` the number of active codes and `least` the least of them, before a router's strength; `place` the
-    row of the mask's table that each token took; `residual` is x - x_hat, `strength` what a router multiplied the
-    codes by. `codes` and `residual` are None where they were not asked for.
+    token, `n_active` the number of active codes and `least` the least of them, before a router's strength (0 from fast
+    steps of rules whose `training_choice` is None); `place` the row of the mask's table that each token took;
+    `residual` is x - x_hat, `strength` what a router multiplied the codes by. `codes` and `residual` are None where
+    they were not asked for.
     """
 
     reconstruction: float
@@ -419,7 +420,7 @@ def _through_blocks(work: _Work, precision: Precision, details: bool) -> StepLos
         ungated = not mask.learns and (not mask.gates_code() or not group.gated)
         openness_here = None
         if not ungated or not mask.gates_code():
-            openness_here = work.table[work.place[rows]][:, latents]
+            openness_here = work.table[:, latents][work.place[rows]]
         share = None if mask.gates_code() else openness_here
         with kernels.fast_float32():
             preactivation = product(inputs[rows], encoder_here.T).add_(sae.encoder_bias[latents]).requires_grad_()

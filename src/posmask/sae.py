@@ -207,7 +207,7 @@ class SparseAutoencoder(nn.Module):
             latents = group.latents
             with kernels.fast_float32():
                 preactivation = inputs[rows] @ self.encoder[latents].T + self.encoder_bias[latents]
-            openness = table[place[rows]][:, latents] if table is not None and group.gated else None
+            openness = table[:, latents][place[rows]] if table is not None and group.gated else None
             codes = self.rule.codes(preactivation, openness, lambda parameter, latents=latents: parameter[latents])
             row, column = codes.nonzero(as_tuple=True)
             numbers = torch.arange(self.d_sae, device=inputs.device)[latents]

@@ -119,6 +119,7 @@ def train(
         NothingToDo: fewer kept tokens than a batch.
         DegenerateResult: the loss is not finite, or the trained SAE explains nothing.
     """
+    kernels.keep_freed_memory()
     mask_parameters = sae.mask.openness_parameters()
     own = [p for p in sae.parameters() if p.requires_grad and all(p is not other for other in mask_parameters)]
     optimizer = torch.optim.Adam(
@@ -184,7 +185,8 @@ def train(
 
 def _observed(sae: SparseAutoencoder, step: objective.StepLoss) -> Observed:
     codes = step.codes
-    assert codes is not None and step.residual is not None
+    assert codes is not None
+    assert step.residual is not None
     return Observed(step.place, codes.token, codes.latent, codes.value, step.residual, sae.decoder.detach())
 
 
