@@ -39,14 +39,14 @@ def _steps(ratios: list[dict]) -> str:
             share = f"{100 * floor['ratio']:.0f} %" if floor and "float32" in work and "topk" in work else ""
             theirs = peers["sae-lens"]
             cells = [work, shape, f"{theirs['ours_ms']:.0f}", _ratio(theirs), f"{goal:g}", best["peer"], _ratio(best)]
-            rows.append([*cells, f"{best_goal:g}", share])
+            rows.append([*cells, f"{best_goal:g}", share, str(theirs["rounds"])])
     head = ["work", "shape", "ours, ms", "times faster than sae-lens", "asked", "best peer", "times faster", "asked"]
-    return _table([*head, "share of the floor"], rows)
+    return _table([*head, "share of the floor", "rounds"], rows)
 
 
 def _tuned(ratios: list[dict]) -> str:
     rows = [
-        [row["work"], row["shape"], f"{row['peer']} with autocast", f"{row['peer_ms']:.0f}", _ratio(row)]
+        [row["work"], row["shape"], row["peer"], f"{row['peer_ms']:.0f}", _ratio(row)]
         for row in ratios
         if "setting" in row and not row["work"].startswith("harvest")
     ]
