@@ -2,7 +2,7 @@
 
 SAEs trained on vectors of the float32 model kept as float32, bfloat16 or int8, and on those of the bfloat16 model; and
 with bfloat16 choosing the latents; all measured on the same held-out vectors of the float32 model. Training texts,
-widths and steps are the study's, tokens N_TOKENS. Two masks, three seeds. What FOLDER and RESULTS hold is not redone.
+widths and steps are the study's, tokens N_TOKENS. Three seeds. What FOLDER and RESULTS hold is not redone.
 """
 
 import json
@@ -22,7 +22,7 @@ from posmask.training import train
 
 N_TOKENS = {"training": 120_000, "evaluation": 30_000}
 SEEDS = (0, 1, 2)
-MASKS = {"open": {"kind": "open"}, "slice": {"kind": "slice", "n_slices": 8}}
+MASKS = {"open": {"kind": "open"}}
 # (precision of the model, of the stored vectors, of the product that chooses)
 VARIANTS: list[tuple[Precision, Stored, Precision]] = [
     ("float32", "float32", "float32"),
@@ -101,7 +101,7 @@ def main(study_file: Path, folder: Path, results: Path) -> None:
                 lines.append({**run, "vector_error": error, "explained_variance": value})
                 with results.open("a") as file:
                     file.write(json.dumps(lines[-1]) + "\n")
-    print("| model | stored | choosing | error of vectors | explained variance, open | slice |\n" + "| --- " * 6 + "|")
+    print("| model | stored | choosing | error of vectors | explained variance |\n" + "| --- " * 5 + "|")
     for precision, stored, selection in VARIANTS:
         head = {"model": precision, "stored": stored, "selection": selection}
         own = [line for line in lines if head.items() <= line.items()]

@@ -19,6 +19,8 @@ import torch
 from sae_lens import CacheActivationsRunner, CacheActivationsRunnerConfig
 from steps_terms import HARVEST_LAYER, N_POSITIONS, harvest_ids, serve, use_threads
 
+D_IN = 576
+
 
 def main(model: str, n_threads: int, precision: str) -> None:
     warnings.simplefilter("ignore")
@@ -34,12 +36,14 @@ def main(model: str, n_threads: int, precision: str) -> None:
             model_class_name="AutoModelForCausalLM",
             model_batch_size=len(ids),
             hook_name=f"model.layers.{HARVEST_LAYER - 1}",
-            d_in=576,
+            d_in=D_IN,
             training_tokens=ids.numel(),
             context_size=N_POSITIONS,
             new_cached_activations_path=f"{folder}/0",
             shuffle=False,
-            dtype=precision,
+            dtype="float32",  # arrow has no bfloat16
+            # Room for one forward's tokens: a run is one buffer, and takes no more than it is asked for.
+            buffer_size_gb=1.1e-9 * ids.numel() * D_IN * torch.float32.itemsize,
             device="cpu",
             model_from_pretrained_kwargs={"dtype": getattr(torch, precision)},
             prepend_bos=False,
