@@ -13,6 +13,7 @@ Poolings differ in which tokens they put together and in what they divide by:
 import tempfile
 import weakref
 from collections.abc import Iterator
+from typing import IO
 
 import numpy as np
 import torch
@@ -36,8 +37,8 @@ _IN_MEMORY_BYTES = 2**28
 class PooledTexts:
     """One sparse row of features a text.
 
-    Rows are appended to a temporary file once they take more than 256 MB, and read back in blocks, so that memory
-    does not grow with the number of texts.
+    Each time they have come to 256 MB they go to a temporary file, which is read back in blocks, so that memory does
+    not grow with the number of texts.
     """
 
     def __init__(self, n_texts: int, n_features: int) -> None:
@@ -45,8 +46,8 @@ class PooledTexts:
         self.n_features = n_features
         self.n_tokens: Int[Tensor, " text"] = torch.zeros(n_texts, dtype=torch.int64)
         """Kept tokens of each text; a text without any has an empty row and belongs in no probe."""
-        self._file = tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY_BYTES)  # noqa: SIM115 (closed below)
-        weakref.finalize(self, self._file.close)
+        self._in_memory: list[np.ndarray] = []
+        self._file: IO[bytes] | None = None
 
     def add(self, text: Int[Tensor, " row"], rows: Float[Tensor, "row feature"]) -> None:
         """Append whole rows, one of `text` each.
@@ -62,13 +63,22 @@ class PooledTexts:
         entries = np.empty(len(row), _ENTRY)
         entries["text"], entries["feature"] = text[row].numpy(), feature.numpy()
         entries["value"] = rows[row, feature].numpy()
-        self._file.seek(0, 2)
-        self._file.write(entries.tobytes())
+        self._in_memory.append(entries)
+        if sum(some.nbytes for some in self._in_memory) > _IN_MEMORY_BYTES:
+            if self._file is None:
+                self._file = tempfile.TemporaryFile()  # noqa: SIM115 (closed when this is collected)
+                weakref.finalize(self, self._file.close)
+            self._file.seek(0, 2)
+            for some in self._in_memory:
+                self._file.write(some.tobytes())
+            self._in_memory = []
 
     def _blocks(self) -> Iterator[np.ndarray]:
-        self._file.seek(0)
-        while data := self._file.read(_BLOCK_ENTRIES * _ENTRY.itemsize):
-            yield np.frombuffer(data, _ENTRY)
+        if self._file is not None:
+            self._file.seek(0)
+            while data := self._file.read(_BLOCK_ENTRIES * _ENTRY.itemsize):
+                yield np.frombuffer(data, _ENTRY)
+        yield from self._in_memory
 
     def weighted_sums(self, weight: Float[Tensor, "text column"]) -> Float[Tensor, "column feature"]:
         """sum over texts of weight[text, column] * row[text, feature], in float64."""

@@ -96,6 +96,7 @@ def logistic_regression(
     """
     counts = target.abs()
     design = F.pad(inputs, (0, 1), value=1.0) * counts[..., None]
+    rough = design.float()  # enough for the curvature: the gradient decides where the steps end
     penalty = torch.ones(design.shape[2], dtype=design.dtype)
     penalty[-1] = 0  # the intercept is free
     solution = design.new_zeros(len(design), design.shape[2])
@@ -113,7 +114,8 @@ def logistic_regression(
         gradient = (error[:, None] @ design)[:, 0] + penalty * solution
         if float(gradient.abs().max()) < _GRADIENT_TOLERANCE * design.shape[1]:
             break
-        curvature = design.transpose(1, 2) @ (design * (probability * (1 - probability))[..., None])
+        weight = (probability * (1 - probability)).float()
+        curvature = (rough.transpose(1, 2) @ (rough * weight[..., None])).double()
         # The ridge on the intercept keeps the system solvable where every text is told apart with certainty.
         step = torch.linalg.solve(curvature + torch.diag(penalty + 1e-9), gradient)
         along = (design @ step[..., None])[..., 0]
