@@ -397,7 +397,7 @@ def main() -> None:
         elif name == "probing":
             results.put(run_probing((4608, 16384), 3))
         elif name == "scaling":
-            results.scaling = run_scaling(4)
+            results.scaling = run_scaling(3)
             results.write()
         elif name == "profile":
             results.profile = run_profile()
