@@ -7,7 +7,7 @@ machine; on other devices the same comes from torch operations.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numba
 import numpy as np
@@ -138,8 +138,10 @@ def choose(
     """
     low = precision == "bfloat16" and x.dtype == torch.float32
     inputs, weights = (x.bfloat16(), encoder.bfloat16()) if low else (x, encoder)
-    of_token = isinstance(choice, LargestOfToken) and kernels.compiled(x)
-    found = _LargestOfTokens(choice.k, len(x), bias) if of_token else _Others(choice, len(x), bias)
+    if isinstance(choice, LargestOfToken) and kernels.compiled(x):
+        found = _LargestOfTokens(choice.k, len(x), bias)
+    else:
+        found = _Others(choice, len(x), bias)
     buffer = inputs.new_empty(0)
     latents, live_bias, gathered = bias, bias, weights
     last: LiveGroup | None = None
@@ -303,7 +305,9 @@ def _take_above(
     return tuple(torch.from_numpy(array) for array in found)
 
 
-def _arrays(product: Tensor, bias: Tensor, latents: Tensor, gate: tuple[Tensor, Tensor] | None, n_rows: int) -> tuple:
+def _arrays(
+    product: Tensor, bias: Tensor, latents: Tensor, gate: tuple[Tensor, Tensor] | None, n_rows: int
+) -> tuple[Any, Any, Any, Any, Any, Any, int]:
     """What the compiled loops ask for first."""
     low = product.dtype == torch.bfloat16
     numbers = product.view(torch.int16).numpy() if low else product.numpy()
