@@ -50,9 +50,10 @@ def test_padded_texts_keep_only_their_own_words(tokenizer):
 
 def test_the_split_depends_on_the_text_alone():
     texts = make_texts(400, n_words=8)
-    training, evaluation = unique_texts(texts * 2, "training"), unique_texts(texts, "evaluation")
-    assert len(training) + len(evaluation) == len(set(texts))
-    assert 0.15 < len(training) / len(texts) < 0.35
+    sides = [unique_texts(texts * 2, split) for split in ("training", "validation", "evaluation")]
+    assert sorted(text for side in sides for text in side) == sorted(set(texts))
+    for side, share in zip(sides, (0.25, 0.2, 0.55), strict=True):
+        assert abs(len(side) / len(texts) - share) < 0.08
     assert split_of("  Red\n HOUSE ") == split_of("red house")
 
 

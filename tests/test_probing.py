@@ -385,6 +385,6 @@ def test_no_text_of_a_metric_or_probe_is_in_the_training_corpus():
     }
     assert len(training) > 1000
     evaluated = [text for name in topics.DATASETS for text in topics.read_probe_dataset(name, 400, 100, 1000).texts]
-    evaluated += order_tasks._evaluation_texts("97_news_class", "Sport")
+    evaluated += order_tasks._texts("97_news_class", "evaluation", "Sport")
     assert len(evaluated) > 1000
     assert not training & set(map(beginning, evaluated))

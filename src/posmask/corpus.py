@@ -18,6 +18,8 @@ from posmask.seeds import generator
 
 __all__ = [
     "TRAINING_SHARE",
+    "VALIDATION_SHARE",
+    "Measured",
     "Split",
     "Tokenizer",
     "Tokens",
@@ -35,6 +37,8 @@ __all__ = [
 
 TRAINING_SHARE = 0.25
 """Which share of all texts may train an SAE. Small, because labelled texts for evaluation are what is scarce."""
+VALIDATION_SHARE = 0.2
+"""Which share of all texts recipes and settings are chosen on, so that what is reported was not tuned on."""
 
 
 @runtime_checkable
@@ -71,7 +75,9 @@ class Tokens:
         return int(self.keep.sum())
 
 
-Split = Literal["training", "evaluation"]
+Split = Literal["training", "validation", "evaluation"]
+Measured = Literal["validation", "evaluation"]
+"""The splits that metrics and probes may use."""
 
 
 def text_key(text: str) -> str:
@@ -86,10 +92,13 @@ def text_key(text: str) -> str:
 def split_of(text: str) -> Split:
     """Which side of the wall a text stands on, wherever it occurs: decided by its hash alone.
 
-    SAEs are trained on one side, metrics and probes use the other, so no choice of files can put one text on both.
+    SAEs are trained on one side, metrics and probes use another, so no choice of files can put one text on both.
     It says nothing about passages that different texts share, such as the licence at the head of source code.
     """
-    return "training" if int(text_key(text)[:8], 16) < TRAINING_SHARE * 16**8 else "evaluation"
+    place = int(text_key(text)[:8], 16) / 16**8
+    if place < TRAINING_SHARE:
+        return "training"
+    return "validation" if place < TRAINING_SHARE + VALIDATION_SHARE else "evaluation"
 
 
 def unique_texts(texts: Iterable[str], split: Split) -> list[str]:

@@ -131,7 +131,7 @@ def evaluate(sae: SparseAutoencoder, dead: Bool[Tensor, " latent"], data: Data, 
     in_model = data.in_model  # Loads the model, if it is not there yet, before the bar starts.
     lifted_too = _lifting_matters(sae)
     n_tokens = (data.heldout.n_kept + data.shift.n_kept) * (2 if lifted_too else 1) + data.n_probed_tokens
-    with progress_bar(f"evaluate {label}", n_tokens + 4 * in_model.n_tokens, "tokens") as advance:
+    with progress_bar(f"evaluate {label}", n_tokens + 3 * in_model.n_tokens, "tokens") as advance:
         used, to_ablate, found = _heldout(sae, data, advance)
         found += mask_measures(sae.mask) + dead_share(sae, dead)
         found += profile_fidelity(used, sae.mask.openness().detach())

@@ -1,5 +1,7 @@
 """What an SAE's reconstruction, and its position-bound latents, do to the model that goes on from them."""
 
+import math
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -80,24 +82,39 @@ class InModel:
             context = contexts.repeat_interleave(self._length)
             keep = batch.keep.view(ids.shape)
             scored = keep[:, :-1] & keep[:, 1:]
-            clean = self._log_probabilities(ids, batch.vectors)
+            clean = self._clean_logits[contexts].float().log_softmax(-1)
             probability = clean.exp()
             found[0].append(_losses(clean, probability, clean, ids, scored))
             for number, replace in enumerate(replacements, start=1):
                 vectors = batch.vectors.clone()
                 vectors[batch.keep] = replace(batch.kept(), context[batch.keep]).to(vectors.dtype)
-                replaced = self._log_probabilities(ids, vectors)
+                replaced = self._logits(ids, vectors).float().log_softmax(-1)
                 if not bool(replaced.isfinite().all()):
                     raise DegenerateResult(
                         "the model's predictions are NaN or infinite on replaced vectors: use precision float32"
                     )
                 found[number].append(_losses(clean, probability, replaced, ids, scored))
-            advance(ids.numel() * (1 + len(replacements)))
+            advance(ids.numel() * len(replacements))
         return [Losses(*(torch.cat(parts) for parts in zip(*some, strict=True))) for some in found]
 
-    def _log_probabilities(self, ids: Tensor, vectors: Tensor) -> Float[Tensor, "context position token"]:
-        logits = self._model.logits(ids, vectors.view(*ids.shape, -1))
-        return logits[:, :-1].float().log_softmax(-1)
+    def _logits(self, ids: Tensor, vectors: Tensor) -> Float[Tensor, "context position token"]:
+        return self._model.logits(ids, vectors.view(*ids.shape, -1))[:, :-1]
+
+    @cached_property
+    def _clean_logits(self) -> Float[Tensor, "context position token"]:
+        """The model's own, in its precision, computed once and kept in a temporary file."""
+        found: Tensor | None = None
+        with tempfile.NamedTemporaryFile() as file:
+            for contexts in torch.arange(len(self.starts)).split(_CONTEXTS_AT_ONCE):
+                batch = self.batch(contexts)
+                logits = self._logits(batch.token_id.view(len(contexts), -1).long(), batch.vectors)
+                if found is None:
+                    shape = len(self.starts), *logits.shape[1:]
+                    size = math.prod(shape)
+                    found = torch.from_file(file.name, shared=True, size=size, dtype=logits.dtype).view(shape)
+                found[contexts] = logits.cpu()
+        assert found is not None
+        return found
 
     @cached_property
     def references(self) -> tuple[Losses, Losses]:

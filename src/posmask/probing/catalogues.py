@@ -15,13 +15,13 @@ _MARKED_UP = re.compile(r"[{}<>\[\]%$`*_|\n]|https?:")  # Placeholders, HTML, Ma
 _SHORTEST, _LONGEST = 5, 60  # Words.
 
 
-def sentences_by_language() -> dict[str, list[str]]:
-    """The evaluation sentences of each of `LANGUAGES`, each once.
+def sentences_by_language(split: corpus.Measured) -> dict[str, list[str]]:
+    """One split's sentences of each of `LANGUAGES`, each once.
 
     A text that stands in two languages (untranslated, or the same in both) is in neither.
     """
     by_language = {
-        language: corpus.unique_texts(filter(_is_sentence, assets.read_messages(language).values()), "evaluation")
+        language: corpus.unique_texts(filter(_is_sentence, assets.read_messages(language).values()), split)
         for language in LANGUAGES
     }
     shared: set[str] = set()

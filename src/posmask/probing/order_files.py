@@ -55,7 +55,7 @@ def write_order_tasks(
         raise BadSetting(f"{folder} {found}: name a new folder, or remove that one")
     tasks = []
     for name in ORDER_TASKS:
-        task = find_groups(name, tokenizer, n_positions, n_train_groups, n_test_groups, seed)
+        task = find_groups(name, tokenizer, n_positions, n_train_groups, n_test_groups, seed=seed)
         counts = f"{task.n_train_groups} training and {task.n_test_groups} test groups"
         if not task.n_train_groups or not task.n_test_groups:
             raise NothingToDo(f"{name} has {counts} that fit {n_positions} positions: raise n_positions")

@@ -6,8 +6,9 @@ proof, not a statistic. Groups whose tokens are not equal under the tokenizer ar
 one side of the split, as do the articles, people and nouns that it is made of. Every part that moves begins with a
 space, between a beginning and an end that all texts of the task share, so that moving it changes no token.
 
-To add a task: write a function from a random generator to two iterators of groups (training, test), whose docstring
-says how the groups are made, and enter it in `ORDER_TASKS` with what its classes mean.
+To add a task: write a function from a random generator and the split of the texts to be used to two iterators of
+groups (for training probes, for testing them), whose docstring says how the groups are made, and enter it in
+`ORDER_TASKS` with what its classes mean.
 """
 
 import re
@@ -50,7 +51,7 @@ class OrderRecipe:
     `labels` holds what each class means; `sources` each carrier and what of it is used.
     """
 
-    groups: Callable[[torch.Generator], _Groups]
+    groups: Callable[[torch.Generator, corpus.Measured], _Groups]
     question: str
     labels: tuple[str, ...]
     split_by: str
@@ -74,9 +75,9 @@ def _in_rounds(lists: Iterable[list[_Item]]) -> Iterator[_Item]:
     return (item for items in zip_longest(*lists) for item in items if item is not None)
 
 
-def _evaluation_texts(table: str, label: str | None = None) -> list[str]:
+def _texts(table: str, split: corpus.Measured, label: str | None = None) -> list[str]:
     return corpus.unique_texts(
-        (text for text, found in assets.read_table(table) if label is None or found == label), "evaluation"
+        (text for text, found in assets.read_table(table) if label is None or found == label), split
     )
 
 
@@ -100,14 +101,14 @@ def _in_both_orders(start: str, pairs: Iterable[tuple[str, ...]]) -> Iterator[Gr
         yield f"{start} {second} ; {first} ;", f"{start} {first} ; {second} ;"
 
 
-def _articles(random: torch.Generator) -> tuple[list[list[str]], list[list[str]]]:
+def _articles(random: torch.Generator, split: corpus.Measured) -> tuple[list[list[str]], list[list[str]]]:
     """The whole sentences of news articles, article by article: of those for training, and of those for test.
 
     A sentence ends with a word in lower case and a full stop, so "U.S." and "Sen." end none. Headlines and first
     sentences, which begin with a place and an agency, are left out.
     """
     articles = []
-    for text in _evaluation_texts("100_news_fake", "1"):
+    for text in _texts("100_news_fake", split, "1"):
         found, words = [], []
         for word in text.partition("\n")[2].split():
             words.append(word)
@@ -121,12 +122,12 @@ def _articles(random: torch.Generator) -> tuple[list[list[str]], list[list[str]]
 _LAST_WORD = re.compile(r"[a-z-]+[.!?][\"”]?")
 
 
-def _topic_permutation(random: torch.Generator) -> _Groups:
+def _topic_permutation(random: torch.Generator, split: corpus.Measured) -> _Groups:
     """The openings of three articles on politics, technology and sport, in each of the 6 orders (K = 6).
 
     No article is in more than one group.
     """
-    pools = [_shuffled(_evaluation_texts("97_news_class", topic), random) for topic in _TOPICS]
+    pools = [_shuffled(_texts("97_news_class", split, topic), random) for topic in _TOPICS]
     pairs = [_halves(pool) for pool in pools]
 
     def groups(side: int) -> Iterator[Group]:
@@ -140,14 +141,14 @@ def _topic_permutation(random: torch.Generator) -> _Groups:
 _TOPICS = ("Politics", "Technology", "Sport")
 
 
-def _contrast_order(random: torch.Generator) -> _Groups:
+def _contrast_order(random: torch.Generator, split: corpus.Measured) -> _Groups:
     """A review of one good and one bad phrase, "Review: P, but N." or "Review: N, but P.": the last one's polarity.
 
     No phrase is in more than one group, and none of the test phrases lies within a training phrase or around one.
     """
     sides = []
     for label in ("1", "0"):
-        phrases = [text.strip(" .") for text in _evaluation_texts("92_glue_sst2", label)]
+        phrases = [text.strip(" .") for text in _texts("92_glue_sst2", split, label)]
         train, test = _halves(_shuffled([text for text in phrases if 3 <= len(text.split()) <= 12], random))
         sides.append((train, [new for new in test if not any(new in old or old in new for old in train)]))
 
@@ -158,14 +159,14 @@ def _contrast_order(random: torch.Generator) -> _Groups:
     return groups(0), groups(1)
 
 
-def _chronology(random: torch.Generator) -> _Groups:
+def _chronology(random: torch.Generator, split: corpus.Measured) -> _Groups:
     """Two people and their years of birth: was the first named one born earlier? At least 20 years lie between.
 
     No person is in more than one group.
     """
     people = {}
     for name, year in assets.read_table("2_hist_fig_birthyear"):
-        if corpus.split_of(name) == "evaluation" and year.isdigit() and len(year) == 4:
+        if corpus.split_of(name) == split and year.isdigit() and len(year) == 4:
             people[name] = year
     names = _shuffled(list(people), random)
 
@@ -180,12 +181,13 @@ def _chronology(random: torch.Generator) -> _Groups:
     return groups(train), groups(test)
 
 
-def _agreement_swap(random: torch.Generator) -> _Groups:
+def _agreement_swap(random: torch.Generator, split: corpus.Measured) -> _Groups:
     """ "They say the N1 near the N2 is old.": swapping a singular with a plural noun breaks the verb's agreement.
 
-    No noun is in both splits.
+    No noun is in both splits. A third of the nouns is for validation.
     """
-    train, test = _halves(_shuffled(_NOUNS, random), test_share=0.4)
+    own = [noun for n, noun in enumerate(_NOUNS) if (n % 3 == 0) == (split == "validation")]
+    train, test = _halves(_shuffled(own, random), test_share=0.4)
 
     def groups(nouns: list[str]) -> Iterator[Group]:
         seen = set()
@@ -217,7 +219,7 @@ _PLACES = ("near", "behind", "beside", "above", "below", "beyond", "opposite")
 _STATES = "old new small large famous empty beautiful dirty expensive ugly clean".split()
 
 
-def _bigram_shift(random: torch.Generator) -> _Groups:
+def _bigram_shift(random: torch.Generator, split: corpus.Measured) -> _Groups:
     """A sentence of a news article, and the same with two adjacent inner words in lower case swapped (SentEval's task).
 
     At most four sentences of an article, no sentence twice, and no article in both splits.
@@ -235,11 +237,11 @@ def _bigram_shift(random: torch.Generator) -> _Groups:
                 swapped = [*words[:i], words[i + 1], words[i], *words[i + 2 :]]
                 yield f"Sentence: {' '.join(swapped)} ;", f"Sentence: {sentence} ;"
 
-    train, test = _articles(random)
+    train, test = _articles(random, split)
     return iter(list(groups(train))), groups(test)  # All of the training draws before the first test draw.
 
 
-def _sentence_order(random: torch.Generator) -> _Groups:
+def _sentence_order(random: torch.Generator, split: corpus.Measured) -> _Groups:
     """Two adjacent sentences of a news article, as they stand there or the other way round.
 
     At most two pairs of an article, no sentence twice, and no article in both splits.
@@ -253,17 +255,21 @@ def _sentence_order(random: torch.Generator) -> _Groups:
         )
         return _in_both_orders("News:", _each_once(_in_rounds(fitting), seen))
 
-    train, test = _articles(random)
+    train, test = _articles(random, split)
     return groups(train), groups(test)
 
 
-def _dialogue_order(random: torch.Generator) -> _Groups:
+def _dialogue_order(random: torch.Generator, split: corpus.Measured) -> _Groups:
     """A turn of a film's dialogue and the reply to it, as they were spoken or the other way round.
 
     No turn is used twice. The test pairs are one stretch of the collection, in which the pairs of a film stand
     together: so but for the films at its two ends no film is in both splits.
     """
-    pairs = [pair for pair in assets.read_dialogue() if all(map(_is_turn, pair))]
+    pairs = [
+        pair
+        for pair in assets.read_dialogue()
+        if all(_is_turn(text) and corpus.split_of(text) == split for text in pair)
+    ]
     start = int(torch.randint(len(pairs), (), generator=random))
     sides = _halves(pairs[start:] + pairs[:start])
     seen: set[str] = set()
@@ -272,11 +278,10 @@ def _dialogue_order(random: torch.Generator) -> _Groups:
 
 
 def _is_turn(text: str) -> bool:
-    whole = 4 <= len(text.split()) <= 30 and text.endswith((".", "!", "?"))
-    return whole and corpus.split_of(text) == "evaluation"
+    return 4 <= len(text.split()) <= 30 and text.endswith((".", "!", "?"))
 
 
-def _language_order(random: torch.Generator) -> _Groups:
+def _language_order(random: torch.Generator, split: corpus.Measured) -> _Groups:
     """A paragraph of English messages and one of German messages, the English first or the German first.
 
     The paragraphs are of about the same number of characters. They are not translations of each other, and no message
@@ -286,7 +291,7 @@ def _language_order(random: torch.Generator) -> _Groups:
 
     def paragraphs(messages: list[str]) -> Iterator[str]:
         paragraph = ""
-        for message in corpus.unique_texts(messages, "evaluation"):
+        for message in corpus.unique_texts(messages, split):
             paragraph = f"{paragraph} {message}".strip()
             if len(paragraph) >= 80:
                 if len(paragraph) <= 160:
@@ -368,6 +373,7 @@ def make_order_task(
     n_positions: int,
     n_train_groups: int,
     n_test_groups: int,
+    split: corpus.Measured = "evaluation",
     seed: int = 0,
 ) -> OrderTask:
     """Build a task's texts, with exactly as many groups as asked for.
@@ -376,7 +382,7 @@ def make_order_task(
         BadSetting: no such task.
         NothingToDo: the embedded texts do not give that many groups.
     """
-    task = find_groups(name, tokenizer, n_positions, n_train_groups, n_test_groups, seed)
+    task = find_groups(name, tokenizer, n_positions, n_train_groups, n_test_groups, split, seed)
     for found, wanted in ((task.n_train_groups, n_train_groups), (task.n_test_groups, n_test_groups)):
         if found < wanted:
             raise NothingToDo(
@@ -392,6 +398,7 @@ def find_groups(
     n_positions: int,
     n_train_groups: int,
     n_test_groups: int,
+    split: corpus.Measured = "evaluation",
     seed: int = 0,
 ) -> OrderTask:
     """Build a task's texts, with as many groups as there are and at most as many as asked for.
@@ -407,7 +414,9 @@ def find_groups(
     recipe = ORDER_TASKS[name]
     train, test = (
         list(islice((group for group in groups if _only_order_differs(group, tokenizer, n_positions)), wanted))
-        for groups, wanted in zip(recipe.groups(generator(seed, name)), (n_train_groups, n_test_groups), strict=True)
+        for groups, wanted in zip(
+            recipe.groups(generator(seed, name), split), (n_train_groups, n_test_groups), strict=True
+        )
     )
     texts = tuple(text for group in train + test for text in group)
     return OrderTask(name, len(recipe.labels), texts, len(train), len(test))

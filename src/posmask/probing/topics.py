@@ -17,7 +17,7 @@ from torch import Tensor
 from posmask import assets, corpus
 from posmask.errors import BadSetting
 from posmask.intervals import ratio
-from posmask.probing.catalogues import sentences_by_language
+from posmask.probing.catalogues import LANGUAGES, sentences_by_language
 from posmask.probing.hub import HUB_DATASETS, cut_to_smallest, read_hub_texts
 from posmask.probing.pooling import PooledTexts
 from posmask.probing.sparse import ProbeTask, all_feature_correct, k_sparse_correct
@@ -29,6 +29,7 @@ __all__ = [
     "SAEBENCH_SEED",
     "ProbeDataset",
     "Protocol",
+    "class_names",
     "dataset_names",
     "probe_accuracy",
     "read_probe_dataset",
@@ -92,13 +93,23 @@ def dataset_names() -> tuple[str, ...]:
     return (*DATASETS, SENTENCE_LANGUAGE, *HUB_DATASETS)
 
 
-def read_probe_dataset(name: str, n_train: int, n_test: int, max_characters: int) -> ProbeDataset:
+def class_names(name: str) -> tuple[str, ...]:
+    """The classes of a dataset, known without reading it."""
+    if name in HUB_DATASETS:
+        return tuple(HUB_DATASETS[name].classes)
+    return LANGUAGES if name == SENTENCE_LANGUAGE else tuple(DATASETS[name])
+
+
+def read_probe_dataset(
+    name: str, n_train: int, n_test: int, max_characters: int, split: corpus.Measured = "evaluation"
+) -> ProbeDataset:
     """A dataset with as many texts of every class.
 
     Args:
         n_train, n_test: how many texts a probe is fitted and tested on, half of them of its class; lowered to what
             the smallest class has, in the same ratio.
         max_characters: texts are cut to this length (far beyond the context).
+        split: of the embedded texts; the hub's datasets have splits of their own, which stay as they are.
 
     Raises:
         BadSetting: no such dataset, a class of it is missing, or it has too few texts to probe.
@@ -106,7 +117,7 @@ def read_probe_dataset(name: str, n_train: int, n_test: int, max_characters: int
     if name in HUB_DATASETS:
         sides = read_hub_texts(name, n_train, n_test, SAEBENCH_SEED)
     elif name in DATASETS or name == SENTENCE_LANGUAGE:
-        sides = _embedded_texts(name, n_train // 2, n_test // 2)
+        sides = _embedded_texts(name, n_train // 2, n_test // 2, split)
     else:
         raise BadSetting(f"probe dataset {name!r} is unknown: choose from {', '.join(dataset_names())}")
     rows = [
@@ -119,14 +130,16 @@ def read_probe_dataset(name: str, n_train: int, n_test: int, max_characters: int
     return ProbeDataset(name, tuple(sides), texts, torch.tensor(labels), torch.tensor(train))
 
 
-def _embedded_texts(name: str, n_train: int, n_test: int) -> dict[str, tuple[list[str], list[str]]]:
+def _embedded_texts(
+    name: str, n_train: int, n_test: int, split: corpus.Measured
+) -> dict[str, tuple[list[str], list[str]]]:
     """Each class's (training, test) texts, none of which may train an SAE."""
     by_class: dict[str, list[str]] = {}
     if name == SENTENCE_LANGUAGE:
-        by_class = sentences_by_language()
+        by_class = sentences_by_language(split)
     seen: set[str] = set()
     for label, (table, target) in DATASETS.get(name, {}).items():
-        texts = corpus.unique_texts((text for text, found in assets.read_table(table) if found == target), "evaluation")
+        texts = corpus.unique_texts((text for text, found in assets.read_table(table) if found == target), split)
         by_class[label] = [text for text in texts if corpus.text_key(text) not in seen]
         seen.update(corpus.text_key(text) for text in texts)
     for label, texts in by_class.items():
