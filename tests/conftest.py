@@ -67,6 +67,7 @@ MASKS = {
     "budget": {"kind": "budget", "mean_openness": 0.25},
     "split": {"kind": "split", "start_latents": 8, "max_latents": 32, "n_windows": 4, "n_splittings": 3},
     "switch": {"kind": "switch", "n_experts": 4},
+    "windows": {"kind": "windows", "cuts": [[], [6], [3, 6], [9]]},
 }
 FORWARD_ONLY = ("split", "switch")  # without positions, or with latents that must be silent
 KINDS = [

@@ -8,7 +8,7 @@ from posmask.mask_kinds import make_mask, mask_settings
 from posmask.masks import Observed
 from posmask.rules import rule_settings
 from posmask.sae import SparseAutoencoder, copy_latents_, started_from
-from posmask.training import TrainingSettings
+from posmask.training import TrainingSettings, share_gradients_
 from test_training import write_activations
 
 SPLIT = {"kind": "split", "start_latents": 8, "max_latents": 32, "n_windows": 8, "n_splittings": 4, "watch_steps": 5}
@@ -180,3 +180,42 @@ def test_planted_positions_are_found(tmp_path, start):
     assert len(halves) == 6
     early = (torch.arange(N_POSITIONS) < 8).float()
     assert all(torch.equal(half, early) or torch.equal(half, 1 - early) for half in halves)
+
+
+def trained(tie, activations, **mask):
+    """An SAE of 4 slices started from a trained open one, and trained on."""
+    source = SparseAutoencoder(
+        D_MODEL, rule_settings({"kind": "topk", "k": 4}), make_mask(mask_settings({"kind": "open"}), N_POSITIONS, 8)
+    )
+    train_on(source, activations, SETTINGS)
+    start = make_mask(mask_settings({"kind": "slice", "n_slices": 4, "tie": tie}), N_POSITIONS, 32)
+    sae = started_from(source, start)
+    train_on(sae, activations, SETTINGS)
+    return sae
+
+
+def apart(sae):
+    """How far copies of a latent have moved apart."""
+    copies = sae.decoder.detach().view(4, 8, D_MODEL)
+    return float((copies - copies.mean(0)).norm(dim=2).mean())
+
+
+def test_tied_copies_move_apart_less_and_not_at_all_when_tied_wholly(activations):
+    distances = [apart(trained(tie, activations)) for tie in (0.0, 0.7, 1.0)]
+    assert distances[0] > 1.5 * distances[1] > 0
+    assert distances[2] < 1e-6
+
+
+def test_tying_mixes_a_gradient_with_the_mean_over_its_copies_and_leaves_the_rest_alone():
+    sae = split_sae(tie=0.25)
+    watch(sae)
+    copies = sae.mask._split(8)  # each of the 8 latents has one copy then
+    for parameter in sae.latent_parameters():
+        parameter.grad = torch.rand_like(parameter)
+    before = [parameter.grad.clone() for parameter in sae.latent_parameters()]
+    share_gradients_(sae)
+    for parameter, own in zip(sae.latent_parameters(), before, strict=True):
+        mean = (own[copies.source] + own[copies.target]) / 2
+        for side in (copies.source, copies.target):
+            torch.testing.assert_close(parameter.grad[side], 0.75 * own[side] + 0.25 * mean)
+        assert torch.equal(parameter.grad[16:], own[16:])  # unborn: copies of none

@@ -5,7 +5,7 @@ To add one: write one subclass of `PositionMask` with its `Settings` and `_start
 
 import math
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -126,6 +126,60 @@ class Band(PositionMask):
     def growth(cls, settings: MaskSettings, n_positions: int) -> Fraction | None:
         assert isinstance(settings, cls.Settings)
         return None if settings.smoothness else Fraction(cls.n_blocks(settings, n_positions))
+
+
+class Windows(PositionMask):
+    """Latents cut into windows of positions at several scales at once.
+
+    Each entry of `cuts` is one way to cut the context, and equal shares of the latents follow each: [] leaves them
+    whole, [24] makes two of each, one open before position 24 and one from it on. One of a latent's windows is live at
+    any position. They start equal and count as copies of each other; with `tie` they learn mostly together.
+    """
+
+    class Settings(MaskSettings):
+        kind: Literal["windows"] = "windows"
+        cuts: tuple[tuple[Annotated[int, Field(gt=0)], ...], ...] = Field(min_length=1)
+
+        @model_validator(mode="after")
+        def _in_order(self) -> "Windows.Settings":
+            for one in self.cuts:
+                if list(one) != sorted(set(one)):
+                    raise ValueError(f"cuts = {list(one)} are not in order: give growing positions")
+            return self
+
+    settings: Settings
+
+    def _start(self, random: torch.Generator) -> None:
+        ask = self.settings
+        n_windows = self.n_blocks(ask, self.n_positions)
+        last = max((one[-1] for one in ask.cuts if one), default=0)
+        if last >= self.n_positions or self.n_bound % n_windows:
+            raise BadSetting(
+                f"cuts = {[list(one) for one in ask.cuts]} make {n_windows} windows, the last from position {last}, "
+                f"which do not divide {self.n_positions} positions and {self.n_bound} latents: cuts must lie within "
+                f"the context, and latents be a multiple of {n_windows}"
+            )
+        per_window = self.n_bound // n_windows
+        place = torch.arange(self.n_positions)
+        openness = []
+        for number, one in enumerate(ask.cuts):
+            window = torch.searchsorted(torch.tensor(one, dtype=torch.long), place, right=True)
+            first = self.n_free + sum(len(other) + 1 for other in ask.cuts[:number]) * per_window
+            own = torch.arange(first, first + per_window)
+            if self.gates_code():  # else all windows of a latent would speak at once, and alike
+                self.copied_from[first : first + (len(one) + 1) * per_window] = own.repeat(len(one) + 1)
+            openness.append((window[:, None] == torch.arange(len(one) + 1)).repeat_interleave(per_window, dim=1))
+        self._fix(torch.cat(openness, 1).float())
+
+    @classmethod
+    def n_blocks(cls, settings: MaskSettings, n_positions: int) -> int:
+        assert isinstance(settings, cls.Settings)
+        return sum(len(one) + 1 for one in settings.cuts)
+
+    @classmethod
+    def growth(cls, settings: MaskSettings, n_positions: int) -> Fraction:
+        assert isinstance(settings, cls.Settings)
+        return Fraction(cls.n_blocks(settings, n_positions), len(settings.cuts))
 
 
 def _check_positions_per_latent(positions_per_latent: int, n_positions: int) -> None:
@@ -574,7 +628,9 @@ class Split(PositionMask):
         self.fixed_openness.copy_(by_window[self._window])
         self._gathered = None
         self._changed()
-        return Copies(parent + self.n_free, child + self.n_free)
+        copies = Copies(parent + self.n_free, child + self.n_free)
+        self.copied_from[copies.target] = self.copied_from[copies.source]
+        return copies
 
     @classmethod
     def growth(cls, settings: MaskSettings, n_positions: int) -> Fraction:
@@ -665,6 +721,7 @@ MASKS: dict[str, type[PositionMask]] = {
     "budget": Budget,
     "split": Split,
     "switch": Switch,
+    "windows": Windows,
 }
 
 

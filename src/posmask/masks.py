@@ -48,6 +48,9 @@ class MaskSettings(BaseModel):
     nearest number that leaves the kind equal blocks."""
     leak: float = Field(default=0.0, ge=0, le=1)
     """The least openness: M becomes M + leak * (1 - M). 0 leaves a mask as strict as it is, 1 opens it everywhere."""
+    tie: float = Field(default=0.0, ge=0, le=1)
+    """How much a latent learns together with the other copies of the latent that it was copied from: its gradient
+    becomes (1 - tie) times its own plus tie times the mean over the copies. 0: each by itself, 1: they stay equal."""
     coordinate: Coordinate = "context"
     """From where positions are counted: the context's start (BOS is 0), the start of the token's sentence or line, or
     the end of its text (the last token is 1). Beyond the context's length the last position stands for all."""
@@ -128,6 +131,8 @@ class PositionMask(nn.Module):
         self._groups: list[LiveGroup] | None = None
         self._live: Tensor | None = None
         self._strict: bool | None = None
+        self.copied_from: Int[Tensor, " latent"] = torch.arange(d_sae)
+        """Latents with the same number here are copies of one latent, see `tie`. Known to training only, not saved."""
         self._start(generator(seed, f"mask {settings.kind}"))
 
     def _start(self, random: torch.Generator) -> None:
@@ -286,9 +291,9 @@ class PositionMask(nn.Module):
 def live_groups(openness: Float[Tensor, "position latent"]) -> list[LiveGroup]:
     """Positions grouped by their set of live (openness > 0) latents, every position in exactly one group.
 
-    Some closed latents are computed, and gated to 0, where that is faster: one group of everything where more than
-    half of the latents are live at scattered places of the dictionary, whose weights would have to be gathered; and
-    one group for neighbours whose live blocks overlap so much that together they are little more than each.
+    Some closed latents are computed, and gated to 0, where that is faster: one group of everything where gathering the
+    weights of scattered live latents would cost more than products with the closed ones; and one group for neighbours
+    whose live blocks overlap so much that together they are little more than each.
     """
     live = openness > 0
     n_positions, d_sae = openness.shape
@@ -296,7 +301,7 @@ def live_groups(openness: Float[Tensor, "position latent"]) -> list[LiveGroup]:
         everywhere = torch.arange(n_positions, device=openness.device)
         return [LiveGroup(everywhere, slice(0, d_sae), gated=bool((openness != 1).any()))]
     sets, group_of_position = torch.unique(live, dim=0, return_inverse=True)
-    groups, scattered = [], 0
+    groups, n_live, scattered = [], [], 0
     for number, members in enumerate(sets):
         positions = (group_of_position == number).nonzero()[:, 0]
         latents = members.nonzero()[:, 0]
@@ -305,13 +310,16 @@ def live_groups(openness: Float[Tensor, "position latent"]) -> list[LiveGroup]:
         scattered += 0 if contiguous else len(latents)
         gated = bool((openness[positions][:, latents] != 1).any())
         groups.append(LiveGroup(positions, block, gated))
-    if scattered > _MOST_SCATTERED * len(groups) * d_sae:
+        n_live.append(len(latents))
+    n_closed = d_sae - sum(len(group.positions) * n for group, n in zip(groups, n_live, strict=True)) / n_positions
+    if scattered * _TOKENS_A_GATHERED_ROW > _TOKENS_A_BATCH * n_closed:
         return [LiveGroup(torch.arange(n_positions, device=openness.device), slice(0, d_sae), gated=True)]
     groups = sorted(groups, key=lambda group: int(group.positions[0]))
     return _merged(groups) if all(isinstance(group.latents, slice) for group in groups) else groups
 
 
-_MOST_SCATTERED = 0.5  # Share of the latents, mean over groups.
+_TOKENS_A_GATHERED_ROW = 40  # Gathering a latent's weights takes about as long as their products with so many tokens,
+_TOKENS_A_BATCH = 4096  # of which a batch has so many, more or less.
 _MOST_IN_COMMON = 1.25  # Times as many latents as the least of the merged groups has.
 
 

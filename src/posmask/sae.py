@@ -99,7 +99,7 @@ class SparseAutoencoder(nn.Module):
         self.mask = mask
         mask.meet(d_model, seed)
         rows = torch.randn(mask.d_sae, d_model, generator=generator(seed, "weights"))
-        rows = rows / rows.norm(dim=1, keepdim=True)
+        rows = (rows / rows.norm(dim=1, keepdim=True))[mask.copied_from]
         self.encoder = nn.Parameter(rows.clone())
         self.encoder_bias = nn.Parameter(torch.zeros(mask.d_sae))
         self.decoder = nn.Parameter(rows)
@@ -283,8 +283,11 @@ def started_from(source: SparseAutoencoder, mask: PositionMask, seed: int = 0) -
     latent = torch.arange(mask.d_sae)
     live = mask.live() > 0
     unborn = ~live.any(0)
+    known, of_known = mask.copied_from.unique(return_inverse=True)
     if mask.d_sae == n_latents and not bool(unborn.any()):
         copied = latent
+    elif len(known) == n_latents:
+        copied = of_known
     else:
         per_block = max(1, n_latents - n_free)
         copied = torch.where(latent < n_free, latent, n_free + (latent - n_free) % per_block)
@@ -292,10 +295,11 @@ def started_from(source: SparseAutoencoder, mask: PositionMask, seed: int = 0) -
         if n_free > n_latents or not once:
             raise BadSetting(
                 f"a {mask.settings.kind!r} mask of {mask.d_sae} latents does not open one copy of each of the "
-                f"{n_latents} latents to start from at every position: use slice, band, split or cohort with budget = "
-                '"compute", or as many latents as the source has'
+                f"{n_latents} latents to start from at every position: use slice, band, windows, split or cohort with "
+                'budget = "compute", or as many latents as the source has'
             )
     sae = SparseAutoencoder(source.d_model, source.rule.settings, mask, seed).to(source.encoder.dtype)
+    mask.copied_from[~unborn] = copied[~unborn]
     with torch.no_grad():
         for name, tensor in sae.state_dict().items():
             if name.startswith("mask."):

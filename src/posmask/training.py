@@ -156,6 +156,8 @@ def train(
                 sae.mask.learn(step.openness_gradient)
             if sae.mask.watches:
                 sae.mask.observe(_observed(sae, step))
+            if sae.mask.settings.tie:
+                share_gradients_(sae)
             if settings.max_gradient_norm is not None:
                 torch.nn.utils.clip_grad_norm_(own, settings.max_gradient_norm)
             learning_rate = optimizer.param_groups[0]["lr"]
@@ -181,6 +183,23 @@ def train(
             f"after {settings.n_steps} steps: train longer, or change learning_rate = {settings.learning_rate}"
         )
     return Trained(sae, curve, deaths.dead, settings.n_steps * settings.batch_tokens, time.perf_counter() - started)
+
+
+def share_gradients_(sae: SparseAutoencoder) -> None:
+    """Mix each latent's gradient with the mean over the copies of the latent that it was copied from."""
+    tie = sae.mask.settings.tie
+    origin, copy_of = sae.mask.copied_from.unique(return_inverse=True)
+    if len(origin) == sae.d_sae:
+        return
+    count = torch.bincount(copy_of, minlength=len(origin)).to(sae.encoder.dtype)
+    copies = kernels.Grouped(copy_of, len(origin))
+    every = torch.arange(sae.d_sae)
+    for parameter in sae.latent_parameters():
+        gradient = parameter.grad
+        assert gradient is not None
+        rows = gradient.view(sae.d_sae, -1)
+        mean = copies.sum_rows(1 / count[copy_of], rows, every)
+        rows.mul_(1 - tie).add_(mean[copy_of], alpha=tie)
 
 
 def _observed(sae: SparseAutoencoder, step: objective.StepLoss) -> Observed:
