@@ -3,10 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: run test test-all check bench clean
+.PHONY: run test test-all check bench second-model clean
 
 run: $(READY)
-	$(BIN)/posmask run studies/quick.toml
+	$(BIN)/posmask run studies/quick.toml --jobs 2
 
 # Small tests, side by side on up to four cores.
 PYTEST := $(BIN)/pytest -n auto --maxprocesses 4
@@ -25,6 +25,10 @@ check: $(READY)
 # Against its peers, each set up in .bench/: about an hour, or QUICK=1 for the main ratios in minutes.
 bench: $(READY)
 	$(BIN)/python benchmarks/bench.py $(if $(QUICK),--quick) $(GROUPS)
+
+# A small GPT-2 trained on the embedded texts, for `posmask run studies/key.toml --set model.name=runs/gpt2`: an hour or two.
+second-model: $(READY)
+	$(BIN)/python studies/second_model.py runs/gpt2
 
 ifneq ($(wildcard $(READY)),)
 $(info Using the environment in .venv (remove it to start afresh).)

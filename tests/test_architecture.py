@@ -19,6 +19,8 @@ LEVELS = [
     ["training"],
     ["evaluation", "interop"],
     ["study"],
+    ["rates"],
+    ["planning"],
     ["cli"],
 ]
 REPORT_MAY_IMPORT = {"errors", "rows", "folders", "summary", "verdicts", "report"}

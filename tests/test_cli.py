@@ -22,6 +22,7 @@ def posmask(*words):
     ("words", "message"),
     [
         (("run", "studies/none.toml"), "posmask: there is no study file studies/none.toml"),
+        (("plan", "studies/none.toml"), "posmask: there is no study file studies/none.toml"),
         (("status", "README.md"), "posmask: README.md is not a readable TOML file"),
         (("report", "studies"), "posmask: studies holds no results.csv"),
         (("run", "studies/quick.toml", "--root", "Makefile/run"), "Not a directory: 'Makefile/run"),
@@ -64,4 +65,4 @@ def test_doctor_says_what_is_here(monkeypatch, tmp_path):
 def test_status_of_the_quick_study_needs_no_model(tmp_path):
     result = CliRunner().invoke(app, ["status", str(ROOT / "studies" / "quick.toml"), "--root", str(tmp_path)])
     assert result.exit_code == 0, result.output
-    assert "0 of 17 finished" in result.output
+    assert "0 of 18 finished" in result.output

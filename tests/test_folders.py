@@ -1,7 +1,9 @@
 import json
+import multiprocessing
 
 import pytest
 
+from posmask import folders
 from posmask.errors import DamagedFolder
 from posmask.folders import finished, identity, read_manifest, set_aside, write_folder
 
@@ -71,3 +73,25 @@ def test_set_aside_keeps_every_earlier_folder(folder, tmp_path):
         (draft / "new").touch()
     assert set_aside(folder, tmp_path / "stale").name == "cell-2"
     assert read_manifest(tmp_path / "stale" / "cell-1", verify=True)["made_from"] == MADE_FROM
+
+
+def _hold(path, held, release):
+    with folders.claim(path, wait=False) as mine:
+        held.put(mine)
+        release.wait(20)
+
+
+def test_a_folder_is_claimed_by_one_process_at_a_time_and_its_end_ends_the_claim(tmp_path):
+    spawn = multiprocessing.get_context("spawn")
+    path, held, release = tmp_path / "cells" / "a", spawn.Queue(), spawn.Event()
+    other = spawn.Process(target=_hold, args=(path, held, release))
+    other.start()
+    assert held.get(timeout=30)
+    with folders.claim(path, wait=False) as mine:
+        assert not mine
+    with folders.claim(path.with_name("b"), wait=False) as mine:
+        assert mine
+    other.kill()  # as a machine might: nothing is cleaned up
+    other.join()
+    with folders.claim(path, wait=True) as mine:
+        assert mine

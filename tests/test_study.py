@@ -1,6 +1,8 @@
 import csv
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -69,11 +71,11 @@ def texts(monkeypatch):
     monkeypatch.setattr(assets, "read_table", lambda name: table)
     monkeypatch.setitem(topics.DATASETS, "toy", {"even": ("words", "0"), "odd": ("words", "1")})
 
-    def swapped(random):
+    def swapped(random, split):
         groups = []
         for text, _ in table:
             words = text.split()
-            if corpus.split_of(text) == "evaluation" and words[0] != words[-1]:
+            if corpus.split_of(text) == split and words[0] != words[-1]:
                 groups.append((text, " ".join([words[-1], *words[1:-1], words[0]])))
         return iter(groups[:100]), iter(groups[100:])
 
@@ -156,6 +158,89 @@ def test_a_finished_cell_is_never_made_again_and_a_changed_setting_never_reuses_
     assert folders.read_manifest(root / "stale" / "slice-compute-seed0-1", verify=True)
     assert folders.read_manifest(root / "cells" / "slice-compute-seed0")["made_from"]["cell"]["mask"]["n_slices"] == 2
     assert set((root / "cells" / "open-seed0").iterdir()) <= set(times)
+
+
+def test_settings_can_be_replaced_on_the_way_in(study_file):
+    changes = ["training.n_steps=30", "name = other", 'cells=[{name = "open", mask = {kind = "open"}}]', "questions=[]"]
+    changed = study.read_study(study_file, [*changes, "model.layer=0.5"])
+    assert (changed.name, changed.training.n_steps, len(changed.cells), changed.model.layer) == ("other", 30, 1, 0.5)
+    assert study.Source(changed.model).made_from["layer"] == 2  # of 3
+    for change, message in (
+        ("training.n_step=30", "training.n_step is not a setting: did you mean n_steps?"),
+        ("trainings.n_steps=30", "'trainings.n_steps=30' changes no setting"),
+        ("seeds.first=1", "'seeds.first=1' changes no setting"),
+        ("name", "'name' changes no setting: write TABLE.KEY=VALUE"),
+        ("training.n_steps=many", "training.n_steps = 'many' is not valid"),
+    ):
+        with pytest.raises(BadSetting, match=re.escape(message)):
+            study.read_study(study_file, [change])
+
+
+def test_a_row_may_have_seeds_of_its_own_and_is_compared_on_those_both_have(study_file, tmp_path):
+    text = study_file.read_text().replace("decay = true", "seeds = [1]").replace("seeds = [0]", "seeds = [0, 1]", 1)
+    study_file.write_text(text)
+    found, _ = run(study_file, tmp_path / "run")
+    seeds = {cell: {row.seed for row in found if row.cell == cell} for cell in ("open", "slice-compute")}
+    assert seeds == {"open": {0, 1}, "slice-compute": {1}}
+    by_seed = {
+        (row.cell, row.seed): row.value for row in found if (row.metric, row.slice) == ("explained_variance", "")
+    }
+    (line,) = (
+        verdict
+        for verdict in read_verdicts(tmp_path / "run" / "verdicts.csv")
+        if (verdict.column, verdict.against) == ("explained_variance", "open")
+    )
+    assert line.n_seeds == 1
+    assert line.effect == pytest.approx(by_seed["slice-compute", 1] - by_seed["open", 1])
+    # More seeds leave what is there as it is.
+    study_file.write_text(text.replace("seeds = [1]", "seeds = [0, 1]"))
+    states = dict(study.cell_states(study.read_study(study_file), tmp_path / "run"))
+    assert states["slice-compute-seed1"] == "finished"
+    assert states["slice-compute-seed0"] == "missing"
+
+
+def test_recipes_are_chosen_on_texts_that_nothing_reported_rests_on(study_file, tmp_path):
+    heldout = []
+    for split in ("evaluation", "validation"):
+        settings = study.read_study(study_file, [f"corpus.measured_on={split}"])
+        data = study.prepare(settings, study.Source(settings.model), tmp_path / "run")
+        (task, _), (dataset, _) = data.order["toy_order"], data.probes["toy"]
+        assert {corpus.split_of(text) for text in (*task.texts[::2], *dataset.texts)} == {split}
+        heldout.append(data.heldout.token_id[:400])
+    assert not torch.equal(*heldout)
+    assert len(list((tmp_path / "run" / "activations").glob("training-*"))) == 1  # both are trained on the same
+
+
+def test_processes_on_one_root_do_the_work_once_between_them(study_file, tmp_path, monkeypatch):
+    """Threads in the place of processes: a claim holds against both."""
+    alone, _ = run(study_file, tmp_path / "alone")
+    made, make = [], study._run_place
+    monkeypatch.setattr(
+        study, "_run_place", lambda study, place, *rest: (made.append(place.label), make(study, place, *rest))
+    )
+    with ThreadPoolExecutor(2) as pool:
+        both = [job.result()[0] for job in [pool.submit(run, study_file, tmp_path / "shared") for _ in range(2)]]
+    assert sorted(made) == ["baselines", "open-seed0", "slice-compute-seed0"]
+    assert repr(both[0]) == repr(both[1])
+    for one, other in zip(both[0], alone, strict=True):
+        assert one.metric == "train_seconds" or repr(one) == repr(other)
+
+
+@pytest.mark.slow
+@pytest.mark.embedded
+def test_two_jobs_make_what_one_makes(tmp_path):
+    cells = 'cells=[{name = "open", mask = {kind = "open"}}, {name = "cut", mask = {kind = "slice", n_slices = 8}}]'
+    changes = [
+        cells, "questions=[]", "corpus.training_tokens=20000", "corpus.heldout_tokens=20000", "training.n_steps=10",
+        'evaluation.order_tasks=["chronology"]', 'evaluation.probe_datasets=["ag_news"]', "sae.d_sae=512",
+    ]  # fmt: skip
+    settings = study.read_study(Path(__file__).parents[1] / "studies" / "quick.toml", changes)
+    found = [study.run_study(settings, tmp_path / str(n_jobs), print, n_jobs) for n_jobs in (1, 2)]
+    log = (tmp_path / "2" / "jobs" / "2.log").read_text()
+    assert "Traceback" not in log
+    for one, other in zip(*found, strict=True):
+        assert (one.cell, one.metric, one.slice, one.n) == (other.cell, other.metric, other.slice, other.n)
+        assert one.metric == "train_seconds" or one.value == pytest.approx(other.value, rel=0.02, abs=0.02, nan_ok=True)
 
 
 def test_layers_and_seeds_never_share_a_record(study_file):
@@ -399,6 +484,11 @@ def test_a_new_kind_and_a_new_rule_take_one_class_and_one_entry(study_file, tmp_
         ("shift_windows = 4", "shift_windows = 8", "8 shift windows leave 1 tokens of 16 positions"),
         ("shift_windows = 4", "shift_windows = 4\ndecay_shares = [0]", "of 20 steps are the steps [0]"),
         ("shift_windows = 4", "shift_windows = 4\ndecay_shares = [0, 0.01, 1]", "name shares that differ by a step"),
+        ("decay = true", "seeds = [0, 0]", "repeats a seed"),
+        ("decay = true", "seeds = [1]", "'slice-compute' with 'open + segments4', which share no seed"),
+        ("decay = true", "seeds = []", "cells.1.seeds = [] is not valid"),
+        ("layer = 2", "layer = 1.5", "model.layer"),
+        ('tables = ["words"]', 'tables = ["words"]\nmeasured_on = "training"', "corpus.measured_on = 'training'"),
         ("[model]", "[model", "is not a readable TOML file"),
     ],
 )

@@ -74,7 +74,10 @@ def units_of(cells, column):
     metric, where = verdicts.COLUMNS[column]
     slices = "".join(f";{key}={value}" for key, value in where.items())
     return [
-        [{f"{metric}|task={name}{slices}": units for name, units in sample.items()} for sample in cell]
+        {
+            seed: {f"{metric}|task={name}{slices}": units for name, units in sample.items()}
+            for seed, sample in enumerate(cell)
+        }
         for cell in cells
     ]
 
@@ -91,9 +94,9 @@ def test_under_a_true_null_a_study_says_better_or_worse_in_at_most_5_of_100(spre
             for column in ("order k=1", "order k=5"):
                 cell, other = units_of(simulated(random, 5, *spreads, n_tasks=2), column)
                 for name, seeds in ((f"cell{number}", cell), ("open", other)):
-                    merged = study.setdefault(name, [{} for _ in seeds])
-                    for have, new in zip(merged, seeds, strict=True):
-                        have.update(new)
+                    merged = study.setdefault(name, {seed: {} for seed in seeds})
+                    for seed, new in seeds.items():
+                        merged[seed].update(new)
         false += any(verdict.verdict != "no evidence" for verdict in judge(study, asked))
     assert false <= 50
 
@@ -143,14 +146,16 @@ def test_other_poolings_are_asked_for_by_name():
         "probe_accuracy|dataset=b;k=5;source=sae;pooling=mean;protocol=default;train=9;class=x": ones,
         "explained_variance|": half,
     }
-    found = judge({"open": [rows] * 3}, [Comparison("open + segments8", "open"), Comparison("open", "open")])
+    found = judge(
+        {"open": dict.fromkeys(range(3), rows)}, [Comparison("open + segments8", "open"), Comparison("open", "open")]
+    )
     effects = {(verdict.label, verdict.column): verdict.effect for verdict in found}
     assert effects == {
         ("open + segments8", "order k=5"): 0.5,  # what pooling does not touch is compared once, not twice
         ("open", "order k=5"): 0, ("open", "probing k=5"): 0, ("open", "explained_variance"): 0,
     }  # fmt: skip
     with pytest.raises(BadSetting, match=r"'open \+ growing7' and 'open' have no number in common"):
-        judge({"open": [rows] * 3}, [Comparison("open + growing7", "open")])
+        judge({"open": dict.fromkeys(range(3), rows)}, [Comparison("open + growing7", "open")])
 
 
 def test_a_number_without_a_value_stops_the_verdicts():

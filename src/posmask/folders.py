@@ -13,12 +13,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from posmask.errors import DamagedFolder
 
 __all__ = [
     "FORMAT",
     "MANIFEST",
     "as_json",
+    "claim",
     "file_sha256",
     "finished",
     "identity",
@@ -85,6 +88,27 @@ def write_folder(path: Path, made_from: Mapping[str, Any], **facts: Any) -> Iter
         draft.rename(path)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+@contextmanager
+def claim(path: Path, *, wait: bool) -> Iterator[bool]:
+    """Hold the right to make a folder, so that of several processes only one does. Ends with the process, too.
+
+    Yields:
+        Whether this process holds it; always so with `wait`, which waits for the others.
+    """
+    locks = path.parent.with_name(".locks")  # Apart, since they are left behind.
+    locks.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(locks / f"{path.parent.name}-{path.name}")
+    try:
+        lock.acquire(timeout=-1 if wait else 0)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
 
 
 def _is_running(process: int) -> bool:

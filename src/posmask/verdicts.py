@@ -172,21 +172,23 @@ def sample(units: Mapping[str, Units], pooling: str, column: str) -> Sample:
     return found
 
 
-def judge(units: Mapping[str, Sequence[Mapping[str, Units]]], comparisons: Sequence[Comparison]) -> list[Verdict]:
+def judge(units: Mapping[str, Mapping[int, Mapping[str, Units]]], comparisons: Sequence[Comparison]) -> list[Verdict]:
     """The verdict lines of a study, p values corrected over all of them together.
 
     Args:
-        units: for each cell its units, seed by seed.
+        units: for each cell its units by seed; two cells are compared on the seeds that both have.
     """
     differences = []
     for comparison in comparisons:
         before = len(differences)
+        cells = [label.partition(" + ")[0] for label in (comparison.label, comparison.against)]
+        seeds = sorted(units[cells[0]].keys() & units[cells[1]].keys())
         for column in COLUMNS:
             pair = []
             for label in (comparison.label, comparison.against):
                 cell, _, pooling = label.partition(" + ")
-                pair.append([sample(seed, pooling or "mean", column) for seed in units[cell]])
-            if all(one and one.keys() == other.keys() for one, other in zip(*pair, strict=True)):
+                pair.append([sample(units[cell][seed], pooling or "mean", column) for seed in seeds])
+            if seeds and all(one and one.keys() == other.keys() for one, other in zip(*pair, strict=True)):
                 differences.append((comparison, column, paired_difference(*pair)))
         if len(differences) == before:
             raise BadSetting(
