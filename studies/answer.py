@@ -1,0 +1,128 @@
+"""docs/results/*/results.csv and verdicts.csv -> the tables of docs/results/README.md: `python studies/answer.py`.
+
+What stands between `<!-- name -->` and `<!-- end of name -->` is written here and nowhere else; a test holds it.
+"""
+
+import re
+from pathlib import Path
+
+from posmask.rows import read_rows
+from posmask.summary import Line, summarise
+from posmask.verdicts import Verdict, read_verdicts
+
+ROOT = Path(__file__).parents[1] / "docs" / "results"
+PAGE = ROOT / "README.md"
+
+LOG = (  # what the log calls it, what it reported, the cell that is it
+    ("Run 0, no mask", "0.5 everywhere", "open"),
+    ("Run 1, hard: about 16 random positions of 128 a latent", "0.5 everywhere", "hard"),
+    ("Run 2, soft: learned, from openness .1 to .2", "nothing", "soft-low"),
+    ("Run 3, soft: learned, from openness .3 to .7", "0.5 everywhere", "soft-high"),
+    ("Run 4, importance of positions from gradients", "announced", "importance"),
+    ("static slicing", "announced", "slice"),
+    ("static slicing after the fact: `open` pooled by 8 segments", "–", "open + segments8"),
+    ("masked gradient updates alone, slices", "announced", "slice-gradient"),
+    ("masked gradient updates alone, hard", "announced", "hard-gradient"),
+)
+STRICTNESS = {
+    "leak of 16 random positions": (
+        ("0", "hard"),
+        ("0.01", "leak-0.01"),
+        ("0.03", "leak-0.03"),
+        ("0.1", "leak-0.1"),
+        ("0.3", "leak-0.3"),
+        ("1", "open"),
+    ),
+    "random positions a latent": (
+        ("8", "positions-8"),
+        ("16", "hard"),
+        ("32", "positions-32"),
+        ("64", "positions-64"),
+        ("128", "open"),
+    ),
+    "last temperature of a soft mask under pressure": (
+        ("1", "temperature-1"),
+        ("0.1", "temperature-0.1"),
+        ("0.01", "temperature-0.01"),
+    ),
+    "gradient only, positions": (("16", "hard-gradient"), ("64", "gradient-64"), ("128", "open")),
+}
+KEY = ("slice", "windows", "windows-free", "halves", "split", "split-tied", "split-width")
+VERDICT_COLUMNS = ("explained_variance", "order k=1", "order k=5", "probing k=1", "probing k=5")
+HEAD = ("expl. var.", "CE rec.", "retention − chance", "order k=1", "k=5", "k=20", "probing k=1", "k=5")
+
+
+def _number(value: float) -> str:
+    """Three decimals without the leading zero; a dash for none."""
+    return "\u2013" if value != value else f"{value:.3f}".replace("0.", ".", 1).replace("-", "\u2212")
+
+
+def _numbers(line: Line) -> list[str]:
+    overall = [line.overall[name] for name in ("explained_variance", "ce_recovered", "retention_gain")]
+    if line.pooling != "mean":
+        overall = [float("nan")] * 3
+    return [_number(value) for value in (*overall, *line.order.values(), *line.probing.values())]
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows))
+
+
+def cells(lines: list[Line]) -> str:
+    rows = [[line.label, line.budget, str(line.n_seeds), *_numbers(line)] for line in lines]
+    return _table(["cell", "budget", "seeds", *HEAD], rows)
+
+
+def log(lines: list[Line]) -> str:
+    by_label = {line.label: line for line in lines}
+    rows = [[what, reported, cell, *_numbers(by_label[cell])] for what, reported, cell in LOG]
+    return _table(["the log's row", "it reported", "cell", *HEAD], rows)
+
+
+def strictness(lines: list[Line]) -> str:
+    by_label = {line.label: line for line in lines}
+    rows = [
+        [name, value, *_numbers(by_label[cell]), _number(by_label[cell].overall["strictness"])]
+        for name, points in STRICTNESS.items()
+        for value, cell in points
+    ]
+    return _table(["what is varied", "value", *HEAD, "strictness"], rows)
+
+
+def verdicts(found: list[Verdict]) -> str:
+    """Of each comparison that the answer rests on, a line with every column's difference and interval."""
+    pairs = dict.fromkeys((one.label, one.against) for one in found)
+    by_place = {(one.label, one.against, one.column): one for one in found}
+    rows = []
+    for label, against in pairs:
+        if against == "open" and label not in (*KEY, "open + segments8"):
+            continue
+        places = [by_place.get((label, against, column)) for column in VERDICT_COLUMNS]
+        n_seeds = next(one.n_seeds for one in places if one is not None)
+        rows.append(
+            [f"{label} against {against}", str(n_seeds), *("–" if one is None else _words(one) for one in places)]
+        )
+    return _table(["comparison", "seeds", "expl. var.", *VERDICT_COLUMNS[1:]], rows)
+
+
+def _words(one: Verdict) -> str:
+    text = f"{_number(one.effect)} ({_number(one.low)} to {_number(one.high)})"
+    return text if one.verdict == "no evidence" else f"**{text} {one.verdict}**"
+
+
+def page(text: str) -> str:
+    """The page with its tables made anew."""
+    for folder in sorted(path for path in ROOT.iterdir() if (path / "results.csv").exists()):
+        lines = summarise(read_rows(folder / "results.csv"))
+        tables = {"cells": cells(lines), "verdicts": verdicts(read_verdicts(folder / "verdicts.csv"))}
+        if folder.name == "full":
+            tables |= {"log": log(lines), "strictness": strictness(lines)}
+        for name, table in tables.items():
+            mark = f"{folder.name} {name}"
+            inside = rf"(<!-- {mark} -->\n).*?(<!-- end of {mark} -->)"
+            text = re.sub(inside, lambda found, table=table: f"{found[1]}{table}\n{found[2]}", text, flags=re.DOTALL)
+    return text
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(PAGE.read_text(encoding="utf8")), encoding="utf8")
