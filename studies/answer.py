@@ -6,12 +6,19 @@ What stands between `<!-- name -->` and `<!-- end of name -->` is written here a
 import re
 from pathlib import Path
 
+from posmask.report import figures
 from posmask.rows import read_rows
 from posmask.summary import Line, summarise
 from posmask.verdicts import Verdict, read_verdicts
 
 ROOT = Path(__file__).parents[1] / "docs" / "results"
 PAGE = ROOT / "README.md"
+PICTURE = Path(__file__).parents[1] / "docs" / "images" / "trade-off.png"
+PICTURED = (
+    "open", "slice", "hard", "cohort", "soft-low", "importance", "budget", "slice-gradient", "slice-upcycled",
+    "split-width",
+    "split-tied", "windows", "switch", "open + segments8",
+)  # fmt: skip
 
 LOG = (  # what the log calls it, what it reported, the cell that is it
     ("Run 0, no mask", "0.5 everywhere", "open"),
@@ -85,6 +92,7 @@ def strictness(lines: list[Line]) -> str:
         [name, value, *_numbers(by_label[cell]), _number(by_label[cell].overall["strictness"])]
         for name, points in STRICTNESS.items()
         for value, cell in points
+        if cell in by_label  # a study may be finished in parts
     ]
     return _table(["what is varied", "value", *HEAD, "strictness"], rows)
 
@@ -124,5 +132,14 @@ def page(text: str) -> str:
     return text
 
 
+def picture() -> None:
+    """Reconstruction against order accuracy, for the README."""
+    lines = summarise(read_rows(ROOT / "full" / "results.csv"))
+    chart = figures.trade_off([line for line in lines if line.label in PICTURED], 5)
+    PICTURE.parent.mkdir(parents=True, exist_ok=True)
+    chart.properties(width=620, height=380).save(PICTURE, scale_factor=1.5)
+
+
 if __name__ == "__main__":
+    picture()
     PAGE.write_text(page(PAGE.read_text(encoding="utf8")), encoding="utf8")
