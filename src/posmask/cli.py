@@ -135,7 +135,7 @@ def status(study_file: StudyFile, root: Root = None, changes: Changes = None) ->
 def plan_command(study_file: StudyFile, root: Root = None, changes: Changes = None) -> None:
     """Say what a study will cost here before it starts: tokens, time, disk and memory, stage by stage.
 
-    Times come from rates that are measured now, in 20 to 30 seconds, by running a little of everything. What is
+    Times come from rates that are measured now, in about half a minute, by running a little of everything. What is
     finished under ROOT costs nothing. Downloads nothing and writes nothing there.
     """
     from posmask import planning, study

@@ -83,7 +83,7 @@ def plan(study: StudySettings, root: Path, rates: Rates | None = None) -> Plan:
 
     Args:
         root: the study's folder; what is finished there costs nothing.
-        rates: None measures them, which takes 20 to 30 seconds.
+        rates: None measures them, which takes about half a minute.
 
     Raises:
         BadSetting: the model's sizes are unknown here, it has no such layer, or it is too short for the contexts.

@@ -127,7 +127,7 @@ _SECONDS_A_RATE = 0.1
 def measure(
     study: StudySettings, cells: Sequence[CellSettings], outline: model.LanguageModel, text_tokens: int
 ) -> Rates:
-    """What one of everything costs here, in 20 to 30 seconds; more where dictionaries are wide. Downloads nothing.
+    """What one of everything costs here, in about half a minute; more where dictionaries are wide. Downloads nothing.
 
     Everything runs as in a study, on random vectors but for the model itself.
 

@@ -188,12 +188,12 @@ def train(
 def share_gradients_(sae: SparseAutoencoder) -> None:
     """Mix each latent's gradient with the mean over the copies of the latent that it was copied from."""
     tie = sae.mask.settings.tie
-    origin, copy_of = sae.mask.copied_from.unique(return_inverse=True)
+    origin, copy_of = sae.mask.copied_from.to(sae.encoder.device).unique(return_inverse=True)
     if len(origin) == sae.d_sae:
         return
     count = torch.bincount(copy_of, minlength=len(origin)).to(sae.encoder.dtype)
     copies = kernels.Grouped(copy_of, len(origin))
-    every = torch.arange(sae.d_sae)
+    every = torch.arange(sae.d_sae, device=copy_of.device)
     for parameter in sae.latent_parameters():
         gradient = parameter.grad
         assert gradient is not None
