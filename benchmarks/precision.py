@@ -17,7 +17,7 @@ from posmask.activations import Activations, Stored, _as_stored, evaluation_batc
 from posmask.choosing import Precision
 from posmask.mask_kinds import make_mask, mask_settings
 from posmask.sae import SparseAutoencoder
-from posmask.study import StudySettings, read_study
+from posmask.settings import StudySettings, read_study
 from posmask.training import train
 
 N_TOKENS = {"training": 120_000, "evaluation": 30_000}

@@ -13,7 +13,7 @@ from posmask import kernels
 from posmask.activations import Activations, evaluation_batches, training_batches
 from posmask.mask_kinds import make_mask, mask_settings
 from posmask.sae import SparseAutoencoder
-from posmask.study import StudySettings, read_study
+from posmask.settings import StudySettings, read_study
 from posmask.training import train
 
 N_SLICES = 8

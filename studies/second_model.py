@@ -134,7 +134,9 @@ def restore(path: Path, model: GPT2LMHeadModel, optimizer: torch.optim.AdamW) ->
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where to write the model, such as runs/gpt2")
-    parser.add_argument("--tokens", type=int, default=8_000_000, help="tokens to train on, each seen once")
+    parser.add_argument(
+        "--tokens", type=int, default=4_500_000, help="tokens to train on, each seen once; the texts have 4.8 M"
+    )
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     train(given.folder, given.tokens, given.seed)

@@ -18,6 +18,7 @@ LEVELS = [
     ["objective", "metrics", "probing"],
     ["training"],
     ["evaluation", "interop"],
+    ["settings"],
     ["study"],
     ["rates"],
     ["planning"],

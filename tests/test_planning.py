@@ -13,6 +13,7 @@ from posmask.cli import app
 from posmask.errors import BadSetting
 from posmask.progress import progress_bar
 from posmask.rates import Linear, Rates, Shape
+from posmask.settings import read_study
 
 STUDY = """
 name = "tiny"
@@ -88,7 +89,7 @@ def study_file(tmp_path, model_folder):
 
 @pytest.fixture
 def settings(study_file):
-    return study.read_study(study_file)
+    return read_study(study_file)
 
 
 def places(settings, root):
@@ -250,7 +251,7 @@ def test_each_mask_and_width_is_measured_once_and_told_whether_it_closes(setting
 def test_shapes_of_every_rule_can_be_measured(study_file, tmp_path, rule, monkeypatch):
     monkeypatch.setattr(rates, "_ACTIVE", 8)
     study_file.write_text(study_file.read_text().replace('kind = "topk", k = 4', rule))
-    settings = study.read_study(study_file)
+    settings = read_study(study_file)
     outline = model.load_outline(settings.model.name, 2)
     vectors = rates._noise(settings, outline, tmp_path / "noise")
     sae, training = rates._training_seconds(settings, Shape(settings.cells[0].mask, 32), vectors, 0.1)
@@ -305,7 +306,7 @@ def test_what_cannot_be_planned_is_said_in_a_sentence(tmp_path, model_folder, gi
     path = tmp_path / "bad.toml"
     path.write_text(STUDY.replace(given, instead).replace("MODEL", str(model_folder)))
     with pytest.raises(BadSetting, match=message):
-        planning.plan(study.read_study(path), tmp_path, costing())
+        planning.plan(read_study(path), tmp_path, costing())
 
 
 def test_the_command_prints_a_plan_that_fits_80_columns(study_file, tmp_path, monkeypatch):
@@ -316,7 +317,7 @@ def test_the_command_prints_a_plan_that_fits_80_columns(study_file, tmp_path, mo
     assert max(map(len, result.output.splitlines())) <= 80
     for text in ("training texts", "1,500", "slice", "In all", "0 of 7 folders", "GB", "- Nothing was measured."):
         assert text in result.output
-    for place in places(study.read_study(study_file), tmp_path / "run"):
+    for place in places(read_study(study_file), tmp_path / "run"):
         finish(place)
     result = CliRunner().invoke(app, ["plan", str(study_file), "--root", str(tmp_path / "run")])
     assert "7 of 7 folders" in result.output

@@ -11,11 +11,12 @@ from pydantic import Field
 
 from conftest import make_texts, train_on
 from posmask import assets, corpus, evaluation, folders, mask_kinds, masks, rows, rules, study
-from posmask.errors import BadSetting, DamagedFolder
+from posmask.errors import BadSetting, DamagedFolder, PosmaskError
 from posmask.metrics.in_model import WindowMass
 from posmask.probing import order_tasks, topics
 from posmask.report import write_report
 from posmask.sae import read_sae
+from posmask.settings import read_study
 from posmask.verdicts import LEVEL, read_verdicts
 
 STUDY = """
@@ -92,7 +93,7 @@ def study_file(tmp_path, model_folder, texts):
 
 def run(path, root):
     said = []
-    found = study.run_study(study.read_study(path), root, say=said.append)
+    found = study.run_study(read_study(path), root, say=said.append)
     return found, said
 
 
@@ -151,7 +152,7 @@ def test_a_finished_cell_is_never_made_again_and_a_changed_setting_never_reuses_
     assert {path: path.stat().st_mtime_ns for path in (root / "cells").rglob("*")} == times
 
     study_file.write_text(study_file.read_text().replace("n_slices = 4", "n_slices = 2"))
-    settings = study.read_study(study_file)
+    settings = read_study(study_file)
     assert [state for _, state in study.cell_states(settings, root)] == ["finished", "finished", "other settings"]
     _, said = run(study_file, root)
     assert "slice-compute-seed0 was made from other settings: moved to" in said[1]
@@ -162,7 +163,7 @@ def test_a_finished_cell_is_never_made_again_and_a_changed_setting_never_reuses_
 
 def test_settings_can_be_replaced_on_the_way_in(study_file):
     changes = ["training.n_steps=30", "name = other", 'cells=[{name = "open", mask = {kind = "open"}}]', "questions=[]"]
-    changed = study.read_study(study_file, [*changes, "model.layer=0.5"])
+    changed = read_study(study_file, [*changes, "model.layer=0.5"])
     assert (changed.name, changed.training.n_steps, len(changed.cells), changed.model.layer) == ("other", 30, 1, 0.5)
     assert study.Source(changed.model).made_from["layer"] == 2  # of 3
     for change, message in (
@@ -173,7 +174,7 @@ def test_settings_can_be_replaced_on_the_way_in(study_file):
         ("training.n_steps=many", "training.n_steps = 'many' is not valid"),
     ):
         with pytest.raises(BadSetting, match=re.escape(message)):
-            study.read_study(study_file, [change])
+            read_study(study_file, [change])
 
 
 def test_a_row_may_have_seeds_of_its_own_and_is_compared_on_those_both_have(study_file, tmp_path):
@@ -194,7 +195,7 @@ def test_a_row_may_have_seeds_of_its_own_and_is_compared_on_those_both_have(stud
     assert line.effect == pytest.approx(by_seed["slice-compute", 1] - by_seed["open", 1])
     # More seeds leave what is there as it is.
     study_file.write_text(text.replace("seeds = [1]", "seeds = [0, 1]"))
-    states = dict(study.cell_states(study.read_study(study_file), tmp_path / "run"))
+    states = dict(study.cell_states(read_study(study_file), tmp_path / "run"))
     assert states["slice-compute-seed1"] == "finished"
     assert states["slice-compute-seed0"] == "missing"
 
@@ -202,7 +203,7 @@ def test_a_row_may_have_seeds_of_its_own_and_is_compared_on_those_both_have(stud
 def test_recipes_are_chosen_on_texts_that_nothing_reported_rests_on(study_file, tmp_path):
     heldout = []
     for split in ("evaluation", "validation"):
-        settings = study.read_study(study_file, [f"corpus.measured_on={split}"])
+        settings = read_study(study_file, [f"corpus.measured_on={split}"])
         data = study.prepare(settings, study.Source(settings.model), tmp_path / "run")
         (task, _), (dataset, _) = data.order["toy_order"], data.probes["toy"]
         assert {corpus.split_of(text) for text in (*task.texts[::2], *dataset.texts)} == {split}
@@ -234,7 +235,7 @@ def test_two_jobs_make_what_one_makes(tmp_path):
         cells, "questions=[]", "corpus.training_tokens=20000", "corpus.heldout_tokens=20000", "training.n_steps=10",
         'evaluation.order_tasks=["chronology"]', 'evaluation.probe_datasets=["ag_news"]', "sae.d_sae=512",
     ]  # fmt: skip
-    settings = study.read_study(Path(__file__).parents[1] / "studies" / "quick.toml", changes)
+    settings = read_study(Path(__file__).parents[1] / "studies" / "quick.toml", changes)
     found = [study.run_study(settings, tmp_path / str(n_jobs), print, n_jobs) for n_jobs in (1, 2)]
     log = (tmp_path / "2" / "jobs" / "2.log").read_text()
     assert "Traceback" not in log
@@ -244,7 +245,7 @@ def test_two_jobs_make_what_one_makes(tmp_path):
 
 
 def test_layers_and_seeds_never_share_a_record(study_file):
-    settings = study.read_study(study_file)
+    settings = read_study(study_file)
     other_layer = settings.model_copy(update={"model": settings.model.model_copy(update={"layer": 1})})
     other_seed = settings.model_copy(update={"seeds": (1,)})
     identities = [
@@ -297,7 +298,7 @@ def test_an_interrupted_cell_leaves_nothing_and_the_next_run_goes_on(study_file,
 
 
 def test_training_tokens_are_never_held_out_tokens(study_file, tmp_path):
-    settings = study.read_study(study_file)
+    settings = read_study(study_file)
     data = study.prepare(settings, study.Source(settings.model), tmp_path)
     seen = {}
     for name in ("training", "heldout"):
@@ -348,7 +349,7 @@ def test_cells_that_start_from_another_take_the_rest_of_its_steps(study_file, tm
     assert value["switch", "mean_openness"] == 1
     # What it starts from is part of a cell's identity, and its source is made first.
     study_file.write_text(study_file.read_text().replace("steps_share = 0.5", "steps_share = 0.4"))
-    settings = study.read_study(study_file)
+    settings = read_study(study_file)
     states = dict(study.cell_states(settings, root))
     assert {cell for cell, state in states.items() if state == "other settings"} == {
         "open-half-seed0", "upcycled-seed0", "split-seed0",
@@ -387,7 +388,7 @@ def test_cells_may_start_from_an_sae_that_a_user_brings(study_file, tmp_path):
     alone = base.replace('budget = "compute"', f'budget = "compute"\nstart = "{brought}"')
     study_file.write_text(alone)
     with pytest.raises(BadSetting, match="let all start from the same folder, or none"):
-        study.read_study(study_file)
+        read_study(study_file)
 
 
 @pytest.mark.parametrize(
@@ -413,7 +414,7 @@ def test_starts_that_make_no_sense_are_refused_before_any_work(study_file, old, 
     assert old in text
     study_file.write_text(text.replace(old, new))
     with pytest.raises(BadSetting, match=re.escape(message)):
-        study.read_study(study_file)
+        read_study(study_file)
 
 
 def test_a_new_kind_and_a_new_rule_take_one_class_and_one_entry(study_file, tmp_path, monkeypatch):
@@ -463,6 +464,7 @@ def test_a_new_kind_and_a_new_rule_take_one_class_and_one_entry(study_file, tmp_
         ("k = 4 }", "k = 40 }", "k = 40 is more than the 32 latents"),
         ("n_slices = 4", "n_slices = 17", "n_slices = 17 is more than the 16 positions"),
         ('kind = "slice", n_slices = 4', 'kind = "hard", positions_per_latent = 4', "has no equal-compute form"),
+        ("n_slices = 4", "n_slices = 4, tie = 0.9", "slice-compute has tie = 0.9, but its latents are no copies"),
         ('kind = "slice"', 'kind = "slcie"', "mask kind 'slcie' is unknown: choose one of open, slice"),
         ('name = "slice-compute"', 'name = "open"', "two cells are called 'open'"),
         ('name = "slice-compute"', 'name = "../up"', "cells.1.name = '../up' is not valid"),
@@ -496,7 +498,7 @@ def test_mistakes_are_found_before_any_work_in_one_sentence(study_file, old, new
     assert old in study_file.read_text()
     study_file.write_text(study_file.read_text().replace(old, new))
     with pytest.raises(BadSetting, match=re.escape(message)):
-        study.read_study(study_file)
+        read_study(study_file)
 
 
 def test_a_layer_the_model_lacks_stops_before_anything_is_written(study_file, tmp_path):
@@ -513,7 +515,7 @@ def test_a_run_that_cannot_be_prepared_costs_nothing_that_was_finished(study_fil
     before = (root / "results.csv").read_bytes()
     for old, new in (("layer = 2", "layer = 9"), ("training_tokens = 1500", "training_tokens = 10_000_000")):
         study_file.write_text(good.replace(old, new))
-        with pytest.raises(study.PosmaskError):
+        with pytest.raises(PosmaskError):
             run(study_file, root)
         assert not (root / "stale").exists()
         assert (root / "results.csv").read_bytes() == before
@@ -602,7 +604,7 @@ def test_a_study_may_ask_no_probes_and_have_no_open_cell(study_file, tmp_path):
 
 
 def test_latents_to_ablate_are_chosen_on_other_texts_than_they_are_tried_on(study_file, tmp_path, monkeypatch):
-    settings = study.read_study(study_file)
+    settings = read_study(study_file)
     data = study.prepare(settings, study.Source(settings.model), tmp_path)
     chosen_on, tried_on = set(), set()
     update, replace = WindowMass.update, evaluation.without_latents
@@ -631,10 +633,10 @@ def test_latents_to_ablate_are_chosen_on_other_texts_than_they_are_tried_on(stud
 
 
 def test_an_untrained_sae_gets_no_numbers(study_file, tmp_path):
-    settings = study.read_study(study_file)
+    settings = read_study(study_file)
     data = study.prepare(settings, study.Source(settings.model), tmp_path)
     sae = settings.make_sae(settings.cells[0], 12, 0)
     with torch.no_grad():
         sae.encoder.zero_()
-    with pytest.raises(study.PosmaskError, match="the SAE codes 0 latents a token"):
+    with pytest.raises(PosmaskError, match="the SAE codes 0 latents a token"):
         study.evaluate(sae, torch.zeros(32).bool(), data, "test")

@@ -81,9 +81,10 @@ def run(
     ROOT/results.csv, the page in ROOT/report.html.
     """
     from posmask import report, study
+    from posmask.settings import read_study
 
     started = time.perf_counter()
-    settings = study.read_study(study_file, changes or ())
+    settings = read_study(study_file, changes or ())
     root = root or Path("runs") / settings.name
     try:
         rows = study.run_study(settings, root, say=print, n_jobs=jobs)
@@ -121,8 +122,9 @@ def _verdict_line(path: Path) -> str:
 def status(study_file: StudyFile, root: Root = None, changes: Changes = None) -> None:
     """Show which of a study's folders are finished, missing, or made from other settings."""
     from posmask import study
+    from posmask.settings import read_study
 
-    settings = study.read_study(study_file, changes or ())
+    settings = read_study(study_file, changes or ())
     root = root or Path("runs") / settings.name
     states = study.cell_states(settings, root)
     for label, state in states:
@@ -138,9 +140,10 @@ def plan_command(study_file: StudyFile, root: Root = None, changes: Changes = No
     Times come from rates that are measured now, in about half a minute, by running a little of everything. What is
     finished under ROOT costs nothing. Downloads nothing and writes nothing there.
     """
-    from posmask import planning, study
+    from posmask import planning
+    from posmask.settings import read_study
 
-    settings = study.read_study(study_file, changes or ())
+    settings = read_study(study_file, changes or ())
     root = root or Path("runs") / settings.name
     plan = planning.plan(settings, root)
     if plan.n_finished < plan.n_folders:

@@ -496,6 +496,8 @@ class Split(PositionMask):
     of a token stays the same, and the function does not change at that moment.
     """
 
+    copies_latents = True
+
     class Settings(MaskSettings):
         kind: Literal["split"] = "split"
         start_latents: int = Field(gt=0)

@@ -120,6 +120,8 @@ class PositionMask(nn.Module):
     """Whether `route` looks at the vectors, and not at positions alone."""
     watches: bool = False
     """Whether training should show `observe` the step's codes and residual."""
+    copies_latents: ClassVar[bool] = False
+    """Whether `after_step` may ask for latents to become copies of others."""
 
     def __init__(self, settings: MaskSettings, n_positions: int, d_sae: int, seed: int = 0) -> None:
         super().__init__()
@@ -138,6 +140,10 @@ class PositionMask(nn.Module):
     def _start(self, random: torch.Generator) -> None:
         """Set the bound latents' openness at step 0."""
         raise NotImplementedError
+
+    def may_have_copies(self) -> bool:
+        """Whether latents are copies of each other, or may become so in training: else `tie` has nothing to act on."""
+        return self.copies_latents or len(self.copied_from.unique()) < self.d_sae
 
     def meet(self, d_model: int, seed: int) -> None:
         """Called once by the SAE that the mask belongs to, before training or loading."""

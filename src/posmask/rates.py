@@ -26,7 +26,8 @@ from posmask.probing.pooling import PooledTexts, Pooling
 from posmask.progress import progress_bar
 from posmask.sae import Codes, SparseAutoencoder
 from posmask.seeds import generator
-from posmask.study import CellSettings, Source, StudySettings
+from posmask.settings import CellSettings, StudySettings
+from posmask.study import Source
 
 __all__ = ["FREE", "Linear", "Rates", "Shape", "lifts", "measure", "n_segments", "precision_of", "shape_of"]
 
