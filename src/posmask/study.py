@@ -6,6 +6,7 @@ trains one SAE and evaluates it into its folder, `run_study` goes over the cells
 
 import multiprocessing
 import os
+import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from typing import Any, Literal
 
 from posmask import assets, corpus, folders, kernels, model, rows, training, verdicts
 from posmask.activations import Activations, Stored, harvest, training_batches
+from posmask.checkpoints import Checkpoints
 from posmask.errors import BadSetting
 from posmask.evaluation import Data, baselines, decay, evaluate
 from posmask.interop import saebench
@@ -34,6 +36,8 @@ VERDICTS_FILE = "verdicts.csv"
 UNITS_FILE = "units.safetensors"
 SAEBENCH_FILE = "saebench.json"
 _BASELINES = "baselines"
+_CHECKPOINTS = "checkpoints"
+CHECKPOINT_SECONDS = 60.0
 
 
 class Source:
@@ -161,6 +165,12 @@ class _Place:
     def label(self) -> str:
         return self.folder.name
 
+    @property
+    def checkpoints(self) -> Path:
+        """Where its training stands, as long as it is not finished."""
+        root = self.folder.parents[0 if self.cell is None else 1]
+        return root / _CHECKPOINTS / self.label
+
 
 def _places(study: StudySettings, source: Source, root: Path) -> list[_Place]:
     shared = {
@@ -240,6 +250,8 @@ def run_study(study: StudySettings, root: Path, say: Callable[[str], None] = pri
             say(f"{n_jobs} processes share the cells; what the others say goes to {root / 'jobs'}.")
         with _helpers(study, root, n_jobs):
             _run_places(study, todo, data, root, say)
+    for place in places:
+        shutil.rmtree(place.checkpoints, ignore_errors=True)
     results = [row for place in places for row in _read_rows(place.folder)]
     _write_whole(root / RESULTS_FILE, partial(rows.write_rows, rows=results))
     _write_whole(root / VERDICTS_FILE, partial(verdicts.write_verdicts, verdicts=_verdicts(study, places)))
@@ -342,8 +354,15 @@ def _run_place(study: StudySettings, place: _Place, data: Data, baseline: list[r
                 before = read_origin(place.start).get("training_tokens", 0)
             settings = study.training.model_copy(update={"n_steps": study.n_steps(cell)})
             taken = round(cell.steps_share * study.training.n_steps) - settings.n_steps  # by the cell it starts from
-            batches = training_batches(data.training, settings.batch_tokens, settings.n_steps, place.seed, after=taken)
-            trained = training.train(sae, batches, settings, place.label)
+            checkpoints = Checkpoints(place.checkpoints, place.made_from, CHECKPOINT_SECONDS)
+            batches = training_batches(
+                data.training,
+                settings.batch_tokens,
+                settings.n_steps - checkpoints.done,
+                place.seed,
+                after=taken + checkpoints.done,
+            )
+            trained = training.train(sae, batches, settings, place.label, checkpoints=checkpoints)
             del batches
             kernels.give_back_freed_memory()
             training.write_curve(draft / "curve.csv", trained.curve)
