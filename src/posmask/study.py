@@ -43,9 +43,10 @@ CHECKPOINT_SECONDS = 60.0
 class Source:
     """The model a study reads vectors from, loaded only when something must be harvested."""
 
-    def __init__(self, settings: ModelSettings) -> None:
-        precision = model.fast_precision() if settings.precision == "auto" else settings.precision
+    def __init__(self, settings: ModelSettings, device: str = "cpu") -> None:
+        precision = model.fast_precision(device) if settings.precision == "auto" else settings.precision
         self._settings = settings
+        self._device = device
         self._precision: model.ModelPrecision = precision
 
     @cached_property
@@ -58,6 +59,8 @@ class Source:
             "weights": model.weights_identity(self._settings.name),
             "layer": self.layer,
             "precision": self._precision,
+            # Named only where it is not what all folders were made from before there was a choice.
+            **({} if self._settings.site == "residual_after" else {"site": self._settings.site}),
         }
 
     @cached_property
@@ -66,7 +69,10 @@ class Source:
 
     @cached_property
     def loaded(self) -> model.LanguageModel:
-        return model.load_model(self._settings.name, self.layer, self._precision)
+        settings = self._settings
+        return model.load_model(
+            settings.name, self.layer, self._precision, site=settings.site, device=self._device
+        )
 
 
 def _texts_identity() -> dict[str, Any]:
@@ -204,11 +210,11 @@ def _checked_start(folder: Path, model_made_from: dict[str, Any]) -> dict[str, A
         BadSetting: it says that it was trained on another model or layer.
     """
     origin = read_origin(folder)
-    for what in ("weights", "layer"):
-        if what in origin and origin[what] != model_made_from[what]:
+    for what in ("weights", "layer", "site"):
+        if what in origin and origin[what] != model_made_from.get(what, "residual_after"):
             raise BadSetting(
                 f"the SAE in {folder} was trained on {what} {origin[what]!r} of a model, not on "
-                f"{model_made_from[what]!r}: start from one of the same model and layer"
+                f"{model_made_from.get(what, 'residual_after')!r}: start from one of the same model and layer"
             )
     return {"sha256": folders.file_sha256(folder / WEIGHTS_FILE)}
 
@@ -224,7 +230,7 @@ def _state(place: _Place) -> CellState:
 
 def cell_states(study: StudySettings, root: Path) -> list[tuple[str, CellState]]:
     """For the baselines and each cell: whether its folder is finished, missing, or made from other settings."""
-    return [(place.label, _state(place)) for place in _places(study, Source(study.model), root)]
+    return [(place.label, _state(place)) for place in _places(study, Source(study.model, study.device), root)]
 
 
 def run_study(study: StudySettings, root: Path, say: Callable[[str], None] = print, n_jobs: int = 1) -> list[rows.Row]:
@@ -237,7 +243,8 @@ def run_study(study: StudySettings, root: Path, say: Callable[[str], None] = pri
             `root/jobs`.
     """
     kernels.keep_freed_memory()
-    source = Source(study.model)
+    model.check_device(study.device)
+    source = Source(study.model, study.device)
     places = _places(study, source, root)
     todo = [place for place in places if _state(place) != "finished"]
     if len(todo) < len(places):
@@ -308,7 +315,7 @@ def _helpers(study: StudySettings, root: Path, n_jobs: int) -> Iterator[None]:
 def _help(study: StudySettings, root: Path, n_threads: int, log: Path) -> None:
     with log.open("w", buffering=1) as file, redirect_stdout(file), redirect_stderr(file), kernels.threads(n_threads):
         kernels.keep_freed_memory()
-        source = Source(study.model)
+        source = Source(study.model, study.device)
         todo = [place for place in _places(study, source, root) if _state(place) != "finished"]
         _run_places(study, todo, prepare(study, source, root), root, print)
 
@@ -374,6 +381,7 @@ def _run_place(study: StudySettings, place: _Place, data: Data, baseline: list[r
                 {
                     "weights": model_made_from["weights"],
                     "layer": model_made_from["layer"],
+                    "site": study.model.site,
                     "training_tokens": n_tokens,
                 },
             )
