@@ -20,6 +20,7 @@ LEVELS = [
     ["evaluation", "interop"],
     ["settings"],
     ["study"],
+    ["workbench"],
     ["rates"],
     ["planning"],
     ["cli"],

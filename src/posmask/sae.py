@@ -320,6 +320,7 @@ def write_sae(sae: SparseAutoencoder, folder: Path, origin: Mapping[str, Any] | 
     Args:
         origin: what the SAE was trained on: `weights`, `layer` and `site` of the model, `training_tokens`.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in sae.state_dict().items()}, folder / WEIGHTS_FILE)
     # What the mask ended as, whatever its kind keeps: for those who only want to look.
     save_file({"openness": sae.mask.openness().detach().contiguous()}, folder / OPENNESS_FILE)
