@@ -11,7 +11,7 @@ from pydantic import Field
 
 from conftest import make_texts, train_on
 from posmask import assets, corpus, evaluation, folders, mask_kinds, masks, rows, rules, study
-from posmask.errors import BadSetting, DamagedFolder, PosmaskError
+from posmask.errors import BadSetting, PosmaskError
 from posmask.metrics.in_model import WindowMass
 from posmask.probing import order_tasks, topics
 from posmask.report import write_report
@@ -271,12 +271,21 @@ def test_running_a_cell_twice_gives_the_same_bytes(study_file, tmp_path):
         assert lines[0] == lines[1]
 
 
-def test_a_tampered_cell_is_found_before_its_numbers_are_used(study_file, tmp_path):
-    run(study_file, tmp_path / "run")
-    path = tmp_path / "run" / "cells" / "open-seed0" / "rows.csv"
-    path.write_text(path.read_text().replace("open,open", "open,shut", 1))
-    with pytest.raises(DamagedFolder, match=r"rows\.csv is not what was written"):
-        run(study_file, tmp_path / "run")
+def test_what_is_damaged_is_found_named_and_alone_made_anew(study_file, tmp_path):
+    root = tmp_path / "run"
+    before, _ = run(study_file, root)
+    cell = root / "cells" / "open-seed0"
+    (cell / "rows.csv").write_text((cell / "rows.csv").read_text().replace("open,open", "open,shut", 1))
+    kept = (root / "cells" / "slice-compute-seed0" / "rows.csv").stat().st_mtime_ns
+    (n_folders, (damage,)) = folders.damage_under(root)
+    assert n_folders == 3 + 5  # with training, held-out, shift, a task and a dataset
+    assert damage.startswith(f"{cell / 'rows.csv'} is not what was written")
+    after, said = run(study_file, root)
+    assert said[1] == f"open-seed0 is damaged: moved to {root / 'stale' / 'open-seed0-1'}."
+    assert (root / "cells" / "slice-compute-seed0" / "rows.csv").stat().st_mtime_ns == kept
+    assert folders.damage_under(root) == (n_folders, [])
+    for one, other in zip(before, after, strict=True):
+        assert one.metric == "train_seconds" or repr(one) == repr(other)
 
 
 def test_an_interrupted_cell_leaves_nothing_and_the_next_run_goes_on(study_file, tmp_path, monkeypatch):

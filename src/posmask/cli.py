@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from posmask.errors import PosmaskError
+from posmask.errors import DamagedFolder, NothingToDo, PosmaskError
 from posmask.summary import ORDER_KS, PROBE_KS, summarise
 
 if TYPE_CHECKING:
@@ -131,6 +131,24 @@ def status(study_file: StudyFile, root: Root = None, changes: Changes = None) ->
         print(f"{state:<14}  {label}")
     n_finished = sum(state == "finished" for _, state in states)
     print(f"{n_finished} of {len(states)} finished under {root}; `posmask run {study_file}` does the rest.")
+
+
+@app.command()
+def verify(
+    root: Annotated[Path, typer.Argument(help="A study's folder, such as runs/quick.", show_default=False)],
+) -> None:
+    """Read every file of every finished folder and compare it with the checksum from when it was written.
+
+    Names what is damaged and ends with exit code 2; `posmask run` makes anew only that.
+    """
+    from posmask.folders import damage_under
+
+    n_folders, damage = damage_under(root)
+    if not n_folders:
+        raise NothingToDo(f"{root} holds no finished folder: give the folder of a study, such as runs/quick")
+    if damage:
+        raise DamagedFolder(f"{len(damage)} of {n_folders} folders are damaged.\n" + "\n".join(damage))
+    print(f"All {n_folders} finished folders under {root} are what was written.")
 
 
 @app.command("plan")

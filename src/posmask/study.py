@@ -4,6 +4,7 @@ The path of the data, in the order of the functions below: `prepare` harvests ve
 trains one SAE and evaluates it into its folder, `run_study` goes over the cells and joins their rows.
 """
 
+import contextlib
 import multiprocessing
 import os
 import shutil
@@ -19,7 +20,7 @@ from typing import Any, Literal
 from posmask import assets, corpus, folders, kernels, model, rows, training, verdicts
 from posmask.activations import Activations, Stored, harvest, training_batches
 from posmask.checkpoints import Checkpoints
-from posmask.errors import BadSetting
+from posmask.errors import BadSetting, DamagedFolder
 from posmask.evaluation import Data, baselines, decay, evaluate
 from posmask.interop import saebench
 from posmask.probing import topics
@@ -95,12 +96,17 @@ def prepare(study: StudySettings, source: Source, root: Path) -> Data:
     ) -> Activations:
         made_from = {**shared, **what, "stored": stored}
         folder = root / "activations" / f"{label}-{folders.identity(made_from)}"
-        if folders.finished(folder, made_from):
-            return Activations(folder)
+
+        def there() -> Activations | None:
+            with contextlib.suppress(DamagedFolder):  # Then `harvest` says so, and mends it.
+                if folders.finished(folder, made_from):
+                    return Activations(folder)
+            return None
+
+        if (found := there()) is not None:
+            return found
         with folders.claim(folder, wait=True):  # Another process may have made it meanwhile.
-            if folders.finished(folder, made_from):
-                return Activations(folder)
-            return harvest(tokens(), source.loaded, folder, made_from, label, stored)
+            return there() or harvest(tokens(), source.loaded, folder, made_from, label, stored)
 
     @cache
     def texts(split: corpus.Split) -> list[str]:
@@ -219,12 +225,20 @@ def _checked_start(folder: Path, model_made_from: dict[str, Any]) -> dict[str, A
     return {"sha256": folders.file_sha256(folder / WEIGHTS_FILE)}
 
 
-CellState = Literal["finished", "missing", "other settings"]
+CellState = Literal["finished", "missing", "other settings", "damaged"]
 
 
-def _state(place: _Place) -> CellState:
-    if folders.finished(place.folder, place.made_from):
-        return "finished"
+def _state(place: _Place, *, verify: bool = False) -> CellState:
+    """
+    Args:
+        verify: read every file of a finished folder, too.
+    """
+    try:
+        if folders.finished(place.folder, place.made_from):
+            folders.read_manifest(place.folder, verify=verify)
+            return "finished"
+    except DamagedFolder:
+        return "damaged"
     return "other settings" if place.folder.exists() else "missing"
 
 
@@ -246,7 +260,7 @@ def run_study(study: StudySettings, root: Path, say: Callable[[str], None] = pri
     model.check_device(study.device)
     source = Source(study.model, study.device)
     places = _places(study, source, root)
-    todo = [place for place in places if _state(place) != "finished"]
+    todo = [place for place in places if _state(place, verify=True) != "finished"]
     if len(todo) < len(places):
         say(f"{len(places) - len(todo)} of {len(places)} folders are finished and stay as they are.")
     if todo:
@@ -260,8 +274,10 @@ def run_study(study: StudySettings, root: Path, say: Callable[[str], None] = pri
     for place in places:
         shutil.rmtree(place.checkpoints, ignore_errors=True)
     results = [row for place in places for row in _read_rows(place.folder)]
-    _write_whole(root / RESULTS_FILE, partial(rows.write_rows, rows=results))
-    _write_whole(root / VERDICTS_FILE, partial(verdicts.write_verdicts, verdicts=_verdicts(study, places)))
+    with folders.replacing(root / RESULTS_FILE) as beside:
+        rows.write_rows(beside, results)
+    with folders.replacing(root / VERDICTS_FILE) as beside:
+        verdicts.write_verdicts(beside, _verdicts(study, places))
     return results
 
 
@@ -276,10 +292,11 @@ def _run_places(study: StudySettings, todo: list[_Place], data: Data, root: Path
             with folders.claim(place.folder, wait=False) as mine:
                 if not mine:
                     continue
-                state = _state(place)
-                if state == "other settings":
+                state = _state(place, verify=True)
+                if state in ("other settings", "damaged"):
                     moved = folders.set_aside(place.folder, root / "stale")
-                    say(f"{place.label} was made from other settings: moved to {moved}.")
+                    why = "was made from other settings" if state == "other settings" else "is damaged"
+                    say(f"{place.label} {why}: moved to {moved}.")
                 if state != "finished":
                     _run_place(study, place, data, [] if place.cell is None else _read_rows(root / _BASELINES))
             waiting.remove(place)
@@ -316,15 +333,8 @@ def _help(study: StudySettings, root: Path, n_threads: int, log: Path) -> None:
     with log.open("w", buffering=1) as file, redirect_stdout(file), redirect_stderr(file), kernels.threads(n_threads):
         kernels.keep_freed_memory()
         source = Source(study.model, study.device)
-        todo = [place for place in _places(study, source, root) if _state(place) != "finished"]
+        todo = [place for place in _places(study, source, root) if _state(place, verify=True) != "finished"]
         _run_places(study, todo, prepare(study, source, root), root, print)
-
-
-def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file beside its place and move it there, so that it is never seen half-written."""
-    draft = path.with_name(f".{path.name}.draft")
-    write(draft)
-    draft.replace(path)
 
 
 def _verdicts(study: StudySettings, places: list[_Place]) -> list[verdicts.Verdict]:
@@ -407,6 +417,8 @@ def _run_place(study: StudySettings, place: _Place, data: Data, baseline: list[r
 
 
 def _read_start(folder: Path, d_model: int) -> SparseAutoencoder:
+    if (folder / folders.MANIFEST).exists():  # An SAE that a user brings may have none.
+        folders.read_manifest(folder, verify=True)
     sae = read_sae(folder)
     if sae.d_model != d_model:
         raise BadSetting(f"the SAE in {folder} codes vectors of {sae.d_model} numbers, the model gives {d_model}")

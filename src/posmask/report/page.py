@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import jinja2
 import vl_convert
 
 from posmask.errors import DamagedFolder
-from posmask.folders import read_manifest
+from posmask.folders import read_manifest, replacing
 from posmask.report import figures
 from posmask.rows import parse_slice, read_rows
 from posmask.summary import ORDER_KS, PROBE_KS, summarise
@@ -63,9 +62,9 @@ def write_report(root: Path) -> Path:
         charts={name: figures.as_spec(chart) for name, chart in charts.items() if chart is not None},
         vega=_vega_bundle(),
     )
-    draft = root / f".report.html.draft-{os.getpid()}"
-    draft.write_text(page, encoding="utf8")
-    return draft.rename(root / "report.html")
+    with replacing(root / "report.html") as beside:
+        beside.write_text(page, encoding="utf8")
+    return root / "report.html"
 
 
 def _intervals(rows: list) -> dict[tuple[str, str], str]:
