@@ -353,6 +353,7 @@ def _run_place(study: StudySettings, place: _Place, data: Data, baseline: list[r
                 sae,
                 draft,
                 {
+                    "model": study.model.name,
                     "weights": model_made_from["weights"],
                     "layer": model_made_from["layer"],
                     "training_tokens": n_tokens,

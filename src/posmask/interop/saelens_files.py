@@ -30,6 +30,7 @@ __all__ = [
     "export_saelens",
     "import_saelens",
     "lossy_saelens_form",
+    "read_saelens",
     "saelens_form",
     "without_constants",
 ]
@@ -222,7 +223,20 @@ _OUR_NAMES = {
 
 
 def import_saelens(source: Path, folder: Path, *, n_positions: int | None = None) -> SparseAutoencoder:
-    """Write the SAE in a SAELens folder, or in GemmaScope's params.npz, as one of ours, and return it.
+    """Write what `read_saelens` returns as a folder of ours, and return it.
+
+    Raises:
+        BadSetting: the folder exists and is not empty; or as `read_saelens`, as DamagedFolder.
+    """
+    _must_be_new(folder)
+    sae, origin = read_saelens(source, n_positions=n_positions)
+    with write_folder(folder, {"what": "import", "n_positions": sae.mask.n_positions, **origin["imported"]}) as draft:
+        write_sae(sae, draft, origin)
+    return sae
+
+
+def read_saelens(source: Path, *, n_positions: int | None = None) -> tuple[SparseAutoencoder, dict[str, Any]]:
+    """The SAE in a SAELens folder, or in GemmaScope's params.npz, as one of ours, and its origin.
 
     One of ours comes back with its mask. Others are open everywhere. Reconstructions stay what they were; codes too
     where all decoder rows have one norm, else they take it on, as by SAELens's `fold_W_dec_norm`. Coefficients that
@@ -235,7 +249,6 @@ def import_saelens(source: Path, folder: Path, *, n_positions: int | None = None
         BadSetting: an architecture, a version, a site or a normalisation that cannot be taken over; no context length.
         DamagedFolder: files are missing, or tensors are missing, misshapen, not finite, or pickled.
     """
-    _must_be_new(folder)
     gemma_scope = source if source.name == GEMMA_SCOPE_FILE else source / GEMMA_SCOPE_FILE
     if gemma_scope.is_file():
         weights_file, (cfg, tensors) = gemma_scope, _read_gemma_scope(gemma_scope)
@@ -259,9 +272,7 @@ def import_saelens(source: Path, folder: Path, *, n_positions: int | None = None
         reason = f"{CFG_FILE} lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise BadSetting(f"{weights_file.parent}: {reason}: fetch an SAE whose settings are whole") from None
     origin["imported"] = {"architecture": cfg["architecture"], "sha256": file_sha256(weights_file)}
-    with write_folder(folder, {"what": "import", "n_positions": mask.n_positions, **origin["imported"]}) as draft:
-        write_sae(sae, draft, origin)
-    return sae
+    return sae, origin
 
 
 def _read_folder(source: Path) -> Form:
