@@ -255,6 +255,29 @@ def order_tasks(
     )
 
 
+@app.command("evaluate")
+def evaluate_command(
+    folder: Annotated[
+        Path, typer.Argument(help="An SAE's folder: a cell's, or what `posmask import` wrote.", show_default=False)
+    ],
+    study_file: StudyFile,
+    root: Root = None,
+    changes: Changes = None,
+) -> None:
+    """Ask an SAE that was trained elsewhere what a study asks its cells, on the same texts.
+
+    Its numbers go to ROOT/evaluated, with SAEBench's file beside them, and are printed with the model's own. Of what
+    only training knows, such as dead latents, nothing is said.
+    """
+    from posmask import study
+    from posmask.settings import read_study
+
+    settings = read_study(study_file, changes or ())
+    root = root or Path("runs") / settings.name
+    _console.print(_table(summarise(study.evaluate_folder(settings, root, folder))))
+    print(f"Written: {root / 'evaluated' / folder.resolve().name}")
+
+
 CellFolder = Annotated[
     Path, typer.Argument(help="A cell's folder, such as runs/quick/cells/slice-seed0.", show_default=False)
 ]

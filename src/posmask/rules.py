@@ -39,7 +39,14 @@ class RuleSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    only_for_training: ClassVar[frozenset[str]] = frozenset()
+    """Fields that do not decide what codes a trained SAE has."""
+
     kind: str
+
+    def of_codes(self) -> dict[str, Any]:
+        """What decides the codes of a trained SAE, beside its parameters."""
+        return self.model_dump(exclude=set(self.only_for_training))
 
 
 @dataclass(frozen=True)
@@ -121,6 +128,9 @@ def gated(preactivation: Tensor, openness: Tensor | None) -> Tensor:
 
 
 class _Penalised(RuleSettings):
+    only_for_training = frozenset(
+        {"penalty_warmup_share", "l1_coefficient", "l0_coefficient", "bandwidth", "initial_threshold"}
+    )
     penalty_warmup_share: float = Field(default=0.05, ge=0, le=1)
     """The penalty rises linearly from 0 over this share of the steps."""
 
@@ -195,6 +205,8 @@ class BatchTopK(TopK):
     """
 
     class Settings(TopK.Settings):
+        only_for_training = frozenset({"threshold_rate"})
+
         kind: Literal["batchtopk"] = "batchtopk"  # type: ignore[assignment]
         threshold_rate: float = Field(default=0.02, gt=0, le=1)
         """Share of the newest batch in the running mean."""
