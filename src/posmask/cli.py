@@ -5,7 +5,7 @@ import textwrap
 import time
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -271,6 +271,107 @@ def order_tasks(
         n_test_groups=test_groups,
         seed=seed,
     )
+
+
+@app.command("evaluate")
+def evaluate_command(
+    folder: Annotated[
+        Path, typer.Argument(help="An SAE's folder: a cell's, or what `posmask import` wrote.", show_default=False)
+    ],
+    study_file: StudyFile,
+    root: Root = None,
+    changes: Changes = None,
+) -> None:
+    """Ask an SAE that was trained elsewhere what a study asks its cells, on the same texts.
+
+    Its numbers go to ROOT/evaluated, with SAEBench's file beside them, and are printed with the model's own. Of what
+    only training knows, such as dead latents, nothing is said.
+    """
+    from posmask import study
+    from posmask.settings import read_study
+
+    settings = read_study(study_file, changes or ())
+    root = root or Path("runs") / settings.name
+    _console.print(_table(summarise(study.evaluate_folder(settings, root, folder))))
+    print(f"Written: {root / 'evaluated' / folder.resolve().name}")
+
+
+CellFolder = Annotated[
+    Path, typer.Argument(help="A cell's folder, such as runs/quick/cells/slice-seed0.", show_default=False)
+]
+ModelName = Annotated[
+    str | None,
+    typer.Option(help="The model as SAELens calls it. [default: the one it was trained on]", show_default=False),
+]
+
+
+@app.command("export")
+def export_command(
+    cell: CellFolder,
+    folder: Annotated[Path, typer.Argument(help="The folder to write, which must not exist yet.", show_default=False)],
+    to: Annotated[
+        Literal["saelens", "saelens-lossy"],
+        typer.Option(help="The form: with the mask, or with the mask lifted.", show_default=False),
+    ],
+    model_name: ModelName = None,
+) -> None:
+    """Write a cell's SAE as a folder that SAELens loads.
+
+    saelens: with its mask, the architecture `posmask`, for which Python imports posmask.interop.saelens first.
+    saelens-lossy: as one of SAELens's own architectures, which have no place for a mask: it is lifted, and the folder
+    says so in cfg.json and LOSSY.md.
+    """
+    from posmask.interop import saelens_files
+
+    cfg = saelens_files.export_saelens(cell, folder, lossy=to == "saelens-lossy", model_name=model_name)
+    print(f"Written: {folder}, architecture {cfg['architecture']}")
+    if to == "saelens-lossy":
+        print(f"Lost is {cfg['metadata']['posmask_lossy']}.")
+    for what, option in (("model_name", "--model-name"), ("hook_name", "an SAE that says its layer")):
+        if what not in cfg["metadata"]:
+            print(f"cfg.json has no {what}, which SAEBench asks for: give {option}.")
+
+
+@app.command("import")
+def import_command(
+    folder: Annotated[
+        Path, typer.Argument(help="A SAELens folder, or GemmaScope's params.npz or its folder.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Argument(help="The folder to write, which must not exist yet.", show_default=False)],
+    n_positions: Annotated[
+        int | None,
+        typer.Option(min=2, help="Length of the contexts it will see. [default: what it says]", show_default=False),
+    ] = None,
+) -> None:
+    """Read an SAE of SAELens (standard, topk, jumprelu, gated, or one of ours) or GemmaScope, as one of posmask's.
+
+    It is open at every position: to evaluate it with a study's questions (`posmask evaluate`), or as the folder that a
+    study's cells start from. Weights that are pickled are refused.
+    """
+    from posmask.interop import saelens_files
+
+    sae = saelens_files.import_saelens(folder, out, n_positions=n_positions)
+    print(
+        f"Written: {out}, {sae.d_sae:,} latents, rule {sae.rule.settings.kind}, mask {sae.mask.settings.kind}, "
+        f"{sae.mask.n_positions} positions"
+    )
+
+
+@app.command("push")
+def push_command(
+    cell: CellFolder,
+    repo: Annotated[str, typer.Argument(help="The repository, USER/NAME.", show_default=False)],
+    private: Annotated[bool, typer.Option("--private", help="Whether a new repository is private.")] = False,
+    model_name: ModelName = None,
+) -> None:
+    """Put a cell's SAE on the Hugging Face hub, with a card that says its numbers and how to load it.
+
+    The token is huggingface_hub's: log in with `hf auth login` before, or set HF_TOKEN. The repository is made if there
+    is none; a folder of the cell's name in it is replaced.
+    """
+    from posmask.interop import hub
+
+    print(f"Pushed: {hub.push(cell, repo, private=private, model_name=model_name)}")
 
 
 @app.command()

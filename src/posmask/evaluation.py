@@ -126,14 +126,18 @@ def _kept_batches(activations: Activations, advance: Callable[[int], None]) -> I
         advance(len(kept))
 
 
-def evaluate(sae: SparseAutoencoder, dead: Bool[Tensor, " latent"], data: Data, label: str) -> list[Measure]:
-    """Every measure of a trained SAE, but for its decay."""
+def evaluate(sae: SparseAutoencoder, dead: Bool[Tensor, " latent"] | None, data: Data, label: str) -> list[Measure]:
+    """Every measure of a trained SAE, but for its decay.
+
+    Args:
+        dead: which latents were dead at the end of training; None where nobody knows, and then there is no dead share.
+    """
     in_model = data.in_model  # Loads the model, if it is not there yet, before the bar starts.
     lifted_too = _lifting_matters(sae)
     n_tokens = (data.heldout.n_kept + data.shift.n_kept) * (2 if lifted_too else 1) + data.n_probed_tokens
     with progress_bar(f"evaluate {label}", n_tokens + 3 * in_model.n_tokens, "tokens") as advance:
         used, to_ablate, found = _heldout(sae, data, advance)
-        found += mask_measures(sae.mask) + dead_share(sae, dead)
+        found += mask_measures(sae.mask) + ([] if dead is None else dead_share(sae, dead))
         found += profile_fidelity(used, sae.mask.openness().detach())
         lifted = _position_mass(sae, data, advance) if lifted_too else used
         found += retention(lifted, special_positions(lifted, sae.mask.bound_positions(), data.ask.retention_positions))

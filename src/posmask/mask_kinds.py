@@ -693,7 +693,7 @@ class Switch(PositionMask):
     def route(self, x: Float[Tensor, "*token d_model"], position: Int[Tensor, "*token"]) -> Routing:
         p = ((x - self.router_bias) @ self.router.T).softmax(-1)
         strength, expert = p.max(-1)
-        each = p.flatten(0, -2).mean(0)
+        each = p.reshape(-1, p.shape[-1]).mean(0)  # one token alone, too
         used = torch.bincount(expert.flatten(), minlength=p.shape[-1]) / expert.numel()
         return Routing(expert, strength, self.settings.balance * p.shape[-1] * (used * each).sum())
 

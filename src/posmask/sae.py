@@ -34,6 +34,7 @@ __all__ = [
     "copy_latents_",
     "read_origin",
     "read_sae",
+    "restate_",
     "started_from",
     "without_mask",
     "write_sae",
@@ -256,12 +257,30 @@ def without_mask(sae: SparseAutoencoder) -> SparseAutoencoder:
     return copy
 
 
-def started_from(source: SparseAutoencoder, mask: PositionMask, seed: int = 0) -> SparseAutoencoder:
+def restate_(sae: SparseAutoencoder, center: Float[Tensor, " d_model"], scale: Float[Tensor, ""]) -> None:
+    """Give an SAE without a router other constants, and parameters with which it does what it did.
+
+    Codes become sae.scale / scale times as large. So an SAE from elsewhere is trained on in the units of this data.
+    """
+    factor = sae.scale / scale
+    with torch.no_grad():
+        sae.decoder_bias.copy_((sae.decoder_bias * sae.scale + sae.center - center) / scale)
+        sae.encoder_bias.mul_(factor)
+        sae.rule.rescale_(factor.expand(sae.d_sae))
+    sae.center, sae.scale = center.clone(), scale.clone()
+
+
+def started_from(
+    source: SparseAutoencoder, mask: PositionMask, seed: int = 0, rule: RuleSettings | None = None
+) -> SparseAutoencoder:
     """An SAE with this mask whose latents are copies of an unmasked SAE's.
 
     Where the mask has as many latents as the source, each is a copy of its own. Otherwise the free latents copy the
     first ones and each block of the mask the rest, so that at every position exactly one copy of each latent is live
     and the new SAE does what the source did (*upcycling*); splitting starts with one copy of each, the rest unborn.
+
+    Args:
+        rule: settings to train on with, that decide codes as the source's do; None: the source's.
 
     Raises:
         BadSetting: the source has a mask, or the mask has no such blocks for its latents.
@@ -298,7 +317,7 @@ def started_from(source: SparseAutoencoder, mask: PositionMask, seed: int = 0) -
                 f"{n_latents} latents to start from at every position: use slice, band, windows, split or cohort with "
                 'budget = "compute", or as many latents as the source has'
             )
-    sae = SparseAutoencoder(source.d_model, source.rule.settings, mask, seed).to(source.encoder.dtype)
+    sae = SparseAutoencoder(source.d_model, rule or source.rule.settings, mask, seed).to(source.encoder.dtype)
     mask.copied_from[~unborn] = copied[~unborn]
     with torch.no_grad():
         for name, tensor in sae.state_dict().items():
@@ -318,7 +337,7 @@ def write_sae(sae: SparseAutoencoder, folder: Path, origin: Mapping[str, Any] | 
     """Write weights, mask tensors and constants as safetensors, and what they mean as JSON beside them.
 
     Args:
-        origin: what the SAE was trained on: `weights`, `layer` and `site` of the model, `training_tokens`.
+        origin: what the SAE was trained on: name (`model`), `weights`, `layer` and `site` of the model, `training_tokens`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in sae.state_dict().items()}, folder / WEIGHTS_FILE)

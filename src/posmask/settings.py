@@ -257,12 +257,12 @@ class StudySettings(_Settings):
 
     def start_sae(self, cell: CellSettings, source: SparseAutoencoder, seed: int) -> SparseAutoencoder:
         """The SAE of a cell that starts from another."""
-        if source.rule.settings != self.sae.rule:
+        if source.rule.settings.of_codes() != self.sae.rule.of_codes():
             raise BadSetting(
                 f"{cell.name} would start from an SAE with the rule {source.rule.settings.model_dump()}, but sae.rule "
                 f"is {self.sae.rule.model_dump()}: make them equal"
             )
-        return started_from(source, self._make_mask(cell, seed), seed)
+        return started_from(source, self._make_mask(cell, seed), seed, self.sae.rule)
 
 
 def read_study(path: Path, changes: Sequence[str] = ()) -> StudySettings:

@@ -27,10 +27,10 @@ from posmask.probing import topics
 from posmask.probing.order import order_tokens
 from posmask.probing.order_tasks import make_order_task
 from posmask.progress import announce
-from posmask.sae import WEIGHTS_FILE, SparseAutoencoder, read_origin, read_sae, write_sae
+from posmask.sae import WEIGHTS_FILE, SparseAutoencoder, read_origin, read_sae, restate_, write_sae
 from posmask.settings import MODEL_CELL, CellSettings, ModelSettings, StudySettings
 
-__all__ = ["Source", "cell_states", "run_study"]
+__all__ = ["Source", "cell_states", "evaluate_folder", "run_study"]
 
 RESULTS_FILE = "results.csv"
 VERDICTS_FILE = "verdicts.csv"
@@ -184,12 +184,17 @@ class _Place:
         return root / _CHECKPOINTS / self.label
 
 
-def _places(study: StudySettings, source: Source, root: Path) -> list[_Place]:
-    shared = {
+def _shared(study: StudySettings, source: Source) -> dict[str, Any]:
+    """What every result of a study was made from."""
+    return {
         "model": source.made_from,
         "texts": _texts_identity(),
         **study.model_dump(mode="json", include={"corpus", "evaluation"}),
     }
+
+
+def _places(study: StudySettings, source: Source, root: Path) -> list[_Place]:
+    shared = _shared(study, source)
     places = [_Place(None, 0, root / _BASELINES, shared)]
     training_part = study.model_dump(mode="json", include={"sae", "training"})
     names = [cell.name for cell in study.cells]
@@ -366,9 +371,12 @@ def _run_place(study: StudySettings, place: _Place, data: Data, baseline: list[r
             if place.start is None:
                 sae = study.make_sae(cell, data.training.d_model, place.seed)
                 sae.center, sae.scale = data.training.centre_and_scale
-            else:  # With the constants that its weights were made for.
-                sae = study.start_sae(cell, _read_start(place.start, data.training.d_model), place.seed)
-                before = read_origin(place.start).get("training_tokens", 0)
+            else:  # With the constants that its weights were made for, if they have any.
+                started, origin = _read_start(place.start, data.training.d_model), read_origin(place.start)
+                if "imported" in origin:
+                    restate_(started, *data.training.centre_and_scale)
+                sae = study.start_sae(cell, started, place.seed)
+                before = origin.get("training_tokens", 0)
             settings = study.training.model_copy(update={"n_steps": study.n_steps(cell)})
             taken = round(cell.steps_share * study.training.n_steps) - settings.n_steps  # by the cell it starts from
             checkpoints = Checkpoints(place.checkpoints, place.made_from, CHECKPOINT_SECONDS)
@@ -389,6 +397,7 @@ def _run_place(study: StudySettings, place: _Place, data: Data, baseline: list[r
                 sae,
                 draft,
                 {
+                    "model": study.model.name,
                     "weights": model_made_from["weights"],
                     "layer": model_made_from["layer"],
                     "site": study.model.site,
@@ -416,6 +425,53 @@ def _run_place(study: StudySettings, place: _Place, data: Data, baseline: list[r
     kernels.give_back_freed_memory()
 
 
+def evaluate_folder(
+    study: StudySettings, root: Path, folder: Path, say: Callable[[str], None] = print
+) -> list[rows.Row]:
+    """Ask an SAE that the study did not train what it asks its cells, on the same texts; returns its rows.
+
+    They go to `root/evaluated/NAME`, NAME being the folder's. The baselines are made if they are missing; of training,
+    and of what was dead at its end, nothing is said.
+
+    Returns:
+        The SAE's rows, then those of the baselines.
+
+    Raises:
+        BadSetting: the SAE is of another model or layer, or of contexts of another length.
+    """
+    kernels.keep_freed_memory()
+    source = Source(study.model)
+    sae, n_positions = read_sae(folder), study.corpus.n_positions
+    if sae.mask.n_positions != n_positions:
+        raise BadSetting(
+            f"the SAE in {folder} is for contexts of {sae.mask.n_positions} positions, the study's have {n_positions}: "
+            f"set corpus.n_positions, or import it with --n-positions {n_positions}"
+        )
+    made_from = {**_shared(study, source), "sae": _checked_start(folder, source.made_from)}
+    name = folder.resolve().name
+    place = _Place(None, 0, root / "evaluated" / name, made_from)
+    baseline = _places(study, source, root)[0]
+    missing = [one for one in (baseline, place) if _state(one) != "finished"]
+    data = prepare(study, source, root) if missing else None
+    for one in missing:
+        assert data is not None
+        if one.folder.exists():
+            say(f"{one.label} was made from other settings: moved to {folders.set_aside(one.folder, root / 'stale')}.")
+        if one is baseline:
+            _run_place(study, one, data, [])
+            continue
+        sae = _read_start(folder, data.training.d_model)
+        with folders.write_folder(place.folder, made_from) as draft:
+            found = evaluate(sae, None, data, name)
+            if study.evaluation.probe_datasets:
+                _write_saebench(draft / SAEBENCH_FILE, study, place, found, _read_rows(baseline.folder))
+            mask = sae.mask.settings
+            columns = {"cell": name, "mask": mask.kind, "budget": "", "apply": mask.apply, "seed": 0}
+            rows.write_rows(draft / "rows.csv", [rows.Row.of(measure, **columns) for measure in found])
+            rows.write_units(draft / UNITS_FILE, found)
+    return _read_rows(place.folder) + _read_rows(baseline.folder)
+
+
 def _read_start(folder: Path, d_model: int) -> SparseAutoencoder:
     if (folder / folders.MANIFEST).exists():  # An SAE that a user brings may have none.
         folders.read_manifest(folder, verify=True)
@@ -428,8 +484,7 @@ def _read_start(folder: Path, d_model: int) -> SparseAutoencoder:
 def _write_saebench(
     path: Path, study: StudySettings, place: _Place, found: list[rows.Measure], baseline: list[rows.Row]
 ) -> None:
-    """SAEBench's own evaluation file, with the same cell's probe accuracies."""
-    assert place.cell is not None
+    """SAEBench's own evaluation file, with the same SAE's probe accuracies."""
     ask = study.evaluation
     llm, sae = (
         {
