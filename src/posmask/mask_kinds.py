@@ -564,7 +564,7 @@ class Split(PositionMask):
         )
 
     def _by_window(self) -> Float[Tensor, "window bound"]:
-        first = torch.searchsorted(self._window, torch.arange(self.settings.n_windows))
+        first = torch.searchsorted(self._window, torch.arange(self.settings.n_windows, device=self._window.device))
         return self.fixed_openness[first]
 
     def observe(self, seen: Observed) -> None:
@@ -575,8 +575,8 @@ class Split(PositionMask):
             n_pairs = int(by_window.sum())
             self._gathered = (
                 pair_of,
-                torch.zeros(n_pairs, seen.residual.shape[1], dtype=seen.residual.dtype),
-                torch.zeros(n_pairs, dtype=seen.residual.dtype),
+                seen.residual.new_zeros(n_pairs, seen.residual.shape[1]),
+                seen.residual.new_zeros(n_pairs),
             )
         pair_of, towards, squares = self._gathered
         bound = seen.latent >= self.n_free
@@ -597,8 +597,8 @@ class Split(PositionMask):
     def gains(self) -> tuple[Float[Tensor, "cut bound"], Float[Tensor, "window bound"]]:
         """What each latent would gain from a cut before windows 1, 2, ..; -inf where it is not open on both sides."""
         assert self._gathered is not None
-        _, towards, squares = self._gathered
-        by_window = self._by_window()
+        _, towards, squares = (part.cpu() for part in self._gathered)  # float64, which not every device has
+        by_window = self._by_window().cpu()
         alive = (by_window.amax(0) > 0).nonzero()[:, 0]
         window, slot = by_window[:, alive].nonzero(as_tuple=True)  # in the order of the pairs
         # G = towards + squares * decoder, whose second part is the same for all of a latent's windows and cancels.
@@ -623,7 +623,7 @@ class Split(PositionMask):
         best = gains.max(0)
         n_births = min(n_births, int((best.values > 0).sum()))
         parent = best.values.topk(n_births).indices
-        child = (self.fixed_openness.amax(0) == 0).nonzero()[:n_births, 0]
+        child = (by_window.amax(0) == 0).nonzero()[:n_births, 0]
         later = torch.arange(len(by_window))[:, None] > best.indices[parent]
         by_window[:, child] = by_window[:, parent] * later
         by_window[:, parent] *= ~later

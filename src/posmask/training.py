@@ -85,9 +85,7 @@ class DeadLatents:
 
     def __init__(self, sae: SparseAutoencoder, dead_after_eligible_tokens: int) -> None:
         self._limit = dead_after_eligible_tokens
-        self.eligible_since_fired: Float[Tensor, " latent"] = torch.zeros(
-            sae.d_sae, dtype=torch.float64, device=sae.encoder.device
-        )
+        self.eligible_since_fired: Float[Tensor, " latent"] = torch.zeros(sae.d_sae, device=sae.encoder.device)
 
     @property
     def dead(self) -> Bool[Tensor, " latent"]:
@@ -108,12 +106,14 @@ def train(
     settings: TrainingSettings,
     label: str,
     after_step: Callable[[int], None] = lambda done: None,
+    on_point: Callable[[CurvePoint], None] = lambda point: None,
 ) -> Trained:
-    """Train `sae` in place. Parameters that require no gradient stay as they are.
+    """Train `sae` in place, on its device. Parameters that require no gradient stay as they are.
 
     Args:
         batches: `n_steps` of them, such as `training_batches`; the SAE's center and scale must suit their vectors.
         after_step: called with the number of steps done, after each.
+        on_point: called with each point of the curve as it comes.
 
     Raises:
         NothingToDo: fewer kept tokens than a batch.
@@ -134,7 +134,7 @@ def train(
     curve: list[CurvePoint] = []
     started = time.perf_counter()
     with progress_bar(f"train {label}", settings.n_steps * settings.batch_tokens, "tokens") as advance:
-        for done, batch in enumerate(batches, start=1):
+        for done, batch in enumerate((batch.to(sae.encoder.device) for batch in batches), start=1):
             for part in (sae.mask, sae.rule):
                 part.before_step(done - 1, settings.n_steps)
             step = objective.fast_gradients(
@@ -174,6 +174,7 @@ def train(
                 deaths.copy_(copies)
             if done % _CURVE_EVERY == 0 or done in (1, settings.n_steps):
                 curve.append(_point(sae, batch, step, done, settings, learning_rate, int(deaths.dead.sum())))
+                on_point(curve[-1])
             advance(len(batch))
             after_step(done)
     final = curve[-1]
