@@ -54,6 +54,10 @@ class Batch:
         """Some of the tokens, chosen by truth or by number."""
         return Batch(*(getattr(self, name)[which] for name in ("vectors", *_FIELDS)))
 
+    def to(self, device: torch.device) -> "Batch":
+        """The same on a device."""
+        return Batch(*(getattr(self, name).to(device) for name in ("vectors", *_FIELDS)))
+
     def counted(self, coordinate: Coordinate) -> Int[Tensor, " token"]:
         """The tokens' positions, counted as a mask's `coordinate` says."""
         return self.position if coordinate == "context" else getattr(self, coordinate)

@@ -73,6 +73,10 @@ def run(
     root: Root = None,
     changes: Changes = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes that share the cells and the processor's threads.")] = 1,
+    track: Annotated[
+        str | None,
+        typer.Option(help="Send training curves to a tracker too: tensorboard, wandb or trackio.", show_default=False),
+    ] = None,
 ) -> None:
     """Carry out a study: harvest, train, evaluate, table and page. Does only what is missing.
 
@@ -84,7 +88,7 @@ def run(
     from posmask.settings import read_study
 
     started = time.perf_counter()
-    settings = read_study(study_file, changes or ())
+    settings = read_study(study_file, [*(changes or ()), *([f"track={track}"] if track else [])])
     root = root or Path("runs") / settings.name
     try:
         rows = study.run_study(settings, root, say=print, n_jobs=jobs)

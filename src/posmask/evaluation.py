@@ -138,9 +138,10 @@ def evaluate(sae: SparseAutoencoder, dead: Bool[Tensor, " latent"] | None, data:
     with progress_bar(f"evaluate {label}", n_tokens + 3 * in_model.n_tokens, "tokens") as advance:
         used, to_ablate, found = _heldout(sae, data, advance)
         found += mask_measures(sae.mask) + ([] if dead is None else dead_share(sae, dead))
-        found += profile_fidelity(used, sae.mask.openness().detach())
+        found += profile_fidelity(used, sae.mask.openness().detach().cpu())
         lifted = _position_mass(sae, data, advance) if lifted_too else used
-        found += retention(lifted, special_positions(lifted, sae.mask.bound_positions(), data.ask.retention_positions))
+        bound = sae.mask.bound_positions().cpu()
+        found += retention(lifted, special_positions(lifted, bound, data.ask.retention_positions))
         del used, lifted  # 0.3 GB each for 18,432 latents at 128 positions
         found += _shift(sae, data, advance, lifted_too)
         found += _in_model(sae, to_ablate, data, advance)
@@ -259,7 +260,7 @@ def _topics(sae: SparseAutoencoder, data: Data, advance: Callable[[int], None]) 
 def _poolings(sae: SparseAutoencoder, n_texts: int) -> dict[str, Pooling]:
     """Mean pooling, and position-fair pooling where it differs."""
     poolings = {"mean": Pooling(n_texts, sae.d_sae)}
-    live = (sae.mask.openness().detach() > 0).float()
+    live = (sae.mask.openness().detach().cpu() > 0).float()
     if sae.mask.gates_code() and not bool((live == 1).all()):
         poolings["fair"] = Pooling(n_texts, sae.d_sae, live=live, coordinate=sae.mask.settings.coordinate)
     return poolings
@@ -287,9 +288,9 @@ def decay(
     warmed up as before and then constant. Latents keep the positions they had at the start.
     """
     steps = {round(share * settings.n_steps): float(share) for share in data.ask.decay_shares}
-    open_sae = without_mask(sae)
+    open_sae = without_mask(sae).to(sae.encoder.device)
     before = _position_mass(open_sae, data, lambda n: None)
-    special = special_positions(before, sae.mask.bound_positions(), data.ask.retention_positions)
+    special = special_positions(before, sae.mask.bound_positions().cpu(), data.ask.retention_positions)
     found = retention(before, special, after=0.0) if 0 in steps else []
 
     def measure(done: int) -> None:

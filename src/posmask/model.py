@@ -1,4 +1,4 @@
-"""A causal language model by name, folder or GGUF file: load it, run it to one site and stop there, or go on from it."""
+"""A causal language model by name, folder or GGUF file: load it, run it to one site and stop, or go on from there."""
 
 import contextlib
 import io
@@ -65,10 +65,11 @@ class LanguageModel:
 
     Args:
         layer: the number of a layer, from 1.
-        site: where at that layer. `residual_after`: the residual stream after it, `hidden_states[layer]` of transformers
-            and `blocks.{layer - 1}.hook_resid_post` of TransformerLens; after the last layer, before the final norm,
-            which `hidden_states` already has there. `residual_before`: the same before it, `hidden_states[layer - 1]`.
-            `attention`, `mlp`: what that sublayer adds to the residual stream, so behind a norm that follows it.
+        site: where at that layer. `residual_after`: the residual stream after it, `hidden_states[layer]` of
+            transformers and `blocks.{layer - 1}.hook_resid_post` of TransformerLens; after the last layer, before the
+            final norm, which `hidden_states` already has there. `residual_before`: the same before it,
+            `hidden_states[layer - 1]`. `attention`, `mlp`: what that sublayer adds to the residual stream, so behind a
+            norm that follows it.
     """
 
     def __init__(self, model: Any, layer: int, site: Site = "residual_after") -> None:
@@ -237,13 +238,15 @@ def _sublayers(body: nn.Module, layer: nn.Module, ids: Int[Tensor, "context posi
     found = min(misses, key=misses.__getitem__, default=None)
     if found is None or not misses[found] < _ROUNDING:
         raise BadSetting(
-            f"{type(layer).__name__} is not the sum of what goes in and of two of its parts, so posmask cannot tell its "
-            "sublayers: read residual_after or residual_before"
+            f"{type(layer).__name__} is not the sum of what goes in and of two of its parts, so posmask cannot tell "
+            "its sublayers: read residual_after or residual_before"
         )
     return parts[found[0]][0], parts[found[1]][0]
 
 
-_ROUNDING = 0.2  # The stream may be much longer than what a layer adds, and is rounded as a whole; wrong parts miss by 1.
+_ROUNDING = (
+    0.2  # The stream may be much longer than what a layer adds, and is rounded as a whole; wrong parts miss by 1.
+)
 
 
 def check_device(name: str) -> None:
@@ -328,7 +331,7 @@ def load_model(
     """
     check_device(device)
     with _loading(name) as source:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             source, dtype=getattr(torch, precision), local_files_only=local_only
         )
     return LanguageModel(model.eval().to(device), layer, site)

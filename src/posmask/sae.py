@@ -68,6 +68,11 @@ class Codes:
         entry = entry[torch.sort(token[entry], stable=True).indices]
         return Codes(token[entry], self.latent[entry], self.value[entry], len(numbers), self.d_sae)
 
+    def to(self, device: torch.device) -> "Codes":
+        """The same on a device."""
+        token, latent, value = (part.to(device) for part in (self.token, self.latent, self.value))
+        return Codes(token, latent, value, self.n_tokens, self.d_sae)
+
     def n_active(self) -> Float[Tensor, " token"]:
         """How many latents are active on each token."""
         return torch.bincount(self.token, minlength=self.n_tokens).float()
@@ -171,10 +176,13 @@ class SparseAutoencoder(nn.Module):
     ) -> Codes:
         """The same codes as `encode`, found without computing what is closed or zero.
 
+        Computed on the SAE's device; the codes are where the vectors are.
+
         Args:
             precision: of the product that chooses the latents; the values are always computed in full.
         """
-        position = self._checked(position, beyond)
+        whence, vectors = vectors.device, vectors.to(self.encoder.device)
+        position = self._checked(position, beyond).to(vectors.device)
         routing = self.mask.route(self.normalise(vectors) if self.mask.reads_vectors else vectors, position)
         table = self.mask.table().detach()
         groups = [_everything(table)] if lift else self.mask.groups()
@@ -197,7 +205,7 @@ class SparseAutoencoder(nn.Module):
             token, latent, value = token[entry], latent[entry], value[entry]
         if routing.strength is not None:
             value = value * routing.strength[token]
-        return Codes(token, latent, value, len(vectors), self.d_sae)
+        return Codes(token, latent, value, len(vectors), self.d_sae).to(whence)
 
     def _encode_blocks(
         self, inputs: Tensor, place: Tensor, ends: list[int], groups: list[LiveGroup], table: Tensor | None
@@ -218,9 +226,18 @@ class SparseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def sparse_decode(self, codes: Codes) -> Float[Tensor, "token d_model"]:
-        tokens = kernels.Grouped(codes.token, codes.n_tokens)
-        x_hat = tokens.sum_rows(codes.value, self.decoder.detach(), codes.latent) + self.decoder_bias
-        return x_hat * self.scale + self.center
+        """What `decode` gives for them, where the codes are."""
+        x_hat = self._sums(codes) + self.decoder_bias
+        return (x_hat * self.scale + self.center).to(codes.value.device)
+
+    @torch.no_grad()
+    def share_of(self, codes: Codes) -> Float[Tensor, "token d_model"]:
+        """What these codes alone put into the vectors, without the bias, in the model's units."""
+        return (self._sums(codes) * self.scale).to(codes.value.device)
+
+    def _sums(self, codes: Codes) -> Float[Tensor, "token d_model"]:
+        codes = codes.to(self.decoder.device)
+        return kernels.Grouped(codes.token, codes.n_tokens).sum_rows(codes.value, self.decoder.detach(), codes.latent)
 
     def _checked(self, position: Int[Tensor, "*token"], beyond: str) -> Int[Tensor, "*token"]:
         longest = self.mask.n_positions - 1
@@ -337,7 +354,8 @@ def write_sae(sae: SparseAutoencoder, folder: Path, origin: Mapping[str, Any] | 
     """Write weights, mask tensors and constants as safetensors, and what they mean as JSON beside them.
 
     Args:
-        origin: what the SAE was trained on: name (`model`), `weights`, `layer` and `site` of the model, `training_tokens`.
+        origin: what the SAE was trained on: name (`model`), `weights`, `layer` and `site` of the model,
+            `training_tokens`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in sae.state_dict().items()}, folder / WEIGHTS_FILE)

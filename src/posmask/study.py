@@ -29,6 +29,8 @@ from posmask.probing.order_tasks import make_order_task
 from posmask.progress import announce
 from posmask.sae import WEIGHTS_FILE, SparseAutoencoder, read_origin, read_sae, restate_, write_sae
 from posmask.settings import MODEL_CELL, CellSettings, ModelSettings, StudySettings
+from posmask.texts import content_of, read_texts
+from posmask.tracking import check_tracker, curve_writer
 
 __all__ = ["Source", "cell_states", "evaluate_folder", "run_study"]
 
@@ -71,15 +73,14 @@ class Source:
     @cached_property
     def loaded(self) -> model.LanguageModel:
         settings = self._settings
-        return model.load_model(
-            settings.name, self.layer, self._precision, site=settings.site, device=self._device
-        )
+        return model.load_model(settings.name, self.layer, self._precision, site=settings.site, device=self._device)
 
 
-def _texts_identity() -> dict[str, Any]:
+def _texts_identity(study: StudySettings) -> dict[str, Any]:
     carriers = {carrier.package: carrier.wheel_sha256 for carrier in assets.CARRIERS if carrier != assets.MODEL_CARRIER}
     shares = [corpus.TRAINING_SHARE, corpus.VALIDATION_SHARE]
-    return {"carriers": carriers, "shares": shares}
+    own = study.corpus.texts
+    return {"carriers": carriers, "shares": shares} | ({} if own is None else {"own": content_of(own)})
 
 
 def prepare(study: StudySettings, source: Source, root: Path) -> Data:
@@ -87,7 +88,7 @@ def prepare(study: StudySettings, source: Source, root: Path) -> Data:
     n_positions = study.corpus.n_positions
     shared = {
         "model": source.made_from,
-        "texts": _texts_identity(),
+        "texts": _texts_identity(study),
         "n_positions": n_positions,
     }
 
@@ -110,16 +111,16 @@ def prepare(study: StudySettings, source: Source, root: Path) -> Data:
 
     @cache
     def texts(split: corpus.Split) -> list[str]:
-        announce(f"Reading the {split} texts of {len(study.corpus.tables)} tables.")
-        found = corpus.unique_texts(
-            (text for name in study.corpus.tables for text, _ in assets.read_table(name)), split
-        )
+        tables, own = study.corpus.tables, study.corpus.texts
+        announce(f"Reading the {split} texts of {own or f'{len(tables)} tables'}.")
+        every = (text for name in tables for text, _ in assets.read_table(name))
+        found = corpus.unique_texts(every if own is None else read_texts(own, study.corpus.n_texts), split)
         return [text[: study.corpus.max_characters] for text in found]
 
     def packed(split: corpus.Split, n_tokens: int) -> Callable[[], corpus.Tokens]:
         return lambda: corpus.pack(texts(split), source.tokenizer, n_positions, n_tokens)
 
-    settings = study.corpus.model_dump(mode="json", include={"tables", "max_characters"})
+    settings = study.corpus.source
     measured_on = study.corpus.measured_on
     ask = study.evaluation
     splits: tuple[tuple[corpus.Split, int, Stored], ...] = (
@@ -188,8 +189,9 @@ def _shared(study: StudySettings, source: Source) -> dict[str, Any]:
     """What every result of a study was made from."""
     return {
         "model": source.made_from,
-        "texts": _texts_identity(),
-        **study.model_dump(mode="json", include={"corpus", "evaluation"}),
+        "texts": _texts_identity(study),
+        "corpus": study.corpus.model_dump(mode="json", exclude_none=True),
+        "evaluation": study.evaluation.model_dump(mode="json"),
     }
 
 
@@ -263,6 +265,7 @@ def run_study(study: StudySettings, root: Path, say: Callable[[str], None] = pri
     """
     kernels.keep_freed_memory()
     model.check_device(study.device)
+    check_tracker(study.track)
     source = Source(study.model, study.device)
     places = _places(study, source, root)
     todo = [place for place in places if _state(place, verify=True) != "finished"]
@@ -377,6 +380,7 @@ def _run_place(study: StudySettings, place: _Place, data: Data, baseline: list[r
                     restate_(started, *data.training.centre_and_scale)
                 sae = study.start_sae(cell, started, place.seed)
                 before = origin.get("training_tokens", 0)
+            sae.to(study.device)
             settings = study.training.model_copy(update={"n_steps": study.n_steps(cell)})
             taken = round(cell.steps_share * study.training.n_steps) - settings.n_steps  # by the cell it starts from
             checkpoints = Checkpoints(place.checkpoints, place.made_from, CHECKPOINT_SECONDS)
@@ -387,7 +391,9 @@ def _run_place(study: StudySettings, place: _Place, data: Data, baseline: list[r
                 place.seed,
                 after=taken + checkpoints.done,
             )
-            trained = training.train(sae, batches, settings, place.label, checkpoints=checkpoints)
+            root = place.folder.parents[1]
+            with curve_writer(study.track, root, study.name, place.label, place.made_from) as write:
+                trained = training.train(sae, batches, settings, place.label, on_point=write, checkpoints=checkpoints)
             del batches
             kernels.give_back_freed_memory()
             training.write_curve(draft / "curve.csv", trained.curve)
