@@ -4,8 +4,10 @@ The path of the data, in the order of the functions below: `prepare` harvests ve
 trains one SAE and evaluates it into its folder, `run_study` goes over the cells and joins their rows.
 """
 
+import importlib.metadata
 import multiprocessing
 import os
+import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -15,11 +17,14 @@ from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from posmask import assets, corpus, folders, kernels, model, rows, training, verdicts
 from posmask.activations import Activations, Stored, harvest, training_batches
 from posmask.errors import BadSetting
 from posmask.evaluation import Data, baselines, decay, evaluate
 from posmask.interop import saebench
+from posmask.latents import LATENTS_FILE
 from posmask.probing import topics
 from posmask.probing.order import order_tokens
 from posmask.probing.order_tasks import make_order_task
@@ -27,7 +32,7 @@ from posmask.progress import announce
 from posmask.sae import WEIGHTS_FILE, SparseAutoencoder, read_origin, read_sae, write_sae
 from posmask.settings import MODEL_CELL, CellSettings, ModelSettings, StudySettings
 
-__all__ = ["Source", "cell_states", "run_study"]
+__all__ = ["Source", "cell_states", "look_at_latents", "run_study"]
 
 RESULTS_FILE = "results.csv"
 VERDICTS_FILE = "verdicts.csv"
@@ -327,7 +332,7 @@ def _run_place(study: StudySettings, place: _Place, data: Data, baseline: list[r
         baseline: the rows of the baselines, which come first.
     """
     cell = place.cell
-    with folders.write_folder(place.folder, place.made_from) as draft:
+    with folders.write_folder(place.folder, place.made_from, versions=_versions()) as draft:
         if cell is None:
             found = baselines(data)
             columns = {"mask": "none", "budget": "", "apply": ""}
@@ -358,11 +363,13 @@ def _run_place(study: StudySettings, place: _Place, data: Data, baseline: list[r
                     "training_tokens": n_tokens,
                 },
             )
+            measured, facts = evaluate(sae, trained.dead, data, place.label)
+            facts.write(draft, data.tokenizer)
             found = [
                 rows.Measure("train_seconds", trained.seconds, n=1),
                 rows.Measure("train_tokens", n_tokens, n=1),
                 rows.Measure("d_sae", sae.d_sae, n=1),
-                *evaluate(sae, trained.dead, data, place.label),
+                *measured,
             ]
             if cell.decay:
                 found += decay(sae, data, study.training, place.seed, place.label)
@@ -377,6 +384,39 @@ def _run_place(study: StudySettings, place: _Place, data: Data, baseline: list[r
         )
         rows.write_units(draft / UNITS_FILE, found)
     kernels.give_back_freed_memory()
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("posmask", "torch", "transformers", "numpy")}
+
+
+def look_at_latents(study: StudySettings, root: Path, say: Callable[[str], None] = print) -> int:
+    """Evaluate finished cells that lack what the page's latent browser shows, and add it to their folders.
+
+    Nothing is trained, and rows stay as they were. Returns for how many cells it was done.
+    """
+    source = Source(study.model)
+    todo = [
+        place
+        for place in _places(study, source, root)
+        if place.cell is not None and _state(place) == "finished" and not (place.folder / LATENTS_FILE).is_file()
+    ]
+    data = prepare(study, source, root) if todo else None
+    for place in todo:
+        assert data is not None
+        manifest = folders.read_manifest(place.folder, verify=True)
+        sae = read_sae(place.folder)
+        _, facts = evaluate(sae, torch.zeros(sae.d_sae).bool(), data, place.label)
+        kept = {key: manifest[key] for key in manifest.keys() - {"identity", "made_from", "files"}}
+        with (
+            folders.claim(place.folder, wait=True),
+            folders.write_folder(place.folder, place.made_from, **kept) as draft,
+        ):
+            for name in manifest["files"]:
+                shutil.copy2(place.folder / name, draft / name)
+            facts.write(draft, data.tokenizer)
+        say(f"{place.label}: looked at {sae.d_sae:,} latents.")
+    return len(todo)
 
 
 def _read_start(folder: Path, d_model: int) -> SparseAutoencoder:
