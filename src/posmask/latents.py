@@ -188,7 +188,7 @@ def strongest_texts(
     found = np.where((key[place] == wanted) & (around < end[:, None]), value[by_place][place], 0)
     largest = np.zeros(d_sae, np.float32)
     np.maximum.at(largest, own, value[first])
-    share = np.ceil(255 * found / largest[own, None])  # up: what is active is never shown as silent
+    share = np.ceil(255 * found / largest[own, None]).clip(max=255)  # up: what is active is never shown as silent
     starts = np.full((d_sae, N_TEXTS), -1, np.int32)
     lengths = np.zeros((d_sae, N_TEXTS), np.uint8)
     values = np.zeros((d_sae, N_TEXTS, width), np.uint8)

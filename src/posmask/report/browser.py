@@ -6,7 +6,6 @@ multiple of 8 bytes. One block for each cell; the held-out tokens and the words 
 
 import gzip
 import json
-import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +24,6 @@ _N_NEAREST = 8
 _TWIN = 0.7  # Cosine of decoder rows above which two latents count as the same feature.
 _LONGEST_WORD = 40
 _ROWS_AT_ONCE = 2048
-_MARKS = re.compile(r"[\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
 
 
 @dataclass(frozen=True)
@@ -40,12 +38,12 @@ def shown_word(word: str) -> str:
     """A token's text as it may stand on a page: control and direction characters visible, 40 characters at most.
 
     >>> shown_word("a\\tb"), shown_word("\\u202ex"), len(shown_word("x" * 10_000_000))
-    ('a␉b', '⟨202E⟩x', 41)
+    ('a⇥b', '⟨202E⟩x', 41)
     """
     word = word if len(word) <= _LONGEST_WORD else word[:_LONGEST_WORD] + "…"
-    word = "".join(chr(0x2400 + ord(one)) if ord(one) < 32 else "␡" if ord(one) == 127 else one for one in word)
-    word = _MARKS.sub(lambda found: f"⟨{ord(found[0]):04X}⟩", word)
-    return "".join("�" if unicodedata.category(one) in ("Cc", "Cs") else one for one in word)
+    word = word.replace("\n", "↵").replace("\t", "⇥")
+    hidden = ("Cc", "Cf", "Cs", "Zl", "Zp")
+    return "".join(f"⟨{ord(one):X}⟩" if unicodedata.category(one) in hidden else one for one in word)
 
 
 def pack(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> bytes:

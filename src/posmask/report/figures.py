@@ -101,7 +101,7 @@ def _by_cells(chart: alt.TopLevelMixin, height: int) -> Figure:
 def trade_off(lines: Sequence[tuple[Line, str]], k: int) -> Figure | None:
     """Reconstruction against order accuracy, one mark a cell, both budgets; segment pooling lies where its cell does.
 
-    Named are those that nothing beats in both, `open`, and the poolings of open cells.
+    Named are as many as find room: those that nothing beats in both first, then `open`, then the others.
     """
     values = [
         {
@@ -117,15 +117,7 @@ def trade_off(lines: Sequence[tuple[Line, str]], k: int) -> Figure | None:
     ]
     if not values:
         return None
-    for value in values:
-        better = [
-            other
-            for other in values
-            if other["explained variance"] >= value["explained variance"]
-            and other["order accuracy"] > value["order accuracy"]
-        ]
-        name = value["cell"]
-        value["name"] = name if not better or name == "open" or len(values) <= 22 else ""
+    _name(values)
     shapes = ["equal width", "equal compute", "pooled by segments"]
     base = alt.Chart(_data(values)).encode(
         x=alt.X("explained variance:Q", scale=alt.Scale(zero=False, padding=26), axis=alt.Axis(tickCount=8)),
@@ -143,8 +135,40 @@ def trade_off(lines: Sequence[tuple[Line, str]], k: int) -> Figure | None:
             "what:N", title=None, scale=alt.Scale(domain=shapes, range=[COLOURS[0], COLOURS[5], COLOURS[2]])
         ),
     )
-    labels = base.mark_text(align="right", dx=-9, dy=-7, fontSize=11).encode(text="name:N")
-    return (marks + labels).properties(width="container", height=340)
+    labels = [
+        base.mark_text(align=align, dx=dx, dy=-7, fontSize=11).encode(text=f"{side}:N")
+        for side, align, dx in (("left", "right", -9), ("right", "left", 9))
+    ]
+    return alt.layer(marks, *labels).properties(width="container", height=340)
+
+
+def _name(values: list[dict[str, Any]]) -> None:
+    """Put each mark's name to its `left` or `right` where it hits no other mark and name, best marks first."""
+    xs, ys = ([value[key] for value in values] for key in ("explained variance", "order accuracy"))
+    width, height, letter, line = 850, 290, 6.5, 13  # pixels: what the page's picture has, about
+
+    def across(of: Sequence[float], pixels: int) -> list[float]:
+        reach = max(of) - min(of)
+        return [pixels * ((one - min(of)) / reach if reach else 0.5) for one in of]
+
+    places = list(zip(across(xs, width), across(ys, height), strict=True))
+    taken = [(x - 6, x + 6, y - 6, y + 6) for x, y in places]
+
+    def beaten(number: int) -> bool:
+        return any(x >= xs[number] and y > ys[number] for x, y in zip(xs, ys, strict=True))
+
+    order = sorted(range(len(values)), key=lambda number: (beaten(number), values[number]["cell"] != "open"))
+    for number in order:
+        values[number] |= {"left": "", "right": ""}
+        x, y = places[number]
+        reach = letter * len(values[number]["cell"])
+        for side, start in (("left", x - 9 - reach), ("right", x + 9)):
+            box = (start, start + reach, y + 7 - line / 2, y + 7 + line / 2)
+            free = all(box[0] > b or box[1] < a or box[2] > d or box[3] < c for a, b, c, d in taken)
+            if free and box[0] > -60 and box[1] < width + 60:
+                values[number][side] = values[number]["cell"]
+                taken.append(box)
+                break
 
 
 def _by_position(numbers: Numbers, cells: Sequence[str], metric: str, title: str) -> Figure | None:
@@ -190,7 +214,9 @@ def _decay(numbers: Numbers, cells: Sequence[str]) -> Figure | None:
             ),
             y=alt.Y("value:Q", title="retention", scale=alt.Scale(zero=False)),
             color=_colour(list(dict.fromkeys(value["cell"] for value in values))),
-            strokeDash=alt.StrokeDash("what:N", sort=["retention", "chance"], title=None),
+            strokeDash=alt.StrokeDash(
+                "what:N", sort=["retention", "chance"], title=None, legend=alt.Legend(symbolType="stroke")
+            ),
             tooltip=["cell:N", "what:N", "share:Q", alt.Tooltip("value:Q", format=".3f")],
         )
         .properties(width="container", height=240)
@@ -215,7 +241,12 @@ def _shift_split(numbers: Numbers, cells: Sequence[str]) -> Figure | None:
         .mark_bar()
         .encode(
             y=alt.Y("line:N", sort=names, title=None, axis=alt.Axis(labelLimit=190)),
-            x=alt.X("share:Q", stack="zero", title="share of a latent's variance, mean over latents"),
+            x=alt.X(
+                "share:Q",
+                stack="zero",
+                scale=alt.Scale(nice=False),
+                title="share of a latent's variance, mean over latents",
+            ),
             color=alt.Color(
                 "part:N",
                 title=None,
@@ -388,10 +419,10 @@ def _mask_pictures(masks: dict[str, np.ndarray]) -> Figure | None:
             ),
             tooltip=["cell:N", "position:O", "openness:Q"],
         )
-        .properties(width=165, height=110)
+        .properties(width=5 * _N_POSITION_BINS, height=3 * _N_LATENT_BINS)  # whole pixels a bin
         .facet(alt.Facet("cell:N", sort=list(masks), title=None, header=alt.Header(labelLimit=160)), columns=4)
         .resolve_scale(x="shared")
-        .properties(usermeta={"columns": 195, "canvas": True})
+        .properties(usermeta={"columns": 178, "canvas": True})
     )
 
 

@@ -16,6 +16,9 @@ from posmask.verdicts import Difference, paired_difference, sample_of
 __all__ = ["COLUMNS", "Number", "StudyTable", "capped", "missing", "number", "signed", "study_table", "verdict_lines"]
 
 
+_MOST_DECIDED = 14  # as sentences; the table has all
+
+
 @dataclass(frozen=True)
 class Column:
     """A number of the study's table: the mean of a metric's rows whose slice says `where`, less that of `less`."""
@@ -211,12 +214,22 @@ def _difference(
 
 
 def verdict_lines(study: Study) -> dict[str, Any]:
-    """A line for each comparison, a column for each thing compared by; decided ones and the study's questions first."""
+    """A line for each comparison, a column for each thing compared by; decided ones once more, better first."""
     lines: dict[tuple[str, str], dict[str, Any]] = {}
     for verdict in study.verdicts:
         lines.setdefault((verdict.label, verdict.against), {})[verdict.column] = verdict
     count = {word: sum(one.verdict == word for one in study.verdicts) for word in ("better", "worse", "no evidence")}
+    decided = sorted(
+        (one for one in study.verdicts if one.verdict != "no evidence"),
+        key=lambda one: (
+            one.verdict != "better",
+            one.column in ("explained_variance", "ce_recovered"),
+            one.p_corrected,
+        ),
+    )
     return {
+        "decided": decided[:_MOST_DECIDED],
+        "n_decided": len(decided),
         "columns": list(dict.fromkeys(verdict.column for verdict in study.verdicts)),
         "lines": lines,
         "count": count,
