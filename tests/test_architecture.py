@@ -16,7 +16,7 @@ LEVELS = [
     ["mask_kinds", "rules", "activations"],
     ["sae"],
     ["objective", "metrics", "probing"],
-    ["training"],
+    ["training", "latents"],
     ["evaluation", "interop", "tracking"],
     ["settings"],
     ["study"],

@@ -233,12 +233,75 @@ def _plan_lines(plan: "Plan", root: Path) -> list[str]:
 
 @app.command("report")
 def report_command(
-    root: Annotated[Path, typer.Argument(help="A study's folder, such as runs/quick.", show_default=False)],
+    roots: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="DIR...",
+            help="A study's folder, such as runs/quick; several stand in one page.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Where to write. [default: report.html in DIR, or report/ with --all]", show_default=False),
+    ] = None,
+    latents: Annotated[int, typer.Option(min=0, help="How many latents of each cell the page holds.")] = 500,
+    every: Annotated[
+        bool, typer.Option("--all", help="Write a folder with every latent, for `posmask view`, instead of one page.")
+    ] = False,
+    figures: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write the charts there as SVG and PDF, and no page.", show_default=False),
+    ] = None,
 ) -> None:
-    """Write report.html from a study's folder: one self-contained page, no network needed to read it."""
+    """Write report.html from a study's folder: one self-contained page, no network needed to read it.
+
+    What cannot be read (a cell that died half-way, a damaged file) is left out, and the page says so.
+    """
     from posmask import report
 
-    print(f"The page: {report.write_report(root)}")
+    if figures is not None:
+        print(f"{len(report.write_paper_figures(*roots, folder=figures))} files in {figures}")
+    elif every:
+        folder = report.write_report_folder(*roots, out=out)
+        print(f"The page with every latent: {folder}; look at it with `posmask view {folder}`")
+    else:
+        print(f"The page: {report.write_report(*roots, n_latents=latents, out=out)}")
+
+
+@app.command()
+def view(
+    folder: Annotated[
+        Path, typer.Argument(help="A study's folder, or the one that `report --all` wrote.", show_default=False)
+    ],
+    port: Annotated[int, typer.Option(help="0 takes any that is free.")] = 8765,
+) -> None:
+    """Serve the page that `posmask report --all` wrote, to this machine alone, until interrupted."""
+    from posmask import report
+
+    if not (folder / "index.html").is_file() and (folder / "report" / "index.html").is_file():
+        folder = folder / "report"
+    with report.page_server(folder, port) as server:
+        print(f"http://127.0.0.1:{server.server_address[1]}/ serves {folder}; Ctrl+C ends it.", flush=True)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print()
+
+
+@app.command("latents")
+def latents_command(study_file: StudyFile, root: Root = None, changes: Changes = None) -> None:
+    """Look at the latents of finished cells that were evaluated before this was done, for the page's latent browser.
+
+    Takes each such cell's evaluation once more, and no training. Numbers stay as they are.
+    """
+    from posmask import study
+    from posmask.settings import read_study
+
+    settings = read_study(study_file, changes or ())
+    root = root or Path("runs") / settings.name
+    n_done = study.look_at_latents(settings, root)
+    print(f"{n_done} cells looked at; `posmask report {root}` shows them.")
 
 
 @app.command("order-tasks")

@@ -124,6 +124,23 @@ class LanguageModel:
         """Where it computes."""
         return next(self._body.parameters()).device
 
+    @torch.inference_mode()
+    def direct_logits(self, rows: Float[Tensor, "row d_model"]) -> Float[Tensor, "row vocabulary"]:
+        """What the model's final norm and head make of directions, less what they make of a vector of zeros."""
+        sizes = [self.d_model]
+        norms = [
+            child
+            for child in self._body.children()
+            if [list(parameter.shape) for parameter in child.parameters()][:1] == [sizes]
+        ]
+        head = self._model.get_output_embeddings()
+        both = torch.cat([torch.zeros_like(rows[:1]), rows]).to(head.weight)
+        for norm in norms[-1:]:  # Few models have none.
+            both = norm(both)
+        with fast_float32():
+            logits = head(both).float()
+        return logits[1:] - logits[:1]
+
     @property
     def n_vocabulary(self) -> int:
         return int(self._config.vocab_size)

@@ -5,6 +5,7 @@ trains one SAE and evaluates it into its folder, `run_study` goes over the cells
 """
 
 import contextlib
+import importlib.metadata
 import multiprocessing
 import os
 import shutil
@@ -23,6 +24,7 @@ from posmask.checkpoints import Checkpoints
 from posmask.errors import BadSetting, DamagedFolder
 from posmask.evaluation import Data, baselines, decay, evaluate
 from posmask.interop import saebench
+from posmask.latents import LATENTS_FILE
 from posmask.probing import topics
 from posmask.probing.order import order_tokens
 from posmask.probing.order_tasks import make_order_task
@@ -32,7 +34,7 @@ from posmask.settings import MODEL_CELL, CellSettings, ModelSettings, StudySetti
 from posmask.texts import content_of, read_texts
 from posmask.tracking import check_tracker, curve_writer
 
-__all__ = ["Source", "cell_states", "evaluate_folder", "run_study"]
+__all__ = ["Source", "cell_states", "evaluate_folder", "look_at_latents", "run_study"]
 
 RESULTS_FILE = "results.csv"
 VERDICTS_FILE = "verdicts.csv"
@@ -364,7 +366,7 @@ def _run_place(study: StudySettings, place: _Place, data: Data, baseline: list[r
         baseline: the rows of the baselines, which come first.
     """
     cell = place.cell
-    with folders.write_folder(place.folder, place.made_from) as draft:
+    with folders.write_folder(place.folder, place.made_from, versions=_versions()) as draft:
         if cell is None:
             found = baselines(data)
             columns = {"mask": "none", "budget": "", "apply": ""}
@@ -410,11 +412,13 @@ def _run_place(study: StudySettings, place: _Place, data: Data, baseline: list[r
                     "training_tokens": n_tokens,
                 },
             )
+            measured, facts = evaluate(sae, trained.dead, data, place.label)
+            facts.write(draft, data.tokenizer)
             found = [
                 rows.Measure("train_seconds", trained.seconds, n=1),
                 rows.Measure("train_tokens", n_tokens, n=1),
                 rows.Measure("d_sae", sae.d_sae, n=1),
-                *evaluate(sae, trained.dead, data, place.label),
+                *measured,
             ]
             if cell.decay:
                 found += decay(sae, data, study.training, place.seed, place.label)
@@ -468,7 +472,8 @@ def evaluate_folder(
             continue
         sae = _read_start(folder, data.training.d_model)
         with folders.write_folder(place.folder, made_from) as draft:
-            found = evaluate(sae, None, data, name)
+            found, facts = evaluate(sae, None, data, name)
+            facts.write(draft, data.tokenizer)
             if study.evaluation.probe_datasets:
                 _write_saebench(draft / SAEBENCH_FILE, study, place, found, _read_rows(baseline.folder))
             mask = sae.mask.settings
@@ -476,6 +481,39 @@ def evaluate_folder(
             rows.write_rows(draft / "rows.csv", [rows.Row.of(measure, **columns) for measure in found])
             rows.write_units(draft / UNITS_FILE, found)
     return _read_rows(place.folder) + _read_rows(baseline.folder)
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("posmask", "torch", "transformers", "numpy")}
+
+
+def look_at_latents(study: StudySettings, root: Path, say: Callable[[str], None] = print) -> int:
+    """Evaluate finished cells that lack what the page's latent browser shows, and add it to their folders.
+
+    Nothing is trained, and rows stay as they were. Returns for how many cells it was done.
+    """
+    source = Source(study.model)
+    todo = [
+        place
+        for place in _places(study, source, root)
+        if place.cell is not None and _state(place) == "finished" and not (place.folder / LATENTS_FILE).is_file()
+    ]
+    data = prepare(study, source, root) if todo else None
+    for place in todo:
+        assert data is not None
+        manifest = folders.read_manifest(place.folder, verify=True)
+        sae = read_sae(place.folder)
+        _, facts = evaluate(sae, None, data, place.label)
+        kept = {key: manifest[key] for key in manifest.keys() - {"identity", "made_from", "files"}}
+        with (
+            folders.claim(place.folder, wait=True),
+            folders.write_folder(place.folder, place.made_from, **kept) as draft,
+        ):
+            for name in manifest["files"]:
+                shutil.copy2(place.folder / name, draft / name)
+            facts.write(draft, data.tokenizer)
+        say(f"{place.label}: looked at {sae.d_sae:,} latents.")
+    return len(todo)
 
 
 def _read_start(folder: Path, d_model: int) -> SparseAutoencoder:
