@@ -107,7 +107,7 @@ def test_this_machine_by_its_rates_takes_what_a_run_took(changes, tmp_path):
     source = Source(study.model)
     outline = model.load_outline(study.model.name, source.layer)
     here = this_machine()
-    below, above, _ = rates._elsewhere(study, outline, here)
+    below, *_ = rates._elsewhere(study, outline, here)
     tokens = rates._random_tokens(128, study.corpus.n_positions, outline.n_vocabulary)
     harvest(rates._random_tokens(8, study.corpus.n_positions, 100), source.loaded, tmp_path / "first", {}, "first")
     seconds, vectors = spent(lambda: harvest(tokens, source.loaded, tmp_path / "more", {}, "tokens"))
