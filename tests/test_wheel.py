@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.slow
 def test_the_wheel_works_in_an_empty_environment(tmp_path, model_folder):
-    """The packages it needs are lent by this environment (a line in a .pth file, which does not lend posmask itself)."""
+    """The packages it needs are lent by this environment: a line in a .pth file, which does not lend posmask itself."""
 
     def run(*words, **more):
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | more
