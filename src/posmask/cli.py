@@ -156,24 +156,36 @@ def verify(
 
 
 @app.command("plan")
-def plan_command(study_file: StudyFile, root: Root = None, changes: Changes = None) -> None:
+def plan_command(
+    study_file: StudyFile,
+    root: Root = None,
+    changes: Changes = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            help="Reckon with a GPU that is not here: a100, h100, l4 or rtx4090, by its published rates.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
     """Say what a study will cost here before it starts: tokens, time, disk and memory, stage by stage.
 
     Times come from rates that are measured now, in about half a minute, by running a little of everything. What is
     finished under ROOT costs nothing. Downloads nothing and writes nothing there.
     """
-    from posmask import planning
+    from posmask import machines, planning
     from posmask.settings import read_study
 
     settings = read_study(study_file, changes or ())
     root = root or Path("runs") / settings.name
-    plan = planning.plan(settings, root)
+    machine = None if gpu is None else machines.gpu_named(gpu)
+    plan = planning.plan(settings, root, machine=machine)
     if plan.n_finished < plan.n_folders:
         for table in _plan_tables(plan):
             _console.print(table)
             _console.print()
     width = min(_console.width, 100)
-    for line in _plan_lines(plan, root):
+    for line in _plan_lines(plan, root, None if machine is None else machine.name):
         print(textwrap.fill(line, width, subsequent_indent="  " if line.startswith("- ") else ""))
 
 
@@ -208,7 +220,7 @@ def _tokens_and_time(line: "Line") -> tuple[str, str]:
     return (f"{line.tokens:,}", duration(line.seconds)) if line.tokens or line.seconds else ("", "finished")
 
 
-def _plan_lines(plan: "Plan", root: Path) -> list[str]:
+def _plan_lines(plan: "Plan", root: Path, gpu: str | None) -> list[str]:
     import torch
 
     from posmask.progress import duration
@@ -223,9 +235,13 @@ def _plan_lines(plan: "Plan", root: Path) -> list[str]:
         f"{stage} {duration(plan.seconds(stage))}" for stage in ("harvest", "baselines", "training", "evaluation")
     )
     threads = torch.get_num_threads()
+    where = f"this machine ({threads} thread{'s' * (threads > 1)})"
+    if gpu is not None:
+        where = f"one {gpu}, its host like {where}"
+    hours = "" if gpu is None else f" That is {plan.seconds() / 3600:.1f} GPU hours, the host's work included."
     return [
         f"{finished}.",
-        f"In all {duration(plan.seconds())} on this machine ({threads} thread{'s' * (threads > 1)}): {stages}.",
+        f"In all {duration(plan.seconds())} on {where}: {stages}.{hours}",
         f"Disk: {plan.disk_bytes / 1e9:.1f} GB to write. Memory: some {plan.memory_bytes / 1e9:.1f} GB at the peak.",
         *(f"- {assumption}" for assumption in plan.assumptions),
     ]

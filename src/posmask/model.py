@@ -3,7 +3,7 @@
 import contextlib
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -367,8 +367,13 @@ def layer_number(name: str, layer: int | float) -> int:
     return max(1, round(layer * config.num_hidden_layers))
 
 
-def load_outline(name: str, layer: int, site: Site = "residual_after") -> LanguageModel:
+def load_outline(
+    name: str, layer: int, site: Site = "residual_after", sizes: Mapping[str, Any] | None = None
+) -> LanguageModel:
     """A model without its weights, for its sizes: it cannot run. Downloads nothing.
+
+    Args:
+        sizes: numbers of its config.json, `model_type` among them, in place of the file.
 
     Raises:
         BadSetting: not even its config.json is on this machine, or it has no such layer.
@@ -377,6 +382,8 @@ def load_outline(name: str, layer: int, site: Site = "residual_after") -> Langua
     try:
         if name == EMBEDDED_MODEL:
             config = transformers.LlamaConfig(**_EMBEDDED_SHAPE)
+        elif sizes is not None:
+            config = transformers.AutoConfig.for_model(**sizes)
         else:
             source = model_folder(name) if _is_gguf(name) else name
             config = transformers.AutoConfig.from_pretrained(source, local_files_only=True)

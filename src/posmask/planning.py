@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from posmask import corpus, folders, model
+from posmask.machines import Machine
 from posmask.probing import topics
 from posmask.probing.order_tasks import ORDER_TASKS
 from posmask.rates import FREE, Linear, Rates, lifts, measure, n_segments, precision_of, shape_of
@@ -79,17 +80,22 @@ _TOKENS_A_TEXT = {
 }  # fmt: skip
 
 
-def plan(study: StudySettings, root: Path, rates: Rates | None = None) -> Plan:
-    """What is still to be done of a study, and what that costs here.
+def plan(study: StudySettings, root: Path, rates: Rates | None = None, machine: Machine | None = None) -> Plan:
+    """What is still to be done of a study, and what that costs here, or on a machine that is not here.
 
     Args:
         root: the study's folder; what is finished there costs nothing.
         rates: None measures them, which takes about half a minute.
+        machine: whose rates stand for model and SAEs; what stays on the host is measured here.
 
     Raises:
         BadSetting: the model's sizes are unknown here, it has no such layer, or it is too short for the contexts.
     """
-    outline = model.load_outline(study.model.name, Source(study.model, study.device).layer, study.model.site)
+    if machine is None:
+        model.check_device(study.device)
+    asked = study.model
+    layer = asked.layer if isinstance(asked.layer, int) else Source(asked, study.device).layer
+    outline = model.load_outline(asked.name, layer, asked.site, asked.sizes)
     outline.check_length(study.corpus.n_positions)
     (_, baselines), *states = cell_states(study, root)
     left = Counter(label.rpartition("-seed")[0] for label, state in states if state != "finished")
@@ -98,7 +104,7 @@ def plan(study: StudySettings, root: Path, rates: Rates | None = None) -> Plan:
     missing = [one for one in sets if n_left and not one.there]
     cells = [cell for cell in study.cells if left[cell.name]]
     if rates is None:
-        rates = measure(study, cells, outline, _mean_length(sets)) if n_left else FREE
+        rates = measure(study, cells, outline, _mean_length(sets), machine) if n_left else FREE
     costs = _Costs(study, outline, sets, rates)
     kinds = dict.fromkeys(one.kind for one in sets)
     lines = [costs.harvest(kind, missing) for kind in kinds] + [costs.baselines(baselines != "finished")]

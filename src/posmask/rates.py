@@ -15,6 +15,7 @@ from torch import Tensor
 from posmask import corpus, kernels, mask_kinds, model, training
 from posmask.activations import Activations, Batch, evaluation_batches, harvest, training_batches
 from posmask.errors import BadSetting, DegenerateResult
+from posmask.machines import Machine
 from posmask.masks import MaskSettings
 from posmask.metrics.in_model import InModel, WindowMass
 from posmask.metrics.position import PositionInformation
@@ -126,7 +127,11 @@ _SECONDS_A_RATE = 0.1
 
 
 def measure(
-    study: StudySettings, cells: Sequence[CellSettings], outline: model.LanguageModel, text_tokens: int
+    study: StudySettings,
+    cells: Sequence[CellSettings],
+    outline: model.LanguageModel,
+    text_tokens: int,
+    machine: Machine | None = None,
 ) -> Rates:
     """What one of everything costs here, in about half a minute; more where dictionaries are wide. Downloads nothing.
 
@@ -136,6 +141,7 @@ def measure(
         cells: those whose shapes are to be measured.
         outline: the model without its weights.
         text_tokens: how many kept tokens a text has that is pooled for probes.
+        machine: whose model passes, steps and codes to take, by its rates; what stays on the host is measured here.
     """
     kernels.keep_freed_memory()
     shapes = {shape_of(study, cell) for cell in cells}
@@ -147,9 +153,18 @@ def measure(
     steps, encode, closing = {}, {}, set()
     n_parts = len(trained | opened) + 5
     with tempfile.TemporaryDirectory() as temporary, progress_bar("measure costs", n_parts, "parts") as advance:
-        below, above, said = _model_seconds(study, outline, Path(temporary) / "model")
+        if machine is None:
+            below, above, said = _model_seconds(study, outline, Path(temporary) / "model")
+        else:
+            below, above, said = _elsewhere(study, outline, machine)
         vectors = _noise(study, outline, Path(temporary) / "noise")
         advance(1)
+        if machine is not None:
+            reading = _reading_seconds(vectors)
+            for shape in trained | opened:
+                steps[shape], encode[shape] = _shape_elsewhere(study, shape, outline.d_model, machine, reading)
+            closing = {shape for shape in trained if shape.mask.kind != "open" and shape.mask.apply == "forward"}
+            trained, opened = set(), set()
         for shape in trained:
             sae, steps[shape] = _training_seconds(study, shape, vectors, _SECONDS_OF_STEPS / len(trained))
             encode[shape] = _encoding_seconds(sae, vectors)
@@ -209,6 +224,56 @@ def _model_seconds(
 
     above = _seconds(lambda: in_model.losses([zeros] * 3)) / (3 * in_model.n_tokens)
     return below, above, ()
+
+
+_DISK_RATE = 1e9  # bytes a second, on a machine that is not here
+
+
+def _elsewhere(
+    study: StudySettings, outline: model.LanguageModel, machine: Machine
+) -> tuple[float, float, tuple[str, ...]]:
+    """(below, above, what is to be said) of the model on another machine."""
+    precision = precision_of(study)
+    below, above = (machine.pass_seconds(n, precision) for n in outline.n_parameters())
+    n_bytes = 2 if precision == "bfloat16" else 4
+    logits = _PASSES_OVER_LOGITS * 4 * outline.n_vocabulary / (machine.bandwidth * machine.bandwidth_share)
+    held = n_bytes * sum(outline.n_parameters()) + _LOGITS_HELD * study.corpus.n_positions * outline.n_vocabulary * 4
+    return (
+        below + n_bytes * outline.d_model / _DISK_RATE,
+        above + logits,
+        (
+            machine.sentence(),
+            f"On it: some {held / 1e9:.0f} GB of weights and logits, beside the SAE's.",
+            "Vectors are written at 1 GB/s. Probing, pooling and counting stay on the host's processor, which is taken "
+            "to be as fast as this one.",
+        ),
+    )
+
+
+_PASSES_OVER_LOGITS, _LOGITS_HELD = 10, 10  # softmax, entropy and divergence; five tables of two contexts
+
+
+def _shape_elsewhere(
+    study: StudySettings, shape: Shape, d_model: int, machine: Machine, reading: float
+) -> tuple[Linear, float]:
+    """(trainings by their steps, a token's codes) on another machine; learned masks as they start.
+
+    Args:
+        reading: seconds in which the host reads a token's vector.
+    """
+    mask = mask_kinds.make_mask(shape.mask, study.corpus.n_positions, shape.width)
+    n_live = float(mask.live()[1:].sum(1).mean())
+    k = getattr(study.sae.rule, "k", None)
+    tokens, precision = study.training.batch_tokens, study.training.precision
+    step = machine.step_seconds(d_model, shape.width, n_live, k, tokens, precision)
+    encode = machine.encode_seconds(d_model, n_live, k or _ACTIVE, "float32")
+    return Linear(0.0, step + tokens * reading), encode + reading
+
+
+def _reading_seconds(vectors: Activations) -> float:
+    """A token's, in random order."""
+    index = torch.randperm(vectors.n_tokens, generator=generator(0, "plan"))
+    return _seconds(lambda: vectors.batch(index)) / len(index)
 
 
 def _random_tokens(n_contexts: int, n_positions: int, n_vocabulary: int) -> corpus.Tokens:

@@ -42,6 +42,8 @@ class ModelSettings(_Settings):
     studies that are to carry over to other models."""
     site: model.Site = "residual_after"
     """Where at that layer: the residual stream after or before it, or what its attention or MLP adds to the stream."""
+    sizes: dict[str, int | float | str | bool] | None = None
+    """Numbers of its config.json, for plans where that cannot be reached. No part of any identity."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the model's forward pass and of the stored vectors. auto: bfloat16 where the processor is fast in it."""
     stored: Stored = "model"

@@ -252,7 +252,13 @@ def _state(place: _Place, *, verify: bool = False) -> CellState:
 
 
 def cell_states(study: StudySettings, root: Path) -> list[tuple[str, CellState]]:
-    """For the baselines and each cell: whether its folder is finished, missing, or made from other settings."""
+    """For the baselines and each cell: whether its folder is finished, missing, or made from other settings.
+
+    Where there is no folder yet the model is not asked for, which may be out of reach.
+    """
+    if not root.exists():
+        labels = [f"{cell.name}-seed{seed}" for cell in study.cells for seed in study.seeds_of(cell)]
+        return [(label, "missing") for label in (_BASELINES, *labels)]
     return [(place.label, _state(place)) for place in _places(study, Source(study.model, study.device), root)]
 
 
