@@ -34,6 +34,8 @@ def posmask(*words):
             ("order-tasks", "--tokenizer", "x", "--out", "x", "--train-groups", "0"),
             "Invalid value for '--train-groups'",
         ),
+        (("export", "studies", "x", "--to", "gguf"), "Invalid value for '--to'"),
+        (("import", "studies", "x"), "posmask: studies holds no cfg.json"),
         (("fly",), "No such command 'fly'"),
     ],
 )

@@ -206,8 +206,15 @@ def _hub_errors(repo: str, what: str) -> Iterator[None]:
             remedy = f"{log_in}, with a token that may"
             raise MissingAsset(f"the hub does not let you {what} {repo} (status {code}): {remedy}") from None
         raise MissingAsset(f"the hub answered with status {code} when asked to {what} {repo}: try later") from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HTTPError, ConnectionError):
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError, _network_error()):
         raise MissingAsset(
             f"the hub could not be reached to {what} {repo}, and the cache does not help: check the network, "
             "HF_ENDPOINT and HF_HUB_OFFLINE"
         ) from None
+
+
+def _network_error() -> type[Exception]:
+    """What the HTTP library under huggingface_hub raises, of whichever name and version."""
+    from huggingface_hub import errors
+
+    return errors.HTTPError  # pyright: ignore[reportPrivateImportUsage]

@@ -1,0 +1,40 @@
+"""docs/saelens.md: its blocks are run in their order, the hub's against a stand-in."""
+
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+from typer.testing import CliRunner
+
+from conftest import make_sae
+from posmask.cli import app
+from test_model_hub import cell_folder, server  # noqa: F401
+from test_saelens import contexts, scaled
+from test_saelens_files import random_tensors
+
+PAGE = Path(__file__).parent.parent / "docs" / "saelens.md"
+
+
+def test_the_page_does_what_it_says(saelens, server, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    cells, scope = tmp_path / "runs" / "quick" / "cells", tmp_path / "gemma-scope/layer_12/width_16k/average_l0_82"
+    for folder in (cells, scope):
+        folder.mkdir(parents=True)
+    cell_folder(cells / "slice-seed0", scaled(make_sae("slice")))
+    tensors = random_tensors("jumprelu", unit=True)
+    np.savez(scope / "params.npz", **{name: tensor.numpy() for name, tensor in tensors.items()})
+    names = {"vectors": contexts()[0]}
+    n_run = 0
+    for language, block in re.findall(r"```(sh|python)\n(.*?)```", PAGE.read_text(encoding="utf8"), re.DOTALL):
+        if block.startswith("# not run here"):
+            continue
+        if language == "python":
+            exec(block, names)
+        for line in block.splitlines() if language == "sh" else ():
+            result = CliRunner().invoke(app, shlex.split(line)[1:], catch_exceptions=False)
+            assert result.exit_code == 0, result.output
+        n_run += 1
+    assert n_run == 7
+    assert (tmp_path / "exported-lossy" / "LOSSY.md").exists()
+    assert names["codes_at_5"].shape == (80, 32)
