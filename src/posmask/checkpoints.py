@@ -4,7 +4,6 @@ Each checkpoint is a finished folder of its own (`folders.write_folder`), so it 
 there, and the one before it is removed only when two newer ones are there.
 """
 
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from posmask.errors import DamagedFolder
-from posmask.folders import finished, read_manifest, write_folder
+from posmask.folders import finished, read_manifest, remove, write_folder
 from posmask.progress import announce
 
 __all__ = ["Checkpoints"]
@@ -83,11 +82,7 @@ class Checkpoints:
         self._kept = [*self._kept[-1:], path]
         for other in self.folder.iterdir():
             if other not in self._kept:
-                shutil.rmtree(other, ignore_errors=True)
+                remove(other)
         self.done = done
         self._last = time.monotonic()
         self._cost = self._last - started
-
-    def remove(self) -> None:
-        """Once the work is finished."""
-        shutil.rmtree(self.folder, ignore_errors=True)
