@@ -32,7 +32,7 @@ class Checkpoints:
         every_seconds: how much work is lost at the most, unless checkpoints take so long that they come less often.
     """
 
-    def __init__(self, folder: Path, made_from: Mapping[str, Any], every_seconds: float = 60.0) -> None:
+    def __init__(self, folder: Path, made_from: Mapping[str, Any], every_seconds: float = 90.0) -> None:
         self.folder = folder
         self.done = 0
         """Steps behind the newest checkpoint that is whole; 0 where there is none."""
@@ -68,10 +68,12 @@ class Checkpoints:
         """Whether so much work was done since the last checkpoint that another is worth its time.
 
         Args:
-            at_end: no more steps follow, only work that would start with these again: a quarter of the time is enough.
+            at_end: no more steps follow, only work that would start with these again: once it is known what a
+                checkpoint costs, a quarter of the time is enough.
         """
         since = time.monotonic() - self._last
-        return since >= max(self._every_seconds / (4 if at_end else 1), _TIMES_ITS_COST * self._cost)
+        seconds = self._every_seconds / (4 if at_end and self._cost else 1)
+        return since >= max(seconds, _TIMES_ITS_COST * self._cost)
 
     def write(self, done: int, state: Mapping[str, Tensor]) -> None:
         """Keep the state after `done` steps, and of the earlier ones only the newest."""

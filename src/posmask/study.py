@@ -38,7 +38,7 @@ UNITS_FILE = "units.safetensors"
 SAEBENCH_FILE = "saebench.json"
 _BASELINES = "baselines"
 _CHECKPOINTS = "checkpoints"
-CHECKPOINT_SECONDS = 60.0
+CHECKPOINT_SECONDS = 90.0
 
 
 class Source:

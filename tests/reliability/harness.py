@@ -28,7 +28,10 @@ os.environ.update(
 )
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import sklearn.linear_model
 import torch
+import transformers.modeling_gguf_pytorch_utils
+import transformers.models.llama.modeling_llama
 from gguf_model import write_tiny_gguf
 from safetensors.torch import load, save
 from tiny_study import STUDY, put_toy_texts, write_tiny_model
@@ -37,6 +40,7 @@ from posmask import activations, assets, checkpoints, folders, model, study
 from posmask.report import write_report
 from posmask.settings import StudySettings, read_study
 
+IMPORTED_BEFORE_FORKS = sklearn.linear_model, transformers.models.llama.modeling_llama
 STAGES = ("fetch", "convert", "harvest", "train", "evaluate", "report")
 
 
@@ -65,6 +69,34 @@ def _timeless(path: Path) -> bytes:
     return content
 
 
+def in_a_fork(work: Callable[[], None], kill_after: float | None = None) -> bool:
+    """Whether it came to its end in a process of its own, and was not killed before.
+
+    This process does nothing of the kind itself: it would have threads then, whose locks a fork may find taken.
+    """
+    process = os.fork()
+    if process == 0:
+        os.setsid()
+        status = 1
+        try:
+            with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+                work()
+            status = 0
+        except BaseException:
+            import traceback
+
+            traceback.print_exc(file=sys.__stderr__)
+        os._exit(status)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        with suppress(ProcessLookupError):
+            os.killpg(process, signal.SIGKILL)  # with what it started, as a machine would
+    _, status = os.waitpid(process, 0)
+    if status not in (0, signal.SIGKILL):
+        raise AssertionError(f"a run failed on its own with status {status}, see above")
+    return status == 0
+
+
 class Stage:
     """One stage of a study: what it starts from, and what it does.
 
@@ -84,28 +116,8 @@ class Stage:
             shutil.copytree(self._start, root)
 
     def run(self, root: Path, kill_after: float | None) -> bool:
-        """In a process of its own; whether it came to its end."""
-        process = os.fork()
-        if process == 0:
-            os.setsid()
-            status = 1
-            try:
-                with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-                    self._work(root)
-                status = 0
-            except BaseException:
-                import traceback
-
-                traceback.print_exc(file=sys.__stderr__)
-            os._exit(status)
-        if kill_after is not None:
-            time.sleep(kill_after)
-            with suppress(ProcessLookupError):
-                os.killpg(process, signal.SIGKILL)  # with what it started, as a machine would
-        _, status = os.waitpid(process, 0)
-        if status not in (0, signal.SIGKILL):
-            raise AssertionError(f"{self.name} failed on its own with status {status}, see above")
-        return status == 0
+        """Whether it came to its end."""
+        return in_a_fork(lambda: self._work(root), kill_after)
 
     def kill(self, folder: Path, kills: int, chance: random.Random) -> dict[str, object]:
         """Kill it so often; returns what was seen."""
@@ -142,7 +154,7 @@ def stages(folder: Path) -> list[Stage]:
     put_toy_texts()
     activations._TOKENS_PER_SHARD, activations._TOKENS_PER_FORWARD = 512, 256
     study.CHECKPOINT_SECONDS = checkpoints._TIMES_ITS_COST = 0  # one after each step
-    write_tiny_model(folder / "model")
+    in_a_fork(lambda: write_tiny_model(folder / "model"))
     path = folder / "tiny.toml"
     path.write_text(STUDY.replace("MODEL", str(folder / "model")), encoding="utf8")
     settings = read_study(path)
@@ -159,15 +171,13 @@ def stages(folder: Path) -> list[Stage]:
         write_report(root)
 
     made = {name: folder / "made" / name / "run" for name in ("harvested", "trained", "finished")}
-    harvest(made["harvested"])
-    _evaluate_baselines(settings, made["harvested"])
+    in_a_fork(lambda: harvest(made["harvested"]))
+    in_a_fork(lambda: _evaluate_baselines(settings, made["harvested"]))
     shutil.copytree(made["harvested"], made["trained"])
-    _train_only(settings, made["trained"])
+    in_a_fork(lambda: _train_only(settings, made["trained"]))
     shutil.copytree(made["trained"], made["finished"])
-    run(made["finished"])
+    in_a_fork(lambda: run(made["finished"]))
     fetch, convert = _fetching(folder), _converting(folder)
-    convert(folder / "made" / "converted")  # so that a fork finds all that is imported on the way
-    write_report(made["finished"])
     return [
         Stage("fetch", fetch, None),
         Stage("convert", convert, None),
