@@ -19,6 +19,7 @@ import psutil
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from posmask import kernels
 from posmask.activations import harvest, training_batches
 from posmask.checkpoints import Checkpoints
 from posmask.corpus import Tokens
@@ -56,6 +57,7 @@ def one_round(number: int, model: LanguageModel, folder: Path) -> None:
     read_sae(folder)
     shutil.rmtree(folder / "vectors")
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    kernels.give_back_freed_memory()  # as a study does after each cell
 
 
 def main() -> None:

@@ -42,7 +42,7 @@ from posmask.training import train
 
 torch.set_num_threads(1)  # Everything here is small: a second thread would mostly wait for the first.
 
-collect_ignore = ["interop/record_saebench.py"]  # Runs in another environment.
+collect_ignore = ["interop/record_saebench.py", "reliability"]  # Run in an environment, and processes, of their own.
 
 
 @pytest.fixture(params=["compiled", "torch operations"])
