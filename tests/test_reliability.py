@@ -31,6 +31,7 @@ def run_harness(kills, *stages):
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
+@pytest.mark.slow
 def test_runs_that_were_killed_end_with_the_same_bytes():
     seen = run_harness(3, "harvest", "evaluate")
     assert [(stage["stage"], stage["kills"]) for stage in seen] == [("harvest", 3), ("evaluate", 3)]
