@@ -43,7 +43,8 @@ from posmask.training import train
 
 torch.set_num_threads(1)  # Everything here is small: a second thread would mostly wait for the first.
 
-collect_ignore = ["interop/record_saebench.py", "interop/run_on_saebench.py"]  # These run in another environment.
+# These run in another environment, or in processes of their own.
+collect_ignore = ["interop/record_saebench.py", "interop/run_on_saebench.py", "reliability"]
 
 
 @pytest.fixture(params=["compiled", "torch operations"])

@@ -191,3 +191,25 @@ def test_a_harvest_goes_on_from_its_last_shard_and_a_lost_one_alone_is_made_agai
     harvest(tokens, mended, tmp_path / "part", {}, "part")
     assert mended.n < every.n / n_shards + 2
     assert files(tmp_path / "part") == files(whole)
+
+
+def test_other_sizes_of_shards_change_no_bit_and_other_batches_of_the_model_only_the_last_ones(
+    language_model, tokenizer, tmp_path, monkeypatch
+):
+    tokens = pack(make_texts(80), tokenizer, N_POSITIONS, 1200)
+
+    def harvested(name, **sizes):
+        for what, size in sizes.items():
+            monkeypatch.setattr(activations_module, what, size)
+        found = harvest(tokens, language_model, tmp_path / name, {}, name)
+        return found.batch(torch.arange(found.n_tokens))
+
+    whole = harvested("whole")
+    small = harvested("small", _TOKENS_PER_SHARD=100)
+    other = harvested("other", _TOKENS_PER_FORWARD=48)
+    for batch in (small, other):
+        for name in ("token_id", "position", "text", "keep", "sentence", "line", "end"):
+            assert torch.equal(getattr(batch, name), getattr(whole, name))
+    assert torch.equal(small.vectors, whole.vectors)
+    apart = float((other.vectors - whole.vectors).abs().max() / whole.vectors.abs().max())
+    assert apart < 1e-5  # of the largest number: the order of float32 sums

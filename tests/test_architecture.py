@@ -8,7 +8,8 @@ from pathlib import Path
 import posmask
 
 LEVELS = [
-    ["errors", "rows", "seeds", "progress", "bootstrap"],
+    ["errors"],
+    ["rows", "seeds", "progress", "bootstrap"],
     ["folders"],
     ["assets", "checkpoints", "kernels", "masks", "intervals", "summary", "texts", "verdicts"],
     ["model", "corpus", "machines"],

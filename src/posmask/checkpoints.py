@@ -4,7 +4,6 @@ Each checkpoint is a finished folder of its own (`folders.write_folder`), so it 
 there, and the one before it is removed only when two newer ones are there.
 """
 
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from posmask.errors import DamagedFolder
-from posmask.folders import finished, read_manifest, write_folder
+from posmask.folders import finished, read_manifest, remove, write_folder
 from posmask.progress import announce
 
 __all__ = ["Checkpoints"]
@@ -33,7 +32,7 @@ class Checkpoints:
         every_seconds: how much work is lost at the most, unless checkpoints take so long that they come less often.
     """
 
-    def __init__(self, folder: Path, made_from: Mapping[str, Any], every_seconds: float = 60.0) -> None:
+    def __init__(self, folder: Path, made_from: Mapping[str, Any], every_seconds: float = 90.0) -> None:
         self.folder = folder
         self.done = 0
         """Steps behind the newest checkpoint that is whole; 0 where there is none."""
@@ -69,10 +68,12 @@ class Checkpoints:
         """Whether so much work was done since the last checkpoint that another is worth its time.
 
         Args:
-            at_end: no more steps follow, only work that would start with these again: a quarter of the time is enough.
+            at_end: no more steps follow, only work that would start with these again: once it is known what a
+                checkpoint costs, a quarter of the time is enough.
         """
         since = time.monotonic() - self._last
-        return since >= max(self._every_seconds / (4 if at_end else 1), _TIMES_ITS_COST * self._cost)
+        seconds = self._every_seconds / (4 if at_end and self._cost else 1)
+        return since >= max(seconds, _TIMES_ITS_COST * self._cost)
 
     def write(self, done: int, state: Mapping[str, Tensor]) -> None:
         """Keep the state after `done` steps, and of the earlier ones only the newest."""
@@ -83,11 +84,7 @@ class Checkpoints:
         self._kept = [*self._kept[-1:], path]
         for other in self.folder.iterdir():
             if other not in self._kept:
-                shutil.rmtree(other, ignore_errors=True)
+                remove(other)
         self.done = done
         self._last = time.monotonic()
         self._cost = self._last - started
-
-    def remove(self) -> None:
-        """Once the work is finished."""
-        shutil.rmtree(self.folder, ignore_errors=True)

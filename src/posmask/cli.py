@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.console import Console
 from rich.table import Table
+from safetensors import SafetensorError
 
 from posmask.errors import DamagedFolder, NothingToDo, PosmaskError
 from posmask.summary import ORDER_KS, PROBE_KS, summarise
@@ -47,8 +48,18 @@ def main() -> None:
     except PosmaskError as error:
         print(f"posmask: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         print(f"posmask: {error}: check the path, its permissions and the space left on the disk", file=sys.stderr)
+        raise SystemExit(2) from None
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
+            raise
+        reason = str(error).strip().partition("\n")[0] or "no reason given"
+        print(
+            f"posmask: memory ran out ({reason}): lower training.batch_tokens, sae.d_sae or --jobs; what is finished "
+            "stays, and the same command goes on from there",
+            file=sys.stderr,
+        )
         raise SystemExit(2) from None
 
 

@@ -29,6 +29,7 @@ __all__ = [
     "finished",
     "identity",
     "read_manifest",
+    "remove",
     "replacing",
     "set_aside",
     "take_apart",
@@ -71,11 +72,8 @@ def write_folder(path: Path, made_from: Mapping[str, Any], **facts: Any) -> Iter
         facts: put into the manifest beside it (counts, versions), without a part in the identity.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.draft-{os.getpid()}")
-    for left_behind in path.parent.glob(f".{glob.escape(path.name)}.draft-*"):
-        process = left_behind.name.rpartition("-")[2]
-        if left_behind == draft or (process.isdecimal() and not _is_running(int(process))):
-            shutil.rmtree(left_behind, ignore_errors=True)
+    draft = _draft_of(path)
+    _clear(path)
     draft.mkdir()
     try:
         yield draft
@@ -134,6 +132,12 @@ def write_in_parts(path: Path, made_from: Mapping[str, Any], **facts: Any) -> It
     _finish(draft, path, made_from, facts, dict(sorted(parts.files.items())))
 
 
+def remove(path: Path) -> None:
+    """Remove a finished folder so that it is never seen as one that lacks files."""
+    (path / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
+
+
 def take_apart(path: Path) -> None:
     """Make a damaged folder one in the making again, so that `write_in_parts` makes only those files that are lost."""
     draft = _parts_of(path)
@@ -148,6 +152,21 @@ def take_apart(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def _draft_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.draft-{os.getpid()}")
+
+
+def _clear(path: Path) -> None:
+    """Remove drafts that were left behind by processes that are no more."""
+    for left_behind in path.parent.glob(f".{glob.escape(path.name)}.draft-*"):
+        process = left_behind.name.rpartition("-")[2]
+        if left_behind == _draft_of(path) or (process.isdecimal() and not _is_running(int(process))):
+            if left_behind.is_dir():
+                shutil.rmtree(left_behind, ignore_errors=True)
+            else:
+                left_behind.unlink(missing_ok=True)
+
+
 def _parts_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.parts")
 
@@ -155,7 +174,8 @@ def _parts_of(path: Path) -> Path:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield the name of a file to write beside `path`; it takes that place whole, and is on the disk by then."""
-    beside = path.with_name(f".{path.name}.draft-{os.getpid()}")
+    beside = _draft_of(path)
+    _clear(path)
     try:
         yield beside
         _sync(beside)
@@ -179,7 +199,7 @@ def _finish(draft: Path, path: Path, made_from: Mapping[str, Any], facts: Mappin
         if folder.is_dir():
             _sync(folder)
     if path.exists():
-        shutil.rmtree(path)
+        remove(path)
     draft.rename(path)
     _sync(path.parent)  # Else the name could be lost with the power, though the content is safe.
 

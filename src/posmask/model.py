@@ -349,7 +349,11 @@ def load_model(
     check_device(device)
     with _loading(name) as source:
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype=getattr(torch, precision), local_files_only=local_only
+            source,
+            dtype=getattr(torch, precision),
+            local_files_only=local_only,
+            use_safetensors=True,  # never a pickle, which may run code when it is read
+            trust_remote_code=False,
         )
     return LanguageModel(model.eval().to(device), layer, site)
 
@@ -363,8 +367,7 @@ def layer_number(name: str, layer: int | float) -> int:
     if isinstance(layer, int):
         return layer
     with _loading(name) as source:
-        config = transformers.AutoConfig.from_pretrained(source).get_text_config()
-    return max(1, round(layer * config.num_hidden_layers))
+        return max(1, round(layer * _config(source).get_text_config().num_hidden_layers))
 
 
 def load_outline(
@@ -385,10 +388,9 @@ def load_outline(
         elif sizes is not None:
             config = transformers.AutoConfig.for_model(**sizes)
         else:
-            source = model_folder(name) if _is_gguf(name) else name
-            config = transformers.AutoConfig.from_pretrained(source, local_files_only=True)
+            config = _config(model_folder(name) if _is_gguf(name) else name, local_files_only=True)
         with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config)
+            model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError):
         raise BadSetting(
             f"model {name!r} has no config.json of a causal language model on this machine, and nothing is downloaded "
@@ -405,7 +407,7 @@ def is_embedded_here() -> bool:
 def load_tokenizer(name: str) -> Any:
     """The tokenizer of a model, by the same names as `load_model`."""
     with _loading(name) as source:
-        return transformers.AutoTokenizer.from_pretrained(source)
+        return transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
 
 def weights_identity(name: str) -> str:
@@ -416,7 +418,11 @@ def weights_identity(name: str) -> str:
         if Path(source).is_dir():
             files = sorted(path for path in Path(source).iterdir() if path.is_file())
             return identity({path.name: file_sha256(path) for path in files})
-        return f"{name}@{transformers.AutoConfig.from_pretrained(source)._commit_hash}"
+        return f"{name}@{_config(source)._commit_hash}"
+
+
+def _config(source: str, **options: Any) -> Any:
+    return transformers.AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
 
 
 @contextlib.contextmanager

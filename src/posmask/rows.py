@@ -10,6 +10,8 @@ from typing import TypeVar
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from posmask.errors import DamagedFolder
+
 __all__ = [
     "Measure",
     "Row",
@@ -112,11 +114,19 @@ def write_records(path: Path, kind: type[Record], records: Iterable[Record]) -> 
 
 
 def read_records(path: Path, kind: type[Record]) -> list[Record]:
-    with path.open(newline="", encoding="utf8") as file:
-        return [
-            kind(**{field.name: field.type(line[field.name]) for field in fields(kind)})  # type: ignore[operator]
-            for line in csv.DictReader(file)
-        ]
+    """What `write_records` wrote.
+
+    Raises:
+        DamagedFolder: a line that cannot be one of these.
+    """
+    try:
+        with path.open(newline="", encoding="utf8") as file:
+            return [
+                kind(**{field.name: field.type(line[field.name]) for field in fields(kind)})  # type: ignore[operator]
+                for line in csv.DictReader(file)
+            ]
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
+        raise DamagedFolder(f"{path} is no table of posmask's ({error}): `posmask run` writes it again") from None
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:

@@ -381,12 +381,31 @@ def read_sae(folder: Path) -> SparseAutoencoder:
     try:
         description = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf8"))
         tensors = load_file(folder / WEIGHTS_FILE)
+        _check_sizes(description, tensors)
         mask = make_mask(mask_settings(description["mask"]), description["n_positions"], description["d_sae"])
         sae = SparseAutoencoder(description["d_model"], rule_settings(description["rule"]), mask)
         sae.load_state_dict(tensors)
-    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise DamagedFolder(f"{folder} holds no readable SAE ({error}): train it again") from error
     return sae
+
+
+def _check_sizes(description: Any, tensors: Mapping[str, Tensor]) -> None:
+    """That a description asks for no larger an SAE than its tensors make, before any is made.
+
+    Raises:
+        ValueError: it does.
+    """
+    said = {name: description[name] for name in ("d_sae", "d_model", "n_positions")}
+    if any(type(size) is not int for size in said.values()):
+        raise ValueError(f"its sizes are {said}")
+    found = dict(zip(("d_sae", "d_model"), tensors["encoder"].shape, strict=True))
+    tables = [tensors[name] for name in ("mask.fixed_openness", "mask.theta") if name in tensors]
+    found["n_positions"] = len(tables[0])
+    if description["mask"]["kind"] == "switch":  # Its table has a row for each expert.
+        found["n_positions"] = said["n_positions"]
+    if said != found:
+        raise ValueError(f"its description asks for {said}, its tensors are of {found}")
 
 
 def read_origin(folder: Path) -> dict[str, Any]:
@@ -397,5 +416,5 @@ def read_origin(folder: Path) -> dict[str, Any]:
     """
     try:
         return json.loads((folder / SETTINGS_FILE).read_text(encoding="utf8"))["origin"]
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, TypeError) as error:
         raise DamagedFolder(f"{folder / SETTINGS_FILE} cannot be read ({error}): give the folder of an SAE") from error

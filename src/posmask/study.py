@@ -42,7 +42,7 @@ UNITS_FILE = "units.safetensors"
 SAEBENCH_FILE = "saebench.json"
 _BASELINES = "baselines"
 _CHECKPOINTS = "checkpoints"
-CHECKPOINT_SECONDS = 60.0
+CHECKPOINT_SECONDS = 90.0
 
 
 class Source:
@@ -288,6 +288,8 @@ def run_study(study: StudySettings, root: Path, say: Callable[[str], None] = pri
         with _helpers(study, root, n_jobs):
             _run_places(study, todo, data, root, say)
     for place in places:
+        for checkpoint in place.checkpoints.glob("*"):
+            folders.remove(checkpoint)
         shutil.rmtree(place.checkpoints, ignore_errors=True)
     results = [row for place in places for row in _read_rows(place.folder)]
     with folders.replacing(root / RESULTS_FILE) as beside:

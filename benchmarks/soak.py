@@ -1,0 +1,96 @@
+"""Harvests and trains over and over, and watches that memory, open files and threads do not grow.
+
+    python benchmarks/soak.py --minutes 120 --out benchmarks/soak.jsonl
+
+Each round harvests 20,000 tokens of a random model, trains an SAE on them with checkpoints, saves it and reads it
+again. Counted after the first quarter, when every buffer has had its largest size once.
+"""
+
+import argparse
+import itertools
+import json
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from posmask import kernels
+from posmask.activations import harvest, training_batches
+from posmask.checkpoints import Checkpoints
+from posmask.corpus import Tokens
+from posmask.mask_kinds import make_mask, mask_settings
+from posmask.model import LanguageModel
+from posmask.rules import rule_settings
+from posmask.sae import SparseAutoencoder, read_sae, write_sae
+from posmask.training import TrainingSettings, train
+
+N_POSITIONS, D_MODEL, D_SAE = 64, 128, 1024
+MASKS = (
+    {"kind": "open"},
+    {"kind": "slice", "n_slices": 8},
+    {"kind": "importance", "positions_per_latent": 8},
+    {"kind": "budget", "mean_openness": 0.25},
+    {"kind": "soft", "low": 0.3, "high": 0.7},
+    {"kind": "split", "start_latents": 512, "max_latents": D_SAE},
+)
+
+
+def one_round(number: int, model: LanguageModel, folder: Path) -> None:
+    random = torch.Generator().manual_seed(number)
+    ids = torch.randint(3, 500, (320, N_POSITIONS), generator=random)
+    position = torch.arange(N_POSITIONS).expand_as(ids)
+    text = torch.arange(len(ids))[:, None].expand_as(ids)
+    tokens = Tokens(ids, position, text, position > 0, position, position, position)
+    vectors = harvest(tokens, model, folder / "vectors", {"round": number}, "soak")
+    mask = make_mask(mask_settings(MASKS[number % len(MASKS)]), N_POSITIONS, D_SAE, number)
+    sae = SparseAutoencoder(D_MODEL, rule_settings({"kind": "topk", "k": 16}), mask, number)
+    sae.center, sae.scale = vectors.centre_and_scale
+    settings = TrainingSettings(n_steps=60, batch_tokens=1024, learning_rate=1e-3)
+    checkpoints = Checkpoints(folder / "checkpoints", {"round": number}, every_seconds=1)
+    train(sae, training_batches(vectors, 1024, 60, number), settings, "soak", checkpoints=checkpoints)
+    write_sae(sae, folder)
+    read_sae(folder)
+    shutil.rmtree(folder / "vectors")
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    kernels.give_back_freed_memory()  # as a study does after each cell
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=120)
+    parser.add_argument("--out", type=Path, help="a file of JSON lines to add to")
+    asked = parser.parse_args()
+    torch.manual_seed(0)
+    sizes = {"hidden_size": D_MODEL, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
+    model = LanguageModel(LlamaForCausalLM(LlamaConfig(vocab_size=512, **sizes)).eval(), 2)
+    process, started, seen = psutil.Process(), time.monotonic(), []
+    with tempfile.TemporaryDirectory() as folder:
+        for number in itertools.count():
+            one_round(number, model, Path(folder))
+            hours = (time.monotonic() - started) / 3600
+            seen.append((hours, process.memory_info().rss / 2**20, process.num_fds(), process.num_threads()))
+            if hours * 60 >= asked.minutes:
+                break
+    hours, memory, files, threads = np.array(seen[len(seen) // 4 :]).T
+    slope, _ = np.polyfit(hours, memory, 1)
+    found = {
+        "minutes": round(asked.minutes, 1),
+        "rounds": len(seen),
+        "rss_mib": [round(float(value), 1) for value in (memory[0], memory.max(), memory[-1])],
+        "rss_mib_per_hour": round(float(slope), 2),
+        "files": [int(files.min()), int(files.max())],
+        "threads": [int(threads.min()), int(threads.max())],
+    }
+    print(json.dumps(found))
+    if asked.out is not None:
+        with asked.out.open("a", encoding="utf8") as file:
+            file.write(json.dumps(found) + "\n")
+
+
+if __name__ == "__main__":
+    main()

