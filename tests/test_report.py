@@ -226,6 +226,12 @@ def test_a_token_of_any_text_is_short_and_visible():
     assert shown_word("a\n\x00\x7f\x9b") == "a↵⟨0⟩⟨7F⟩⟨9B⟩"
 
 
+def test_ten_megabytes_in_one_token_leave_the_page_small(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "WORDS", [*WORDS[:6], "x" * 10_000_000])
+    write_cell(tmp_path, "open", "open")
+    assert write_report(tmp_path).stat().st_size < 1_000_000
+
+
 def test_what_cannot_be_read_is_left_out_and_said(root):
     (root / "cells" / "hard-seed0" / "curve.csv").write_text("tampered")
     (root / "cells" / "soft-seed1" / "manifest.json").unlink()
@@ -234,6 +240,7 @@ def test_what_cannot_be_read_is_left_out_and_said(root):
     (root / "results.csv").write_text(text)
     (root / "verdicts.csv").write_text("nothing\n1\n")
     page = write_report(root).read_text(encoding="utf8")
+    assert str(root) not in page
     for said in (
         "curve.csv is not what was written",
         "soft-seed1 has no manifest.json",

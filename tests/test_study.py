@@ -12,6 +12,7 @@ from pydantic import Field
 from conftest import make_texts, train_on
 from posmask import assets, corpus, evaluation, folders, mask_kinds, masks, rows, rules, study
 from posmask.errors import BadSetting, DamagedFolder, PosmaskError
+from posmask.latents import LATENT_WORDS_FILE, LATENTS_FILE
 from posmask.metrics.in_model import WindowMass
 from posmask.probing import order_tasks, topics
 from posmask.report import write_report
@@ -139,7 +140,7 @@ def test_a_study_runs_from_text_to_results(study_file, tmp_path):
         folder = tmp_path / "run" / "cells" / name
         assert {path.name for path in folder.iterdir()} == {
             "manifest.json", "settings.json", "sae.json", "sae.safetensors", "openness.safetensors", "curve.csv",
-            "rows.csv", "units.safetensors", "saebench.json",
+            "rows.csv", "units.safetensors", "saebench.json", LATENTS_FILE, LATENT_WORDS_FILE,
         }  # fmt: skip
 
 
@@ -277,6 +278,21 @@ def test_a_tampered_cell_is_found_before_its_numbers_are_used(study_file, tmp_pa
     path.write_text(path.read_text().replace("open,open", "open,shut", 1))
     with pytest.raises(DamagedFolder, match=r"rows\.csv is not what was written"):
         run(study_file, tmp_path / "run")
+
+
+def test_latents_of_finished_cells_can_be_looked_at_later_and_are_the_same(study_file, tmp_path):
+    run(study_file, tmp_path / "run")
+    folder = tmp_path / "run" / "cells" / "open-seed0"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    manifest = json.loads(before["manifest.json"])
+    for name in (LATENTS_FILE, LATENT_WORDS_FILE):  # as cells were written before
+        (folder / name).unlink()
+        del manifest["files"][name]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    settings = read_study(study_file)
+    assert study.look_at_latents(settings, tmp_path / "run", lambda line: None) == 1
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert study.look_at_latents(settings, tmp_path / "run") == 0
 
 
 def test_an_interrupted_cell_leaves_nothing_and_the_next_run_goes_on(study_file, tmp_path, monkeypatch):
