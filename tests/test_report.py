@@ -521,7 +521,8 @@ def test_the_folder_with_all_latents_opens_fast_and_stays_smooth(tmp_path, open_
         tab.click("#browser-0 th[data-key=latent] button")
         steps = tab.evaluate(
             """async () => {
-              const rows = document.querySelector('.rows'), frame = () => new Promise(requestAnimationFrame), steps = [];
+              const rows = document.querySelector('.rows'), steps = [];
+              const frame = () => new Promise(requestAnimationFrame);
               for (let step = 1; step <= 20; step++) {
                 rows.scrollTop = step / 20 * rows.scrollHeight;
                 const start = performance.now();
