@@ -1,12 +1,18 @@
+import io
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
+from posmask import cli
 from posmask.cli import app
+from posmask.rows import Row
+from posmask.summary import summarise
 
 ROOT = Path(__file__).parent.parent
 
@@ -24,7 +30,7 @@ def posmask(*words):
         (("run", "studies/none.toml"), "posmask: there is no study file studies/none.toml"),
         (("plan", "studies/none.toml"), "posmask: there is no study file studies/none.toml"),
         (("status", "README.md"), "posmask: README.md is not a readable TOML file"),
-        (("report", "studies"), "posmask: studies holds no results.csv"),
+        (("report", "studies"), "posmask: studies holds neither results.csv nor cells"),
         (("run", "studies/quick.toml", "--root", "Makefile/run"), "Not a directory: 'Makefile/run"),
         (
             ("order-tasks", "--tokenizer", "no/such/model", "--out", "x"),
@@ -68,3 +74,25 @@ def test_status_of_the_quick_study_needs_no_model(tmp_path):
     result = CliRunner().invoke(app, ["status", str(ROOT / "studies" / "quick.toml"), "--root", str(tmp_path)])
     assert result.exit_code == 0, result.output
     assert "0 of 18 finished" in result.output
+    assert "\x1b" not in result.output
+    assert max(map(len, result.output.splitlines()[:-1])) <= 80
+    assert re.search(r"^slice-upcycled +seed 0", result.output, re.M)
+
+
+def test_the_table_keeps_every_number_at_80_columns_and_in_a_log():
+    rows = [
+        Row("c" * 60, "slice", "compute", "forward", 0, metric, where, -0.1234, 0.0, 0.0, 9)
+        for metric, where in (
+            ("explained_variance", ""),
+            ("ce_recovered", ""),
+            ("retention", ""),
+            ("retention_chance", ""),
+            *((f"{what}_accuracy", f"k={k};pooling=mean") for what in ("order", "probe") for k in (1, 5, 20)),
+        )
+    ]
+    log = io.StringIO()
+    Console(file=log, width=80).print(cli._table(summarise(rows)))
+    assert log.getvalue().count("-.123") == 7
+    assert ".000" in log.getvalue()  # retention less its chance
+    assert not re.search("\x1b|…", log.getvalue())
+    assert max(map(len, log.getvalue().splitlines())) <= 80

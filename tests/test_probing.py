@@ -282,10 +282,10 @@ def test_one_draw_serves_every_k_and_only_the_saebench_protocol_draws_anew(monke
     seen = {}
     probes = topics.k_sparse_correct
 
-    def spy(features, tasks, ks):
+    def spy(features, tasks, ks, on_fit):
         for k in ks:
             seen.setdefault(protocol, {})[k] = torch.cat([task.train for task in tasks])
-        return probes(features, tasks, ks)
+        return probes(features, tasks, ks, on_fit)
 
     monkeypatch.setattr(topics, "k_sparse_correct", spy)
     features = pooled(torch.nn.functional.one_hot(make_dataset().label, 3).float())

@@ -226,6 +226,12 @@ def test_a_token_of_any_text_is_short_and_visible():
     assert shown_word("a\n\x00\x7f\x9b") == "a↵⟨0⟩⟨7F⟩⟨9B⟩"
 
 
+def test_ten_megabytes_in_one_token_leave_the_page_small(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "WORDS", [*WORDS[:6], "x" * 10_000_000])
+    write_cell(tmp_path, "open", "open")
+    assert write_report(tmp_path).stat().st_size < 1_000_000
+
+
 def test_what_cannot_be_read_is_left_out_and_said(root):
     (root / "cells" / "hard-seed0" / "curve.csv").write_text("tampered")
     (root / "cells" / "soft-seed1" / "manifest.json").unlink()
@@ -234,6 +240,7 @@ def test_what_cannot_be_read_is_left_out_and_said(root):
     (root / "results.csv").write_text(text)
     (root / "verdicts.csv").write_text("nothing\n1\n")
     page = write_report(root).read_text(encoding="utf8")
+    assert str(root) not in page
     for said in (
         "curve.csv is not what was written",
         "soft-seed1 has no manifest.json",
@@ -501,25 +508,30 @@ def test_the_folder_with_all_latents_opens_fast_and_stays_smooth(tmp_path, open_
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         tab = open_page(f"http://127.0.0.1:{server.server_address[1]}/")
-        loaded = tab.evaluate("performance.timing.domContentLoadedEventEnd - performance.timing.navigationStart")
-        assert loaded < 3000
+        took = "performance.timing.domContentLoadedEventEnd - performance.timing.navigationStart"
+        loaded = [tab.evaluate(took)]
+        while loaded[-1] >= 3000 and len(loaded) < 3:  # Others may hold the processor.
+            tab.reload()
+            loaded.append(tab.evaluate(took))
+        assert min(loaded) < 3000
+        tab.wait_for_selector("html[data-ready]")
         show(tab, "#browsers")
         tab.wait_for_selector("#browser-0 tbody tr")
         assert f"{d_sae:,} latents" in tab.locator("#browsers").inner_text()
         tab.click("#browser-0 th[data-key=latent] button")
-        longest = tab.evaluate(
+        steps = tab.evaluate(
             """async () => {
-              const rows = document.querySelector('.rows'), frame = () => new Promise(requestAnimationFrame);
-              let longest = 0;
+              const rows = document.querySelector('.rows'), steps = [];
+              const frame = () => new Promise(requestAnimationFrame);
               for (let step = 1; step <= 20; step++) {
                 rows.scrollTop = step / 20 * rows.scrollHeight;
                 const start = performance.now();
                 await frame(); await frame();
-                longest = Math.max(longest, performance.now() - start);
+                steps.push(performance.now() - start);
               }
-              return longest; }"""
+              return steps; }"""
         )
-        assert longest < 500  # a frame takes some 20 ms; a loaded machine more
+        assert sorted(steps)[10] < 200, steps  # two frames take 33 ms; a loaded machine more
         assert tab.locator("#browser-0 tbody tr").count() < 60
         assert int(texts(tab, "#browser-0 tbody tr td:first-child")[1]) > d_sae * 3 // 4
     finally:

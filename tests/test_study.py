@@ -13,6 +13,7 @@ from conftest import make_texts, train_on
 from posmask import assets, corpus, evaluation, folders, mask_kinds, masks, rows, rules, study
 from posmask.errors import BadSetting, PosmaskError
 from posmask.interop.saelens_files import export_saelens, import_saelens
+from posmask.latents import LATENT_WORDS_FILE, LATENTS_FILE
 from posmask.metrics.in_model import WindowMass
 from posmask.probing import order_tasks, topics
 from posmask.report import write_report
@@ -140,7 +141,7 @@ def test_a_study_runs_from_text_to_results(study_file, tmp_path):
         folder = tmp_path / "run" / "cells" / name
         assert {path.name for path in folder.iterdir()} == {
             "manifest.json", "settings.json", "sae.json", "sae.safetensors", "openness.safetensors", "curve.csv",
-            "rows.csv", "units.safetensors", "saebench.json",
+            "rows.csv", "units.safetensors", "saebench.json", LATENTS_FILE, LATENT_WORDS_FILE,
         }  # fmt: skip
 
 
@@ -287,6 +288,21 @@ def test_what_is_damaged_is_found_named_and_alone_made_anew(study_file, tmp_path
     assert folders.damage_under(root) == (n_folders, [])
     for one, other in zip(before, after, strict=True):
         assert one.metric == "train_seconds" or repr(one) == repr(other)
+
+
+def test_latents_of_finished_cells_can_be_looked_at_later_and_are_the_same(study_file, tmp_path):
+    run(study_file, tmp_path / "run")
+    folder = tmp_path / "run" / "cells" / "open-seed0"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    manifest = json.loads(before["manifest.json"])
+    for name in (LATENTS_FILE, LATENT_WORDS_FILE):  # as cells were written before
+        (folder / name).unlink()
+        del manifest["files"][name]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    settings = read_study(study_file)
+    assert study.look_at_latents(settings, tmp_path / "run", lambda line: None) == 1
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert study.look_at_latents(settings, tmp_path / "run") == 0
 
 
 def test_an_interrupted_cell_leaves_nothing_and_the_next_run_goes_on(study_file, tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from posmask.summary import ORDER_KS, PROBE_KS, summarise
 
 if TYPE_CHECKING:
     from posmask.planning import Line, Plan
+    from posmask.study import CellState
 
 app = typer.Typer(
     help="Train sparse autoencoders with position masks, and measure what tying latents to positions buys.",
@@ -142,8 +143,7 @@ def status(study_file: StudyFile, root: Root = None, changes: Changes = None) ->
     settings = read_study(study_file, changes or ())
     root = root or Path("runs") / settings.name
     states = study.cell_states(settings, root)
-    for label, state in states:
-        print(f"{state:<14}  {label}")
+    _console.print(_status_table(states))
     n_finished = sum(state == "finished" for _, state in states)
     print(f"{n_finished} of {len(states)} finished under {root}; `posmask run {study_file}` does the rest.")
 
@@ -164,6 +164,22 @@ def verify(
     if damage:
         raise DamagedFolder(f"{len(damage)} of {n_folders} folders are damaged.\n" + "\n".join(damage))
     print(f"All {n_folders} finished folders under {root} are what was written.")
+
+
+def _status_table(states: list[tuple[str, "CellState"]]) -> Table:
+    """A line a cell, its seeds under what they are."""
+    kinds = [kind for kind in ("finished", "missing", "other settings") if any(state == kind for _, state in states)]
+    seeds: dict[str, dict[str, list[str]]] = {}
+    for label, state in states:
+        name, _, seed = label.rpartition("-seed")
+        seeds.setdefault(name or label, {}).setdefault(state, []).append(f"seed {seed}" if name else "yes")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_edge=False, header_style="bold")
+    table.add_column("cell", overflow="fold")
+    for kind in kinds:
+        table.add_column(kind, overflow="fold")
+    for name, found in seeds.items():
+        table.add_row(name, *(", ".join(found.get(kind, [])).replace(", seed ", ", ") for kind in kinds))
+    return table
 
 
 @app.command("plan")
@@ -515,8 +531,8 @@ def _number(value: float) -> str:
 
 def _table(lines: list) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False, header_style="bold")
-    for name in ("cell", "budget"):
-        table.add_column(name, no_wrap=True)
+    table.add_column("cell", overflow="fold")  # A long name takes two lines; numbers are never cut.
+    table.add_column("budget", no_wrap=True)
     heads = [
         "expl.\nvar.",
         "CE\nrec.",

@@ -86,7 +86,7 @@ def browser(pictured: Sequence[CellFolder], n_kept: int | None, warnings: list[s
     cells, streams = [], {}
     for number, (cell, arrays, words, openness, kept) in enumerate(found):
         key = (arrays["token_id"].tobytes(), arrays["token_position"].tobytes())
-        stream = streams.setdefault(hash(key), _Stream(f"texts-{len(streams)}", arrays, words["words"]))
+        stream = streams.setdefault(key, _Stream(f"texts-{len(streams)}", arrays, words["words"]))
         name = f"cell-{number}"
         shown = _cell_arrays(arrays, openness, kept, stream, words["words"])
         near = nearest.get(cell)

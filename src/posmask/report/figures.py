@@ -135,11 +135,9 @@ def trade_off(lines: Sequence[tuple[Line, str]], k: int) -> Figure | None:
             "what:N", title=None, scale=alt.Scale(domain=shapes, range=[COLOURS[0], COLOURS[5], COLOURS[2]])
         ),
     )
-    labels = [
-        base.mark_text(align=align, dx=dx, dy=-7, fontSize=11).encode(text=f"{side}:N")
-        for side, align, dx in (("left", "right", -9), ("right", "left", 9))
-    ]
-    return alt.layer(marks, *labels).properties(width="container", height=340)
+    left = base.mark_text(align="right", dx=-9, dy=-7, fontSize=11).encode(text="left:N")
+    right = base.mark_text(align="left", dx=9, dy=-7, fontSize=11).encode(text="right:N")
+    return alt.layer(marks, left, right).properties(width="container", height=340)
 
 
 def _name(values: list[dict[str, Any]]) -> None:
@@ -165,7 +163,7 @@ def _name(values: list[dict[str, Any]]) -> None:
         for side, start in (("left", x - 9 - reach), ("right", x + 9)):
             box = (start, start + reach, y + 7 - line / 2, y + 7 + line / 2)
             free = all(box[0] > b or box[1] < a or box[2] > d or box[3] < c for a, b, c, d in taken)
-            if free and box[0] > -60 and box[1] < width + 60:
+            if values[number]["cell"] == "open" or (free and box[0] > -60 and box[1] < width + 60):
                 values[number][side] = values[number]["cell"]
                 taken.append(box)
                 break

@@ -151,7 +151,8 @@ def _read_study(root: Path) -> Study:
             manifest = read_manifest(path, verify=True)
             cells.append(CellFolder(name, int(seed), path, manifest))
         except (DamagedFolder, ValueError, OSError) as error:
-            warnings.append(f"cell {path.name} is left out of pictures and latents: {error}.")
+            said = str(error).replace(f"{root}/", "")  # A page travels; the path of this machine need not.
+            warnings.append(f"cell {path.name} is left out of pictures and latents: {said}.")
     n_drafts = len(list(folder.glob(".*.draft-*"))) if folder.is_dir() else 0
     if n_drafts:
         warnings.append(
