@@ -17,6 +17,7 @@ LEVELS = [
     ["sae"],
     ["objective", "metrics", "probing"],
     ["training"],
+    ["parallel"],
     ["evaluation", "interop"],
     ["settings"],
     ["study"],

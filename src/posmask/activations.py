@@ -5,7 +5,7 @@ with `keep` False. As int8 a vector takes a quarter of float32's room: its numbe
 the largest is 127.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -236,7 +236,13 @@ def evaluation_batches(activations: Activations, batch_tokens: int = 4096) -> It
 
 
 def training_batches(
-    activations: Activations, batch_tokens: int, n_batches: int, seed: int, *, after: int = 0
+    activations: Activations,
+    batch_tokens: int,
+    n_batches: int,
+    seed: int,
+    *,
+    after: int = 0,
+    mine: Callable[[Int[Tensor, " token"]], Int[Tensor, " some"]] | None = None,
 ) -> Iterator[Batch]:
     """Random batches of kept tokens: each token at most once an epoch, in a new order each epoch.
 
@@ -246,6 +252,7 @@ def training_batches(
 
     Args:
         after: go on where so many batches end.
+        mine: from a batch's positions, the numbers of the tokens to read, where several processes share it.
 
     Raises:
         NothingToDo: fewer kept tokens than one batch.
@@ -265,4 +272,5 @@ def training_batches(
         if number < after:
             continue
         index = order[place * batch_tokens : (place + 1) * batch_tokens]
-        yield activations.batch(index[torch.sort(activations.position[index], stable=True).indices])
+        index = index[torch.sort(activations.position[index], stable=True).indices]
+        yield activations.batch(index if mine is None else index[mine(activations.position[index])])

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from jaxtyping import Bool, Float
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from posmask import kernels, objective
 from posmask.activations import Batch
@@ -20,7 +20,7 @@ from posmask.progress import progress_bar
 from posmask.rows import write_records
 from posmask.sae import SparseAutoencoder, copy_latents_
 
-__all__ = ["CurvePoint", "Trained", "TrainingSettings", "train", "write_curve"]
+__all__ = ["Alone", "CurvePoint", "Trained", "TrainingSettings", "train", "write_curve"]
 
 _CURVE_EVERY = 10
 
@@ -80,6 +80,30 @@ class Trained:
     seconds: float
 
 
+class Alone:
+    """What a training step asks of the processes that train together: here there is one.
+
+    `parallel.py` has the others. Each of them sees a part of every batch, and owns all latents or some.
+    """
+
+    owns_all_latents = True
+
+    def combined(self, sae: SparseAutoencoder, step: objective.StepLoss) -> objective.StepLoss:
+        """The step on the whole batch, of the latents that this process owns; sets their gradients anew."""
+        return step
+
+    def clip_(self, sae: SparseAutoencoder, parameters: list[nn.Parameter], max_norm: float) -> None:
+        """Scale gradients down to `max_norm`, that of all parameters of all processes together."""
+        torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+
+    def totals(self, *values: float) -> list[float]:
+        """Sums over the processes."""
+        return list(values)
+
+
+_ALONE = Alone()
+
+
 class DeadLatents:
     """For each latent, on how many tokens it was open since it last fired."""
 
@@ -108,12 +132,14 @@ def train(
     settings: TrainingSettings,
     label: str,
     after_step: Callable[[int], None] = lambda done: None,
+    together: Alone = _ALONE,
 ) -> Trained:
     """Train `sae` in place. Parameters that require no gradient stay as they are.
 
     Args:
         batches: `n_steps` of them, such as `training_batches`; the SAE's center and scale must suit their vectors.
         after_step: called with the number of steps done, after each.
+        together: the processes that train one SAE; `batches` then are this one's parts of them.
 
     Raises:
         NothingToDo: fewer kept tokens than a batch.
@@ -152,6 +178,7 @@ def train(
                     f"the loss of {label} is {step.reconstruction} at step {done}: lower learning_rate = "
                     f"{settings.learning_rate}, or look for NaN in the vectors"
                 )
+            step = together.combined(sae, step)
             if step.openness_gradient is not None:
                 sae.mask.learn(step.openness_gradient)
             if sae.mask.watches:
@@ -159,7 +186,7 @@ def train(
             if sae.mask.settings.tie:
                 share_gradients_(sae)
             if settings.max_gradient_norm is not None:
-                torch.nn.utils.clip_grad_norm_(own, settings.max_gradient_norm)
+                together.clip_(sae, own, settings.max_gradient_norm)
             learning_rate = optimizer.param_groups[0]["lr"]
             optimizer.step()
             sae.mask.zero_grad()  # the SAE's own gradients are set anew each step
@@ -173,8 +200,9 @@ def train(
                 _copy_moments_(optimizer, sae, copies)
                 deaths.copy_(copies)
             if done % _CURVE_EVERY == 0 or done in (1, settings.n_steps):
-                curve.append(_point(sae, batch, step, done, settings, learning_rate, int(deaths.dead.sum())))
-            advance(len(batch))
+                n_dead = int(deaths.dead.sum())
+                curve.append(_point(sae, batch, step, done, settings, learning_rate, n_dead, together))
+            advance(settings.batch_tokens)
             after_step(done)
     final = curve[-1]
     if final.l0 == 0 or not final.explained_variance > 0:
@@ -233,20 +261,28 @@ def _point(
     settings: TrainingSettings,
     learning_rate: float,
     n_dead: int,
+    together: Alone,
 ) -> CurvePoint:
+    n = len(batch)
     with torch.no_grad():
-        variance = float(sae.normalise(batch.vectors).square().sum(1).mean())
-        mean_openness = float(sae.mask.openness().mean())
+        squares = float(sae.normalise(batch.vectors).square().sum())
+        openness = sae.mask.openness()
+    squares, lost, auxiliary, n_active = together.totals(
+        squares, step.reconstruction * n, step.auxiliary * n, float(step.n_active)
+    )
+    dead, opened, n_gates = float(n_dead), float(openness.sum()), float(openness.numel())
+    if not together.owns_all_latents:
+        dead, opened, n_gates = together.totals(dead, opened, n_gates)
     return CurvePoint(
         step=done,
         tokens=done * settings.batch_tokens,
         learning_rate=learning_rate,
-        loss=step.reconstruction,
-        auxiliary_loss=step.auxiliary,
-        explained_variance=1 - step.reconstruction / variance,
-        l0=step.n_active / len(batch),
-        dead_latents=n_dead,
-        mean_openness=mean_openness,
+        loss=lost / settings.batch_tokens,
+        auxiliary_loss=auxiliary / settings.batch_tokens,
+        explained_variance=1 - lost / squares,
+        l0=n_active / settings.batch_tokens,
+        dead_latents=int(dead),
+        mean_openness=opened / n_gates,
     )
 
 

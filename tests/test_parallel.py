@@ -1,0 +1,114 @@
+"""Several processes train one SAE as one process would: by data and by position, over gloo."""
+
+import multiprocessing
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from conftest import D_MODEL, D_SAE, MASKS, N_POSITIONS, RULES, make_sae
+from posmask import parallel
+from posmask.activations import Activations, training_batches
+from posmask.errors import BadSetting
+from posmask.mask_kinds import make_mask, mask_settings
+from posmask.parallel import ByData, ByPosition
+from posmask.rules import rule_settings
+from posmask.sae import SparseAutoencoder
+from posmask.training import TrainingSettings, train
+
+SETTINGS = TrainingSettings(n_steps=30, batch_tokens=240, learning_rate=5e-3, dead_after_eligible_tokens=300, aux_k=4)
+EVEN = torch.ones(16)
+
+
+def trained(folder, kind, rule, together=None):
+    """The curve, the SAE and the bytes sent of one process, by data or by position among others, or alone."""
+    activations = Activations(folder)
+    mask = make_mask(mask_settings(MASKS[kind]), N_POSITIONS, D_SAE)
+    sae = SparseAutoencoder(D_MODEL, rule_settings(RULES[rule]), mask)
+    sae.center, sae.scale = activations.centre_and_scale
+    if together is None:
+        way, part, mine, rest = None, sae, None, {}
+    else:
+        n_tokens = torch.bincount(activations.position[activations.keep].long(), minlength=16)
+        way = ByData(sae) if together == "data" else ByPosition(sae, n_tokens)
+        part, mine, rest = getattr(way, "part", sae), way.mine, {"together": way}
+    batches = training_batches(activations, SETTINGS.batch_tokens, SETTINGS.n_steps, 0, mine=mine)
+    curve = train(part, batches, SETTINGS, "test", **rest).curve
+    return curve, way.join_() if together == "position" else sae, getattr(way, "bytes_sent", 0)
+
+
+CASES = {
+    2: [
+        ("data", "slice", "topk"),
+        ("data", "split", "topk"),
+        ("data", "soft", "gated"),
+        ("position", "slice", "topk"),
+        ("position", "slice", "jumprelu"),
+    ],
+    4: [
+        ("data", "budget", "topk"),
+        ("data", "importance", "relu"),
+        ("position", "slice", "topk"),
+        ("position", "slice", "gated"),
+    ],
+}
+
+
+def one_of(rank, n_processes, meeting, folder, out):
+    """What each process does: all cases, so that starting it is paid for once."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=n_processes)
+    try:
+        for number, (together, kind, rule) in enumerate(CASES[n_processes]):
+            curve, sae, sent = trained(folder, kind, rule, together)
+            found = {"curve": [vars(point) for point in curve], "sae": sae.state_dict(), "sent": sent}
+            torch.save(found, f"{out}-{number}-{rank}")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("n_processes", CASES)
+def test_several_processes_train_as_one_does_and_by_position_little_travels(activations, tmp_path, n_processes):
+    spawn = multiprocessing.get_context("spawn")
+    given = (n_processes, tmp_path / "meeting", activations.folder, tmp_path / "found")
+    processes = [spawn.Process(target=one_of, args=(rank, *given)) for rank in range(n_processes)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(200)
+        assert process.exitcode == 0
+    for number, (together, kind, rule) in enumerate(CASES[n_processes]):
+        curve, sae, _ = trained(activations.folder, kind, rule)
+        for rank in range(n_processes):
+            found = torch.load(tmp_path / f"found-{number}-{rank}", weights_only=True)
+            for one, other in zip(curve, found["curve"], strict=True):
+                for name, value in vars(one).items():
+                    assert other[name] == pytest.approx(value, rel=1e-5), (together, kind, rule, one.step, name)
+            for name, tensor in sae.state_dict().items():
+                torch.testing.assert_close(found["sae"][name], tensor, rtol=1e-4, atol=1e-5)
+            if together == "position":
+                each_step = 4 * 12 + 8 * 12  # the decoder bias, and a few sums
+                joining = 4 * (D_SAE * (2 * 12 + 8) + 12)  # once, at the end
+                assert found["sent"] < joining + SETTINGS.n_steps * each_step
+
+
+@pytest.fixture
+def alone(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ByData(make_sae("open", rule="batchtopk")), "the rule batchtopk chooses over whole batches"),
+        (lambda: ByData(make_sae("switch")), "balances its experts over a whole batch"),
+        (lambda: ByPosition(make_sae("slice", rule="matryoshka"), EVEN), "the rule matryoshka chooses"),
+        (lambda: ByPosition(make_sae("soft"), EVEN), "a soft mask that changes in training"),
+        (lambda: parallel._owners(make_sae("slice", "gradient"), EVEN, 2), "makes 1 groups of positions"),
+    ],
+)
+def test_what_cannot_be_divided_is_refused(alone, make, message):
+    with pytest.raises(BadSetting, match=message):
+        make()
