@@ -10,7 +10,7 @@ import posmask
 LEVELS = [
     ["errors", "rows", "seeds", "progress", "bootstrap"],
     ["folders"],
-    ["assets", "kernels", "masks", "intervals", "summary", "verdicts"],
+    ["assets", "checkpoints", "kernels", "masks", "intervals", "summary", "verdicts"],
     ["model", "corpus"],
     ["choosing"],
     ["mask_kinds", "rules", "activations"],

@@ -1,38 +1,206 @@
 """Reading and replacing vectors is the same in every family of decoders; nothing knows which model it is."""
 
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
+import transformers
+from torch import nn
 
-from posmask.model import LanguageModel, layer_number
+from posmask.errors import BadSetting
+from posmask.model import LanguageModel, check_device, layer_number, load_model
 
-SIZES = {"vocab_size": 50, "bos_token_id": 0, "eos_token_id": 1}
+SIZES = {"vocab_size": 50, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+BODY = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
+GROUPED = {**BODY, "num_key_value_heads": 1, "max_position_embeddings": 32, **SIZES}
+GEMMA = {**GROUPED, "head_dim": 8, "sliding_window": 4}  # shorter than the contexts below
 TINY = {
-    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_positions=32, n_embd=16, n_layer=4, n_head=2, **SIZES)),
-    "neox": lambda: GPTNeoXForCausalLM(
-        GPTNeoXConfig(hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, **SIZES)
+    "gpt2": transformers.GPT2Config(n_positions=32, n_embd=16, n_layer=4, n_head=2, **SIZES),
+    "neox": transformers.GPTNeoXConfig(**BODY, **SIZES),
+    "neox, one after the other": transformers.GPTNeoXConfig(**BODY, **SIZES, use_parallel_residual=False),
+    "llama": transformers.LlamaConfig(**GROUPED),
+    "gemma 2": transformers.Gemma2Config(**GEMMA, query_pre_attn_scalar=8),
+    "gemma 3": transformers.Gemma3TextConfig(**GEMMA, query_pre_attn_scalar=8),
+    "gemma 3 with eyes": transformers.Gemma3Config(
+        text_config=transformers.Gemma3TextConfig(**GEMMA, query_pre_attn_scalar=8).to_dict(),
+        vision_config={"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8},
     ),
-    "llama": lambda: LlamaForCausalLM(
-        LlamaConfig(hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, **SIZES)
-    ),
+    "qwen 2": transformers.Qwen2Config(**GROUPED),
+    "qwen 3": transformers.Qwen3Config(**GROUPED, head_dim=8),
 }
+# What each family adds to its residual stream, and where its final norm is.
+ADDED = {
+    "gpt2": ("attn", "mlp", "ln_f"),
+    "neox": ("attention", "mlp", "final_layer_norm"),
+    "llama": ("self_attn", "mlp", "norm"),
+    "gemma": ("post_attention_layernorm", "post_feedforward_layernorm", "norm"),
+    "qwen": ("self_attn", "mlp", "norm"),
+}
+IDS = torch.randint(2, 50, (3, 8), generator=torch.Generator().manual_seed(0))
+SITES = ("residual_after", "residual_before", "attention", "mlp")
+
+
+def tiny(family, dtype=torch.float32):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(TINY[family])
+    with torch.no_grad():
+        for parameter in model.parameters():  # No zeros and ones, under which norms and biases would not show.
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model.to(dtype).eval()
+
+
+def added(family):
+    return next(names for name, names in ADDED.items() if family.startswith(name))
+
+
+def by_hand(model, module):
+    """What a module gave, by a hook of one's own."""
+    caught = []
+    hook = module.register_forward_hook(lambda m, inputs, output: caught.append(output))
+    with torch.inference_mode():
+        model(IDS)
+    hook.remove()
+    return caught[0][0] if isinstance(caught[0], tuple) else caught[0]
 
 
 @pytest.mark.parametrize("family", TINY)
-def test_vectors_are_the_hidden_states_and_putting_them_back_changes_nothing(family):
-    model = TINY[family]().eval()
-    ids = torch.randint(2, 50, (3, 8), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        whole = model(ids, output_hidden_states=True)
+def test_residual_vectors_are_the_hidden_states(family):
+    model = tiny(family)
+    with torch.inference_mode():
+        states = model(IDS, output_hidden_states=True).hidden_states
+    for layer in (1, 2, 3):
+        assert torch.equal(LanguageModel(tiny(family), layer).vectors(IDS), states[layer])
+        assert torch.equal(LanguageModel(tiny(family), layer, "residual_before").vectors(IDS), states[layer - 1])
+    last = LanguageModel(tiny(family), 4).vectors(IDS)  # hidden_states have the final norm there already
+    assert not torch.allclose(last, states[4])
+    with torch.inference_mode():
+        assert torch.equal(getattr(model.get_decoder(), added(family)[2])(last), states[4])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", TINY)
+def test_sublayers_are_what_is_added_to_the_stream(family, dtype):
+    *names, _ = added(family)
     for layer in (1, 3):
-        reader = LanguageModel(TINY[family]().eval(), layer)
-        reader._model.load_state_dict(model.state_dict())
-        vectors = reader.vectors(ids)
-        assert torch.equal(vectors, whole.hidden_states[layer])
-        torch.testing.assert_close(reader.logits(ids, vectors), whole.logits)
-        assert not torch.allclose(reader.logits(ids, vectors + 1), whole.logits)
+        model = tiny(family, dtype)
+        block = next(c for c in model.get_decoder().children() if isinstance(c, nn.ModuleList))[layer - 1]
+        found = [LanguageModel(tiny(family, dtype), layer, site).vectors(IDS) for site in ("attention", "mlp")]
+        for vectors, name in zip(found, names, strict=True):
+            assert vectors.dtype == dtype
+            assert torch.equal(vectors, by_hand(model, getattr(block, name)))
+
+
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("family", TINY)
+def test_a_model_goes_on_from_its_own_vectors_as_if_nothing_had_happened(family, site):
+    model = tiny(family)
+    with torch.inference_mode():
+        logits = model(IDS).logits
+    for layer in (1, 3):
+        reader = LanguageModel(tiny(family), layer, site)
+        vectors = reader.vectors(IDS)
+        assert torch.equal(reader.logits(IDS, vectors), logits)
+        moved = reader.logits(IDS, vectors + torch.randn(16, generator=torch.Generator().manual_seed(0)))
+        assert not torch.allclose(moved, logits, atol=1e-3)
+        assert torch.equal(reader.vectors(IDS), vectors)  # nothing stays behind
+        assert torch.equal(LanguageModel(tiny(family), layer, site).logits(IDS, vectors), logits)  # nor is it needed
+
+
+def test_a_layer_that_is_no_sum_of_its_parts_has_no_sublayers():
+    config = transformers.BloomConfig(hidden_size=16, n_layer=2, n_head=2, **SIZES)
+    assert LanguageModel(transformers.BloomForCausalLM(config).eval(), 1).vectors(IDS).shape == (3, 8, 16)
+    with pytest.raises(BadSetting, match="BloomBlock is not the sum .*: read residual_after"):
+        LanguageModel(transformers.BloomForCausalLM(config).eval(), 1, "mlp").vectors(IDS)
+
+
+def test_sizes_count_what_a_site_spares():
+    whole, head = LanguageModel(tiny("llama"), 4).n_parameters()
+    below, above = LanguageModel(tiny("llama"), 2).n_parameters()
+    assert (below, above) == (whole // 2, whole // 2 + head)
+    assert LanguageModel(tiny("llama"), 2, "residual_before").n_parameters() == (whole // 4, whole * 3 // 4 + head)
+    assert LanguageModel(tiny("llama"), 2, "mlp").n_parameters() == (whole // 2, whole + head)
 
 
 def test_a_layer_may_be_a_share_of_the_depth(tmp_path):
-    TINY["gpt2"]().save_pretrained(tmp_path)
+    tiny("gpt2").save_pretrained(tmp_path)
     assert [layer_number(str(tmp_path), layer) for layer in (3, 0.5, 0.01, 0.9)] == [3, 2, 1, 4]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gpu", "device = 'gpu' is no device that posmask runs on: write cpu, cuda, cuda:1 or mps"),
+        ("meta", "device = 'meta' is no device"),
+        ("cuda:99", "device = 'cuda:99' is not on this machine"),
+    ],
+)
+def test_devices_that_are_not_there_are_said_in_a_sentence(name, message):
+    check_device("cpu")
+    with pytest.raises(BadSetting, match=message):
+        load_model("never looked at", 1, "float32", device=name)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Answers as the hub does to a name that does not exist and to a gated one (huggingface_hub's error codes)."""
+
+    def do_GET(self):
+        code, kind = (403, "GatedRepo") if "gated/" in self.path else (401, "RepoNotFound")
+        self.send_response(code)
+        self.send_header("X-Error-Code", kind)
+        self.send_header("X-Error-Message", "no")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def log_message(self, *args):
+        pass
+
+
+LOAD = """
+import sys
+from posmask.errors import BadSetting
+from posmask.model import layer_number, load_model, load_tokenizer, weights_identity
+loads = (
+    lambda name: load_model(name, 1, "float32"), load_tokenizer, weights_identity, lambda name: layer_number(name, .5)
+)
+for load in loads[:int(sys.argv[2])]:
+    try:
+        load(sys.argv[1])
+    except BadSetting as error:
+        print(error)
+"""
+
+
+@pytest.fixture(scope="module")
+def hub():
+    server = HTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("name", "n_loads", "setting", "message"),
+    [
+        ("gated/model", 4, {}, "it is gated): accept its terms on its page on the hub, then run `hf auth login`"),
+        ("no/such", 4, {}, "the hub has no model of that name that you may read): check the name"),
+        ("no/such", 4, {"HF_HUB_OFFLINE": "1"}, "switched off by HF_HUB_OFFLINE): connect once to download it"),
+        # huggingface_hub asks again and again, for half a minute.
+        pytest.param("no/such", 1, {"HF_ENDPOINT": "http://127.0.0.1:9"}, "out of reach", marks=pytest.mark.slow),
+    ],
+)
+def test_what_the_hub_refuses_is_said_with_what_to_do(hub, tmp_path, name, n_loads, setting, message):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub, "HF_HOME": str(tmp_path), **setting}
+    command = [sys.executable, "-c", LOAD, name, str(n_loads)]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    lines = run.stdout.splitlines()
+    assert len(lines) == n_loads, run.stderr
+    for line in lines:
+        assert line.startswith(f"model '{name}' cannot be loaded (")
+        assert message in line

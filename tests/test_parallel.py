@@ -1,6 +1,7 @@
 """Several processes train one SAE as one process would: by data and by position, over gloo."""
 
 import multiprocessing
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch.distributed as dist
 from conftest import D_MODEL, D_SAE, MASKS, N_POSITIONS, RULES, make_sae
 from posmask import parallel
 from posmask.activations import Activations, training_batches
+from posmask.checkpoints import Checkpoints
 from posmask.errors import BadSetting
 from posmask.mask_kinds import make_mask, mask_settings
 from posmask.parallel import ByData, ByPosition
@@ -20,8 +22,15 @@ SETTINGS = TrainingSettings(n_steps=30, batch_tokens=240, learning_rate=5e-3, de
 EVEN = torch.ones(16)
 
 
-def trained(folder, kind, rule, together=None):
-    """The curve, the SAE and the bytes sent of one process, by data or by position among others, or alone."""
+class _Stopped(Exception):
+    pass
+
+
+def trained(folder, kind, rule, together=None, kept=None, write_at=0, stop=False):
+    """The curve, the SAE and the bytes sent of one process, by data or by position among others, or alone.
+
+    With `kept` it goes on from the newest checkpoint there, and writes one after step `write_at`.
+    """
     activations = Activations(folder)
     mask = make_mask(mask_settings(MASKS[kind]), N_POSITIONS, D_SAE)
     sae = SparseAutoencoder(D_MODEL, rule_settings(RULES[rule]), mask)
@@ -32,8 +41,19 @@ def trained(folder, kind, rule, together=None):
         n_tokens = torch.bincount(activations.position[activations.keep].long(), minlength=16)
         way = ByData(sae) if together == "data" else ByPosition(sae, n_tokens)
         part, mine, rest = getattr(way, "part", sae), way.mine, {"together": way}
-    batches = training_batches(activations, SETTINGS.batch_tokens, SETTINGS.n_steps, 0, mine=mine)
-    curve = train(part, batches, SETTINGS, "test", **rest).curve
+    checkpoints = None if kept is None else Checkpoints(Path(kept), {"what": kind})
+    behind = 0 if checkpoints is None else checkpoints.done
+
+    def after_step(done):
+        if stop and done > write_at:
+            raise _Stopped
+        if checkpoints is not None:
+            checkpoints.due = lambda at_end: done == write_at
+
+    batches = training_batches(
+        activations, SETTINGS.batch_tokens, SETTINGS.n_steps - behind, 0, after=behind, mine=mine
+    )
+    curve = train(part, batches, SETTINGS, "test", after_step, checkpoints, **rest).curve
     return curve, way.join_() if together == "position" else sae, getattr(way, "bytes_sent", 0)
 
 
@@ -54,13 +74,13 @@ CASES = {
 }
 
 
-def one_of(rank, n_processes, meeting, folder, out):
+def one_of(rank, n_processes, meeting, folder, kept, out):
     """What each process does: all cases, so that starting it is paid for once."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=n_processes)
     try:
         for number, (together, kind, rule) in enumerate(CASES[n_processes]):
-            curve, sae, sent = trained(folder, kind, rule, together)
+            curve, sae, sent = trained(folder, kind, rule, together, f"{kept}-{number}", write_at=20)
             found = {"curve": [vars(point) for point in curve], "sae": sae.state_dict(), "sent": sent}
             torch.save(found, f"{out}-{number}-{rank}")
     finally:
@@ -70,7 +90,10 @@ def one_of(rank, n_processes, meeting, folder, out):
 @pytest.mark.parametrize("n_processes", CASES)
 def test_several_processes_train_as_one_does_and_by_position_little_travels(activations, tmp_path, n_processes):
     spawn = multiprocessing.get_context("spawn")
-    given = (n_processes, tmp_path / "meeting", activations.folder, tmp_path / "found")
+    given = (n_processes, tmp_path / "meeting", activations.folder, tmp_path / "kept", tmp_path / "found")
+    for number, (_, kind, rule) in enumerate(CASES[n_processes]):
+        with pytest.raises(_Stopped):
+            trained(activations.folder, kind, rule, None, tmp_path / f"kept-{number}", write_at=10, stop=True)
     processes = [spawn.Process(target=one_of, args=(rank, *given)) for rank in range(n_processes)]
     for process in processes:
         process.start()
@@ -79,8 +102,10 @@ def test_several_processes_train_as_one_does_and_by_position_little_travels(acti
         assert process.exitcode == 0
     for number, (together, kind, rule) in enumerate(CASES[n_processes]):
         curve, sae, _ = trained(activations.folder, kind, rule)
-        for rank in range(n_processes):
-            found = torch.load(tmp_path / f"found-{number}-{rank}", weights_only=True)
+        on, on_sae, _ = trained(activations.folder, kind, rule, None, tmp_path / f"kept-{number}")  # after step 20
+        own = {"curve": [vars(point) for point in on], "sae": on_sae.state_dict(), "sent": 0}
+        others = [torch.load(tmp_path / f"found-{number}-{rank}", weights_only=True) for rank in range(n_processes)]
+        for found in (own, *others):
             for one, other in zip(curve, found["curve"], strict=True):
                 for name, value in vars(one).items():
                     assert other[name] == pytest.approx(value, rel=1e-5), (together, kind, rule, one.step, name)
@@ -88,8 +113,9 @@ def test_several_processes_train_as_one_does_and_by_position_little_travels(acti
                 torch.testing.assert_close(found["sae"][name], tensor, rtol=1e-4, atol=1e-5)
             if together == "position":
                 each_step = 4 * 12 + 8 * 12  # the decoder bias, and a few sums
+                keeping = 3 * 4 * (D_SAE * (2 * 12 + 8) + 12)  # a checkpoint: weights and two moments
                 joining = 4 * (D_SAE * (2 * 12 + 8) + 12)  # once, at the end
-                assert found["sent"] < joining + SETTINGS.n_steps * each_step
+                assert found["sent"] < joining + keeping + SETTINGS.n_steps * each_step
 
 
 @pytest.fixture

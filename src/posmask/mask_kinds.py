@@ -524,6 +524,10 @@ class Split(PositionMask):
 
     settings: Settings
     _window: Tensor
+    towards: Float[Tensor, "pair d_model"] | None
+    """The sum of z * r for each pair of a window and a latent that is live there; None until there is any."""
+    squares: Float[Tensor, " pair"] | None
+    """The sum of z^2."""
 
     def _start(self, random: torch.Generator) -> None:
         ask = self.settings
@@ -550,7 +554,8 @@ class Split(PositionMask):
         openness[:, : self._n_live] = 1
         self._fix(openness)
         self.register_buffer("_window", _blocks(self.n_positions, ask.n_windows), persistent=False)
-        self._gathered: tuple[Tensor, Tensor, Tensor] | None = None
+        for name in ("towards", "squares"):
+            self.register_buffer(name, None, persistent=False)
         self.watches = False
 
     def _splitting_steps(self, n_steps: int) -> list[int]:
@@ -568,26 +573,22 @@ class Split(PositionMask):
         return self.fixed_openness[first]
 
     def observe(self, seen: Observed) -> None:
-        """Sums of z * r and of z^2 for each pair of a window and a latent live there."""
-        if self._gathered is None:
-            by_window = self._by_window()
-            pair_of = (by_window > 0).view(-1).cumsum(0).view_as(by_window) - 1
+        """Gather the sums, in the order of windows and, in each, of latents."""
+        by_window = self._by_window()
+        pair_of = (by_window > 0).view(-1).cumsum(0).view_as(by_window) - 1
+        if self.towards is None or self.squares is None:
             n_pairs = int(by_window.sum())
-            self._gathered = (
-                pair_of,
-                torch.zeros(n_pairs, seen.residual.shape[1], dtype=seen.residual.dtype),
-                torch.zeros(n_pairs, dtype=seen.residual.dtype),
-            )
-        pair_of, towards, squares = self._gathered
+            self.towards = seen.residual.new_zeros(n_pairs, seen.residual.shape[1])
+            self.squares = seen.residual.new_zeros(n_pairs)
         bound = seen.latent >= self.n_free
         token, latent, value = seen.token[bound], seen.latent[bound] - self.n_free, seen.value[bound]
-        pairs = kernels.Grouped(pair_of[self._window[seen.place[token]], latent], len(squares))
-        towards += pairs.sum_rows(value, seen.residual, token)
-        squares += pairs.sum(value.square())
+        pairs = kernels.Grouped(pair_of[self._window[seen.place[token]], latent], len(self.squares))
+        self.towards += pairs.sum_rows(value, seen.residual, token)
+        self.squares += pairs.sum(value.square())
 
     def after_step(self, done: int, n_steps: int) -> Copies | None:
         steps = self._splitting_steps(n_steps)
-        if done not in steps or self._gathered is None:
+        if done not in steps or self.towards is None:
             return None
         n_moments = max(number for number, step in enumerate(steps, start=1) if step == done)
         n_now = int((self.fixed_openness.amax(0) > 0).sum())
@@ -596,13 +597,13 @@ class Split(PositionMask):
 
     def gains(self) -> tuple[Float[Tensor, "cut bound"], Float[Tensor, "window bound"]]:
         """What each latent would gain from a cut before windows 1, 2, ..; -inf where it is not open on both sides."""
-        assert self._gathered is not None
-        _, towards, squares = self._gathered
+        assert self.towards is not None
+        assert self.squares is not None
         by_window = self._by_window()
         alive = (by_window.amax(0) > 0).nonzero()[:, 0]
         window, slot = by_window[:, alive].nonzero(as_tuple=True)  # in the order of the pairs
-        # G = towards + squares * decoder, whose second part is the same for all of a latent's windows and cancels.
-        pulled, squares = towards.double(), squares.double()
+        # G = towards + squares * decoder row, whose second part is the same for all of a latent's windows and cancels.
+        pulled, squares = self.towards.double(), self.squares.double()
         total = pulled.new_zeros(len(alive), pulled.shape[1]).index_add_(0, slot, pulled)
         weight = pulled.new_zeros(len(alive)).index_add_(0, slot, squares)
         before, before_weight = torch.zeros_like(total), torch.zeros_like(weight)
@@ -628,7 +629,7 @@ class Split(PositionMask):
         by_window[:, child] = by_window[:, parent] * later
         by_window[:, parent] *= ~later
         self.fixed_openness.copy_(by_window[self._window])
-        self._gathered = None
+        self.towards = self.squares = None
         self._changed()
         copies = Copies(parent + self.n_free, child + self.n_free)
         self.copied_from[copies.target] = self.copied_from[copies.source]

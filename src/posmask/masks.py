@@ -105,7 +105,9 @@ class Copies:
 class PositionMask(nn.Module):
     """How open each latent is at each position. Abstract: the kinds are in `mask_kinds.py`.
 
-    A kind decides over the bound latents, those after the first `n_free`, in `_start` and `_bound_openness`.
+    A kind decides over the bound latents, those after the first `n_free`, in `_start` and `_bound_openness`. Whatever
+    its training changes from step to step is a buffer, so that checkpoints hold it: persistent where the trained SAE
+    needs it too, else not. What follows from the number of steps done is set in `before_step`.
 
     Args:
         n_positions: length of the context, position 0 (BOS) included.
@@ -115,6 +117,8 @@ class PositionMask(nn.Module):
 
     Settings: ClassVar[type[MaskSettings]]
     fixed_openness: Tensor
+    copied_from: Int[Tensor, " latent"]
+    """Latents with the same number here are copies of one latent, see `tie`."""
     learns: bool = False
     """Whether training should hand `learn` the gradient of the loss with respect to the table."""
     reads_vectors: bool = False
@@ -134,8 +138,7 @@ class PositionMask(nn.Module):
         self._groups: list[LiveGroup] | None = None
         self._live: Tensor | None = None
         self._strict: bool | None = None
-        self.copied_from: Int[Tensor, " latent"] = torch.arange(d_sae)
-        """Latents with the same number here are copies of one latent, see `tie`. Known to training only, not saved."""
+        self.register_buffer("copied_from", torch.arange(d_sae), persistent=False)
         self._start(generator(seed, f"mask {settings.kind}"))
 
     def _start(self, random: torch.Generator) -> None:

@@ -1,16 +1,18 @@
-"""A causal language model by name, folder or GGUF file: load it, run it to one layer and stop there."""
+"""A causal language model by name, folder or GGUF file: load it, run it to one site and stop there, or go on from it."""
 
 import contextlib
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
+import httpx
 import torch
 import transformers
+from huggingface_hub import errors as hub_errors
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -23,6 +25,8 @@ from posmask.progress import announce
 __all__ = [
     "EMBEDDED_MODEL",
     "LanguageModel",
+    "Site",
+    "check_device",
     "convert_gguf",
     "embedded_model_folder",
     "fast_precision",
@@ -50,52 +54,91 @@ _EMBEDDED_SHAPE = {
 }
 
 ModelPrecision = Literal["float32", "bfloat16"]
+Site = Literal["residual_after", "residual_before", "attention", "mlp"]
 
 
 class LanguageModel:
-    """A loaded model, for reading vectors out of the residual stream.
+    """A loaded model, for reading vectors at one site of it and for running it on from others.
+
+    Knows no family of models: layers are what the decoder holds in one list, and the sublayers of a layer are found by
+    adding up (see `_sublayers`).
 
     Args:
-        layer: vectors are read after this many layers: `hidden_states[layer]` of transformers, and
-            `blocks.{layer - 1}.hook_resid_post` of TransformerLens.
+        layer: the number of a layer, from 1.
+        site: where at that layer. `residual_after`: the residual stream after it, `hidden_states[layer]` of transformers
+            and `blocks.{layer - 1}.hook_resid_post` of TransformerLens; after the last layer, before the final norm,
+            which `hidden_states` already has there. `residual_before`: the same before it, `hidden_states[layer - 1]`.
+            `attention`, `mlp`: what that sublayer adds to the residual stream, so behind a norm that follows it.
     """
 
-    def __init__(self, model: Any, layer: int) -> None:
+    def __init__(self, model: Any, layer: int, site: Site = "residual_after") -> None:
         self._model = model
         self._body = model.get_decoder()  # without the head, whose product costs as much as several layers
-        layers = _decoder_layers(self._body, model.config.num_hidden_layers)
+        self._config = model.config.get_text_config()
+        layers = _decoder_layers(self._body, self._config.num_hidden_layers)
         if not 1 <= layer <= len(layers):
             raise BadSetting(
                 f"layer = {layer} does not exist: the model has {len(layers)} layers, choose 1 to {len(layers)}"
             )
         self.layer = layer
-        self.d_model = int(model.config.hidden_size)
-        self._longest = getattr(model.config, "max_position_embeddings", None)
+        self.site: Site = site
+        self.d_model = int(self._config.hidden_size)
+        self._longest = getattr(self._config, "max_position_embeddings", None)
         self._caught: Tensor | None = None
         self._replacement: Tensor | None = None
-        self._below = list(layers)[:layer]
-        layers[layer - 1].register_forward_hook(self._at_layer)
+        self._layer = layers[layer - 1]
+        self._below = list(layers)[: layer - (site == "residual_before")]
+        # What need not run where the vectors are given: a sublayer's lie beside the stream, which still has to come.
+        self._spared = self._below if site.startswith("residual") else []
+        self._is_hooked = site.startswith("residual")
+        if site == "residual_after":
+            self._layer.register_forward_hook(self._at_output)
+        elif site == "residual_before":
+            self._layer.register_forward_pre_hook(self._at_input, with_kwargs=True)
 
-    def _at_layer(self, module: nn.Module, inputs: Any, output: Any) -> Any:
-        is_tuple = isinstance(output, tuple)
+    def _at_output(self, module: nn.Module, inputs: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (self._at_site(output[0]), *output[1:])
+        return self._at_site(output)
+
+    def _at_input(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if args:
+            return (self._at_site(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self._at_site(kwargs["hidden_states"])}
+
+    def _at_site(self, vectors: Tensor) -> Tensor:
         if self._replacement is not None:
-            return (self._replacement, *output[1:]) if is_tuple else self._replacement
-        self._caught = output[0] if is_tuple else output
+            return self._replacement.to(vectors.dtype)
+        self._caught = vectors
         raise _Stop
+
+    def _hook_sublayer(self, ids: Int[Tensor, "context position"]) -> None:
+        if not self._is_hooked:
+            attention, mlp = _sublayers(self._body, self._layer, ids[:1])
+            (attention if self.site == "attention" else mlp).register_forward_hook(self._at_output)
+            self._is_hooked = True
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return next(self._body.parameters()).device
 
     @property
     def n_vocabulary(self) -> int:
-        return int(self._model.config.vocab_size)
+        return int(self._config.vocab_size)
 
     def n_parameters(self) -> tuple[int, int]:
-        """By how many numbers a token is multiplied up to the layer, and after it with the head.
+        """By how many numbers a token is multiplied to read its vector, and to go on from it to the logits.
 
         Embeddings are looked up and count as none.
         """
-        below = sum(parameter.numel() for block in self._below for parameter in block.parameters())
+        below, spared = (
+            sum(parameter.numel() for block in blocks for parameter in block.parameters())
+            for blocks in (self._below, self._spared)
+        )
         every = sum(parameter.numel() for parameter in self._body.parameters())
         head = self._model.get_output_embeddings()
-        above = every - below - self._body.get_input_embeddings().weight.numel()
+        above = every - spared - self._body.get_input_embeddings().weight.numel()
         return below, above + (0 if head is None else head.weight.numel())
 
     def check_length(self, n_positions: int) -> None:
@@ -110,28 +153,35 @@ class LanguageModel:
 
     @torch.inference_mode()
     def vectors(self, ids: Int[Tensor, "context position"]) -> Float[Tensor, "context position d_model"]:
-        """The residual stream after `layer`, in the model's precision. Later positions do not affect earlier ones."""
+        """The vectors at the site, in its precision, on the CPU. Later positions do not affect earlier ones."""
+        ids = ids.to(self.device)
         with contextlib.suppress(_Stop), fast_float32():
+            self._hook_sublayer(ids)
             self._body(input_ids=ids, use_cache=False)
         assert self._caught is not None
         caught, self._caught = self._caught, None
-        return caught
+        return caught.cpu()
 
     @torch.inference_mode()
     def logits(
         self, ids: Int[Tensor, "context position"], vectors: Float[Tensor, "context position d_model"]
     ) -> Float[Tensor, "context position vocabulary"]:
-        """Next-token logits when `vectors` stand in the residual stream after `layer`; the layers below do not run."""
-        self._replacement = vectors.to(next(self._body.parameters()).dtype)
-        for block in self._below:
-            block.forward = _pass_on
-        try:
-            with fast_float32():
+        """Next-token logits when `vectors` stand at the site, on the model's device.
+
+        Layers below do not run where the site is the residual stream.
+        """
+        ids = ids.to(self.device)
+        with fast_float32():
+            self._hook_sublayer(ids)
+            self._replacement = vectors.to(self.device)
+            for block in self._spared:
+                block.forward = _pass_on
+            try:
                 return self._model(input_ids=ids, use_cache=False).logits
-        finally:
-            self._replacement = None
-            for block in self._below:
-                del block.forward  # the instance's; the class's own shows again
+            finally:
+                self._replacement = None
+                for block in self._spared:
+                    del block.forward  # the instance's; the class's own shows again
 
 
 def _pass_on(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -149,10 +199,86 @@ def _decoder_layers(body: nn.Module, n_layers: int) -> nn.ModuleList:
     return lists[0]
 
 
-def fast_precision() -> ModelPrecision:
-    """bfloat16 where the processor multiplies it natively, else float32."""
-    if torch.cuda.is_available():
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+def _sublayers(body: nn.Module, layer: nn.Module, ids: Int[Tensor, "context position"]) -> tuple[nn.Module, nn.Module]:
+    """(attention, MLP) of a layer: the two parts whose outputs, added to what goes in, give what comes out.
+
+    Where norms follow the sublayers, these are the parts that fit. Attention is computed first in every family known.
+
+    Raises:
+        BadSetting: no two parts add up, as where a sublayer adds the stream itself.
+    """
+    stream: list[Tensor] = []
+    parts: list[tuple[nn.Module, Tensor]] = []
+
+    def at_input(module: nn.Module, args: Any, kwargs: Any) -> None:
+        stream.append(args[0] if args else kwargs["hidden_states"])
+
+    def at_output(module: nn.Module, inputs: Any, output: Any) -> None:
+        vectors = output[0] if isinstance(output, tuple) else output
+        if module is layer:
+            stream.append(vectors)
+            raise _Stop
+        if isinstance(vectors, Tensor) and vectors.shape == stream[0].shape:
+            parts.append((module, vectors))
+
+    hooks = [layer.register_forward_pre_hook(at_input, with_kwargs=True)]
+    hooks += [module.register_forward_hook(at_output) for module in (layer, *layer.children())]
+    with contextlib.suppress(_Stop):
+        body(input_ids=ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    before, after = (some.float() for some in stream)
+    added = after - before
+    misses = {
+        (one, other): float((parts[one][1].float() + parts[other][1].float() - added).norm() / added.norm())
+        for one in range(len(parts))
+        for other in range(one + 1, len(parts))
+    }
+    found = min(misses, key=misses.__getitem__, default=None)
+    if found is None or not misses[found] < _ROUNDING:
+        raise BadSetting(
+            f"{type(layer).__name__} is not the sum of what goes in and of two of its parts, so posmask cannot tell its "
+            "sublayers: read residual_after or residual_before"
+        )
+    return parts[found[0]][0], parts[found[1]][0]
+
+
+_ROUNDING = (
+    0.2  # The stream may be much longer than what a layer adds, and is rounded as a whole; wrong parts miss by 1.
+)
+
+
+def check_device(name: str) -> None:
+    """
+    Raises:
+        BadSetting: no such device, or none on this machine.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in _DEVICES:
+        raise BadSetting(f"device = {name!r} is no device that posmask runs on: write cpu, cuda, cuda:1 or mps")
+    if (device.index or 0) >= _DEVICES[device.type]():
+        raise BadSetting(
+            f"device = {name!r} is not on this machine, as torch {torch.__version__} sees it: choose another (cpu is "
+            "everywhere), or install the build of torch for it"
+        )
+
+
+_DEVICES: dict[str, Callable[[], int]] = {
+    "cpu": lambda: 1,
+    "cuda": lambda: torch.cuda.device_count(),
+    "mps": lambda: int(torch.backends.mps.is_available()),
+}
+
+
+def fast_precision(device: str = "cpu") -> ModelPrecision:
+    """bfloat16 where the processor, or the device, multiplies it natively, else float32."""
+    if device.startswith("cuda"):
+        return "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
+    if device != "cpu":
+        return "float32"
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="utf8")
     except OSError:
@@ -161,25 +287,53 @@ def fast_precision() -> ModelPrecision:
 
 
 def model_folder(name: str) -> str:
-    """What transformers should load for a model's name: the embedded model's folder, or the name itself."""
-    return str(embedded_model_folder()) if name == EMBEDDED_MODEL else name
+    """What transformers should load for a model's name: the folder of one that is converted, or the name itself."""
+    if name == EMBEDDED_MODEL:
+        return str(embedded_model_folder())
+    return str(_converted(Path(name))) if _is_gguf(name) else name
 
 
-def load_model(name: str, layer: int, precision: ModelPrecision, *, local_only: bool = False) -> LanguageModel:
-    """Load a causal LM.
+def _is_gguf(name: str) -> bool:
+    return name.endswith(".gguf")
+
+
+def _converted(gguf: Path) -> Path:
+    """The folder of a GGUF file's model, in the cache, converted on first use."""
+    if not gguf.is_file():
+        raise BadSetting(f"there is no GGUF file {gguf}: give the path of one, a folder, or a name on the hub")
+    made_from = {"gguf": file_sha256(gguf), "converter": 1}
+    folder = assets.cache_folder() / "models" / f"{gguf.stem}-{identity(made_from)}"
+    if not finished(folder, made_from):
+        announce(f"Converting {gguf}, once per user.")
+        with write_folder(folder, made_from) as draft:
+            convert_gguf(gguf, draft)
+    return folder
+
+
+def load_model(
+    name: str,
+    layer: int,
+    precision: ModelPrecision,
+    *,
+    site: Site = "residual_after",
+    device: str = "cpu",
+    local_only: bool = False,
+) -> LanguageModel:
+    """Load a causal LM, any that `AutoModelForCausalLM` of transformers does.
 
     Args:
-        name: `embedded:SmolLM2-135M-Instruct`, a name on the hub, or a folder.
+        name: `embedded:SmolLM2-135M-Instruct`, a name on the hub, a folder, or a GGUF file.
         local_only: download nothing from the hub.
 
     Raises:
-        BadSetting: no such model (here, where `local_only`), or it has no such layer.
+        BadSetting: no such model (here, where `local_only`), it has no such layer, or there is no such device.
     """
+    check_device(device)
     with _loading(name) as source:
         model = transformers.AutoModelForCausalLM.from_pretrained(
             source, dtype=getattr(torch, precision), local_files_only=local_only
         )
-    return LanguageModel(model.eval(), layer)
+    return LanguageModel(model.eval().to(device), layer, site)
 
 
 def layer_number(name: str, layer: int | float) -> int:
@@ -191,10 +345,11 @@ def layer_number(name: str, layer: int | float) -> int:
     if isinstance(layer, int):
         return layer
     with _loading(name) as source:
-        return max(1, round(layer * transformers.AutoConfig.from_pretrained(source).num_hidden_layers))
+        config = transformers.AutoConfig.from_pretrained(source).get_text_config()
+    return max(1, round(layer * config.num_hidden_layers))
 
 
-def load_outline(name: str, layer: int) -> LanguageModel:
+def load_outline(name: str, layer: int, site: Site = "residual_after") -> LanguageModel:
     """A model without its weights, for its sizes: it cannot run. Downloads nothing.
 
     Raises:
@@ -205,7 +360,8 @@ def load_outline(name: str, layer: int) -> LanguageModel:
         if name == EMBEDDED_MODEL:
             config = transformers.LlamaConfig(**_EMBEDDED_SHAPE)
         else:
-            config = transformers.AutoConfig.from_pretrained(name, local_files_only=True)
+            source = model_folder(name) if _is_gguf(name) else name
+            config = transformers.AutoConfig.from_pretrained(source, local_files_only=True)
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError):
@@ -213,7 +369,7 @@ def load_outline(name: str, layer: int) -> LanguageModel:
             f"model {name!r} has no config.json of a causal language model on this machine, and nothing is downloaded "
             f"for it: give a folder that holds it, or {EMBEDDED_MODEL}"
         ) from None
-    return LanguageModel(model, layer)
+    return LanguageModel(model, layer, site)
 
 
 def is_embedded_here() -> bool:
@@ -244,10 +400,37 @@ def _loading(name: str) -> Iterator[str]:
     try:
         yield model_folder(name)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise BadSetting(
-            f"model {name!r} cannot be loaded ({reason}): give a hub name, a folder, or {EMBEDDED_MODEL}"
-        ) from error
+        raise BadSetting(f"model {name!r} cannot be loaded ({_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """Why, a closing bracket, and what to do."""
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(cause)
+    for kind, said in _HUB_ERRORS:
+        if any(isinstance(cause, kind) for cause in causes):
+            return said
+    first_line = str(error).strip().partition("\n")[0]
+    return f"{first_line}): give a hub name, a folder, a GGUF file, or {EMBEDDED_MODEL}"
+
+
+_HUB_ERRORS = (
+    (
+        hub_errors.GatedRepoError,
+        "it is gated): accept its terms on its page on the hub, then run `hf auth login` or set HF_TOKEN",
+    ),
+    (
+        hub_errors.RepositoryNotFoundError,
+        "no such folder, and the hub has no model of that name that you may read): check the name; for a private one "
+        "run `hf auth login` or set HF_TOKEN",
+    ),
+    (
+        (hub_errors.OfflineModeIsEnabled, hub_errors.LocalEntryNotFoundError, httpx.TransportError),
+        "no such folder, and the hub is out of reach or switched off by HF_HUB_OFFLINE): connect once to download it, "
+        "or give a folder that holds it",
+    ),
+)
 
 
 def _quiet_transformers() -> None:

@@ -18,7 +18,7 @@ from posmask.choosing import LargestOfToken
 from posmask.errors import BadSetting
 from posmask.objective import StepLoss
 from posmask.sae import Codes, SparseAutoencoder
-from posmask.training import Alone
+from posmask.training import Alone, rows_of_latents
 
 __all__ = ["ByData", "ByPosition"]
 
@@ -49,8 +49,15 @@ class _Together(Alone):
         self.bytes_sent += padded.numel() * padded.element_size()
         return [part[:size] for part, size in zip(found, sizes, strict=True)]
 
+    @property
+    def leads(self) -> bool:  # type: ignore[override]
+        return self.rank == 0
+
     def totals(self, *values: float) -> list[float]:
         return self._sum_(torch.tensor(values, dtype=torch.float64)).tolist()
+
+    def decided(self, whether: bool) -> bool:
+        return self.totals(float(whether and self.leads))[0] > 0
 
 
 def _one_hot(place: int, length: int, value: int, device: torch.device) -> Int[Tensor, " place"]:
@@ -141,6 +148,19 @@ class ByPosition(_Together):
         norm = (self._sum_(own) + shared).sqrt()
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
 
+    def whole(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        found = dict(state)
+        for name in rows_of_latents(self.part, state):
+            found[name] = state[name].new_zeros(self._whole.d_sae, *state[name].shape[1:])
+            for latents, rows in zip(self._latents, self._all(state[name]), strict=True):
+                found[name][latents] = rows
+        return found | _mask_state(self._whole)
+
+    def part_of(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        rows = rows_of_latents(self.part, state)
+        own = {name: tensor[self._latents[self.rank]] if name in rows else tensor for name, tensor in state.items()}
+        return own | _mask_state(self.part)
+
     def join_(self) -> SparseAutoencoder:
         """Put all parts back into the SAE that was divided, in every process; returns it."""
         with torch.no_grad():
@@ -149,6 +169,11 @@ class ByPosition(_Together):
                     whole[latents] = rows
             self._whole.decoder_bias.copy_(self.part.decoder_bias)
         return self._whole
+
+
+def _mask_state(sae: SparseAutoencoder) -> dict[str, Tensor]:
+    """The entries of a checkpoint that are a mask's: where it can be divided by position, nothing moves them."""
+    return {f"sae.{name}": tensor for name, tensor in sae.named_buffers() if name.startswith("mask.")}
 
 
 def _check_rule(sae: SparseAutoencoder) -> None:

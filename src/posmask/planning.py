@@ -89,7 +89,7 @@ def plan(study: StudySettings, root: Path, rates: Rates | None = None) -> Plan:
     Raises:
         BadSetting: the model's sizes are unknown here, it has no such layer, or it is too short for the contexts.
     """
-    outline = model.load_outline(study.model.name, Source(study.model).layer)
+    outline = model.load_outline(study.model.name, Source(study.model, study.device).layer, study.model.site)
     outline.check_length(study.corpus.n_positions)
     (_, baselines), *states = cell_states(study, root)
     left = Counter(label.rpartition("-seed")[0] for label, state in states if state != "finished")
@@ -119,7 +119,7 @@ def _sets(study: StudySettings, root: Path, *, any_finished: bool) -> list[_Set]
     """What a study harvests: counted where it is there, else as the settings and `_TOKENS_A_TEXT` say."""
     texts, ask, n_positions = study.corpus, study.evaluation, study.corpus.n_positions
     found = list(_manifests(root))
-    shared = {"n_positions": n_positions, "model": Source(study.model).made_from} if found else {}
+    shared = {"n_positions": n_positions, "model": Source(study.model, study.device).made_from} if found else {}
     drawn = texts.model_dump(mode="json", include={"tables", "max_characters"})
 
     def there(name: str, n_texts: int | None = None, **wanted: Any) -> int | None:

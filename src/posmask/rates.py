@@ -111,7 +111,7 @@ def n_segments(study: StudySettings) -> tuple[int, int]:
 
 
 def precision_of(study: StudySettings) -> model.ModelPrecision:
-    return model.fast_precision() if study.model.precision == "auto" else study.model.precision
+    return model.fast_precision(study.device) if study.model.precision == "auto" else study.model.precision
 
 
 _NOTHING = Linear(0.0, 0.0)
@@ -185,7 +185,8 @@ def _model_seconds(
     try:
         if name == model.EMBEDDED_MODEL and not model.is_embedded_here():
             raise BadSetting(f"{name} is not here")
-        loaded = model.load_model(name, Source(study.model).layer, precision, local_only=True)
+        layer, site = Source(study.model, study.device).layer, study.model.site
+        loaded = model.load_model(name, layer, precision, site=site, device=study.device, local_only=True)
     except BadSetting:
         rate = kernels.product_rate(precision)
         below, above = (2 * n / rate for n in outline.n_parameters())

@@ -318,7 +318,7 @@ def write_sae(sae: SparseAutoencoder, folder: Path, origin: Mapping[str, Any] | 
     """Write weights, mask tensors and constants as safetensors, and what they mean as JSON beside them.
 
     Args:
-        origin: what the SAE was trained on: `weights` and `layer` of the model, `training_tokens`.
+        origin: what the SAE was trained on: `weights`, `layer` and `site` of the model, `training_tokens`.
     """
     save_file({name: tensor.contiguous() for name, tensor in sae.state_dict().items()}, folder / WEIGHTS_FILE)
     # What the mask ended as, whatever its kind keeps: for those who only want to look.

@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from posmask import corpus, mask_kinds, masks, rules, training
+from posmask import corpus, mask_kinds, masks, model, rules, training
 from posmask.activations import Stored
 from posmask.errors import BadSetting, PosmaskError
 from posmask.evaluation import EvaluationSettings, growing_name
@@ -36,10 +36,12 @@ class ModelSettings(_Settings):
     """Whose vectors, and from where in it."""
 
     name: str
-    """`embedded:SmolLM2-135M-Instruct`, a name on the hub, or a folder."""
+    """`embedded:SmolLM2-135M-Instruct`, a name on the hub, a folder, or a GGUF file."""
     layer: Annotated[int, Field(gt=0)] | Annotated[float, Field(gt=0, lt=1)]
     """Vectors are read after this many layers (`hidden_states[layer]`). Below 1: after this share of all layers, for
     studies that are to carry over to other models."""
+    site: model.Site = "residual_after"
+    """Where at that layer: the residual stream after or before it, or what its attention or MLP adds to the stream."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the model's forward pass and of the stored vectors. auto: bfloat16 where the processor is fast in it."""
     stored: Stored = "model"
@@ -123,6 +125,9 @@ class StudySettings(_Settings):
     evaluation: EvaluationSettings
     cells: tuple[CellSettings, ...] = Field(min_length=1)
     questions: tuple[QuestionSettings, ...] = ()
+    device: str = "cpu"
+    """Where model and SAEs compute: cpu, cuda, cuda:1, mps. No part of any identity: folders made on one are finished on
+    another."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> "StudySettings":

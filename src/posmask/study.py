@@ -6,6 +6,7 @@ trains one SAE and evaluates it into its folder, `run_study` goes over the cells
 
 import multiprocessing
 import os
+import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from typing import Any, Literal
 
 from posmask import assets, corpus, folders, kernels, model, rows, training, verdicts
 from posmask.activations import Activations, Stored, harvest, training_batches
+from posmask.checkpoints import Checkpoints
 from posmask.errors import BadSetting
 from posmask.evaluation import Data, baselines, decay, evaluate
 from posmask.interop import saebench
@@ -34,14 +36,17 @@ VERDICTS_FILE = "verdicts.csv"
 UNITS_FILE = "units.safetensors"
 SAEBENCH_FILE = "saebench.json"
 _BASELINES = "baselines"
+_CHECKPOINTS = "checkpoints"
+CHECKPOINT_SECONDS = 60.0
 
 
 class Source:
     """The model a study reads vectors from, loaded only when something must be harvested."""
 
-    def __init__(self, settings: ModelSettings) -> None:
-        precision = model.fast_precision() if settings.precision == "auto" else settings.precision
+    def __init__(self, settings: ModelSettings, device: str = "cpu") -> None:
+        precision = model.fast_precision(device) if settings.precision == "auto" else settings.precision
         self._settings = settings
+        self._device = device
         self._precision: model.ModelPrecision = precision
 
     @cached_property
@@ -54,6 +59,8 @@ class Source:
             "weights": model.weights_identity(self._settings.name),
             "layer": self.layer,
             "precision": self._precision,
+            # Named only where it is not what all folders were made from before there was a choice.
+            **({} if self._settings.site == "residual_after" else {"site": self._settings.site}),
         }
 
     @cached_property
@@ -62,7 +69,8 @@ class Source:
 
     @cached_property
     def loaded(self) -> model.LanguageModel:
-        return model.load_model(self._settings.name, self.layer, self._precision)
+        settings = self._settings
+        return model.load_model(settings.name, self.layer, self._precision, site=settings.site, device=self._device)
 
 
 def _texts_identity() -> dict[str, Any]:
@@ -161,6 +169,12 @@ class _Place:
     def label(self) -> str:
         return self.folder.name
 
+    @property
+    def checkpoints(self) -> Path:
+        """Where its training stands, as long as it is not finished."""
+        root = self.folder.parents[0 if self.cell is None else 1]
+        return root / _CHECKPOINTS / self.label
+
 
 def _places(study: StudySettings, source: Source, root: Path) -> list[_Place]:
     shared = {
@@ -194,11 +208,11 @@ def _checked_start(folder: Path, model_made_from: dict[str, Any]) -> dict[str, A
         BadSetting: it says that it was trained on another model or layer.
     """
     origin = read_origin(folder)
-    for what in ("weights", "layer"):
-        if what in origin and origin[what] != model_made_from[what]:
+    for what in ("weights", "layer", "site"):
+        if what in origin and origin[what] != model_made_from.get(what, "residual_after"):
             raise BadSetting(
                 f"the SAE in {folder} was trained on {what} {origin[what]!r} of a model, not on "
-                f"{model_made_from[what]!r}: start from one of the same model and layer"
+                f"{model_made_from.get(what, 'residual_after')!r}: start from one of the same model and layer"
             )
     return {"sha256": folders.file_sha256(folder / WEIGHTS_FILE)}
 
@@ -214,7 +228,7 @@ def _state(place: _Place) -> CellState:
 
 def cell_states(study: StudySettings, root: Path) -> list[tuple[str, CellState]]:
     """For the baselines and each cell: whether its folder is finished, missing, or made from other settings."""
-    return [(place.label, _state(place)) for place in _places(study, Source(study.model), root)]
+    return [(place.label, _state(place)) for place in _places(study, Source(study.model, study.device), root)]
 
 
 def run_study(study: StudySettings, root: Path, say: Callable[[str], None] = print, n_jobs: int = 1) -> list[rows.Row]:
@@ -227,7 +241,8 @@ def run_study(study: StudySettings, root: Path, say: Callable[[str], None] = pri
             `root/jobs`.
     """
     kernels.keep_freed_memory()
-    source = Source(study.model)
+    model.check_device(study.device)
+    source = Source(study.model, study.device)
     places = _places(study, source, root)
     todo = [place for place in places if _state(place) != "finished"]
     if len(todo) < len(places):
@@ -240,6 +255,8 @@ def run_study(study: StudySettings, root: Path, say: Callable[[str], None] = pri
             say(f"{n_jobs} processes share the cells; what the others say goes to {root / 'jobs'}.")
         with _helpers(study, root, n_jobs):
             _run_places(study, todo, data, root, say)
+    for place in places:
+        shutil.rmtree(place.checkpoints, ignore_errors=True)
     results = [row for place in places for row in _read_rows(place.folder)]
     _write_whole(root / RESULTS_FILE, partial(rows.write_rows, rows=results))
     _write_whole(root / VERDICTS_FILE, partial(verdicts.write_verdicts, verdicts=_verdicts(study, places)))
@@ -296,7 +313,7 @@ def _helpers(study: StudySettings, root: Path, n_jobs: int) -> Iterator[None]:
 def _help(study: StudySettings, root: Path, n_threads: int, log: Path) -> None:
     with log.open("w", buffering=1) as file, redirect_stdout(file), redirect_stderr(file), kernels.threads(n_threads):
         kernels.keep_freed_memory()
-        source = Source(study.model)
+        source = Source(study.model, study.device)
         todo = [place for place in _places(study, source, root) if _state(place) != "finished"]
         _run_places(study, todo, prepare(study, source, root), root, print)
 
@@ -342,8 +359,15 @@ def _run_place(study: StudySettings, place: _Place, data: Data, baseline: list[r
                 before = read_origin(place.start).get("training_tokens", 0)
             settings = study.training.model_copy(update={"n_steps": study.n_steps(cell)})
             taken = round(cell.steps_share * study.training.n_steps) - settings.n_steps  # by the cell it starts from
-            batches = training_batches(data.training, settings.batch_tokens, settings.n_steps, place.seed, after=taken)
-            trained = training.train(sae, batches, settings, place.label)
+            checkpoints = Checkpoints(place.checkpoints, place.made_from, CHECKPOINT_SECONDS)
+            batches = training_batches(
+                data.training,
+                settings.batch_tokens,
+                settings.n_steps - checkpoints.done,
+                place.seed,
+                after=taken + checkpoints.done,
+            )
+            trained = training.train(sae, batches, settings, place.label, checkpoints=checkpoints)
             del batches
             kernels.give_back_freed_memory()
             training.write_curve(draft / "curve.csv", trained.curve)
@@ -355,6 +379,7 @@ def _run_place(study: StudySettings, place: _Place, data: Data, baseline: list[r
                 {
                     "weights": model_made_from["weights"],
                     "layer": model_made_from["layer"],
+                    "site": study.model.site,
                     "training_tokens": n_tokens,
                 },
             )

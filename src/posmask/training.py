@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from posmask import kernels, objective
 from posmask.activations import Batch
+from posmask.checkpoints import Checkpoints
 from posmask.choosing import Precision
 from posmask.errors import DegenerateResult
 from posmask.masks import Copies, Observed
@@ -20,9 +21,10 @@ from posmask.progress import progress_bar
 from posmask.rows import write_records
 from posmask.sae import SparseAutoencoder, copy_latents_
 
-__all__ = ["Alone", "CurvePoint", "Trained", "TrainingSettings", "train", "write_curve"]
+__all__ = ["Alone", "CurvePoint", "Trained", "TrainingSettings", "rows_of_latents", "train", "write_curve"]
 
 _CURVE_EVERY = 10
+_DIVERGED = 1000
 
 
 class TrainingSettings(BaseModel):
@@ -87,6 +89,7 @@ class Alone:
     """
 
     owns_all_latents = True
+    leads = True  # and so writes what all have made together
 
     def combined(self, sae: SparseAutoencoder, step: objective.StepLoss) -> objective.StepLoss:
         """The step on the whole batch, of the latents that this process owns; sets their gradients anew."""
@@ -99,6 +102,18 @@ class Alone:
     def totals(self, *values: float) -> list[float]:
         """Sums over the processes."""
         return list(values)
+
+    def decided(self, whether: bool) -> bool:
+        """What the leading process says."""
+        return whether
+
+    def whole(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A checkpoint of all latents from one of this process's: any number of processes can go on from it."""
+        return state
+
+    def part_of(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """This process's part of a checkpoint of all latents."""
+        return state
 
 
 _ALONE = Alone()
@@ -132,6 +147,7 @@ def train(
     settings: TrainingSettings,
     label: str,
     after_step: Callable[[int], None] = lambda done: None,
+    checkpoints: Checkpoints | None = None,
     together: Alone = _ALONE,
 ) -> Trained:
     """Train `sae` in place. Parameters that require no gradient stay as they are.
@@ -139,11 +155,14 @@ def train(
     Args:
         batches: `n_steps` of them, such as `training_batches`; the SAE's center and scale must suit their vectors.
         after_step: called with the number of steps done, after each.
+        checkpoints: to go on from and to write. `batches` must then begin behind the `checkpoints.done` first ones;
+            the outcome is that of a training that was never stopped, bit for bit.
         together: the processes that train one SAE; `batches` then are this one's parts of them.
 
     Raises:
         NothingToDo: fewer kept tokens than a batch.
-        DegenerateResult: the loss is not finite, or the trained SAE explains nothing.
+        DegenerateResult: the loss is not finite or diverges, all latents are dead, or the trained SAE explains
+            nothing. Checkpoints stay as they are.
     """
     kernels.keep_freed_memory()
     mask_parameters = sae.mask.openness_parameters()
@@ -155,12 +174,25 @@ def train(
         ],
         fused=True,
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: _rate_factor(done, settings))
+    highest = [group["lr"] for group in optimizer.param_groups]
     deaths = DeadLatents(sae, settings.dead_after_eligible_tokens)
     curve: list[CurvePoint] = []
     started = time.perf_counter()
-    with progress_bar(f"train {label}", settings.n_steps * settings.batch_tokens, "tokens") as advance:
-        for done, batch in enumerate(batches, start=1):
+    behind = 0 if checkpoints is None else checkpoints.done
+    if checkpoints is not None and behind:
+        curve, seconds = _restore_(sae, optimizer, deaths, together.part_of(checkpoints.read()))
+        started -= seconds
+
+    def stays() -> str:
+        if checkpoints is None or not checkpoints.done:
+            return ""
+        return f"; the checkpoint after {checkpoints.done} steps stays in {checkpoints.folder}"
+
+    n_tokens = (settings.n_steps - behind) * settings.batch_tokens
+    with progress_bar(f"train {label}", n_tokens, "tokens") as advance:
+        for done, batch in enumerate(batches, start=behind + 1):
+            for group, rate in zip(optimizer.param_groups, highest, strict=True):
+                group["lr"] = rate * _rate_factor(done - 1, settings)
             for part in (sae.mask, sae.rule):
                 part.before_step(done - 1, settings.n_steps)
             step = objective.fast_gradients(
@@ -176,7 +208,7 @@ def train(
             if not math.isfinite(step.reconstruction):
                 raise DegenerateResult(
                     f"the loss of {label} is {step.reconstruction} at step {done}: lower learning_rate = "
-                    f"{settings.learning_rate}, or look for NaN in the vectors"
+                    f"{settings.learning_rate}, or look for NaN in the vectors{stays()}"
                 )
             step = together.combined(sae, step)
             if step.openness_gradient is not None:
@@ -190,7 +222,6 @@ def train(
             learning_rate = optimizer.param_groups[0]["lr"]
             optimizer.step()
             sae.mask.zero_grad()  # the SAE's own gradients are set anew each step
-            schedule.step()
             kernels.unit_rows_(sae.decoder.detach())
             sae.rule.after_step(step.least)
             deaths.update(sae, step)
@@ -202,8 +233,19 @@ def train(
             if done % _CURVE_EVERY == 0 or done in (1, settings.n_steps):
                 n_dead = int(deaths.dead.sum())
                 curve.append(_point(sae, batch, step, done, settings, learning_rate, n_dead, together))
+                _check_alive(curve[-1], sae.d_sae, label, settings, stays())
             advance(settings.batch_tokens)
             after_step(done)
+            if checkpoints is not None and together.decided(checkpoints.due(at_end=done == settings.n_steps)):
+                state = together.whole(_state(sae, optimizer, deaths, curve, time.perf_counter() - started))
+                broken = [name for name, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
+                if broken:
+                    raise DegenerateResult(
+                        f"{label} holds NaN or infinite numbers after step {done} (in {', '.join(broken[:3])}): lower "
+                        f"learning_rate = {settings.learning_rate}{stays()}"
+                    )
+                if together.leads:
+                    checkpoints.write(done, state)
     final = curve[-1]
     if final.l0 == 0 or not final.explained_variance > 0:
         raise DegenerateResult(
@@ -211,6 +253,77 @@ def train(
             f"after {settings.n_steps} steps: train longer, or change learning_rate = {settings.learning_rate}"
         )
     return Trained(sae, curve, deaths.dead, settings.n_steps * settings.batch_tokens, time.perf_counter() - started)
+
+
+def _check_alive(point: CurvePoint, d_sae: int, label: str, settings: TrainingSettings, stays: str) -> None:
+    """
+    Raises:
+        DegenerateResult: going on would be in vain.
+    """
+    remedy = f"lower learning_rate = {settings.learning_rate}{stays}"
+    if point.explained_variance < -_DIVERGED:
+        raise DegenerateResult(
+            f"the loss of {label} diverges: {point.loss:.3g} at step {point.step}, more than {_DIVERGED} times the "
+            f"variance of the vectors: {remedy}"
+        )
+    if point.dead_latents == d_sae and point.l0 == 0:
+        raise DegenerateResult(
+            f"all {d_sae} latents of {label} are dead at step {point.step}, none fired on the last "
+            f"{settings.dead_after_eligible_tokens:,} tokens: lower the rule's penalty, or {remedy}"
+        )
+
+
+_CURVE, _SINCE_FIRED, _SECONDS = "curve", "eligible_since_fired", "seconds"
+
+
+def _state(
+    sae: SparseAutoencoder,
+    optimizer: torch.optim.Adam,
+    deaths: DeadLatents,
+    curve: list[CurvePoint],
+    seconds: float,
+) -> dict[str, Tensor]:
+    """All that the rest of a training depends on, but for the batches, which their number decides."""
+    found = {f"sae.{name}": tensor.detach() for name, tensor in (*sae.named_parameters(), *sae.named_buffers())}
+    for name, parameter in sae.named_parameters():
+        found |= {f"adam.{name}.{what}": value for what, value in optimizer.state.get(parameter, {}).items()}
+    found[_SINCE_FIRED] = deaths.eligible_since_fired
+    found[_CURVE] = torch.tensor([astuple(point) for point in curve], dtype=torch.float64)
+    found[_SECONDS] = torch.tensor(seconds, dtype=torch.float64)
+    return found
+
+
+def rows_of_latents(sae: SparseAutoencoder, state: dict[str, Tensor]) -> list[str]:
+    """The names in a checkpoint whose tensors have a row or a number for each latent, but for the mask's."""
+    own = {
+        name
+        for name, parameter in sae.named_parameters()
+        if any(parameter is other for other in sae.latent_parameters())
+    }
+    keys = [(key, *key.split(".", 1)) for key in state if "." in key]
+    found = [key for key, kind, name in keys if kind == "sae" and name in own]
+    adam = [(key, name.rpartition(".")[0]) for key, kind, name in keys if kind == "adam"]
+    return [*found, *(key for key, name in adam if name in own and state[key].dim()), _SINCE_FIRED]
+
+
+def _restore_(
+    sae: SparseAutoencoder, optimizer: torch.optim.Adam, deaths: DeadLatents, state: dict[str, Tensor]
+) -> tuple[list[CurvePoint], float]:
+    """Put back what `_state` gave; returns the curve and the seconds until then."""
+    known = set(sae.state_dict())
+    with torch.no_grad():
+        for name, tensor in state.items():
+            kind, _, place = name.partition(".")
+            owner, _, own = place.rpartition(".")
+            if kind == "sae" and place not in known:
+                setattr(sae.get_submodule(owner), own, tensor)
+            elif kind == "adam":
+                optimizer.state[sae.get_parameter(owner)][own] = tensor
+    sae.load_state_dict({name: state[f"sae.{name}"] for name in known})
+    deaths.eligible_since_fired = state[_SINCE_FIRED]
+    types = [field.type for field in fields(CurvePoint)]
+    points = [[kind(value) for kind, value in zip(types, line, strict=True)] for line in state[_CURVE].tolist()]  # type: ignore[operator]
+    return [CurvePoint(*point) for point in points], float(state[_SECONDS])
 
 
 def share_gradients_(sae: SparseAutoencoder) -> None:

@@ -1,0 +1,93 @@
+"""Where a long training stands, so that it goes on from there after whatever happened to the machine.
+
+Each checkpoint is a finished folder of its own (`folders.write_folder`), so it is either whole and verified or not
+there, and the one before it is removed only when two newer ones are there.
+"""
+
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from posmask.errors import DamagedFolder
+from posmask.folders import finished, read_manifest, write_folder
+from posmask.progress import announce
+
+__all__ = ["Checkpoints"]
+
+_STATE_FILE = "state.safetensors"
+_TIMES_ITS_COST = 50
+"""Work goes on for at least so many times as long as the last checkpoint took: 2 % of the time at the most."""
+
+
+class Checkpoints:
+    """The last two checkpoints of one piece of work, in a folder of their own.
+
+    Args:
+        folder: `folder/STEP` holds the state after so many steps.
+        made_from: identity of the work; checkpoints of other work are passed over, and removed at the next `write`.
+        every_seconds: how much work is lost at the most, unless checkpoints take so long that they come less often.
+    """
+
+    def __init__(self, folder: Path, made_from: Mapping[str, Any], every_seconds: float = 60.0) -> None:
+        self.folder = folder
+        self.done = 0
+        """Steps behind the newest checkpoint that is whole; 0 where there is none."""
+        self._made_from = made_from
+        self._every_seconds = every_seconds
+        self._kept: list[Path] = []
+        for path in sorted(folder.glob("[0-9]*"), reverse=True):
+            if self._is_whole(path):
+                self.done, self._kept = int(path.name), [path]
+                announce(f"{folder.name} goes on from its checkpoint after {self.done:,} steps.")
+                break
+        self._cost = 0.0
+        self._last = time.monotonic()
+
+    def _of(self, done: int) -> dict[str, Any]:
+        return {**self._made_from, "checkpoint": done}
+
+    def _is_whole(self, path: Path) -> bool:
+        try:
+            if not path.name.isdecimal() or not finished(path, self._of(int(path.name))):
+                return False
+            read_manifest(path, verify=True)
+        except DamagedFolder as error:
+            announce(f"A checkpoint is passed over, work goes on from the one before: {error}")
+            return False
+        return True
+
+    def read(self) -> dict[str, Tensor]:
+        """What `write` was given after `done` steps, in memory of its own and no longer the file's."""
+        return {name: tensor.clone() for name, tensor in load_file(self._kept[-1] / _STATE_FILE).items()}
+
+    def due(self, *, at_end: bool = False) -> bool:
+        """Whether so much work was done since the last checkpoint that another is worth its time.
+
+        Args:
+            at_end: no more steps follow, only work that would start with these again: a quarter of the time is enough.
+        """
+        since = time.monotonic() - self._last
+        return since >= max(self._every_seconds / (4 if at_end else 1), _TIMES_ITS_COST * self._cost)
+
+    def write(self, done: int, state: Mapping[str, Tensor]) -> None:
+        """Keep the state after `done` steps, and of the earlier ones only the newest."""
+        started = time.monotonic()
+        path = self.folder / f"{done:09d}"
+        with write_folder(path, self._of(done)) as draft:
+            save_file({name: tensor.contiguous() for name, tensor in state.items()}, draft / _STATE_FILE)
+        self._kept = [*self._kept[-1:], path]
+        for other in self.folder.iterdir():
+            if other not in self._kept:
+                shutil.rmtree(other, ignore_errors=True)
+        self.done = done
+        self._last = time.monotonic()
+        self._cost = self._last - started
+
+    def remove(self) -> None:
+        """Once the work is finished."""
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,0 +1,165 @@
+"""Training that was stopped and goes on from a checkpoint ends with the very bits of one that was not."""
+
+import shutil
+import time
+
+import pytest
+import torch
+
+from conftest import D_SAE, KINDS, MASKS, N_POSITIONS, RULES
+from posmask import checkpoints as checkpoints_module
+from posmask.activations import training_batches
+from posmask.checkpoints import Checkpoints
+from posmask.errors import DegenerateResult
+from posmask.mask_kinds import make_mask, mask_settings
+from posmask.rules import rule_settings
+from posmask.sae import SparseAutoencoder
+from posmask.training import TrainingSettings, train
+
+SETTINGS = TrainingSettings(
+    n_steps=20, batch_tokens=256, learning_rate=5e-3, dead_after_eligible_tokens=300, aux_k=4, mask_learning_rate=0.1
+)
+# So that every kind changes within 20 steps, before and after most of the places where they stop.
+QUICK = {
+    "soft": {"pressure": 0.5, "last_temperature": 0.3, "freeze_at": 0.9},
+    "importance": {"n_prunings": 4, "first_pruning": 0.2, "last_pruning": 0.9, "regrow": 0.3},
+    "budget": {"memory_steps": 5, "sharpen_to": 0.9},
+    "split": {"first_splitting": 0.3, "last_splitting": 0.8, "watch_steps": 4, "tie": 0.5},
+    "windows": {"tie": 0.5},
+}
+MADE_FROM = {"what": "test"}
+
+
+class _Stopped(Exception):
+    pass
+
+
+def make(kind, apply, rule, d_model):
+    tie = {} if apply == "forward" else {"tie": 0.0}
+    mask = make_mask(mask_settings({**MASKS[kind], "apply": apply, **QUICK.get(kind, {}), **tie}), N_POSITIONS, D_SAE)
+    return SparseAutoencoder(d_model, rule_settings(RULES[rule]), mask)
+
+
+def trained(activations, kind, apply, rule, folder=None, stop=None, settings=SETTINGS):
+    """Train from the newest checkpoint in `folder` on; write one after step `stop` and stop behind it."""
+    sae = make(kind, apply, rule, activations.d_model)
+    sae.center, sae.scale = activations.centre_and_scale
+    checkpoints = None if folder is None else Checkpoints(folder, MADE_FROM)
+    behind = 0 if checkpoints is None else checkpoints.done
+
+    def after(done):
+        if stop is not None and done > stop:
+            raise _Stopped
+        if checkpoints is not None:
+            checkpoints.due = lambda at_end: done == stop
+
+    batches = training_batches(activations, settings.batch_tokens, settings.n_steps - behind, 0, after=behind)
+    return train(sae, batches, settings, "test", after, checkpoints)
+
+
+def assert_same(one, other):
+    for (name, a), (_, b) in zip(
+        (*one.sae.named_parameters(), *one.sae.named_buffers()),
+        (*other.sae.named_parameters(), *other.sae.named_buffers()),
+        strict=True,
+    ):
+        assert torch.equal(a, b), name
+    assert one.curve == other.curve
+    assert torch.equal(one.dead, other.dead)
+
+
+@pytest.mark.parametrize(
+    ("kind", "apply", "rule"),
+    [
+        *((kind, apply, "topk") for kind, apply in KINDS),
+        *(("slice", "forward", rule) for rule in RULES if rule != "topk"),
+    ],
+)
+def test_stopped_training_goes_on_to_the_same_bits(activations, tmp_path, kind, apply, rule):
+    whole = trained(activations, kind, apply, rule)
+    for stop in (3, 9, 13, 18):  # one after the other, each from the one before
+        with pytest.raises(_Stopped):
+            trained(activations, kind, apply, rule, tmp_path, stop)
+    trained(activations, kind, apply, rule, tmp_path, 20)
+    assert sorted(int(path.name) for path in tmp_path.iterdir()) == [18, 20]
+    assert_same(trained(activations, kind, apply, rule, tmp_path), whole)  # no step is left
+    shutil.rmtree(tmp_path / f"{20:09d}")
+    assert_same(trained(activations, kind, apply, rule, tmp_path), whole)
+
+
+def test_other_work_and_damaged_checkpoints_are_passed_over(activations, tmp_path, capsys):
+    work = activations, "importance", "forward", "topk"
+    whole = trained(*work)
+    for stop in (6, 12):
+        with pytest.raises(_Stopped):
+            trained(*work, tmp_path, stop)
+    assert Checkpoints(tmp_path, {"what": "other work"}).done == 0
+    assert Checkpoints(tmp_path, MADE_FROM).done == 12
+    newest = tmp_path / f"{12:09d}" / "state.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    assert_same(trained(*work, tmp_path), whole)
+    said = capsys.readouterr().err
+    assert "A checkpoint is passed over" in said
+    assert "goes on from its checkpoint after 6 steps" in said
+
+
+def test_checkpoints_come_as_seldom_as_their_cost_demands(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    checkpoints = Checkpoints(tmp_path, MADE_FROM, every_seconds=60)
+    seen = []
+    for place in (59, 61):
+        now[0] = place
+        seen.append(checkpoints.due())
+    assert seen == [False, True]
+    save = checkpoints_module.save_file
+    monkeypatch.setattr(
+        checkpoints_module, "save_file", lambda *args: (save(*args), now.__setitem__(0, now[0] + 4))
+    )  # it takes 4 s
+    checkpoints.write(1, {"a": torch.zeros(1)})
+    for place in (65 + 60, 65 + 199, 65 + 201):
+        now[0] = place
+        seen.append(checkpoints.due())
+    assert seen[2:] == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("rule", "changes", "message"),
+    [
+        ("topk", {"learning_rate": 1e6, "max_gradient_norm": None}, "diverges|is (nan|inf)|NaN or infinite"),
+        ({"kind": "relu", "l1_coefficient": 1e4}, {"n_steps": 200, "learning_rate": 0.05}, "are dead"),
+    ],
+)
+def test_training_that_is_in_vain_stops_and_keeps_the_last_good_checkpoint(
+    activations, tmp_path, rule, changes, message
+):
+    sae = SparseAutoencoder(
+        activations.d_model, rule_settings(RULES[rule] if isinstance(rule, str) else rule),
+        make_mask(mask_settings({"kind": "open"}), N_POSITIONS, D_SAE),
+    )  # fmt: skip
+    sae.center, sae.scale = activations.centre_and_scale
+    checkpoints = Checkpoints(tmp_path / "cell", MADE_FROM)
+    checkpoints.write(0, {"a": torch.zeros(1)})
+    checkpoints.due = lambda at_end: False
+    settings = SETTINGS.model_copy(update=changes)
+    batches = training_batches(activations, settings.batch_tokens, settings.n_steps, 0)
+    with pytest.raises(DegenerateResult, match=message):
+        train(sae, batches, settings, "test", checkpoints=checkpoints)
+    assert Checkpoints(tmp_path / "cell", MADE_FROM).read()
+
+
+def test_a_state_that_is_not_finite_is_never_kept(activations, tmp_path):
+    def spoil(done):
+        with torch.no_grad():
+            sae.decoder_bias[0] = torch.nan if done == 7 else sae.decoder_bias[0]
+        checkpoints.due = lambda at_end: done in (5, 7)
+
+    sae = make("slice", "forward", "topk", activations.d_model)
+    sae.center, sae.scale = activations.centre_and_scale
+    checkpoints = Checkpoints(tmp_path, MADE_FROM)
+    batches = training_batches(activations, 256, 20, 0)
+    with pytest.raises(
+        DegenerateResult, match=r"NaN or infinite numbers after step 7 \(in sae.decoder_bias\).*after 5 steps stays in"
+    ):
+        train(sae, batches, SETTINGS, "test", spoil, checkpoints)
+    assert Checkpoints(tmp_path, MADE_FROM).done == 5
