@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: run test test-all check bench second-model clean
+.PHONY: run test test-all check bench docs second-model clean
 
 run: $(READY)
 	$(BIN)/posmask run studies/quick.toml --jobs 2
@@ -25,6 +25,12 @@ check: $(READY)
 # Against its peers, each set up in .bench/: about an hour, or QUICK=1 for the main ratios in minutes.
 bench: $(READY)
 	$(BIN)/python benchmarks/bench.py $(if $(QUICK),--quick) $(GROUPS)
+
+# The documentation as a site in site/; a link that leads nowhere stops it.
+docs: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,docs]'
+	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --output-dir docs docs/tutorial.ipynb
+	$(BIN)/zensical build --clean --strict
 
 # A small GPT-2 trained on the embedded texts, for `posmask run studies/key.toml --set model.name=runs/gpt2`: an hour or two.
 second-model: $(READY)

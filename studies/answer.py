@@ -8,7 +8,7 @@ from pathlib import Path
 
 from posmask.report import figures
 from posmask.rows import read_rows
-from posmask.summary import Line, summarise
+from posmask.summary import LOG_ROWS, Line, summarise
 from posmask.verdicts import Verdict, read_verdicts
 
 ROOT = Path(__file__).parents[1] / "docs" / "results"
@@ -20,17 +20,6 @@ PICTURED = (
     "split-tied", "windows", "switch", "open + segments8",
 )  # fmt: skip
 
-LOG = (  # what the log calls it, what it reported, the cell that is it
-    ("Run 0, no mask", "0.5 everywhere", "open"),
-    ("Run 1, hard: about 16 random positions of 128 a latent", "0.5 everywhere", "hard"),
-    ("Run 2, soft: learned, from openness .1 to .2", "nothing", "soft-low"),
-    ("Run 3, soft: learned, from openness .3 to .7", "0.5 everywhere", "soft-high"),
-    ("Run 4, importance of positions from gradients", "announced", "importance"),
-    ("static slicing", "announced", "slice"),
-    ("static slicing after the fact: `open` pooled by 8 segments", "–", "open + segments8"),
-    ("masked gradient updates alone, slices", "announced", "slice-gradient"),
-    ("masked gradient updates alone, hard", "announced", "hard-gradient"),
-)
 STRICTNESS = {
     "leak of 16 random positions": (
         ("0", "hard"),
@@ -82,7 +71,7 @@ def cells(lines: list[Line]) -> str:
 
 def log(lines: list[Line]) -> str:
     by_label = {line.label: line for line in lines}
-    rows = [[what, reported, cell, *_numbers(by_label[cell])] for what, reported, cell in LOG]
+    rows = [[what, reported, cell, *_numbers(by_label[cell])] for what, reported, cell in LOG_ROWS]
     return _table(["the log's row", "it reported", "cell", *HEAD], rows)
 
 
@@ -135,7 +124,7 @@ def page(text: str) -> str:
 def picture() -> None:
     """Reconstruction against order accuracy, for the README."""
     lines = summarise(read_rows(ROOT / "full" / "results.csv"))
-    chart = figures.trade_off([line for line in lines if line.label in PICTURED], 5)
+    chart = figures.trade_off([(line, line.label) for line in lines if line.label in PICTURED], 5)
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
     chart.properties(width=620, height=380).save(PICTURE, scale_factor=1.5)
 

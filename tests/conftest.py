@@ -1,6 +1,7 @@
 """What the tests share: a random two-layer model, forty texts, their vectors, and every mask kind at a small size."""
 
 import os
+import warnings
 
 # With a thread each, tests side by side wait for one another's loops up to twenty times as long as these take.
 os.environ.setdefault("NUMBA_NUM_THREADS", "1")
@@ -202,3 +203,13 @@ def language_model(model_folder):
 def activations(tokenizer, language_model, tmp_path_factory) -> Activations:
     tokens = pack(make_texts(200), tokenizer, N_POSITIONS, 3000)
     return harvest(tokens, language_model, tmp_path_factory.mktemp("run") / "activations", {"what": "test"}, "test")
+
+
+@pytest.fixture(scope="session")
+def saelens():
+    """The package sae_lens, with our architecture registered."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Its imports use what its dependencies call deprecated.
+        sae_lens = pytest.importorskip("sae_lens", reason="SAELens is not installed: pip install -e '.[saelens]'")
+        import posmask.interop.saelens  # noqa: F401
+    return sae_lens

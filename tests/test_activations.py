@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from conftest import N_POSITIONS, make_texts
+from posmask import activations as activations_module
 from posmask.activations import Activations, evaluation_batches, harvest, training_batches
 from posmask.corpus import pack, pad
 from posmask.errors import BadSetting, DamagedFolder, DegenerateResult, NothingToDo
@@ -151,3 +152,42 @@ def test_vectors_stored_in_fewer_bits_come_back_nearly_the_same(
     again = harvest(tokens, language_model, tmp_path / "again", {}, "test", stored)
     assert again.made_from == low.made_from != exact.made_from
     torch.testing.assert_close(low.centre_and_scale[1], exact.centre_and_scale[1], rtol=0.01, atol=0)
+
+
+def test_a_harvest_goes_on_from_its_last_shard_and_a_lost_one_alone_is_made_again(
+    language_model, tokenizer, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(activations_module, "_TOKENS_PER_SHARD", 256)
+    monkeypatch.setattr(activations_module, "_TOKENS_PER_FORWARD", 128)
+    tokens = pack(make_texts(80), tokenizer, N_POSITIONS, 1200)
+    whole = harvest(tokens, language_model, tmp_path / "whole", {}, "whole").folder
+    n_shards = len(list(whole.glob("shard*")))
+    assert n_shards > 4
+
+    class Counted(LanguageModel):
+        def __init__(self, most):
+            self.n, self.most, self._longest = 0, most, None
+
+        def vectors(self, ids):
+            self.n += 1
+            if self.n > self.most:
+                raise KeyboardInterrupt
+            return language_model.vectors(ids)
+
+    def files(folder):
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    every = Counted(10**6)
+    harvest(tokens, every, tmp_path / "again", {}, "again")
+    with pytest.raises(KeyboardInterrupt):
+        harvest(tokens, Counted(every.n - 1), tmp_path / "part", {}, "part")
+    rest = Counted(10**6)
+    harvest(tokens, rest, tmp_path / "part", {}, "part")
+    assert rest.n < every.n / n_shards + 2
+    assert files(tmp_path / "part") == files(whole)
+    lost = tmp_path / "part" / "shard-00002.safetensors"
+    lost.write_bytes(lost.read_bytes()[:-1])
+    mended = Counted(10**6)
+    harvest(tokens, mended, tmp_path / "part", {}, "part")
+    assert mended.n < every.n / n_shards + 2
+    assert files(tmp_path / "part") == files(whole)

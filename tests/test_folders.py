@@ -5,7 +5,7 @@ import pytest
 
 from posmask import folders
 from posmask.errors import DamagedFolder
-from posmask.folders import finished, identity, read_manifest, set_aside, write_folder
+from posmask.folders import finished, identity, read_manifest, set_aside, write_folder, write_in_parts
 
 MADE_FROM = {"layer": 5, "seed": 0}
 
@@ -43,19 +43,81 @@ def test_an_interrupted_folder_never_looks_finished(tmp_path):
         read_manifest(tmp_path / "cell")
 
 
-def test_every_flipped_byte_cut_and_missing_file_is_found(folder):
-    file = folder / "deep" / "sae.bin"
-    content = file.read_bytes()
-    for place in range(len(content)):
-        file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
-        with pytest.raises(DamagedFolder, match=r"sae\.bin is not what was written"):
-            read_manifest(folder, verify=True)
-    file.write_bytes(content[:-1])
-    with pytest.raises(DamagedFolder, match="is not what was written"):
+def test_every_flipped_byte_cut_missing_and_swapped_file_is_found_and_named(folder):
+    for file in (folder / "deep" / "sae.bin", folder / "rows.csv", folder / "manifest.json"):
+        content = file.read_bytes()
+        for place in range(len(content)):
+            file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+            with pytest.raises(DamagedFolder, match=file.name.replace(".", r"\.")):
+                read_manifest(folder, verify=True)
+        for length in range(len(content)):
+            file.write_bytes(content[:length])
+            with pytest.raises(DamagedFolder, match=file.name.replace(".", r"\.")):
+                read_manifest(folder, verify=True)
+        file.write_bytes(content)
+        assert read_manifest(folder, verify=True)
+    one, other = folder / "deep" / "sae.bin", folder / "rows.csv"
+    parked = folder / "parked"
+    one.rename(parked)
+    with pytest.raises(DamagedFolder, match=r"sae\.bin is missing"):
         read_manifest(folder, verify=True)
-    file.unlink()
-    with pytest.raises(DamagedFolder, match="is missing"):
+    other.rename(one)
+    parked.rename(other)
+    with pytest.raises(DamagedFolder, match=r"sae\.bin is not what was written.*rows\.csv is not what was written"):
         read_manifest(folder, verify=True)
+
+
+def test_a_manifest_from_before_there_were_seals_is_still_read(folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["sha256"]
+    (folder / "manifest.json").write_text(folders.as_json(manifest))
+    assert read_manifest(folder, verify=True)["tokens"] == 12
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "link", "deep/../../outside", "linked/outside"])
+def test_no_file_outside_a_folder_is_ever_taken_for_one_of_it(folder, tmp_path, name):
+    (tmp_path / "outside").write_text("x")
+    (folder / "link").symlink_to(tmp_path / "outside")
+    (folder / "linked").symlink_to(tmp_path)
+    entry = {"bytes": 1, "sha256": folders.file_sha256(tmp_path / "outside")}
+    manifest = {"identity": identity(MADE_FROM), "made_from": MADE_FROM, "files": {name: entry}}
+    (folder / "manifest.json").write_text(folders.as_json(manifest))
+    with pytest.raises(DamagedFolder, match="lies outside the folder"):
+        read_manifest(folder, verify=True)
+
+
+def make_parts(path, stop=None, made_from=MADE_FROM):
+    made = []
+    with write_in_parts(path, made_from) as parts:
+        for number in range(4):
+            if number == stop:
+                raise KeyboardInterrupt
+            name = f"part-{number}"
+            if name not in parts:
+                made.append(number)
+                parts.add(name, lambda file, number=number: file.write_bytes(bytes([number]) * 10))
+    return made
+
+
+def test_parts_are_kept_through_a_stop_and_only_lost_ones_are_made_again(tmp_path):
+    path = tmp_path / "harvest"
+    assert make_parts(tmp_path / "whole") == [0, 1, 2, 3]
+    with pytest.raises(KeyboardInterrupt):
+        make_parts(path, stop=3)
+    assert not path.exists()
+    (tmp_path / ".harvest.parts" / "part-1").write_bytes(b"rotten")
+    assert make_parts(path) == [1, 3]
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == {
+        file.name: file.read_bytes() for file in (tmp_path / "whole").iterdir()
+    }
+    assert not (tmp_path / ".harvest.parts").exists()
+    (path / "part-2").write_bytes(b"rotten")
+    folders.take_apart(path)
+    assert make_parts(path) == [2]
+    assert read_manifest(path, verify=True)
+    # Parts of other work are of no use.
+    folders.take_apart(path)
+    assert make_parts(path, made_from={"layer": 6}) == [0, 1, 2, 3]
 
 
 def test_an_unreadable_manifest_says_so(folder):

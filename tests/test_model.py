@@ -113,7 +113,7 @@ def test_a_model_goes_on_from_its_own_vectors_as_if_nothing_had_happened(family,
 def test_a_layer_that_is_no_sum_of_its_parts_has_no_sublayers():
     config = transformers.BloomConfig(hidden_size=16, n_layer=2, n_head=2, **SIZES)
     assert LanguageModel(transformers.BloomForCausalLM(config).eval(), 1).vectors(IDS).shape == (3, 8, 16)
-    with pytest.raises(BadSetting, match="BloomBlock is not the sum .*: read residual_after"):
+    with pytest.raises(BadSetting, match=r"BloomBlock is not the sum .*: read residual_after"):
         LanguageModel(transformers.BloomForCausalLM(config).eval(), 1, "mlp").vectors(IDS)
 
 

@@ -1,13 +1,16 @@
 """Several processes train one SAE as one process would: by data and by position, over gloo."""
 
+import json
 import multiprocessing
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from conftest import D_MODEL, D_SAE, MASKS, N_POSITIONS, RULES, make_sae
+from conftest import D_MODEL, D_SAE, MASKS, N_POSITIONS, RULES, make_sae, make_texts
 from posmask import parallel
 from posmask.activations import Activations, training_batches
 from posmask.checkpoints import Checkpoints
@@ -19,7 +22,42 @@ from posmask.sae import SparseAutoencoder
 from posmask.training import TrainingSettings, train
 
 SETTINGS = TrainingSettings(n_steps=30, batch_tokens=240, learning_rate=5e-3, dead_after_eligible_tokens=300, aux_k=4)
-EVEN = torch.ones(16)
+STUDY = """
+name = "tiny"
+seeds = [0]
+[model]
+name = "MODEL"
+layer = 2
+precision = "float32"
+[corpus]
+n_positions = 16
+training_tokens = 1500
+heldout_tokens = 1500
+texts = "TEXTS"
+[sae]
+d_sae = 32
+rule = { kind = "topk", k = 4 }
+[training]
+n_steps = 20
+batch_tokens = 256
+learning_rate = 5e-3
+[evaluation]
+retention_positions = 4
+shift_texts = 40
+shift_windows = 4
+model_contexts = 8
+order_tasks = []
+order_train_groups = 30
+order_test_groups = 10
+probe_datasets = []
+probe_train = 40
+probe_test = 10
+ks = [1, 5]
+[[cells]]
+name = "slice"
+mask = { kind = "slice", n_slices = 4 }
+"""
+EVEN = torch.arange(16)
 
 
 class _Stopped(Exception):
@@ -38,8 +76,7 @@ def trained(folder, kind, rule, together=None, kept=None, write_at=0, stop=False
     if together is None:
         way, part, mine, rest = None, sae, None, {}
     else:
-        n_tokens = torch.bincount(activations.position[activations.keep].long(), minlength=16)
-        way = ByData(sae) if together == "data" else ByPosition(sae, n_tokens)
+        way = ByData(sae) if together == "data" else ByPosition(sae, activations.position[activations.keep])
         part, mine, rest = getattr(way, "part", sae), way.mine, {"together": way}
     checkpoints = None if kept is None else Checkpoints(Path(kept), {"what": kind})
     behind = 0 if checkpoints is None else checkpoints.done
@@ -132,9 +169,32 @@ def alone(tmp_path):
         (lambda: ByData(make_sae("switch")), "balances its experts over a whole batch"),
         (lambda: ByPosition(make_sae("slice", rule="matryoshka"), EVEN), "the rule matryoshka chooses"),
         (lambda: ByPosition(make_sae("soft"), EVEN), "a soft mask that changes in training"),
-        (lambda: parallel._owners(make_sae("slice", "gradient"), EVEN, 2), "makes 1 groups of positions"),
+        (lambda: parallel._owners(make_sae("slice", "gradient"), torch.ones(16), 2), "makes 1 groups of positions"),
     ],
 )
 def test_what_cannot_be_divided_is_refused(alone, make, message):
     with pytest.raises(BadSetting, match=message):
         make()
+
+
+@pytest.mark.slow
+def test_a_cell_trained_by_torchrun_is_evaluated_by_a_run_that_trains_nothing(tmp_path, model_folder):
+    """The command as docs/cluster.md has it, on a study of one slice cell, by position, in two processes."""
+    study_file = tmp_path / "tiny.toml"
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in make_texts(1200)))
+    study_file.write_text(STUDY.replace("MODEL", str(model_folder)).replace("TEXTS", str(tmp_path / "texts.jsonl")))
+    command = [sys.executable, "-m"]
+    started = ["torch.distributed.run", "--nproc-per-node", "2", "-m", "posmask.cli", "train", str(study_file), "slice"]
+    root = ["--root", str(tmp_path / "run")]
+    found = subprocess.run([*command, *started, "--by", "position", *root], capture_output=True, text=True, check=True)
+    assert "slice with seed 0 is trained. Each process sent" in found.stdout
+    found = subprocess.run(
+        [*command, "posmask.cli", "run", str(study_file), *root], capture_output=True, text=True, check=True
+    )
+    assert "slice-seed0 goes on from its checkpoint after 20 steps" in found.stdout + found.stderr
+    assert (tmp_path / "run" / "cells" / "slice-seed0" / "manifest.json").exists()
+    alone = subprocess.run(
+        [*command, "posmask.cli", "train", str(study_file), "slice"], capture_output=True, text=True, check=False
+    )
+    assert alone.returncode == 2
+    assert "is for processes that torchrun starts" in alone.stderr

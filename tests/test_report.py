@@ -1,29 +1,73 @@
+"""The page: every number on it is a row, nothing runs as HTML, and a reader can use it (in real Chromium)."""
+
+import base64
+import csv
+import gzip
+import http.client
 import json
+import math
 import re
+import shutil
+import threading
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+import torch
 
+from conftest import D_SAE, N_POSITIONS, batch_of, make_sae, make_vectors
 from posmask.errors import DamagedFolder
 from posmask.folders import write_folder
-from posmask.report import write_report
-from posmask.rows import Measure, Row, write_rows
+from posmask.latents import LatentFacts
+from posmask.metrics.specialization import PositionMass
+from posmask.report import page_server, write_paper_figures, write_report, write_report_folder
+from posmask.report.browser import shown_word
+from posmask.rows import Measure, Row, Units, write_rows, write_units
+from posmask.sae import write_sae
 from posmask.verdicts import Verdict, write_verdicts
 
-PARTS = ("position", "content", "interaction")
-HOSTILE = "<script>alert(1)</script>"
+HOSTILE = "<img src=x onerror=alert(1)><script>alert(1)</script>"
+WORDS = [" the", " dog", HOSTILE, "\u202eabc", "\x00\x07", "שלום", "x" * 1000, "\n", " =1+1"]
 
 
-def write_cell(root, name, mask):
+class Words:
+    """A tokenizer for as much as the page asks of one."""
+
+    def decode(self, ids):
+        return WORDS[ids[0] % len(WORDS)]
+
+
+def write_cell(root, name, kind, *, seed=0, level=0.8, latents=True, d_sae=D_SAE):
+    """A cell of a small SAE that was never trained, with rows and latents."""
+    generator = np.random.default_rng(seed + len(name))
+    units = {metric: Units(generator.uniform(size=30) + level, np.full(30, 2.0)) for metric in ("ev", "order")}
+
+    def of(name):
+        return float(units[name].top.sum() / units[name].bottom.sum())
+
+    order = {"task": HOSTILE, "k": 5, "pooling": "mean"}
     measures = [
-        Measure("explained_variance", 0.8123, 0.80, 0.82, 1000),
-        *(Measure("explained_variance", 0.8 if p else float("nan"), n=9, slice={"position": p}) for p in range(4)),
-        Measure("retention", 0.25, 0.24, 0.26, 30),
-        Measure("order_accuracy", 0.61, 0.5, 0.7, 50, {"task": HOSTILE, "k": 5, "pooling": "mean"}),
-        Measure("order_shuffled", 0.51, 0.4, 0.6, 50, {"task": HOSTILE, "k": 5, "pooling": "mean"}),
-        Measure("order_permuted", 0.48, 0.4, 0.6, 50, {"task": HOSTILE, "k": 5, "pooling": "mean"}),
-        Measure("probe_accuracy", 0.77, 0.7, 0.8, 50, {"dataset": "toy", "k": 5, "source": "sae", "pooling": "mean"}),
+        Measure("explained_variance", of("ev"), 0.80, 0.82, 1000, units=units["ev"]),
+        Measure("dead_share", 0.25, n=D_SAE),
+        Measure("d_sae", d_sae, n=1),
+        Measure("train_seconds", 12.0 + seed, n=1),
+        Measure("train_tokens", 4096, n=1),
+        Measure("mean_openness", 0.5 if kind != "open" else 1.0, n=D_SAE),
+        *(Measure("explained_variance", 0.8 if p else math.nan, n=9, slice={"position": p}) for p in range(4)),
+        *(Measure("l0", 3.0, n=9, slice={"position": p}) for p in range(4)),
+        Measure("retention", 0.25 + 0.01 * seed, 0.24, 0.26, 30),
+        Measure("retention_chance", 0.125, 0.11, 0.13, 30),
+        Measure("order_accuracy", of("order"), 0.5, 0.7, 50, order, units["order"]),
+        Measure("order_shuffled", 0.51, 0.4, 0.6, 50, order),
+        Measure("order_permuted", 0.48, 0.4, 0.6, 50, order),
+        *(
+            Measure(
+                "probe_accuracy", 0.7 + k / 100, 0.7, 0.8, 50, {"dataset": "toy", "k": k, "pooling": "mean", **more}
+            )
+            for k in (1, 5)
+            for more in ({"pooling": "mean"}, {"pooling": "mean", "class": "a"})
+        ),
         Measure("retention", 0.25, 0.24, 0.26, 30, {"after": "0"}),
         Measure("retention_chance", 0.12, 0.11, 0.13, 30, {"after": "0"}),
         *(
@@ -31,50 +75,453 @@ def write_cell(root, name, mask):
             for part in ("position", "content", "interaction")
         ),
     ]
-    found = [Row.of(m, cell=name, mask=mask, budget="width", apply="forward", seed=0) for m in measures]
-    with write_folder(root / "cells" / f"{name}-seed0", {"cell": name, "note": HOSTILE}) as draft:
+    found = [Row.of(m, cell=name, mask=kind, budget="width", apply="forward", seed=seed) for m in measures]
+    made_from = {"cell": {"name": name}, "seed": seed, "note": HOSTILE, "evaluation": {"order_test_groups": 60}}
+    with write_folder(root / "cells" / f"{name}-seed{seed}", made_from, versions={"torch": "2"}) as draft:
         write_rows(draft / "rows.csv", found)
-        (draft / "curve.csv").write_text("tokens,explained_variance\n100,0.2\n200,0.5\n")
-        openness = np.ones((4, 6), np.float32) if mask == "open" else np.eye(4, 6, dtype=np.float32)
-        save_file({"openness": openness}, draft / "openness.safetensors")
+        write_units(draft / "units.safetensors", measures)
+        curve = "tokens,explained_variance,mean_openness\n100,0.2,1\n200,0.5,.6\n"
+        (draft / "curve.csv").write_text(curve)
+        sae = make_sae(kind, d_sae=d_sae, seed=seed)
+        write_sae(sae, draft)
+        if latents:
+            write_latents(sae, draft)
     return found
 
 
-@pytest.fixture
-def root(tmp_path):
+def write_latents(sae, folder):
+    vectors, position = make_vectors(600)
+    position = torch.arange(600, dtype=torch.int32) % (N_POSITIONS - 1) + 1
+    batch = batch_of(vectors, position, torch.arange(600) // 30)
+    batch.token_id[:] = torch.arange(600) % len(WORDS)
+    codes = sae.sparse_encode(vectors, position)
+    facts, used = LatentFacts(sae.d_sae), PositionMass(N_POSITIONS, sae.d_sae)
+    facts.update(batch, codes)
+    used.update(batch, codes)
+    share = torch.rand(sae.d_sae, generator=torch.Generator().manual_seed(1))
+    facts.add_positions(used, share, share, torch.full_like(share, 0.5), "context")
+    for number, name in enumerate((HOSTILE, "toy")):
+        facts.add_probe(name, torch.arange(3) + number, torch.tensor([1.5, -0.5, 0.25]))
+    ends = torch.arange(sae.d_sae * 4).view(-1, 4) % len(WORDS), torch.rand(sae.d_sae, 4)
+    facts.add_effects(ends, ends)
+    facts.write(folder, Words())
+
+
+def write_study(root, cells=(("open", "open"), ("hard", "hard"), ("soft", "soft")), seeds=(0, 1)):
     controls = [Measure(name, 0.5, n=50, slice={"task": HOSTILE}) for name in ("order_bag_accuracy", "order_edges")]
-    own = [Row.of(m, cell="llm", mask="none", budget="", apply="", seed=0) for m in controls]
-    cells = [*write_cell(tmp_path, "open", "open"), *write_cell(tmp_path, "hard", "hard")]
-    write_rows(tmp_path / "results.csv", [*own, *cells])
-    verdict = Verdict("hard", "open", "order k=5", -0.0123, -0.2, 0.1, 0.04, 1, 2, "no evidence")
-    write_verdicts(tmp_path / "verdicts.csv", [verdict])
-    return tmp_path
+    rows = [Row.of(m, cell="llm", mask="none", budget="", apply="", seed=0) for m in controls]
+    for number, (name, kind) in enumerate(cells):
+        for seed in seeds:
+            rows += write_cell(root, name, kind, seed=seed, level=0.8 - 0.1 * number)
+    write_rows(root / "results.csv", rows)
+    made = [
+        Verdict("hard", "open", "order k=5", -0.0123, -0.2, 0.1, 0.5, 3, 2, "no evidence"),
+        Verdict("hard", "open", "explained_variance", -0.1, -0.2, -0.05, 0.01, 3, 2, "worse"),
+    ]
+    write_verdicts(root / "verdicts.csv", made)
+    return root
 
 
-def test_the_page_holds_every_cell_and_fetches_nothing(root):
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    return write_study(tmp_path_factory.mktemp("report") / "study")
+
+
+@pytest.fixture(scope="module")
+def page(study):
+    return write_report(study, out=study / "page.html")
+
+
+@pytest.fixture
+def root(study, tmp_path):
+    """A copy to damage."""
+    return shutil.copytree(study, tmp_path / "study")
+
+
+def block(page, name):
+    text = re.search(rf'id="block-{name}">([^<]*)<', page.read_text(encoding="utf8")).group(1)
+    return gzip.decompress(base64.b64decode(text))
+
+
+def mean_of_rows(root, of):
+    """The definition that the page gives of a number, by hand from results.csv."""
+    cell, metric, where = of.split("|", 2)
+    cell, _, seed = cell.partition("@")
+    wanted = dict(part.split("=", 1) for part in where.split(";")) if where else {}
+    with (root / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+
+    def mean(metric):
+        found = []
+        for row in rows:
+            slice = dict(part.split("=", 1) for part in row["slice"].split(";")) if row["slice"] else {}
+            right = wanted.items() <= slice.items() and "class" not in slice if wanted else not slice
+            if row["cell"] == cell and row["metric"] == metric and right and seed in ("", row["seed"]):
+                found.append(float(row["value"]))
+        return sum(found) / len(found)
+
+    first, _, less = metric.partition("-")
+    return mean(first) - (mean(less) if less else 0)
+
+
+def test_every_number_of_the_tables_is_a_row_or_a_mean_of_rows(study, page):
+    import html
+
+    text = page.read_text(encoding="utf8")
+    found = re.findall(r'data-of="([^"]*)" data-value="([^"]*)"[^>]*>(?:<span class="v">)?([^<]*)', text)
+    found += [
+        (of, value, shown) for value, of, shown in re.findall(r'data-value="([^"]*)" data-of="([^"]*)">([^<]*)', text)
+    ]
+    assert len(found) > 60
+    for of, value, shown in found:
+        expected = mean_of_rows(study, html.unescape(of))
+        assert float(value) == pytest.approx(expected, abs=1e-12), of
+        number = float(shown.replace("−", "-").replace(",", ""))
+        assert number == pytest.approx(expected, abs=0.5 if "train" in of or "d_sae" in of else 0.00051), of
+
+
+def test_every_number_of_the_pictures_is_a_mean_of_rows(study, page):
+    traded = json.loads(block(page, "chart-trade-off"))["data"]["values"]
+    assert {value["cell"] for value in traded} == {"open", "hard", "soft"}
+    for value in traded:
+        expected = mean_of_rows(study, f"{value['cell']}|explained_variance|")
+        assert value["explained variance"] == pytest.approx(expected)
+    by_position = json.loads(block(page, "chart-position"))["data"]["values"]
+    assert {(value["cell"], value["position"]) for value in by_position} == {
+        (cell, position) for cell in ("open", "hard", "soft") for position in (1, 2, 3)
+    }
+    for value in by_position:
+        expected = mean_of_rows(study, f"{value['cell']}|explained_variance|position={value['position']}")
+        assert value["value"] == pytest.approx(expected)
+    assert {value["seconds"] for value in json.loads(block(page, "chart-cost"))["data"]["values"]} == {12.5}
+
+
+def test_intervals_and_differences_are_those_of_the_verdicts(study, page):
+    from posmask.rows import read_units
+    from posmask.verdicts import paired_difference, sample
+
+    units = {
+        name: [read_units(study / "cells" / f"{name}-seed{seed}" / "units.safetensors") for seed in (0, 1)]
+        for name in ("open", "hard")
+    }
+    pairs = [[sample(one, "mean", "explained_variance") for one in units[name]] for name in ("hard", "open")]
+    expected = paired_difference(*pairs)
+    text = page.read_text(encoding="utf8")
+    shown = re.search(r'data-of="hard\|explained_variance\|"[^>]*difference to open ([^"]*)"', text).group(1)
+    numbers = [float(one.replace("−", "-")) for one in re.findall(r"[+−]?\.\d+", shown)]
+    assert numbers == pytest.approx([expected.effect, expected.low, expected.high], abs=0.0006)
+
+
+def test_the_page_fetches_nothing_and_lets_no_data_run(page):
+    text = page.read_text(encoding="utf8")
+    assert HOSTILE not in text
+    assert "&lt;img src=x onerror" in text
+    assert not re.search(r'<(script|link|img|iframe)[^>]+(src|href)\s*=\s*"?(https?:)?//', text)
+    assert "default-src 'none'" in text
+
+
+def test_a_token_of_any_text_is_short_and_visible():
+    assert len(shown_word("x" * 10_000_000)) < 50
+    assert shown_word("\u202eabc") == "⟨202E⟩abc"
+    assert shown_word("a\n\x00\x7f\x9b") == "a↵⟨0⟩⟨7F⟩⟨9B⟩"
+
+
+def test_what_cannot_be_read_is_left_out_and_said(root):
+    (root / "cells" / "hard-seed0" / "curve.csv").write_text("tampered")
+    (root / "cells" / "soft-seed1" / "manifest.json").unlink()
+    (root / "cells" / ".soft-seed2.draft-1").mkdir()
+    text = (root / "results.csv").read_text().replace("0.25,nan,nan", "nan,nan,nan", 1)
+    (root / "results.csv").write_text(text)
+    (root / "verdicts.csv").write_text("nothing\n1\n")
     page = write_report(root).read_text(encoding="utf8")
-    assert page.count('<th scope="row">hard</th>') == 4
-    assert "hard − open" in page
-    assert "-0.012" in page
-    assert "corrected p 0.04 of 2 comparisons; 1 seed" in page
-    assert "0.812" in page
-    assert "95 % interval 0.8000 to 0.8200, n = 1,000" in page
-    assert not re.search(r'<(script|link|img)[^>]+(src|href)\s*=\s*"?(https?:)?//', page)
-    for name in ("trade-off", "position", "loss", "shift", "decay", "masks", "curves"):
-        spec = re.search(rf'id="spec-{name}">(.*?)</script>', page, re.S)
-        assert json.loads(spec.group(1))["$schema"].endswith(".json")
+    for said in (
+        "curve.csv is not what was written",
+        "soft-seed1 has no manifest.json",
+        "Unfinished cells: 1",
+        "1 numbers of results.csv are NaN",
+        "verdicts.csv cannot be read",
+        "Without a readable folder, so in the tables only: hard-seed0, soft-seed1.",
+    ):
+        assert said.replace("`", "") in page.replace("`", ""), said
 
 
-def test_text_from_data_never_runs_as_html(root):
-    page = write_report(root).read_text(encoding="utf8")
-    assert HOSTILE not in page
-    assert "&lt;script&gt;alert(1)" in page
-
-
-def test_a_folder_without_results_or_with_a_tampered_cell_is_refused(root, tmp_path):
-    (root / "cells" / "hard-seed0" / "curve.csv").write_text("tokens,explained_variance\n")
-    with pytest.raises(DamagedFolder, match=r"curve\.csv is not what was written"):
-        write_report(root)
+def test_a_study_without_cells_or_results_still_has_a_page(root, tmp_path):
     (root / "results.csv").unlink()
-    with pytest.raises(DamagedFolder, match=r"holds no results\.csv"):
-        write_report(root)
+    page = write_report(root).read_text(encoding="utf8")
+    assert "Numbers are those of the 6 finished cells" in page
+    assert page.count('data-of="hard|explained_variance|"') >= 1
+    empty = tmp_path / "empty"
+    (empty / "cells").mkdir(parents=True)
+    assert "No finished cell lies in this folder" in write_report(empty).read_text(encoding="utf8")
+    with pytest.raises(DamagedFolder, match=r"neither results\.csv nor cells"):
+        write_report(tmp_path / "nowhere")
+
+
+def test_missing_latents_and_capped_sizes_are_named_with_their_remedy(tmp_path):
+    write_cell(tmp_path, "open", "open", latents=False)
+    page = write_report(tmp_path).read_text(encoding="utf8")
+    assert "`posmask latents STUDY.toml` does so" in page
+    assert "50 test groups of 60 asked for" in page
+    assert "CE recovered" in page.split("Metrics that are missing")[1].split("</details>")[0]
+
+
+def test_figures_for_a_paper_are_svg_and_pdf(study, tmp_path):
+    written = write_paper_figures(study, folder=tmp_path / "figures")
+    assert {path.stem for path in written} >= {"trade-off", "masks", "position", "decay", "shift", "curves", "cost"}
+    for path in written:
+        if path.suffix == ".svg":
+            ElementTree.parse(path)
+        else:
+            assert path.read_bytes().startswith(b"%PDF")
+
+
+@pytest.fixture
+def served(study, tmp_path):
+    folder = write_report_folder(study, out=tmp_path / "all")
+    server = page_server(folder)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server.server_address[1]
+    server.shutdown()
+    server.server_close()
+
+
+def test_the_server_answers_this_machine_alone_and_stays_in_its_folder(served, tmp_path):
+    (tmp_path / "secret.txt").write_text("secret")
+    (tmp_path / "all" / "link.txt").symlink_to(tmp_path / "secret.txt")
+
+    def status(path, host):
+        connection = http.client.HTTPConnection("127.0.0.1", served)
+        connection.request("GET", path, headers={"Host": host})
+        return connection.getresponse().status
+
+    assert status("/", f"127.0.0.1:{served}") == 200
+    assert status("/", f"localhost:{served}") == 200
+    for host in (f"evil.example:{served}", "127.0.0.1", f"127.0.0.1.evil.example:{served}", "127.0.0.1:1"):
+        assert status("/", host) == 403, host
+    for path in ("/../secret.txt", "/%2e%2e/secret.txt", "/link.txt", "/data/"):
+        assert status(path, f"127.0.0.1:{served}") == 404, path
+    with pytest.raises(DamagedFolder, match=r"report DIR --all"):
+        page_server(tmp_path)
+
+
+# In Chromium: what a reader does.
+
+CHROMIUM = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+)
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed: pip install playwright"
+    )
+    if CHROMIUM is None:
+        pytest.skip("Chromium is not installed (apt-get install chromium): the page was not tried in a browser")
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(chromium):
+    """Opens an address; at the end of the test the console must have said nothing."""
+    said, contexts = [], []
+
+    def opened(address, **settings):
+        context = chromium.new_context(viewport={"width": 1200, "height": 900}, accept_downloads=True, **settings)
+        contexts.append(context)
+        tab = context.new_page()
+        tab.on("console", lambda message: said.append(message.text))
+        tab.on("pageerror", lambda error: said.append(str(error)))
+        tab.on("dialog", lambda dialog: said.append(f"dialog: {dialog.message}"))
+        tab.goto(address if isinstance(address, str) else address.as_uri())
+        tab.wait_for_selector("html[data-ready]")
+        return tab
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert said == []
+
+
+def show(tab, selector):
+    tab.locator(selector).first.scroll_into_view_if_needed()
+
+
+def texts(tab, selector):
+    return [one.strip() for one in tab.locator(selector).all_inner_texts()]
+
+
+def test_tables_are_sorted_found_in_and_saved(page, open_page):
+    tab = open_page(page)
+    assert tab.locator("#verdicts-1 td.worse").count() == 1
+    tab.click("#study thead th:has-text('explained variance') button")
+    shown = tab.locator("#study td[data-of*='|explained_variance|']")
+    values = [float(value) for value in shown.evaluate_all("cells => cells.map(cell => cell.dataset.value)")]
+    assert values == sorted(values, reverse=True)
+    assert tab.locator("#study th[aria-sort=descending]").count() == 1
+    tab.fill("[data-filter=study]", "soft")
+    assert texts(tab, "#study tbody tr:visible th") == ["soft"]
+    tab.select_option("#shown", "differences")
+    assert "(" in tab.locator("#study tbody tr:visible td[data-of*=explained]").inner_text()
+    with tab.expect_download() as saved:
+        tab.click("[data-csv=study]")
+    lines = list(csv.reader(Path(saved.value.path()).read_text(encoding="utf8").splitlines()))
+    assert lines[0][0] == "cell"
+    assert [line[0] for line in lines[1:]] == ["soft"]
+
+
+def test_pictures_are_drawn_picked_redrawn_and_saved(page, open_page):
+    tab = open_page(page)
+    show(tab, "[data-chart=position]")
+    tab.wait_for_selector("[data-chart=position] svg")
+    tab.click("[data-pick=none]")
+    tab.click("#picks button[data-cell=hard]")
+    tab.wait_for_function("document.querySelectorAll('[data-chart=position] .mark-line path').length === 1")
+    for kind, start in (("svg", b"<svg"), ("png", b"\x89PNG"), ("csv", b"cell,position,value")):
+        with tab.expect_download() as saved:
+            tab.click(f"[data-save={kind}][data-of-chart=position]")
+        assert Path(saved.value.path()).read_bytes().startswith(start)
+    ink = "getComputedStyle(document.querySelector('[data-chart=position] .role-axis-title text')).fill"
+    before = tab.evaluate(ink)
+    tab.click("#theme")
+    tab.wait_for_function(f"{ink} !== '{before}'")
+    assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 29)"
+
+
+def test_a_latent_is_found_looked_at_and_compared(page, open_page):
+    tab = open_page(page)
+    show(tab, "#browsers")
+    tab.wait_for_selector("#browser-0 tbody tr")
+    tab.select_option("#browsers select[aria-label=Cell]", "1")
+    tab.wait_for_selector("text=of hard")
+    tab.click("#browser-0 th[data-key=latent] button")
+    tab.locator("#browsers .rows").focus()
+    chosen = tab.locator(".latent h3").inner_text()
+    tab.keyboard.press("ArrowUp")
+    assert tab.locator(".latent h3").inner_text() != chosen
+    tab.fill("#browsers input[type=search]", "7")
+    assert texts(tab, "#browser-0 tbody tr td:first-child") == ["7"]
+    tab.click("#browser-0 tbody tr")
+    assert tab.locator(".latent h3").inner_text() == "Latent 7 of hard"
+    assert tab.locator(".tokens").count() > 0
+    assert "dog" in tab.locator(".latent").inner_text()
+    assert tab.locator(".tokens .peak").count() == tab.locator(".tokens").count()
+    tab.fill("#browsers input[type=search]", "onerror")  # a token's text, shown as text
+    assert tab.locator("#browser-0 tbody tr").count() > 0
+    assert tab.locator(".latent img").count() == 0
+    tab.select_option("#browsers select[aria-label=Probe]", "1")
+    tab.fill("#browsers input[type=search]", "")
+    assert sorted(map(int, texts(tab, "#browser-0 tbody tr td:first-child"))) == [1, 2, 3]
+    tab.click("#browser-0 tbody tr")
+    tab.locator(".near").nth(1).locator("button").first.click()
+    tab.wait_for_selector("#browser-1 tbody tr")
+    assert tab.locator(".latent h3").count() == 2
+    with tab.expect_download() as saved:
+        tab.locator("#browsers button", has_text="CSV").first.click()
+    assert Path(saved.value.path()).read_text().startswith("latent,firing rate")
+    tab.select_option("#compare-a", "hard")
+    tab.select_option("#compare-b", "open")
+    assert "worse" in tab.locator("#compared tr", has_text="explained variance").inner_text()
+    tab.select_option("#compare-a", "open")
+    tab.select_option("#compare-b", "hard")
+    assert "better" in tab.locator("#compared tr", has_text="explained variance").inner_text()
+    tab.click("#compare-latents")
+    names = "[...document.querySelectorAll('.latent h3')].map(one => one.textContent.split(' of ')[1]).join()"
+    tab.wait_for_function(f"{names} === 'open,hard'")
+
+
+def test_what_the_browser_shows_is_what_was_written(study, page, open_page):
+    from safetensors.numpy import load_file
+
+    facts = load_file(study / "cells" / "hard-seed0" / "latents.safetensors")
+    tab = open_page(page)
+    show(tab, "#browsers")
+    tab.wait_for_selector("#browser-0 tbody tr")
+    tab.evaluate("browse(0, 1, 9)")
+    tab.wait_for_selector("text=Latent 9 of hard")
+    fired = 100 * facts["firings"][9] / 600
+    assert f"{fired:.2f} % of 600 tokens" in tab.locator(".latent .facts").inner_text()
+    first = tab.locator(".tokens").first
+    start, length = facts["text_start"][9, 0], facts["text_length"][9, 0]
+    assert first.locator("bdi").count() == length
+    assert first.locator("bdi").all_text_contents() == [
+        shown_word(WORDS[token % len(WORDS)]) for token in facts["token_id"][start : start + length]
+    ]
+    peak = first.locator(".peak").get_attribute("title")
+    place = start + facts["text_value"][9, 0].argmax()
+    assert peak.startswith(f"position {facts['token_position'][place]},")
+    decoders = [
+        load_file(study / "cells" / f"{name}-seed0" / "sae.safetensors")["decoder"] for name in ("hard", "soft")
+    ]
+    own, other = (one / np.linalg.norm(one, axis=1, keepdims=True) for one in decoders)
+    cosine = other @ own[9]
+    line = tab.locator(".near").nth(1).locator("tr", has_text="soft").inner_text()
+    assert re.search(rf"latent {cosine.argmax()}\b", line)
+    assert f"{cosine.max():.2f}".lstrip("0") in line
+
+
+def test_two_studies_stand_in_one_page(study, tmp_path, open_page):
+    other = write_study(tmp_path / "other", cells=(("open", "open"), ("slice", "slice")), seeds=(0,))
+    (other / "verdicts.csv").unlink()
+    page = write_report(study, other, out=tmp_path / "both.html")
+    tab = open_page(page)
+    assert {"study: hard", "other: slice"} <= set(texts(tab, "#study tbody th"))
+    tab.select_option("#compare-a", "other: slice")
+    tab.select_option("#compare-b", "study: hard")
+    show(tab, "#browsers")
+    tab.wait_for_selector("#browser-0 tbody tr")
+    assert tab.locator("#browsers select[aria-label=Cell] option").count() == 5
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (1200, "dark"), (390, "light")])
+def test_the_page_is_accessible_and_fits(page, open_page, width, scheme):
+    axe = pytest.importorskip("axe_core_python")
+    tab = open_page(page, color_scheme=scheme)
+    tab.set_viewport_size({"width": width, "height": 844})
+    for part in ("#pictures", "[data-chart=cost]", "#browsers"):
+        show(tab, part)
+    tab.wait_for_selector("#browser-0 tbody tr")
+    tab.wait_for_selector("[data-chart=cost] svg")
+    tab.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    tab.add_script_tag(content=(Path(axe.__file__).parent / "axe.min.js").read_text(encoding="utf8"))
+    found = tab.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
+    serious = [one for one in found if one["impact"] in ("serious", "critical")]
+    assert [(one["id"], [node["html"][:150] for node in one["nodes"][:3]]) for one in serious] == []
+
+
+@pytest.mark.parametrize("d_sae", [3_000, pytest.param(20_000, marks=pytest.mark.slow)])
+def test_the_folder_with_all_latents_opens_fast_and_stays_smooth(tmp_path, open_page, d_sae):
+    write_cell(tmp_path / "large", "open", "open", d_sae=d_sae)
+    folder = write_report_folder(tmp_path / "large")
+    server = page_server(folder)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        tab = open_page(f"http://127.0.0.1:{server.server_address[1]}/")
+        loaded = tab.evaluate("performance.timing.domContentLoadedEventEnd - performance.timing.navigationStart")
+        assert loaded < 3000
+        show(tab, "#browsers")
+        tab.wait_for_selector("#browser-0 tbody tr")
+        assert f"{d_sae:,} latents" in tab.locator("#browsers").inner_text()
+        tab.click("#browser-0 th[data-key=latent] button")
+        longest = tab.evaluate(
+            """async () => {
+              const rows = document.querySelector('.rows'), frame = () => new Promise(requestAnimationFrame);
+              let longest = 0;
+              for (let step = 1; step <= 20; step++) {
+                rows.scrollTop = step / 20 * rows.scrollHeight;
+                const start = performance.now();
+                await frame(); await frame();
+                longest = Math.max(longest, performance.now() - start);
+              }
+              return longest; }"""
+        )
+        assert longest < 500  # a frame takes some 20 ms; a loaded machine more
+        assert tab.locator("#browser-0 tbody tr").count() < 60
+        assert int(texts(tab, "#browser-0 tbody tr td:first-child")[1]) > d_sae * 3 // 4
+    finally:
+        server.shutdown()
+        server.server_close()

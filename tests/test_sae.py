@@ -1,12 +1,12 @@
 import pytest
 import torch
 
-from conftest import N_POSITIONS, make_sae, make_vectors
+from conftest import D_MODEL, N_POSITIONS, RULES, make_sae, make_vectors
 from posmask.errors import BadSetting, DamagedFolder
 from posmask.mask_kinds import make_mask, mask_settings
 from posmask.masks import Copies
 from posmask.rules import rule_settings
-from posmask.sae import SparseAutoencoder, copy_latents_, read_origin, read_sae, started_from, write_sae
+from posmask.sae import SparseAutoencoder, copy_latents_, read_origin, read_sae, restate_, started_from, write_sae
 
 
 def test_closed_latents_take_no_place():
@@ -128,3 +128,14 @@ def test_copied_latents_take_all_that_belongs_to_a_latent():
     sae = make_sae("open", rule="jumprelu")
     copy_latents_(sae, Copies(torch.tensor([1]), torch.tensor([30])))
     assert sae.rule.threshold[30] == sae.rule.threshold[1]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_other_constants_change_nothing_but_the_units_of_codes(rule):
+    sae = make_sae("open", rule=rule, dtype=torch.float64)
+    sae.center, sae.scale = torch.linspace(-1, 2, D_MODEL).double(), torch.tensor(1.5).double()
+    vectors, position = make_vectors(60, dtype=torch.float64)
+    codes, out = sae.encode(vectors, position).detach(), sae(vectors, position).detach()
+    restate_(sae, torch.linspace(3, 0, D_MODEL).double(), torch.tensor(0.5).double())
+    torch.testing.assert_close(sae(vectors, position), out)
+    torch.testing.assert_close(sae.encode(vectors, position), 3 * codes)

@@ -11,7 +11,8 @@ from pydantic import Field
 
 from conftest import make_texts, train_on
 from posmask import assets, corpus, evaluation, folders, mask_kinds, masks, rows, rules, study
-from posmask.errors import BadSetting, DamagedFolder, PosmaskError
+from posmask.errors import BadSetting, PosmaskError
+from posmask.interop.saelens_files import export_saelens, import_saelens
 from posmask.metrics.in_model import WindowMass
 from posmask.probing import order_tasks, topics
 from posmask.report import write_report
@@ -271,12 +272,21 @@ def test_running_a_cell_twice_gives_the_same_bytes(study_file, tmp_path):
         assert lines[0] == lines[1]
 
 
-def test_a_tampered_cell_is_found_before_its_numbers_are_used(study_file, tmp_path):
-    run(study_file, tmp_path / "run")
-    path = tmp_path / "run" / "cells" / "open-seed0" / "rows.csv"
-    path.write_text(path.read_text().replace("open,open", "open,shut", 1))
-    with pytest.raises(DamagedFolder, match=r"rows\.csv is not what was written"):
-        run(study_file, tmp_path / "run")
+def test_what_is_damaged_is_found_named_and_alone_made_anew(study_file, tmp_path):
+    root = tmp_path / "run"
+    before, _ = run(study_file, root)
+    cell = root / "cells" / "open-seed0"
+    (cell / "rows.csv").write_text((cell / "rows.csv").read_text().replace("open,open", "open,shut", 1))
+    kept = (root / "cells" / "slice-compute-seed0" / "rows.csv").stat().st_mtime_ns
+    (n_folders, (damage,)) = folders.damage_under(root)
+    assert n_folders == 3 + 5  # with training, held-out, shift, a task and a dataset
+    assert damage.startswith(f"{cell / 'rows.csv'} is not what was written")
+    after, said = run(study_file, root)
+    assert said[1] == f"open-seed0 is damaged: moved to {root / 'stale' / 'open-seed0-1'}."
+    assert (root / "cells" / "slice-compute-seed0" / "rows.csv").stat().st_mtime_ns == kept
+    assert folders.damage_under(root) == (n_folders, [])
+    for one, other in zip(before, after, strict=True):
+        assert one.metric == "train_seconds" or repr(one) == repr(other)
 
 
 def test_an_interrupted_cell_leaves_nothing_and_the_next_run_goes_on(study_file, tmp_path, monkeypatch):
@@ -389,6 +399,44 @@ def test_cells_may_start_from_an_sae_that_a_user_brings(study_file, tmp_path):
     study_file.write_text(alone)
     with pytest.raises(BadSetting, match="let all start from the same folder, or none"):
         read_study(study_file)
+
+
+def test_an_imported_sae_is_evaluated_and_trained_on(study_file, tmp_path):
+    """Sent to SAELens's own architecture and back, an open cell keeps its numbers and can be started from."""
+    first, _ = run(study_file, tmp_path / "first")
+    export_saelens(tmp_path / "first" / "cells" / "open-seed0", tmp_path / "theirs", lossy=True)
+    import_saelens(tmp_path / "theirs", tmp_path / "imported")
+    settings = read_study(study_file)
+    found = study.evaluate_folder(settings, tmp_path / "first", tmp_path / "imported")
+    assert {row.cell for row in found} == {"imported", "llm"}
+    values = {(row.metric, row.slice): row.value for row in found if row.cell == "imported"}
+    expected = {(row.metric, row.slice): row.value for row in first if row.cell == "open" and row.metric in METRICS}
+    expected = {key: value for key, value in expected.items() if key in values}
+    assert len(expected) > 50
+    for key, value in expected.items():
+        assert values[key] == pytest.approx(value, abs=2e-2, nan_ok=True), key
+    assert values["explained_variance", ""] == pytest.approx(expected["explained_variance", ""], abs=1e-5)
+    assert "dead_share" not in {metric for metric, _ in values}
+    folder = tmp_path / "first" / "evaluated" / "imported"
+    written = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert len(study.evaluate_folder(settings, tmp_path / "first", tmp_path / "imported")) == len(found)
+    assert written == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    base = study_file.read_text()
+    text = base.replace("decay = true\n", "")
+    brought = f'start = "{tmp_path / "imported"}"'
+    text = text.replace('{ kind = "open" }', f'{{ kind = "open" }}\n{brought}')
+    study_file.write_text(text.replace('budget = "compute"', f'budget = "compute"\n{brought}'))
+    second, _ = run(study_file, tmp_path / "second")
+    started = read_sae(tmp_path / "second" / "cells" / "slice-compute-seed0")
+    assert torch.equal(started.scale, read_sae(tmp_path / "first" / "cells" / "open-seed0").scale)
+    better = {row.cell: row.value for row in second if row.metric == "explained_variance" and not row.slice}
+    assert better["open"] > values["explained_variance", ""]
+    study_file.write_text(base.replace("n_positions = 16", "n_positions = 12"))
+    with pytest.raises(BadSetting, match="for contexts of 16 positions, the study's have 12: set"):
+        study.evaluate_folder(read_study(study_file), tmp_path / "third", tmp_path / "imported")
+
+
+METRICS = ("explained_variance", "l0", "order_accuracy", "probe_accuracy", "retention", "ce_recovered")
 
 
 @pytest.mark.parametrize(

@@ -189,7 +189,7 @@ def test_zero_steps_are_refused():
 
 def test_an_sae_that_explains_nothing_is_refused(activations):
     with pytest.raises(DegenerateResult, match=r"explains -?[\d.e+]+ of the variance"):
-        train_on(fresh_sae("open"), activations, SETTINGS.model_copy(update={"learning_rate": 1.0}))
+        train_on(fresh_sae("open"), activations, SETTINGS.model_copy(update={"learning_rate": 1.0, "n_steps": 10}))
 
 
 def test_latents_are_dead_by_eligible_tokens(activations):

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from posmask.corpus import Tokens
-from posmask.errors import DegenerateResult, NothingToDo
-from posmask.folders import finished, read_manifest, write_folder
+from posmask.errors import DamagedFolder, DegenerateResult, NothingToDo
+from posmask.folders import finished, read_manifest, take_apart, write_in_parts
 from posmask.masks import Coordinate
 from posmask.model import LanguageModel
-from posmask.progress import progress_bar
+from posmask.progress import announce, progress_bar
 from posmask.seeds import generator
 
 __all__ = ["Activations", "Batch", "Stored", "evaluation_batches", "harvest", "training_batches"]
@@ -53,6 +53,10 @@ class Batch:
     def some(self, which: Bool[Tensor, " token"] | Int[Tensor, " some"]) -> "Batch":
         """Some of the tokens, chosen by truth or by number."""
         return Batch(*(getattr(self, name)[which] for name in ("vectors", *_FIELDS)))
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same on a device."""
+        return Batch(*(getattr(self, name).to(device) for name in ("vectors", *_FIELDS)))
 
     def counted(self, coordinate: Coordinate) -> Int[Tensor, " token"]:
         """The tokens' positions, counted as a mask's `coordinate` says."""
@@ -132,6 +136,9 @@ def harvest(
 ) -> Activations:
     """Run the model over the tokens and write their vectors, unless `folder` already holds them.
 
+    Shards that an earlier call wrote before it was stopped are not computed again; of a damaged folder only those
+    that are lost.
+
     Args:
         stored: the vectors' precision in the folder; as int8 they come back as float32.
         made_from: identity of model, layer, precision and tokens.
@@ -142,38 +149,72 @@ def harvest(
         DegenerateResult: the model gave NaN or infinite vectors.
     """
     made_from = {**made_from, "stored": stored}
-    if finished(folder, made_from):
-        return Activations(folder)
+    try:
+        if finished(folder, made_from):
+            return Activations(folder)
+    except DamagedFolder as error:
+        announce(f"{error}.")
+        take_apart(folder)
     if tokens.n_kept == 0:
         raise NothingToDo(f"none of the {tokens.keep.numel():,} tokens of {label} is kept: give texts with content")
     assert model is not None
     model.check_length(tokens.id.shape[1])
     with (
-        write_folder(folder, made_from, kept_tokens=tokens.n_kept) as draft,
+        write_in_parts(folder, made_from, kept_tokens=tokens.n_kept) as parts,
         progress_bar(f"harvest {label}", tokens.n_kept, "tokens") as advance,
     ):
-        writer = _ShardWriter(draft)
-        counts = torch.int16 if tokens.id.shape[1] < 2**15 else torch.int32
-        for chunk in _forward_chunks(tokens):
-            length = int(_stored_length(tokens.keep[chunk]).max())
-            vectors = model.vectors(tokens.id[chunk, :length])
-            keep = tokens.keep[chunk, :length]
-            if not bool(torch.isfinite(vectors[keep]).all()):
-                raise DegenerateResult(f"the model gave NaN or infinite vectors for {label}: use precision float32")
-            there = torch.arange(length) < _stored_length(keep)[:, None]
-            writer.add(
-                **_as_stored(vectors[there], stored),
-                token_id=tokens.id[chunk, :length][there].to(torch.int32),
-                text=tokens.text[chunk, :length][there].to(torch.int32),
-                keep=keep[there],
-                **{
-                    name: getattr(tokens, name)[chunk, :length][there].to(counts)
-                    for name in ("position", "sentence", "line", "end")
-                },
-            )
-            advance(int(keep.sum()))
-        writer.flush()
+        for number, chunks in enumerate(_shards(tokens)):
+            name = f"shard-{number:05d}.safetensors"
+            if name in parts:
+                advance(sum(int(tokens.keep[chunk].sum()) for chunk in chunks))
+                continue
+            found = [_harvested(tokens, chunk, model, label, stored, advance) for chunk in chunks]
+            joined = {name: torch.cat([one[name] for one in found]) for name in found[0]}
+            parts.add(name, lambda path, joined=joined: save_file(joined, path))
     return Activations(folder)
+
+
+def _harvested(
+    tokens: Tokens,
+    chunk: Int[Tensor, " context"],
+    model: LanguageModel,
+    label: str,
+    stored: Stored,
+    advance: Callable[[int], None],
+) -> dict[str, Tensor]:
+    """The fields of a few contexts' tokens, as they are stored."""
+    length = int(_stored_length(tokens.keep[chunk]).max())
+    vectors = model.vectors(tokens.id[chunk, :length])
+    keep = tokens.keep[chunk, :length]
+    if not bool(torch.isfinite(vectors[keep]).all()):
+        raise DegenerateResult(f"the model gave NaN or infinite vectors for {label}: use precision float32")
+    there = torch.arange(length) < _stored_length(keep)[:, None]
+    counts = torch.int16 if tokens.id.shape[1] < 2**15 else torch.int32
+    advance(int(keep.sum()))
+    return {
+        **_as_stored(vectors[there], stored),
+        "token_id": tokens.id[chunk, :length][there].to(torch.int32),
+        "text": tokens.text[chunk, :length][there].to(torch.int32),
+        "keep": keep[there],
+        **{
+            name: getattr(tokens, name)[chunk, :length][there].to(counts)
+            for name in ("position", "sentence", "line", "end")
+        },
+    }
+
+
+def _shards(tokens: Tokens) -> Iterator[list[Int[Tensor, " context"]]]:
+    """The chunks of each shard, known before any is computed, so that each can be computed by itself."""
+    chunks: list[Tensor] = []
+    n_tokens = 0
+    for chunk in _forward_chunks(tokens):
+        chunks.append(chunk)
+        n_tokens += int(_stored_length(tokens.keep[chunk]).sum())
+        if n_tokens >= _TOKENS_PER_SHARD:
+            yield chunks
+            chunks, n_tokens = [], 0
+    if chunks:
+        yield chunks
 
 
 def _as_stored(vectors: Float[Tensor, "token d_model"], stored: Stored) -> dict[str, Tensor]:
@@ -200,27 +241,6 @@ def _forward_chunks(tokens: Tokens) -> Iterator[Int[Tensor, " context"]]:
             end += 1
         yield order[start:end]
         start = end
-
-
-class _ShardWriter:
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._parts: list[dict[str, Tensor]] = []
-        self._n_tokens = 0
-        self._n_shards = 0
-
-    def add(self, **fields: Tensor) -> None:
-        self._parts.append(fields)
-        self._n_tokens += len(fields["position"])
-        if self._n_tokens >= _TOKENS_PER_SHARD:
-            self.flush()
-
-    def flush(self) -> None:
-        if self._parts:
-            joined = {name: torch.cat([part[name] for part in self._parts]) for name in self._parts[0]}
-            save_file(joined, self._folder / f"shard-{self._n_shards:05d}.safetensors")
-            self._n_shards += 1
-            self._parts, self._n_tokens = [], 0
 
 
 def evaluation_batches(activations: Activations, batch_tokens: int = 4096) -> Iterator[Batch]:

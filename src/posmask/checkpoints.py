@@ -31,14 +31,18 @@ class Checkpoints:
         folder: `folder/STEP` holds the state after so many steps.
         made_from: identity of the work; checkpoints of other work are passed over, and removed at the next `write`.
         every_seconds: how much work is lost at the most, unless checkpoints take so long that they come less often.
+        keeps_end: whether the state after the last step is kept whatever it took, for another process to go on from.
     """
 
-    def __init__(self, folder: Path, made_from: Mapping[str, Any], every_seconds: float = 60.0) -> None:
+    def __init__(
+        self, folder: Path, made_from: Mapping[str, Any], every_seconds: float = 60.0, *, keeps_end: bool = False
+    ) -> None:
         self.folder = folder
         self.done = 0
         """Steps behind the newest checkpoint that is whole; 0 where there is none."""
         self._made_from = made_from
         self._every_seconds = every_seconds
+        self._keeps_end = keeps_end
         self._kept: list[Path] = []
         for path in sorted(folder.glob("[0-9]*"), reverse=True):
             if self._is_whole(path):
@@ -72,7 +76,8 @@ class Checkpoints:
             at_end: no more steps follow, only work that would start with these again: a quarter of the time is enough.
         """
         since = time.monotonic() - self._last
-        return since >= max(self._every_seconds / (4 if at_end else 1), _TIMES_ITS_COST * self._cost)
+        worth_it = since >= max(self._every_seconds / (4 if at_end else 1), _TIMES_ITS_COST * self._cost)
+        return worth_it or (at_end and self._keeps_end)
 
     def write(self, done: int, state: Mapping[str, Tensor]) -> None:
         """Keep the state after `done` steps, and of the earlier ones only the newest."""

@@ -5,13 +5,13 @@ import textwrap
 import time
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from posmask.errors import PosmaskError
+from posmask.errors import DamagedFolder, NothingToDo, PosmaskError
 from posmask.summary import ORDER_KS, PROBE_KS, summarise
 
 if TYPE_CHECKING:
@@ -73,6 +73,10 @@ def run(
     root: Root = None,
     changes: Changes = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes that share the cells and the processor's threads.")] = 1,
+    track: Annotated[
+        str | None,
+        typer.Option(help="Send training curves to a tracker too: tensorboard, wandb or trackio.", show_default=False),
+    ] = None,
 ) -> None:
     """Carry out a study: harvest, train, evaluate, table and page. Does only what is missing.
 
@@ -84,7 +88,7 @@ def run(
     from posmask.settings import read_study
 
     started = time.perf_counter()
-    settings = read_study(study_file, changes or ())
+    settings = read_study(study_file, [*(changes or ()), *([f"track={track}"] if track else [])])
     root = root or Path("runs") / settings.name
     try:
         rows = study.run_study(settings, root, say=print, n_jobs=jobs)
@@ -101,6 +105,52 @@ def run(
     )
     print(_verdict_line(root / "verdicts.csv"))
     print(f"The page: {page}")
+
+
+@app.command("train")
+def train_command(
+    study_file: StudyFile,
+    cell: Annotated[str, typer.Argument(help="The name of a cell of the study.", show_default=False)],
+    seed: Annotated[int, typer.Option(help="Which of its seeds.")] = 0,
+    by: Annotated[
+        Literal["data", "position"],
+        typer.Option(help="What processes divide: each batch, or (for strict masks) positions with their latents."),
+    ] = "data",
+    root: Root = None,
+    changes: Changes = None,
+) -> None:
+    """Train one cell in several processes, which torchrun starts, and leave it for `posmask run` to evaluate.
+
+    torchrun --nproc-per-node 4 -m posmask.cli train STUDY.toml CELL --by position
+    """
+    import contextlib
+    import os
+
+    import torch.distributed as dist
+
+    from posmask import study
+    from posmask.errors import BadSetting
+    from posmask.settings import read_study
+
+    if "WORLD_SIZE" not in os.environ:
+        raise BadSetting(
+            "posmask train is for processes that torchrun starts: write `torchrun --nproc-per-node N -m posmask.cli "
+            "train ...`, or take posmask run for one process"
+        )
+    settings = read_study(study_file, changes or ())
+    root = root or Path("runs") / settings.name
+    dist.init_process_group("nccl" if settings.device.startswith("cuda") else "gloo")
+    leads = dist.get_rank() == 0
+    try:
+        with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as quiet:
+            if not leads:
+                quiet.enter_context(contextlib.redirect_stderr(nowhere))
+            together = study.train_together(settings, root, cell, seed, by)
+    finally:
+        dist.destroy_process_group()
+    if leads:
+        sent = "" if together is None else f" Each process sent {together.bytes_sent / 1e6:,.1f} MB."
+        print(f"{cell} with seed {seed} is trained.{sent} `posmask run {study_file}` evaluates it.")
 
 
 def _verdict_line(path: Path) -> str:
@@ -131,6 +181,24 @@ def status(study_file: StudyFile, root: Root = None, changes: Changes = None) ->
         print(f"{state:<14}  {label}")
     n_finished = sum(state == "finished" for _, state in states)
     print(f"{n_finished} of {len(states)} finished under {root}; `posmask run {study_file}` does the rest.")
+
+
+@app.command()
+def verify(
+    root: Annotated[Path, typer.Argument(help="A study's folder, such as runs/quick.", show_default=False)],
+) -> None:
+    """Read every file of every finished folder and compare it with the checksum from when it was written.
+
+    Names what is damaged and ends with exit code 2; `posmask run` makes anew only that.
+    """
+    from posmask.folders import damage_under
+
+    n_folders, damage = damage_under(root)
+    if not n_folders:
+        raise NothingToDo(f"{root} holds no finished folder: give the folder of a study, such as runs/quick")
+    if damage:
+        raise DamagedFolder(f"{len(damage)} of {n_folders} folders are damaged.\n" + "\n".join(damage))
+    print(f"All {n_folders} finished folders under {root} are what was written.")
 
 
 @app.command("plan")
@@ -211,12 +279,75 @@ def _plan_lines(plan: "Plan", root: Path) -> list[str]:
 
 @app.command("report")
 def report_command(
-    root: Annotated[Path, typer.Argument(help="A study's folder, such as runs/quick.", show_default=False)],
+    roots: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="DIR...",
+            help="A study's folder, such as runs/quick; several stand in one page.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Where to write. [default: report.html in DIR, or report/ with --all]", show_default=False),
+    ] = None,
+    latents: Annotated[int, typer.Option(min=0, help="How many latents of each cell the page holds.")] = 500,
+    every: Annotated[
+        bool, typer.Option("--all", help="Write a folder with every latent, for `posmask view`, instead of one page.")
+    ] = False,
+    figures: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write the charts there as SVG and PDF, and no page.", show_default=False),
+    ] = None,
 ) -> None:
-    """Write report.html from a study's folder: one self-contained page, no network needed to read it."""
+    """Write report.html from a study's folder: one self-contained page, no network needed to read it.
+
+    What cannot be read (a cell that died half-way, a damaged file) is left out, and the page says so.
+    """
     from posmask import report
 
-    print(f"The page: {report.write_report(root)}")
+    if figures is not None:
+        print(f"{len(report.write_paper_figures(*roots, folder=figures))} files in {figures}")
+    elif every:
+        folder = report.write_report_folder(*roots, out=out)
+        print(f"The page with every latent: {folder}; look at it with `posmask view {folder}`")
+    else:
+        print(f"The page: {report.write_report(*roots, n_latents=latents, out=out)}")
+
+
+@app.command()
+def view(
+    folder: Annotated[
+        Path, typer.Argument(help="A study's folder, or the one that `report --all` wrote.", show_default=False)
+    ],
+    port: Annotated[int, typer.Option(help="0 takes any that is free.")] = 8765,
+) -> None:
+    """Serve the page that `posmask report --all` wrote, to this machine alone, until interrupted."""
+    from posmask import report
+
+    if not (folder / "index.html").is_file() and (folder / "report" / "index.html").is_file():
+        folder = folder / "report"
+    with report.page_server(folder, port) as server:
+        print(f"http://127.0.0.1:{server.server_address[1]}/ serves {folder}; Ctrl+C ends it.", flush=True)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print()
+
+
+@app.command("latents")
+def latents_command(study_file: StudyFile, root: Root = None, changes: Changes = None) -> None:
+    """Look at the latents of finished cells that were evaluated before this was done, for the page's latent browser.
+
+    Takes each such cell's evaluation once more, and no training. Numbers stay as they are.
+    """
+    from posmask import study
+    from posmask.settings import read_study
+
+    settings = read_study(study_file, changes or ())
+    root = root or Path("runs") / settings.name
+    n_done = study.look_at_latents(settings, root)
+    print(f"{n_done} cells looked at; `posmask report {root}` shows them.")
 
 
 @app.command("order-tasks")
@@ -253,6 +384,107 @@ def order_tasks(
         n_test_groups=test_groups,
         seed=seed,
     )
+
+
+@app.command("evaluate")
+def evaluate_command(
+    folder: Annotated[
+        Path, typer.Argument(help="An SAE's folder: a cell's, or what `posmask import` wrote.", show_default=False)
+    ],
+    study_file: StudyFile,
+    root: Root = None,
+    changes: Changes = None,
+) -> None:
+    """Ask an SAE that was trained elsewhere what a study asks its cells, on the same texts.
+
+    Its numbers go to ROOT/evaluated, with SAEBench's file beside them, and are printed with the model's own. Of what
+    only training knows, such as dead latents, nothing is said.
+    """
+    from posmask import study
+    from posmask.settings import read_study
+
+    settings = read_study(study_file, changes or ())
+    root = root or Path("runs") / settings.name
+    _console.print(_table(summarise(study.evaluate_folder(settings, root, folder))))
+    print(f"Written: {root / 'evaluated' / folder.resolve().name}")
+
+
+CellFolder = Annotated[
+    Path, typer.Argument(help="A cell's folder, such as runs/quick/cells/slice-seed0.", show_default=False)
+]
+ModelName = Annotated[
+    str | None,
+    typer.Option(help="The model as SAELens calls it. [default: the one it was trained on]", show_default=False),
+]
+
+
+@app.command("export")
+def export_command(
+    cell: CellFolder,
+    folder: Annotated[Path, typer.Argument(help="The folder to write, which must not exist yet.", show_default=False)],
+    to: Annotated[
+        Literal["saelens", "saelens-lossy"],
+        typer.Option(help="The form: with the mask, or with the mask lifted.", show_default=False),
+    ],
+    model_name: ModelName = None,
+) -> None:
+    """Write a cell's SAE as a folder that SAELens loads.
+
+    saelens: with its mask, the architecture `posmask`, for which Python imports posmask.interop.saelens first.
+    saelens-lossy: as one of SAELens's own architectures, which have no place for a mask: it is lifted, and the folder
+    says so in cfg.json and LOSSY.md.
+    """
+    from posmask.interop import saelens_files
+
+    cfg = saelens_files.export_saelens(cell, folder, lossy=to == "saelens-lossy", model_name=model_name)
+    print(f"Written: {folder}, architecture {cfg['architecture']}")
+    if to == "saelens-lossy":
+        print(f"Lost is {cfg['metadata']['posmask_lossy']}.")
+    for what, option in (("model_name", "--model-name"), ("hook_name", "an SAE that says its layer")):
+        if what not in cfg["metadata"]:
+            print(f"cfg.json has no {what}, which SAEBench asks for: give {option}.")
+
+
+@app.command("import")
+def import_command(
+    folder: Annotated[
+        Path, typer.Argument(help="A SAELens folder, or GemmaScope's params.npz or its folder.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Argument(help="The folder to write, which must not exist yet.", show_default=False)],
+    n_positions: Annotated[
+        int | None,
+        typer.Option(min=2, help="Length of the contexts it will see. [default: what it says]", show_default=False),
+    ] = None,
+) -> None:
+    """Read an SAE of SAELens (standard, topk, jumprelu, gated, or one of ours) or GemmaScope, as one of posmask's.
+
+    It is open at every position: to evaluate it with a study's questions (`posmask evaluate`), or as the folder that a
+    study's cells start from. Weights that are pickled are refused.
+    """
+    from posmask.interop import saelens_files
+
+    sae = saelens_files.import_saelens(folder, out, n_positions=n_positions)
+    print(
+        f"Written: {out}, {sae.d_sae:,} latents, rule {sae.rule.settings.kind}, mask {sae.mask.settings.kind}, "
+        f"{sae.mask.n_positions} positions"
+    )
+
+
+@app.command("push")
+def push_command(
+    cell: CellFolder,
+    repo: Annotated[str, typer.Argument(help="The repository, USER/NAME.", show_default=False)],
+    private: Annotated[bool, typer.Option("--private", help="Whether a new repository is private.")] = False,
+    model_name: ModelName = None,
+) -> None:
+    """Put a cell's SAE on the Hugging Face hub, with a card that says its numbers and how to load it.
+
+    The token is huggingface_hub's: log in with `hf auth login` before, or set HF_TOKEN. The repository is made if there
+    is none; a folder of the cell's name in it is replaced.
+    """
+    from posmask.interop import hub
+
+    print(f"Pushed: {hub.push(cell, repo, private=private, model_name=model_name)}")
 
 
 @app.command()

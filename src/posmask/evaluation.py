@@ -10,12 +10,13 @@ from functools import cached_property
 from typing import Annotated
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from posmask import corpus, training
 from posmask.activations import Activations, Batch, evaluation_batches, training_batches
+from posmask.latents import MOST_PROBED, LatentFacts, vocabulary_effects
 from posmask.metrics.in_model import InModel, WindowMass, causal, recovered, without_latents
 from posmask.metrics.position import PositionInformation, ShiftDesign
 from posmask.metrics.reconstruction import Reconstruction, dead_share
@@ -24,12 +25,14 @@ from posmask.metrics.specialization import (
     mask_measures,
     profile_fidelity,
     retention,
+    retention_by_latent,
     special_positions,
 )
 from posmask.model import LanguageModel
 from posmask.probing import order, topics
 from posmask.probing.order_tasks import ORDER_TASKS, OrderTask
 from posmask.probing.pooling import Pooling
+from posmask.probing.sparse import OnFit
 from posmask.progress import progress_bar
 from posmask.rows import Measure
 from posmask.sae import Codes, SparseAutoencoder, without_mask
@@ -126,23 +129,33 @@ def _kept_batches(activations: Activations, advance: Callable[[int], None]) -> I
         advance(len(kept))
 
 
-def evaluate(sae: SparseAutoencoder, dead: Bool[Tensor, " latent"], data: Data, label: str) -> list[Measure]:
-    """Every measure of a trained SAE, but for its decay."""
+def evaluate(
+    sae: SparseAutoencoder, dead: Bool[Tensor, " latent"] | None, data: Data, label: str
+) -> tuple[list[Measure], LatentFacts]:
+    """Every measure of a trained SAE, but for its decay, and what is to be known of each latent.
+
+    Args:
+        dead: which latents were dead at the end of training; None where nobody knows, and then there is no dead share.
+    """
+    facts = LatentFacts(sae.d_sae)
     in_model = data.in_model  # Loads the model, if it is not there yet, before the bar starts.
     lifted_too = _lifting_matters(sae)
     n_tokens = (data.heldout.n_kept + data.shift.n_kept) * (2 if lifted_too else 1) + data.n_probed_tokens
     with progress_bar(f"evaluate {label}", n_tokens + 3 * in_model.n_tokens, "tokens") as advance:
-        used, to_ablate, found = _heldout(sae, data, advance)
-        found += mask_measures(sae.mask) + dead_share(sae, dead)
-        found += profile_fidelity(used, sae.mask.openness().detach())
+        used, information, to_ablate, found = _heldout(sae, data, facts, advance)
+        found += mask_measures(sae.mask) + ([] if dead is None else dead_share(sae, dead))
+        found += profile_fidelity(used, sae.mask.openness().detach().cpu())
         lifted = _position_mass(sae, data, advance) if lifted_too else used
-        found += retention(lifted, special_positions(lifted, sae.mask.bound_positions(), data.ask.retention_positions))
-        del used, lifted  # 0.3 GB each for 18,432 latents at 128 positions
+        special = special_positions(lifted, sae.mask.bound_positions().cpu(), data.ask.retention_positions)
+        found += retention(lifted, special)
+        facts.add_positions(used, information, *retention_by_latent(lifted, special), sae.mask.settings.coordinate)
+        del used, lifted, special  # 0.3 GB each for 18,432 latents at 128 positions
         found += _shift(sae, data, advance, lifted_too)
         found += _in_model(sae, to_ablate, data, advance)
-        found += _order(sae, data, advance)
-        found += _topics(sae, data, advance)
-    return found
+        found += _order(sae, data, facts, advance)
+        found += _topics(sae, data, facts, advance)
+    facts.add_effects(*vocabulary_effects(sae, data.load_model()))
+    return found, facts
 
 
 def _lifting_matters(sae: SparseAutoencoder) -> bool:
@@ -150,8 +163,8 @@ def _lifting_matters(sae: SparseAutoencoder) -> bool:
 
 
 def _heldout(
-    sae: SparseAutoencoder, data: Data, advance: Callable[[int], None]
-) -> tuple[PositionMass, WindowMass, list[Measure]]:
+    sae: SparseAutoencoder, data: Data, facts: LatentFacts, advance: Callable[[int], None]
+) -> tuple[PositionMass, Float[Tensor, " latent"], WindowMass, list[Measure]]:
     heldout = data.heldout
     mean, _ = heldout.centre_and_scale
     reconstruction = Reconstruction(data.n_positions, heldout.n_texts, mean)
@@ -167,10 +180,12 @@ def _heldout(
         if in_context is not used:
             in_context.update(batch, codes)
         information.update(batch, codes)
+        facts.update(batch, codes)
         # Latents are chosen on other texts than they are tried on.
         apart = ~torch.isin(batch.text, data.in_model.texts)
         to_ablate.update(batch.some(apart), codes.some(apart))
-    return used, to_ablate, reconstruction.measures() + information.measures(in_context)
+    found = reconstruction.measures() + information.measures(in_context)
+    return used, information.by_latent(in_context), to_ablate, found
 
 
 def _position_mass(sae: SparseAutoencoder, data: Data, advance: Callable[[int], None]) -> PositionMass:
@@ -209,7 +224,7 @@ def _in_model(
     )
 
 
-def _order(sae: SparseAutoencoder, data: Data, advance: Callable[[int], None]) -> list[Measure]:
+def _order(sae: SparseAutoencoder, data: Data, facts: LatentFacts, advance: Callable[[int], None]) -> list[Measure]:
     found = []
     for task, activations in data.order.values():
         n_texts = activations.n_texts
@@ -223,8 +238,26 @@ def _order(sae: SparseAutoencoder, data: Data, advance: Callable[[int], None]) -
                 poolings[name] = Pooling(n_texts, sae.d_sae, segment_of_position=segments)
         _pool(sae, activations, poolings, advance)
         for name, pooling in poolings.items():
-            found += order.order_accuracy(task, pooling.texts, data.ask.ks, name)
+            classes = order.positives(task)
+            told = _told(facts, name, data.ask.ks, [_probe_name(task.name, number, len(classes)) for number in classes])
+            found += order.order_accuracy(task, pooling.texts, data.ask.ks, name, told)
     return found
+
+
+def _probe_name(task: str, positive: int, n_probes: int) -> str:
+    return task if n_probes == 1 else f"{task}: {positive + 1}"
+
+
+def _told(facts: LatentFacts, pooling: str, ks: tuple[int, ...], names: list[str]) -> OnFit:
+    """Hands the first probes of mean-pooled codes on, those on as many latents as tell something of each."""
+    told_k = max((k for k in ks if k <= MOST_PROBED), default=min(ks))
+
+    def told(k: int, latents: Tensor, weights: Tensor) -> None:
+        if pooling == "mean" and k == told_k:
+            for name, chosen, weight in zip(names, latents, weights, strict=False):
+                facts.add_probe(name, chosen, weight)
+
+    return told
 
 
 def growing_name(n_positions: int) -> str:
@@ -232,7 +265,7 @@ def growing_name(n_positions: int) -> str:
     return f"growing{int(corpus.growing_segments(n_positions).max()) + 1}"
 
 
-def _topics(sae: SparseAutoencoder, data: Data, advance: Callable[[int], None]) -> list[Measure]:
+def _topics(sae: SparseAutoencoder, data: Data, facts: LatentFacts, advance: Callable[[int], None]) -> list[Measure]:
     found = []
     streams = {name: torch.Generator().manual_seed(topics.SAEBENCH_SEED) for name in ("mean", "fair")}
     for dataset, activations in data.probes.values():
@@ -248,6 +281,7 @@ def _topics(sae: SparseAutoencoder, data: Data, advance: Callable[[int], None]) 
                 protocol=data.ask.probe_protocol,
                 on_all=name == "mean",
                 random=streams[name],
+                on_fit=_told(facts, name, data.ask.ks, [f"{dataset.name}: {label}" for label in dataset.classes]),
             )
     return found
 
@@ -255,7 +289,7 @@ def _topics(sae: SparseAutoencoder, data: Data, advance: Callable[[int], None]) 
 def _poolings(sae: SparseAutoencoder, n_texts: int) -> dict[str, Pooling]:
     """Mean pooling, and position-fair pooling where it differs."""
     poolings = {"mean": Pooling(n_texts, sae.d_sae)}
-    live = (sae.mask.openness().detach() > 0).float()
+    live = (sae.mask.openness().detach().cpu() > 0).float()
     if sae.mask.gates_code() and not bool((live == 1).all()):
         poolings["fair"] = Pooling(n_texts, sae.d_sae, live=live, coordinate=sae.mask.settings.coordinate)
     return poolings
@@ -283,9 +317,9 @@ def decay(
     warmed up as before and then constant. Latents keep the positions they had at the start.
     """
     steps = {round(share * settings.n_steps): float(share) for share in data.ask.decay_shares}
-    open_sae = without_mask(sae)
+    open_sae = without_mask(sae).to(sae.encoder.device)
     before = _position_mass(open_sae, data, lambda n: None)
-    special = special_positions(before, sae.mask.bound_positions(), data.ask.retention_positions)
+    special = special_positions(before, sae.mask.bound_positions().cpu(), data.ask.retention_positions)
     found = retention(before, special, after=0.0) if 0 in steps else []
 
     def measure(done: int) -> None:

@@ -4,11 +4,12 @@ Every stage writes its output this way and finds it by the identity of what made
 resume logic of its own: a folder is either finished and trusted, or it is not there.
 """
 
+import glob
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,18 +21,25 @@ from posmask.errors import DamagedFolder
 __all__ = [
     "FORMAT",
     "MANIFEST",
+    "Parts",
     "as_json",
     "claim",
+    "damage_under",
     "file_sha256",
     "finished",
     "identity",
     "read_manifest",
+    "replacing",
     "set_aside",
+    "take_apart",
     "write_folder",
+    "write_in_parts",
 ]
 
 FORMAT = 4  # Part of every identity: raise it when the same settings would now write something else.
 MANIFEST = "manifest.json"
+_SEAL = "sha256"
+_PARTS = "parts.json"
 
 
 def identity(made_from: Mapping[str, Any]) -> str:
@@ -64,30 +72,128 @@ def write_folder(path: Path, made_from: Mapping[str, Any], **facts: Any) -> Iter
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.draft-{os.getpid()}")
-    for left_behind in path.parent.glob(f".{path.name}.draft-*"):
-        if left_behind == draft or not _is_running(int(left_behind.name.rsplit("-", 1)[1])):
+    for left_behind in path.parent.glob(f".{glob.escape(path.name)}.draft-*"):
+        process = left_behind.name.rpartition("-")[2]
+        if left_behind == draft or (process.isdecimal() and not _is_running(int(process))):
             shutil.rmtree(left_behind, ignore_errors=True)
     draft.mkdir()
     try:
         yield draft
         files = {
-            file.relative_to(draft).as_posix(): {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
-            for file in sorted(draft.rglob("*"))
-            if file.is_file()
+            file.relative_to(draft).as_posix(): _entry(file) for file in sorted(draft.rglob("*")) if file.is_file()
         }
-        for name in files:
-            with (draft / name).open("rb") as file:
-                os.fsync(file.fileno())
-        manifest = {"identity": identity(made_from), "made_from": made_from, **facts, "files": files}
-        with (draft / MANIFEST).open("w", encoding="utf8") as file:
-            file.write(as_json(manifest))
-            file.flush()
-            os.fsync(file.fileno())
-        if path.exists():
-            shutil.rmtree(path)
-        draft.rename(path)
+        _finish(draft, path, made_from, facts, files)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+class Parts:
+    """A folder in the making whose files are kept, each as soon as it is whole, whatever happens afterwards."""
+
+    def __init__(self, draft: Path, made_from: Mapping[str, Any]) -> None:
+        self._draft = draft
+        self._identity = identity(made_from)
+        self.files: dict[str, Any] = {}
+        try:
+            kept = json.loads((draft / _PARTS).read_text(encoding="utf8"))
+            if kept["identity"] == self._identity:
+                self.files = {name: entry for name, entry in kept["files"].items() if not _damage(draft, name, entry)}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            pass
+        if not self.files:
+            shutil.rmtree(draft, ignore_errors=True)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.files
+
+    def add(self, name: str, write: Callable[[Path], None]) -> None:
+        """Let `write` make the file, and keep it."""
+        self._draft.mkdir(parents=True, exist_ok=True)
+        file = self._draft / name
+        try:
+            write(file)
+        except BaseException:
+            file.unlink(missing_ok=True)
+            raise
+        self.files[name] = _entry(file)
+        with replacing(self._draft / _PARTS) as beside:
+            beside.write_text(as_json({"identity": self._identity, "files": self.files}), encoding="utf8")
+
+
+@contextmanager
+def write_in_parts(path: Path, made_from: Mapping[str, Any], **facts: Any) -> Iterator[Parts]:
+    """Like `write_folder`, for long work: what was added before a stop is there again when the same work begins anew.
+
+    Only one process at a time may do so for a `path`: see `claim`.
+    """
+    parts = Parts(_parts_of(path), made_from)
+    yield parts
+    draft = _parts_of(path)
+    (draft / _PARTS).unlink(missing_ok=True)
+    (draft / MANIFEST).unlink(missing_ok=True)
+    _finish(draft, path, made_from, facts, dict(sorted(parts.files.items())))
+
+
+def take_apart(path: Path) -> None:
+    """Make a damaged folder one in the making again, so that `write_in_parts` makes only those files that are lost."""
+    draft = _parts_of(path)
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf8"))
+        with replacing(path / _PARTS) as beside:
+            kept = {"identity": manifest["identity"], "files": manifest["files"]}
+            beside.write_text(as_json(kept), encoding="utf8")
+        path.rename(draft)
+    except (OSError, ValueError, KeyError, TypeError):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _parts_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.parts")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield the name of a file to write beside `path`; it takes that place whole, and is on the disk by then."""
+    beside = path.with_name(f".{path.name}.draft-{os.getpid()}")
+    try:
+        yield beside
+        _sync(beside)
+        beside.replace(path)
+        _sync(path.parent)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _entry(file: Path) -> dict[str, Any]:
+    """What a manifest says of a file, which is on the disk by then."""
+    _sync(file)
+    return {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
+
+
+def _finish(draft: Path, path: Path, made_from: Mapping[str, Any], facts: Mapping[str, Any], files: Any) -> None:
+    manifest = {"identity": identity(made_from), "made_from": made_from, **facts, "files": files}
+    with replacing(draft / MANIFEST) as beside:
+        beside.write_text(as_json({**manifest, _SEAL: _seal(manifest)}), encoding="utf8")
+    for folder in draft.rglob("*"):
+        if folder.is_dir():
+            _sync(folder)
+    if path.exists():
+        shutil.rmtree(path)
+    draft.rename(path)
+    _sync(path.parent)  # Else the name could be lost with the power, though the content is safe.
+
+
+def _seal(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(as_json(manifest).encode()).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -133,23 +239,54 @@ def read_manifest(path: Path, *, verify: bool = False) -> dict[str, Any]:
         verify: also compare every file's size and checksum with it.
 
     Raises:
-        DamagedFolder: no or unreadable manifest, or a file that differs from what was written.
+        DamagedFolder: no or unreadable manifest, or files that differ from what was written, all of them named.
     """
-    remedy = "remove the folder and run again, and it is made anew"
+    remedy = "`posmask run` makes anew what is lost"
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf8"))
+        text = (path / MANIFEST).read_text(encoding="utf8")
+        manifest = json.loads(text)
         files, _ = manifest["files"], manifest["identity"]
+        as_written = as_json(manifest)
+        last = list(manifest)[-1]  # Manifests had no seal once: then the files came last.
+        if text != as_written or (last != "files" and manifest.pop(_SEAL) != _seal(manifest)):
+            raise ValueError("it is not what was written")
     except FileNotFoundError:
         raise DamagedFolder(f"{path} has no {MANIFEST}, so it was never finished: {remedy}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise DamagedFolder(f"{path / MANIFEST} cannot be read ({error}): {remedy}") from None
-    for name, entry in files.items() if verify else ():
-        file = path / name
-        if not file.is_file():
-            raise DamagedFolder(f"{file} is missing, though the manifest lists it: {remedy}")
-        if file.stat().st_size != entry["bytes"] or file_sha256(file) != entry["sha256"]:
-            raise DamagedFolder(f"{file} is not what was written (size or checksum differs): {remedy}")
+    if verify and (found := [said for name, entry in files.items() if (said := _damage(path, name, entry))]):
+        raise DamagedFolder(f"{'; '.join(found)}: {remedy}")
     return manifest
+
+
+def damage_under(root: Path) -> tuple[int, list[str]]:
+    """How many finished folders lie under `root`, those set aside left out, and what is wrong with any of them."""
+    n_folders, found = 0, []
+    for manifest in sorted(root.rglob(MANIFEST)):
+        within = manifest.relative_to(root).parts[:-1]
+        if within[:1] == ("stale",) or any(name.startswith(".") for name in within):
+            continue
+        n_folders += 1
+        try:
+            read_manifest(manifest.parent, verify=True)
+        except DamagedFolder as error:
+            found.append(str(error))
+    return n_folders, found
+
+
+def _damage(folder: Path, name: str, entry: Any) -> str | None:
+    """What is wrong with a file that a manifest lists; None where nothing is."""
+    file = folder / name
+    if not file.resolve().is_relative_to(folder.resolve()):
+        return f"{file} lies outside the folder"
+    if not file.is_file():
+        return f"{file} is missing, though the manifest lists it"
+    try:
+        if file.stat().st_size == entry["bytes"] and file_sha256(file) == entry["sha256"]:
+            return None
+    except (KeyError, TypeError):
+        pass
+    return f"{file} is not what was written (size or checksum differs)"
 
 
 def set_aside(path: Path, aside: Path) -> Path:

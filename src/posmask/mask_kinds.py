@@ -569,7 +569,7 @@ class Split(PositionMask):
         )
 
     def _by_window(self) -> Float[Tensor, "window bound"]:
-        first = torch.searchsorted(self._window, torch.arange(self.settings.n_windows))
+        first = torch.searchsorted(self._window, torch.arange(self.settings.n_windows, device=self._window.device))
         return self.fixed_openness[first]
 
     def observe(self, seen: Observed) -> None:
@@ -599,11 +599,11 @@ class Split(PositionMask):
         """What each latent would gain from a cut before windows 1, 2, ..; -inf where it is not open on both sides."""
         assert self.towards is not None
         assert self.squares is not None
-        by_window = self._by_window()
+        by_window = self._by_window().cpu()
         alive = (by_window.amax(0) > 0).nonzero()[:, 0]
         window, slot = by_window[:, alive].nonzero(as_tuple=True)  # in the order of the pairs
         # G = towards + squares * decoder row, whose second part is the same for all of a latent's windows and cancels.
-        pulled, squares = self.towards.double(), self.squares.double()
+        pulled, squares = (part.cpu().double() for part in (self.towards, self.squares))  # not every device has float64
         total = pulled.new_zeros(len(alive), pulled.shape[1]).index_add_(0, slot, pulled)
         weight = pulled.new_zeros(len(alive)).index_add_(0, slot, squares)
         before, before_weight = torch.zeros_like(total), torch.zeros_like(weight)
@@ -624,11 +624,11 @@ class Split(PositionMask):
         best = gains.max(0)
         n_births = min(n_births, int((best.values > 0).sum()))
         parent = best.values.topk(n_births).indices
-        child = (self.fixed_openness.amax(0) == 0).nonzero()[:n_births, 0]
+        child = (by_window.amax(0) == 0).nonzero()[:n_births, 0]
         later = torch.arange(len(by_window))[:, None] > best.indices[parent]
         by_window[:, child] = by_window[:, parent] * later
         by_window[:, parent] *= ~later
-        self.fixed_openness.copy_(by_window[self._window])
+        self.fixed_openness.copy_(by_window[self._window.cpu()])
         self.towards = self.squares = None
         self._changed()
         copies = Copies(parent + self.n_free, child + self.n_free)
@@ -693,7 +693,7 @@ class Switch(PositionMask):
     def route(self, x: Float[Tensor, "*token d_model"], position: Int[Tensor, "*token"]) -> Routing:
         p = ((x - self.router_bias) @ self.router.T).softmax(-1)
         strength, expert = p.max(-1)
-        each = p.flatten(0, -2).mean(0)
+        each = p.reshape(-1, p.shape[-1]).mean(0)  # one token alone, too
         used = torch.bincount(expert.flatten(), minlength=p.shape[-1]) / expert.numel()
         return Routing(expert, strength, self.settings.balance * p.shape[-1] * (used * each).sum())
 

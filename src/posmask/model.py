@@ -1,4 +1,4 @@
-"""A causal language model by name, folder or GGUF file: load it, run it to one site and stop there, or go on from it."""
+"""A causal language model by name, folder or GGUF file: load it, run it to one site and stop, or go on from there."""
 
 import contextlib
 import io
@@ -65,10 +65,11 @@ class LanguageModel:
 
     Args:
         layer: the number of a layer, from 1.
-        site: where at that layer. `residual_after`: the residual stream after it, `hidden_states[layer]` of transformers
-            and `blocks.{layer - 1}.hook_resid_post` of TransformerLens; after the last layer, before the final norm,
-            which `hidden_states` already has there. `residual_before`: the same before it, `hidden_states[layer - 1]`.
-            `attention`, `mlp`: what that sublayer adds to the residual stream, so behind a norm that follows it.
+        site: where at that layer. `residual_after`: the residual stream after it, `hidden_states[layer]` of
+            transformers and `blocks.{layer - 1}.hook_resid_post` of TransformerLens; after the last layer, before the
+            final norm, which `hidden_states` already has there. `residual_before`: the same before it,
+            `hidden_states[layer - 1]`. `attention`, `mlp`: what that sublayer adds to the residual stream, so behind a
+            norm that follows it.
     """
 
     def __init__(self, model: Any, layer: int, site: Site = "residual_after") -> None:
@@ -122,6 +123,23 @@ class LanguageModel:
     def device(self) -> torch.device:
         """Where it computes."""
         return next(self._body.parameters()).device
+
+    @torch.inference_mode()
+    def direct_logits(self, rows: Float[Tensor, "row d_model"]) -> Float[Tensor, "row vocabulary"]:
+        """What the model's final norm and head make of directions, less what they make of a vector of zeros."""
+        sizes = [self.d_model]
+        norms = [
+            child
+            for child in self._body.children()
+            if [list(parameter.shape) for parameter in child.parameters()][:1] == [sizes]
+        ]
+        head = self._model.get_output_embeddings()
+        both = torch.cat([torch.zeros_like(rows[:1]), rows]).to(head.weight)
+        for norm in norms[-1:]:  # Few models have none.
+            both = norm(both)
+        with fast_float32():
+            logits = head(both).float()
+        return logits[1:] - logits[:1]
 
     @property
     def n_vocabulary(self) -> int:
@@ -237,8 +255,8 @@ def _sublayers(body: nn.Module, layer: nn.Module, ids: Int[Tensor, "context posi
     found = min(misses, key=misses.__getitem__, default=None)
     if found is None or not misses[found] < _ROUNDING:
         raise BadSetting(
-            f"{type(layer).__name__} is not the sum of what goes in and of two of its parts, so posmask cannot tell its "
-            "sublayers: read residual_after or residual_before"
+            f"{type(layer).__name__} is not the sum of what goes in and of two of its parts, so posmask cannot tell "
+            "its sublayers: read residual_after or residual_before"
         )
     return parts[found[0]][0], parts[found[1]][0]
 
@@ -330,7 +348,7 @@ def load_model(
     """
     check_device(device)
     with _loading(name) as source:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             source, dtype=getattr(torch, precision), local_files_only=local_only
         )
     return LanguageModel(model.eval().to(device), layer, site)

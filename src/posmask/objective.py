@@ -223,7 +223,9 @@ def fast_gradients(
         assert routing.penalty is not None
         strength_gradient = torch.empty_like(work.strength_gradient)
         strength_gradient[slice(None) if order is None else order] = work.strength_gradient
-        torch.autograd.backward([routing.strength, routing.penalty], [strength_gradient, torch.ones(())])
+        torch.autograd.backward(
+            [routing.strength, routing.penalty], [strength_gradient, torch.ones_like(routing.penalty)]
+        )
     return found
 
 

@@ -20,10 +20,10 @@ from posmask.objective import StepLoss
 from posmask.sae import Codes, SparseAutoencoder
 from posmask.training import Alone, rows_of_latents
 
-__all__ = ["ByData", "ByPosition"]
+__all__ = ["ByData", "ByPosition", "Together"]
 
 
-class _Together(Alone):
+class Together(Alone):
     """What both ways share.
 
     `bytes_sent` counts what this process handed to the others, once for each sum or exchange: what the network carries
@@ -33,6 +33,10 @@ class _Together(Alone):
     def __init__(self) -> None:
         self.rank, self.n_processes = dist.get_rank(), dist.get_world_size()
         self.bytes_sent = 0
+
+    def mine(self, position: Int[Tensor, " token"]) -> Int[Tensor, " some"]:
+        """The numbers of a batch's tokens that are this process's: for `training_batches`."""
+        raise NotImplementedError
 
     def _sum_(self, tensor: Tensor) -> Tensor:
         dist.all_reduce(tensor)
@@ -66,7 +70,7 @@ def _one_hot(place: int, length: int, value: int, device: torch.device) -> Int[T
     return found
 
 
-class ByData(_Together):
+class ByData(Together):
     """Each process sees every so many-th token of a batch; `sae` must be equal in all of them.
 
     Raises:
@@ -83,7 +87,6 @@ class ByData(_Together):
             )
 
     def mine(self, position: Int[Tensor, " token"]) -> Int[Tensor, " some"]:
-        """The numbers of a batch's tokens that are this process's: for `training_batches`."""
         return torch.arange(self.rank, len(position), self.n_processes)
 
     def combined(self, sae: SparseAutoencoder, step: StepLoss) -> StepLoss:
@@ -108,14 +111,14 @@ class ByData(_Together):
         return replace(step, fired=fired, place=place, codes=codes, residual=torch.cat(residuals))
 
 
-class ByPosition(_Together):
+class ByPosition(Together):
     """Each process owns groups of positions and the latents that are open there.
 
     Attributes:
         part: this process's latents as an SAE of their own, to be trained on its tokens.
 
     Args:
-        n_tokens: how many there are at each position, so that the work is shared out evenly.
+        position: of every token to train on, so that the work is shared out evenly.
 
     Raises:
         BadSetting: latents are not bound to groups of positions that are apart, or these are fewer than processes.
@@ -123,17 +126,17 @@ class ByPosition(_Together):
 
     owns_all_latents = False
 
-    def __init__(self, sae: SparseAutoencoder, n_tokens: Int[Tensor, " position"]) -> None:
+    def __init__(self, sae: SparseAutoencoder, position: Int[Tensor, " token"]) -> None:
         super().__init__()
         _check_rule(sae)
         self._whole = sae
+        n_tokens = torch.bincount(position.long(), minlength=sae.mask.n_positions)
         owner_of_position, owner_of_latent = _owners(sae, n_tokens, self.n_processes)
         self._owner = owner_of_position
         self._latents = [(owner_of_latent == rank).nonzero()[:, 0] for rank in range(self.n_processes)]
         self.part = _part(sae, self._latents[self.rank])
 
     def mine(self, position: Int[Tensor, " token"]) -> Int[Tensor, " some"]:
-        """The numbers of a batch's tokens that are this process's: for `training_batches`."""
         return (self._owner[position.long()] == self.rank).nonzero()[:, 0]
 
     def combined(self, sae: SparseAutoencoder, step: StepLoss) -> StepLoss:

@@ -120,7 +120,7 @@ def _sets(study: StudySettings, root: Path, *, any_finished: bool) -> list[_Set]
     texts, ask, n_positions = study.corpus, study.evaluation, study.corpus.n_positions
     found = list(_manifests(root))
     shared = {"n_positions": n_positions, "model": Source(study.model, study.device).made_from} if found else {}
-    drawn = texts.model_dump(mode="json", include={"tables", "max_characters"})
+    drawn = texts.source
 
     def there(name: str, n_texts: int | None = None, **wanted: Any) -> int | None:
         """Kept tokens of the finished folder; None where there is none.

@@ -39,7 +39,14 @@ class RuleSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    only_for_training: ClassVar[frozenset[str]] = frozenset()
+    """Fields that do not decide what codes a trained SAE has."""
+
     kind: str
+
+    def of_codes(self) -> dict[str, Any]:
+        """What decides the codes of a trained SAE, beside its parameters."""
+        return self.model_dump(exclude=set(self.only_for_training))
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,8 @@ class ActivationRule(nn.Module):
     Settings: ClassVar[type[RuleSettings]]
     revives: ClassVar[bool] = False
     """Whether dead latents are revived by an auxiliary loss of their own."""
+    compares_latents: ClassVar[bool] = False
+    """Whether latents' values are held against one another, so that all of them must be on one scale."""
     level: Tensor | None
     """For rules with nested parts, the first part that each latent belongs to, [latent]."""
 
@@ -94,6 +103,13 @@ class ActivationRule(nn.Module):
         """The codes in training, differentiable."""
         return Coded(self.codes(preactivation, openness, take))
 
+    def rescale_(self, factor: Float[Tensor, " latent"]) -> None:
+        """Make codes `factor` times as large, given pre-activations `factor` times as large.
+
+        Args:
+            factor: the same for all latents where the rule compares them.
+        """
+
     def choice(self) -> Choice | None:
         """How `codes` can be had by choosing among gated pre-activations; None where that does not give them."""
 
@@ -112,6 +128,9 @@ def gated(preactivation: Tensor, openness: Tensor | None) -> Tensor:
 
 
 class _Penalised(RuleSettings):
+    only_for_training = frozenset(
+        {"penalty_warmup_share", "l1_coefficient", "l0_coefficient", "bandwidth", "initial_threshold"}
+    )
     penalty_warmup_share: float = Field(default=0.05, ge=0, le=1)
     """The penalty rises linearly from 0 over this share of the steps."""
 
@@ -158,6 +177,7 @@ class TopK(ActivationRule):
 
     settings: Settings
     revives = True
+    compares_latents = True
 
     def __init__(self, settings: Settings, d_sae: int) -> None:
         super().__init__(settings, d_sae)
@@ -185,6 +205,8 @@ class BatchTopK(TopK):
     """
 
     class Settings(TopK.Settings):
+        only_for_training = frozenset({"threshold_rate"})
+
         kind: Literal["batchtopk"] = "batchtopk"  # type: ignore[assignment]
         threshold_rate: float = Field(default=0.02, gt=0, le=1)
         """Share of the newest batch in the running mean."""
@@ -215,6 +237,9 @@ class BatchTopK(TopK):
         return Coded(
             torch.zeros_like(value).flatten().scatter(0, top.indices, top.values * (top.values > 0)).view_as(value)
         )
+
+    def rescale_(self, factor: Tensor) -> None:
+        self.threshold.mul_(factor[0])
 
     def choice(self) -> Choice:
         return Above(float(self.threshold)) if self._by_batch else super().choice()
@@ -347,6 +372,9 @@ class JumpReLU(_WithPenalty):
         active = _Count.apply(value, threshold, self.settings.bandwidth)
         return Coded(codes, self._warmth * self.settings.l0_coefficient * active.sum())
 
+    def rescale_(self, factor: Tensor) -> None:
+        self.threshold.data.mul_(factor)
+
     def after_step(self, least: float) -> None:
         self.threshold.data.clamp_(min=0)
 
@@ -376,6 +404,9 @@ class Gated(_WithPenalty):
         gate = gated(preactivation, openness)
         penalty = self._warmth * self.settings.l1_coefficient * gate.sum()
         return Coded(self.codes(preactivation, openness, take), penalty, gate)
+
+    def rescale_(self, factor: Tensor) -> None:
+        self.magnitude_bias.data.mul_(factor)
 
 
 RULES: dict[str, type[ActivationRule]] = {

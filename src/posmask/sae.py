@@ -34,6 +34,7 @@ __all__ = [
     "copy_latents_",
     "read_origin",
     "read_sae",
+    "restate_",
     "started_from",
     "without_mask",
     "write_sae",
@@ -66,6 +67,11 @@ class Codes:
         entry = (token >= 0).nonzero()[:, 0]
         entry = entry[torch.sort(token[entry], stable=True).indices]
         return Codes(token[entry], self.latent[entry], self.value[entry], len(numbers), self.d_sae)
+
+    def to(self, device: torch.device) -> "Codes":
+        """The same on a device."""
+        token, latent, value = (part.to(device) for part in (self.token, self.latent, self.value))
+        return Codes(token, latent, value, self.n_tokens, self.d_sae)
 
     def n_active(self) -> Float[Tensor, " token"]:
         """How many latents are active on each token."""
@@ -170,10 +176,13 @@ class SparseAutoencoder(nn.Module):
     ) -> Codes:
         """The same codes as `encode`, found without computing what is closed or zero.
 
+        Computed on the SAE's device; the codes are where the vectors are.
+
         Args:
             precision: of the product that chooses the latents; the values are always computed in full.
         """
-        position = self._checked(position, beyond)
+        whence, vectors = vectors.device, vectors.to(self.encoder.device)
+        position = self._checked(position, beyond).to(vectors.device)
         routing = self.mask.route(self.normalise(vectors) if self.mask.reads_vectors else vectors, position)
         table = self.mask.table().detach()
         groups = [_everything(table)] if lift else self.mask.groups()
@@ -196,7 +205,7 @@ class SparseAutoencoder(nn.Module):
             token, latent, value = token[entry], latent[entry], value[entry]
         if routing.strength is not None:
             value = value * routing.strength[token]
-        return Codes(token, latent, value, len(vectors), self.d_sae)
+        return Codes(token, latent, value, len(vectors), self.d_sae).to(whence)
 
     def _encode_blocks(
         self, inputs: Tensor, place: Tensor, ends: list[int], groups: list[LiveGroup], table: Tensor | None
@@ -217,9 +226,18 @@ class SparseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def sparse_decode(self, codes: Codes) -> Float[Tensor, "token d_model"]:
-        tokens = kernels.Grouped(codes.token, codes.n_tokens)
-        x_hat = tokens.sum_rows(codes.value, self.decoder.detach(), codes.latent) + self.decoder_bias
-        return x_hat * self.scale + self.center
+        """What `decode` gives for them, where the codes are."""
+        x_hat = self._sums(codes) + self.decoder_bias
+        return (x_hat * self.scale + self.center).to(codes.value.device)
+
+    @torch.no_grad()
+    def share_of(self, codes: Codes) -> Float[Tensor, "token d_model"]:
+        """What these codes alone put into the vectors, without the bias, in the model's units."""
+        return (self._sums(codes) * self.scale).to(codes.value.device)
+
+    def _sums(self, codes: Codes) -> Float[Tensor, "token d_model"]:
+        codes = codes.to(self.decoder.device)
+        return kernels.Grouped(codes.token, codes.n_tokens).sum_rows(codes.value, self.decoder.detach(), codes.latent)
 
     def _checked(self, position: Int[Tensor, "*token"], beyond: str) -> Int[Tensor, "*token"]:
         longest = self.mask.n_positions - 1
@@ -256,12 +274,30 @@ def without_mask(sae: SparseAutoencoder) -> SparseAutoencoder:
     return copy
 
 
-def started_from(source: SparseAutoencoder, mask: PositionMask, seed: int = 0) -> SparseAutoencoder:
+def restate_(sae: SparseAutoencoder, center: Float[Tensor, " d_model"], scale: Float[Tensor, ""]) -> None:
+    """Give an SAE without a router other constants, and parameters with which it does what it did.
+
+    Codes become sae.scale / scale times as large. So an SAE from elsewhere is trained on in the units of this data.
+    """
+    factor = sae.scale / scale
+    with torch.no_grad():
+        sae.decoder_bias.copy_((sae.decoder_bias * sae.scale + sae.center - center) / scale)
+        sae.encoder_bias.mul_(factor)
+        sae.rule.rescale_(factor.expand(sae.d_sae))
+    sae.center, sae.scale = center.clone(), scale.clone()
+
+
+def started_from(
+    source: SparseAutoencoder, mask: PositionMask, seed: int = 0, rule: RuleSettings | None = None
+) -> SparseAutoencoder:
     """An SAE with this mask whose latents are copies of an unmasked SAE's.
 
     Where the mask has as many latents as the source, each is a copy of its own. Otherwise the free latents copy the
     first ones and each block of the mask the rest, so that at every position exactly one copy of each latent is live
     and the new SAE does what the source did (*upcycling*); splitting starts with one copy of each, the rest unborn.
+
+    Args:
+        rule: settings to train on with, that decide codes as the source's do; None: the source's.
 
     Raises:
         BadSetting: the source has a mask, or the mask has no such blocks for its latents.
@@ -298,7 +334,7 @@ def started_from(source: SparseAutoencoder, mask: PositionMask, seed: int = 0) -
                 f"{n_latents} latents to start from at every position: use slice, band, windows, split or cohort with "
                 'budget = "compute", or as many latents as the source has'
             )
-    sae = SparseAutoencoder(source.d_model, source.rule.settings, mask, seed).to(source.encoder.dtype)
+    sae = SparseAutoencoder(source.d_model, rule or source.rule.settings, mask, seed).to(source.encoder.dtype)
     mask.copied_from[~unborn] = copied[~unborn]
     with torch.no_grad():
         for name, tensor in sae.state_dict().items():
@@ -318,8 +354,10 @@ def write_sae(sae: SparseAutoencoder, folder: Path, origin: Mapping[str, Any] | 
     """Write weights, mask tensors and constants as safetensors, and what they mean as JSON beside them.
 
     Args:
-        origin: what the SAE was trained on: `weights`, `layer` and `site` of the model, `training_tokens`.
+        origin: what the SAE was trained on: name (`model`), `weights`, `layer` and `site` of the model,
+            `training_tokens`.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in sae.state_dict().items()}, folder / WEIGHTS_FILE)
     # What the mask ended as, whatever its kind keeps: for those who only want to look.
     save_file({"openness": sae.mask.openness().detach().contiguous()}, folder / OPENNESS_FILE)

@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from posmask import corpus, mask_kinds, masks, model, rules, training
+from posmask import corpus, mask_kinds, masks, model, rules, texts, tracking, training
 from posmask.activations import Stored
 from posmask.errors import BadSetting, PosmaskError
 from posmask.evaluation import EvaluationSettings, growing_name
@@ -51,8 +51,13 @@ class ModelSettings(_Settings):
 class CorpusSettings(_Settings):
     """The texts that SAEs are trained on and measured on; see `corpus.split_of` for the wall between the two."""
 
-    tables: tuple[str, ...] = Field(min_length=1)
+    tables: tuple[str, ...] = ()
     """Embedded tables; a quarter of their texts trains, tokens for measuring come from the rest."""
+    texts: str | None = None
+    """In place of tables: a folder or file of .txt, .jsonl or .jsonl.zst, or a dataset on the hub as
+    `hf:OWNER/NAME[:CONFIGURATION][@REVISION]` (see `posmask.texts`). Divided as the tables are."""
+    n_texts: int | None = Field(default=None, gt=0)
+    """How many of these are read, from the start, before they are divided. None: all."""
     n_positions: int = Field(gt=1)
     """Context length, BOS included."""
     training_tokens: int = Field(gt=0)
@@ -64,6 +69,19 @@ class CorpusSettings(_Settings):
     choosing recipes and settings."""
     max_characters: int = Field(default=1000, gt=0)
     """Texts are cut to this length, so that a few long ones do not make up the corpus."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "CorpusSettings":
+        if bool(self.tables) == bool(self.texts):
+            raise ValueError("corpus needs either tables or texts: give one of the two")
+        if self.n_texts is None and self.texts is not None and self.texts.startswith(texts.HUB_PREFIX):
+            raise ValueError(f"corpus.texts = {self.texts!r} may have no end: say with n_texts how many to read")
+        return self
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """Which texts, cut to what: what is part of a harvest's identity."""
+        return self.model_dump(mode="json", include={"tables", "texts", "n_texts", "max_characters"}, exclude_none=True)
 
 
 class SaeSettings(_Settings):
@@ -126,8 +144,9 @@ class StudySettings(_Settings):
     cells: tuple[CellSettings, ...] = Field(min_length=1)
     questions: tuple[QuestionSettings, ...] = ()
     device: str = "cpu"
-    """Where model and SAEs compute: cpu, cuda, cuda:1, mps. No part of any identity: folders made on one are finished on
-    another."""
+    """Where model and SAEs compute: cpu, cuda, cuda:1, mps. No part of any identity."""
+    track: tracking.Tracker | None = None
+    """A tracker that training curves also go to. No part of any identity."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> "StudySettings":
@@ -257,12 +276,12 @@ class StudySettings(_Settings):
 
     def start_sae(self, cell: CellSettings, source: SparseAutoencoder, seed: int) -> SparseAutoencoder:
         """The SAE of a cell that starts from another."""
-        if source.rule.settings != self.sae.rule:
+        if source.rule.settings.of_codes() != self.sae.rule.of_codes():
             raise BadSetting(
                 f"{cell.name} would start from an SAE with the rule {source.rule.settings.model_dump()}, but sae.rule "
                 f"is {self.sae.rule.model_dump()}: make them equal"
             )
-        return started_from(source, self._make_mask(cell, seed), seed)
+        return started_from(source, self._make_mask(cell, seed), seed, self.sae.rule)
 
 
 def read_study(path: Path, changes: Sequence[str] = ()) -> StudySettings:

@@ -4,6 +4,8 @@ The path of the data, in the order of the functions below: `prepare` harvests ve
 trains one SAE and evaluates it into its folder, `run_study` goes over the cells and joins their rows.
 """
 
+import contextlib
+import importlib.metadata
 import multiprocessing
 import os
 import shutil
@@ -16,20 +18,23 @@ from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
-from posmask import assets, corpus, folders, kernels, model, rows, training, verdicts
+from posmask import assets, corpus, folders, kernels, model, parallel, rows, training, verdicts
 from posmask.activations import Activations, Stored, harvest, training_batches
 from posmask.checkpoints import Checkpoints
-from posmask.errors import BadSetting
+from posmask.errors import BadSetting, DamagedFolder
 from posmask.evaluation import Data, baselines, decay, evaluate
 from posmask.interop import saebench
+from posmask.latents import LATENTS_FILE
 from posmask.probing import topics
 from posmask.probing.order import order_tokens
 from posmask.probing.order_tasks import make_order_task
 from posmask.progress import announce
-from posmask.sae import WEIGHTS_FILE, SparseAutoencoder, read_origin, read_sae, write_sae
+from posmask.sae import WEIGHTS_FILE, SparseAutoencoder, read_origin, read_sae, restate_, write_sae
 from posmask.settings import MODEL_CELL, CellSettings, ModelSettings, StudySettings
+from posmask.texts import content_of, read_texts
+from posmask.tracking import check_tracker, curve_writer
 
-__all__ = ["Source", "cell_states", "run_study"]
+__all__ = ["Source", "cell_states", "evaluate_folder", "look_at_latents", "run_study", "train_together"]
 
 RESULTS_FILE = "results.csv"
 VERDICTS_FILE = "verdicts.csv"
@@ -73,10 +78,11 @@ class Source:
         return model.load_model(settings.name, self.layer, self._precision, site=settings.site, device=self._device)
 
 
-def _texts_identity() -> dict[str, Any]:
+def _texts_identity(study: StudySettings) -> dict[str, Any]:
     carriers = {carrier.package: carrier.wheel_sha256 for carrier in assets.CARRIERS if carrier != assets.MODEL_CARRIER}
     shares = [corpus.TRAINING_SHARE, corpus.VALIDATION_SHARE]
-    return {"carriers": carriers, "shares": shares}
+    own = study.corpus.texts
+    return {"carriers": carriers, "shares": shares} | ({} if own is None else {"own": content_of(own)})
 
 
 def prepare(study: StudySettings, source: Source, root: Path) -> Data:
@@ -84,7 +90,7 @@ def prepare(study: StudySettings, source: Source, root: Path) -> Data:
     n_positions = study.corpus.n_positions
     shared = {
         "model": source.made_from,
-        "texts": _texts_identity(),
+        "texts": _texts_identity(study),
         "n_positions": n_positions,
     }
 
@@ -93,25 +99,30 @@ def prepare(study: StudySettings, source: Source, root: Path) -> Data:
     ) -> Activations:
         made_from = {**shared, **what, "stored": stored}
         folder = root / "activations" / f"{label}-{folders.identity(made_from)}"
-        if folders.finished(folder, made_from):
-            return Activations(folder)
+
+        def there() -> Activations | None:
+            with contextlib.suppress(DamagedFolder):  # Then `harvest` says so, and mends it.
+                if folders.finished(folder, made_from):
+                    return Activations(folder)
+            return None
+
+        if (found := there()) is not None:
+            return found
         with folders.claim(folder, wait=True):  # Another process may have made it meanwhile.
-            if folders.finished(folder, made_from):
-                return Activations(folder)
-            return harvest(tokens(), source.loaded, folder, made_from, label, stored)
+            return there() or harvest(tokens(), source.loaded, folder, made_from, label, stored)
 
     @cache
     def texts(split: corpus.Split) -> list[str]:
-        announce(f"Reading the {split} texts of {len(study.corpus.tables)} tables.")
-        found = corpus.unique_texts(
-            (text for name in study.corpus.tables for text, _ in assets.read_table(name)), split
-        )
+        tables, own = study.corpus.tables, study.corpus.texts
+        announce(f"Reading the {split} texts of {own or f'{len(tables)} tables'}.")
+        every = (text for name in tables for text, _ in assets.read_table(name))
+        found = corpus.unique_texts(every if own is None else read_texts(own, study.corpus.n_texts), split)
         return [text[: study.corpus.max_characters] for text in found]
 
     def packed(split: corpus.Split, n_tokens: int) -> Callable[[], corpus.Tokens]:
         return lambda: corpus.pack(texts(split), source.tokenizer, n_positions, n_tokens)
 
-    settings = study.corpus.model_dump(mode="json", include={"tables", "max_characters"})
+    settings = study.corpus.source
     measured_on = study.corpus.measured_on
     ask = study.evaluation
     splits: tuple[tuple[corpus.Split, int, Stored], ...] = (
@@ -176,12 +187,18 @@ class _Place:
         return root / _CHECKPOINTS / self.label
 
 
-def _places(study: StudySettings, source: Source, root: Path) -> list[_Place]:
-    shared = {
+def _shared(study: StudySettings, source: Source) -> dict[str, Any]:
+    """What every result of a study was made from."""
+    return {
         "model": source.made_from,
-        "texts": _texts_identity(),
-        **study.model_dump(mode="json", include={"corpus", "evaluation"}),
+        "texts": _texts_identity(study),
+        "corpus": study.corpus.model_dump(mode="json", exclude_none=True),
+        "evaluation": study.evaluation.model_dump(mode="json"),
     }
+
+
+def _places(study: StudySettings, source: Source, root: Path) -> list[_Place]:
+    shared = _shared(study, source)
     places = [_Place(None, 0, root / _BASELINES, shared)]
     training_part = study.model_dump(mode="json", include={"sae", "training"})
     names = [cell.name for cell in study.cells]
@@ -217,12 +234,20 @@ def _checked_start(folder: Path, model_made_from: dict[str, Any]) -> dict[str, A
     return {"sha256": folders.file_sha256(folder / WEIGHTS_FILE)}
 
 
-CellState = Literal["finished", "missing", "other settings"]
+CellState = Literal["finished", "missing", "other settings", "damaged"]
 
 
-def _state(place: _Place) -> CellState:
-    if folders.finished(place.folder, place.made_from):
-        return "finished"
+def _state(place: _Place, *, verify: bool = False) -> CellState:
+    """
+    Args:
+        verify: read every file of a finished folder, too.
+    """
+    try:
+        if folders.finished(place.folder, place.made_from):
+            folders.read_manifest(place.folder, verify=verify)
+            return "finished"
+    except DamagedFolder:
+        return "damaged"
     return "other settings" if place.folder.exists() else "missing"
 
 
@@ -242,9 +267,10 @@ def run_study(study: StudySettings, root: Path, say: Callable[[str], None] = pri
     """
     kernels.keep_freed_memory()
     model.check_device(study.device)
+    check_tracker(study.track)
     source = Source(study.model, study.device)
     places = _places(study, source, root)
-    todo = [place for place in places if _state(place) != "finished"]
+    todo = [place for place in places if _state(place, verify=True) != "finished"]
     if len(todo) < len(places):
         say(f"{len(places) - len(todo)} of {len(places)} folders are finished and stay as they are.")
     if todo:
@@ -258,8 +284,10 @@ def run_study(study: StudySettings, root: Path, say: Callable[[str], None] = pri
     for place in places:
         shutil.rmtree(place.checkpoints, ignore_errors=True)
     results = [row for place in places for row in _read_rows(place.folder)]
-    _write_whole(root / RESULTS_FILE, partial(rows.write_rows, rows=results))
-    _write_whole(root / VERDICTS_FILE, partial(verdicts.write_verdicts, verdicts=_verdicts(study, places)))
+    with folders.replacing(root / RESULTS_FILE) as beside:
+        rows.write_rows(beside, results)
+    with folders.replacing(root / VERDICTS_FILE) as beside:
+        verdicts.write_verdicts(beside, _verdicts(study, places))
     return results
 
 
@@ -274,10 +302,11 @@ def _run_places(study: StudySettings, todo: list[_Place], data: Data, root: Path
             with folders.claim(place.folder, wait=False) as mine:
                 if not mine:
                     continue
-                state = _state(place)
-                if state == "other settings":
+                state = _state(place, verify=True)
+                if state in ("other settings", "damaged"):
                     moved = folders.set_aside(place.folder, root / "stale")
-                    say(f"{place.label} was made from other settings: moved to {moved}.")
+                    why = "was made from other settings" if state == "other settings" else "is damaged"
+                    say(f"{place.label} {why}: moved to {moved}.")
                 if state != "finished":
                     _run_place(study, place, data, [] if place.cell is None else _read_rows(root / _BASELINES))
             waiting.remove(place)
@@ -314,15 +343,8 @@ def _help(study: StudySettings, root: Path, n_threads: int, log: Path) -> None:
     with log.open("w", buffering=1) as file, redirect_stdout(file), redirect_stderr(file), kernels.threads(n_threads):
         kernels.keep_freed_memory()
         source = Source(study.model, study.device)
-        todo = [place for place in _places(study, source, root) if _state(place) != "finished"]
+        todo = [place for place in _places(study, source, root) if _state(place, verify=True) != "finished"]
         _run_places(study, todo, prepare(study, source, root), root, print)
-
-
-def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file beside its place and move it there, so that it is never seen half-written."""
-    draft = path.with_name(f".{path.name}.draft")
-    write(draft)
-    draft.replace(path)
 
 
 def _verdicts(study: StudySettings, places: list[_Place]) -> list[verdicts.Verdict]:
@@ -337,6 +359,82 @@ def _verdicts(study: StudySettings, places: list[_Place]) -> list[verdicts.Verdi
     return verdicts.judge(units, asked)
 
 
+def _untrained(study: StudySettings, place: _Place, data: Data) -> tuple[SparseAutoencoder, int]:
+    """A cell's SAE before its training, and the tokens that the SAE it starts from was trained on."""
+    assert place.cell is not None
+    if place.start is None:
+        sae = study.make_sae(place.cell, data.training.d_model, place.seed)
+        sae.center, sae.scale = data.training.centre_and_scale
+        return sae.to(study.device), 0
+    started, origin = _read_start(place.start, data.training.d_model), read_origin(place.start)
+    if "imported" in origin:  # Else with the constants that its weights were made for.
+        restate_(started, *data.training.centre_and_scale)
+    sae = study.start_sae(place.cell, started, place.seed)
+    return sae.to(study.device), origin.get("training_tokens", 0)
+
+
+def _train(
+    study: StudySettings, place: _Place, sae: SparseAutoencoder, data: Data, together: parallel.Together | None = None
+) -> training.Trained:
+    """Train a cell's SAE, or with others this process's part of it, from its last checkpoint on."""
+    assert place.cell is not None
+    settings = study.training.model_copy(update={"n_steps": study.n_steps(place.cell)})
+    taken = round(place.cell.steps_share * study.training.n_steps) - settings.n_steps  # by the cell it starts from
+    checkpoints = Checkpoints(place.checkpoints, place.made_from, CHECKPOINT_SECONDS, keeps_end=together is not None)
+    batches = training_batches(
+        data.training,
+        settings.batch_tokens,
+        settings.n_steps - checkpoints.done,
+        place.seed,
+        after=taken + checkpoints.done,
+        mine=None if together is None else together.mine,
+    )
+    root = place.folder.parents[1]
+    track = study.track if together is None or together.leads else None
+    with curve_writer(track, root, study.name, place.label, place.made_from) as write:
+        return training.train(
+            sae,
+            batches,
+            settings,
+            place.label,
+            on_point=write,
+            checkpoints=checkpoints,
+            together=together or training.Alone(),
+        )
+
+
+def train_together(
+    study: StudySettings, root: Path, cell: str, seed: int, by: Literal["data", "position"]
+) -> parallel.Together | None:
+    """Train one cell in all processes that torch.distributed has connected, and leave it for `run_study` to evaluate.
+
+    Args:
+        by: what is divided among the processes; see `parallel`.
+
+    Returns:
+        How they were together; None where the cell was finished already.
+
+    Raises:
+        BadSetting: no such cell, or one that cannot be divided so.
+    """
+    source = Source(study.model, study.device)
+    place = next((one for one in _places(study, source, root) if one.label == f"{cell}-seed{seed}"), None)
+    if place is None or place.cell is None:
+        known = ", ".join(one.name for one in study.cells)
+        raise BadSetting(f"{study.name} has no cell {cell!r} with seed {seed}: choose from {known}, and its seeds")
+    if _state(place) == "finished":
+        return None
+    data = prepare(study, source, root)
+    whole, _ = _untrained(study, place, data)
+    if by == "data":
+        together = parallel.ByData(whole)
+        _train(study, place, whole, data, together)
+    else:
+        together = parallel.ByPosition(whole, data.training.position[data.training.keep])
+        _train(study, place, together.part, data, together)
+    return together
+
+
 def _run_place(study: StudySettings, place: _Place, data: Data, baseline: list[rows.Row]) -> None:
     """Fill one folder.
 
@@ -344,31 +442,14 @@ def _run_place(study: StudySettings, place: _Place, data: Data, baseline: list[r
         baseline: the rows of the baselines, which come first.
     """
     cell = place.cell
-    with folders.write_folder(place.folder, place.made_from) as draft:
+    with folders.write_folder(place.folder, place.made_from, versions=_versions()) as draft:
         if cell is None:
             found = baselines(data)
             columns = {"mask": "none", "budget": "", "apply": ""}
             name = MODEL_CELL
         else:
-            before = 0
-            if place.start is None:
-                sae = study.make_sae(cell, data.training.d_model, place.seed)
-                sae.center, sae.scale = data.training.centre_and_scale
-            else:  # With the constants that its weights were made for.
-                sae = study.start_sae(cell, _read_start(place.start, data.training.d_model), place.seed)
-                before = read_origin(place.start).get("training_tokens", 0)
-            settings = study.training.model_copy(update={"n_steps": study.n_steps(cell)})
-            taken = round(cell.steps_share * study.training.n_steps) - settings.n_steps  # by the cell it starts from
-            checkpoints = Checkpoints(place.checkpoints, place.made_from, CHECKPOINT_SECONDS)
-            batches = training_batches(
-                data.training,
-                settings.batch_tokens,
-                settings.n_steps - checkpoints.done,
-                place.seed,
-                after=taken + checkpoints.done,
-            )
-            trained = training.train(sae, batches, settings, place.label, checkpoints=checkpoints)
-            del batches
+            sae, before = _untrained(study, place, data)
+            trained = _train(study, place, sae, data)
             kernels.give_back_freed_memory()
             training.write_curve(draft / "curve.csv", trained.curve)
             n_tokens = before + trained.n_tokens
@@ -377,17 +458,20 @@ def _run_place(study: StudySettings, place: _Place, data: Data, baseline: list[r
                 sae,
                 draft,
                 {
+                    "model": study.model.name,
                     "weights": model_made_from["weights"],
                     "layer": model_made_from["layer"],
                     "site": study.model.site,
                     "training_tokens": n_tokens,
                 },
             )
+            measured, facts = evaluate(sae, trained.dead, data, place.label)
+            facts.write(draft, data.tokenizer)
             found = [
                 rows.Measure("train_seconds", trained.seconds, n=1),
                 rows.Measure("train_tokens", n_tokens, n=1),
                 rows.Measure("d_sae", sae.d_sae, n=1),
-                *evaluate(sae, trained.dead, data, place.label),
+                *measured,
             ]
             if cell.decay:
                 found += decay(sae, data, study.training, place.seed, place.label)
@@ -404,7 +488,90 @@ def _run_place(study: StudySettings, place: _Place, data: Data, baseline: list[r
     kernels.give_back_freed_memory()
 
 
+def evaluate_folder(
+    study: StudySettings, root: Path, folder: Path, say: Callable[[str], None] = print
+) -> list[rows.Row]:
+    """Ask an SAE that the study did not train what it asks its cells, on the same texts; returns its rows.
+
+    They go to `root/evaluated/NAME`, NAME being the folder's. The baselines are made if they are missing; of training,
+    and of what was dead at its end, nothing is said.
+
+    Returns:
+        The SAE's rows, then those of the baselines.
+
+    Raises:
+        BadSetting: the SAE is of another model or layer, or of contexts of another length.
+    """
+    kernels.keep_freed_memory()
+    source = Source(study.model)
+    sae, n_positions = read_sae(folder), study.corpus.n_positions
+    if sae.mask.n_positions != n_positions:
+        raise BadSetting(
+            f"the SAE in {folder} is for contexts of {sae.mask.n_positions} positions, the study's have {n_positions}: "
+            f"set corpus.n_positions, or import it with --n-positions {n_positions}"
+        )
+    made_from = {**_shared(study, source), "sae": _checked_start(folder, source.made_from)}
+    name = folder.resolve().name
+    place = _Place(None, 0, root / "evaluated" / name, made_from)
+    baseline = _places(study, source, root)[0]
+    missing = [one for one in (baseline, place) if _state(one) != "finished"]
+    data = prepare(study, source, root) if missing else None
+    for one in missing:
+        assert data is not None
+        if one.folder.exists():
+            say(f"{one.label} was made from other settings: moved to {folders.set_aside(one.folder, root / 'stale')}.")
+        if one is baseline:
+            _run_place(study, one, data, [])
+            continue
+        sae = _read_start(folder, data.training.d_model)
+        with folders.write_folder(place.folder, made_from) as draft:
+            found, facts = evaluate(sae, None, data, name)
+            facts.write(draft, data.tokenizer)
+            if study.evaluation.probe_datasets:
+                _write_saebench(draft / SAEBENCH_FILE, study, place, found, _read_rows(baseline.folder))
+            mask = sae.mask.settings
+            columns = {"cell": name, "mask": mask.kind, "budget": "", "apply": mask.apply, "seed": 0}
+            rows.write_rows(draft / "rows.csv", [rows.Row.of(measure, **columns) for measure in found])
+            rows.write_units(draft / UNITS_FILE, found)
+    return _read_rows(place.folder) + _read_rows(baseline.folder)
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("posmask", "torch", "transformers", "numpy")}
+
+
+def look_at_latents(study: StudySettings, root: Path, say: Callable[[str], None] = print) -> int:
+    """Evaluate finished cells that lack what the page's latent browser shows, and add it to their folders.
+
+    Nothing is trained, and rows stay as they were. Returns for how many cells it was done.
+    """
+    source = Source(study.model)
+    todo = [
+        place
+        for place in _places(study, source, root)
+        if place.cell is not None and _state(place) == "finished" and not (place.folder / LATENTS_FILE).is_file()
+    ]
+    data = prepare(study, source, root) if todo else None
+    for place in todo:
+        assert data is not None
+        manifest = folders.read_manifest(place.folder, verify=True)
+        sae = read_sae(place.folder)
+        _, facts = evaluate(sae, None, data, place.label)
+        kept = {key: manifest[key] for key in manifest.keys() - {"identity", "made_from", "files"}}
+        with (
+            folders.claim(place.folder, wait=True),
+            folders.write_folder(place.folder, place.made_from, **kept) as draft,
+        ):
+            for name in manifest["files"]:
+                shutil.copy2(place.folder / name, draft / name)
+            facts.write(draft, data.tokenizer)
+        say(f"{place.label}: looked at {sae.d_sae:,} latents.")
+    return len(todo)
+
+
 def _read_start(folder: Path, d_model: int) -> SparseAutoencoder:
+    if (folder / folders.MANIFEST).exists():  # An SAE that a user brings may have none.
+        folders.read_manifest(folder, verify=True)
     sae = read_sae(folder)
     if sae.d_model != d_model:
         raise BadSetting(f"the SAE in {folder} codes vectors of {sae.d_model} numbers, the model gives {d_model}")
@@ -414,8 +581,7 @@ def _read_start(folder: Path, d_model: int) -> SparseAutoencoder:
 def _write_saebench(
     path: Path, study: StudySettings, place: _Place, found: list[rows.Measure], baseline: list[rows.Row]
 ) -> None:
-    """SAEBench's own evaluation file, with the same cell's probe accuracies."""
-    assert place.cell is not None
+    """SAEBench's own evaluation file, with the same SAE's probe accuracies."""
     ask = study.evaluation
     llm, sae = (
         {

@@ -124,9 +124,7 @@ class DeadLatents:
 
     def __init__(self, sae: SparseAutoencoder, dead_after_eligible_tokens: int) -> None:
         self._limit = dead_after_eligible_tokens
-        self.eligible_since_fired: Float[Tensor, " latent"] = torch.zeros(
-            sae.d_sae, dtype=torch.float64, device=sae.encoder.device
-        )
+        self.eligible_since_fired: Float[Tensor, " latent"] = torch.zeros(sae.d_sae, device=sae.encoder.device)
 
     @property
     def dead(self) -> Bool[Tensor, " latent"]:
@@ -148,15 +146,17 @@ def train(
     label: str,
     after_step: Callable[[int], None] = lambda done: None,
     checkpoints: Checkpoints | None = None,
+    on_point: Callable[[CurvePoint], None] = lambda point: None,
     together: Alone = _ALONE,
 ) -> Trained:
-    """Train `sae` in place. Parameters that require no gradient stay as they are.
+    """Train `sae` in place, on its device. Parameters that require no gradient stay as they are.
 
     Args:
         batches: `n_steps` of them, such as `training_batches`; the SAE's center and scale must suit their vectors.
         after_step: called with the number of steps done, after each.
         checkpoints: to go on from and to write. `batches` must then begin behind the `checkpoints.done` first ones;
             the outcome is that of a training that was never stopped, bit for bit.
+        on_point: called with each point of the curve as it comes.
         together: the processes that train one SAE; `batches` then are this one's parts of them.
 
     Raises:
@@ -190,7 +190,7 @@ def train(
 
     n_tokens = (settings.n_steps - behind) * settings.batch_tokens
     with progress_bar(f"train {label}", n_tokens, "tokens") as advance:
-        for done, batch in enumerate(batches, start=behind + 1):
+        for done, batch in enumerate((batch.to(sae.encoder.device) for batch in batches), start=behind + 1):
             for group, rate in zip(optimizer.param_groups, highest, strict=True):
                 group["lr"] = rate * _rate_factor(done - 1, settings)
             for part in (sae.mask, sae.rule):
@@ -234,6 +234,7 @@ def train(
                 n_dead = int(deaths.dead.sum())
                 curve.append(_point(sae, batch, step, done, settings, learning_rate, n_dead, together))
                 _check_alive(curve[-1], sae.d_sae, label, settings, stays())
+                on_point(curve[-1])
             advance(settings.batch_tokens)
             after_step(done)
             if checkpoints is not None and together.decided(checkpoints.due(at_end=done == settings.n_steps)):
@@ -316,11 +317,11 @@ def _restore_(
             kind, _, place = name.partition(".")
             owner, _, own = place.rpartition(".")
             if kind == "sae" and place not in known:
-                setattr(sae.get_submodule(owner), own, tensor)
+                setattr(sae.get_submodule(owner), own, tensor.to(sae.encoder.device))
             elif kind == "adam":
-                optimizer.state[sae.get_parameter(owner)][own] = tensor
+                optimizer.state[sae.get_parameter(owner)][own] = tensor.to(sae.encoder.device)
     sae.load_state_dict({name: state[f"sae.{name}"] for name in known})
-    deaths.eligible_since_fired = state[_SINCE_FIRED]
+    deaths.eligible_since_fired = state[_SINCE_FIRED].to(deaths.eligible_since_fired.device)
     types = [field.type for field in fields(CurvePoint)]
     points = [[kind(value) for kind, value in zip(types, line, strict=True)] for line in state[_CURVE].tolist()]  # type: ignore[operator]
     return [CurvePoint(*point) for point in points], float(state[_SECONDS])

@@ -39,6 +39,7 @@ __all__ = [
     "paired_difference",
     "read_verdicts",
     "sample",
+    "sample_of",
     "write_verdicts",
 ]
 
@@ -157,7 +158,11 @@ def sample(units: Mapping[str, Units], pooling: str, column: str) -> Sample:
     Args:
         units: by `metric|slice`, as a cell's folder holds them.
     """
-    metric, wanted = COLUMNS[column]
+    return sample_of(units, pooling, *COLUMNS[column])
+
+
+def sample_of(units: Mapping[str, Units], pooling: str, metric: str, wanted: Mapping[str, str]) -> dict[str, Units]:
+    """As `sample`, for any metric and what its slice must say."""
     found = {}
     for key, values in units.items():
         name, _, text = key.partition("|")

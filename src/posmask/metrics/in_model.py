@@ -3,7 +3,7 @@
 import math
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -14,7 +14,6 @@ from posmask.activations import Activations, Batch
 from posmask.corpus import equal_segments
 from posmask.errors import DegenerateResult, NothingToDo
 from posmask.intervals import jackknife_interval, ratio
-from posmask.kernels import Grouped
 from posmask.model import LanguageModel
 from posmask.rows import Measure
 from posmask.sae import Codes, SparseAutoencoder
@@ -82,12 +81,12 @@ class InModel:
             context = contexts.repeat_interleave(self._length)
             keep = batch.keep.view(ids.shape)
             scored = keep[:, :-1] & keep[:, 1:]
-            clean = self._clean_logits[contexts].float().log_softmax(-1)
+            clean = self._clean_logits[contexts].to(self._model.device).float().log_softmax(-1)
             probability = clean.exp()
             found[0].append(_losses(clean, probability, clean, ids, scored))
-            for number, replace in enumerate(replacements, start=1):
+            for number, instead in enumerate(replacements, start=1):
                 vectors = batch.vectors.clone()
-                vectors[batch.keep] = replace(batch.kept(), context[batch.keep]).to(vectors.dtype)
+                vectors[batch.keep] = instead(batch.kept(), context[batch.keep]).to(vectors.dtype)
                 replaced = self._logits(ids, vectors).float().log_softmax(-1)
                 if not bool(replaced.isfinite().all()):
                     raise DegenerateResult(
@@ -134,8 +133,8 @@ class InModel:
 def _losses(
     clean: Tensor, probability: Tensor, replaced: Tensor, ids: Tensor, scored: Bool[Tensor, "context position"]
 ) -> tuple:
-    cross_entropy = -replaced.gather(2, ids[:, 1:, None])[..., 0]
-    divergence = (clean - replaced).mul_(probability).sum(2)
+    cross_entropy = -replaced.gather(2, ids[:, 1:, None].to(replaced.device))[..., 0].cpu()
+    divergence = (clean - replaced).mul_(probability).sum(2).cpu()
     return cross_entropy.masked_fill(~scored, torch.nan), divergence.masked_fill(~scored, torch.nan)
 
 
@@ -214,13 +213,12 @@ class WindowMass:
 def without_latents(sae: SparseAutoencoder, chosen: Bool[Tensor, "window latent"]) -> Replace:
     """Takes the decoder's part of some latents out of the vectors: in context c those of window c mod n_windows."""
 
-    def replace(batch: Batch, context: Int[Tensor, " token"]) -> Float[Tensor, "token d_model"]:
+    def put(batch: Batch, context: Int[Tensor, " token"]) -> Float[Tensor, "token d_model"]:
         codes = sae.sparse_encode(batch.vectors, batch.counted(sae.mask.settings.coordinate))
         taken = codes.value * chosen[context[codes.token] % len(chosen), codes.latent]
-        parts = Grouped(codes.token, codes.n_tokens).sum_rows(taken, sae.decoder.detach(), codes.latent)
-        return batch.vectors.float() - parts * sae.scale
+        return batch.vectors.float() - sae.share_of(replace(codes, value=taken))
 
-    return replace
+    return put
 
 
 def causal(clean: Losses, specialised: Losses, matched: Losses, n_windows: int, n_positions: int) -> list[Measure]:

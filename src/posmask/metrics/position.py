@@ -1,7 +1,7 @@
 """What a latent's firing says about position: information against a permutation null, and the shift design."""
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from posmask.activations import Batch
@@ -48,11 +48,16 @@ class PositionInformation:
             self._null_tokens[draw] += torch.bincount(position, minlength=self._n_rotated + 1)
             self._null[draw].view(-1).index_add_(0, position[token] * codes.d_sae + latent, ones)
 
-    def measures(self, used: PositionMass) -> list[Measure]:
-        """
-        Args:
-            used: accumulated from the same codes.
-        """
+    def by_latent(self, used: PositionMass) -> Float[Tensor, " latent"]:
+        """A latent's information less the mean of its null; NaN where it fires too seldom, or always."""
+        counted, real, null = self._split(used)
+        found = torch.full((len(counted),), torch.nan, dtype=real.dtype)
+        found[counted] = real - null.mean(0)
+        return found
+
+    def _split(
+        self, used: PositionMass
+    ) -> tuple[Bool[Tensor, " latent"], Float[Tensor, " counted"], Float[Tensor, "draw counted"]]:
         n_fired, n_tokens = used.firings.sum((0, 1)), used.tokens.sum()
         counted = used.counted() & (n_fired < n_tokens)  # Whether a latent that always fires does so is no question.
         null = torch.stack(
@@ -61,9 +66,17 @@ class PositionInformation:
                 for firings, tokens in zip(self._null, self._null_tokens, strict=True)
             ]
         )
+        return counted, _information(used.firings[..., counted].sum(0), used.tokens.sum(0)), null
+
+    def measures(self, used: PositionMass) -> list[Measure]:
+        """
+        Args:
+            used: accumulated from the same codes.
+        """
+        counted, real, null = self._split(used)
         by_fold, by_fold_tokens = used.firings[..., counted], used.tokens
         firings, tokens = by_fold.sum(0), by_fold_tokens.sum(0)
-        real, expected = _information(firings, tokens), null.mean(0)
+        expected = null.mean(0)
         corrected = real - expected
         without = []
         for fold in (by_fold_tokens.sum(1) > 0).nonzero()[:, 0].tolist():

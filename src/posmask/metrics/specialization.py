@@ -19,6 +19,7 @@ __all__ = [
     "mask_measures",
     "profile_fidelity",
     "retention",
+    "retention_by_latent",
     "special_positions",
 ]
 
@@ -112,6 +113,21 @@ def retention(lifted: PositionMass, special: SpecialPositions, *, after: float |
         where = None if after is None else {"after": f"{after:g}"}
         found.append(Measure(name, value, *jackknife_interval(value, *folds), int(counted.sum()), where))
     return found
+
+
+def retention_by_latent(
+    lifted: PositionMass, special: SpecialPositions
+) -> tuple[Float[Tensor, " latent"], Float[Tensor, " latent"]]:
+    """Each latent's own `retention` and `retention_chance`; NaN where it fires too seldom."""
+    counted = lifted.counted()
+    shares, chances = [], []
+    for half, positions in zip(HALVES, special.for_half, strict=True):
+        mass, tokens = lifted.mass[half].sum(0), lifted.tokens[half].sum(0)
+        shares.append((mass * positions).sum(0) / mass.sum(0))
+        chances.append(tokens @ positions / tokens.sum())
+    nowhere = torch.full((len(counted),), torch.nan)
+    share, chance = (torch.where(counted, torch.stack(both).nanmean(0), nowhere) for both in (shares, chances))
+    return share, chance
 
 
 def profile_fidelity(used: PositionMass, openness: Float[Tensor, "position latent"]) -> list[Measure]:

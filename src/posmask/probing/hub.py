@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from posmask.errors import BadSetting, MissingAsset, MissingExtra
+from posmask.errors import BadSetting, MissingAsset
+from posmask.texts import load_from_hub as _load
 
 __all__ = ["HUB_DATASETS", "HubDataset", "cut_to_smallest", "read_hub_texts"]
 
@@ -90,19 +91,6 @@ def read_hub_texts(name: str, n_train: int, n_test: int, seed: int) -> dict[str,
     if read is None:
         return _sampled(name, n_train, n_test, seed)
     return _shuffled(name, read(n_train // 2 + n_test // 2), n_train // 2, n_test // 2, seed)
-
-
-def _load(path: str, **options: Any) -> Any:
-    """`datasets.load_dataset`: the only door to the hub."""
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise MissingExtra(f"{path} needs the package `datasets`: pip install 'posmask[hub]'") from None
-    try:
-        return load_dataset(path, **options)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise MissingAsset(f"{path} could not be loaded ({reason}): check the network and the hub's page") from error
 
 
 def _sampled(name: str, n_train: int, n_test: int, seed: int) -> dict[str, tuple[list[str], list[str]]]:

@@ -18,11 +18,11 @@ from posmask.errors import BadSetting
 from posmask.intervals import ratio
 from posmask.probing.order_tasks import OrderTask, edge_features
 from posmask.probing.pooling import PooledTexts
-from posmask.probing.sparse import ProbeTask, k_sparse_correct
+from posmask.probing.sparse import OnFit, ProbeTask, k_sparse_correct
 from posmask.rows import Measure
 from posmask.seeds import generator
 
-__all__ = ["bag_accuracy", "edge_accuracy", "order_accuracy", "order_tokens"]
+__all__ = ["bag_accuracy", "edge_accuracy", "order_accuracy", "order_tokens", "positives"]
 
 N_PERMUTATIONS = 5
 
@@ -33,7 +33,9 @@ def order_tokens(task: OrderTask, tokenizer: corpus.Tokenizer, n_positions: int)
     return corpus.with_shuffled(corpus.pad(task.texts, tokenizer, n_positions), test, tokenizer)
 
 
-def order_accuracy(task: OrderTask, features: PooledTexts, ks: Sequence[int], pooling: str) -> list[Measure]:
+def order_accuracy(
+    task: OrderTask, features: PooledTexts, ks: Sequence[int], pooling: str, on_fit: OnFit = lambda *fit: None
+) -> list[Measure]:
     """The share of test texts whose order a k-sparse probe tells, mean over classes, and the same for two controls.
 
     `order_accuracy` is the number. `order_shuffled` is the same probe on test texts whose tokens are shuffled, and
@@ -43,12 +45,13 @@ def order_accuracy(task: OrderTask, features: PooledTexts, ks: Sequence[int], po
     Args:
         features: one row for each text of `order_tokens`.
         pooling: how they were pooled; stands in the slice.
+        on_fit: told of the probes, one for each of `positives(task)`, and after them the permuted ones.
     """
     n_texts = len(task.texts)
     test = torch.arange(task.n_train_groups, task.n_train_groups + task.n_test_groups)
     train = torch.arange(task.n_train_groups)
     probes, permuted = [], []
-    for positive in _positives(task):
+    for positive in positives(task):
         train_pairs, train_label = _pairs(task, train, positive)
         test_pairs, test_label = _pairs(task, test, positive)
         shuffled = test_pairs + n_texts - task.n_train_groups * task.n_classes
@@ -58,7 +61,7 @@ def order_accuracy(task: OrderTask, features: PooledTexts, ks: Sequence[int], po
             swap = torch.rand(len(train), generator=generator(positive, f"permuted {task.name} {draw}")) < 0.5
             permuted.append(ProbeTask(train_pairs, train_label ^ swap.repeat_interleave(2), *asked))
     found = []
-    for k, correct in k_sparse_correct(features, [*probes, *permuted], ks).items():
+    for k, correct in k_sparse_correct(features, [*probes, *permuted], ks, on_fit).items():
         by_group = torch.stack([right.double().view(2, -1, 2).mean(2) for right in correct])
         own, other = by_group[: len(probes)].mean(0), by_group[len(probes) :].mean(0)
         where = {"task": task.name, "k": k, "pooling": pooling}
@@ -70,7 +73,8 @@ def order_accuracy(task: OrderTask, features: PooledTexts, ks: Sequence[int], po
     return found
 
 
-def _positives(task: OrderTask) -> range:
+def positives(task: OrderTask) -> range:
+    """The classes that have a probe of their own."""
     return range(1, 2) if task.n_classes == 2 else range(task.n_classes)
 
 
@@ -108,7 +112,7 @@ def edge_accuracy(task: OrderTask, tokenizer: corpus.Tokenizer) -> list[Measure]
     train = torch.arange(task.n_train_groups)
     test = torch.arange(task.n_train_groups, task.n_train_groups + task.n_test_groups)
     right = []
-    for positive in _positives(task):
+    for positive in positives(task):
         train_pairs, train_label = _pairs(task, train, positive)
         test_pairs, test_label = _pairs(task, test, positive)
         probe = LogisticRegression(C=1.0, max_iter=1000).fit(edges[train_pairs.numpy()], train_label.numpy())

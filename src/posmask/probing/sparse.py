@@ -10,7 +10,7 @@ and k. Here all tasks of a dataset are fitted at once by Newton's method, on fea
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from posmask.errors import DegenerateResult
 from posmask.probing.pooling import PooledTexts
 
-__all__ = ["ProbeTask", "all_feature_correct", "chosen_features", "k_sparse_correct", "logistic_regression"]
+__all__ = ["OnFit", "ProbeTask", "all_feature_correct", "chosen_features", "k_sparse_correct", "logistic_regression"]
 
 _MOST_NEWTON_STEPS = 100
 _MOST_HALVINGS = 30
@@ -38,6 +38,10 @@ class ProbeTask:
     test_label: Bool[Tensor, " test_text"]
 
 
+OnFit = Callable[[int, Int[Tensor, "task k"], Float[Tensor, "task k"]], None]
+"""Told of fitted probes: k, the features that each chose, first choice first, and their weights."""
+
+
 def chosen_features(features: PooledTexts, tasks: Sequence[ProbeTask], n_chosen: int) -> Int[Tensor, "task chosen"]:
     """For each task its features of largest |difference of class means| on the training texts, largest first."""
     weight = torch.zeros(features.n_texts, len(tasks), dtype=torch.float64)
@@ -49,7 +53,7 @@ def chosen_features(features: PooledTexts, tasks: Sequence[ProbeTask], n_chosen:
 
 
 def k_sparse_correct(
-    features: PooledTexts, tasks: Sequence[ProbeTask], ks: Sequence[int]
+    features: PooledTexts, tasks: Sequence[ProbeTask], ks: Sequence[int], on_fit: OnFit = lambda *fit: None
 ) -> dict[int, list[Bool[Tensor, " test_text"]]]:
     """For each k and task, which test texts a k-sparse probe gets right.
 
@@ -75,6 +79,7 @@ def k_sparse_correct(
     start = torch.zeros(len(tasks), 0, dtype=torch.float64), torch.zeros(len(tasks), dtype=torch.float64)
     for k in sorted(set(ks)):
         weight, intercept = start = logistic_regression(inputs[..., :k], target, start)
+        on_fit(k, chosen[:, :k], weight)
         found[k] = [
             (columns[task.test][:, place[number, :k]].double() @ weight[number] + intercept[number] > 0)
             == task.test_label

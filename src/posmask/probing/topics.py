@@ -20,7 +20,7 @@ from posmask.intervals import ratio
 from posmask.probing.catalogues import LANGUAGES, sentences_by_language
 from posmask.probing.hub import HUB_DATASETS, cut_to_smallest, read_hub_texts
 from posmask.probing.pooling import PooledTexts
-from posmask.probing.sparse import ProbeTask, all_feature_correct, k_sparse_correct
+from posmask.probing.sparse import OnFit, ProbeTask, all_feature_correct, k_sparse_correct
 from posmask.rows import Measure
 from posmask.seeds import generator
 
@@ -164,6 +164,7 @@ def probe_accuracy(
     protocol: Protocol = "default",
     on_all: bool = True,
     random: torch.Generator | None = None,
+    on_fit: OnFit = lambda *fit: None,
 ) -> list[Measure]:
     """`probe_accuracy`: the share of test texts that probes get right, mean over classes; chance is 0.5.
 
@@ -176,6 +177,7 @@ def probe_accuracy(
         features: one row a text, in the dataset's order; texts without kept tokens are left out.
         random: for the `saebench` protocol: the stream that sae-bench draws from, seeded once a run and handed on
             from dataset to dataset.
+        on_fit: told of the probes, one a class.
     """
     kept = features.n_tokens > 0
     numbers = range(len(dataset.classes))
@@ -190,13 +192,13 @@ def probe_accuracy(
                 right["all"].append(all_feature_correct(features, tasks["all"][-1], random, choose_on_test=True))
         for k in ks:
             tasks[k] = [_task(dataset, kept, number, random) for number in numbers]
-            right[k] = k_sparse_correct(features, tasks[k], (k,))[k]
+            right[k] = k_sparse_correct(features, tasks[k], (k,), on_fit)[k]
     else:
         streams = [generator(number, f"probe {dataset.name}") for number in numbers]
         once = [_task(dataset, kept, number, stream) for number, stream in zip(numbers, streams, strict=True)]
         if on_all:
             right["all"] = [all_feature_correct(features, *pair) for pair in zip(once, streams, strict=True)]
-        for k, found in k_sparse_correct(features, once, ks).items():
+        for k, found in k_sparse_correct(features, once, ks, on_fit).items():
             right[k] = found
         tasks = dict.fromkeys(right, once)
     measures = []

@@ -1,5 +1,6 @@
-"""Run folders -> one self-contained HTML page. Reads folders and nothing else; needs no torch."""
+"""Run folders -> one self-contained HTML page, or a folder with every latent. Reads folders, nothing else."""
 
-from posmask.report.page import write_report
+from posmask.report.page import N_LATENTS, write_paper_figures, write_report, write_report_folder
+from posmask.report.serving import page_server
 
-__all__ = ["write_report"]
+__all__ = ["N_LATENTS", "page_server", "write_paper_figures", "write_report", "write_report_folder"]

@@ -1,23 +1,30 @@
-"""The page's pictures, as Vega-Lite charts over the study's own rows."""
+"""The page's pictures, as Vega-Lite charts over the study's own rows.
+
+Where a chart shows many cells, it shows those that the page's reader picked: such a chart carries `usermeta.cells`, its
+values have a field `cell`, and the page replaces the domain of the colour scale.
+"""
 
 import csv
-import json
 import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import altair as alt
 import numpy as np
+from altair.utils import schemapi
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from posmask.rows import Row, parse_slice
+from posmask.report.reading import CellFolder, Numbers
+from posmask.rows import Row
 from posmask.summary import Line
 
-__all__ = ["as_spec", "by_position", "curves", "decay", "mask_pictures", "shift_split", "strictness", "trade_off"]
+__all__ = ["COLOURS", "Figure", "as_spec", "figures", "trade_off", "write_figures"]
 
 # Okabe and Ito's colours: distinct for colour-blind readers, on light and dark grounds.
-_COLOURS = [
+COLOURS = [
     "#0072B2",
     "#E69F00",
     "#009E73",
@@ -35,122 +42,229 @@ _COLOURS = [
     "#D99AC5",
     "#3E6E6B",
 ]
-_N_LATENT_BINS = 48
+_N_LATENT_BINS = 40
 _N_POSITION_BINS = 32
+_STEP = 17  # pixels a bar
+_LEARNED = ("soft", "importance", "budget", "split")
+Figure = alt.TopLevelMixin
 
 
-def _cell_colour(names: Sequence[str]) -> alt.Color:
-    return alt.Color("cell:N", scale=alt.Scale(domain=list(names), range=_COLOURS), title="cell")
+def figures(
+    rows: Sequence[Row], lines: Sequence[tuple[Line, str]], pictured: Sequence[CellFolder], warnings: list[str]
+) -> dict[str, Figure]:
+    """Every chart for which the study has the numbers, by its name on the page."""
+    numbers = Numbers(rows)
+    cells = list(dict.fromkeys(row.cell for row in rows if row.mask != "none"))
+    named = [(line, label) for line, label in lines if line.mask != "none"]
+    masks = {}
+    for cell in pictured:
+        openness = _openness(cell, warnings)
+        if openness is not None:
+            masks[cell.cell] = openness
+    learned = {row.cell for row in rows if row.mask in _LEARNED}
+    told = _curves(pictured, warnings)
+    made: dict[str, Figure | None] = {
+        "trade-off": trade_off(named, 5),
+        "masks": _mask_pictures({cell: openness for cell, openness in masks.items() if not (openness == 1).all()}),
+        "learned": _learned(told, {cell: openness for cell, openness in masks.items() if cell in learned}),
+        "position": _by_position(numbers, cells, "explained_variance", "explained variance"),
+        "l0": _by_position(numbers, cells, "l0", "L0: active latents a token"),
+        "loss": _by_position(numbers, cells, "ce_recovered", "cross-entropy recovered"),
+        "strictness": _strictness([line for line, _ in named]),
+        "decay": _decay(numbers, cells),
+        "shift": _shift_split(numbers, cells),
+        "curves": _training(told),
+        "cost": _cost(numbers, cells),
+    }
+    return {name: chart for name, chart in made.items() if chart is not None}
 
 
-def trade_off(lines: Sequence[Line], k: int) -> alt.TopLevelMixin:
-    """Reconstruction against order accuracy, one mark a cell."""
+def _colour(names: Sequence[str], title: str | None = None) -> alt.Color:
+    scale = alt.Scale(domain=list(names), range=COLOURS)
+    return alt.Color("cell:N", scale=scale, title=title, legend=alt.Legend(symbolLimit=0, columns=1, labelLimit=150))
+
+
+def _data(values: list[dict[str, Any]]) -> alt.Data:
+    with schemapi.debug_mode(False):  # Checking ten thousand plain values against a schema takes seconds.
+        return alt.Data(values=values)
+
+
+def as_spec(chart: Figure) -> dict[str, Any]:
+    """The chart as Vega-Lite."""
+    return chart.to_dict(validate=False)
+
+
+def _by_cells(chart: alt.TopLevelMixin, height: int) -> Figure:
+    return chart.properties(width="container", height=height, usermeta={"cells": True})  # pyright: ignore
+
+
+def trade_off(lines: Sequence[tuple[Line, str]], k: int) -> Figure | None:
+    """Reconstruction against order accuracy, one mark a cell, both budgets; segment pooling lies where its cell does.
+
+    Named are as many as find room: those that nothing beats in both first, then `open`, then the others.
+    """
     values = [
         {
-            "cell": line.label,
+            "cell": label,
             "explained variance": line.overall["explained_variance"],
             "order accuracy": line.order[k],
-            "budget": line.budget,
+            "what": f"equal {line.budget}" if line.pooling == "mean" else "pooled by segments",
         }
-        for line in lines
-        if not math.isnan(line.overall["explained_variance"]) and not math.isnan(line.order[k])
+        for line, label in lines
+        if line.pooling != "fair"
+        and not math.isnan(line.overall["explained_variance"])
+        and not math.isnan(line.order[k])
     ]
-    base = alt.Chart(alt.Data(values=values)).encode(
-        x=alt.X("explained variance:Q", scale=alt.Scale(zero=False, padding=20), axis=alt.Axis(tickCount=8)),
-        y=alt.Y("order accuracy:Q", scale=alt.Scale(zero=False, padding=20), title=f"order accuracy, k = {k}"),
-        tooltip=["cell:N", "budget:N", "explained variance:Q", "order accuracy:Q"],
+    if not values:
+        return None
+    _name(values)
+    shapes = ["equal width", "equal compute", "pooled by segments"]
+    base = alt.Chart(_data(values)).encode(
+        x=alt.X("explained variance:Q", scale=alt.Scale(zero=False, padding=26), axis=alt.Axis(tickCount=8)),
+        y=alt.Y("order accuracy:Q", scale=alt.Scale(zero=False, padding=22), title=f"order accuracy, k = {k}"),
+        tooltip=[
+            "cell:N",
+            "what:N",
+            alt.Tooltip("explained variance:Q", format=".3f"),
+            alt.Tooltip("order accuracy:Q", format=".3f"),
+        ],
     )
     marks = base.mark_point(size=110, filled=True).encode(
-        shape=alt.Shape("budget:N", title="budget"), color=_cell_colour([value["cell"] for value in values])
+        shape=alt.Shape("what:N", title=None, scale=alt.Scale(domain=shapes)),
+        color=alt.Color(
+            "what:N", title=None, scale=alt.Scale(domain=shapes, range=[COLOURS[0], COLOURS[5], COLOURS[2]])
+        ),
     )
-    labels = base.mark_text(align="left", dx=9, dy=-7, fontSize=11).encode(text="cell:N")
-    return (marks + labels).properties(width="container", height=320)
-
-
-def by_position(rows: Sequence[Row], metric: str, title: str) -> alt.TopLevelMixin:
-    """A metric at each position after BOS, one line a cell; means over seeds."""
-    values = [
-        {"cell": row.cell, "position": int(where["position"]), "value": row.value}
-        for row in rows
-        if row.metric == metric
-        and (where := parse_slice(row.slice)).keys() == {"position"}
-        and math.isfinite(row.value)
+    labels = [
+        base.mark_text(align=align, dx=dx, dy=-7, fontSize=11).encode(text=f"{side}:N")
+        for side, align, dx in (("left", "right", -9), ("right", "left", 9))
     ]
-    names = list(dict.fromkeys(value["cell"] for value in values))
-    return (
-        alt.Chart(alt.Data(values=values))
+    return alt.layer(marks, *labels).properties(width="container", height=340)
+
+
+def _name(values: list[dict[str, Any]]) -> None:
+    """Put each mark's name to its `left` or `right` where it hits no other mark and name, best marks first."""
+    xs, ys = ([value[key] for value in values] for key in ("explained variance", "order accuracy"))
+    width, height, letter, line = 850, 290, 6.5, 13  # pixels: what the page's picture has, about
+
+    def across(of: Sequence[float], pixels: int) -> list[float]:
+        reach = max(of) - min(of)
+        return [pixels * ((one - min(of)) / reach if reach else 0.5) for one in of]
+
+    places = list(zip(across(xs, width), across(ys, height), strict=True))
+    taken = [(x - 6, x + 6, y - 6, y + 6) for x, y in places]
+
+    def beaten(number: int) -> bool:
+        return any(x >= xs[number] and y > ys[number] for x, y in zip(xs, ys, strict=True))
+
+    order = sorted(range(len(values)), key=lambda number: (beaten(number), values[number]["cell"] != "open"))
+    for number in order:
+        values[number] |= {"left": "", "right": ""}
+        x, y = places[number]
+        reach = letter * len(values[number]["cell"])
+        for side, start in (("left", x - 9 - reach), ("right", x + 9)):
+            box = (start, start + reach, y + 7 - line / 2, y + 7 + line / 2)
+            free = all(box[0] > b or box[1] < a or box[2] > d or box[3] < c for a, b, c, d in taken)
+            if free and box[0] > -60 and box[1] < width + 60:
+                values[number][side] = values[number]["cell"]
+                taken.append(box)
+                break
+
+
+def _by_position(numbers: Numbers, cells: Sequence[str], metric: str, title: str) -> Figure | None:
+    """A metric at each position after BOS, one line a cell; means over seeds."""
+    values = []
+    for cell in cells:
+        for position, rows in numbers.by(cell, metric, "position").items():
+            finite = [row.value for row in rows if math.isfinite(row.value)]
+            if finite:
+                values.append({"cell": cell, "position": int(position), "value": sum(finite) / len(finite)})
+    if not values:
+        return None
+    chart = (
+        alt.Chart(_data(values))
         .mark_line(strokeWidth=1.5)
         .encode(
             x=alt.X("position:Q", title="position in the context"),
-            y=alt.Y("mean(value):Q", scale=alt.Scale(zero=False), title=title),
-            color=_cell_colour(names),
-            tooltip=["cell:N", "position:Q", "mean(value):Q"],
+            y=alt.Y("value:Q", scale=alt.Scale(zero=False), title=title),
+            color=_colour(cells),
+            tooltip=["cell:N", "position:Q", alt.Tooltip("value:Q", format=".3f")],
         )
-        .properties(width="container", height=260)
     )
+    return _by_cells(chart, 240)
 
 
-def decay(rows: Sequence[Row]) -> alt.TopLevelMixin | None:
+def _decay(numbers: Numbers, cells: Sequence[str]) -> Figure | None:
     """Retention against how long training went on without the mask, with its chance; None where no cell has it."""
-    values = []
-    for row in rows:
-        where = parse_slice(row.slice)
-        if row.metric in ("retention", "retention_chance") and "after" in where:
-            values.append(
-                {
-                    "cell": row.cell,
-                    "share": float(where["after"]),
-                    "value": row.value,
-                    "what": "retention" if row.metric == "retention" else "chance",
-                }
-            )
+    values = [
+        {"cell": cell, "share": float(after), "value": sum(row.value for row in rows) / len(rows), "what": what}
+        for cell in cells
+        for metric, what in (("retention", "retention"), ("retention_chance", "chance"))
+        for after, rows in numbers.by(cell, metric, "after").items()
+        if all(math.isfinite(row.value) for row in rows)
+    ]
     if not values:
         return None
     return (
-        alt.Chart(alt.Data(values=values))
+        alt.Chart(_data(values))
         .mark_line(point=True)
         .encode(
             x=alt.X(
                 "share:Q", title="training without the mask, share of the original steps", axis=alt.Axis(format="%")
             ),
-            y=alt.Y("mean(value):Q", title="retention", scale=alt.Scale(zero=False)),
-            color=_cell_colour(list(dict.fromkeys(value["cell"] for value in values))),
-            strokeDash=alt.StrokeDash("what:N", sort=["retention", "chance"], title=None),
-            tooltip=["cell:N", "what:N", "share:Q", "mean(value):Q"],
+            y=alt.Y("value:Q", title="retention", scale=alt.Scale(zero=False)),
+            color=_colour(list(dict.fromkeys(value["cell"] for value in values))),
+            strokeDash=alt.StrokeDash(
+                "what:N", sort=["retention", "chance"], title=None, legend=alt.Legend(symbolType="stroke")
+            ),
+            tooltip=["cell:N", "what:N", "share:Q", alt.Tooltip("value:Q", format=".3f")],
         )
         .properties(width="container", height=240)
     )
 
 
-def shift_split(rows: Sequence[Row]) -> alt.TopLevelMixin:
+def _shift_split(numbers: Numbers, cells: Sequence[str]) -> Figure | None:
     """Each cell's variance split of the shift design, with its mask and with the mask lifted."""
     parts = ["position", "interaction", "content"]
     values = [
-        {
-            "cell": row.cell if where["mask"] == "on" else f"{row.cell}, mask lifted",
-            "part": row.metric.removeprefix("shift_"),
-            "order": parts.index(row.metric.removeprefix("shift_")),
-            "share": row.value,
-        }
-        for row in rows
-        if row.metric.startswith("shift_") and (where := parse_slice(row.slice))
+        {"cell": cell, "line": line, "part": part, "order": number, "share": share}
+        for cell in cells
+        for mask, line in (("on", cell), ("lifted", f"{cell}, mask lifted"))
+        for number, part in enumerate(parts)
+        if math.isfinite(share := numbers.mean(cell, f"shift_{part}", {"mask": mask}))
     ]
-    names = list(dict.fromkeys(value["cell"] for value in values))
+    if not values:
+        return None
+    names = list(dict.fromkeys(value["line"] for value in values))
     return (
-        alt.Chart(alt.Data(values=values))
+        alt.Chart(_data(values))
         .mark_bar()
         .encode(
-            y=alt.Y("cell:N", sort=names, title=None),
-            x=alt.X("mean(share):Q", stack="zero", title="share of a latent's variance, mean over latents"),
-            color=alt.Color("part:N", scale=alt.Scale(domain=parts, range=[_COLOURS[5], _COLOURS[1], _COLOURS[4]])),
+            y=alt.Y("line:N", sort=names, title=None, axis=alt.Axis(labelLimit=190)),
+            x=alt.X(
+                "share:Q",
+                stack="zero",
+                scale=alt.Scale(nice=False),
+                title="share of a latent's variance, mean over latents",
+            ),
+            color=alt.Color(
+                "part:N",
+                title=None,
+                legend=alt.Legend(orient="top"),
+                scale=alt.Scale(domain=parts, range=[COLOURS[5], COLOURS[1], COLOURS[4]]),
+            ),
             order="order:Q",
-            tooltip=["cell:N", "part:N", "mean(share):Q"],
+            tooltip=["line:N", "part:N", alt.Tooltip("share:Q", format=".4f")],
         )
-        .properties(width="container", height=alt.Step(20))
+        .properties(
+            width="container",
+            height=_STEP * len(names),
+            usermeta={"cells": True, "step": _STEP},
+        )
     )
 
 
-def strictness(lines: Sequence[Line]) -> alt.TopLevelMixin | None:
+def _strictness(lines: Sequence[Line]) -> Figure | None:
     """What masks cost and give from strict to open: each family of cells against how open its masks are in the mean.
 
     Cells named FAMILY-NUMBER make a family, at least three of them; None where there is none. The open cell is a dotted
@@ -164,7 +278,7 @@ def strictness(lines: Sequence[Line]) -> alt.TopLevelMixin | None:
     families = {name: members for name, members in families.items() if len(members) >= 3}
     if not families:
         return None
-    baseline = next((line for line in lines if line.label == "open"), None)
+    baseline = next((line for line in lines if line.mask == "open" and line.pooling == "mean"), None)
     charts = []
     for title, value_of in (
         ("explained variance", lambda line: line.overall["explained_variance"]),
@@ -176,96 +290,149 @@ def strictness(lines: Sequence[Line]) -> alt.TopLevelMixin | None:
             {"family": name, "cell": line.label, "openness": line.overall["mean_openness"], "value": value_of(line)}
             for name, members in families.items()
             for line in members
-            if math.isfinite(value_of(line))
+            if math.isfinite(value_of(line)) and math.isfinite(line.overall["mean_openness"])
         ]
         if not values:
             continue
         chart = (
-            alt.Chart(alt.Data(values=values))
+            alt.Chart(_data(values))
             .mark_line(point=True)
             .encode(
                 x=alt.X("openness:Q", scale=alt.Scale(domain=[0, 1]), title="mean openness: 0 strict, 1 open"),
                 y=alt.Y("value:Q", scale=alt.Scale(zero=False), title=title),
-                color=alt.Color("family:N", scale=alt.Scale(domain=list(families), range=_COLOURS)),
-                tooltip=["cell:N", "openness:Q", "value:Q"],
+                color=alt.Color("family:N", scale=alt.Scale(domain=list(families), range=COLOURS)),
+                tooltip=["cell:N", alt.Tooltip("openness:Q", format=".3f"), alt.Tooltip("value:Q", format=".3f")],
             )
         )
         if baseline is not None and math.isfinite(value_of(baseline)):
-            across = alt.Chart(alt.Data(values=[{"value": value_of(baseline)}]))
-            chart += across.mark_rule(strokeDash=[2, 3]).encode(y="value:Q")
-        charts.append(chart.properties(width=320, height=200))
-    return alt.concat(*charts, columns=2).resolve_scale(color="shared")
+            across = alt.Chart(_data([{"value": value_of(baseline)}]))
+            chart += across.mark_rule(strokeDash=[2, 3], color="#888").encode(y="value:Q")
+        charts.append(chart.properties(width=270, height=180))
+    return alt.concat(*charts, columns=2).resolve_scale(color="shared") if charts else None
 
 
-def curves(folders: Sequence[Path]) -> alt.TopLevelMixin:
-    """Explained variance of the training batches, first seed of each cell."""
+def _curves(pictured: Sequence[CellFolder], warnings: list[str]) -> list[dict[str, Any]]:
+    """Of the training batches of each cell's first seed: explained variance and the mask's mean openness."""
     values = []
-    for folder in folders:
-        with (folder / "curve.csv").open(encoding="utf8") as file:
-            for line in csv.DictReader(file):
-                values.append(
-                    {
-                        "cell": _cell_name(folder),
-                        "tokens": int(line["tokens"]),
-                        "explained variance": max(0.0, float(line["explained_variance"])),
-                    }
-                )
-    names = list(dict.fromkeys(value["cell"] for value in values))
-    return (
-        alt.Chart(alt.Data(values=values))
+    for cell in pictured:
+        try:
+            with (cell.path / "curve.csv").open(encoding="utf8") as file:
+                for line in csv.DictReader(file):
+                    values.append(
+                        {
+                            "cell": cell.cell,
+                            "tokens": int(line["tokens"]),
+                            "explained variance": max(0.0, float(line["explained_variance"])),
+                            "openness": float(line.get("mean_openness") or "nan"),
+                        }
+                    )
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            warnings.append(f"the training curve of {cell.label} cannot be read ({error}).")
+    return values
+
+
+def _training(told: list[dict[str, Any]]) -> Figure | None:
+    values = [{key: value for key, value in one.items() if key != "openness"} for one in told]
+    if not values:
+        return None
+    chart = (
+        alt.Chart(_data(values))
         .mark_line(strokeWidth=1.5)
         .encode(
             x=alt.X("tokens:Q", title="training tokens", axis=alt.Axis(format="~s")),
             y=alt.Y("explained variance:Q"),
-            color=_cell_colour(names),
-            tooltip=["cell:N", "tokens:Q", "explained variance:Q"],
+            color=_colour(list(dict.fromkeys(value["cell"] for value in values))),
+            tooltip=["cell:N", "tokens:Q", alt.Tooltip("explained variance:Q", format=".3f")],
         )
-        .properties(width="container", height=260)
     )
+    return _by_cells(chart, 240)
 
 
-def _cell_name(folder: Path) -> str:
-    return folder.name.rsplit("-seed", 1)[0]
+def _learned(told: list[dict[str, Any]], masks: dict[str, np.ndarray]) -> Figure | None:
+    """What learned masks became: mean openness as training went on, and how open single places were in the end."""
+    if not masks:
+        return None
+    path = [
+        {"cell": one["cell"], "tokens": one["tokens"], "openness": one["openness"]}
+        for one in told
+        if one["cell"] in masks and math.isfinite(one["openness"])
+    ]
+    ends = []
+    for cell, openness in masks.items():
+        counts, edges = np.histogram(openness[1:], bins=20, range=(0, 1))
+        ends += [
+            {"cell": cell, "openness": round(float(edge) + 0.025, 3), "share": round(float(count / counts.sum()), 5)}
+            for edge, count in zip(edges, counts, strict=False)
+        ]
+    colour = _colour(list(masks))
+    over = (
+        alt.Chart(_data(path))
+        .mark_line(strokeWidth=1.5)
+        .encode(
+            x=alt.X("tokens:Q", title="training tokens", axis=alt.Axis(format="~s")),
+            y=alt.Y("openness:Q", title="mean openness", scale=alt.Scale(domain=[0, 1])),
+            color=colour,
+            tooltip=["cell:N", "tokens:Q", alt.Tooltip("openness:Q", format=".3f")],
+        )
+        .properties(width=270, height=180)
+    )
+    final = (
+        alt.Chart(_data(ends))
+        .mark_line(strokeWidth=1.5, interpolate="step")
+        .encode(
+            x=alt.X("openness:Q", title="openness of a latent at a position, after training"),
+            y=alt.Y("share:Q", title="share of latents x positions", axis=alt.Axis(format="%")),
+            color=colour,
+            tooltip=["cell:N", "openness:Q", alt.Tooltip("share:Q", format=".1%")],
+        )
+        .properties(width=270, height=180)
+    )
+    return alt.concat(over, final, columns=2) if path else final
 
 
-def mask_pictures(folders: Sequence[Path]) -> alt.TopLevelMixin:
+def _mask_pictures(masks: dict[str, np.ndarray]) -> Figure | None:
     """How open latents are at each position after training, ordered by where they are open; binned means."""
     values = []
-    for folder in folders:
-        openness = _openness(folder)
-        if openness is None:
-            continue
+    for cell, openness in masks.items():
         picture = _binned(openness)
-        n_positions = openness.shape[0]
         for (latent_bin, position_bin), value in np.ndenumerate(picture):
             values.append(
                 {
-                    "cell": _cell_name(folder),
-                    "position": int(position_bin * n_positions / picture.shape[1]),
+                    "cell": cell,
+                    "position": int(position_bin * openness.shape[0] / picture.shape[1]),
                     "latents": int(latent_bin),
-                    "openness": round(float(value), 3),
+                    "openness": round(float(value), 2),
                 }
             )
-    names = list(dict.fromkeys(value["cell"] for value in values))
+    if not values:
+        return None
     return (
-        alt.Chart(alt.Data(values=values))
+        alt.Chart(_data(values))
         .mark_rect()
         .encode(
-            x=alt.X("position:O", axis=alt.Axis(values=[0, 32, 64, 96], labelAngle=0), title="position"),
+            x=alt.X("position:O", axis=alt.Axis(values=[0, 32, 64, 96], labelAngle=0, ticks=False), title=None),
             y=alt.Y("latents:O", axis=None),
-            color=alt.Color("openness:Q", scale=alt.Scale(scheme="viridis", domain=[0, 1])),
+            color=alt.Color(
+                "openness:Q",
+                scale=alt.Scale(scheme="viridis", domain=[0, 1]),
+                legend=alt.Legend(orient="top", gradientLength=160),
+            ),
             tooltip=["cell:N", "position:O", "openness:Q"],
         )
-        .properties(width=170, height=120)
-        .facet(alt.Facet("cell:N", sort=names, title=None), columns=4)
+        .properties(width=5 * _N_POSITION_BINS, height=3 * _N_LATENT_BINS)  # whole pixels a bin
+        .facet(alt.Facet("cell:N", sort=list(masks), title=None, header=alt.Header(labelLimit=160)), columns=4)
         .resolve_scale(x="shared")
+        .properties(usermeta={"columns": 178, "canvas": True})
     )
 
 
-def _openness(folder: Path) -> np.ndarray | None:
-    """[position latent], or None for masks that are open everywhere."""
-    openness = load_file(folder / "openness.safetensors")["openness"]
-    return None if (openness == 1).all() else openness
+def _openness(cell: CellFolder, warnings: list[str]) -> np.ndarray | None:
+    """[position latent]; None where it cannot be read."""
+    try:
+        return load_file(cell.path / "openness.safetensors")["openness"]
+    except (OSError, KeyError, SafetensorError) as error:
+        warnings.append(f"the mask of {cell.label} cannot be read ({str(error)[:120]}).")
+        return None
 
 
 def _binned(openness: np.ndarray) -> np.ndarray:
@@ -278,6 +445,44 @@ def _binned(openness: np.ndarray) -> np.ndarray:
     return np.array([[ordered[np.ix_(column, row)].mean() for column in columns] for row in rows])
 
 
-def as_spec(chart: alt.TopLevelMixin) -> str:
-    """The chart as JSON that may stand inside a script element."""
-    return json.dumps(chart.to_dict()).replace("<", "\\u003c")
+def _cost(numbers: Numbers, cells: Sequence[str]) -> Figure | None:
+    values = [
+        {"cell": cell, "seconds": seconds, "latents": numbers.mean(cell, "d_sae", {})}
+        for cell in cells
+        if math.isfinite(seconds := numbers.mean(cell, "train_seconds", {}))
+    ]
+    if not values:
+        return None
+    return (
+        alt.Chart(_data(values))
+        .mark_bar(color=COLOURS[0])
+        .encode(
+            y=alt.Y("cell:N", sort=cells, title=None, axis=alt.Axis(labelLimit=190)),
+            x=alt.X("seconds:Q", title="seconds of training, mean over seeds"),
+            tooltip=["cell:N", alt.Tooltip("seconds:Q", format=",.0f"), alt.Tooltip("latents:Q", format=",")],
+        )
+        .properties(
+            width="container",
+            height=_STEP * len(values),
+            usermeta={"cells": True, "step": _STEP},
+        )
+    )
+
+
+def write_figures(charts: dict[str, Figure], folder: Path) -> list[Path]:
+    """Every chart as SVG and PDF, as wide as two columns of a paper."""
+    import vl_convert
+
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, chart in charts.items():
+        spec = as_spec(chart)
+        if spec.get("width") == "container":
+            spec["width"] = 520
+        config = {"background": "white", "font": "sans-serif", "view": {"stroke": None}}
+        spec["config"] = {**spec.get("config", {}), **config}
+        svg = vl_convert.vegalite_to_svg(spec)
+        (folder / f"{name}.svg").write_text(svg, encoding="utf8")
+        (folder / f"{name}.pdf").write_bytes(vl_convert.svg_to_pdf(svg))
+        written += [folder / f"{name}.svg", folder / f"{name}.pdf"]
+    return written

@@ -1,174 +1,201 @@
-"""The page itself: the table first, then pictures, then where every number came from."""
+"""The page itself: the answer first, then pictures, then latents one by one, then where every number came from."""
 
+import base64
+import gzip
+import importlib.metadata
 import json
 import math
 import os
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import vl_convert
 
-from posmask.errors import DamagedFolder
-from posmask.folders import read_manifest
-from posmask.report import figures
-from posmask.rows import parse_slice, read_rows
-from posmask.summary import ORDER_KS, PROBE_KS, summarise
-from posmask.verdicts import Verdict, read_verdicts
+from posmask.folders import replacing
+from posmask.report import browser as latents
+from posmask.report import figures, tables
+from posmask.report.reading import MODEL_CELL, Study, read_studies
 
-__all__ = ["write_report"]
+__all__ = ["N_LATENTS", "write_paper_figures", "write_report", "write_report_folder"]
+
+N_LATENTS = 500
+_HERE = Path(__file__).parent
 
 
-def write_report(root: Path) -> Path:
-    """Write `report.html` for a study's folder and return its path.
+def write_report(*roots: Path, n_latents: int = N_LATENTS, out: Path | None = None) -> Path:
+    """Write one self-contained page and return its path: `report.html` in the first folder, or `out`.
+
+    What cannot be read (a cell that is not what was written, a damaged file) is left out, and the page says so.
+
+    Args:
+        roots: a study's folder, or several to stand in one page.
+        n_latents: how many latents of each cell to keep, the most telling ones.
 
     Raises:
-        DamagedFolder: the folder holds no results, or a cell is not what was written.
+        DamagedFolder: a folder holds neither results nor cells.
     """
-    for name in ("results.csv", "verdicts.csv"):
-        if not (root / name).is_file():
-            raise DamagedFolder(f"{root} holds no {name}: give the folder of a study that `posmask run` finished")
-    rows = read_rows(root / "results.csv")
-    cells = dict.fromkeys((row.cell, row.seed) for row in rows if row.mask != "none")
-    folders = [root / "cells" / f"{name}-seed{seed}" for name, seed in cells]
-    manifests = [read_manifest(folder, verify=True) for folder in folders]
-    first_seed = min((row.seed for row in rows if row.mask != "none"), default=0)
-    pictured = [folder for folder in folders if folder.name.endswith(f"-seed{first_seed}")]
-    lines = summarise(rows)
-    charts = {
-        "trade-off": figures.trade_off(lines, 5),
-        "position": figures.by_position(rows, "explained_variance", "explained variance"),
-        "loss": figures.by_position(rows, "ce_recovered", "cross-entropy recovered"),
-        "shift": figures.shift_split(rows),
-        "decay": figures.decay(rows),
-        "strictness": figures.strictness(lines),
-        "masks": figures.mask_pictures(pictured),
-        "curves": figures.curves(pictured),
-    }
-    page = _TEMPLATES.get_template("page.html").render(
-        study=root.name,
-        lines=lines,
-        ks={"order": ORDER_KS, "probe": PROBE_KS},
-        intervals=_intervals(rows),
-        tasks=_by(rows, "order_accuracy", "task"),
-        datasets=_by(rows, "probe_accuracy", "dataset"),
-        controls=_controls(rows),
-        verdicts=_verdict_table(read_verdicts(root / "verdicts.csv")),
-        specialisation=_specialisation(rows),
-        n_heldout=next((row.n for row in rows if row.metric == "explained_variance" and not row.slice), 0),
-        seeds=sorted({row.seed for row in rows if row.mask != "none"}),
-        settings=json.dumps(manifests[0]["made_from"], indent=1) if manifests else "",
-        cells=[(folder.name, manifest["identity"]) for folder, manifest in zip(folders, manifests, strict=True)],
-        seconds={f"{row.cell}-seed{row.seed}": row.value for row in rows if row.metric == "train_seconds"},
-        charts={name: figures.as_spec(chart) for name, chart in charts.items() if chart is not None},
-        vega=_vega_bundle(),
-    )
-    draft = root / f".report.html.draft-{os.getpid()}"
-    draft.write_text(page, encoding="utf8")
-    return draft.rename(root / "report.html")
+    page, blocks = _page(read_studies(roots), n_latents)
+    html = _render(page, {name: base64.b64encode(block).decode() for name, block in blocks.items()})
+    path = out or roots[0] / "report.html"
+    with replacing(path) as beside:
+        beside.write_text(html, encoding="utf8")
+    return path
 
 
-def _intervals(rows: list) -> dict[tuple[str, str], str]:
-    """For hovering: about each cell's overall numbers, by (cell, metric)."""
-    found: dict[tuple[str, str], list] = {}
-    for row in rows:
-        if not row.slice and math.isfinite(row.low):
-            found.setdefault((row.cell, row.metric), []).append(row)
-    return {key: _about(same) for key, same in found.items()}
+def write_report_folder(*roots: Path, out: Path | None = None) -> Path:
+    """Write a folder with a page for all latents, `report` in the first study's, and return it; for `page_server`."""
+    page, blocks = _page(read_studies(roots), None)
+    folder = out or roots[0] / "report"
+    draft = folder.with_name(f".{folder.name}.draft-{os.getpid()}")
+    try:
+        (draft / "data").mkdir(parents=True)
+        for name in [name for name in blocks if name.startswith(("cell-", "texts-"))]:
+            (draft / "data" / f"{name}.gz").write_bytes(blocks.pop(name))
+        html = _render(page, {name: base64.b64encode(block).decode() for name, block in blocks.items()})
+        (draft / "index.html").write_text(html, encoding="utf8")
+        if (folder / "index.html").is_file():
+            shutil.rmtree(folder)
+        return draft.rename(folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
-def _about(same: list) -> str:
-    """The interval of one seed's number; of several seeds' mean, the range of their intervals."""
-    low, high = min(row.low for row in same), max(row.high for row in same)
-    what = "95 % interval" if len(same) == 1 else f"{len(same)} seeds, whose 95 % intervals reach from"
-    return f"{what} {low:.4f} to {high:.4f}, n = {same[0].n:,}"
+def write_paper_figures(*roots: Path, folder: Path) -> list[Path]:
+    """Every chart of the page as SVG and PDF."""
+    charts, _ = _charts(read_studies(roots))
+    return figures.write_figures(charts, folder)
 
 
-def _verdict_table(verdicts: list[Verdict]) -> dict[str, Any]:
-    """A line for each comparison, a column for each thing compared by."""
-    lines: dict[tuple[str, str], dict[str, Verdict]] = {}
-    for verdict in verdicts:
-        lines.setdefault((verdict.label, verdict.against), {})[verdict.column] = verdict
-    return {"columns": list(dict.fromkeys(verdict.column for verdict in verdicts)), "lines": lines}
+def _charts(studies: Sequence[Study]) -> tuple[dict[str, figures.Figure], list[tables.StudyTable]]:
+    own = [tables.study_table(study) for study in studies]
+    rows = [row for study in studies for row in study.rows]
+    lines = [line for table in own for line in table.lines]
+    pictured = [cell for study in studies for cell in study.pictured]
+    return figures.figures(rows, lines, pictured, studies[0].warnings), own
 
 
-_SPECIALISATION = (
-    ("mean_openness", "", "mean openness"),
-    ("strictness", "", "strictness"),
-    ("retention", "", "retention"),
-    ("retention_chance", "", "its chance"),
-    ("profile_fidelity", "", "profile fidelity"),
-    ("position_information", "", "position information"),
-    ("position_bound_share", "", "position-bound latents"),
-    ("shift_position", "mask=on", "shift design: position"),
-    ("shift_interaction", "mask=on", "shift design: interaction"),
-    ("causal_specificity", "", "causal specificity, nats"),
-)
-
-
-def _specialisation(rows: list) -> dict[str, Any]:
-    """What is known of each cell's ties to positions, with intervals; means over seeds."""
-    found: dict[str, list] = {}
-    for name in dict.fromkeys(row.cell for row in rows if row.mask != "none"):
-        for metric, where, _ in _SPECIALISATION:
-            same = [row for row in rows if (row.cell, row.metric, row.slice) == (name, metric, where)]
-            found.setdefault(name, []).append(_mean_of(same))
-    return {"columns": [title for _, _, title in _SPECIALISATION], "cells": found}
-
-
-def _mean_of(same: list) -> tuple[float, str]:
-    if not same:
-        return math.nan, "not measured"
-    return sum(row.value for row in same) / len(same), _about(same)
-
-
-def _controls(rows: list) -> dict[str, Any]:
-    """What else could have given order accuracies: by task, the controls without an SAE, then the others' extremes."""
-    tasks = list(dict.fromkeys(parse_slice(row.slice)["task"] for row in rows if row.metric == "order_bag_accuracy"))
-    found: dict[str, list[str]] = {}
-    for metric, title in (
-        ("order_bag_accuracy", "bag of words (exactly 1/K)"),
-        ("order_edges", "first and last 3 tokens"),
-    ):
-        found[title] = [
-            _number(row.value) for task in tasks for row in rows if (row.metric, row.slice) == (metric, f"task={task}")
-        ]
-    for metric, title in (("order_shuffled", "tokens shuffled at test time"), ("order_permuted", "labels permuted")):
-        for task in tasks:
-            values = [row.value for row in rows if row.metric == metric and parse_slice(row.slice)["task"] == task]
-            text = f"{_number(sum(values) / len(values))} ({_number(min(values), 2)} to {_number(max(values), 2)})"
-            found.setdefault(f"{title}: mean (range) over cells, poolings, k", []).append(text)
-    return {"tasks": tasks, "lines": found}
-
-
-def _by(rows: list, metric: str, key: str) -> dict[str, Any]:
-    """One table of a metric: columns are (task or dataset, k), a line for each cell and pooling."""
-    found: dict[str, dict[tuple[str, str], list]] = {}
-    for row in rows:
-        if row.metric == metric and "class" not in (where := parse_slice(row.slice)):
-            label = "the model itself" if row.mask == "none" else row.cell
-            label += "" if where["pooling"] == "mean" else f" + {where['pooling']}"
-            found.setdefault(label, {}).setdefault((where[key], where["k"]), []).append(row)
-    columns = list(dict.fromkeys(column for line in found.values() for column in line))
-    cells = {label: [_mean_of(line.get(column, [])) for column in columns] for label, line in found.items()}
-    names = list(dict.fromkeys(column[0] for column in columns))
-    return {
-        "names": names,
-        "ks": [k for name, k in columns if name == names[0]] if names else [],
+def _page(studies: Sequence[Study], n_latents: int | None) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """What the template shows, and the blocks of data that scripts decode when they are looked at."""
+    charts, own = _charts(studies)
+    pictured = [cell for study in studies for cell in study.pictured]
+    browsed = latents.browser(pictured, n_latents, studies[0].warnings)
+    rows = [row for study in studies for row in study.rows]
+    cells = list(dict.fromkeys(row.cell for row in rows if row.mask != "none"))
+    numbers = {label: found for table in own for label, found in table.numbers.items()}
+    facts = {
+        "columns": [column.name for column in tables.COLUMNS],
+        "numbers": {
+            label: [None if one is None else [one.value, one.text, one.interval] for one in found]
+            for label, found in numbers.items()
+        },
+        "verdicts": [
+            [one.label, one.against, one.column, one.effect, one.low, one.high, one.verdict]
+            for study in studies
+            for one in study.verdicts
+            if all(map(math.isfinite, (one.effect, one.low, one.high)))
+        ],
+        "compared": {
+            "explained_variance": 1,
+            "ce_recovered": 2,
+            **{f"order k={k}": 6 + place for place, k in enumerate((1, 5))},
+            **{f"probing k={k}": 9 + place for place, k in enumerate((1, 5))},
+        },
         "cells": cells,
+        "picked": _picked(studies, cells),
+        "latents": browsed.cells,
+        "colours": figures.COLOURS,
     }
+    blocks = {"page": _zipped(json.dumps(facts, allow_nan=False))}
+    for name, chart in charts.items():
+        blocks[f"chart-{name}"] = _zipped(json.dumps(figures.as_spec(chart), allow_nan=False))
+    if charts:
+        blocks["vega"] = _zipped(_vega_bundle())
+    blocks |= browsed.blocks
+    page = {
+        "title": " and ".join(study.name for study in studies),
+        "studies": [
+            {
+                "study": study,
+                "table": table,
+                "verdicts": tables.verdict_lines(study),
+                "log": tables.log_table(study, table),
+                "capped": tables.capped(study),
+                "missing": tables.missing(study, table),
+                "n_heldout": next(
+                    (row.n for row in study.rows if row.metric == "explained_variance" and not row.slice), 0
+                ),
+                "settings": json.dumps(_settings(study), indent=1, ensure_ascii=False),
+                "made": [_made(cell, study) for cell in study.cells],
+            }
+            for study, table in zip(studies, own, strict=True)
+        ],
+        "several": len(studies) > 1,
+        "columns": tables.COLUMNS,
+        "tie_columns": [title for _, _, title in tables.TIES],
+        "ties": tables.ties(rows),
+        "tasks": tables.by_name(rows, "order_accuracy", "task"),
+        "datasets": tables.by_name(rows, "probe_accuracy", "dataset"),
+        "controls": tables.controls(rows),
+        "charts": list(charts),
+        "cells": cells,
+        "browsed": browsed.cells,
+        "n_latents": n_latents,
+        "warnings": list(dict.fromkeys(warning for study in studies for warning in study.warnings)),
+        "version": importlib.metadata.version("posmask"),
+        "model_cell": MODEL_CELL,
+    }
+    return page, blocks
+
+
+def _zipped(text: str) -> bytes:
+    return gzip.compress(text.encode(), 9, mtime=0)
+
+
+def _picked(studies: Sequence[Study], cells: list[str]) -> list[str]:
+    """The cells that charts show at first: the baselines, and those with a verdict or the strongest contrast."""
+    wanted = ("open", "slice", "hard", "soft-high", "importance", "split-width", "windows", "switch")
+    first = [cell for cell in cells if cell.rpartition(": ")[2] in wanted]
+    first = first or cells
+    return first[: 8 if len(studies) == 1 else 12]
+
+
+def _settings(study: Study) -> dict[str, Any]:
+    """What all cells were made from; what differs between them is left out and stands in each cell's settings.json."""
+    made = [cell.manifest.get("made_from", {}) for cell in study.cells]
+    return {key: value for key, value in made[0].items() if all(one.get(key) == value for one in made)} if made else {}
+
+
+def _made(cell: Any, study: Study) -> dict[str, Any]:
+    def of(metric: str) -> float:
+        rows = (row for row in study.rows if (row.cell, row.seed, row.metric) == (cell.cell, cell.seed, metric))
+        return next((row.value for row in rows), math.nan)
+
+    return {
+        "label": cell.path.name,
+        "cell": cell.cell,
+        "seed": cell.seed,
+        "identity": cell.manifest["identity"],
+        "seconds": of("train_seconds"),
+        "tokens": of("train_tokens"),
+        "megabytes": sum(entry["bytes"] for entry in cell.manifest["files"].values()) / 1e6,
+        "versions": ", ".join(f"{name} {number}" for name, number in cell.manifest.get("versions", {}).items()),
+    }
+
+
+def _render(page: dict[str, Any], blocks: dict[str, str]) -> str:
+    style, script = ((_HERE / f"page.{kind}").read_text(encoding="utf8") for kind in ("css", "js"))
+    return _TEMPLATES.get_template("page.html").render(**page, blocks=blocks, style=style, script=script)
 
 
 def _vega_bundle() -> str:
     """Vega, Vega-Lite and vega-embed as one script that sets `window.vegaEmbed`."""
-    bundle = vl_convert.javascript_bundle()  # pyright: ignore[reportCallIssue]
-    return bundle.replace("</script", "<\\/script")
+    return vl_convert.javascript_bundle()  # pyright: ignore[reportCallIssue]
 
 
-def _number(value: float, digits: int = 3) -> str:
-    return "–" if math.isnan(value) else f"{value:.{digits}f}"
-
-
-_TEMPLATES = jinja2.Environment(loader=jinja2.PackageLoader("posmask.report", "."), autoescape=True)
-_TEMPLATES.filters["number"] = _number
-_TEMPLATES.globals["nan"] = math.nan
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(_HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True
+)
+_TEMPLATES.filters |= {"number": tables.number, "signed": tables.signed}

@@ -1,0 +1,412 @@
+"use strict";
+// Blocks are decoded when something first looks at them; text from data is only ever set as text.
+const $ = (query, from = document) => from.querySelector(query);
+const $$ = (query, from = document) => [...from.querySelectorAll(query)];
+function make(tag, attributes = {}, ...inside) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
+    else if (value !== null && value !== undefined) made.setAttribute(name, value);
+  }
+  made.append(...inside.filter(one => one !== null));
+  return made;
+}
+const say = text => { $("#said").textContent = text; };
+const blocks = new Map();
+async function unzip(name) {
+  const holder = document.getElementById("block-" + name);
+  let bytes;
+  if (holder) { const text = atob(holder.textContent.trim()); bytes = new Uint8Array(text.length); for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i); }
+  else { const answer = await fetch("data/" + name + ".gz"); if (!answer.ok) throw new Error("data/" + name + ".gz: " + answer.status); bytes = await answer.arrayBuffer(); }
+  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).arrayBuffer();
+}
+function once(key, load) { if (!blocks.has(key)) blocks.set(key, load()); return blocks.get(key); }
+const json = name => once("json " + name, async () => JSON.parse(new TextDecoder().decode(await unzip(name))));
+const KINDS = { int32: Int32Array, uint16: Uint16Array, uint8: Uint8Array, float32: Float32Array };
+const table = name => once("table " + name, async () => {
+  const bytes = await unzip(name), length = new DataView(bytes).getUint32(0, true);
+  const header = JSON.parse(new TextDecoder().decode(new Uint8Array(bytes, 4, length)));
+  for (const [key, { type, shape, at }] of Object.entries(header.arrays)) {
+    header[key] = new KINDS[type](bytes, 4 + length + at, shape.reduce((one, other) => one * other, 1));
+    header[key].width = shape.slice(1).reduce((one, other) => one * other, 1);
+  }
+  return header;
+});
+const row = (array, number) => array.subarray(number * array.width, (number + 1) * array.width);
+const digits = (value, n = 3) => Number.isFinite(value) ? value.toFixed(n).replace(/^(-?)0\./, "$1.").replace("-", "−") : "–";
+function save(name, type, content) {
+  const link = make("a", { href: typeof content === "string" && content.startsWith("data:") ? content : URL.createObjectURL(new Blob([content], { type })), download: name });
+  document.body.append(link); link.click(); link.remove();
+}
+// A spreadsheet would run a text that begins like a formula.
+const quoted = value => { let text = String(value ?? ""); if (/^[=+@\t\r]/.test(text) || (text.startsWith("-") && isNaN(text))) text = "'" + text; return /[",\n\r]/.test(text) ? '"' + text.replaceAll('"', '""') + '"' : text; };
+const csv = lines => lines.map(line => line.map(quoted).join(",")).join("\n") + "\n";
+const pageName = document.title.replace(/[^\w.-]+/g, "-");
+
+// Tables: sorting, finding, saving.
+function sortable(sorted) {
+  const heads = $$("thead tr:last-child th", sorted);
+  heads.forEach((head, place) => {
+    const button = make("button", { type: "button" }); button.append(...head.childNodes); head.append(button);
+    if (head.hasAttribute("aria-label")) { button.setAttribute("aria-label", head.getAttribute("aria-label")); head.removeAttribute("aria-label"); }
+    button.addEventListener("click", () => {
+      const down = head.getAttribute("aria-sort") !== "descending" && (place > 0 || head.getAttribute("aria-sort") === "ascending");
+      heads.forEach(other => other.removeAttribute("aria-sort"));
+      head.setAttribute("aria-sort", down ? "descending" : "ascending");
+      const key = line => { const cell = line.children[place], value = cell.dataset.value; return value === undefined ? cell.textContent.trim() : value === "" || value === "nan" ? null : Number(value); };
+      const body = sorted.tBodies[0];
+      const order = [...body.rows].map((line, at) => [key(line), at, line]).sort(([a, i], [b, j]) => {
+        if (a === null || b === null) return (a === null) - (b === null) || i - j;
+        const by = typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b), "en", { numeric: true });
+        return (down ? -by : by) || i - j;
+      });
+      body.append(...order.map(([, , line]) => line));
+      say("Sorted by " + button.textContent);
+    });
+  });
+}
+$$("table.sortable").forEach(sortable);
+function refilter(id) {
+  const words = ($(`[data-filter="${id}"]`)?.value ?? "").toLowerCase().split(/\s+/).filter(Boolean), only = $(`[data-only="${id}"]`)?.checked;
+  let shown = 0;
+  for (const line of document.getElementById(id).tBodies[0].rows) {
+    const text = line.textContent.toLowerCase();
+    line.hidden = !words.every(word => text.includes(word)) || (only && !$(".better, .worse", line));
+    shown += !line.hidden;
+  }
+  say(shown + " rows");
+}
+$$("[data-filter]").forEach(input => input.addEventListener("input", () => refilter(input.dataset.filter)));
+$$("[data-only]").forEach(input => input.addEventListener("change", () => refilter(input.dataset.only)));
+$$("[data-csv]").forEach(button => button.addEventListener("click", () => {
+  const saved = document.getElementById(button.dataset.csv);
+  const named = $$("thead tr:last-child th", saved).map(head => ($("button", head)?.getAttribute("aria-label") ?? head.textContent).trim());
+  // An interval that stands under a number becomes a column of its own.
+  const lines = [...saved.tBodies[0].rows].filter(line => !line.hidden), ranged = named.map((_, place) => lines.some(line => $(".i, small", line.children[place])));
+  const cells = line => [...line.children].flatMap((cell, place) => [cell.dataset.value ?? cell.textContent.trim(), ...(ranged[place] ? [$(".i, small", cell)?.textContent ?? ""] : [])]);
+  save(`${pageName}-${saved.id}.csv`, "text/csv", csv([named.flatMap((name, place) => ranged[place] ? [name, name + ", interval"] : [name]), ...lines.map(cells)]));
+}));
+$("#shown")?.addEventListener("change", event => document.getElementById("study").classList.toggle("differences", event.target.value === "differences"));
+
+// Light and dark.
+const theme = $("#theme");
+function setTheme(isDark) {
+  document.documentElement.dataset.theme = isDark ? "dark" : "light";
+  theme.setAttribute("aria-pressed", isDark); drawn.forEach(holder => draw(holder));
+}
+
+// Charts: drawn when they come near the view.
+const drawn = new Set(), views = new Map();
+let picked = new Set(), facts = null;
+function loadVega() {
+  return once("vega", async () => {
+    const code = new TextDecoder().decode(await unzip("vega"));
+    await new Promise((resolve, reject) => {
+      window.vegaReady = resolve;
+      document.head.append(make("script", { type: "module", onerror: reject }, code + "\n;window.vegaReady();"));
+    });
+  });
+}
+function adapted(spec, holder) {
+  spec = structuredClone(spec);
+  const cells = holder.hasAttribute("data-compare") ? [$("#compare-a").value, $("#compare-b").value].map(name => name.split(" + ")[0]) : [...picked];
+  if (spec.usermeta?.cells) {
+    spec.data.values = spec.data.values.filter(value => cells.includes(value.cell));
+    if (spec.usermeta.step) spec.height = spec.usermeta.step * Math.max(1, new Set(spec.data.values.map(value => value[spec.encoding.y.field])).size);
+    const colour = spec.encoding.color;
+    if (colour?.field === "cell") {
+      colour.scale.domain = cells; colour.scale.range = cells.map((_, place) => facts.colours[place % facts.colours.length]);
+      if (cells.length > 14) colour.legend = null;
+      else if (holder.clientWidth < 560) colour.legend = { ...colour.legend, orient: "bottom", columns: 2 };
+    }
+  }
+  if (holder.clientWidth < 560 && spec.encoding?.color?.legend !== null && spec.encoding?.color?.field !== "cell") {
+    for (const layer of spec.layer ?? [spec]) for (const channel of ["color", "shape", "strokeDash"])
+      if (layer.encoding?.[channel]) layer.encoding[channel].legend = { ...layer.encoding[channel].legend, orient: "top", columns: 2 };
+  }
+  if (spec.usermeta?.columns) spec.columns = Math.max(1, Math.floor(holder.clientWidth / spec.usermeta.columns));
+  if (spec.concat && holder.clientWidth < 700) { spec.columns = 1; for (const one of spec.concat) one.width = Math.max(160, holder.clientWidth - 110); spec.config = { ...spec.config, legend: { orient: "bottom" } }; }
+  return spec;
+}
+async function draw(holder) {
+  const name = holder.dataset.chart;
+  try {
+    const [spec] = await Promise.all([json("chart-" + name), loadVega(), json("page")]);
+    const style = getComputedStyle(document.documentElement), ink = style.getPropertyValue("--ink").trim(), line = style.getPropertyValue("--line").trim();
+    const font = "system-ui, sans-serif";
+    const config = { background: null, font, view: { stroke: null }, axis: { labelColor: ink, titleColor: ink, gridColor: line, tickColor: line, domainColor: line, titleFontWeight: 500 }, legend: { labelColor: ink, titleColor: ink, labelFontSize: 11 }, header: { labelColor: ink, labelFontWeight: 600 }, text: { color: ink } };
+    const shown = adapted(spec, holder);
+    if (shown.usermeta?.cells && !shown.data.values.length) { holder.textContent = "None of the chosen cells has this."; drawn.add(holder); return; }
+    const { view } = await window.vegaEmbed(holder, shown, { config, renderer: spec.usermeta?.canvas ? "canvas" : "svg", actions: false });
+    holder.style.minHeight = "0";
+    if (!holder.hasAttribute("data-compare")) views.set(name, view);
+    drawn.add(holder);
+  } catch (error) { holder.textContent = "This picture cannot be drawn: " + error.message; holder.classList.add("failed"); }
+}
+const watcher = new IntersectionObserver(seen => { for (const one of seen) if (one.isIntersecting) { watcher.unobserve(one.target); draw(one.target); } }, { rootMargin: "300px" });
+function columnsOf(values) { const names = [...new Set(values.flatMap(Object.keys))]; return [names, ...values.map(value => names.map(name => value[name]))]; }
+$$("[data-save]").forEach(button => button.addEventListener("click", async () => {
+  const name = button.dataset.ofChart, holder = $(`[data-chart="${name}"]:not([data-compare])`);
+  if (!views.has(name)) await draw(holder);
+  const kind = button.dataset.save, view = views.get(name);
+  if (kind === "csv") {
+    const spec = adapted(await json("chart-" + name), holder);
+    const parts = spec.concat?.map(one => one.data ?? one.layer?.[0].data ?? spec.data) ?? [spec.data];
+    save(`${pageName}-${name}.csv`, "text/csv", parts.map(part => csv(columnsOf(part.values))).join("\n"));
+  } else if (kind === "svg") save(`${pageName}-${name}.svg`, "image/svg+xml", await view.toSVG());
+  else save(`${pageName}-${name}.png`, "image/png", await view.toImageURL("png", 2));
+}));
+let width = innerWidth, resizing;
+addEventListener("resize", () => { if (innerWidth === width) return; width = innerWidth; clearTimeout(resizing); resizing = setTimeout(() => drawn.forEach(holder => draw(holder)), 200); });
+function pick(cells) {
+  picked = new Set(cells);
+  $$("#picks button").forEach(button => button.setAttribute("aria-pressed", picked.has(button.dataset.cell)));
+  drawn.forEach(async holder => { if ((await json("chart-" + holder.dataset.chart)).usermeta?.cells) draw(holder); });
+}
+theme.addEventListener("click", () => setTheme(document.documentElement.dataset.theme !== "dark"));
+dark.addEventListener("change", () => setTheme(dark.matches));
+theme.setAttribute("aria-pressed", dark.matches);
+
+// Latents.
+const ROW = 30;
+function ranges(open) { // where openness is at least half of its largest
+  let most = 0; for (let p = 1; p < open.length; p++) most = Math.max(most, open[p]);
+  if (!most) return { text: "nowhere", centre: NaN };
+  const found = []; let sum = 0, weight = 0;
+  for (let p = 1; p < open.length; p++) {
+    sum += p * open[p]; weight += open[p];
+    if (open[p] * 2 >= most) { const last = found.at(-1); if (last && last[1] === p - 1) last[1] = p; else found.push([p, p]); }
+  }
+  const centre = sum / weight;
+  if (found.length === 1 && found[0][0] === 1 && found[0][1] === open.length - 1) return { text: "everywhere", centre };
+  const text = found.slice(0, 3).map(([from, to]) => from === to ? from : from + "–" + to).join(", ");
+  return { text: found.length > 3 ? text + " … (" + found.length + " parts)" : text, centre };
+}
+const COLUMNS = [
+  ["latent", "latent", (b, i) => b.latent[i], value => String(value)],
+  ["firing rate", "rate", (b, i) => b.firings[i] / b.tokens, value => value >= .001 ? (100 * value).toFixed(2) + " %" : value ? (1e6 * value).toFixed(0) + " ppm" : "0"],
+  ["position information", "information", (b, i) => b.position_information[i], value => digits(value)],
+  ["retention − chance", "retention", (b, i) => b.retention[i] - b.retention_chance[i], value => digits(value)],
+  ["open at", "where", (b, i) => ranges(row(b.openness, i)).centre, (value, b, i) => ranges(row(b.openness, i)).text],
+  ["probe weight", "weight", null, value => value ? (value > 0 ? "+" : "−") + Math.abs(value).toPrecision(2) : "–"],
+  ["copies here", "twins", (b, i) => b.twins ? b.twins[i] : NaN, value => Number.isFinite(value) ? String(value) : "–"],
+  ["nearest elsewhere", "elsewhere", (b, i) => b.near_cosine?.width ? row(b.near_cosine, i)[0] : NaN, value => digits(value, 2)],
+  ["promotes", "words", null, (value, b, i) => [...row(b.promoted, i).slice(0, 4)].map(word => b.words[word].trim()).join("  ")],
+];
+class Browser {
+  constructor(holder, number) {
+    this.number = number; this.holder = holder; this.sort = ["information", true]; this.chosen = null; this.index = null;
+    const id = "browser-" + number;
+    this.cells = make("select", { "aria-label": "Cell" }, ...facts.latents.map((one, place) => make("option", { value: place }, `${one.label} (${one.kept.toLocaleString("en")} of ${one.of.toLocaleString("en")})`)));
+    this.find = make("input", { type: "search", placeholder: "number or word", "aria-label": "Find latents by number, or by a word of what they promote or their strongest texts" });
+    this.task = make("select", { "aria-label": "Probe" });
+    this.saved = make("button", { type: "button" }, "CSV");
+    this.count = make("span", { class: "note" });
+    this.rows = make("div", { class: "rows", tabindex: 0, role: "region", "aria-label": "Latents" });
+    this.detail = make("section", { class: "latent", "aria-live": "polite", "aria-label": "The chosen latent" });
+    const heads = COLUMNS.map(([title, key]) => make("th", { scope: "col", class: key === "words" ? "text hide-small" : ["twins", "elsewhere", "retention"].includes(key) ? "hide-small" : null, "data-key": key },
+      key === "words" ? title : make("button", { type: "button", onclick: () => this.sortBy(key) }, title)));
+    this.above = make("tr", { "aria-hidden": true }, make("td", { colspan: COLUMNS.length, style: "padding:0;border:0" })); this.below = this.above.cloneNode(true);
+    this.body = make("tbody");
+    this.rows.append(make("table", { id }, make("thead", {}, make("tr", {}, ...heads)), this.body));
+    holder.append(make("div", { class: "bar" }, make("label", {}, "Cell ", this.cells), make("label", {}, "Find ", this.find), make("label", {}, "Probe ", this.task), this.saved, this.count), this.rows, this.detail);
+    this.cells.addEventListener("change", () => this.open(Number(this.cells.value)));
+    this.find.addEventListener("input", () => this.refilter());
+    this.task.addEventListener("change", () => { this.sort = ["weight", true]; this.weigh(); this.refilter(); });
+    this.saved.addEventListener("click", () => this.save());
+    this.rows.addEventListener("scroll", () => requestAnimationFrame(() => this.paint()), { passive: true });
+    this.rows.addEventListener("keydown", event => {
+      const step = { ArrowDown: 1, ArrowUp: -1, PageDown: 10, PageUp: -10 }[event.key];
+      if (!step || !this.order?.length) return;
+      event.preventDefault();
+      const at = Math.max(0, Math.min(this.order.length - 1, this.order.indexOf(this.chosen) + step));
+      this.choose(this.order[at], true);
+    });
+  }
+  async open(place, latent = null) {
+    this.cells.value = place; this.holder.setAttribute("aria-busy", true);
+    try {
+      const block = await table(facts.latents[place].block), texts = await table(block.texts);
+      if (Number(this.cells.value) !== place) return; // another one was chosen meanwhile
+      Object.assign(block, { words: texts.words, token: texts.token, position: texts.position });
+      this.block = block; this.texts = null; this.keys = {};
+      this.place = new Map([...block.latent].map((one, at) => [one, at]));
+      this.task.replaceChildren(make("option", { value: "" }, "any"), ...block.probes.map((name, at) => make("option", { value: at }, name)));
+      this.weigh(); this.chosen = null; this.refilter();
+      const at = latent === null ? this.order[0] : this.place.get(latent);
+      if (at === undefined && latent !== null) { this.chosen = null; this.paint(); this.detail.replaceChildren(make("p", {}, `Latent ${latent} of ${block.cell} is not among the ${block.latent.length} kept on this page; a page written with --all has it.`)); }
+      else if (at !== undefined) this.choose(at, true);
+    } catch (error) { this.detail.replaceChildren(make("p", {}, "This cell’s latents cannot be read: " + error.message)); }
+    finally { this.holder.removeAttribute("aria-busy"); }
+  }
+  weigh() { // the weight in the chosen probe, or the largest in any
+    const b = this.block, only = this.task.value; this.weights = new Float32Array(b.latent.length); this.serves = new Map();
+    const width = b.probe_latent.width;
+    for (let probe = 0; probe < b.probes.length; probe++) for (let at = 0; at < width; at++) {
+      const place = this.place.get(b.probe_latent[probe * width + at]); if (place === undefined) continue;
+      const weight = b.probe_weight[probe * width + at];
+      if (!this.serves.has(place)) this.serves.set(place, []);
+      this.serves.get(place).push([probe, at + 1, weight]);
+      if ((only === "" || Number(only) === probe) && Math.abs(weight) > Math.abs(this.weights[place])) this.weights[place] = weight;
+    }
+    this.keys.weight = null;
+  }
+  key(name) {
+    if (name === "weight") return [...this.weights].map(Math.abs);
+    return this.keys[name] ??= Array.from(this.block.latent, (_, at) => COLUMNS.find(([, key]) => key === name)[2](this.block, at));
+  }
+  search() { // for each latent what can be found: words that it promotes, and the tokens of its strongest texts
+    if (this.texts) return this.texts;
+    const b = this.block, width = b.text_value.width / b.text_start.width;
+    return this.texts = Array.from(b.latent, (_, at) => {
+      const words = [...row(b.promoted, at)].map(word => b.words[word]);
+      row(b.text_start, at).forEach((start, n) => { if (start >= 0) for (let t = 0; t < b.text_length[at * b.text_length.width + n]; t++) if (row(b.text_value, at)[n * width + t]) words.push(b.words[b.token[start + t]]); });
+      return words.join("\n").toLowerCase();
+    });
+  }
+  refilter() {
+    const b = this.block, wanted = this.find.value.trim().toLowerCase(); if (!b) return;
+    let order = Array.from(b.latent, (_, at) => at);
+    if (/^\d+$/.test(wanted)) order = order.filter(at => String(b.latent[at]).startsWith(wanted));
+    else if (wanted) { const texts = this.search(); order = order.filter(at => texts[at].includes(wanted)); }
+    if (this.task.value !== "") order = order.filter(at => this.weights[at] !== 0);
+    const [name, down] = this.sort, key = this.key(name);
+    order.sort((a, b) => { const x = key[a], y = key[b]; if (Number.isNaN(x) || Number.isNaN(y)) return Number.isNaN(x) - Number.isNaN(y) || a - b; return (down ? y - x : x - y) || a - b; });
+    this.order = order; this.count.textContent = order.length.toLocaleString("en") + " latents"; this.rows.scrollTop = 0; this.paint();
+    $$("th", this.rows).forEach(head => head.dataset.key === name ? head.setAttribute("aria-sort", down ? "descending" : "ascending") : head.removeAttribute("aria-sort"));
+  }
+  sortBy(name) { this.sort = [name, this.sort[0] === name ? !this.sort[1] : !["latent", "where"].includes(name)]; this.refilter(); }
+  paint() { // only the rows in view are in the document
+    const first = Math.max(0, Math.floor(this.rows.scrollTop / ROW) - 8), last = Math.min(this.order.length, first + Math.ceil(this.rows.clientHeight / ROW) + 16);
+    const shown = this.order.slice(first, last).map(at => {
+      const line = make("tr", { "aria-selected": at === this.chosen, "aria-rowindex": this.order.indexOf(at, 0) + 2, onclick: () => this.choose(at) });
+      for (const [, key, value, text] of COLUMNS) {
+        const number = key === "weight" ? this.weights[at] : value ? value(this.block, at) : null;
+        line.append(make("td", { class: key === "words" ? "text hide-small" : ["twins", "elsewhere", "retention"].includes(key) ? "hide-small" : null }, text(number, this.block, at)));
+      }
+      return line;
+    });
+    this.above.firstChild.style.height = first * ROW + "px"; this.below.firstChild.style.height = (this.order.length - last) * ROW + "px";
+    this.body.replaceChildren(...(first ? [this.above] : []), ...shown, ...(last < this.order.length ? [this.below] : []));
+    this.rows.firstChild.setAttribute("aria-rowcount", this.order.length + 1);
+  }
+  choose(at, scroll = false) {
+    this.chosen = at;
+    if (scroll) { const y = this.order.indexOf(at) * ROW; if (y < this.rows.scrollTop || y > this.rows.scrollTop + this.rows.clientHeight - 3 * ROW) this.rows.scrollTop = Math.max(0, y - 3 * ROW); }
+    this.paint(); this.show(at);
+  }
+  show(at) {
+    const b = this.block, fact = (name, value) => make("li", {}, name + " ", make("b", {}, value));
+    const serves = (this.serves.get(at) ?? []).sort((one, other) => one[1] - other[1]);
+    const parts = make("div", { class: "parts" },
+      make("div", { class: "full" }, make("h4", {}, "Where it speaks, and where it may"), this.profile(at)),
+      make("div", { class: "full" }, make("h4", {}, "Strongest texts"), ...this.strongest(at)),
+      make("div", {}, make("h4", {}, "Promotes"), this.wordList(b.promoted, b.promoted_logit, at), make("h4", {}, "Suppresses"), this.wordList(b.suppressed, b.suppressed_logit, at)),
+      make("div", {}, make("h4", {}, "Probes it serves"), serves.length ? make("table", {}, make("thead", {}, make("tr", {}, ...["probe", "choice", "weight"].map(name => make("th", { scope: "col" }, name)))),
+        make("tbody", {}, ...serves.slice(0, 12).map(([probe, choice, weight]) => make("tr", {}, make("td", {}, b.probes[probe]), make("td", {}, String(choice)), make("td", {}, (weight > 0 ? "+" : "−") + Math.abs(weight).toPrecision(2)))))) : make("p", { class: "note" }, "None chose it.")),
+      make("div", {}, make("h4", {}, "Nearest in this cell"), this.near(at, true)),
+      make("div", {}, make("h4", {}, "Nearest in other cells"), this.near(at, false)));
+    this.detail.replaceChildren(make("h3", {}, `Latent ${b.latent[at]} of ${b.cell}`),
+      make("ul", { class: "facts" }, fact("fires on", COLUMNS[1][3](b.firings[at] / b.tokens) + ` of ${b.tokens.toLocaleString("en")} tokens`), fact("position information", digits(b.position_information[at])), fact("retention", digits(b.retention[at])), fact("its chance", digits(b.retention_chance[at])), fact("open at", ranges(row(b.openness, at)).text), fact("largest activation", b.largest[at].toPrecision(3))), parts);
+  }
+  profile(at) {
+    const b = this.block, spoken = row(b.profile, at), open = row(b.openness, at), n = open.length, width = 720, height = 130, left = 34, base = 100;
+    const ns = "http://www.w3.org/2000/svg", draw = (tag, attributes, text) => { const one = document.createElementNS(ns, tag); for (const [name, value] of Object.entries(attributes)) one.setAttribute(name, value); if (text !== undefined) one.textContent = text; return one; };
+    const x = p => left + (width - left - 6) * p / n, svg = draw("svg", { viewBox: `0 0 ${width} ${height}`, class: "profile", role: "img", "aria-label": `Mean activation by position, at most ${b.highest[at].toPrecision(3)}, and openness: ${ranges(open).text}` });
+    let bars = "", line = "";
+    for (let p = 1; p < n; p++) { if (spoken[p]) bars += `M${x(p).toFixed(1)} ${base}v${(-spoken[p] / 255 * 84).toFixed(1)}h${((width - left - 6) / n * .86).toFixed(2)}V${base}z`; line += `${p === 1 ? "M" : "L"}${x(p).toFixed(1)} ${(base - open[p] / 255 * 88).toFixed(1)}H${x(p + 1).toFixed(1)}`; }
+    svg.append(draw("path", { d: bars, fill: "var(--bar)" }), draw("path", { d: line, fill: "none", stroke: "var(--heat)", "stroke-width": 2 }), draw("path", { d: `M${left} ${base}H${width - 6}`, stroke: "var(--line)" }));
+    for (let p = 0; p < n; p += n > 64 ? 16 : n > 24 ? 8 : 4) svg.append(draw("text", { x: x(p), y: base + 13, "text-anchor": "middle" }, p));
+    svg.append(draw("text", { x: left - 4, y: 16, "text-anchor": "end" }, "1"), draw("text", { x: left - 4, y: base, "text-anchor": "end" }, "0"), draw("text", { x: left, y: base + 27 }, `bars: mean activation at a position (highest ${b.highest[at].toPrecision(3)}); line: openness; positions counted in the ${b.coordinate}`));
+    return svg;
+  }
+  strongest(at) {
+    const b = this.block, per = b.text_start.width, width = b.text_value.width / per, made = [];
+    for (let n = 0; n < per; n++) {
+      const start = b.text_start[at * per + n], length = b.text_length[at * per + n]; if (start < 0) continue;
+      const values = row(b.text_value, at).subarray(n * width, n * width + length), most = Math.max(...values); let marked = false;
+      const line = make("div", { class: "tokens" });
+      for (let t = 0; t < length; t++) {
+        const position = b.position[start + t], word = make("bdi", {}, b.words[b.token[start + t]]);
+        const token = make("span", { title: `position ${position}, activation ${(values[t] / 255 * b.largest[at]).toPrecision(3)}` }, word, make("small", {}, position % 5 === 0 || t === 0 ? String(position) : ""));
+        if (values[t]) word.style.setProperty("--a", Math.round(12 + 78 * values[t] / 255) + "%");
+        if (values[t] === most && !marked) { marked = true; token.classList.add("peak"); }
+        line.append(token);
+      }
+      made.push(line);
+    }
+    return made.length ? [...made, make("p", { class: "note" }, `Of the first ${b.searched.toLocaleString("en")} held-out tokens, at most one place a text. Colour: activation; outlined: the strongest token; below: positions.`)] : [make("p", { class: "note" }, "It was silent on all of them.")];
+  }
+  wordList(ids, logits, at) {
+    return make("ul", { class: "words" }, ...[...row(ids, at)].map((word, place) => make("li", {}, make("bdi", {}, this.block.words[word]), make("small", {}, (logits[at * logits.width + place] > 0 ? "+" : "") + logits[at * logits.width + place].toFixed(1).replace("-", "−")))));
+  }
+  near(at, own) {
+    const b = this.block, ids = own ? b.near_own : b.near_latent;
+    if (!ids?.width) return make("p", { class: "note" }, "There is none.");
+    const cosines = row(own ? b.near_own_cosine : b.near_cosine, at);
+    const lines = [...row(ids, at)].map((latent, place) => {
+      const cell = own ? Number(this.cells.value) : b.near_cell[at * b.near_cell.width + place], here = own ? this.place.get(latent) : null;
+      const where = own && here !== undefined ? "open at " + ranges(row(b.openness, here)).text : own ? "not kept here" : facts.latents[cell].cell;
+      return make("tr", {}, make("td", {}, make("button", { type: "button", onclick: () => browse(1 - this.number, cell, latent) }, "latent " + latent)), make("td", {}, where), make("td", {}, digits(cosines[place], 2)));
+    });
+    const about = own ? `${b.twins[at]} others of this cell point nearly the same way (cosine above .7): ${b.twins[at] ? "the feature exists more than once" : "it exists once"}.` : "The nearest one of each other cell, cosine of decoder rows.";
+    return make("div", { class: "near" }, make("p", { class: "note" }, about), make("table", {}, make("tbody", {}, ...lines)));
+  }
+  save() {
+    const b = this.block, lines = this.order.map(at => COLUMNS.map(([, key, value, text]) => key === "weight" ? this.weights[at] : key === "where" || key === "words" ? text(null, b, at) : value(b, at)));
+    save(`${pageName}-latents-${b.cell}.csv`.replace(/[^\w.-]+/g, "-"), "text/csv", csv([COLUMNS.map(([title]) => title), ...lines]));
+  }
+}
+let browsers = [];
+async function browse(number, cell, latent = null) {
+  if (number >= browsers.length) setTwo(true);
+  await browsers[number].open(cell, latent);
+  if (browsers[number].chosen !== null || latent !== null) browsers[number].holder.scrollIntoView({ block: "nearest" });
+}
+function setTwo(two) {
+  $("#two").checked = two; $("#browsers").classList.toggle("two", two);
+  if (two && browsers.length < 2) { const holder = make("div"); $("#browsers").append(holder); browsers.push(new Browser(holder, 1)); }
+  if (browsers[1]) browsers[1].holder.hidden = !two;
+}
+
+// Two cells.
+function compare() {
+  const [a, b] = ["#compare-a", "#compare-b"].map(id => $(id).value), body = $("#compared").tBodies[0];
+  const judged = new Map();
+  for (const [label, against, column, effect, low, high, verdict] of facts.verdicts) {
+    const sign = label === a && against === b ? 1 : label === b && against === a ? -1 : 0, plus = value => (value > 0 ? "+" : "") + digits(value);
+    if (sign) judged.set(facts.compared[column], `${plus(sign * effect)} (${plus(sign > 0 ? low : -high)} to ${plus(sign > 0 ? high : -low)}), ${sign > 0 || verdict === "no evidence" ? verdict : verdict === "better" ? "worse" : "better"}`);
+  }
+  body.replaceChildren(...facts.columns.map((name, place) => {
+    const one = facts.numbers[a][place], two = facts.numbers[b][place], shown = number => number ? make("td", { "data-value": number[0] }, number[1], make("span", { class: "i" }, number[2])) : make("td", { "data-value": "" }, "–");
+    const difference = one && two ? one[0] - two[0] : NaN;
+    return make("tr", {}, make("th", { scope: "row" }, name), shown(one), shown(two), make("td", {}, Number.isFinite(difference) ? (difference > 0 ? "+" : "") + (place ? digits(difference) : difference.toLocaleString("en")) : "–"), make("td", {}, judged.get(place) ?? "–"));
+  }));
+  $$("[data-compare]").forEach(holder => drawn.has(holder) && draw(holder));
+}
+
+json("page").then(async found => {
+  facts = found;
+  pick(facts.picked);
+  $$("#picks button").forEach(button => button.addEventListener("click", () => { const cells = new Set(picked); cells.has(button.dataset.cell) ? cells.delete(button.dataset.cell) : cells.add(button.dataset.cell); pick(facts.cells.filter(cell => cells.has(cell))); }));
+  $$("[data-pick]").forEach(button => button.addEventListener("click", () => pick({ all: facts.cells, none: [], first: facts.picked }[button.dataset.pick])));
+  if ($("#compare-a")) {
+    for (const id of ["#compare-a", "#compare-b"]) { $(id).append(...Object.keys(facts.numbers).map(label => make("option", {}, label))); $(id).addEventListener("change", compare); }
+    const labels = Object.keys(facts.numbers); $("#compare-b").value = labels.find(label => label === "open" || label.endsWith(": open")) ?? labels[0];
+    $("#compare-a").value = labels.find(label => label !== $("#compare-b").value) ?? labels[0];
+    compare();
+    $("#compare-latents")?.addEventListener("click", async () => {
+      const place = id => facts.latents.findIndex(one => one.cell === $(id).value.split(" + ")[0]), places = [place("#compare-a"), place("#compare-b")];
+      if (places.some(one => one < 0)) { say("One of the two has no latents here"); return; }
+      setTwo(true); await Promise.all([browse(0, places[0]), browse(1, places[1])]); $("#latents").scrollIntoView();
+    });
+  }
+  $$(".chart").forEach(holder => watcher.observe(holder));
+  if (facts.latents.length) {
+    const holder = make("div"); $("#browsers").append(holder); browsers.push(new Browser(holder, 0));
+    $("#two").addEventListener("change", async event => { setTwo(event.target.checked); if (event.target.checked && !browsers[1].block) await browsers[1].open(Math.min(1, facts.latents.length - 1)); });
+    // The list is filled when it comes near the view.
+    new IntersectionObserver((seen, own) => { if (seen.some(one => one.isIntersecting)) { own.disconnect(); if (!browsers[0].block) browsers[0].open(0); } }, { rootMargin: "400px" }).observe(holder);
+  }
+  document.documentElement.dataset.ready = "";
+});

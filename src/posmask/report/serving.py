@@ -1,0 +1,51 @@
+"""Serves the folder of a page with all latents, to this machine alone."""
+
+import http.server
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from posmask.errors import DamagedFolder
+
+__all__ = ["page_server"]
+
+
+class _Handler(http.server.SimpleHTTPRequestHandler):
+    """Files of one folder, to requests that name this machine: another site's page cannot read them by a name of its
+    own that resolves to 127.0.0.1."""
+
+    def send_head(self) -> Any:
+        name, _, port = (self.headers.get("Host") or "").rpartition(":")
+        if name not in ("127.0.0.1", "localhost") or port != str(self.connection.getsockname()[1]):
+            self.send_error(403, "This page is served to 127.0.0.1 and localhost only")
+            return None
+        path = Path(self.translate_path(self.path)).resolve()
+        if not path.is_relative_to(Path(self.directory).resolve()):  # through a link
+            self.send_error(404)
+            return None
+        return super().send_head()
+
+    def list_directory(self, path: Any) -> Any:
+        self.send_error(404)
+
+    def end_headers(self) -> None:
+        self.send_header("Cache-Control", "no-store")
+        self.send_header("X-Content-Type-Options", "nosniff")
+        super().end_headers()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+def page_server(folder: Path, port: int = 0) -> http.server.ThreadingHTTPServer:
+    """A server of the folder's page, bound to 127.0.0.1; `serve_forever` starts it.
+
+    Args:
+        port: 0 takes any that is free.
+
+    Raises:
+        DamagedFolder: the folder holds no page.
+    """
+    if not (folder / "index.html").is_file():
+        raise DamagedFolder(f"{folder} holds no index.html: `posmask report DIR --all` writes it")
+    return http.server.ThreadingHTTPServer(("127.0.0.1", port), partial(_Handler, directory=str(folder)))

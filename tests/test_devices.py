@@ -1,0 +1,199 @@
+"""A second device in the place of a GPU: its tensors say they are elsewhere, and never mix with the CPU's.
+
+What torch refuses on a GPU is refused here: an operation on tensors of both devices (but for numbers and indices), and
+NumPy's view of what is not on the CPU. So this proves that everything is moved where it must be, not that a GPU's own
+kernels are right. `meta` stands for the device, since torch knows it without any driver.
+"""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.optim import adam
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
+
+from conftest import D_MODEL, D_SAE, MASKS, N_POSITIONS, RULES, make_texts, train_on
+from posmask import evaluation, kernels, model
+from posmask.activations import harvest, training_batches
+from posmask.corpus import shifted
+from posmask.mask_kinds import make_mask, mask_settings
+from posmask.rules import rule_settings
+from posmask.sae import SparseAutoencoder
+from posmask.training import TrainingSettings, train
+
+HERE, THERE = torch.device("cpu"), torch.device("meta")
+aten = torch.ops.aten
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor of the other device; its numbers are kept in a tensor of the CPU."""
+
+    @staticmethod
+    def __new__(cls, kept, requires_grad=False):
+        return torch.Tensor._make_wrapper_subclass(
+            cls, kept.shape, strides=kept.stride(), dtype=kept.dtype, device=THERE, requires_grad=requires_grad
+        )
+
+    def __init__(self, kept, requires_grad=False):
+        self.kept = kept
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def tolist(self):
+        return self.kept.tolist()
+
+    def repeat_interleave(self, repeats):  # for which torch takes meta to mean that there are no numbers
+        return Elsewhere(self.kept.repeat_interleave(repeats.kept))
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return call(func, args, kwargs or {})
+
+
+MAY_MIX = (aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default, aten.copy_.default)
+
+
+def call(func, args, kwargs):
+    tensors = [one for one in tree_flatten((args, kwargs))[0] if isinstance(one, torch.Tensor)]
+    device = kwargs.get("device")
+    if func not in MAY_MIX and any(isinstance(one, Elsewhere) for one in tensors):
+        strangers = [one for one in tensors if not isinstance(one, Elsewhere) and one.dim()]
+        assert not strangers, f"{func} mixes devices"
+    there = any(isinstance(one, Elsewhere) for one in tensors[:1] or tensors)
+    if device is not None:
+        there = torch.device(device) == THERE
+        kwargs = {**kwargs, "device": HERE}
+    args, kwargs = tree_map_only(Elsewhere, lambda one: one.kept, (args, kwargs))
+    result = func(*args, **kwargs)
+    own = {id(one.kept): one for one in tensors if isinstance(one, Elsewhere)}
+
+    def wrap(one):
+        if not isinstance(one, torch.Tensor) or not there:
+            return one
+        return own[id(one)] if id(one) in own else Elsewhere(one)
+
+    return tree_map(wrap, result)
+
+
+class Device(TorchDispatchMode):
+    """Makes what is created on the other device, or moved to it, be there."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return call(func, args, kwargs or {})
+
+
+@pytest.fixture
+def other_device(monkeypatch):
+    monkeypatch.setattr(adam, "_device_dtype_check_for_fused", lambda *args, **kwargs: None)
+    make = torch.tensor  # which makes tensors of meta without asking anyone
+
+    def tensor(data, *, device=None, **options):
+        made = make(data, **options)
+        return made if device is None else made.to(device)
+
+    monkeypatch.setattr(torch, "tensor", tensor)
+    with Device():
+        yield THERE
+
+
+def test_the_other_device_is_one(other_device):
+    here, there = torch.ones(3), torch.ones(3, device=THERE)
+    assert there.device == here.to(THERE).device == THERE
+    assert (there + 1).cpu().tolist() == [2, 2, 2]
+    with pytest.raises(AssertionError, match="mixes devices"):
+        here + there
+
+
+SETTINGS = TrainingSettings(
+    n_steps=12, batch_tokens=256, learning_rate=5e-3, dead_after_eligible_tokens=300, aux_k=4, mask_learning_rate=0.05
+)
+
+
+CASES = [*((kind, "topk") for kind in MASKS), *(("slice", rule) for rule in RULES)]
+
+
+def fresh_sae(kind, rule):
+    mask = make_mask(mask_settings(MASKS[kind]), N_POSITIONS, D_SAE, 1)
+    return SparseAutoencoder(D_MODEL, rule_settings(RULES[rule]), mask, 1)
+
+
+@pytest.mark.parametrize(("kind", "rule"), CASES)
+def test_training_there_gives_what_training_here_gives(kind, rule, activations, monkeypatch, other_device):
+    monkeypatch.setattr(kernels, "compiled", lambda tensor: False)  # the same operations on both sides
+    here, there = (fresh_sae(kind, rule) for _ in range(2))
+    expected = train_on(here, activations, SETTINGS)
+    there.center, there.scale = activations.centre_and_scale
+    found = train(there.to(THERE), training_batches(activations, 256, SETTINGS.n_steps, 0), SETTINGS, "test")
+    assert there.encoder.device == THERE
+    assert [point.loss for point in found.curve] == pytest.approx([point.loss for point in expected.curve])
+    torch.testing.assert_close(there.decoder.detach().cpu(), here.decoder.detach())
+    batch = activations.batch(torch.arange(200)).kept()
+    codes = there.sparse_encode(batch.vectors, batch.position)
+    assert codes.value.device == HERE
+    expected = here.sparse_decode(here.sparse_encode(batch.vectors, batch.position))
+    torch.testing.assert_close(there.sparse_decode(codes), expected, rtol=0, atol=0.01)
+
+
+class ToyLayer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention, self.mlp = torch.nn.Linear(6, 6), torch.nn.Linear(6, 6)
+
+    def forward(self, stream):
+        stream = stream + self.attention(stream.cumsum(1))
+        return stream + self.mlp(stream)
+
+
+class ToyModel(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.layers = torch.nn.Embedding(20, 6), torch.nn.ModuleList(ToyLayer() for _ in range(3))
+        self.config = SimpleNamespace(num_hidden_layers=3, hidden_size=6, vocab_size=20)
+        self.config.get_text_config = lambda: self.config
+
+    def get_decoder(self):
+        return self
+
+    def forward(self, input_ids, use_cache):
+        stream = self.embed(input_ids)
+        for layer in self.layers:
+            stream = layer(stream)
+        return SimpleNamespace(logits=stream)
+
+
+@pytest.mark.parametrize("site", ["residual_after", "residual_before", "mlp"])
+def test_a_model_there_takes_and_gives_vectors_here(site, other_device):
+    torch.manual_seed(0)
+    toy = ToyModel()
+    ids = torch.randint(20, (3, N_POSITIONS))
+    here = model.LanguageModel(copy.deepcopy(toy), 2, site)
+    there = model.LanguageModel(toy.to(THERE), 2, site)
+    vectors = here.vectors(ids)
+    torch.testing.assert_close(there.vectors(ids), vectors)
+    assert there.logits(ids, vectors + 1).device == there.device == THERE
+    torch.testing.assert_close(there.logits(ids, vectors + 1).cpu(), here.logits(ids, vectors + 1))
+
+
+@pytest.mark.parametrize("kind", ["open", "slice", "soft"])
+def test_an_sae_there_is_evaluated_as_here(kind, activations, language_model, tokenizer, tmp_path, other_device):
+    tokens = shifted(make_texts(200, n_words=5), tokenizer, N_POSITIONS, 20, 4)
+    shift = harvest(tokens, language_model, tmp_path / "shift", {}, "shift")
+    ask = evaluation.EvaluationSettings(
+        retention_positions=4, shift_texts=20, shift_windows=4, model_contexts=8, order_tasks=(), order_train_groups=1,
+        order_test_groups=2, probe_datasets=(), probe_train=2, probe_test=2,
+    )  # fmt: skip
+    data = evaluation.Data(activations, activations, shift, {}, {}, tokenizer, N_POSITIONS, ask, lambda: language_model)
+    here = fresh_sae(kind, "topk")
+    train_on(here, activations, SETTINGS)
+    there = copy.deepcopy(here).to(THERE)
+    dead = torch.zeros(D_SAE, dtype=torch.bool)
+    expected = evaluation.evaluate(here, dead, data, "here")
+    found = evaluation.evaluate(there, dead.to(THERE), data, "there")
+    assert [one.metric for one in found] == [one.metric for one in expected]
+    values = [[one.value for one in some] for some in (found, expected)]
+    assert values[0] == pytest.approx(values[1], rel=1e-3, abs=1e-3, nan_ok=True)
+    if kind != "open":
+        decayed = [[one.value for one in evaluation.decay(sae, data, SETTINGS, 0, "test")] for sae in (here, there)]
+        assert decayed[1] == pytest.approx(decayed[0], rel=1e-2, abs=1e-2, nan_ok=True)

@@ -1,0 +1,115 @@
+"""What is written of each latent, against plain loops."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from conftest import D_MODEL, D_SAE, N_POSITIONS, batch_of, make_sae, make_vectors
+from posmask import latents
+from posmask.latents import LatentFacts, strongest_texts, vocabulary_effects
+from posmask.metrics.specialization import PositionMass
+
+
+class Words:
+    def decode(self, ids):
+        return f" {ids[0]}" if ids[0] else "\ufffd"
+
+    def convert_ids_to_tokens(self, ids):
+        return [f"<{ids[0]}>"]
+
+
+@pytest.fixture
+def coded():
+    sae = make_sae("slice")
+    vectors, _ = make_vectors(300)
+    position = torch.arange(300, dtype=torch.int32) % (N_POSITIONS - 1) + 1
+    text = torch.arange(300) // 40
+    return sae, batch_of(vectors, position, text), sae.sparse_encode(vectors, position)
+
+
+def facts_of(coded):
+    sae, batch, codes = coded
+    facts, used = LatentFacts(sae.d_sae), PositionMass(N_POSITIONS, sae.d_sae)
+    half = torch.arange(len(batch)) < 150
+    for part in (half, ~half):  # as batches come
+        facts.update(batch.some(part), codes.some(part))
+        used.update(batch.some(part), codes.some(part))
+    nothing = torch.zeros(sae.d_sae)
+    facts.add_positions(used, nothing, nothing, nothing, "context")
+    facts.add_probe("asked", torch.tensor([3, 1]), torch.tensor([0.5, -1.0]))
+    some = torch.zeros(sae.d_sae, 2).long(), torch.zeros(sae.d_sae, 2)
+    facts.add_effects(some, some)
+    return facts
+
+
+def test_strongest_texts_are_those_of_a_plain_search(coded):
+    _, batch, codes = coded
+    dense = torch.zeros(len(batch), D_SAE)
+    dense[codes.token, codes.latent] = codes.value
+    found = strongest_texts(
+        *(part.detach().numpy() for part in (codes.token, codes.latent, codes.value)),
+        batch.position.numpy(),
+        batch.text.numpy(),
+        D_SAE,
+    )
+    for latent in range(D_SAE):
+        best = {}
+        for token in range(len(batch)):
+            value, text = float(dense[token, latent]), int(batch.text[token])
+            if value > best.get(text, (0, 0))[0]:
+                best[text] = (value, token)
+        expected = sorted(best.values(), reverse=True)[: latents.N_TEXTS]
+        assert (found.start[latent] >= 0).sum() == len(expected)
+        for rank, (_, peak) in enumerate(expected):
+            shown = list(range(max(0, peak - latents.N_BEFORE), min(len(batch), peak + 1 + latents.N_AFTER)))
+            shown = [  # of the same text and context
+                token
+                for token in shown
+                if batch.text[token] == batch.text[peak]
+                and int(batch.position[token]) - int(batch.position[peak]) == token - peak
+            ]
+            assert found.start[latent, rank] == shown[0]
+            assert found.length[latent, rank] == len(shown)
+            values = found.value[latent, rank, : len(shown)] / 255 * found.largest[latent]
+            assert np.abs(values - dense[shown, latent].detach().numpy()).max() <= found.largest[latent] / 255
+            assert (found.value[latent, rank, : len(shown)] > 0).tolist() == (dense[shown, latent] > 0).tolist()
+
+
+def test_what_is_written_is_what_was_seen(coded, tmp_path):
+    _, batch, codes = coded
+    facts_of(coded).write(tmp_path, Words())
+    arrays = load_file(tmp_path / "latents.safetensors")
+    words = json.loads((tmp_path / "latents.json").read_text())
+    dense = torch.zeros(len(batch), D_SAE)
+    dense[codes.token, codes.latent] = codes.value.detach()
+    for position in range(1, N_POSITIONS):
+        expected = dense[batch.position == position].mean(0)
+        assert arrays["profile"][position] == pytest.approx(expected.numpy(), rel=1e-3)
+    assert arrays["firings"].tolist() == (dense > 0).sum(0).tolist()
+    assert arrays["probe_latent"].tolist() == [[3, 1]]
+    assert words["probes"] == ["asked"]
+    assert words["words"] == {"0": "<0>"}  # no whole characters, so the tokenizer's name
+    assert words["n_tokens_searched_for_texts"] == 300
+
+
+def test_texts_are_searched_up_to_a_bound(coded, tmp_path, monkeypatch):
+    monkeypatch.setattr(latents, "MOST_TOKENS", 200)
+    facts_of(coded).write(tmp_path, Words())
+    assert json.loads((tmp_path / "latents.json").read_text())["n_tokens_searched_for_texts"] == 150
+    assert load_file(tmp_path / "latents.safetensors")["firings"].sum() == len(coded[2].value)
+
+
+def test_vocabulary_effects_are_those_of_the_models_norm_and_head(language_model, causal_lm):
+    sae = make_sae("open", d_model=D_MODEL)
+    row = sae.decoder.detach()[5]
+    norm = causal_lm.model.norm.weight.detach() * row / (row.square().mean() + causal_lm.config.rms_norm_eps).sqrt()
+    expected = causal_lm.lm_head.weight.detach() @ norm
+    expected = expected - expected.mean()
+    (ids, up), (low, down) = vocabulary_effects(sae, language_model)
+    assert ids[5].tolist() == expected.topk(len(ids[5])).indices.tolist()
+    assert up[5].numpy() == pytest.approx(expected[ids[5]].numpy(), abs=1e-5)
+    assert low[5].tolist() == expected.topk(len(low[5]), largest=False).indices.tolist()
+    assert down[5].numpy() == pytest.approx(expected[low[5]].numpy(), abs=1e-5)

@@ -1,0 +1,138 @@
+"""SAEs pushed to a stand-in for the hub and fetched from it, by huggingface_hub and SAELens themselves."""
+
+import os
+import subprocess
+import sys
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+
+from conftest import make_sae
+from hub_stand_in import TOKEN, stand_in
+from posmask.errors import BadSetting, MissingAsset
+from posmask.interop import hub
+from posmask.rows import Measure, Row, write_rows
+from posmask.sae import write_sae
+from test_saelens import ORIGIN, contexts, scaled
+from test_saelens_files import random_tensors
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    """The stand-in's repositories; huggingface_hub asks it, with a cache of its own and the token that may write."""
+    with stand_in() as (address, files):
+        constants = huggingface_hub.constants
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, address)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield files
+
+
+def cell_folder(folder, sae):
+    folder.mkdir()
+    write_sae(sae, folder, ORIGIN)
+    measures = [
+        Measure("explained_variance", 0.7512, 0.74, 0.76),
+        Measure("train_tokens", 819200.0),
+        Measure("order_accuracy", 0.625, slice={"task": "chronology", "k": 5, "pooling": "mean"}),
+    ]
+    where = {"cell": folder.name, "mask": "slice", "budget": "width", "apply": "forward", "seed": 0}
+    write_rows(folder / "rows.csv", [Row.of(measure, **where) for measure in measures])
+    return folder
+
+
+def test_what_is_pushed_is_fetched_by_us_and_by_saelens(saelens, server, tmp_path):
+    sae = scaled(make_sae("slice"))
+    cell = cell_folder(tmp_path / "slice-seed0", sae)
+    assert hub.push(cell, "user/new").endswith("/user/new")
+    files = server["user/new"]
+    assert set(files) == {"README.md"} | {
+        f"slice-seed0/{n}" for n in ("cfg.json", "sae_weights.safetensors", "rows.csv")
+    }
+    vectors, position = contexts()
+    expected = sae.encode(vectors, position)
+    for ours in (hub.from_pretrained("user/new"), hub.from_pretrained("user/new", "slice-seed0")):
+        torch.testing.assert_close(ours.encode(vectors, position), expected, atol=2e-5, rtol=1e-5)
+        assert ours.mask.settings == sae.mask.settings
+    theirs = saelens.SAE.from_pretrained("user/new", "slice-seed0")
+    torch.testing.assert_close(theirs.encode(vectors), expected, atol=2e-5, rtol=1e-5)
+
+
+def test_the_card_has_the_cells_numbers_its_mask_and_how_to_load_it(server, tmp_path):
+    hub.push(cell_folder(tmp_path / "one", make_sae("slice")), "user/new")
+    hub.push(cell_folder(tmp_path / "two", make_sae("soft")), "user/new")
+    server["user/new"]["README.md"] += b"\nWritten by hand.\n"
+    hub.push(tmp_path / "one", "user/new")
+    card = server["user/new"]["README.md"].decode()
+    assert card.startswith("---\nlibrary_name: saelens\n")
+    assert "base_model: tiny" in card
+    assert card.count("\n## one\n") == card.count("\n## two\n") == card.count("Written by hand.") == 1
+    assert "| explained_variance | 0.7512 | 0.74 to 0.76 |" in card
+    assert "| train_tokens | 819,200 |  |" in card
+    assert "| order accuracy, k = 5, mean pooling | 0.625 | |" in card
+    assert "Static slicing: contiguous latent block b is open exactly on contiguous position block b." in card
+    assert 'from_pretrained("user/new", "one")' in card
+    with pytest.raises(BadSetting, match=r"user/new holds 2 SAEs \(one, two\): name a folder"):
+        hub.from_pretrained("user/new")
+
+
+def test_gemma_scope_is_fetched_as_it_lies_on_the_hub(server, tmp_path):
+
+    np.savez(
+        tmp_path / "params.npz", **{name: one.numpy() for name, one in random_tensors("jumprelu", unit=True).items()}
+    )
+    server["google/scope"] = {"layer_3/width_16k/average_l0_5/params.npz": (tmp_path / "params.npz").read_bytes()}
+    sae = hub.from_pretrained("google/scope", "layer_3/width_16k/average_l0_5", n_positions=16)
+    assert sae.rule.settings.kind == "jumprelu"
+
+
+def test_what_the_hub_refuses_is_said_in_one_sentence_with_what_to_do(server, tmp_path, monkeypatch):
+    cell = cell_folder(tmp_path / "cell", make_sae("slice"))
+    server["user/empty"] = {}
+    cases = [
+        (lambda: hub.from_pretrained("no repo!"), BadSetting, "'no repo!' is not a repository's name: write USER/NAME"),
+        (lambda: hub.from_pretrained("user/none", "x"), MissingAsset, "user/none is not on the hub, or private: check"),
+        (lambda: hub.from_pretrained("user/gated", "x"), MissingAsset, "user/gated is gated: accept its conditions"),
+        (lambda: hub.from_pretrained("user/empty", "x"), MissingAsset, "user/empty has no x/cfg.json: name one of its"),
+        (lambda: hub.from_pretrained("user/empty"), BadSetting, "user/empty holds 0 SAEs: name a folder"),
+        (lambda: hub.push(cell, "user/other"), MissingAsset, r"does not let you write to user/other \(status 403\)"),
+    ]
+    for call, error, message in cases:
+        with pytest.raises(error, match=message) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    with pytest.raises(MissingAsset, match=r"\(status 401\): log in with `hf auth login` or set HF_TOKEN") as caught:
+        hub.push(cell, "user/new")
+    assert "hf_wrong" not in str(caught.value)
+
+
+def test_without_a_network_the_cache_serves_and_else_it_says_so(server, tmp_path, monkeypatch):
+    hub.push(cell_folder(tmp_path / "cell", scaled(make_sae("slice"))), "user/new")
+    hub.from_pretrained("user/new", "cell")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert hub.from_pretrained("user/new", "cell").mask.settings.kind == "slice"
+    with pytest.raises(MissingAsset, match="could not be reached to read user/away, and the cache does not help"):
+        hub.from_pretrained("user/away", "cell")
+    with pytest.raises(MissingAsset, match="could not be reached to write to user/new"):
+        hub.push(tmp_path / "cell", "user/new")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    with pytest.raises(MissingAsset, match="could not be reached to read user/away"):
+        hub.from_pretrained("user/away")
+
+
+def test_the_command_prints_no_token(tmp_path):
+    cell = cell_folder(tmp_path / "cell", make_sae("slice"))
+    with stand_in() as (address, files):
+        environment = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": TOKEN}
+        command = [sys.executable, "-m", "posmask.cli", "push", cell, "user/new", "--private"]
+        result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert "Pushed: http" in result.stdout
+    assert "cell/cfg.json" in files["user/new"]
+    assert TOKEN not in result.stdout + result.stderr

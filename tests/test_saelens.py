@@ -1,0 +1,213 @@
+"""The real SAELens loads what we write, for every rule with every mask, and gives our codes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from conftest import D_MODEL, D_SAE, FORWARD_ONLY, KINDS, N_POSITIONS, RULES, make_sae, make_vectors
+from posmask.errors import BadSetting
+from posmask.interop.saelens_files import export_saelens
+from posmask.sae import write_sae
+
+ORIGIN = {"weights": "abc", "layer": 2, "model": "tiny", "training_tokens": 1000}
+
+
+def scaled(sae):
+    """With constants that matter, and decoder rows of norm 1 as after training."""
+    with torch.no_grad():
+        sae.center = torch.linspace(-1, 3, D_MODEL)
+        sae.scale = torch.tensor(2.5)
+        sae.decoder /= sae.decoder.norm(dim=1, keepdim=True)
+    return sae
+
+
+def exported(sae, folder, **options):
+    cell = folder / "cell"
+    cell.mkdir()
+    write_sae(sae, cell, ORIGIN)
+    export_saelens(cell, folder / "theirs", **options)
+    return folder / "theirs"
+
+
+def contexts(n_contexts=5, length=N_POSITIONS):
+    vectors = 2.5 * make_vectors(n_contexts * length)[0].view(n_contexts, length, D_MODEL) + 1
+    return vectors, torch.arange(length).expand(n_contexts, length)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("kind", "apply"), KINDS)
+def test_saelens_gives_our_codes(saelens, rule, kind, apply, tmp_path):
+    sae = scaled(make_sae(kind, apply, rule=rule, free_fraction=0.125))
+    theirs = saelens.SAE.load_from_disk(exported(sae, tmp_path))
+    assert theirs.cfg.architecture() == "posmask"
+    vectors, position = contexts()
+    expected = sae.encode(vectors, position)
+    torch.testing.assert_close(theirs.encode(vectors), expected, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(theirs.decode(expected), sae.decode(expected), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(theirs(vectors), sae(vectors, position), atol=1e-4, rtol=1e-5)
+    flat = vectors.flatten(0, 1)
+    found = theirs.encode(flat, positions=position.flatten())
+    torch.testing.assert_close(found, expected.flatten(0, 1), atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        theirs(flat, positions=position.flatten()), sae(vectors, position).flatten(0, 1), atol=1e-4, rtol=1e-5
+    )
+    assert expected.count_nonzero() > 0
+    assert theirs.W_enc.shape == (D_MODEL, D_SAE)
+    assert theirs.W_dec.shape == (D_SAE, D_MODEL)
+
+
+@pytest.mark.parametrize(("kind", "apply"), [("slice", "forward"), ("slice", "gradient"), ("switch", "forward")])
+def test_vectors_without_positions_are_coded_with_the_mask_lifted_and_say_so_once(saelens, kind, apply, tmp_path):
+    sae = scaled(make_sae(kind, apply))
+    theirs = saelens.SAE.load_from_disk(exported(sae, tmp_path))
+    vectors, position = contexts()
+    flat = vectors.flatten(0, 1)
+    if kind == "slice" and apply == "forward":
+        with pytest.warns(UserWarning, match=r"\[80, 12\] do not say, so the mask is lifted: pass positions="):
+            found = theirs.encode(flat)
+    else:
+        found = theirs.encode(flat)  # No position would matter, so there is nothing to say.
+    expected = sae.encode(flat, position.flatten(), lift=kind == "slice")
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
+    assert torch.equal(theirs.encode(flat), found)  # a second warning would be an error
+    assert theirs.encode(flat[0]).shape == (D_SAE,)
+
+
+def test_positions_of_tools_calls_and_positions_beyond(saelens, tmp_path):
+    sae = scaled(make_sae("slice"))
+    theirs = saelens.SAE.load_from_disk(exported(sae, tmp_path))
+    vectors, position = contexts()
+    flat = vectors.flatten(0, 1)
+    with theirs.at(3):
+        found = theirs.encode(flat), theirs(flat)
+    here = torch.full((len(flat),), 3)
+    torch.testing.assert_close(found[0], sae.encode(flat, here), atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(found[1], sae(flat, here), atol=1e-4, rtol=1e-5)
+    longer, position = contexts(2, N_POSITIONS + 4)
+    with pytest.warns(UserWarning, match="positions up to 19 are beyond the mask's last, 15, and count as it"):
+        found = theirs.encode(longer)
+    torch.testing.assert_close(found, sae.encode(longer, position, beyond="clamp"), atol=2e-5, rtol=1e-5)
+    assert torch.equal(theirs.encode(longer), found)
+    with pytest.raises(BadSetting, match="position -1 is negative: count from 0"):
+        theirs.encode(flat, positions=-1)
+    with pytest.raises(BadSetting, match=r"shape \[3\] do not fit vectors \[80, 12\]"):
+        theirs.encode(flat, positions=torch.tensor([1, 2, 3]))
+
+
+def test_a_mask_that_counts_from_elsewhere_takes_no_position_off_the_shape(saelens, tmp_path):
+    sae = scaled(make_sae("slice", coordinate="sentence"))
+    theirs = saelens.SAE.load_from_disk(exported(sae, tmp_path))
+    vectors, position = contexts()
+    with pytest.warns(UserWarning, match="the sentence, from which this mask counts, does not say"):
+        found = theirs.encode(vectors)
+    torch.testing.assert_close(found, sae.encode(vectors, position, lift=True), atol=2e-5, rtol=1e-5)
+    found = theirs.encode(vectors, positions=position)
+    torch.testing.assert_close(found, sae.encode(vectors, position), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("kind", ["slice", "soft", "switch"])
+def test_other_precisions_and_folded_norms(saelens, rule, kind, tmp_path):
+    sae = scaled(make_sae(kind, rule=rule))
+    folder = exported(sae, tmp_path)
+    theirs = saelens.SAE.load_from_disk(folder)
+    vectors, position = contexts()
+    half = saelens.SAE.load_from_disk(folder, dtype="bfloat16")
+    moved = saelens.SAE.load_from_disk(folder).to(torch.bfloat16)
+    assert half.dtype == moved.dtype == torch.bfloat16
+    assert half.cfg.dtype == "bfloat16"
+    assert half.encode(vectors).dtype == torch.bfloat16
+    assert torch.equal(half.encode(vectors), moved.encode(vectors))
+    closed = half.encode(vectors)[sae.encode(vectors, position, lift=False) == 0]
+    assert float((closed != 0).float().mean()) < 0.05  # The rounding takes a few others, and only near ties.
+    exact = saelens.SAE.load_from_disk(folder, dtype="float64")
+    codes, rows = exact.encode(vectors), exact.W_dec.detach().clone()
+    torch.testing.assert_close(codes.float(), sae.encode(vectors, position), atol=2e-5, rtol=1e-5)
+    exact.fold_W_dec_norm()
+    torch.testing.assert_close(exact.W_dec.norm(dim=1), torch.ones(D_SAE).double(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(exact.encode(vectors), 2.5 * codes, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(exact.decode(exact.encode(vectors)), codes @ rows + exact.b_dec, rtol=1e-6, atol=1e-6)
+    assert theirs.encode(vectors).dtype == torch.float32
+
+
+def test_norms_that_cannot_be_folded_are_refused_as_saelens_refuses_them(saelens, tmp_path):
+    sae = scaled(make_sae("slice"))
+    theirs = saelens.SAE.load_from_disk(exported(sae, tmp_path))
+    theirs.W_dec.data[0] *= 2
+    with pytest.raises(NotImplementedError, match="unlike norms cannot be folded under topk"):
+        theirs.fold_W_dec_norm()
+
+
+def test_hooks_of_saelens_see_and_change_what_passes(saelens, tmp_path):
+    theirs = saelens.SAE.load_from_disk(exported(scaled(make_sae("slice", rule="relu")), tmp_path))
+    vectors, _ = contexts()
+    out, cache = theirs.run_with_cache(vectors)
+    assert torch.equal(cache["hook_sae_input"], vectors)
+    assert torch.equal(cache["hook_sae_acts_post"], theirs.encode(vectors))
+    assert torch.equal(cache["hook_sae_recons"], out)
+    assert torch.equal(cache["hook_sae_output"], out)
+    assert cache["hook_sae_acts_pre"].shape == (5, N_POSITIONS, D_SAE)
+    silenced = theirs.run_with_hooks(vectors, fwd_hooks=[("hook_sae_acts_post", lambda codes, hook: codes * 0)])
+    torch.testing.assert_close(silenced, theirs.b_dec.expand_as(silenced))
+
+
+def test_saelens_saves_what_it_loaded(saelens, tmp_path):
+    sae = scaled(make_sae("importance", rule="matryoshka"))
+    theirs = saelens.SAE.load_from_disk(exported(sae, tmp_path))
+    theirs.save_model(tmp_path / "again")
+    again = saelens.SAE.load_from_disk(tmp_path / "again")
+    vectors, _ = contexts()
+    assert torch.equal(again.encode(vectors), theirs.encode(vectors))
+    assert again.cfg.metadata.hook_name == "blocks.1.hook_resid_post"
+    assert again.cfg.metadata.context_size == N_POSITIONS
+    assert not again.rule.level.is_floating_point()
+
+
+def test_an_object_without_a_folder_is_what_the_folder_gives(saelens, tmp_path):
+    from posmask.interop.saelens import as_saelens
+
+    sae = scaled(make_sae("slice", rule="gated"))
+    theirs, vectors = saelens.SAE.load_from_disk(exported(sae, tmp_path)), contexts()[0]
+    mine = as_saelens(sae, ORIGIN)
+    assert torch.equal(mine.encode(vectors), theirs.encode(vectors))
+    assert mine.cfg.to_dict() == theirs.cfg.to_dict()
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    ("kind", "apply"), [("open", "forward"), ("slice", "forward"), ("slice", "gradient"), ("soft", "forward")]
+)
+def test_the_lossy_export_is_the_sae_with_its_mask_lifted(saelens, rule, kind, apply, tmp_path):
+    sae = scaled(make_sae(kind, apply, rule=rule))
+    folder = exported(sae, tmp_path, lossy=True)
+    theirs = saelens.SAE.load_from_disk(folder)
+    vectors, position = contexts()
+    expected = sae.encode(vectors, position, lift=True)
+    torch.testing.assert_close(theirs.encode(vectors), expected, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(theirs(vectors), sae.decode(expected), atol=1e-4, rtol=1e-5)
+    assert type(theirs).__module__.startswith("sae_lens.")
+    lost = json.loads((folder / "cfg.json").read_text())["metadata"]["posmask_lossy"]
+    gated = kind != "open" and apply == "forward"
+    assert ("is lifted" in lost) == gated
+    assert (folder / "LOSSY.md").exists()
+
+
+def test_a_switch_has_no_lossy_export(tmp_path):
+    assert "switch" in FORWARD_ONLY
+    with pytest.raises(BadSetting, match="'switch' chooses latents by a router"):
+        exported(make_sae("switch"), tmp_path, lossy=True)
+
+
+def test_posmask_needs_no_saelens_and_says_how_to_get_it():
+    code = """
+import sys, posmask, posmask.cli, posmask.interop.saelens_files
+assert "sae_lens" not in sys.modules
+sys.modules["sae_lens"] = None
+import posmask.interop.saelens
+"""
+    result = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert "MissingExtra: posmask.interop.saelens needs SAELens" in result.stderr
+    assert "pip install 'posmask[saelens]'" in result.stderr

@@ -1,0 +1,180 @@
+"""SAELens folders without SAELens: what comes in as one of ours, and what is refused."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conftest import D_MODEL, D_SAE, KINDS, N_POSITIONS, RULES, make_sae, make_vectors
+from posmask.errors import BadSetting, DamagedFolder
+from posmask.interop.saelens_files import import_saelens
+from posmask.sae import read_origin, read_sae
+from test_saelens import ORIGIN, contexts, exported, scaled
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    ("kind", "apply"),
+    [case for case in KINDS if case[0] in ("soft", "importance", "switch") or case == ("slice", "gradient")],
+)
+def test_there_and_back_is_the_same_sae(rule, kind, apply, tmp_path):
+    sae = scaled(make_sae(kind, apply, rule=rule))
+    import_saelens(exported(sae, tmp_path), tmp_path / "back")
+    back = read_sae(tmp_path / "back")
+    vectors, position = contexts()
+    expected = sae.encode(vectors, position)
+    torch.testing.assert_close(back.encode(vectors, position), expected, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(back(vectors, position), sae(vectors, position), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(back.decoder.norm(dim=1), torch.ones(D_SAE))
+    assert back.mask.settings == sae.mask.settings
+    assert back.rule.settings == sae.rule.settings
+    assert torch.equal(back.mask.openness(), sae.mask.openness())
+    origin = read_origin(tmp_path / "back")
+    assert origin["layer"] == ORIGIN["layer"]
+    assert origin["training_tokens"] == 1000
+    assert origin["imported"]["architecture"] == "posmask"
+
+
+THEIRS = {"standard": {}, "topk": {"k": 4}, "topk rescaled": {"k": 4, "rescale_acts_by_decoder_norm": True}}
+THEIRS |= {"jumprelu": {}, "gated": {}}
+
+
+def random_tensors(architecture, *, unit):
+    random = torch.Generator().manual_seed(3)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=random)
+
+    tensors = {"W_enc": draw(D_MODEL, D_SAE), "W_dec": draw(D_SAE, D_MODEL), "b_dec": draw(D_MODEL)}
+    if unit:
+        tensors["W_dec"] /= tensors["W_dec"].norm(dim=1, keepdim=True)
+    if architecture == "gated":
+        return tensors | {"b_gate": draw(D_SAE), "b_mag": draw(D_SAE), "r_mag": 0.3 * draw(D_SAE)}
+    tensors["b_enc"] = draw(D_SAE)
+    return tensors | ({"threshold": draw(D_SAE).abs()} if architecture == "jumprelu" else {})
+
+
+def their_folder(folder, name="standard", *, unit=True, metadata=None, drop=(), **changes):
+    folder.mkdir()
+    architecture = name.partition(" ")[0]
+    facts = {"sae_lens_version": "6.54.12", "context_size": N_POSITIONS, "hook_name": "blocks.1.hook_resid_post"}
+    cfg = {"architecture": architecture, "d_in": D_MODEL, "d_sae": D_SAE, "dtype": "float32", "device": "cpu"}
+    cfg |= {"apply_b_dec_to_input": True, "normalize_activations": "none", "reshape_activations": "none"}
+    cfg |= THEIRS.get(name, {}) | changes
+    cfg["metadata"] = {**facts, **(metadata or {})}
+    (folder / "cfg.json").write_text(json.dumps(cfg))
+    tensors = {key: one for key, one in random_tensors(architecture, unit=unit).items() if key not in drop}
+    save_file(tensors, folder / "sae_weights.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("subtracts", [True, False])
+@pytest.mark.parametrize("unit", [True, False])
+@pytest.mark.parametrize("name", THEIRS)
+def test_an_imported_sae_does_what_saelens_does_with_it(saelens, name, unit, subtracts, tmp_path):
+    folder = their_folder(tmp_path / "theirs", name, unit=unit, apply_b_dec_to_input=subtracts)
+    if name == "topk" and not unit:
+        with pytest.raises(BadSetting, match=r"norms from \d\.\d+ to \d\.\d+ that topk does not reckon with"):
+            import_saelens(folder, tmp_path / "ours")
+        return
+    theirs, ours = saelens.SAE.load_from_disk(folder), import_saelens(folder, tmp_path / "ours")
+    vectors, position = contexts()
+    expected = theirs.encode(vectors)
+    norms = theirs.W_dec.norm(dim=1) if not unit and name != "topk rescaled" else 1
+    torch.testing.assert_close(ours.encode(vectors, position), expected * norms, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours(vectors, position), theirs(vectors), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours.decoder.norm(dim=1), torch.ones(D_SAE))
+    assert ours.mask.settings.kind == "open"
+    assert ours.mask.n_positions == N_POSITIONS
+    assert read_origin(tmp_path / "ours")["layer"] == 2
+
+
+@pytest.mark.parametrize("as_folder", [True, False])
+def test_gemma_scope_comes_in_from_its_arrays(as_folder, tmp_path):
+    folder = tmp_path / "layer_12" / "width_16k" / "average_l0_82"
+    folder.mkdir(parents=True)
+    tensors = random_tensors("jumprelu", unit=True)
+    np.savez(folder / "params.npz", **{name: tensor.numpy() for name, tensor in tensors.items()})
+    source = folder if as_folder else folder / "params.npz"
+    sae = import_saelens(source, tmp_path / "ours", n_positions=N_POSITIONS)
+    vectors, position = make_vectors(50)
+    preactivation = vectors @ tensors["W_enc"] + tensors["b_enc"]
+    expected = preactivation.relu() * (preactivation > tensors["threshold"])
+    torch.testing.assert_close(sae.encode(vectors, position), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        sae(vectors, position), expected @ tensors["W_dec"] + tensors["b_dec"], atol=1e-4, rtol=0
+    )
+    assert read_origin(tmp_path / "ours")["layer"] == 13
+
+
+def refused(folder, error, message, **options):
+    with pytest.raises(error, match=message) as caught:
+        import_saelens(folder, folder.parent / "ours", **options)
+    assert "\n" not in str(caught.value)
+    assert not (folder.parent / "ours").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"drop": ("b_enc",)}, DamagedFolder, "the weights lack b_enc, which 'standard' has: fetch them again"),
+        ({"name": "gated", "drop": ("r_mag",)}, DamagedFolder, "the weights lack r_mag, which 'gated' has"),
+        ({"name": "temporal"}, BadSetting, "architecture 'temporal' has no rule here: choose an SAE that is one of"),
+        ({"metadata": {"sae_lens_version": "5.9.1"}}, BadSetting, "SAELens 5.9.1, whose settings meant other things"),
+        ({"metadata": {"sae_lens_version": None}}, BadSetting, "SAELens before 6.0, .* load it with SAELens 6"),
+        ({"d_sae": 8}, DamagedFolder, r"W_enc has the shape \[12, 32\], not \[12, 8\] as d_in = 12 and d_sae = 8"),
+        (
+            {"metadata": {"hook_name": "blocks.1.hook_mlp_out"}},
+            BadSetting,
+            "'blocks.1.hook_mlp_out' is not the residual",
+        ),
+        ({"metadata": {"context_size": None}}, BadSetting, "no context_size is named: .* --n-positions"),
+        ({"normalize_activations": "layer_norm"}, BadSetting, "normalize_activations = 'layer_norm' is not in the"),
+        ({"reshape_activations": "hook_z"}, BadSetting, "reshape_activations = 'hook_z' reads attention heads"),
+        ({"name": "topk", "k": None}, BadSetting, "k Input should be a valid integer"),
+        ({"d_in": None}, BadSetting, "fetch an SAE whose settings are whole"),
+    ],
+)
+def test_folders_that_cannot_be_taken_over_say_why(given, error, message, tmp_path):
+    refused(their_folder(tmp_path / "theirs", **given), error, message)
+
+
+def test_files_that_cannot_be_read_say_why(tmp_path):
+    refused(tmp_path, DamagedFolder, "holds no cfg.json: give a folder that SAELens's save_model wrote")
+    folder = their_folder(tmp_path / "theirs")
+    weights = folder / "sae_weights.safetensors"
+    tensors = load_file(weights)
+    tensors["W_dec"][3, 4] = torch.nan
+    save_file(tensors, weights)
+    refused(folder, DamagedFolder, "W_dec holds NaN or infinite numbers")
+    weights.write_bytes(b"\x00\x01")
+    refused(folder, DamagedFolder, "sae_weights.safetensors cannot be read")
+    weights.unlink()
+    refused(folder, DamagedFolder, "holds no sae_weights.safetensors: fetch the folder again")
+    (folder / "cfg.json").write_text("{")
+    refused(folder, DamagedFolder, "is not readable JSON")
+
+
+class Bomb:
+    def __reduce__(self):
+        return (pytest.fail, ("unpickled",))
+
+
+def test_pickles_are_refused_and_never_opened(tmp_path):
+    folder = their_folder(tmp_path / "theirs")
+    (folder / "sae_weights.safetensors").rename(folder / "sae_weights.pt")
+    (folder / "sae_weights.pt").write_bytes(pickle.dumps(Bomb()))
+    refused(folder, DamagedFolder, r"holds its weights pickled \(sae_weights.pt\), .* never read")
+    folder = tmp_path / "scope"
+    folder.mkdir()
+    np.savez(folder / "params.npz", W_enc=np.array([Bomb()], dtype=object))
+    refused(folder, DamagedFolder, "cannot be read without unpickling", n_positions=16)
+
+
+def test_nothing_is_overwritten(tmp_path):
+    folder = their_folder(tmp_path / "theirs")
+    with pytest.raises(BadSetting, match="exists and is not empty: name a new folder"):
+        import_saelens(folder, folder)

@@ -1,0 +1,81 @@
+"""Curves arrive in each tracker's own files, read back by its own reader. Nothing here needs a network."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from posmask import tracking
+from posmask.errors import MissingExtra
+from posmask.training import CurvePoint
+
+POINTS = [CurvePoint(step, step * 256, 1e-3, 1 / step, 0.0, 1 - 1 / step, 4.0, step % 3, 0.5) for step in (1, 10, 20)]
+
+WRITE_AND_READ = """
+import glob, json, sys
+from pathlib import Path
+from posmask.tracking import curve_writer
+from posmask.training import CurvePoint
+
+trackers = {"tensorboard", "wandb", "trackio"}
+folder = Path(sys.argv[1])
+with curve_writer(None, folder, "tiny", "open-seed0", {}) as write:
+    write(CurvePoint(1, 256, 1e-3, 1.0, 0.0, 0.5, 4.0, 0, 0.5))
+assert not list(folder.iterdir()) and not trackers & set(sys.modules)
+
+for name in sorted(trackers):
+    with curve_writer(name, folder, "tiny", "open-seed0", {"seed": 0}) as write:
+        for step in (1, 10, 20):
+            write(CurvePoint(step, step * 256, 1e-3, 1 / step, 0.0, 1 - 1 / step, 4.0, step % 3, 0.5))
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+events = EventAccumulator(str(folder / "tensorboard" / "open-seed0"))
+events.Reload()
+found = {"tensorboard": {tag: [[p.step, p.value] for p in events.Scalars(tag)] for tag in events.Tags()["scalars"]}}
+
+from trackio.sqlite_storage import SQLiteStorage
+found["trackio"] = {}
+for row in SQLiteStorage.get_logs("posmask-tiny", "open-seed0"):
+    for key, value in row.items():
+        found["trackio"].setdefault(key, []).append([row["step"], value])
+
+from wandb.proto.wandb_internal_pb2 import Record
+found["wandb"] = {}
+(path,) = glob.glob(str(folder / "wandb" / "offline-run-*" / "run-*.wandb"))
+data, at, record = Path(path).read_bytes(), 7, b""  # LevelDB's log format behind a header
+while at + 7 <= len(data):
+    if (left := 32768 - at % 32768) < 7:
+        at += left
+        continue
+    length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+    record += data[at + 7 : at + 7 + length]
+    at += 7 + length
+    if kind in (1, 4):
+        history = Record.FromString(record).history
+        for item in history.item:
+            key = item.key or item.nested_key[0]
+            found["wandb"].setdefault(key, []).append([history.step.num, json.loads(item.value_json)])
+        record = b""
+print(json.dumps(found))
+"""
+
+
+def test_points_arrive_in_every_tracker_and_without_one_nothing_is_loaded(tmp_path):
+    (tmp_path / "run").mkdir()
+    offline = {"WANDB_MODE": "offline", "TRACKIO_DIR": str(tmp_path / "trackio"), "HOME": str(tmp_path)}
+    command = [sys.executable, "-c", WRITE_AND_READ, str(tmp_path / "run")]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **offline})
+    assert run.returncode == 0, run.stdout + run.stderr
+    for found in json.loads(run.stdout.splitlines()[-1]).values():
+        for key in ("loss", "explained_variance", "tokens"):
+            expected = [(point.step, getattr(point, key)) for point in POINTS]
+            assert [tuple(pair) for pair in found[key]] == [pytest.approx(pair) for pair in expected]
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
+def test_a_missing_tracker_is_named_with_its_pip_line(name, monkeypatch):
+    monkeypatch.setattr(tracking, "find_spec", lambda package: None)
+    with pytest.raises(MissingExtra, match=rf"needs the package `{name}`: pip install 'posmask\[track\]'"):
+        tracking.check_tracker(name)

@@ -1,0 +1,59 @@
+"""The way in from Python: the whole path in a dozen lines, and an import that loads nothing."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import posmask
+from conftest import make_texts
+from posmask.errors import NothingToDo
+
+
+def test_importing_loads_nothing_and_every_name_is_there():
+    code = "import sys, posmask; assert 'torch' not in sys.modules; posmask.summarise; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert set(posmask.__all__) <= set(dir(posmask))
+    assert all(callable(getattr(posmask, name)) for name in posmask.__all__)
+    with pytest.raises(AttributeError, match="No posmask attribute nothing"):
+        posmask.nothing  # noqa: B018
+
+
+def test_the_whole_path_by_hand(model_folder, tmp_path):
+    options = {"model": str(model_folder), "layer": 2, "n_positions": 16, "precision": "float32"}
+    training = posmask.read_vectors(make_texts(200), folder=tmp_path / "training", n_tokens=3000, **options)
+    heldout = posmask.read_vectors(make_texts(80, seed=1), folder=tmp_path / "heldout", n_tokens=1000, **options)
+    sae = posmask.make_sae(
+        training,
+        16,
+        mask={"kind": "slice", "n_slices": 4},
+        rule={"kind": "topk", "k": 4},
+        budget="compute",
+        n_positions=16,
+    )
+    assert sae.d_sae == 64
+    trained = posmask.fit(sae, training, n_steps=60, batch_tokens=256)
+    found = {
+        one.metric: one.value for one in posmask.measure(trained.sae, heldout, retention_positions=4) if not one.slice
+    }
+    assert 0.2 < found["explained_variance"] < 1
+    assert found["l0"] <= 4
+    assert found["mean_openness"] == pytest.approx(0.25)
+    assert {"retention", "retention_chance", "strictness"} <= set(found)
+    posmask.write_sae(sae, tmp_path / "sae")
+    back = posmask.read_sae(tmp_path / "sae")
+    batch = heldout.batch(torch.arange(20))
+    assert torch.equal(back.encode(batch.vectors, batch.position), sae.encode(batch.vectors, batch.position))
+
+
+def test_vectors_are_read_once_and_other_texts_are_never_taken_for_them(model_folder, tmp_path, monkeypatch):
+    options = {"model": str(model_folder), "layer": 2, "n_positions": 16, "n_tokens": 500, "folder": tmp_path / "v"}
+    first = posmask.read_vectors(make_texts(40), **options)
+    written = (tmp_path / "v" / "manifest.json").stat().st_mtime_ns
+    posmask.read_vectors(make_texts(40), **options)
+    assert (tmp_path / "v" / "manifest.json").stat().st_mtime_ns == written
+    other = posmask.read_vectors(make_texts(40, seed=5), **options)
+    assert not torch.equal(other.token_id[:300], first.token_id[:300])
+    with pytest.raises(NothingToDo, match="ask for fewer, or name more texts"):
+        posmask.read_vectors(make_texts(4), **{**options, "folder": tmp_path / "few", "n_tokens": 5000})
