@@ -18,6 +18,7 @@ LEVELS = [
     ["sae"],
     ["objective", "metrics", "probing"],
     ["training", "latents"],
+    ["parallel"],
     ["evaluation", "interop", "tracking"],
     ["settings"],
     ["study"],

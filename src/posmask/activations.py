@@ -256,7 +256,13 @@ def evaluation_batches(activations: Activations, batch_tokens: int = 4096) -> It
 
 
 def training_batches(
-    activations: Activations, batch_tokens: int, n_batches: int, seed: int, *, after: int = 0
+    activations: Activations,
+    batch_tokens: int,
+    n_batches: int,
+    seed: int,
+    *,
+    after: int = 0,
+    mine: Callable[[Int[Tensor, " token"]], Int[Tensor, " some"]] | None = None,
 ) -> Iterator[Batch]:
     """Random batches of kept tokens: each token at most once an epoch, in a new order each epoch.
 
@@ -266,6 +272,7 @@ def training_batches(
 
     Args:
         after: go on where so many batches end.
+        mine: from a batch's positions, the numbers of the tokens to read, where several processes share it.
 
     Raises:
         NothingToDo: fewer kept tokens than one batch.
@@ -285,4 +292,5 @@ def training_batches(
         if number < after:
             continue
         index = order[place * batch_tokens : (place + 1) * batch_tokens]
-        yield activations.batch(index[torch.sort(activations.position[index], stable=True).indices])
+        index = index[torch.sort(activations.position[index], stable=True).indices]
+        yield activations.batch(index if mine is None else index[mine(activations.position[index])])

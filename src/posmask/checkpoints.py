@@ -30,14 +30,18 @@ class Checkpoints:
         folder: `folder/STEP` holds the state after so many steps.
         made_from: identity of the work; checkpoints of other work are passed over, and removed at the next `write`.
         every_seconds: how much work is lost at the most, unless checkpoints take so long that they come less often.
+        keeps_end: whether the state after the last step is kept whatever it took, for another process to go on from.
     """
 
-    def __init__(self, folder: Path, made_from: Mapping[str, Any], every_seconds: float = 90.0) -> None:
+    def __init__(
+        self, folder: Path, made_from: Mapping[str, Any], every_seconds: float = 90.0, *, keeps_end: bool = False
+    ) -> None:
         self.folder = folder
         self.done = 0
         """Steps behind the newest checkpoint that is whole; 0 where there is none."""
         self._made_from = made_from
         self._every_seconds = every_seconds
+        self._keeps_end = keeps_end
         self._kept: list[Path] = []
         for path in sorted(folder.glob("[0-9]*"), reverse=True):
             if self._is_whole(path):
@@ -73,7 +77,7 @@ class Checkpoints:
         """
         since = time.monotonic() - self._last
         seconds = self._every_seconds / (4 if at_end and self._cost else 1)
-        return since >= max(seconds, _TIMES_ITS_COST * self._cost)
+        return (at_end and self._keeps_end) or since >= max(seconds, _TIMES_ITS_COST * self._cost)
 
     def write(self, done: int, state: Mapping[str, Tensor]) -> None:
         """Keep the state after `done` steps, and of the earlier ones only the newest."""

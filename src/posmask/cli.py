@@ -119,6 +119,52 @@ def run(
     print(f"The page: {page}")
 
 
+@app.command("train")
+def train_command(
+    study_file: StudyFile,
+    cell: Annotated[str, typer.Argument(help="The name of a cell of the study.", show_default=False)],
+    seed: Annotated[int, typer.Option(help="Which of its seeds.")] = 0,
+    by: Annotated[
+        Literal["data", "position"],
+        typer.Option(help="What processes divide: each batch, or (for strict masks) positions with their latents."),
+    ] = "data",
+    root: Root = None,
+    changes: Changes = None,
+) -> None:
+    """Train one cell in several processes, which torchrun starts, and leave it for `posmask run` to evaluate.
+
+    torchrun --nproc-per-node 4 -m posmask.cli train STUDY.toml CELL --by position
+    """
+    import contextlib
+    import os
+
+    import torch.distributed as dist
+
+    from posmask import study
+    from posmask.errors import BadSetting
+    from posmask.settings import read_study
+
+    if "WORLD_SIZE" not in os.environ:
+        raise BadSetting(
+            "posmask train is for processes that torchrun starts: write `torchrun --nproc-per-node N -m posmask.cli "
+            "train ...`, or take posmask run for one process"
+        )
+    settings = read_study(study_file, changes or ())
+    root = root or Path("runs") / settings.name
+    dist.init_process_group("nccl" if settings.device.startswith("cuda") else "gloo")
+    leads = dist.get_rank() == 0
+    try:
+        with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as quiet:
+            if not leads:
+                quiet.enter_context(contextlib.redirect_stderr(nowhere))
+            together = study.train_together(settings, root, cell, seed, by)
+    finally:
+        dist.destroy_process_group()
+    if leads:
+        sent = "" if together is None else f" Each process sent {together.bytes_sent / 1e6:,.1f} MB."
+        print(f"{cell} with seed {seed} is trained.{sent} `posmask run {study_file}` evaluates it.")
+
+
 def _verdict_line(path: Path) -> str:
     from posmask.verdicts import MIN_SEEDS, read_verdicts
 

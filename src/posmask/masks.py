@@ -6,6 +6,7 @@ gradient that a token at p sends into latent j's own parameters is multiplied: s
 inference.
 """
 
+import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -147,6 +148,15 @@ class PositionMask(nn.Module):
     def may_have_copies(self) -> bool:
         """Whether latents are copies of each other, or may become so in training: else `tie` has nothing to act on."""
         return self.copies_latents or len(self.copied_from.unique()) < self.d_sae
+
+    def part(self, latents: Int[Tensor, " some"]) -> "PositionMask":
+        """The same mask for some of its latents. Of a mask whose openness is fixed, without free latents."""
+        part = copy.deepcopy(self)
+        part.d_sae = part.n_bound = len(latents)
+        part.fixed_openness = self.fixed_openness[:, latents].clone()
+        part.copied_from = torch.arange(len(latents))
+        part._changed()
+        return part
 
     def meet(self, d_model: int, seed: int) -> None:
         """Called once by the SAE that the mask belongs to, before training or loading."""

@@ -18,7 +18,7 @@ from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
-from posmask import assets, corpus, folders, kernels, model, rows, training, verdicts
+from posmask import assets, corpus, folders, kernels, model, parallel, rows, training, verdicts
 from posmask.activations import Activations, Stored, harvest, training_batches
 from posmask.checkpoints import Checkpoints
 from posmask.errors import BadSetting, DamagedFolder
@@ -34,7 +34,7 @@ from posmask.settings import MODEL_CELL, CellSettings, ModelSettings, StudySetti
 from posmask.texts import content_of, read_texts
 from posmask.tracking import check_tracker, curve_writer
 
-__all__ = ["Source", "cell_states", "evaluate_folder", "look_at_latents", "run_study"]
+__all__ = ["Source", "cell_states", "evaluate_folder", "look_at_latents", "run_study", "train_together"]
 
 RESULTS_FILE = "results.csv"
 VERDICTS_FILE = "verdicts.csv"
@@ -367,6 +367,82 @@ def _verdicts(study: StudySettings, places: list[_Place]) -> list[verdicts.Verdi
     return verdicts.judge(units, asked)
 
 
+def _untrained(study: StudySettings, place: _Place, data: Data) -> tuple[SparseAutoencoder, int]:
+    """A cell's SAE before its training, and the tokens that the SAE it starts from was trained on."""
+    assert place.cell is not None
+    if place.start is None:
+        sae = study.make_sae(place.cell, data.training.d_model, place.seed)
+        sae.center, sae.scale = data.training.centre_and_scale
+        return sae.to(study.device), 0
+    started, origin = _read_start(place.start, data.training.d_model), read_origin(place.start)
+    if "imported" in origin:  # Else with the constants that its weights were made for.
+        restate_(started, *data.training.centre_and_scale)
+    sae = study.start_sae(place.cell, started, place.seed)
+    return sae.to(study.device), origin.get("training_tokens", 0)
+
+
+def _train(
+    study: StudySettings, place: _Place, sae: SparseAutoencoder, data: Data, together: parallel.Together | None = None
+) -> training.Trained:
+    """Train a cell's SAE, or with others this process's part of it, from its last checkpoint on."""
+    assert place.cell is not None
+    settings = study.training.model_copy(update={"n_steps": study.n_steps(place.cell)})
+    taken = round(place.cell.steps_share * study.training.n_steps) - settings.n_steps  # by the cell it starts from
+    checkpoints = Checkpoints(place.checkpoints, place.made_from, CHECKPOINT_SECONDS, keeps_end=together is not None)
+    batches = training_batches(
+        data.training,
+        settings.batch_tokens,
+        settings.n_steps - checkpoints.done,
+        place.seed,
+        after=taken + checkpoints.done,
+        mine=None if together is None else together.mine,
+    )
+    root = place.folder.parents[1]
+    track = study.track if together is None or together.leads else None
+    with curve_writer(track, root, study.name, place.label, place.made_from) as write:
+        return training.train(
+            sae,
+            batches,
+            settings,
+            place.label,
+            on_point=write,
+            checkpoints=checkpoints,
+            together=together or training.Alone(),
+        )
+
+
+def train_together(
+    study: StudySettings, root: Path, cell: str, seed: int, by: Literal["data", "position"]
+) -> parallel.Together | None:
+    """Train one cell in all processes that torch.distributed has connected, and leave it for `run_study` to evaluate.
+
+    Args:
+        by: what is divided among the processes; see `parallel`.
+
+    Returns:
+        How they were together; None where the cell was finished already.
+
+    Raises:
+        BadSetting: no such cell, or one that cannot be divided so.
+    """
+    source = Source(study.model, study.device)
+    place = next((one for one in _places(study, source, root) if one.label == f"{cell}-seed{seed}"), None)
+    if place is None or place.cell is None:
+        known = ", ".join(one.name for one in study.cells)
+        raise BadSetting(f"{study.name} has no cell {cell!r} with seed {seed}: choose from {known}, and its seeds")
+    if _state(place) == "finished":
+        return None
+    data = prepare(study, source, root)
+    whole, _ = _untrained(study, place, data)
+    if by == "data":
+        together = parallel.ByData(whole)
+        _train(study, place, whole, data, together)
+    else:
+        together = parallel.ByPosition(whole, data.training.position[data.training.keep])
+        _train(study, place, together.part, data, together)
+    return together
+
+
 def _run_place(study: StudySettings, place: _Place, data: Data, baseline: list[rows.Row]) -> None:
     """Fill one folder.
 
@@ -380,31 +456,8 @@ def _run_place(study: StudySettings, place: _Place, data: Data, baseline: list[r
             columns = {"mask": "none", "budget": "", "apply": ""}
             name = MODEL_CELL
         else:
-            before = 0
-            if place.start is None:
-                sae = study.make_sae(cell, data.training.d_model, place.seed)
-                sae.center, sae.scale = data.training.centre_and_scale
-            else:  # With the constants that its weights were made for, if they have any.
-                started, origin = _read_start(place.start, data.training.d_model), read_origin(place.start)
-                if "imported" in origin:
-                    restate_(started, *data.training.centre_and_scale)
-                sae = study.start_sae(cell, started, place.seed)
-                before = origin.get("training_tokens", 0)
-            sae.to(study.device)
-            settings = study.training.model_copy(update={"n_steps": study.n_steps(cell)})
-            taken = round(cell.steps_share * study.training.n_steps) - settings.n_steps  # by the cell it starts from
-            checkpoints = Checkpoints(place.checkpoints, place.made_from, CHECKPOINT_SECONDS)
-            batches = training_batches(
-                data.training,
-                settings.batch_tokens,
-                settings.n_steps - checkpoints.done,
-                place.seed,
-                after=taken + checkpoints.done,
-            )
-            root = place.folder.parents[1]
-            with curve_writer(study.track, root, study.name, place.label, place.made_from) as write:
-                trained = training.train(sae, batches, settings, place.label, on_point=write, checkpoints=checkpoints)
-            del batches
+            sae, before = _untrained(study, place, data)
+            trained = _train(study, place, sae, data)
             kernels.give_back_freed_memory()
             training.write_curve(draft / "curve.csv", trained.curve)
             n_tokens = before + trained.n_tokens

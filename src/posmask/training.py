@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from jaxtyping import Bool, Float
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from posmask import kernels, objective
 from posmask.activations import Batch
@@ -21,7 +21,7 @@ from posmask.progress import progress_bar
 from posmask.rows import write_records
 from posmask.sae import SparseAutoencoder, copy_latents_
 
-__all__ = ["CurvePoint", "Trained", "TrainingSettings", "train", "write_curve"]
+__all__ = ["Alone", "CurvePoint", "Trained", "TrainingSettings", "rows_of_latents", "train", "write_curve"]
 
 _CURVE_EVERY = 10
 _DIVERGED = 1000
@@ -82,6 +82,43 @@ class Trained:
     seconds: float
 
 
+class Alone:
+    """What a training step asks of the processes that train together: here there is one.
+
+    `parallel.py` has the others. Each of them sees a part of every batch, and owns all latents or some.
+    """
+
+    owns_all_latents = True
+    leads = True  # and so writes what all have made together
+
+    def combined(self, sae: SparseAutoencoder, step: objective.StepLoss) -> objective.StepLoss:
+        """The step on the whole batch, of the latents that this process owns; sets their gradients anew."""
+        return step
+
+    def clip_(self, sae: SparseAutoencoder, parameters: list[nn.Parameter], max_norm: float) -> None:
+        """Scale gradients down to `max_norm`, that of all parameters of all processes together."""
+        torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+
+    def totals(self, *values: float) -> list[float]:
+        """Sums over the processes."""
+        return list(values)
+
+    def decided(self, whether: bool) -> bool:
+        """What the leading process says."""
+        return whether
+
+    def whole(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A checkpoint of all latents from one of this process's: any number of processes can go on from it."""
+        return state
+
+    def part_of(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """This process's part of a checkpoint of all latents."""
+        return state
+
+
+_ALONE = Alone()
+
+
 class DeadLatents:
     """For each latent, on how many tokens it was open since it last fired."""
 
@@ -110,6 +147,7 @@ def train(
     after_step: Callable[[int], None] = lambda done: None,
     checkpoints: Checkpoints | None = None,
     on_point: Callable[[CurvePoint], None] = lambda point: None,
+    together: Alone = _ALONE,
 ) -> Trained:
     """Train `sae` in place, on its device. Parameters that require no gradient stay as they are.
 
@@ -119,6 +157,7 @@ def train(
         checkpoints: to go on from and to write. `batches` must then begin behind the `checkpoints.done` first ones;
             the outcome is that of a training that was never stopped, bit for bit.
         on_point: called with each point of the curve as it comes.
+        together: the processes that train one SAE; `batches` then are this one's parts of them.
 
     Raises:
         NothingToDo: fewer kept tokens than a batch.
@@ -141,7 +180,7 @@ def train(
     started = time.perf_counter()
     behind = 0 if checkpoints is None else checkpoints.done
     if checkpoints is not None and behind:
-        curve, seconds = _restore_(sae, optimizer, deaths, checkpoints.read())
+        curve, seconds = _restore_(sae, optimizer, deaths, together.part_of(checkpoints.read()))
         started -= seconds
 
     def stays() -> str:
@@ -171,6 +210,7 @@ def train(
                     f"the loss of {label} is {step.reconstruction} at step {done}: lower learning_rate = "
                     f"{settings.learning_rate}, or look for NaN in the vectors{stays()}"
                 )
+            step = together.combined(sae, step)
             if step.openness_gradient is not None:
                 sae.mask.learn(step.openness_gradient)
             if sae.mask.watches:
@@ -178,7 +218,7 @@ def train(
             if sae.mask.settings.tie:
                 share_gradients_(sae)
             if settings.max_gradient_norm is not None:
-                torch.nn.utils.clip_grad_norm_(own, settings.max_gradient_norm)
+                together.clip_(sae, own, settings.max_gradient_norm)
             learning_rate = optimizer.param_groups[0]["lr"]
             optimizer.step()
             sae.mask.zero_grad()  # the SAE's own gradients are set anew each step
@@ -191,20 +231,22 @@ def train(
                 _copy_moments_(optimizer, sae, copies)
                 deaths.copy_(copies)
             if done % _CURVE_EVERY == 0 or done in (1, settings.n_steps):
-                curve.append(_point(sae, batch, step, done, settings, learning_rate, int(deaths.dead.sum())))
+                n_dead = int(deaths.dead.sum())
+                curve.append(_point(sae, batch, step, done, settings, learning_rate, n_dead, together))
                 _check_alive(curve[-1], sae.d_sae, label, settings, stays())
                 on_point(curve[-1])
-            advance(len(batch))
+            advance(settings.batch_tokens)
             after_step(done)
-            if checkpoints is not None and checkpoints.due(at_end=done == settings.n_steps):
-                state = _state(sae, optimizer, deaths, curve, time.perf_counter() - started)
+            if checkpoints is not None and together.decided(checkpoints.due(at_end=done == settings.n_steps)):
+                state = together.whole(_state(sae, optimizer, deaths, curve, time.perf_counter() - started))
                 broken = [name for name, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
                 if broken:
                     raise DegenerateResult(
                         f"{label} holds NaN or infinite numbers after step {done} (in {', '.join(broken[:3])}): lower "
                         f"learning_rate = {settings.learning_rate}{stays()}"
                     )
-                checkpoints.write(done, state)
+                if together.leads:
+                    checkpoints.write(done, state)
     final = curve[-1]
     if final.l0 == 0 or not final.explained_variance > 0:
         raise DegenerateResult(
@@ -250,6 +292,19 @@ def _state(
     found[_CURVE] = torch.tensor([astuple(point) for point in curve], dtype=torch.float64)
     found[_SECONDS] = torch.tensor(seconds, dtype=torch.float64)
     return found
+
+
+def rows_of_latents(sae: SparseAutoencoder, state: dict[str, Tensor]) -> list[str]:
+    """The names in a checkpoint whose tensors have a row or a number for each latent, but for the mask's."""
+    own = {
+        name
+        for name, parameter in sae.named_parameters()
+        if any(parameter is other for other in sae.latent_parameters())
+    }
+    keys = [(key, *key.split(".", 1)) for key in state if "." in key]
+    found = [key for key, kind, name in keys if kind == "sae" and name in own]
+    adam = [(key, name.rpartition(".")[0]) for key, kind, name in keys if kind == "adam"]
+    return [*found, *(key for key, name in adam if name in own and state[key].dim()), _SINCE_FIRED]
 
 
 def _restore_(
@@ -320,20 +375,28 @@ def _point(
     settings: TrainingSettings,
     learning_rate: float,
     n_dead: int,
+    together: Alone,
 ) -> CurvePoint:
+    n = len(batch)
     with torch.no_grad():
-        variance = float(sae.normalise(batch.vectors).square().sum(1).mean())
-        mean_openness = float(sae.mask.openness().mean())
+        squares = float(sae.normalise(batch.vectors).square().sum())
+        openness = sae.mask.openness()
+    squares, lost, auxiliary, n_active = together.totals(
+        squares, step.reconstruction * n, step.auxiliary * n, float(step.n_active)
+    )
+    dead, opened, n_gates = float(n_dead), float(openness.sum()), float(openness.numel())
+    if not together.owns_all_latents:
+        dead, opened, n_gates = together.totals(dead, opened, n_gates)
     return CurvePoint(
         step=done,
         tokens=done * settings.batch_tokens,
         learning_rate=learning_rate,
-        loss=step.reconstruction,
-        auxiliary_loss=step.auxiliary,
-        explained_variance=1 - step.reconstruction / variance,
-        l0=step.n_active / len(batch),
-        dead_latents=n_dead,
-        mean_openness=mean_openness,
+        loss=lost / settings.batch_tokens,
+        auxiliary_loss=auxiliary / settings.batch_tokens,
+        explained_variance=1 - lost / squares,
+        l0=n_active / settings.batch_tokens,
+        dead_latents=int(dead),
+        mean_openness=opened / n_gates,
     )
 
 
