@@ -399,7 +399,7 @@ def _check_sizes(description: Any, tensors: Mapping[str, Tensor]) -> None:
     said = {name: description[name] for name in ("d_sae", "d_model", "n_positions")}
     if any(type(size) is not int for size in said.values()):
         raise ValueError(f"its sizes are {said}")
-    found = dict(zip(("d_sae", "d_model"), tensors["encoder"].shape, strict=True))
+    found: dict[str, int] = dict(zip(("d_sae", "d_model"), tensors["encoder"].shape, strict=True))
     tables = [tensors[name] for name in ("mask.fixed_openness", "mask.theta") if name in tensors]
     found["n_positions"] = len(tables[0])
     if description["mask"]["kind"] == "switch":  # Its table has a row for each expert.
