@@ -189,8 +189,8 @@ def test_an_sae_there_is_evaluated_as_here(kind, activations, language_model, to
     train_on(here, activations, SETTINGS)
     there = copy.deepcopy(here).to(THERE)
     dead = torch.zeros(D_SAE, dtype=torch.bool)
-    expected = evaluation.evaluate(here, dead, data, "here")
-    found = evaluation.evaluate(there, dead.to(THERE), data, "there")
+    expected, _ = evaluation.evaluate(here, dead, data, "here")
+    found, _ = evaluation.evaluate(there, dead.to(THERE), data, "there")
     assert [one.metric for one in found] == [one.metric for one in expected]
     values = [[one.value for one in some] for some in (found, expected)]
     assert values[0] == pytest.approx(values[1], rel=1e-3, abs=1e-3, nan_ok=True)

@@ -52,8 +52,6 @@ class Tokenizer(Protocol):
 
     def convert_ids_to_tokens(self, ids: list[int]) -> Any: ...
 
-    def decode(self, token_ids: list[int]) -> Any: ...
-
 
 @dataclass(frozen=True)
 class Tokens:

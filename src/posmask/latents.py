@@ -17,7 +17,6 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from posmask.activations import Batch
-from posmask.corpus import Tokenizer
 from posmask.metrics.specialization import PositionMass
 from posmask.model import LanguageModel
 from posmask.sae import Codes, SparseAutoencoder
@@ -111,7 +110,7 @@ class LatentFacts:
             self._arrays[name] = ids.int().numpy()
             self._arrays[f"{name}_logit"] = logits.half().numpy()
 
-    def write(self, folder: Path, tokenizer: Tokenizer) -> None:
+    def write(self, folder: Path, tokenizer: Any) -> None:
         token_id, position, text = (torch.cat(part).int().numpy() for part in zip(*self._tokens, strict=True))
         token, latent, value = (torch.cat(part).numpy() for part in zip(*self._codes, strict=True))
         strongest = strongest_texts(token, latent, value, position, text, self._d_sae)
@@ -141,7 +140,7 @@ class LatentFacts:
         (folder / LATENT_WORDS_FILE).write_text(json.dumps(words, ensure_ascii=False), encoding="utf8")
 
 
-def _word(tokenizer: Tokenizer, token: int) -> str:
+def _word(tokenizer: Any, token: int) -> str:
     """A token's text; where its bytes are no whole characters, the tokenizer's own name for it."""
     word = tokenizer.decode([token])
     return str(tokenizer.convert_ids_to_tokens([token])[0]) if "\ufffd" in word or not word else word
@@ -196,7 +195,7 @@ def strongest_texts(
     return Strongest(starts, lengths, values, largest)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def vocabulary_effects(
     sae: SparseAutoencoder, model: LanguageModel
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:

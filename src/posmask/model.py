@@ -124,7 +124,7 @@ class LanguageModel:
         """Where it computes."""
         return next(self._body.parameters()).device
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def direct_logits(self, rows: Float[Tensor, "row d_model"]) -> Float[Tensor, "row vocabulary"]:
         """What the model's final norm and head make of directions, less what they make of a vector of zeros."""
         sizes = [self.d_model]

@@ -1,6 +1,5 @@
 """Study folders as the page needs them. What cannot be read is left out, and said in a warning."""
 
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -192,6 +191,7 @@ def _tolerant(read: Callable[[Path], Read], path: Path, warnings: list[str]) -> 
         return read(path)
     except FileNotFoundError:
         warnings.append(f"{path.name} is missing.")
-    except (KeyError, TypeError, ValueError, OSError, json.JSONDecodeError) as error:
-        warnings.append(f"{path.parent.name}/{path.name} cannot be read ({type(error).__name__}: {str(error)[:120]}).")
+    except (DamagedFolder, KeyError, TypeError, ValueError, OSError) as error:
+        said = str(error).replace(str(path), path.name)[:120]  # a page tells nobody where it was made
+        warnings.append(f"{path.parent.name}/{path.name} cannot be read ({type(error).__name__}: {said}).")
     return None
