@@ -42,7 +42,7 @@ endif
 
 # pip, not uv or poetry: constraints.txt pins the CPU build of torch.
 $(READY): pyproject.toml constraints.txt
-	@echo "Setting up .venv: about 1 GB of packages the first time."
+	@echo "Setting up .venv: about 2.6 GB of packages the first time."
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $(READY)

@@ -511,7 +511,7 @@ def evaluate_folder(
         BadSetting: the SAE is of another model or layer, or of contexts of another length.
     """
     kernels.keep_freed_memory()
-    source = Source(study.model)
+    source = Source(study.model, study.device)
     sae, n_positions = read_sae(folder), study.corpus.n_positions
     if sae.mask.n_positions != n_positions:
         raise BadSetting(
@@ -531,7 +531,7 @@ def evaluate_folder(
         if one is baseline:
             _run_place(study, one, data, [])
             continue
-        sae = _read_start(folder, data.training.d_model)
+        sae = _read_start(folder, data.training.d_model).to(study.device)
         with folders.write_folder(place.folder, made_from) as draft:
             found, facts = evaluate(sae, None, data, name)
             facts.write(draft, data.tokenizer)
@@ -553,7 +553,7 @@ def look_at_latents(study: StudySettings, root: Path, say: Callable[[str], None]
 
     Nothing is trained, and rows stay as they were. Returns for how many cells it was done.
     """
-    source = Source(study.model)
+    source = Source(study.model, study.device)
     todo = [
         place
         for place in _places(study, source, root)
@@ -563,7 +563,7 @@ def look_at_latents(study: StudySettings, root: Path, say: Callable[[str], None]
     for place in todo:
         assert data is not None
         manifest = folders.read_manifest(place.folder, verify=True)
-        sae = read_sae(place.folder)
+        sae = read_sae(place.folder).to(study.device)
         _, facts = evaluate(sae, None, data, place.label)
         kept = {key: manifest[key] for key in manifest.keys() - {"identity", "made_from", "files"}}
         with (

@@ -233,7 +233,7 @@ def train(
             if done % _CURVE_EVERY == 0 or done in (1, settings.n_steps):
                 n_dead = int(deaths.dead.sum())
                 curve.append(_point(sae, batch, step, done, settings, learning_rate, n_dead, together))
-                _check_alive(curve[-1], sae.d_sae, label, settings, stays())
+                _check_alive(curve[-1], n_dead == sae.d_sae, label, settings, stays())
                 on_point(curve[-1])
             advance(settings.batch_tokens)
             after_step(done)
@@ -256,7 +256,7 @@ def train(
     return Trained(sae, curve, deaths.dead, settings.n_steps * settings.batch_tokens, time.perf_counter() - started)
 
 
-def _check_alive(point: CurvePoint, d_sae: int, label: str, settings: TrainingSettings, stays: str) -> None:
+def _check_alive(point: CurvePoint, all_dead: bool, label: str, settings: TrainingSettings, stays: str) -> None:
     """
     Raises:
         DegenerateResult: going on would be in vain.
@@ -267,9 +267,9 @@ def _check_alive(point: CurvePoint, d_sae: int, label: str, settings: TrainingSe
             f"the loss of {label} diverges: {point.loss:.3g} at step {point.step}, more than {_DIVERGED} times the "
             f"variance of the vectors: {remedy}"
         )
-    if point.dead_latents == d_sae and point.l0 == 0:
+    if all_dead and point.l0 == 0:
         raise DegenerateResult(
-            f"all {d_sae} latents of {label} are dead at step {point.step}, none fired on the last "
+            f"all {point.dead_latents} latents of {label} are dead at step {point.step}, none fired on the last "
             f"{settings.dead_after_eligible_tokens:,} tokens: lower the rule's penalty, or {remedy}"
         )
 
