@@ -14,7 +14,7 @@ from posmask.cli import app
 from posmask.errors import BadSetting
 from posmask.machines import Machine
 from posmask.settings import read_study
-from posmask.study import Source
+from posmask.sources import Source
 from posmask.training import train
 
 QUICK, GEMMA = (Path(__file__).parent.parent / "studies" / f"{name}.toml" for name in ("quick", "gemma-2-2b"))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from posmask import folders, model, planning, rates, study
+from posmask import cells, folders, model, planning, rates, sources
 from posmask.cli import app
 from posmask.errors import BadSetting
 from posmask.progress import progress_bar
@@ -93,7 +93,7 @@ def settings(study_file):
 
 
 def places(settings, root):
-    return study._places(settings, study.Source(settings.model), root)
+    return cells.places_of(settings, sources.Source(settings.model), root)
 
 
 def finish(place):
@@ -186,7 +186,7 @@ def test_finished_folders_cost_nothing(settings, tmp_path):
 
 
 def test_harvested_vectors_cost_nothing_and_are_counted_as_they_are(settings, tmp_path):
-    shared = {"model": study.Source(settings.model).made_from, "n_positions": 16}
+    shared = {"model": sources.Source(settings.model).made_from, "n_positions": 16}
     drawn = {"tables": ["words"], "max_characters": 1000}
 
     def write(label, kept, **made_from):

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 
 from conftest import make_texts, train_on
-from posmask import assets, corpus, evaluation, folders, mask_kinds, masks, rows, rules, study
+from posmask import assets, cells, corpus, engines, evaluation, folders, mask_kinds, masks, rows, rules, sources, study
 from posmask.errors import BadSetting, PosmaskError
 from posmask.interop.saelens_files import export_saelens, import_saelens
 from posmask.latents import LATENT_WORDS_FILE, LATENTS_FILE
@@ -167,7 +167,7 @@ def test_settings_can_be_replaced_on_the_way_in(study_file):
     changes = ["training.n_steps=30", "name = other", 'cells=[{name = "open", mask = {kind = "open"}}]', "questions=[]"]
     changed = read_study(study_file, [*changes, "model.layer=0.5"])
     assert (changed.name, changed.training.n_steps, len(changed.cells), changed.model.layer) == ("other", 30, 1, 0.5)
-    assert study.Source(changed.model).made_from["layer"] == 2  # of 3
+    assert sources.Source(changed.model).made_from["layer"] == 2  # of 3
     for change, message in (
         ("training.n_step=30", "training.n_step is not a setting: did you mean n_steps?"),
         ("trainings.n_steps=30", "'trainings.n_steps=30' changes no setting"),
@@ -206,7 +206,7 @@ def test_recipes_are_chosen_on_texts_that_nothing_reported_rests_on(study_file, 
     heldout = []
     for split in ("evaluation", "validation"):
         settings = read_study(study_file, [f"corpus.measured_on={split}"])
-        data = study.prepare(settings, study.Source(settings.model), tmp_path / "run")
+        data = sources.prepare(settings, sources.Source(settings.model), tmp_path / "run")
         (task, _), (dataset, _) = data.order["toy_order"], data.probes["toy"]
         assert {corpus.split_of(text) for text in (*task.texts[::2], *dataset.texts)} == {split}
         heldout.append(data.heldout.token_id[:400])
@@ -217,9 +217,9 @@ def test_recipes_are_chosen_on_texts_that_nothing_reported_rests_on(study_file, 
 def test_processes_on_one_root_do_the_work_once_between_them(study_file, tmp_path, monkeypatch):
     """Threads in the place of processes: a claim holds against both."""
     alone, _ = run(study_file, tmp_path / "alone")
-    made, make = [], study._run_place
+    made, make = [], cells.fill
     monkeypatch.setattr(
-        study, "_run_place", lambda study, place, *rest: (made.append(place.label), make(study, place, *rest))
+        engines, "fill", lambda study, place, *rest: (made.append(place.label), make(study, place, *rest))
     )
     with ThreadPoolExecutor(2) as pool:
         both = [job.result()[0] for job in [pool.submit(run, study_file, tmp_path / "shared") for _ in range(2)]]
@@ -232,9 +232,9 @@ def test_processes_on_one_root_do_the_work_once_between_them(study_file, tmp_pat
 @pytest.mark.slow
 @pytest.mark.embedded
 def test_two_jobs_make_what_one_makes(tmp_path):
-    cells = 'cells=[{name = "open", mask = {kind = "open"}}, {name = "cut", mask = {kind = "slice", n_slices = 8}}]'
+    two = 'cells=[{name = "open", mask = {kind = "open"}}, {name = "cut", mask = {kind = "slice", n_slices = 8}}]'
     changes = [
-        cells, "questions=[]", "corpus.training_tokens=20000", "corpus.heldout_tokens=20000", "training.n_steps=10",
+        two, "questions=[]", "corpus.training_tokens=20000", "corpus.heldout_tokens=20000", "training.n_steps=10",
         'evaluation.order_tasks=["chronology"]', 'evaluation.probe_datasets=["ag_news"]', "sae.d_sae=512",
     ]  # fmt: skip
     settings = read_study(Path(__file__).parents[1] / "studies" / "quick.toml", changes)
@@ -253,7 +253,7 @@ def test_layers_and_seeds_never_share_a_record(study_file):
     identities = [
         folders.identity(place.made_from)
         for some in (settings, other_layer, other_seed)
-        for place in study._places(some, study.Source(some.model), study_file.parent)
+        for place in cells.places_of(some, sources.Source(some.model), study_file.parent)
         if place.cell is not None
     ]
     assert len(set(identities)) == 6
@@ -307,26 +307,26 @@ def test_latents_of_finished_cells_can_be_looked_at_later_and_are_the_same(study
 
 
 def test_an_interrupted_cell_leaves_nothing_and_the_next_run_goes_on(study_file, tmp_path, monkeypatch):
-    evaluate = study.evaluate
+    evaluate = cells.evaluate
 
     def stop(sae, *rest):
         if sae.mask.settings.kind == "slice":
             raise KeyboardInterrupt
         return evaluate(sae, *rest)
 
-    monkeypatch.setattr(study, "evaluate", stop)
+    monkeypatch.setattr(cells, "evaluate", stop)
     with pytest.raises(KeyboardInterrupt):
         run(study_file, tmp_path / "run")
     assert [path.name for path in (tmp_path / "run" / "cells").iterdir()] == ["open-seed0"]
     assert not (tmp_path / "run" / "results.csv").exists()
-    monkeypatch.setattr(study, "evaluate", evaluate)
+    monkeypatch.setattr(cells, "evaluate", evaluate)
     _, said = run(study_file, tmp_path / "run")
     assert said == ["2 of 3 folders are finished and stay as they are."]
 
 
 def test_training_tokens_are_never_held_out_tokens(study_file, tmp_path):
     settings = read_study(study_file)
-    data = study.prepare(settings, study.Source(settings.model), tmp_path)
+    data = sources.prepare(settings, sources.Source(settings.model), tmp_path)
     seen = {}
     for name in ("training", "heldout"):
         found = getattr(data, name)
@@ -596,7 +596,7 @@ def test_old_results_never_stand_beside_new_cells(study_file, tmp_path, monkeypa
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(study, "evaluate", stop)
+    monkeypatch.setattr(cells, "evaluate", stop)
     with pytest.raises(KeyboardInterrupt):
         run(study_file, root)
     assert not (root / "results.csv").exists()
@@ -670,7 +670,7 @@ def test_a_study_may_ask_no_probes_and_have_no_open_cell(study_file, tmp_path):
 
 def test_latents_to_ablate_are_chosen_on_other_texts_than_they_are_tried_on(study_file, tmp_path, monkeypatch):
     settings = read_study(study_file)
-    data = study.prepare(settings, study.Source(settings.model), tmp_path)
+    data = sources.prepare(settings, sources.Source(settings.model), tmp_path)
     chosen_on, tried_on = set(), set()
     update, replace = WindowMass.update, evaluation.without_latents
 
@@ -699,9 +699,9 @@ def test_latents_to_ablate_are_chosen_on_other_texts_than_they_are_tried_on(stud
 
 def test_an_untrained_sae_gets_no_numbers(study_file, tmp_path):
     settings = read_study(study_file)
-    data = study.prepare(settings, study.Source(settings.model), tmp_path)
+    data = sources.prepare(settings, sources.Source(settings.model), tmp_path)
     sae = settings.make_sae(settings.cells[0], 12, 0)
     with torch.no_grad():
         sae.encoder.zero_()
     with pytest.raises(PosmaskError, match="the SAE codes 0 latents a token"):
-        study.evaluate(sae, torch.zeros(32).bool(), data, "test")
+        cells.evaluate(sae, torch.zeros(32).bool(), data, "test")

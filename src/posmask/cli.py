@@ -16,8 +16,8 @@ from posmask.errors import DamagedFolder, NothingToDo, PosmaskError
 from posmask.summary import ORDER_KS, PROBE_KS, summarise
 
 if TYPE_CHECKING:
+    from posmask.cells import CellState
     from posmask.planning import Line, Plan
-    from posmask.study import CellState
 
 app = typer.Typer(
     help="Train sparse autoencoders with position masks, and measure what tying latents to positions buys.",

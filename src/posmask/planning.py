@@ -16,7 +16,8 @@ from posmask.probing import topics
 from posmask.probing.order_tasks import ORDER_TASKS
 from posmask.rates import FREE, Linear, Rates, lifts, measure, n_segments, precision_of, shape_of
 from posmask.settings import CellSettings, StudySettings
-from posmask.study import Source, cell_states
+from posmask.sources import Source
+from posmask.study import cell_states
 
 __all__ = ["Line", "Plan", "Stage", "plan"]
 

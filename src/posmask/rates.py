@@ -28,7 +28,7 @@ from posmask.progress import progress_bar
 from posmask.sae import Codes, SparseAutoencoder
 from posmask.seeds import generator
 from posmask.settings import CellSettings, StudySettings
-from posmask.study import Source
+from posmask.sources import Source
 
 __all__ = ["FREE", "Linear", "Rates", "Shape", "lifts", "measure", "n_segments", "precision_of", "shape_of"]
 

@@ -16,7 +16,7 @@ from posmask.metrics.specialization import PositionMass, mask_measures, retentio
 from posmask.rows import Measure
 from posmask.sae import SparseAutoencoder
 from posmask.settings import ModelSettings
-from posmask.study import Source
+from posmask.sources import Source
 
 __all__ = ["fit", "make_sae", "measure", "read_vectors"]
 

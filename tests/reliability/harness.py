@@ -36,7 +36,7 @@ from gguf_model import write_tiny_gguf
 from safetensors.torch import load, save
 from tiny_study import STUDY, put_toy_texts, write_tiny_model
 
-from posmask import activations, assets, checkpoints, folders, model, study
+from posmask import activations, assets, cells, checkpoints, folders, model, sources, study
 from posmask.report import write_report
 from posmask.settings import StudySettings, read_study
 
@@ -153,7 +153,7 @@ def stages(folder: Path) -> list[Stage]:
     torch.set_num_threads(1)
     put_toy_texts()
     activations._TOKENS_PER_SHARD, activations._TOKENS_PER_FORWARD = 512, 256
-    study.CHECKPOINT_SECONDS = checkpoints._TIMES_ITS_COST = 0  # one after each step
+    cells.CHECKPOINT_SECONDS = checkpoints._TIMES_ITS_COST = 0  # one after each step
     in_a_fork(lambda: write_tiny_model(folder / "model"))
     path = folder / "tiny.toml"
     path.write_text(STUDY.replace("MODEL", str(folder / "model")), encoding="utf8")
@@ -164,7 +164,7 @@ def stages(folder: Path) -> list[Stage]:
         study.run_study(settings, root, say=lambda text: None)
 
     def harvest(root: Path) -> None:
-        study.prepare(settings, study.Source(settings.model), root)
+        sources.prepare(settings, sources.Source(settings.model), root)
 
     def report(root: Path) -> None:
         run(root)  # joins the rows
@@ -197,27 +197,27 @@ def _evaluation_stops():
     def stop(*_: object) -> None:
         raise _Enough
 
-    evaluate, study.evaluate = study.evaluate, stop
+    evaluate, cells.evaluate = cells.evaluate, stop
     try:
         yield
     finally:
-        study.evaluate = evaluate
+        cells.evaluate = evaluate
 
 
 def _evaluate_baselines(settings: StudySettings, root: Path) -> None:
-    places = study._places(settings, study.Source(settings.model), root)
-    data = study.prepare(settings, study.Source(settings.model), root)
-    study._run_place(settings, places[0], data, [])
+    places = cells.places_of(settings, sources.Source(settings.model), root)
+    data = sources.prepare(settings, sources.Source(settings.model), root)
+    cells.fill(settings, places[0], data, [])
 
 
 def _train_only(settings: StudySettings, root: Path) -> None:
     """Every cell as far as the checkpoint at the end of its training."""
-    source = study.Source(settings.model)
-    data = study.prepare(settings, source, root)
-    for place in study._places(settings, source, root)[1:]:
+    source = sources.Source(settings.model)
+    data = sources.prepare(settings, source, root)
+    for place in cells.places_of(settings, source, root)[1:]:
         try:
             with _evaluation_stops():
-                study._run_place(settings, place, data, [])
+                cells.fill(settings, place, data, [])
         except _Enough:
             pass
 

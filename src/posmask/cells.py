@@ -1,0 +1,295 @@
+"""One cell: its place in a run folder, what it is made from, and its making: train one SAE, evaluate it, write it."""
+
+import importlib.metadata
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from posmask import folders, kernels, parallel, rows, training
+from posmask.activations import training_batches
+from posmask.checkpoints import Checkpoints
+from posmask.errors import BadSetting, DamagedFolder
+from posmask.evaluation import Data, baselines, decay, evaluate
+from posmask.interop import saebench
+from posmask.probing import topics
+from posmask.sae import WEIGHTS_FILE, SparseAutoencoder, read_origin, read_sae, restate_, write_sae
+from posmask.settings import MODEL_CELL, CellSettings, StudySettings
+from posmask.sources import Source, texts_identity
+from posmask.tracking import curve_writer
+
+__all__ = [
+    "BASELINES",
+    "SAEBENCH_FILE",
+    "UNITS_FILE",
+    "CellState",
+    "Place",
+    "checked_start",
+    "fill",
+    "places_of",
+    "read_start",
+    "results_origin",
+    "rows_in",
+    "state_of",
+    "train_cell",
+    "untrained",
+    "write_saebench",
+]
+
+BASELINES = "baselines"
+UNITS_FILE = "units.safetensors"
+SAEBENCH_FILE = "saebench.json"
+_CHECKPOINTS = "checkpoints"
+CHECKPOINT_SECONDS = 90.0
+
+
+@dataclass(frozen=True)
+class Place:
+    """A cell's folder and what it must have been made from."""
+
+    cell: CellSettings | None  # None: the baselines
+    seed: int
+    folder: Path
+    made_from: dict[str, Any]
+    start: Path | None = None  # the folder of the SAE that the cell starts from
+
+    @property
+    def label(self) -> str:
+        return self.folder.name
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where its training stands, as long as it is not finished."""
+        root = self.folder.parents[0 if self.cell is None else 1]
+        return root / _CHECKPOINTS / self.label
+
+
+def results_origin(study: StudySettings, source: Source) -> dict[str, Any]:
+    """What every result of a study was made from."""
+    return {
+        "model": source.made_from,
+        "texts": texts_identity(study),
+        "corpus": study.corpus.model_dump(mode="json", exclude_none=True),
+        "evaluation": study.evaluation.model_dump(mode="json"),
+    }
+
+
+def places_of(study: StudySettings, source: Source, root: Path) -> list[Place]:
+    shared = results_origin(study, source)
+    places = [Place(None, 0, root / BASELINES, shared)]
+    training_part = study.model_dump(mode="json", include={"sae", "training"})
+    names = [cell.name for cell in study.cells]
+    for cell in study.cells:
+        for seed in study.seeds_of(cell):
+            own = cell.model_dump(mode="json", exclude={"seeds"})
+            made_from = {**shared, **training_part, "cell": own, "seed": seed}
+            start = cell.start_folder
+            if start is not None:
+                made_from["start"] = checked_start(start, source.made_from)
+            elif cell.start is not None:
+                # Where the cell it starts from would be made anew, so must it be.
+                origin = study.cells[names.index(cell.start)]
+                start = root / "cells" / f"{cell.start}-seed{seed}"
+                made_from["start"] = origin.model_dump(mode="json", exclude={"decay", "seeds"})
+            places.append(Place(cell, seed, root / "cells" / f"{cell.name}-seed{seed}", made_from, start))
+    return places
+
+
+def checked_start(folder: Path, model_made_from: dict[str, Any]) -> dict[str, Any]:
+    """The identity of an SAE that a user brings.
+
+    Raises:
+        BadSetting: it says that it was trained on another model or layer.
+    """
+    origin = read_origin(folder)
+    for what in ("weights", "layer", "site"):
+        if what in origin and origin[what] != model_made_from.get(what, "residual_after"):
+            raise BadSetting(
+                f"the SAE in {folder} was trained on {what} {origin[what]!r} of a model, not on "
+                f"{model_made_from.get(what, 'residual_after')!r}: start from one of the same model and layer"
+            )
+    return {"sha256": folders.file_sha256(folder / WEIGHTS_FILE)}
+
+
+CellState = Literal["finished", "missing", "other settings", "damaged"]
+
+
+def state_of(place: Place, *, verify: bool = False) -> CellState:
+    """
+    Args:
+        verify: read every file of a finished folder, too.
+    """
+    try:
+        if folders.finished(place.folder, place.made_from):
+            folders.read_manifest(place.folder, verify=verify)
+            return "finished"
+    except DamagedFolder:
+        return "damaged"
+    return "other settings" if place.folder.exists() else "missing"
+
+
+def untrained(study: StudySettings, place: Place, data: Data) -> tuple[SparseAutoencoder, int]:
+    """A cell's SAE before its training, and the tokens that the SAE it starts from was trained on."""
+    assert place.cell is not None
+    if place.start is None:
+        sae = study.make_sae(place.cell, data.training.d_model, place.seed)
+        sae.center, sae.scale = data.training.centre_and_scale
+        return sae.to(study.device), 0
+    started, origin = read_start(place.start, data.training.d_model), read_origin(place.start)
+    if "imported" in origin:  # Else with the constants that its weights were made for.
+        restate_(started, *data.training.centre_and_scale)
+    sae = study.start_sae(place.cell, started, place.seed)
+    return sae.to(study.device), origin.get("training_tokens", 0)
+
+
+def train_cell(
+    study: StudySettings, place: Place, sae: SparseAutoencoder, data: Data, together: parallel.Together | None = None
+) -> training.Trained:
+    """Train a cell's SAE, or with others this process's part of it, from its last checkpoint on."""
+    assert place.cell is not None
+    settings = study.training.model_copy(update={"n_steps": study.n_steps(place.cell)})
+    taken = round(place.cell.steps_share * study.training.n_steps) - settings.n_steps  # by the cell it starts from
+    checkpoints = Checkpoints(place.checkpoints, place.made_from, CHECKPOINT_SECONDS, keeps_end=together is not None)
+    batches = training_batches(
+        data.training,
+        settings.batch_tokens,
+        settings.n_steps - checkpoints.done,
+        place.seed,
+        after=taken + checkpoints.done,
+        mine=None if together is None else together.mine,
+    )
+    root = place.folder.parents[1]
+    track = study.track if together is None or together.leads else None
+    with curve_writer(track, root, study.name, place.label, place.made_from) as write:
+        return training.train(
+            sae,
+            batches,
+            settings,
+            place.label,
+            on_point=write,
+            checkpoints=checkpoints,
+            together=together or training.Alone(),
+        )
+
+
+def fill(study: StudySettings, place: Place, data: Data, baseline: list[rows.Row]) -> None:
+    """Fill one folder.
+
+    Args:
+        baseline: the rows of the baselines, which come first.
+    """
+    cell = place.cell
+    with folders.write_folder(place.folder, place.made_from, versions=_versions()) as draft:
+        if cell is None:
+            found = baselines(data)
+            columns = {"mask": "none", "budget": "", "apply": ""}
+            name = MODEL_CELL
+        else:
+            sae, before = untrained(study, place, data)
+            trained = train_cell(study, place, sae, data)
+            kernels.give_back_freed_memory()
+            training.write_curve(draft / "curve.csv", trained.curve)
+            n_tokens = before + trained.n_tokens
+            model_made_from = place.made_from["model"]
+            write_sae(
+                sae,
+                draft,
+                {
+                    "model": study.model.name,
+                    "weights": model_made_from["weights"],
+                    "layer": model_made_from["layer"],
+                    "site": study.model.site,
+                    "training_tokens": n_tokens,
+                },
+            )
+            measured, facts = evaluate(sae, trained.dead, data, place.label)
+            facts.write(draft, data.tokenizer)
+            found = [
+                rows.Measure("train_seconds", trained.seconds, n=1),
+                rows.Measure("train_tokens", n_tokens, n=1),
+                rows.Measure("d_sae", sae.d_sae, n=1),
+                *measured,
+            ]
+            if cell.decay:
+                found += decay(sae, data, study.training, place.seed, place.label)
+            if study.evaluation.probe_datasets:
+                write_saebench(draft / SAEBENCH_FILE, study, place, found, baseline)
+            columns = {"mask": cell.mask.kind, "budget": cell.budget, "apply": cell.mask.apply}
+            name = cell.name
+        (draft / "settings.json").write_text(folders.as_json(place.made_from), encoding="utf8")
+        rows.write_rows(
+            draft / "rows.csv",
+            [rows.Row.of(measure, cell=name, seed=place.seed, **columns) for measure in found],
+        )
+        rows.write_units(draft / UNITS_FILE, found)
+    kernels.give_back_freed_memory()
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("posmask", "torch", "transformers", "numpy")}
+
+
+def read_start(folder: Path, d_model: int) -> SparseAutoencoder:
+    if (folder / folders.MANIFEST).exists():  # An SAE that a user brings may have none.
+        folders.read_manifest(folder, verify=True)
+    sae = read_sae(folder)
+    if sae.d_model != d_model:
+        raise BadSetting(f"the SAE in {folder} codes vectors of {sae.d_model} numbers, the model gives {d_model}")
+    return sae
+
+
+def write_saebench(
+    path: Path, study: StudySettings, place: Place, found: list[rows.Measure], baseline: list[rows.Row]
+) -> None:
+    """SAEBench's own evaluation file, with the same SAE's probe accuracies."""
+    ask = study.evaluation
+    llm, sae = (
+        {
+            (where["dataset"], where["class"], "all" if where["k"] == "all" else int(where["k"])): value
+            for metric, where, value in some
+            if metric == "probe_accuracy" and "class" in where and where["pooling"] == "mean"
+        }
+        for some in (
+            [(row.metric, rows.parse_slice(row.slice), row.value) for row in baseline],
+            [(one.metric, rows.parse_slice(rows.slice_text(one.slice or {})), one.value) for one in found],
+        )
+    )
+    config = saebench.EvalConfig(
+        random_seed=topics.SAEBENCH_SEED,
+        dataset_names=ask.probe_datasets,
+        probe_train_set_size=ask.probe_train,
+        probe_test_set_size=ask.probe_test,
+        context_length=study.corpus.n_positions,
+        llm_dtype=place.made_from["model"]["precision"],
+        model_name=study.model.name,
+        k_values=ask.ks,
+    )
+    identity = folders.identity(place.made_from)
+    sizes = [
+        (where, row.n)
+        for row in baseline
+        if row.metric == "probe_accuracy" and "class" not in (where := rows.parse_slice(row.slice))
+    ]
+    output = saebench.eval_output(
+        llm,
+        sae,
+        config,
+        eval_id=str(uuid.uuid5(uuid.NAMESPACE_URL, identity)),
+        epoch_milliseconds=round(time.time() * 1000),
+        sae_name=f"posmask {study.name} {place.label}",
+        sae_id=None,
+        # Sizes as asked stand above; the texts that probes had, here.
+        sae_config={
+            "identity": identity,
+            "probe_protocol": ask.probe_protocol,
+            "probe_texts": {where["dataset"]: [int(where["train"]), n] for where, n in sizes},
+            **place.made_from,
+        },
+    )
+    saebench.write_eval_output(path, output)
+
+
+def rows_in(folder: Path) -> list[rows.Row]:
+    folders.read_manifest(folder, verify=True)
+    return rows.read_rows(folder / "rows.csv")

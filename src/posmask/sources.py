@@ -1,0 +1,141 @@
+"""The model and the texts of a study, and everything that all its cells share: vectors, harvested once."""
+
+import contextlib
+from collections.abc import Callable
+from functools import cache, cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from posmask import assets, corpus, folders, kernels, model
+from posmask.activations import Activations, Stored, harvest
+from posmask.errors import DamagedFolder
+from posmask.evaluation import Data
+from posmask.probing import topics
+from posmask.probing.order import order_tokens
+from posmask.probing.order_tasks import make_order_task
+from posmask.progress import announce
+from posmask.settings import ModelSettings, StudySettings
+from posmask.texts import content_of, read_texts
+
+__all__ = ["Source", "prepare", "texts_identity"]
+
+
+class Source:
+    """The model a study reads vectors from, loaded only when something must be harvested."""
+
+    def __init__(self, settings: ModelSettings, device: str = "cpu") -> None:
+        precision = model.fast_precision(device) if settings.precision == "auto" else settings.precision
+        self._settings = settings
+        self._device = device
+        self._precision: model.ModelPrecision = precision
+
+    @cached_property
+    def layer(self) -> int:
+        return model.layer_number(self._settings.name, self._settings.layer)
+
+    @cached_property
+    def made_from(self) -> dict[str, Any]:
+        return {
+            "weights": model.weights_identity(self._settings.name),
+            "layer": self.layer,
+            "precision": self._precision,
+            # Named only where it is not what all folders were made from before there was a choice.
+            **({} if self._settings.site == "residual_after" else {"site": self._settings.site}),
+        }
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return model.load_tokenizer(self._settings.name)
+
+    @cached_property
+    def loaded(self) -> model.LanguageModel:
+        settings = self._settings
+        return model.load_model(settings.name, self.layer, self._precision, site=settings.site, device=self._device)
+
+
+def texts_identity(study: StudySettings) -> dict[str, Any]:
+    carriers = {carrier.package: carrier.wheel_sha256 for carrier in assets.CARRIERS if carrier != assets.MODEL_CARRIER}
+    shares = [corpus.TRAINING_SHARE, corpus.VALIDATION_SHARE]
+    own = study.corpus.texts
+    return {"carriers": carriers, "shares": shares} | ({} if own is None else {"own": content_of(own)})
+
+
+def prepare(study: StudySettings, source: Source, root: Path) -> Data:
+    """Harvest what is missing: training, held-out, order and probe texts, each into a folder of its own."""
+    n_positions = study.corpus.n_positions
+    shared = {
+        "model": source.made_from,
+        "texts": texts_identity(study),
+        "n_positions": n_positions,
+    }
+
+    def harvested(
+        label: str, what: dict[str, Any], tokens: Callable[[], corpus.Tokens], stored: Stored = "model"
+    ) -> Activations:
+        made_from = {**shared, **what, "stored": stored}
+        folder = root / "activations" / f"{label}-{folders.identity(made_from)}"
+
+        def there() -> Activations | None:
+            with contextlib.suppress(DamagedFolder):  # Then `harvest` says so, and mends it.
+                if folders.finished(folder, made_from):
+                    return Activations(folder)
+            return None
+
+        if (found := there()) is not None:
+            return found
+        with folders.claim(folder, wait=True):  # Another process may have made it meanwhile.
+            return there() or harvest(tokens(), source.loaded, folder, made_from, label, stored)
+
+    @cache
+    def texts(split: corpus.Split) -> list[str]:
+        tables, own = study.corpus.tables, study.corpus.texts
+        announce(f"Reading the {split} texts of {own or f'{len(tables)} tables'}.")
+        every = (text for name in tables for text, _ in assets.read_table(name))
+        found = corpus.unique_texts(every if own is None else read_texts(own, study.corpus.n_texts), split)
+        return [text[: study.corpus.max_characters] for text in found]
+
+    def packed(split: corpus.Split, n_tokens: int) -> Callable[[], corpus.Tokens]:
+        return lambda: corpus.pack(texts(split), source.tokenizer, n_positions, n_tokens)
+
+    settings = study.corpus.source
+    measured_on = study.corpus.measured_on
+    ask = study.evaluation
+    splits: tuple[tuple[corpus.Split, int, Stored], ...] = (
+        ("training", study.corpus.training_tokens, study.model.stored),
+        (measured_on, study.corpus.heldout_tokens, "model"),
+    )
+    sets = {
+        split: harvested(split, {"split": split, "tokens": n_tokens, **settings}, packed(split, n_tokens), stored)
+        for split, n_tokens, stored in splits
+    }
+    kernels.give_back_freed_memory()
+    n_pieces, n_windows = ask.shift_texts, ask.shift_windows
+    shift = harvested(
+        "shift",
+        {"shift": [n_pieces, n_windows], "split": measured_on, **settings},
+        lambda: corpus.shifted(texts(measured_on), source.tokenizer, n_positions, n_pieces, n_windows),
+    )
+    tasks, datasets = {}, {}
+    for name in ask.order_tasks:
+        task = make_order_task(
+            name, source.tokenizer, n_positions, ask.order_train_groups, ask.order_test_groups, measured_on
+        )
+        tokens = partial(order_tokens, task, source.tokenizer, n_positions)
+        tasks[name] = task, harvested(name, {"shuffled_too": True, "texts_of": list(task.texts)}, tokens)
+    for name in ask.probe_datasets:
+        dataset = topics.read_probe_dataset(
+            name, ask.probe_train, ask.probe_test, study.corpus.max_characters, measured_on
+        )
+        tokens = partial(corpus.pad, dataset.texts, source.tokenizer, n_positions)
+        datasets[name] = dataset, harvested(name, {"texts_of": list(dataset.texts)}, tokens)
+    return Data(
+        sets["training"],
+        sets[measured_on],
+        shift,
+        tasks,
+        datasets,
+        source.tokenizer,
+        n_positions,
+        ask,
+        lambda: source.loaded,
+    )
