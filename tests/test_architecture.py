@@ -24,6 +24,7 @@ LEVELS = [
     ["sources"],
     ["cells"],
     ["engines"],
+    ["on_ray"],
     ["study"],
     ["workbench"],
     ["rates"],

@@ -7,7 +7,7 @@ the largest is 127.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,12 +24,28 @@ from posmask.model import LanguageModel
 from posmask.progress import announce, progress_bar
 from posmask.seeds import generator
 
-__all__ = ["Activations", "Batch", "Stored", "evaluation_batches", "harvest", "training_batches"]
+__all__ = [
+    "Activations",
+    "Batch",
+    "Contexts",
+    "Shards",
+    "Stored",
+    "evaluation_batches",
+    "harvest",
+    "shards_here",
+    "training_batches",
+]
 
 _TOKENS_PER_FORWARD = 4096
 _TOKENS_PER_SHARD = 65536
 Stored = Literal["model", "float32", "bfloat16", "int8"]
 """Precision of vectors on disk; `model` is that in which the model computes."""
+
+Contexts = list[Int[Tensor, " context"]]
+"""The numbers of the contexts of one shard, in pieces that the model sees together."""
+Shards = Callable[[Tokens, list[Contexts], str, Stored, Callable[[int], None]], Iterator[dict[str, Tensor]]]
+"""Computes shards, wherever it does so, in the order asked for: takes tokens, contexts of each shard, label, precision
+and what is to be told how many more kept tokens are done; gives what each file holds."""
 
 _FIELDS = ("position", "token_id", "text", "keep", "sentence", "line", "end")
 
@@ -133,6 +149,7 @@ def harvest(
     made_from: Mapping[str, Any],
     label: str,
     stored: Stored = "model",
+    shards: Shards | None = None,
 ) -> Activations:
     """Run the model over the tokens and write their vectors, unless `folder` already holds them.
 
@@ -142,7 +159,8 @@ def harvest(
     Args:
         stored: the vectors' precision in the folder; as int8 they come back as float32.
         made_from: identity of model, layer, precision and tokens.
-        model: may be None when the folder is known to be finished.
+        model: may be None when the folder is known to be finished, or `shards` is given.
+        shards: computes them elsewhere; None: here, by `model`.
 
     Raises:
         NothingToDo: no token is kept.
@@ -157,21 +175,34 @@ def harvest(
         take_apart(folder)
     if tokens.n_kept == 0:
         raise NothingToDo(f"none of the {tokens.keep.numel():,} tokens of {label} is kept: give texts with content")
-    assert model is not None
-    model.check_length(tokens.id.shape[1])
+    if shards is None:
+        assert model is not None
+        shards = partial(shards_here, model)
+    wanted = {f"shard-{number:05d}.safetensors": contexts for number, contexts in enumerate(_shards(tokens))}
     with (
         write_in_parts(folder, made_from, kept_tokens=tokens.n_kept) as parts,
         progress_bar(f"harvest {label}", tokens.n_kept, "tokens") as advance,
     ):
-        for number, chunks in enumerate(_shards(tokens)):
-            name = f"shard-{number:05d}.safetensors"
-            if name in parts:
-                advance(sum(int(tokens.keep[chunk].sum()) for chunk in chunks))
-                continue
-            found = [_harvested(tokens, chunk, model, label, stored, advance) for chunk in chunks]
-            joined = {name: torch.cat([one[name] for one in found]) for name in found[0]}
-            parts.add(name, lambda path, joined=joined: save_file(joined, path))
+        missing = {name: contexts for name, contexts in wanted.items() if name not in parts}
+        advance(sum(int(tokens.keep[chunk].sum()) for name in wanted.keys() - missing for chunk in wanted[name]))
+        for name, shard in zip(missing, shards(tokens, list(missing.values()), label, stored, advance), strict=True):
+            parts.add(name, lambda path, shard=shard: save_file(shard, path))
     return Activations(folder)
+
+
+def shards_here(
+    model: LanguageModel,
+    tokens: Tokens,
+    wanted: list[Contexts],
+    label: str,
+    stored: Stored,
+    advance: Callable[[int], None],
+) -> Iterator[dict[str, Tensor]]:
+    """`Shards` of this process: runs the model."""
+    model.check_length(tokens.id.shape[1])
+    for contexts in wanted:
+        found = [_harvested(tokens, chunk, model, label, stored, advance) for chunk in contexts]
+        yield {name: torch.cat([one[name] for one in found]) for name in found[0]}
 
 
 def _harvested(
@@ -203,8 +234,8 @@ def _harvested(
     }
 
 
-def _shards(tokens: Tokens) -> Iterator[list[Int[Tensor, " context"]]]:
-    """The chunks of each shard, known before any is computed, so that each can be computed by itself."""
+def _shards(tokens: Tokens) -> Iterator[Contexts]:
+    """The contexts of each shard, known before any is computed, so that each can be computed by itself."""
     chunks: list[Tensor] = []
     n_tokens = 0
     for chunk in _forward_chunks(tokens):

@@ -144,13 +144,23 @@ def untrained(study: StudySettings, place: Place, data: Data) -> tuple[SparseAut
 
 
 def train_cell(
-    study: StudySettings, place: Place, sae: SparseAutoencoder, data: Data, together: parallel.Together | None = None
+    study: StudySettings,
+    place: Place,
+    sae: SparseAutoencoder,
+    data: Data,
+    together: parallel.Together | None = None,
+    *,
+    keeps_end: bool = False,
 ) -> training.Trained:
-    """Train a cell's SAE, or with others this process's part of it, from its last checkpoint on."""
+    """Train a cell's SAE, or with others this process's part of it, from its last checkpoint on.
+
+    Args:
+        keeps_end: leave a checkpoint after the last step in any case, for another process to evaluate from.
+    """
     assert place.cell is not None
     settings = study.training.model_copy(update={"n_steps": study.n_steps(place.cell)})
     taken = round(place.cell.steps_share * study.training.n_steps) - settings.n_steps  # by the cell it starts from
-    checkpoints = Checkpoints(place.checkpoints, place.made_from, CHECKPOINT_SECONDS, keeps_end=together is not None)
+    checkpoints = Checkpoints(place.checkpoints, place.made_from, CHECKPOINT_SECONDS, keeps_end=keeps_end)
     batches = training_batches(
         data.training,
         settings.batch_tokens,

@@ -84,7 +84,10 @@ def run(
     study_file: StudyFile,
     root: Root = None,
     changes: Changes = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Processes that share the cells and the processor's threads.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="How many cells are made at a time, sharing the processors.")] = 1,
+    engine: Annotated[
+        Literal["local", "ray"], typer.Option(help="Where cells are made: on this machine, or on a Ray cluster.")
+    ] = "local",
     track: Annotated[
         str | None,
         typer.Option(help="Send training curves to a tracker too: tensorboard, wandb or trackio.", show_default=False),
@@ -103,7 +106,7 @@ def run(
     settings = read_study(study_file, [*(changes or ()), *([f"track={track}"] if track else [])])
     root = root or Path("runs") / settings.name
     try:
-        rows = study.run_study(settings, root, say=print, n_jobs=jobs)
+        rows = study.run_study(settings, root, say=print, n_jobs=jobs, engine=engine)
     except KeyboardInterrupt:
         print("\nposmask: interrupted; finished folders stay, the same command goes on from them", file=sys.stderr)
         raise typer.Exit(130) from None

@@ -1,39 +1,87 @@
-"""Where a study's cells are made: in this process, or shared with others on this machine."""
+"""Where a study's cells are made: in this process, or shared with others on this machine. `on_ray` has the clusters.
+
+An engine gives `shards`, which computes vectors, and `make`, which fills the folders of cells.
+"""
 
 import multiprocessing
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Protocol
+
+import torch
 
 from posmask import folders, kernels
+from posmask.activations import Shards
 from posmask.cells import BASELINES, Place, fill, places_of, rows_in, state_of
 from posmask.evaluation import Data
 from posmask.settings import StudySettings
 from posmask.sources import Source, prepare
 
-__all__ = ["helpers", "share"]
+__all__ = ["Engine", "Local", "make_anew", "needs"]
 
 
-def share(study: StudySettings, todo: list[Place], data: Data, root: Path, say: Callable[[str], None]) -> None:
+class Engine(Protocol):
+    """Where the work is done. Results do not depend on it."""
+
+    @property
+    def shards(self) -> Shards | None:
+        """Computes vectors; None: this process does."""
+
+    def make(self, study: StudySettings, todo: list[Place], data: Data, root: Path, say: Callable[[str], None]) -> None:
+        """Fill all these folders."""
+
+
+class Local:
+    """This machine.
+
+    Args:
+        n_jobs: how many processes share the cells, and the processor's threads. What the others say goes to
+            `root/jobs`.
+    """
+
+    shards = None
+
+    def __init__(self, n_jobs: int = 1) -> None:
+        self._n_jobs = n_jobs
+
+    def make(self, study: StudySettings, todo: list[Place], data: Data, root: Path, say: Callable[[str], None]) -> None:
+        if self._n_jobs > 1:
+            say(f"{self._n_jobs} processes share the cells; what the others say goes to {root / 'jobs'}.")
+        n_threads = max(1, torch.get_num_threads() // self._n_jobs)
+        # Set even where it stays: torch multiplies otherwise with one thread that was set than with one it found.
+        with _helpers(study, root, self._n_jobs - 1, n_threads), kernels.threads(n_threads):
+            _share(study, todo, data, root, say)
+
+
+def needs(place: Place, root: Path, missing: set[Path]) -> bool:
+    """Whether a folder cannot be filled yet because others are missing: the baselines, or what it starts from."""
+    return (place.cell is not None and root / BASELINES in missing) or place.start in missing
+
+
+def make_anew(study: StudySettings, place: Place, data: Data, root: Path, say: Callable[[str], None]) -> None:
+    """Fill one folder unless it is finished; whoever calls holds its claim. What stands in its place is set aside."""
+    state = state_of(place, verify=True)
+    if state in ("other settings", "damaged"):
+        moved = folders.set_aside(place.folder, root / "stale")
+        why = "was made from other settings" if state == "other settings" else "is damaged"
+        say(f"{place.label} {why}: moved to {moved}.")
+    if state != "finished":
+        fill(study, place, data, [] if place.cell is None else rows_in(root / BASELINES))
+
+
+def _share(study: StudySettings, todo: list[Place], data: Data, root: Path, say: Callable[[str], None]) -> None:
     """Make what is missing, each folder in one process alone, until all of them are there."""
     waiting = sorted(todo, key=lambda place: place.start is not None)  # what others start from comes first
     while waiting:
         for place in list(waiting):
-            missing = {other.folder for other in waiting}
-            if (place.cell is not None and root / BASELINES in missing) or place.start in missing:
+            if needs(place, root, {other.folder for other in waiting}):
                 continue  # Another process is at what this one needs.
             with folders.claim(place.folder, wait=False) as mine:
                 if not mine:
                     continue
-                state = state_of(place, verify=True)
-                if state in ("other settings", "damaged"):
-                    moved = folders.set_aside(place.folder, root / "stale")
-                    why = "was made from other settings" if state == "other settings" else "is damaged"
-                    say(f"{place.label} {why}: moved to {moved}.")
-                if state != "finished":
-                    fill(study, place, data, [] if place.cell is None else rows_in(root / BASELINES))
+                make_anew(study, place, data, root, say)
             waiting.remove(place)
             break
         else:
@@ -41,23 +89,19 @@ def share(study: StudySettings, todo: list[Place], data: Data, root: Path, say: 
 
 
 @contextmanager
-def helpers(study: StudySettings, root: Path, n_jobs: int) -> Iterator[None]:
+def _helpers(study: StudySettings, root: Path, n_helpers: int, n_threads: int) -> Iterator[None]:
     """Other processes that run this study's cells as long as this one does."""
-    if n_jobs == 1:
-        yield
-        return
-    n_threads = max(1, (os.cpu_count() or 1) // n_jobs)
-    (root / "jobs").mkdir(parents=True, exist_ok=True)
+    if n_helpers:
+        (root / "jobs").mkdir(parents=True, exist_ok=True)
     spawn = multiprocessing.get_context("spawn")
     helpers = [
         spawn.Process(target=_help, args=(study, root, n_threads, root / "jobs" / f"{number}.log"), daemon=True)
-        for number in range(2, n_jobs + 1)
+        for number in range(2, 2 + n_helpers)
     ]
     for helper in helpers:
         helper.start()
     try:
-        with kernels.threads(n_threads):
-            yield
+        yield
     finally:
         for helper in helpers:
             helper.terminate()
@@ -69,4 +113,4 @@ def _help(study: StudySettings, root: Path, n_threads: int, log: Path) -> None:
         kernels.keep_freed_memory()
         source = Source(study.model, study.device)
         todo = [place for place in places_of(study, source, root) if state_of(place, verify=True) != "finished"]
-        share(study, todo, prepare(study, source, root), root, print)
+        _share(study, todo, prepare(study, source, root), root, print)

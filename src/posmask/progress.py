@@ -6,7 +6,7 @@ In a terminal it is a bar; in a log file it is one line every ten seconds and on
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 
 from rich.console import Console
@@ -16,12 +16,13 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     Task,
+    TaskID,
     TextColumn,
     TimeRemainingColumn,
 )
 from rich.text import Text
 
-__all__ = ["announce", "duration", "progress_bar"]
+__all__ = ["Show", "announce", "duration", "progress_bar", "progress_bars", "shown_by"]
 
 _QUIET_SECONDS = 2.0
 _LINE_SECONDS = 10.0
@@ -45,73 +46,102 @@ def announce(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-class _Rate(ProgressColumn):
-    def __init__(self, unit: str) -> None:
-        super().__init__()
-        self._unit = unit
+Show = Callable[[str, int, str, int], None]
+"""Takes of a piece of work: its label, its total, the unit of both, how much of it is done."""
 
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.speed or 0:,.0f} {self._unit}/s")
-
-
-_shows_one: ContextVar[bool] = ContextVar("_shows_one", default=False)
+_shown_by: ContextVar[Show | None] = ContextVar("_shown_by", default=None)
 
 
 @contextmanager
 def progress_bar(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
     """Yield a function that takes how many more units are done. Within another bar nothing is shown."""
-    if _shows_one.get():
-        yield lambda n: None
-        return
-    token = _shows_one.set(True)
-    try:
-        with _bar(label, total, unit) as advance:
-            yield advance
-    finally:
-        _shows_one.reset(token)
+    show, done = _shown_by.get(), 0
+
+    def advance(n: int) -> None:
+        nonlocal done
+        done += n
+        assert show is not None
+        show(label, total, unit, done)
+
+    with nullcontext(show) if show is not None else progress_bars() as show, shown_by(_not_at_all):
+        show(label, total, unit, 0)
+        yield advance
+
+
+def _not_at_all(label: str, total: int, unit: str, done: int) -> None:
+    pass
 
 
 @contextmanager
-def _bar(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+def shown_by(show: Show) -> Iterator[None]:
+    """Within the block bars are shown by this function, such as one that tells another process."""
+    token = _shown_by.set(show)
+    try:
+        yield
+    finally:
+        _shown_by.reset(token)
+
+
+@contextmanager
+def progress_bars() -> Iterator[Show]:
+    """Yield a function that shows how far each of several pieces of work is."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield from _lines(label, total, unit)
+        lines: dict[str, _Lines] = {}
+        yield lambda label, total, unit, done: lines.setdefault(label, _Lines(label, total, unit)).show(done)
+        for line in lines.values():
+            line.end()
         return
     columns = (
         TextColumn("{task.description:<34}"),
         BarColumn(bar_width=None),
         MofNCompleteColumn(),
-        _Rate(unit),
+        _Rate(),
         TimeRemainingColumn(compact=True),
     )
     with Progress(*columns, console=console, speed_estimate_period=10) as progress:
-        task = progress.add_task(label, total=total)
-        yield lambda n: progress.advance(task, n)
+        tasks: dict[str, TaskID] = {}
+
+        def show(label: str, total: int, unit: str, done: int) -> None:
+            if label not in tasks:
+                tasks[label] = progress.add_task(label, total=total, unit=unit)
+            progress.update(tasks[label], completed=done)
+
+        yield show
 
 
-def _lines(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    started = last = time.monotonic()
-    done = 0
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed or 0:,.0f} {task.fields['unit']}/s")
 
-    def advance(n: int) -> None:
-        nonlocal done, last
-        done += n
+
+class _Lines:
+    """One piece of work in a log file."""
+
+    def __init__(self, label: str, total: int, unit: str) -> None:
+        self._label, self._total, self._unit = label, total, unit
+        self._started = self._last = time.monotonic()
+        self._done = 0
+        self._ended = False
+
+    def show(self, done: int) -> None:
+        self._done = done
         now = time.monotonic()
-        if now - last >= _LINE_SECONDS and 0 < done < total:
-            last = now
-            rate = done / (now - started)
-            left = duration((total - done) / rate)
-            print(
-                f"{label}: {done:,} of {total:,} {unit}, {rate:,.0f} {unit}/s, {left} left",
-                file=sys.stderr,
-                flush=True,
+        if done >= self._total:
+            self.end()
+        elif done and now - self._last >= _LINE_SECONDS:
+            self._last = now
+            rate = done / (now - self._started)
+            self._say(
+                f"{done:,} of {self._total:,} {self._unit}, {rate:,.0f} {self._unit}/s, "
+                f"{duration((self._total - done) / rate)} left"
             )
 
-    yield advance
-    seconds = time.monotonic() - started
-    if seconds >= _QUIET_SECONDS:
-        print(
-            f"{label}: {done:,} {unit} in {duration(seconds)}, {done / seconds:,.0f} {unit}/s",
-            file=sys.stderr,
-            flush=True,
-        )
+    def end(self) -> None:
+        seconds = time.monotonic() - self._started
+        if not self._ended and seconds >= _QUIET_SECONDS:
+            self._say(f"{self._done:,} {self._unit} in {duration(seconds)}, {self._done / seconds:,.0f} {self._unit}/s")
+        self._ended = True
+
+    def _say(self, text: str) -> None:
+        print(f"{self._label}: {text}", file=sys.stderr, flush=True)

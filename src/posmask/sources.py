@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from posmask import assets, corpus, folders, kernels, model
-from posmask.activations import Activations, Stored, harvest
+from posmask.activations import Activations, Shards, Stored, harvest
 from posmask.errors import DamagedFolder
 from posmask.evaluation import Data
 from posmask.probing import topics
@@ -60,8 +60,12 @@ def texts_identity(study: StudySettings) -> dict[str, Any]:
     return {"carriers": carriers, "shares": shares} | ({} if own is None else {"own": content_of(own)})
 
 
-def prepare(study: StudySettings, source: Source, root: Path) -> Data:
-    """Harvest what is missing: training, held-out, order and probe texts, each into a folder of its own."""
+def prepare(study: StudySettings, source: Source, root: Path, shards: Shards | None = None) -> Data:
+    """Harvest what is missing: training, held-out, order and probe texts, each into a folder of its own.
+
+    Args:
+        shards: computes vectors elsewhere; None: here.
+    """
     n_positions = study.corpus.n_positions
     shared = {
         "model": source.made_from,
@@ -84,7 +88,11 @@ def prepare(study: StudySettings, source: Source, root: Path) -> Data:
         if (found := there()) is not None:
             return found
         with folders.claim(folder, wait=True):  # Another process may have made it meanwhile.
-            return there() or harvest(tokens(), source.loaded, folder, made_from, label, stored)
+            found = there()
+            if found is None:
+                here = source.loaded if shards is None else None
+                found = harvest(tokens(), here, folder, made_from, label, stored, shards)
+            return found
 
     @cache
     def texts(split: corpus.Split) -> list[str]:

@@ -2,10 +2,11 @@
 
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
-from posmask import engines, folders, kernels, model, parallel, rows, verdicts
+from posmask import engines, folders, kernels, model, on_ray, parallel, rows, verdicts
 from posmask.cells import (
     BASELINES,
     SAEBENCH_FILE,
@@ -48,17 +49,24 @@ def cell_states(study: StudySettings, root: Path) -> list[tuple[str, CellState]]
     return [(place.label, state_of(place)) for place in places_of(study, Source(study.model, study.device), root)]
 
 
-def run_study(study: StudySettings, root: Path, say: Callable[[str], None] = print, n_jobs: int = 1) -> list[rows.Row]:
+def run_study(
+    study: StudySettings,
+    root: Path,
+    say: Callable[[str], None] = print,
+    n_jobs: int = 1,
+    engine: Literal["local", "ray"] = "local",
+) -> list[rows.Row]:
     """Do what is missing under `root` and write `results.csv` there; returns its rows.
 
     A finished folder is never made again. One that was made from other settings is moved to `root/stale`.
 
     Args:
-        n_jobs: how many processes share the cells, and the processor's threads. The others' output goes to
-            `root/jobs`.
+        n_jobs: how many cells are made at a time, by processes that share the processors' threads.
+        engine: local: this machine's processes. ray: tasks on a cluster, see `on_ray`.
     """
     kernels.keep_freed_memory()
-    model.check_device(study.device)
+    if engine == "local":
+        model.check_device(study.device)
     check_tracker(study.track)
     source = Source(study.model, study.device)
     places = places_of(study, source, root)
@@ -66,13 +74,12 @@ def run_study(study: StudySettings, root: Path, say: Callable[[str], None] = pri
     if len(todo) < len(places):
         say(f"{len(places) - len(todo)} of {len(places)} folders are finished and stay as they are.")
     if todo:
-        data = prepare(study, source, root)  # What cannot be prepared has moved nothing yet.
-        for name in (RESULTS_FILE, VERDICTS_FILE, "report.html"):  # Old numbers must not stand beside new cells.
-            (root / name).unlink(missing_ok=True)
-        if n_jobs > 1:
-            say(f"{n_jobs} processes share the cells; what the others say goes to {root / 'jobs'}.")
-        with engines.helpers(study, root, n_jobs):
-            engines.share(study, todo, data, root, say)
+        where = nullcontext(engines.Local(n_jobs)) if engine == "local" else on_ray.connected(study, n_jobs)
+        with where as made_by:
+            data = prepare(study, source, root, made_by.shards)  # What cannot be prepared has moved nothing yet.
+            for name in (RESULTS_FILE, VERDICTS_FILE, "report.html"):  # Old numbers must not stand beside new cells.
+                (root / name).unlink(missing_ok=True)
+            made_by.make(study, todo, data, root, say)
     for place in places:
         for checkpoint in place.checkpoints.glob("*"):
             folders.remove(checkpoint)
@@ -122,10 +129,10 @@ def train_together(
     whole, _ = untrained(study, place, data)
     if by == "data":
         together = parallel.ByData(whole)
-        train_cell(study, place, whole, data, together)
+        train_cell(study, place, whole, data, together, keeps_end=True)
     else:
         together = parallel.ByPosition(whole, data.training.position[data.training.keep])
-        train_cell(study, place, together.part, data, together)
+        train_cell(study, place, together.part, data, together, keeps_end=True)
     return together
 
 

@@ -1,0 +1,96 @@
+"""A study on a real Ray cluster gives what it gives in one process, whatever dies meanwhile.
+
+Clusters run in processes of their own: Ray wants the signal handlers and warnings of its process for itself.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import make_texts
+from posmask import on_ray
+from posmask.errors import MissingExtra
+from posmask.settings import read_study
+from test_parallel import STUDY
+
+MORE_CELLS = """
+[[cells]]
+name = "open"
+mask = { kind = "open" }
+[[cells]]
+name = "half"
+mask = { kind = "open" }
+steps_share = 0.5
+[[cells]]
+name = "started"
+mask = { kind = "slice", n_slices = 4 }
+budget = "compute"
+start = "half"
+"""
+HERE = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"}
+
+
+@pytest.fixture
+def study_file(tmp_path, model_folder):
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in make_texts(1200)))
+    path = tmp_path / "tiny.toml"
+    named = STUDY.replace("MODEL", str(model_folder)).replace("TEXTS", str(tmp_path / "texts.jsonl"))
+    path.write_text(named + MORE_CELLS)
+    return path
+
+
+def rows_of(root):
+    return [line for line in (root / "results.csv").read_text().splitlines() if "_seconds" not in line]
+
+
+def weights_of(root):
+    return {file.parent.name: file.read_bytes() for file in root.glob("cells/*/sae.safetensors")}
+
+
+def command(*words):
+    return subprocess.run([sys.executable, *map(str, words)], env=HERE, capture_output=True, text=True, check=False)
+
+
+def test_without_ray_one_sentence_says_what_to_install(monkeypatch, study_file):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with (
+        pytest.raises(MissingExtra, match=r"pip install 'posmask\[ray\]'"),
+        on_ray.connected(read_study(study_file), 1),
+    ):
+        pass
+
+
+@pytest.mark.slow
+def test_a_cluster_out_of_reach_is_one_sentence(study_file, tmp_path):
+    words = ["import os; os.environ['RAY_ADDRESS'] = '127.0.0.1:1'; from posmask.cli import main; main()"]
+    found = command("-c", *words, "run", study_file, "--root", tmp_path / "run", "--engine", "ray")
+    assert found.returncode == 2
+    assert "no Ray cluster can be reached" in found.stderr
+    assert "Traceback" not in found.stderr
+
+
+@pytest.mark.slow
+def test_what_is_wrong_on_a_worker_is_one_sentence_too(study_file, tmp_path):
+    study_file.write_text(study_file.read_text().replace("learning_rate = 5e-3", "learning_rate = 1e9"))
+    found = command(
+        "-m", "posmask.cli", "run", study_file, "--root", tmp_path / "run", "--engine", "ray", "--jobs", "2"
+    )
+    assert found.returncode == 2
+    assert "lower learning_rate = 1000000000.0" in found.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_workers_and_a_node_die_and_the_results_are_those_of_one_process(study_file, tmp_path):
+    """Three nodes; one worker is killed while it trains, another while it evaluates, then a whole node."""
+    alone = command("-m", "posmask.cli", "run", study_file, "--root", tmp_path / "alone")
+    assert alone.returncode == 0, alone.stderr
+    found = command(Path(__file__).parent / "on_a_dying_cluster.py", study_file, tmp_path / "cluster")
+    assert found.returncode == 0, found.stderr
+    assert json.loads(found.stdout.splitlines()[-1]) == ["train", "evaluate", "node"]
+    assert rows_of(tmp_path / "cluster") == rows_of(tmp_path / "alone")
+    assert weights_of(tmp_path / "cluster") == weights_of(tmp_path / "alone")
+    assert len(weights_of(tmp_path / "alone")) == 4
