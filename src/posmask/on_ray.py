@@ -6,6 +6,7 @@ another, which goes on from the shards and checkpoints in the study's folder.
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -48,12 +49,16 @@ def connected(study: StudySettings, n_jobs: int) -> Iterator["Cluster"]:
         import ray
     except ImportError:
         raise MissingExtra("--engine ray needs a package that is not installed: pip install 'posmask[ray]'") from None
+    address = os.environ.get("RAY_ADDRESS", "")
     try:
+        if address not in ("", "auto", "local"):
+            host, _, port = address.removeprefix("ray://").rpartition(":")
+            socket.create_connection((host, int(port)), timeout=10).close()  # Ray itself tries for many minutes.
         ray.init(logging_level=logging.WARNING)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise BadSetting(
-            f"no Ray cluster can be reached ({str(error).partition(chr(10))[0]}): correct RAY_ADDRESS, or unset it to "
-            "start one on this machine"
+            f"no Ray cluster can be reached at {address or 'this machine'} ({str(error).partition(chr(10))[0]}): "
+            "correct RAY_ADDRESS, or unset it to start one on this machine"
         ) from None
     try:
         yield Cluster(ray, study, n_jobs)
