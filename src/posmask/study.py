@@ -40,6 +40,7 @@ RESULTS_FILE = "results.csv"
 VERDICTS_FILE = "verdicts.csv"
 UNITS_FILE = "units.safetensors"
 SAEBENCH_FILE = "saebench.json"
+SNAPSHOTS_FILE = "snapshots.safetensors"
 _BASELINES = "baselines"
 _CHECKPOINTS = "checkpoints"
 CHECKPOINT_SECONDS = 90.0
@@ -460,6 +461,7 @@ def _run_place(study: StudySettings, place: _Place, data: Data, baseline: list[r
             trained = _train(study, place, sae, data)
             kernels.give_back_freed_memory()
             training.write_curve(draft / "curve.csv", trained.curve)
+            trained.snapshots.write(draft / SNAPSHOTS_FILE, study.training.batch_tokens)
             n_tokens = before + trained.n_tokens
             model_made_from = place.made_from["model"]
             write_sae(
@@ -473,10 +475,13 @@ def _run_place(study: StudySettings, place: _Place, data: Data, baseline: list[r
                     "training_tokens": n_tokens,
                 },
             )
+            started = time.perf_counter()
             measured, facts = evaluate(sae, trained.dead, data, place.label)
+            evaluate_seconds = time.perf_counter() - started
             facts.write(draft, data.tokenizer)
             found = [
                 rows.Measure("train_seconds", trained.seconds, n=1),
+                rows.Measure("evaluate_seconds", evaluate_seconds, n=1),
                 rows.Measure("train_tokens", n_tokens, n=1),
                 rows.Measure("d_sae", sae.d_sae, n=1),
                 *measured,
