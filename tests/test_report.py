@@ -461,13 +461,30 @@ def test_what_the_browser_shows_is_what_was_written(study, page, open_page):
     place = start + facts["text_value"][9, 0].argmax()
     assert peak.startswith(f"position {facts['token_position'][place]},")
     decoders = [
-        load_file(study / "cells" / f"{name}-seed0" / "sae.safetensors")["decoder"] for name in ("hard", "soft")
+        load_file(study / "cells" / name / "sae.safetensors")["decoder"]
+        for name in ("hard-seed0", "soft-seed0", "hard-seed1")
     ]
-    own, other = (one / np.linalg.norm(one, axis=1, keepdims=True) for one in decoders)
-    cosine = other @ own[9]
-    line = tab.locator(".near").nth(1).locator("tr", has_text="soft").inner_text()
-    assert re.search(rf"latent {cosine.argmax()}\b", line)
-    assert f"{cosine.max():.2f}".lstrip("0") in line
+    own, other, again = (one / np.linalg.norm(one, axis=1, keepdims=True) for one in decoders)
+    for place, who, its in ((1, "soft", other), (2, "seed 1", again)):
+        cosine = its @ own[9]
+        line = tab.locator(".near").nth(place).locator("tr", has_text=who).inner_text()
+        assert re.search(rf"latent {cosine.argmax()}\b", line)
+        assert f"{cosine.max():.2f}".lstrip("0") in line
+
+
+def test_the_folder_with_everything_shows_every_seed(served, open_page):
+    tab = open_page(f"http://127.0.0.1:{served}/")
+    show(tab, "#browsers")
+    tab.wait_for_selector("#browser-0 tbody tr")
+    cells = texts(tab, "#browsers select[aria-label=Cell] option")
+    assert [cell.split(" (")[0] for cell in cells] == [
+        f"{name}, seed {seed}" for name in ("open", "hard", "soft") for seed in (0, 1)
+    ]
+    tab.evaluate("browse(0, 2, 9)")
+    tab.wait_for_selector("text=Latent 9 of hard")
+    tab.locator(".near").nth(2).locator("button").click()
+    tab.wait_for_selector("#browser-1 tbody tr")
+    assert tab.locator("#browsers select[aria-label=Cell]").nth(1).input_value() == "3"
 
 
 def test_two_studies_stand_in_one_page(study, tmp_path, open_page):

@@ -109,9 +109,9 @@ def test_a_study_runs_from_text_to_results(study_file, tmp_path):
     assert metrics >= {
         "explained_variance", "l0", "dead_share", "retention", "retention_chance", "profile_fidelity",
         "order_accuracy", "order_shuffled", "order_permuted", "probe_accuracy", "train_seconds", "train_tokens",
-        "evaluate_seconds", "ce_recovered", "kl_recovered", "ablation_effect", "causal_specificity", "position_information",
-        "position_information_null", "position_bound_share", "shift_position", "shift_content", "shift_interaction",
-        "mean_openness", "strictness",
+        "evaluate_seconds", "ce_recovered", "kl_recovered", "ablation_effect", "causal_specificity",
+        "position_information", "position_information_null", "position_bound_share", "shift_position",
+        "shift_content", "shift_interaction", "mean_openness", "strictness",
     }  # fmt: skip
     assert all(row.value > 0 for row in found if row.metric in SECONDS)
     by_slice = {(row.cell, row.metric, row.slice): row for row in found}

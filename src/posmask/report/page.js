@@ -124,6 +124,7 @@ function adapted(spec, holder) {
     for (const layer of spec.layer ?? [spec]) for (const channel of ["color", "shape", "strokeDash"])
       if (layer.encoding?.[channel]) layer.encoding[channel].legend = { ...layer.encoding[channel].legend, orient: "top", columns: 2 };
   }
+  if (holder.clientWidth < 560) for (const layer of spec.layer ?? []) if (layer.encoding?.text) layer.encoding.text.field += " narrow";
   if (spec.usermeta?.columns) spec.columns = Math.max(1, Math.floor(holder.clientWidth / spec.usermeta.columns));
   if (spec.concat && holder.clientWidth < 700) { spec.columns = 1; for (const one of spec.concat) one.width = Math.max(160, holder.clientWidth - 110); spec.config = { ...spec.config, legend: { orient: "bottom" } }; }
   return spec;
@@ -191,8 +192,10 @@ const COLUMNS = [
   ["probe weight", "weight", null, value => value ? (value > 0 ? "+" : "−") + Math.abs(value).toPrecision(2) : "–"],
   ["copies here", "twins", (b, i) => b.twins ? b.twins[i] : NaN, value => Number.isFinite(value) ? String(value) : "–"],
   ["nearest elsewhere", "elsewhere", (b, i) => b.near_cosine?.width ? row(b.near_cosine, i)[0] : NaN, value => digits(value, 2)],
+  ["other seeds", "seeds", (b, i) => b.seed_cosine?.width ? row(b.seed_cosine, i).reduce((one, other) => one + other, 0) / b.seed_cosine.width : NaN, value => digits(value, 2)],
   ["promotes", "words", null, (value, b, i) => [...row(b.promoted, i).slice(0, 4)].map(word => b.words[word].trim()).join("  ")],
 ];
+const SECONDARY = ["twins", "elsewhere", "seeds", "retention"]; // left out on a phone
 class Browser {
   constructor(holder, number) {
     this.number = number; this.holder = holder; this.sort = ["information", true]; this.chosen = null; this.index = null;
@@ -204,7 +207,7 @@ class Browser {
     this.count = make("span", { class: "note" });
     this.rows = make("div", { class: "rows", tabindex: 0, role: "region", "aria-label": "Latents" });
     this.detail = make("section", { class: "latent", "aria-live": "polite", "aria-label": "The chosen latent" });
-    const heads = COLUMNS.map(([title, key]) => make("th", { scope: "col", class: key === "words" ? "text hide-small" : ["twins", "elsewhere", "retention"].includes(key) ? "hide-small" : null, "data-key": key },
+    const heads = COLUMNS.map(([title, key]) => make("th", { scope: "col", class: key === "words" ? "text hide-small" : SECONDARY.includes(key) ? "hide-small" : null, "data-key": key },
       key === "words" ? title : make("button", { type: "button", onclick: () => this.sortBy(key) }, title)));
     this.above = make("tr", { "aria-hidden": true }, make("td", { colspan: COLUMNS.length, style: "padding:0;border:0" })); this.below = this.above.cloneNode(true);
     this.body = make("tbody");
@@ -282,7 +285,7 @@ class Browser {
       const line = make("tr", { "aria-selected": at === this.chosen, "aria-rowindex": this.order.indexOf(at, 0) + 2, onclick: () => this.choose(at) });
       for (const [, key, value, text] of COLUMNS) {
         const number = key === "weight" ? this.weights[at] : value ? value(this.block, at) : null;
-        line.append(make("td", { class: key === "words" ? "text hide-small" : ["twins", "elsewhere", "retention"].includes(key) ? "hide-small" : null }, text(number, this.block, at)));
+        line.append(make("td", { class: key === "words" ? "text hide-small" : SECONDARY.includes(key) ? "hide-small" : null }, text(number, this.block, at)));
       }
       return line;
     });
@@ -305,7 +308,8 @@ class Browser {
       make("div", {}, make("h4", {}, "Probes it serves"), serves.length ? make("table", {}, make("thead", {}, make("tr", {}, ...["probe", "choice", "weight"].map(name => make("th", { scope: "col" }, name)))),
         make("tbody", {}, ...serves.slice(0, 12).map(([probe, choice, weight]) => make("tr", {}, make("td", {}, b.probes[probe]), make("td", {}, String(choice)), make("td", {}, (weight > 0 ? "+" : "−") + Math.abs(weight).toPrecision(2)))))) : make("p", { class: "note" }, "None chose it.")),
       make("div", {}, make("h4", {}, "Nearest in this cell"), this.near(at, true)),
-      make("div", {}, make("h4", {}, "Nearest in other cells"), this.near(at, false)));
+      make("div", {}, make("h4", {}, "Nearest in other cells"), this.near(at, false)),
+      make("div", {}, make("h4", {}, "The same cell, other seeds"), this.nearSeeds(at)));
     this.detail.replaceChildren(make("h3", {}, `Latent ${b.latent[at]} of ${b.cell}`),
       make("ul", { class: "facts" }, fact("fires on", COLUMNS[1][3](b.firings[at] / b.tokens) + ` of ${b.tokens.toLocaleString("en")} tokens`), fact("position information", digits(b.position_information[at])), fact("retention", digits(b.retention[at])), fact("its chance", digits(b.retention_chance[at])), fact("open at", ranges(row(b.openness, at)).text), fact("largest activation", b.largest[at].toPrecision(3))), parts);
   }
@@ -349,8 +353,17 @@ class Browser {
       const where = own && here !== undefined ? "open at " + ranges(row(b.openness, here)).text : own ? "not kept here" : facts.latents[cell].cell;
       return make("tr", {}, make("td", {}, make("button", { type: "button", onclick: () => browse(1 - this.number, cell, latent) }, "latent " + latent)), make("td", {}, where), make("td", {}, digits(cosines[place], 2)));
     });
-    const about = own ? `${b.twins[at]} others of this cell point nearly the same way (cosine above .7): ${b.twins[at] ? "the feature exists more than once" : "it exists once"}.` : "The nearest one of each other cell, cosine of decoder rows.";
+    const about = own ? `${b.twins[at]} others of this cell point nearly the same way (cosine above .7): ${b.twins[at] ? "the feature exists more than once" : "it exists once"}.` : "The nearest one of each other cell of this seed, cosine of decoder rows.";
     return make("div", { class: "near" }, make("p", { class: "note" }, about), make("table", {}, make("tbody", {}, ...lines)));
+  }
+  nearSeeds(at) {
+    const b = this.block;
+    if (!b.other_seeds.length) return make("p", { class: "note" }, "No other seed of this cell is here.");
+    const lines = b.other_seeds.map((seed, number) => {
+      const latent = row(b.seed_latent, at)[number], cell = facts.latents.findIndex(one => one.cell === b.cell && one.seed === seed), name = "latent " + latent;
+      return make("tr", {}, make("td", {}, cell < 0 ? name : make("button", { type: "button", onclick: () => browse(1 - this.number, cell, latent) }, name)), make("td", {}, "seed " + seed), make("td", {}, digits(row(b.seed_cosine, at)[number], 2)));
+    });
+    return make("div", { class: "near" }, make("p", { class: "note" }, "The nearest one of each other seed, cosine of decoder rows: near 1, the feature comes again whatever the seed."), make("table", {}, make("tbody", {}, ...lines)));
   }
   save() {
     const b = this.block, lines = this.order.map(at => COLUMNS.map(([, key, value, text]) => key === "weight" ? this.weights[at] : key === "where" || key === "words" ? text(null, b, at) : value(b, at)));
