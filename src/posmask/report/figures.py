@@ -43,6 +43,11 @@ COLOURS = [
     "#D99AC5",
     "#3E6E6B",
 ]
+_MARKS = {
+    "equal width": ("circle", COLOURS[0]),
+    "equal compute": ("square", COLOURS[5]),
+    "pooled by segments": ("triangle-up", COLOURS[2]),
+}
 _N_LATENT_BINS = 40
 _N_POSITION_BINS = 32
 _SNAPSHOT_BINS = (24, 16)  # latents, positions
@@ -110,7 +115,7 @@ def trade_off(
 ) -> Figure | None:
     """Reconstruction against order accuracy, one mark a cell, both budgets; segment pooling lies where its cell does.
 
-    Named are as many as find room: those that nothing beats in both first, then `open`, then the others. Thin lines
+    Named are as many as find room: `open` first, then those that nothing beats in both, then the others. Thin lines
     are the intervals of `numbers`, those of the study's table.
 
     Args:
@@ -137,9 +142,11 @@ def trade_off(
         return None
     _name(values, width)
     _name(values, _NARROW, " narrow")
-    shapes = ["equal width", "equal compute", "pooled by segments"]
+    drawn = {value["what"] for value in values}
+    shapes = [what for what in _MARKS if what in drawn]
+    forms, colours = zip(*(_MARKS[what] for what in shapes), strict=True)
     scale_x, scale_y = alt.Scale(zero=False, padding=26), alt.Scale(zero=False, padding=22)
-    colour = alt.Color("what:N", title=None, scale=alt.Scale(domain=shapes, range=[COLOURS[0], COLOURS[5], COLOURS[2]]))
+    colour = alt.Color("what:N", title=None, scale=alt.Scale(domain=shapes, range=list(colours)))
     across, up = "explained variance", "order accuracy"
     base = alt.Chart(_data(values)).encode(
         x=alt.X(f"{across}:Q", scale=scale_x, axis=alt.Axis(tickCount=8), title=across),
@@ -153,11 +160,12 @@ def trade_off(
             f"range of {up}:N",
         ],
     )
-    rule = base.mark_rule(strokeWidth=1, strokeOpacity=0.45).encode(color=colour)
+    rule = base.mark_rule(strokeWidth=1, strokeOpacity=0.6).encode(color=colour)
     sideways = rule.encode(x=alt.X(f"{across} low:Q", title=across), x2=f"{across} high:Q")
     upright = rule.encode(y=alt.Y(f"{up} low:Q", title=f"{up}, k = {k}"), y2=f"{up} high:Q")
     marks = base.mark_point(size=80, filled=True, opacity=1).encode(
-        shape=alt.Shape("what:N", title=None, scale=alt.Scale(domain=shapes)), color=colour
+        shape=alt.Shape("what:N", title=None, scale=alt.Scale(domain=shapes, range=list(forms))),
+        color=colour,
     )
     left = base.mark_text(align="right", dx=-9, dy=-7, fontSize=11).encode(text="left:N")
     right = base.mark_text(align="left", dx=9, dy=-7, fontSize=11).encode(text="right:N")
@@ -171,32 +179,46 @@ def trade_off(
 
 
 def _name(values: list[dict[str, Any]], width: int, when: str = "") -> None:
-    """Put each mark's name to its `left` or `right` where it hits no other mark and name, best marks first."""
-    xs, ys = ([value[key] for value in values] for key in ("explained variance", "order accuracy"))
+    """Put marks' names to their `left` or `right` where they hit no other mark and name: `open`, then the best ones."""
+    axes = ("explained variance", "order accuracy")
+    xs, ys = ([value[axis] for value in values] for axis in axes)
     height, letter, line = 330, 6.5, 13  # pixels
 
-    def across(of: Sequence[float], pixels: int) -> list[float]:
-        reach = max(of) - min(of)
-        return [pixels * ((one - min(of)) / reach if reach else 0.5) for one in of]
+    def across(axis: str, pixels: int) -> list[float]:
+        """In pixels; the picture reaches as far as the thin lines."""
+        low, high = (
+            pick(value.get(f"{axis} {end}", value[axis]) for value in values)
+            for pick, end in ((min, "low"), (max, "high"))
+        )
+        return [pixels * ((value[axis] - low) / (high - low) if high > low else 0.5) for value in values]
 
-    places = list(zip(across(xs, width), across(ys, height), strict=True))
+    places = list(zip(*(across(axis, pixels) for axis, pixels in zip(axes, (width, height), strict=True)), strict=True))
     taken = [(x - 6, x + 6, y - 6, y + 6) for x, y in places]
 
     def beaten(number: int) -> bool:
         return any(x >= xs[number] and y > ys[number] for x, y in zip(xs, ys, strict=True))
 
-    order = sorted(range(len(values)), key=lambda number: (beaten(number), values[number]["cell"] != "open"))
+    order = sorted(range(len(values)), key=lambda number: (values[number]["cell"] != "open", beaten(number)))
     for number in order:
         values[number] |= {f"left{when}": "", f"right{when}": ""}
         x, y = places[number]
         reach = letter * len(values[number]["cell"])
-        for side, start in (("left", x - 9 - reach), ("right", x + 9)):
-            box = (start, start + reach, y + 7 - line / 2, y + 7 + line / 2)
-            free = all(box[0] > b or box[1] < a or box[2] > d or box[3] < c for a, b, c, d in taken)
-            if values[number]["cell"] == "open" or (free and box[0] > -60 and box[1] < width + 60):
-                values[number][side + when] = values[number]["cell"]
-                taken.append(box)
-                break
+        boxes = {
+            side: (start, start + reach, y + 7 - line / 2, y + 7 + line / 2)
+            for side, start in (("left", x - 9 - reach), ("right", x + 9))
+        }
+        free = [
+            side
+            for side, box in boxes.items()
+            if all(box[0] > b or box[1] < a or box[2] > d or box[3] < c for a, b, c, d in taken)
+            and box[0] > -60
+            and box[1] < width + 60
+        ]
+        if not free and values[number]["cell"] == "open":
+            free = ["left"]
+        if free:
+            values[number][free[0] + when] = values[number]["cell"]
+            taken.append(boxes[free[0]])
 
 
 def _by_position(numbers: Numbers, cells: Sequence[str], metric: str, title: str) -> Figure | None:
@@ -213,7 +235,7 @@ def _by_position(numbers: Numbers, cells: Sequence[str], metric: str, title: str
         alt.Chart(_data(values))
         .mark_line(strokeWidth=1.5)
         .encode(
-            x=alt.X("position:Q", title="position in the context"),
+            x=alt.X("position:Q", title="position in the context", scale=alt.Scale(nice=False)),
             y=alt.Y("value:Q", scale=alt.Scale(zero=False), title=title),
             color=_colour(cells),
             tooltip=["cell:N", "position:Q", alt.Tooltip("value:Q", format=".3f")],
@@ -238,12 +260,17 @@ def _decay(numbers: Numbers, cells: Sequence[str]) -> Figure | None:
         .mark_line(point=True)
         .encode(
             x=alt.X(
-                "share:Q", title="training without the mask, share of the original steps", axis=alt.Axis(format="%")
+                "share:Q",
+                title="training without the mask, share of the original steps",
+                axis=alt.Axis(format="%", tickCount=5),
             ),
             y=alt.Y("value:Q", title="retention", scale=alt.Scale(zero=False)),
             color=_colour(list(dict.fromkeys(value["cell"] for value in values))),
             strokeDash=alt.StrokeDash(
-                "what:N", sort=["retention", "chance"], title=None, legend=alt.Legend(symbolType="stroke")
+                "what:N",
+                sort=["retention", "chance"],
+                title=None,
+                legend=alt.Legend(symbolType="stroke", symbolStrokeColor="#888", symbolStrokeWidth=2),
             ),
             tooltip=["cell:N", "what:N", "share:Q", alt.Tooltip("value:Q", format=".3f")],
         )
@@ -475,12 +502,12 @@ def _snapshots(learned: Sequence[CellFolder], warnings: list[str]) -> Figure | N
             ),
             column=alt.Column(
                 "moment:O",
-                title=f"from the first step to the last, {moments} moments",
-                header=alt.Header(titleFontWeight="normal"),
+                title=f"from the first step (1) to the last ({moments})",
+                header=alt.Header(titleFontWeight="normal", titleAnchor="start"),
             ),
             spacing=6,
         )
-        .properties(usermeta={"canvas": True})
+        .properties(usermeta={"canvas": True, "moment": 6 + 5 * _SNAPSHOT_BINS[1]})
     )
 
 

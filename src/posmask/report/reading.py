@@ -46,6 +46,10 @@ class Study:
         return sorted({row.seed for row in self.rows if row.mask != "none"})
 
     @property
+    def n_saes(self) -> int:
+        return len({(row.cell, row.seed) for row in self.rows if row.mask != "none"})
+
+    @property
     def baseline(self) -> str | None:
         """The first cell whose mask is open, which the others are compared with."""
         return next((row.cell for row in self.rows if row.mask == "open"), None)
