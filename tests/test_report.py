@@ -524,6 +524,25 @@ def test_what_cannot_be_read_is_left_out_and_said(root):
         assert said.replace("`", "") in page.replace("`", ""), said
 
 
+def test_learned_masks_without_snapshots_are_named(tmp_path):
+    write_cell(tmp_path, "soft", "soft", latents=False)
+    cell = tmp_path / "cells" / "soft-seed0"
+    manifest = json.loads((cell / "manifest.json").read_text())
+    (cell / "snapshots.safetensors").unlink()
+    files = {name: entry for name, entry in manifest["files"].items() if name != "snapshots.safetensors"}
+    with write_folder(
+        tmp_path / "cells" / "soft-seed1", manifest["made_from"]
+    ) as draft:  # as one of an earlier version
+        for name in files:
+            shutil.copy2(cell / name, draft / name)
+    shutil.rmtree(cell)
+    page = write_report(tmp_path)
+    text = page.read_text(encoding="utf8")
+    assert "1 learned masks were trained without recording how they changed (soft)" in text
+    assert "block-chart-snapshots" not in text
+    assert "block-chart-learned" in text
+
+
 def test_a_study_without_cells_or_results_still_has_a_page(root, tmp_path):
     (root / "results.csv").unlink()
     page = write_report(root).read_text(encoding="utf8")
@@ -652,6 +671,25 @@ def test_tables_are_sorted_found_in_and_saved(page, open_page):
     assert [line[0] for line in lines[1:]] == ["soft"]
 
 
+def test_no_saved_csv_holds_a_formula(tmp_path, open_page):
+    page = write_report(write_study(tmp_path, cells=(("open", "open"), ("=cmd()", "hard")), seeds=(0,)))
+    tab = open_page(page)
+    tab.click("[data-pick=all]")
+    show(tab, "#browsers")
+    tab.wait_for_selector("#browser-0 tbody tr")
+    lines = []
+    for button in ("[data-csv=study]", "[data-save=csv][data-of-chart=position]", "#browsers button:has-text('CSV')"):
+        with tab.expect_download() as saved:
+            tab.locator(button).first.click()
+        lines += csv.reader(Path(saved.value.path()).read_text(encoding="utf8").splitlines())
+    fields = {field for line in lines for field in line}
+    assert "'=cmd()" in fields
+    assert any(field.startswith("'=1+1") for field in fields)  # a token's text, which begins with a space
+    assert [field for field in fields if re.match(r"[=+@\t]|-[^\d.]", field)] == []
+    shielded = tab.evaluate("csv([['=a', '+a', '@a', '\\ta', '\\ra', '-a', '-1.5', 'a=1', 'a,\"b']])")
+    assert shielded == """'=a,'+a,'@a,'\ta,"'\ra",'-a,-1.5,a=1,"a,""b"\n"""
+
+
 def test_pictures_are_drawn_picked_redrawn_and_saved(page, open_page):
     tab = open_page(page)
     show(tab, "[data-chart=position]")
@@ -755,6 +793,25 @@ def test_the_folder_with_everything_shows_every_seed(served, open_page):
     tab.locator(".near").nth(2).locator("button").click()
     tab.wait_for_selector("#browser-1 tbody tr")
     assert tab.locator("#browsers select[aria-label=Cell]").nth(1).input_value() == "3"
+
+
+def test_pages_of_damaged_and_empty_folders_open(root, tmp_path, open_page):
+    """No console error either: `open_page` looks."""
+    (root / "cells" / "hard-seed0" / "latents.safetensors").write_bytes(b"tampered")
+    (root / "cells" / "soft-seed0" / "manifest.json").unlink()
+    (root / "results.csv").write_text((root / "results.csv").read_text().replace("0.25,nan,nan", "nan,nan,nan"))
+    tab = open_page(write_report(root))
+    said = tab.locator(".warnings").first.inner_text()
+    for part in ("latents.safetensors is not what was written", "soft-seed0 has no manifest.json", "are NaN"):
+        assert part in said
+    show(tab, "#browsers")
+    tab.wait_for_selector("#browser-0 tbody tr")
+    show(tab, "[data-chart=position]")
+    tab.wait_for_selector("[data-chart=position] svg")
+    (tmp_path / "empty" / "cells").mkdir(parents=True)
+    tab = open_page(write_report(tmp_path / "empty"))
+    assert "No finished cell lies in this folder" in tab.locator(".warnings").first.inner_text()
+    assert "There is nothing to draw." in tab.locator("main").inner_text()
 
 
 def test_two_studies_stand_in_one_page(study, tmp_path, open_page):
