@@ -65,6 +65,9 @@ def assert_same(one, other):
     ):
         assert torch.equal(a, b), name
     assert one.curve == other.curve
+    assert one.snapshots.by_step.keys() == other.snapshots.by_step.keys()
+    for step, openness in one.snapshots.by_step.items():
+        assert torch.equal(openness, other.snapshots.by_step[step]), step
     assert torch.equal(one.dead, other.dead)
 
 

@@ -10,11 +10,14 @@ import re
 import shutil
 import threading
 import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
+from safetensors.torch import save_file
 
 from conftest import D_SAE, N_POSITIONS, batch_of, make_sae, make_vectors
 from posmask.errors import DamagedFolder
@@ -23,9 +26,9 @@ from posmask.latents import LatentFacts
 from posmask.metrics.specialization import PositionMass
 from posmask.report import page_server, write_paper_figures, write_report, write_report_folder
 from posmask.report.browser import shown_word
-from posmask.rows import Measure, Row, Units, write_rows, write_units
+from posmask.rows import Measure, Row, Units, read_units, write_rows, write_units
 from posmask.sae import write_sae
-from posmask.verdicts import Verdict, write_verdicts
+from posmask.verdicts import Verdict, paired_difference, read_verdicts, sample_of, write_verdicts
 
 HOSTILE = "<img src=x onerror=alert(1)><script>alert(1)</script>"
 WORDS = [" the", " dog", HOSTILE, "\u202eabc", "\x00\x07", "שלום", "x" * 1000, "\n", " =1+1"]
@@ -55,7 +58,9 @@ def write_cell(root, name, kind, *, seed=0, level=0.8, latents=True, d_sae=D_SAE
         Measure("train_tokens", 4096, n=1),
         Measure("mean_openness", 0.5 if kind != "open" else 1.0, n=D_SAE),
         *(Measure("explained_variance", 0.8 if p else math.nan, n=9, slice={"position": p}) for p in range(4)),
-        *(Measure("l0", 3.0, n=9, slice={"position": p}) for p in range(4)),
+        *(Measure("l0", 3.0 + p, n=9, slice={"position": p}) for p in range(4)),
+        *(Measure("ce_recovered", 0.9 - p / 10, n=9, slice={"position": p}) for p in range(1, 4)),
+        Measure("evaluate_seconds", 3.0 + seed, n=1),
         Measure("retention", 0.25 + 0.01 * seed, 0.24, 0.26, 30),
         Measure("retention_chance", 0.125, 0.11, 0.13, 30),
         Measure("order_accuracy", of("order"), 0.5, 0.7, 50, order, units["order"]),
@@ -84,6 +89,9 @@ def write_cell(root, name, kind, *, seed=0, level=0.8, latents=True, d_sae=D_SAE
         (draft / "curve.csv").write_text(curve)
         sae = make_sae(kind, d_sae=d_sae, seed=seed)
         write_sae(sae, draft)
+        if kind == "soft":
+            moments = torch.randint(256, (8, N_POSITIONS, d_sae), dtype=torch.uint8)
+            save_file({"openness": moments, "tokens": torch.arange(8) * 25 + 25}, draft / "snapshots.safetensors")
         if latents:
             write_latents(sae, draft)
     return found
@@ -156,7 +164,7 @@ def mean_of_rows(root, of):
         for row in rows:
             slice = dict(part.split("=", 1) for part in row["slice"].split(";")) if row["slice"] else {}
             right = wanted.items() <= slice.items() and "class" not in slice if wanted else not slice
-            if row["cell"] == cell and row["metric"] == metric and right and seed in ("", row["seed"]):
+            if cell in ("*", row["cell"]) and row["metric"] == metric and right and seed in ("", row["seed"]):
                 found.append(float(row["value"]))
         return sum(found) / len(found)
 
@@ -164,52 +172,316 @@ def mean_of_rows(root, of):
     return mean(first) - (mean(less) if less else 0)
 
 
-def test_every_number_of_the_tables_is_a_row_or_a_mean_of_rows(study, page):
-    import html
+def rows_of(root, of):
+    """The rows themselves, as `mean_of_rows` finds them."""
+    cell, metric, where = of.split("|", 2)
+    wanted = dict(part.split("=", 1) for part in where.split(";")) if where else {}
+    with (root / "results.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            slice = dict(part.split("=", 1) for part in row["slice"].split(";")) if row["slice"] else {}
+            right = wanted.items() <= slice.items() and "class" not in slice if wanted else not slice
+            if cell in ("*", row["cell"]) and row["metric"] == metric and right:
+                yield row
 
-    text = page.read_text(encoding="utf8")
-    found = re.findall(r'data-of="([^"]*)" data-value="([^"]*)"[^>]*>(?:<span class="v">)?([^<]*)', text)
-    found += [
-        (of, value, shown) for value, of, shown in re.findall(r'data-value="([^"]*)" data-of="([^"]*)">([^<]*)', text)
-    ]
-    assert len(found) > 60
-    for of, value, shown in found:
-        expected = mean_of_rows(study, html.unescape(of))
-        assert float(value) == pytest.approx(expected, abs=1e-12), of
-        number = float(shown.replace("−", "-").replace(",", ""))
-        assert number == pytest.approx(expected, abs=0.5 if "train" in of or "d_sae" in of else 0.00051), of
+
+def cells_of(page):
+    """Every table cell of the page: its table's id or label, its attributes, its text."""
+
+    class Cells(HTMLParser):
+        def __init__(self):
+            super().__init__()
+            self.found, self.table, self.region, self.inside = [], "", "", False
+
+        def handle_starttag(self, tag, attributes):
+            named = dict(attributes)
+            if tag == "div" and "aria-label" in named:
+                self.region = named["aria-label"]
+            if tag == "table":
+                self.table = named.get("id") or self.region
+            if tag == "td":
+                self.found.append((self.table, named, {"": ""}))
+                self.part, self.inside = "", True
+            if tag in ("span", "small"):
+                self.part = named.get("class", "small")
+
+        def handle_endtag(self, tag):
+            if tag == "small" and self.inside:
+                self.found[-1][2]["small"] += "; "
+            if tag == "td":
+                self.inside = False
+
+        def handle_data(self, data):
+            if self.inside:
+                parts = self.found[-1][2]
+                parts[self.part] = parts.get(self.part, "") + data.strip()
+
+    reader = Cells()
+    reader.feed(page.read_text(encoding="utf8").partition("<script type=")[0])
+    return reader.found
+
+
+def read(text):
+    """The numbers of a text as the page writes them."""
+    return [float(one.replace("−", "-").replace(",", "")) for one in re.findall(r"[+−]?[\d,]*\.?\d+", text)]
+
+
+def expected_difference(root, of):
+    """Effect, low and high against `open`, from units where there are any, else seed by seed."""
+    cell, metric, where = of.split("|", 2)
+    if metric in ("explained_variance", "order_accuracy") and ("k=5" in where or not where):
+        one, other = (samples(root, name, metric) for name in (cell, "open"))
+        found = paired_difference(one, other)
+        return [found.effect, found.low, found.high]
+    each = [mean_of_rows(root, f"{cell}@{seed}|{metric}|{where}") for seed in (0, 1)]
+    base = [mean_of_rows(root, f"open@{seed}|{metric}|{where}") for seed in (0, 1)]
+    apart = [one - two for one, two in zip(each, base, strict=True)]
+    return [sum(apart) / 2, min(apart), max(apart)]
+
+
+def samples(root, cell, metric):
+    folders = [root / "cells" / f"{cell}-seed{seed}" for seed in (0, 1)]
+    where = {} if metric == "explained_variance" else {"k": "5"}
+    return [sample_of(read_units(folder / "units.safetensors"), "mean", metric, where) for folder in folders]
+
+
+def expected_interval(root, of):
+    """Over texts and seeds where there are units, else from seed to seed."""
+    cell, metric, where = of.split("|", 2)
+    if cell == "*":
+        values = [float(row["value"]) for row in rows_of(root, of)]
+        return [min(values), max(values)]
+    if metric in ("explained_variance", "order_accuracy"):
+        one = samples(root, cell, metric)
+        nothing = [{name: Units(0 * u.top, 0 * u.bottom + 1) for name, u in own.items()} for own in one]
+        found = paired_difference(one, nothing)
+        return [found.low, found.high]
+    return sorted(mean_of_rows(root, f"{cell}@{seed}|{metric}|{where}") for seed in (0, 1))
+
+
+def test_every_number_of_the_tables_is_a_row_or_a_mean_of_rows(study, page):
+    """Value, interval and difference of each table cell, and no cell with a number that names no rows."""
+    verdicts = {(one.label, one.against, one.column): one for one in read_verdicts(study / "verdicts.csv")}
+    seen = {"of": 0, "interval": 0, "difference": 0, "verdict": 0, "range": 0}
+    for table, named, parts in cells_of(page):
+        if "data-of" in named:
+            of = named["data-of"]
+            expected = mean_of_rows(study, of)
+            assert float(named["data-value"]) == pytest.approx(expected, abs=1e-12), of
+            shown = read(parts.get("v") or parts[""])
+            whole = any(part in of for part in ("_seconds", "train_tokens", "d_sae"))
+            assert shown == pytest.approx([expected], abs=0.5 if whole else 0.00051), of
+            seen["of"] += 1
+            if parts.get("i"):
+                assert read(parts["i"]) == pytest.approx(expected_interval(study, of), abs=0.00051), of
+                seen["interval"] += 1
+            if parts.get("d", "–") != "–":
+                assert read(parts["d"].replace("seeds ", "")) == pytest.approx(
+                    expected_difference(study, of), abs=0.00061
+                ), of
+                assert parts["d"] in named["title"]
+                seen["difference"] += 1
+            if "intervals reach from" in named.get("title", ""):
+                lows, highs = zip(*((float(row["low"]), float(row["high"])) for row in rows_of(study, of)), strict=True)
+                reach = read(named["title"].split("reach from")[1])
+                assert reach[:2] == pytest.approx([min(lows), max(highs)], abs=0.00051), of
+                seen["range"] += 1
+        elif "data-verdict" in named:
+            one = verdicts.pop(tuple(named["data-verdict"].split("|")))
+            assert float(named["data-value"]) == one.effect
+            assert read(parts[""]) == pytest.approx([one.effect], abs=0.00051)
+            interval, word, _ = parts["small"].split("; ")
+            assert read(interval) == pytest.approx([one.low, one.high], abs=0.00051)
+            assert word.lstrip("▲▼ ") == one.verdict
+            assert read(named["title"])[0] == pytest.approx(one.p_corrected, rel=0.01)
+            seen["verdict"] += 1
+        elif re.search(r"\d", "".join(parts.values())):  # what is no measure: seeds, identity, size, versions
+            seeds = table == "study" and parts[""] == "2"
+            about = table == "made-1" and (re.fullmatch(r"[0-9a-f]{16}|\d*\.\d", parts[""]) or "torch 2" in parts[""])
+            said = named.get("class", "").startswith("said")
+            pairs = table == "verdicts-1" and parts[""] == "3"
+            assert seeds or about or said or pairs, (table, named, parts)
+    assert not verdicts
+    assert seen["of"] > 60
+    assert min(seen.values()) > 1, seen
+
+
+def test_the_answer_counts_and_says_what_verdicts_say(study, page):
+    text = re.sub(r"<[^>]+>", "", page.read_text(encoding="utf8").partition('<h2 id="table"')[0])
+    for said in ("0 better", "1 worse", "1 no evidence", "Of 2 comparisons"):
+        assert said in text, said
+    assert "▼ hard is worse than open in explained variance: −.100 (−.200 to −.050), 3 seeds" in text
+    assert "2 seeds (0, 1)" in text
+    assert "6 trained SAEs, 1,000 held-out tokens" in text
+
+
+def values_of(page, name):
+    spec = json.loads(block(page, f"chart-{name}"))
+    return spec["data"]["values"] if "data" in spec else [part["data"]["values"] for part in spec["concat"]]
 
 
 def test_every_number_of_the_pictures_is_a_mean_of_rows(study, page):
-    traded = json.loads(block(page, "chart-trade-off"))["data"]["values"]
-    assert {value["cell"] for value in traded} == {"open", "hard", "soft"}
+    cells = {"open", "hard", "soft"}
+    traded = values_of(page, "trade-off")
+    assert {value["cell"] for value in traded} == cells
     for value in traded:
-        expected = mean_of_rows(study, f"{value['cell']}|explained_variance|")
-        assert value["explained variance"] == pytest.approx(expected)
-    by_position = json.loads(block(page, "chart-position"))["data"]["values"]
-    assert {(value["cell"], value["position"]) for value in by_position} == {
-        (cell, position) for cell in ("open", "hard", "soft") for position in (1, 2, 3)
+        for axis, of in (("explained variance", "|explained_variance|"), ("order accuracy", "|order_accuracy|k=5")):
+            of = f"{value['cell']}{of}"
+            assert value[axis] == pytest.approx(mean_of_rows(study, of))
+            low, high = expected_interval(study, of)
+            assert [value[f"{axis} low"], value[f"{axis} high"]] == pytest.approx([low, high])
+            assert read(value[f"range of {axis}"]) == pytest.approx([low, high], abs=0.00051)
+    for name, metric in (("position", "explained_variance"), ("l0", "l0"), ("loss", "ce_recovered")):
+        values = values_of(page, name)
+        assert {(value["cell"], value["position"]) for value in values} >= {
+            (cell, position) for cell in cells for position in (1, 2, 3)
+        }
+        for value in values:
+            expected = mean_of_rows(study, f"{value['cell']}|{metric}|position={value['position']}")
+            assert value["value"] == pytest.approx(expected), (name, value)
+    metric = {"retention": "retention", "chance": "retention_chance"}
+    decayed = values_of(page, "decay")
+    assert len(decayed) == 6
+    for value in decayed:
+        of = f"{value['cell']}|{metric[value['what']]}|after={value['share']:g}"
+        assert value["value"] == pytest.approx(mean_of_rows(study, of))
+    shares = values_of(page, "shift")
+    assert len(shares) == 9
+    for value in shares:
+        assert value["share"] == pytest.approx(mean_of_rows(study, f"{value['cell']}|shift_{value['part']}|mask=on"))
+    costs = values_of(page, "cost")
+    assert len(costs) == 6
+    metric = {"training": "train_seconds", "evaluation": "evaluate_seconds"}
+    for value in costs:
+        assert value["seconds"] == mean_of_rows(study, f"{value['cell']}|{metric[value['what']]}|")
+        assert value["latents"] == mean_of_rows(study, f"{value['cell']}|d_sae|")
+
+
+def test_curves_and_masks_are_those_of_the_cells_folders(study, page):
+    assert values_of(page, "curves") == [
+        {"cell": cell, "tokens": tokens, "explained variance": value}
+        for cell in ("open", "hard", "soft")
+        for tokens, value in ((100, 0.2), (200, 0.5))
+    ]
+    path, ends = values_of(page, "learned")
+    assert path == [
+        {"cell": "soft", "tokens": 100, "openness": 1},
+        {"cell": "soft", "tokens": 200, "openness": 0.6},
+    ]
+    masks = {
+        cell: load_file(study / "cells" / f"{cell}-seed0" / "openness.safetensors")["openness"]
+        for cell in ("hard", "soft")
     }
-    for value in by_position:
-        expected = mean_of_rows(study, f"{value['cell']}|explained_variance|position={value['position']}")
-        assert value["value"] == pytest.approx(expected)
-    assert {value["seconds"] for value in json.loads(block(page, "chart-cost"))["data"]["values"]} == {12.5}
+    for value in ends:  # a share of the gates after position 0, in twentieths of openness
+        inside = np.abs(masks["soft"][1:] - value["openness"]) <= 0.025
+        assert value["share"] == pytest.approx(inside.mean(), abs=2e-5)
+
+    def ordered(openness):
+        return openness[
+            :, np.argsort((openness * np.arange(N_POSITIONS)[:, None]).sum(0) / openness.sum(0), kind="stable")
+        ]
+
+    def same(values, openness, n_latent_bins, n_position_bins):
+        latents = np.array_split(np.arange(openness.shape[1]), min(n_latent_bins, openness.shape[1]))
+        positions = np.array_split(np.arange(N_POSITIONS), min(n_position_bins, N_POSITIONS))
+        starts = [part[0] for part in positions]
+        assert len(values) == len(latents) * len(positions)
+        for value in values:
+            part = openness[positions[starts.index(value["position"])]][:, latents[value["latents"]]]
+            assert value["openness"] == pytest.approx(part.mean(), abs=0.00501)
+
+    drawn = values_of(page, "masks")
+    for cell, openness in masks.items():
+        same([value for value in drawn if value["cell"] == cell], ordered(openness), 40, 32)
+    assert {value["cell"] for value in drawn} == set(masks)
+    moments = load_file(study / "cells" / "soft-seed0" / "snapshots.safetensors")
+    last = moments["openness"][-1] / 255
+    order = np.argsort((last * np.arange(N_POSITIONS)[:, None]).sum(0) / last.sum(0), kind="stable")
+    drawn = values_of(page, "snapshots")
+    assert {value["cell"] for value in drawn} == {"soft"}
+    for number, openness in enumerate(moments["openness"], start=1):
+        own = [value for value in drawn if value["moment"] == number]
+        assert {value["tokens"] for value in own} == {25 * number}
+        same(own, openness[:, order] / 255, 24, 16)
 
 
-def test_intervals_and_differences_are_those_of_the_verdicts(study, page):
-    from posmask.rows import read_units
-    from posmask.verdicts import paired_difference, sample
-
-    units = {
-        name: [read_units(study / "cells" / f"{name}-seed{seed}" / "units.safetensors") for seed in (0, 1)]
-        for name in ("open", "hard")
+def test_strictness_curves_are_means_of_rows(tmp_path):
+    cells = (("open", "open"), ("leak-1", "hard"), ("leak-2", "hard"), ("leak-3", "hard"))
+    rows = [row for name, kind in cells for row in write_cell(tmp_path, name, kind, latents=False)]
+    write_rows(tmp_path / "results.csv", rows)
+    spec = json.loads(block(write_report(tmp_path), "chart-strictness"))
+    metrics = {
+        "explained variance": "explained_variance|",
+        "retention less its chance": "retention-retention_chance|",
+        "order accuracy, k = 5": "order_accuracy|k=5",
+        "probing accuracy, k = 5": "probe_accuracy|k=5",
     }
-    pairs = [[sample(one, "mean", "explained_variance") for one in units[name]] for name in ("hard", "open")]
-    expected = paired_difference(*pairs)
-    text = page.read_text(encoding="utf8")
-    shown = re.search(r'data-of="hard\|explained_variance\|"[^>]*difference to open ([^"]*)"', text).group(1)
-    numbers = [float(one.replace("−", "-")) for one in re.findall(r"[+−]?\.\d+", shown)]
-    assert numbers == pytest.approx([expected.effect, expected.low, expected.high], abs=0.0006)
+    assert len(spec["concat"]) == 4
+    for chart in spec["concat"]:
+        family, across = chart["layer"]
+        of = metrics[family["encoding"]["y"]["title"]]
+        assert [value["cell"] for value in family["data"]["values"]] == ["leak-1", "leak-2", "leak-3"]
+        for value in family["data"]["values"]:
+            assert value["value"] == pytest.approx(mean_of_rows(tmp_path, f"{value['cell']}|{of}"))
+            assert value["openness"] == mean_of_rows(tmp_path, f"{value['cell']}|mean_openness|")
+        assert across["data"]["values"] == [{"value": pytest.approx(mean_of_rows(tmp_path, f"open|{of}"))}]
+
+
+def test_what_scripts_compare_is_what_tables_and_verdicts_say(study, page):
+    facts = json.loads(block(page, "page"))
+    in_table = [named for table, named, _ in cells_of(page) if table == "study" and "data-value" in named]
+    own = [number for label in facts["numbers"].values() for number in label]
+    assert len(own) == len(in_table) > 30
+    for number, named in zip(own, in_table, strict=True):
+        assert (number is None) == (named["data-value"] == "")
+        if number is not None:
+            assert number[0] == float(named["data-value"])
+    assert facts["verdicts"] == [
+        [one.label, one.against, one.column, one.effect, one.low, one.high, one.verdict]
+        for one in read_verdicts(study / "verdicts.csv")
+    ]
+    for column, place in facts["compared"].items():
+        kind, _, k = column.partition(" k=")
+        names = {"order": "order probing, ", "probing": "standard probing, "}
+        title = f"{names[kind]}k = {k}" if k else column.replace("_", " ").replace("ce ", "CE ")
+        assert facts["columns"][place] == title
+
+
+def test_the_browsers_blocks_are_the_latents_of_the_cells_folder(study, page):
+    facts = load_file(study / "cells" / "hard-seed0" / "latents.safetensors")
+    said = json.loads((study / "cells" / "hard-seed0" / "latents.json").read_text(encoding="utf8"))
+    openness = load_file(study / "cells" / "hard-seed0" / "openness.safetensors")["openness"]
+    own, shared = unpacked(block(page, "cell-1")), unpacked(block(page, "texts-0"))
+    assert own["cell"] == "hard"
+    assert own["latent"].tolist() == list(range(D_SAE))
+    assert own["probes"] == said["probes"]
+    names = ("firings", "position_information", "retention", "retention_chance", "largest", "text_start",
+             "text_length", "text_value", "probe_latent", "probe_weight")  # fmt: skip
+    for name in names:
+        np.testing.assert_array_equal(own[name], facts[name], err_msg=name)
+    np.testing.assert_allclose(own["openness"] / 255, openness.T, atol=0.51 / 255)
+    profile = facts["profile"].T
+    np.testing.assert_allclose(own["highest"], profile.max(1), rtol=1e-3)
+    np.testing.assert_allclose(
+        own["profile"] / 255 * own["highest"][:, None], profile, atol=0.003 * profile.max() + 1e-6
+    )
+    assert [shared["words"][one] for one in shared["token"]] == [
+        shown_word(said["words"][str(one)]) for one in facts["token_id"]
+    ]
+    np.testing.assert_array_equal(shared["position"], facts["token_position"])
+    for name in ("promoted", "suppressed"):
+        words = [[shared["words"][one] for one in line] for line in own[name]]
+        assert words == [[shown_word(said["words"][str(one)]) for one in line] for line in facts[name]]
+        np.testing.assert_allclose(own[f"{name}_logit"], facts[f"{name}_logit"], atol=0.051)
+
+
+def unpacked(data):
+    """A block as the page's script reads it."""
+    length = int.from_bytes(data[:4], "little")
+    header = json.loads(data[4 : 4 + length])
+    for name, place in header["arrays"].items():
+        n = int(np.prod(place["shape"]))
+        header[name] = np.frombuffer(data, place["type"], n, 4 + length + place["at"]).reshape(place["shape"])
+    return header
 
 
 def test_the_page_fetches_nothing_and_lets_no_data_run(page):
@@ -250,6 +522,25 @@ def test_what_cannot_be_read_is_left_out_and_said(root):
         "Without a readable folder, so in the tables only: hard-seed0, soft-seed1.",
     ):
         assert said.replace("`", "") in page.replace("`", ""), said
+
+
+def test_learned_masks_without_snapshots_are_named(tmp_path):
+    write_cell(tmp_path, "soft", "soft", latents=False)
+    cell = tmp_path / "cells" / "soft-seed0"
+    manifest = json.loads((cell / "manifest.json").read_text())
+    (cell / "snapshots.safetensors").unlink()
+    files = {name: entry for name, entry in manifest["files"].items() if name != "snapshots.safetensors"}
+    with write_folder(
+        tmp_path / "cells" / "soft-seed1", manifest["made_from"]
+    ) as draft:  # as one of an earlier version
+        for name in files:
+            shutil.copy2(cell / name, draft / name)
+    shutil.rmtree(cell)
+    page = write_report(tmp_path)
+    text = page.read_text(encoding="utf8")
+    assert "1 learned masks were trained without recording how they changed (soft)" in text
+    assert "block-chart-snapshots" not in text
+    assert "block-chart-learned" in text
 
 
 def test_a_study_without_cells_or_results_still_has_a_page(root, tmp_path):
@@ -380,6 +671,25 @@ def test_tables_are_sorted_found_in_and_saved(page, open_page):
     assert [line[0] for line in lines[1:]] == ["soft"]
 
 
+def test_no_saved_csv_holds_a_formula(tmp_path, open_page):
+    page = write_report(write_study(tmp_path, cells=(("open", "open"), ("=cmd()", "hard")), seeds=(0,)))
+    tab = open_page(page)
+    tab.click("[data-pick=all]")
+    show(tab, "#browsers")
+    tab.wait_for_selector("#browser-0 tbody tr")
+    lines = []
+    for button in ("[data-csv=study]", "[data-save=csv][data-of-chart=position]", "#browsers button:has-text('CSV')"):
+        with tab.expect_download() as saved:
+            tab.locator(button).first.click()
+        lines += csv.reader(Path(saved.value.path()).read_text(encoding="utf8").splitlines())
+    fields = {field for line in lines for field in line}
+    assert "'=cmd()" in fields
+    assert any(field.startswith("'=1+1") for field in fields)  # a token's text, which begins with a space
+    assert [field for field in fields if re.match(r"[=+@\t]|-[^\d.]", field)] == []
+    shielded = tab.evaluate("csv([['=a', '+a', '@a', '\\ta', '\\ra', '-a', '-1.5', 'a=1', 'a,\"b']])")
+    assert shielded == """'=a,'+a,'@a,'\ta,"'\ra",'-a,-1.5,a=1,"a,""b"\n"""
+
+
 def test_pictures_are_drawn_picked_redrawn_and_saved(page, open_page):
     tab = open_page(page)
     show(tab, "[data-chart=position]")
@@ -441,8 +751,6 @@ def test_a_latent_is_found_looked_at_and_compared(page, open_page):
 
 
 def test_what_the_browser_shows_is_what_was_written(study, page, open_page):
-    from safetensors.numpy import load_file
-
     facts = load_file(study / "cells" / "hard-seed0" / "latents.safetensors")
     tab = open_page(page)
     show(tab, "#browsers")
@@ -461,13 +769,49 @@ def test_what_the_browser_shows_is_what_was_written(study, page, open_page):
     place = start + facts["text_value"][9, 0].argmax()
     assert peak.startswith(f"position {facts['token_position'][place]},")
     decoders = [
-        load_file(study / "cells" / f"{name}-seed0" / "sae.safetensors")["decoder"] for name in ("hard", "soft")
+        load_file(study / "cells" / name / "sae.safetensors")["decoder"]
+        for name in ("hard-seed0", "soft-seed0", "hard-seed1")
     ]
-    own, other = (one / np.linalg.norm(one, axis=1, keepdims=True) for one in decoders)
-    cosine = other @ own[9]
-    line = tab.locator(".near").nth(1).locator("tr", has_text="soft").inner_text()
-    assert re.search(rf"latent {cosine.argmax()}\b", line)
-    assert f"{cosine.max():.2f}".lstrip("0") in line
+    own, other, again = (one / np.linalg.norm(one, axis=1, keepdims=True) for one in decoders)
+    for place, who, its in ((1, "soft", other), (2, "seed 1", again)):
+        cosine = its @ own[9]
+        line = tab.locator(".near").nth(place).locator("tr", has_text=who).inner_text()
+        assert re.search(rf"latent {cosine.argmax()}\b", line)
+        assert f"{cosine.max():.2f}".lstrip("0") in line
+
+
+def test_the_folder_with_everything_shows_every_seed(served, open_page):
+    tab = open_page(f"http://127.0.0.1:{served}/")
+    show(tab, "#browsers")
+    tab.wait_for_selector("#browser-0 tbody tr")
+    cells = texts(tab, "#browsers select[aria-label=Cell] option")
+    assert [cell.split(" (")[0] for cell in cells] == [
+        f"{name}, seed {seed}" for name in ("open", "hard", "soft") for seed in (0, 1)
+    ]
+    tab.evaluate("browse(0, 2, 9)")
+    tab.wait_for_selector("text=Latent 9 of hard")
+    tab.locator(".near").nth(2).locator("button").click()
+    tab.wait_for_selector("#browser-1 tbody tr")
+    assert tab.locator("#browsers select[aria-label=Cell]").nth(1).input_value() == "3"
+
+
+def test_pages_of_damaged_and_empty_folders_open(root, tmp_path, open_page):
+    """No console error either: `open_page` looks."""
+    (root / "cells" / "hard-seed0" / "latents.safetensors").write_bytes(b"tampered")
+    (root / "cells" / "soft-seed0" / "manifest.json").unlink()
+    (root / "results.csv").write_text((root / "results.csv").read_text().replace("0.25,nan,nan", "nan,nan,nan"))
+    tab = open_page(write_report(root))
+    said = tab.locator(".warnings").first.inner_text()
+    for part in ("latents.safetensors is not what was written", "soft-seed0 has no manifest.json", "are NaN"):
+        assert part in said
+    show(tab, "#browsers")
+    tab.wait_for_selector("#browser-0 tbody tr")
+    show(tab, "[data-chart=position]")
+    tab.wait_for_selector("[data-chart=position] svg")
+    (tmp_path / "empty" / "cells").mkdir(parents=True)
+    tab = open_page(write_report(tmp_path / "empty"))
+    assert "No finished cell lies in this folder" in tab.locator(".warnings").first.inner_text()
+    assert "There is nothing to draw." in tab.locator("main").inner_text()
 
 
 def test_two_studies_stand_in_one_page(study, tmp_path, open_page):

@@ -3,7 +3,7 @@ import contextlib
 import pytest
 import torch
 from pydantic import ValidationError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from conftest import D_SAE, KINDS, MASKS, N_POSITIONS, RULES, codes_of, train_on
 from posmask import objective
@@ -49,6 +49,29 @@ def test_training_lowers_the_loss_and_repeats_to_the_last_byte(kind, apply, acti
     assert last_point.explained_variance > (0.2 if closes else first_point.explained_variance + 0.05)
     assert runs[0].n_tokens == 40 * 128
     torch.testing.assert_close(runs[0].sae.decoder.norm(dim=1), torch.ones(D_SAE))
+
+
+@pytest.mark.parametrize("kind", ["soft", "importance", "budget", "split"])
+def test_snapshots_show_a_mask_that_changes_from_the_first_step_to_the_last(kind, activations, tmp_path):
+    sae, seen = fresh_sae(kind), {}
+
+    def after_step(done):
+        seen[done] = sae.mask.openness().detach().clone()
+
+    trained = train_on(sae, activations, SETTINGS, after_step=after_step)
+    trained.snapshots.write(tmp_path / "snapshots", SETTINGS.batch_tokens)
+    found = load_file(tmp_path / "snapshots")
+    steps = (found["tokens"] / SETTINGS.batch_tokens).tolist()
+    assert steps == [1, 6, 11, 17, 23, 29, 34, 40]
+    assert found["latent"].tolist() == list(range(D_SAE))
+    for step, openness in zip(steps, found["openness"], strict=True):
+        torch.testing.assert_close(openness / 255, seen[step], atol=0.51 / 255, rtol=0)
+    assert not torch.equal(found["openness"][0], found["openness"][-1])
+
+
+def test_a_mask_that_stays_as_it_is_has_no_snapshots(activations, tmp_path):
+    train_on(fresh_sae("slice"), activations, SETTINGS).snapshots.write(tmp_path / "snapshots", 1)
+    assert not (tmp_path / "snapshots").exists()
 
 
 def plain_losses(sae, batches, settings, dead):

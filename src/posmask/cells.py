@@ -40,6 +40,7 @@ __all__ = [
 BASELINES = "baselines"
 UNITS_FILE = "units.safetensors"
 SAEBENCH_FILE = "saebench.json"
+_SNAPSHOTS_FILE = "snapshots.safetensors"
 _CHECKPOINTS = "checkpoints"
 CHECKPOINT_SECONDS = 90.0
 
@@ -200,6 +201,7 @@ def fill(study: StudySettings, place: Place, data: Data, baseline: list[rows.Row
             trained = train_cell(study, place, sae, data)
             kernels.give_back_freed_memory()
             training.write_curve(draft / "curve.csv", trained.curve)
+            trained.snapshots.write(draft / _SNAPSHOTS_FILE, study.training.batch_tokens)
             n_tokens = before + trained.n_tokens
             model_made_from = place.made_from["model"]
             write_sae(
@@ -213,10 +215,13 @@ def fill(study: StudySettings, place: Place, data: Data, baseline: list[rows.Row
                     "training_tokens": n_tokens,
                 },
             )
+            started = time.perf_counter()
             measured, facts = evaluate(sae, trained.dead, data, place.label)
+            evaluate_seconds = time.perf_counter() - started
             facts.write(draft, data.tokenizer)
             found = [
                 rows.Measure("train_seconds", trained.seconds, n=1),
+                rows.Measure("evaluate_seconds", evaluate_seconds, n=1),
                 rows.Measure("train_tokens", n_tokens, n=1),
                 rows.Measure("d_sae", sae.d_sae, n=1),
                 *measured,

@@ -194,7 +194,8 @@ def status(study_file: StudyFile, root: Root = None, changes: Changes = None) ->
     states = study.cell_states(settings, root)
     _console.print(_status_table(states))
     n_finished = sum(state == "finished" for _, state in states)
-    print(f"{n_finished} of {len(states)} finished under {root}; `posmask run {study_file}` does the rest.")
+    rest = "" if n_finished == len(states) else f"; `posmask run {study_file}` does the rest"
+    print(f"{n_finished} of {len(states)} finished under {root}{rest}.")
 
 
 @app.command()

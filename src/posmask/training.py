@@ -7,8 +7,9 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, UInt8
 from pydantic import BaseModel, ConfigDict, Field
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from posmask import kernels, objective
@@ -16,14 +17,24 @@ from posmask.activations import Batch
 from posmask.checkpoints import Checkpoints
 from posmask.choosing import Precision
 from posmask.errors import DegenerateResult
-from posmask.masks import Copies, Observed
+from posmask.masks import Copies, Observed, PositionMask, moments
 from posmask.progress import progress_bar
 from posmask.rows import write_records
 from posmask.sae import SparseAutoencoder, copy_latents_
 
-__all__ = ["Alone", "CurvePoint", "Trained", "TrainingSettings", "rows_of_latents", "train", "write_curve"]
+__all__ = [
+    "Alone",
+    "CurvePoint",
+    "MaskSnapshots",
+    "Trained",
+    "TrainingSettings",
+    "rows_of_latents",
+    "train",
+    "write_curve",
+]
 
 _CURVE_EVERY = 10
+_N_SNAPSHOTS, _SNAPSHOT_LATENTS = 8, 256
 _DIVERGED = 1000
 
 
@@ -71,12 +82,56 @@ class CurvePoint:
     mean_openness: float
 
 
+class MaskSnapshots:
+    """What a mask that changes was like at eight moments, evenly spaced from the first step to the last.
+
+    `by_step` [position latent]: openness, 255 is open, of at most 256 latents, evenly spaced by their number. It stays
+    empty for a mask that training leaves as it is.
+    """
+
+    def __init__(self, mask: PositionMask, n_steps: int) -> None:
+        changes = mask.learns or mask.watches or mask.copies_latents
+        self._moments = set(moments(0.0, 1.0, _N_SNAPSHOTS, n_steps)) if changes else set()
+        self.latents = torch.linspace(0, mask.d_sae - 1, min(mask.d_sae, _SNAPSHOT_LATENTS)).round().long()
+        self.by_step: dict[int, UInt8[Tensor, "position latent"]] = {}
+
+    def after_step(self, mask: PositionMask, done: int) -> None:
+        if done in self._moments:
+            with torch.no_grad():
+                openness = mask.openness()[:, self.latents.to(mask.copied_from.device)]
+            self.by_step[done] = (255 * openness).round().to(torch.uint8).cpu()
+
+    def state(self) -> dict[str, Tensor]:
+        """For a checkpoint; nothing before the first snapshot."""
+        if not self.by_step:
+            return {}
+        return {
+            _SNAPSHOT_STEPS: torch.tensor(list(self.by_step)),
+            _SNAPSHOTS: torch.stack(list(self.by_step.values())),
+        }
+
+    def restore_(self, state: dict[str, Tensor]) -> None:
+        if _SNAPSHOTS in state:
+            self.by_step = dict(zip(state[_SNAPSHOT_STEPS].tolist(), state[_SNAPSHOTS], strict=True))
+
+    def write(self, path: Path, batch_tokens: int) -> None:
+        """`openness` [moment position latent], `tokens` [moment] and `latent`; no file where there are no snapshots."""
+        if self.by_step:
+            tensors = {
+                "openness": torch.stack(list(self.by_step.values())),
+                "tokens": torch.tensor(list(self.by_step)) * batch_tokens,
+                "latent": self.latents,
+            }
+            save_file(tensors, path)
+
+
 @dataclass(frozen=True)
 class Trained:
     """What training gave: the SAE, its curve, and the seconds it took (which alone differ between equal runs)."""
 
     sae: SparseAutoencoder
     curve: list[CurvePoint]
+    snapshots: MaskSnapshots
     dead: Bool[Tensor, " latent"]
     n_tokens: int
     seconds: float
@@ -177,10 +232,13 @@ def train(
     highest = [group["lr"] for group in optimizer.param_groups]
     deaths = DeadLatents(sae, settings.dead_after_eligible_tokens)
     curve: list[CurvePoint] = []
+    snapshots = MaskSnapshots(sae.mask, settings.n_steps)
     started = time.perf_counter()
     behind = 0 if checkpoints is None else checkpoints.done
     if checkpoints is not None and behind:
-        curve, seconds = _restore_(sae, optimizer, deaths, together.part_of(checkpoints.read()))
+        state = checkpoints.read()
+        curve, seconds = _restore_(sae, optimizer, deaths, together.part_of(state))
+        snapshots.restore_(state)
         started -= seconds
 
     def stays() -> str:
@@ -230,6 +288,7 @@ def train(
                 copy_latents_(sae, copies)
                 _copy_moments_(optimizer, sae, copies)
                 deaths.copy_(copies)
+            snapshots.after_step(sae.mask, done)
             if done % _CURVE_EVERY == 0 or done in (1, settings.n_steps):
                 n_dead = int(deaths.dead.sum())
                 curve.append(_point(sae, batch, step, done, settings, learning_rate, n_dead, together))
@@ -238,7 +297,8 @@ def train(
             advance(settings.batch_tokens)
             after_step(done)
             if checkpoints is not None and together.decided(checkpoints.due(at_end=done == settings.n_steps)):
-                state = together.whole(_state(sae, optimizer, deaths, curve, time.perf_counter() - started))
+                seconds = time.perf_counter() - started
+                state = together.whole(_state(sae, optimizer, deaths, curve, seconds)) | snapshots.state()
                 broken = [name for name, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
                 if broken:
                     raise DegenerateResult(
@@ -253,7 +313,8 @@ def train(
             f"{label} codes {final.l0:.3g} latents a token and explains {final.explained_variance:.3g} of the variance "
             f"after {settings.n_steps} steps: train longer, or change learning_rate = {settings.learning_rate}"
         )
-    return Trained(sae, curve, deaths.dead, settings.n_steps * settings.batch_tokens, time.perf_counter() - started)
+    n_tokens = settings.n_steps * settings.batch_tokens
+    return Trained(sae, curve, snapshots, deaths.dead, n_tokens, time.perf_counter() - started)
 
 
 def _check_alive(point: CurvePoint, all_dead: bool, label: str, settings: TrainingSettings, stays: str) -> None:
@@ -275,6 +336,7 @@ def _check_alive(point: CurvePoint, all_dead: bool, label: str, settings: Traini
 
 
 _CURVE, _SINCE_FIRED, _SECONDS = "curve", "eligible_since_fired", "seconds"
+_SNAPSHOTS, _SNAPSHOT_STEPS = "mask_snapshots", "mask_snapshot_steps"
 
 
 def _state(

@@ -3,7 +3,7 @@
 Each run is a process of its own (a fork of this one, which has loaded everything once), killed with SIGKILL. A kill
 counts when it found its run at work. After each, everything that says it is finished must be whole; whenever a run
 reaches its end, every file must hold the bytes of the one that was never stopped, but for what depends on the clock:
-the rows of `train_seconds`, the seconds in checkpoints, the moment in `saebench.json`, and checksums of these.
+the rows of seconds, the seconds in checkpoints, the moment in `saebench.json`, and checksums of these.
 
     python tests/reliability/harness.py --kills 100 --out FILE
 """
@@ -57,7 +57,7 @@ def contents(root: Path) -> dict[str, bytes]:
 def _timeless(path: Path) -> bytes:
     content = path.read_bytes()
     if path.suffix == ".csv":
-        return b"\n".join(line for line in content.split(b"\n") if b"train_seconds" not in line)
+        return b"\n".join(line for line in content.split(b"\n") if b"_seconds," not in line)
     if path.name == "saebench.json":
         output = json.loads(content)
         return json.dumps({**output, "datetime_epoch_millis": 0}, sort_keys=True).encode()

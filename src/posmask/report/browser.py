@@ -58,14 +58,18 @@ def pack(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> bytes:
     return gzip.compress(len(text).to_bytes(4, "little") + text + body, 6, mtime=0)
 
 
-def browser(pictured: Sequence[CellFolder], n_kept: int | None, warnings: list[str]) -> Browser:
+def browser(
+    shown: Sequence[CellFolder], every: Sequence[CellFolder], n_kept: int | None, warnings: list[str]
+) -> Browser:
     """Everything that is to be looked at.
 
     Args:
+        shown: the cells whose latents can be looked at.
+        every: all cells, of all seeds, in which the same latents are looked for.
         n_kept: how many latents of each cell, the most telling ones; None keeps all.
     """
     found = []
-    for cell in pictured:
+    for cell in shown:
         if not (cell.path / _FILE).is_file():
             continue
         try:
@@ -75,25 +79,24 @@ def browser(pictured: Sequence[CellFolder], n_kept: int | None, warnings: list[s
             found.append((cell, arrays, words, openness, _telling(arrays, n_kept)))
         except (OSError, KeyError, ValueError, SafetensorError) as error:
             warnings.append(f"the latents of {cell.label} cannot be read ({type(error).__name__}: {str(error)[:120]}).")
-    without = [cell.cell for cell in pictured if not (cell.path / _FILE).is_file()]
+    without = [cell.cell for cell in shown if not (cell.path / _FILE).is_file()]
     if without:
         warnings.append(
             f"{len(without)} cells were evaluated without looking at their latents ({', '.join(without[:4])}"
             f"{' …' if len(without) > 4 else ''}): `posmask latents STUDY.toml` does so, without training them again."
         )
-    nearest = _nearest([(cell, kept) for cell, _, _, _, kept in found], warnings)
+    nearest = _nearest([(cell, kept) for cell, _, _, _, kept in found], every, warnings)
     blocks: dict[str, bytes] = {}
     cells, streams = [], {}
     for number, (cell, arrays, words, openness, kept) in enumerate(found):
         key = (arrays["token_id"].tobytes(), arrays["token_position"].tobytes())
         stream = streams.setdefault(key, _Stream(f"texts-{len(streams)}", arrays, words["words"]))
         name = f"cell-{number}"
-        shown = _cell_arrays(arrays, openness, kept, stream, words["words"])
-        near = nearest.get(cell)
-        shown |= near if near is not None else {}
+        seeds, near = nearest.get(cell, ([], {}))
         about = {
             "cell": cell.cell,
             "seed": cell.seed,
+            "other_seeds": seeds,
             "texts": stream.name,
             "probes": words["probes"],
             "coordinate": words["coordinate"],
@@ -101,9 +104,16 @@ def browser(pictured: Sequence[CellFolder], n_kept: int | None, warnings: list[s
             "searched": words["n_tokens_searched_for_texts"],
             "identity": cell.manifest["identity"],
         }
-        blocks[name] = pack(about, shown)
+        blocks[name] = pack(about, _cell_arrays(arrays, openness, kept, stream, words["words"]) | near)
         cells.append(
-            {"label": cell.label, "cell": cell.cell, "block": name, "kept": len(kept), "of": len(arrays["firings"])}
+            {
+                "label": cell.label,
+                "cell": cell.cell,
+                "seed": cell.seed,
+                "block": name,
+                "kept": len(kept),
+                "of": len(arrays["firings"]),
+            }
         )
     blocks |= {stream.name: stream.block() for stream in streams.values()}
     return Browser(blocks, cells)
@@ -173,68 +183,108 @@ def _cell_arrays(
 
 
 def _nearest(
-    found: Sequence[tuple[CellFolder, np.ndarray]], warnings: list[str]
-) -> dict[CellFolder, dict[str, np.ndarray]]:
-    """The latents whose decoder rows point most nearly the same way: in the same cell, and in the others.
+    found: Sequence[tuple[CellFolder, np.ndarray]], every: Sequence[CellFolder], warnings: list[str]
+) -> dict[CellFolder, tuple[list[int], dict[str, np.ndarray]]]:
+    """The latents whose decoder rows point most nearly the same way, for those kept of each cell.
 
-    `near_own` [latent near] with `near_own_cosine`; `near_cell`, `near_latent` and `near_cosine` [latent near]: the
-    nearest one of each other cell, the nearest cells first; `twins`: how many others of the same cell have a cosine
-    above 0.7. One cell's weights are in memory at a time, and the rows of those kept.
+    In the same cell: `near_own` [latent near] with `near_own_cosine`, and `twins`, how many others have a cosine above
+    0.7. In the other cells that are shown, of the same seed where there is one: `near_cell`, `near_latent` and
+    `near_cosine` [latent near], the nearest one of each, the nearest cells first. In the same cell of other seeds,
+    shown or not: their numbers, and `seed_latent` and `seed_cosine` [latent seed], the nearest one of each. One cell's
+    weights are in memory at a time, and the rows of those kept.
     """
-    rows: list[np.ndarray] = []
-    usable: list[tuple[CellFolder, np.ndarray]] = []
-    place: list[int] = []
-    for number, (cell, kept) in enumerate(found):
-        try:
-            decoder = _decoder(cell)
-        except (OSError, KeyError, SafetensorError) as error:
-            warnings.append(f"the weights of {cell.label} cannot be read ({str(error)[:120]}).")
+    rows: dict[CellFolder, np.ndarray] = {}
+    place = {cell: number for number, (cell, _) in enumerate(found)}
+    kept_of = dict(found)
+    for cell, kept in found:
+        decoder = _decoder(cell, warnings)
+        if decoder is not None:
+            rows[cell] = decoder[kept]
+    by_seed: dict[str, dict[int, CellFolder]] = {}
+    for cell in rows:
+        by_seed.setdefault(cell.cell, {})[cell.seed] = cell
+
+    def looked_at_by(cell: CellFolder, other: CellFolder) -> bool:
+        if cell.cell == other.cell:
+            return True
+        seeds = by_seed.get(other.cell, {})
+        return seeds.get(cell.seed, next(iter(seeds.values()), None)) is other
+
+    own: dict[CellFolder, dict[str, np.ndarray]] = {}
+    in_cells: dict[CellFolder, list[tuple[int, np.ndarray, np.ndarray]]] = {cell: [] for cell in rows}
+    in_seeds: dict[CellFolder, list[tuple[int, np.ndarray, np.ndarray]]] = {cell: [] for cell in rows}
+    for other in every:
+        asking = [cell for cell in rows if looked_at_by(cell, other)]
+        decoder = _decoder(other, [] if other in place else warnings) if asking else None
+        if decoder is None:
             continue
-        rows.append(decoder[kept])
-        usable.append((cell, kept))
-        place.append(number)
-    parts: dict[CellFolder, dict[str, list[np.ndarray]]] = {}
-    made: dict[CellFolder, dict[str, np.ndarray]] = {}
-    if not rows:
-        return {}
-    best_cosine = [np.full((len(one), len(rows)), -1, np.float32) for one in rows]
-    best_latent = [np.zeros((len(one), len(rows)), np.int32) for one in rows]
-    for other, (cell, kept) in enumerate(usable):
-        decoder = _decoder(cell)
-        for number, own in enumerate(rows):
-            if own.shape[1] != decoder.shape[1]:  # of a study of another model
+        for cell in asking:
+            if rows[cell].shape[1] != decoder.shape[1]:  # of a study of another model
                 continue
-            for start in range(0, len(own), _ROWS_AT_ONCE):
-                part = slice(start, start + _ROWS_AT_ONCE)
-                cosine = own[part] @ decoder.T
-                if number != other:
-                    best = cosine.argmax(1)
-                    best_latent[number][part, other] = best
-                    best_cosine[number][part, other] = np.take_along_axis(cosine, best[:, None], 1)[:, 0]
-                    continue
-                itself = np.arange(len(cosine))
-                cosine[itself, kept[part]] = -1
-                n_near = min(_N_NEAREST, cosine.shape[1] - 1)
-                near = np.argpartition(-cosine, n_near - 1, axis=1)[:, :n_near] if n_near else itself[:, None][:, :0]
-                value = np.take_along_axis(cosine, near, 1)
-                order = np.argsort(-value, axis=1, kind="stable")
-                mine = parts.setdefault(cell, {"near_own": [], "near_own_cosine": [], "twins": []})
-                mine["near_own"].append(np.take_along_axis(near, order, 1).astype(np.int32))
-                mine["near_own_cosine"].append(np.take_along_axis(value, order, 1).astype(np.float32))
-                mine["twins"].append((cosine > _TWIN).sum(1).astype(np.int32))
-    for number, (cell, _) in enumerate(usable):
-        order = np.argsort(-best_cosine[number], axis=1, kind="stable")[:, : min(_N_NEAREST, len(rows) - 1)]
-        made[cell] = {name: np.concatenate(found) for name, found in parts[cell].items()}
-        made[cell] |= {
-            "near_cell": np.array(place, np.int32)[order],
-            "near_latent": np.take_along_axis(best_latent[number], order, 1),
-            "near_cosine": np.take_along_axis(best_cosine[number], order, 1).round(3),
-        }
-    return made
+            if cell is other:
+                own[cell] = _nearest_own(rows[cell], kept_of[cell], decoder)
+                continue
+            best, cosine = _nearest_one(rows[cell], decoder)
+            if cell.cell == other.cell:
+                in_seeds[cell].append((other.seed, best, cosine))
+            else:
+                in_cells[cell].append((place[other], best, cosine))
+    return {cell: _joined(own[cell], in_cells[cell], in_seeds[cell]) for cell in own}
 
 
-def _decoder(cell: CellFolder) -> np.ndarray:
-    """[latent d_model], rows of length 1."""
-    with safe_open(cell.path / _WEIGHTS, framework="numpy") as file:
-        decoder = file.get_tensor("decoder").astype(np.float32)
+def _joined(
+    own: dict[str, np.ndarray],
+    in_cells: list[tuple[int, np.ndarray, np.ndarray]],
+    in_seeds: list[tuple[int, np.ndarray, np.ndarray]],
+) -> tuple[list[int], dict[str, np.ndarray]]:
+    made = dict(own)
+    if in_cells:
+        cosine = np.stack([found for _, _, found in in_cells], 1)
+        order = np.argsort(-cosine, axis=1, kind="stable")[:, :_N_NEAREST]
+        latent = np.stack([found for _, found, _ in in_cells], 1)
+        made["near_cell"] = np.array([number for number, _, _ in in_cells], np.int32)[order]
+        made["near_latent"] = np.take_along_axis(latent, order, 1)
+        made["near_cosine"] = np.take_along_axis(cosine, order, 1).round(3)
+    in_seeds = sorted(in_seeds, key=lambda found: found[0])
+    if in_seeds:
+        made["seed_latent"] = np.stack([found for _, found, _ in in_seeds], 1)
+        made["seed_cosine"] = np.stack([found for _, _, found in in_seeds], 1).round(3)
+    return [seed for seed, _, _ in in_seeds], made
+
+
+def _nearest_one(rows: np.ndarray, decoder: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each row the decoder row of largest cosine, and that."""
+    best, value = [], []
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        cosine = rows[start : start + _ROWS_AT_ONCE] @ decoder.T
+        best.append(cosine.argmax(1).astype(np.int32))
+        value.append(cosine.max(1))
+    return np.concatenate(best), np.concatenate(value)
+
+
+def _nearest_own(rows: np.ndarray, kept: np.ndarray, decoder: np.ndarray) -> dict[str, np.ndarray]:
+    parts: dict[str, list[np.ndarray]] = {"near_own": [], "near_own_cosine": [], "twins": []}
+    n_near = min(_N_NEAREST, len(decoder) - 1)
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        part = slice(start, start + _ROWS_AT_ONCE)
+        cosine = rows[part] @ decoder.T
+        itself = np.arange(len(cosine))
+        cosine[itself, kept[part]] = -1
+        near = np.argpartition(-cosine, n_near - 1, axis=1)[:, :n_near] if n_near else itself[:, None][:, :0]
+        value = np.take_along_axis(cosine, near, 1)
+        order = np.argsort(-value, axis=1, kind="stable")
+        parts["near_own"].append(np.take_along_axis(near, order, 1).astype(np.int32))
+        parts["near_own_cosine"].append(np.take_along_axis(value, order, 1).astype(np.float32))
+        parts["twins"].append((cosine > _TWIN).sum(1).astype(np.int32))
+    return {name: np.concatenate(found) for name, found in parts.items()}
+
+
+def _decoder(cell: CellFolder, warnings: list[str]) -> np.ndarray | None:
+    """[latent d_model], rows of length 1; None where it cannot be read."""
+    try:
+        with safe_open(cell.path / _WEIGHTS, framework="numpy") as file:
+            decoder = file.get_tensor("decoder").astype(np.float32)
+    except (OSError, KeyError, SafetensorError) as error:
+        warnings.append(f"the weights of {cell.label} cannot be read ({str(error)[:120]}).")
+        return None
     return decoder / np.maximum(np.linalg.norm(decoder, axis=1, keepdims=True), 1e-12)

@@ -7,7 +7,7 @@ values have a field `cell`, and the page replaces the domain of the colour scale
 import csv
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from posmask.report.reading import CellFolder, Numbers
+from posmask.report.tables import COLUMNS, Number, StudyTable
 from posmask.rows import Row
 from posmask.summary import Line
 
@@ -42,18 +43,28 @@ COLOURS = [
     "#D99AC5",
     "#3E6E6B",
 ]
+_MARKS = {
+    "equal width": ("circle", COLOURS[0]),
+    "equal compute": ("square", COLOURS[5]),
+    "pooled by segments": ("triangle-up", COLOURS[2]),
+}
 _N_LATENT_BINS = 40
 _N_POSITION_BINS = 32
+_SNAPSHOT_BINS = (24, 16)  # latents, positions
+_SNAPSHOTS_FILE = "snapshots.safetensors"
 _STEP = 17  # pixels a bar
+_NARROW = 270  # pixels that a phone leaves for marks
 _LEARNED = ("soft", "importance", "budget", "split")
 Figure = alt.TopLevelMixin
 
 
 def figures(
-    rows: Sequence[Row], lines: Sequence[tuple[Line, str]], pictured: Sequence[CellFolder], warnings: list[str]
+    rows: Sequence[Row], study_tables: Sequence[StudyTable], pictured: Sequence[CellFolder], warnings: list[str]
 ) -> dict[str, Figure]:
     """Every chart for which the study has the numbers, by its name on the page."""
     numbers = Numbers(rows)
+    lines = [line for table in study_tables for line in table.lines]
+    in_tables = {label: found for table in study_tables for label, found in table.numbers.items()}
     cells = list(dict.fromkeys(row.cell for row in rows if row.mask != "none"))
     named = [(line, label) for line, label in lines if line.mask != "none"]
     masks = {}
@@ -64,8 +75,9 @@ def figures(
     learned = {row.cell for row in rows if row.mask in _LEARNED}
     told = _curves(pictured, warnings)
     made: dict[str, Figure | None] = {
-        "trade-off": trade_off(named, 5),
+        "trade-off": trade_off(named, in_tables, 5),
         "masks": _mask_pictures({cell: openness for cell, openness in masks.items() if not (openness == 1).all()}),
+        "snapshots": _snapshots([cell for cell in pictured if cell.cell in learned], warnings),
         "learned": _learned(told, {cell: openness for cell, openness in masks.items() if cell in learned}),
         "position": _by_position(numbers, cells, "explained_variance", "explained variance"),
         "l0": _by_position(numbers, cells, "l0", "L0: active latents a token"),
@@ -98,75 +110,115 @@ def _by_cells(chart: alt.TopLevelMixin, height: int) -> Figure:
     return chart.properties(width="container", height=height, usermeta={"cells": True})  # pyright: ignore
 
 
-def trade_off(lines: Sequence[tuple[Line, str]], k: int) -> Figure | None:
+def trade_off(
+    lines: Sequence[tuple[Line, str]], numbers: Mapping[str, Sequence[Number | None]], k: int, width: int = 850
+) -> Figure | None:
     """Reconstruction against order accuracy, one mark a cell, both budgets; segment pooling lies where its cell does.
 
-    Named are as many as find room: those that nothing beats in both first, then `open`, then the others.
+    Named are as many as find room: `open` first, then those that nothing beats in both, then the others. Thin lines
+    are the intervals of `numbers`, those of the study's table.
+
+    Args:
+        width: of the picture, about, in pixels: it decides which names find room.
     """
-    values = [
-        {
-            "cell": label,
-            "explained variance": line.overall["explained_variance"],
-            "order accuracy": line.order[k],
-            "what": f"equal {line.budget}" if line.pooling == "mean" else "pooled by segments",
-        }
-        for line, label in lines
-        if line.pooling != "fair"
-        and not math.isnan(line.overall["explained_variance"])
-        and not math.isnan(line.order[k])
-    ]
+    names = {"explained variance": "explained variance", "order accuracy": f"order probing, k = {k}"}
+    place = {axis: [column.name for column in COLUMNS].index(name) for axis, name in names.items()}
+    values = []
+    for line, label in lines:
+        known = {"explained variance": line.overall["explained_variance"], "order accuracy": line.order[k]}
+        if line.pooling == "fair" or any(map(math.isnan, known.values())):
+            continue
+        value = {"cell": label, **known}
+        value["what"] = f"equal {line.budget}" if line.pooling == "mean" else "pooled by segments"
+        # Reconstruction is the cell's, whatever its codes are pooled by.
+        of_cell = numbers[label.removesuffix(f" + {line.pooling}")], numbers[label]
+        for own, axis in zip(of_cell, known, strict=True):
+            found = own[place[axis]]
+            known_range = found is not None and math.isfinite(found.low)
+            value |= {f"{axis} low": found.low, f"{axis} high": found.high} if known_range else {}
+            value[f"range of {axis}"] = found.interval if known_range else "none"
+        values.append(value)
     if not values:
         return None
-    _name(values)
-    shapes = ["equal width", "equal compute", "pooled by segments"]
+    _name(values, width)
+    _name(values, _NARROW, " narrow")
+    drawn = {value["what"] for value in values}
+    shapes = [what for what in _MARKS if what in drawn]
+    forms, colours = zip(*(_MARKS[what] for what in shapes), strict=True)
+    scale_x, scale_y = alt.Scale(zero=False, padding=26), alt.Scale(zero=False, padding=22)
+    colour = alt.Color("what:N", title=None, scale=alt.Scale(domain=shapes, range=list(colours)))
+    across, up = "explained variance", "order accuracy"
     base = alt.Chart(_data(values)).encode(
-        x=alt.X("explained variance:Q", scale=alt.Scale(zero=False, padding=26), axis=alt.Axis(tickCount=8)),
-        y=alt.Y("order accuracy:Q", scale=alt.Scale(zero=False, padding=22), title=f"order accuracy, k = {k}"),
+        x=alt.X(f"{across}:Q", scale=scale_x, axis=alt.Axis(tickCount=8), title=across),
+        y=alt.Y(f"{up}:Q", scale=scale_y, title=f"{up}, k = {k}"),
         tooltip=[
             "cell:N",
             "what:N",
-            alt.Tooltip("explained variance:Q", format=".3f"),
-            alt.Tooltip("order accuracy:Q", format=".3f"),
+            alt.Tooltip(f"{across}:Q", format=".3f"),
+            f"range of {across}:N",
+            alt.Tooltip(f"{up}:Q", format=".3f"),
+            f"range of {up}:N",
         ],
     )
-    marks = base.mark_point(size=110, filled=True).encode(
-        shape=alt.Shape("what:N", title=None, scale=alt.Scale(domain=shapes)),
-        color=alt.Color(
-            "what:N", title=None, scale=alt.Scale(domain=shapes, range=[COLOURS[0], COLOURS[5], COLOURS[2]])
-        ),
+    rule = base.mark_rule(strokeWidth=1, strokeOpacity=0.6).encode(color=colour)
+    sideways = rule.encode(x=alt.X(f"{across} low:Q", title=across), x2=f"{across} high:Q")
+    upright = rule.encode(y=alt.Y(f"{up} low:Q", title=f"{up}, k = {k}"), y2=f"{up} high:Q")
+    marks = base.mark_point(size=80, filled=True, opacity=1).encode(
+        shape=alt.Shape("what:N", title=None, scale=alt.Scale(domain=shapes, range=list(forms))),
+        color=colour,
     )
     left = base.mark_text(align="right", dx=-9, dy=-7, fontSize=11).encode(text="left:N")
     right = base.mark_text(align="left", dx=9, dy=-7, fontSize=11).encode(text="right:N")
-    return alt.layer(marks, left, right).properties(width="container", height=340)
+    return alt.layer(
+        sideways.transform_filter(f"isValid(datum['{across} low'])"),
+        upright.transform_filter(f"isValid(datum['{up} low'])"),
+        marks,
+        left,
+        right,
+    ).properties(width="container", height=380)
 
 
-def _name(values: list[dict[str, Any]]) -> None:
-    """Put each mark's name to its `left` or `right` where it hits no other mark and name, best marks first."""
-    xs, ys = ([value[key] for value in values] for key in ("explained variance", "order accuracy"))
-    width, height, letter, line = 850, 290, 6.5, 13  # pixels: what the page's picture has, about
+def _name(values: list[dict[str, Any]], width: int, when: str = "") -> None:
+    """Put marks' names to their `left` or `right` where they hit no other mark and name: `open`, then the best ones."""
+    axes = ("explained variance", "order accuracy")
+    xs, ys = ([value[axis] for value in values] for axis in axes)
+    height, letter, line = 330, 6.5, 13  # pixels
 
-    def across(of: Sequence[float], pixels: int) -> list[float]:
-        reach = max(of) - min(of)
-        return [pixels * ((one - min(of)) / reach if reach else 0.5) for one in of]
+    def across(axis: str, pixels: int) -> list[float]:
+        """In pixels; the picture reaches as far as the thin lines."""
+        low, high = (
+            pick(value.get(f"{axis} {end}", value[axis]) for value in values)
+            for pick, end in ((min, "low"), (max, "high"))
+        )
+        return [pixels * ((value[axis] - low) / (high - low) if high > low else 0.5) for value in values]
 
-    places = list(zip(across(xs, width), across(ys, height), strict=True))
+    places = list(zip(*(across(axis, pixels) for axis, pixels in zip(axes, (width, height), strict=True)), strict=True))
     taken = [(x - 6, x + 6, y - 6, y + 6) for x, y in places]
 
     def beaten(number: int) -> bool:
         return any(x >= xs[number] and y > ys[number] for x, y in zip(xs, ys, strict=True))
 
-    order = sorted(range(len(values)), key=lambda number: (beaten(number), values[number]["cell"] != "open"))
+    order = sorted(range(len(values)), key=lambda number: (values[number]["cell"] != "open", beaten(number)))
     for number in order:
-        values[number] |= {"left": "", "right": ""}
+        values[number] |= {f"left{when}": "", f"right{when}": ""}
         x, y = places[number]
         reach = letter * len(values[number]["cell"])
-        for side, start in (("left", x - 9 - reach), ("right", x + 9)):
-            box = (start, start + reach, y + 7 - line / 2, y + 7 + line / 2)
-            free = all(box[0] > b or box[1] < a or box[2] > d or box[3] < c for a, b, c, d in taken)
-            if values[number]["cell"] == "open" or (free and box[0] > -60 and box[1] < width + 60):
-                values[number][side] = values[number]["cell"]
-                taken.append(box)
-                break
+        boxes = {
+            side: (start, start + reach, y + 7 - line / 2, y + 7 + line / 2)
+            for side, start in (("left", x - 9 - reach), ("right", x + 9))
+        }
+        free = [
+            side
+            for side, box in boxes.items()
+            if all(box[0] > b or box[1] < a or box[2] > d or box[3] < c for a, b, c, d in taken)
+            and box[0] > -60
+            and box[1] < width + 60
+        ]
+        if not free and values[number]["cell"] == "open":
+            free = ["left"]
+        if free:
+            values[number][free[0] + when] = values[number]["cell"]
+            taken.append(boxes[free[0]])
 
 
 def _by_position(numbers: Numbers, cells: Sequence[str], metric: str, title: str) -> Figure | None:
@@ -183,7 +235,7 @@ def _by_position(numbers: Numbers, cells: Sequence[str], metric: str, title: str
         alt.Chart(_data(values))
         .mark_line(strokeWidth=1.5)
         .encode(
-            x=alt.X("position:Q", title="position in the context"),
+            x=alt.X("position:Q", title="position in the context", scale=alt.Scale(nice=False)),
             y=alt.Y("value:Q", scale=alt.Scale(zero=False), title=title),
             color=_colour(cells),
             tooltip=["cell:N", "position:Q", alt.Tooltip("value:Q", format=".3f")],
@@ -208,12 +260,17 @@ def _decay(numbers: Numbers, cells: Sequence[str]) -> Figure | None:
         .mark_line(point=True)
         .encode(
             x=alt.X(
-                "share:Q", title="training without the mask, share of the original steps", axis=alt.Axis(format="%")
+                "share:Q",
+                title="training without the mask, share of the original steps",
+                axis=alt.Axis(format="%", tickCount=5),
             ),
             y=alt.Y("value:Q", title="retention", scale=alt.Scale(zero=False)),
             color=_colour(list(dict.fromkeys(value["cell"] for value in values))),
             strokeDash=alt.StrokeDash(
-                "what:N", sort=["retention", "chance"], title=None, legend=alt.Legend(symbolType="stroke")
+                "what:N",
+                sort=["retention", "chance"],
+                title=None,
+                legend=alt.Legend(symbolType="stroke", symbolStrokeColor="#888", symbolStrokeWidth=2),
             ),
             tooltip=["cell:N", "what:N", "share:Q", alt.Tooltip("value:Q", format=".3f")],
         )
@@ -388,11 +445,77 @@ def _learned(told: list[dict[str, Any]], masks: dict[str, np.ndarray]) -> Figure
     return alt.concat(over, final, columns=2) if path else final
 
 
+def _snapshots(learned: Sequence[CellFolder], warnings: list[str]) -> Figure | None:
+    """How open the same latents were at eight moments of training, in the order of where they are open at its end."""
+    values, moments, without = [], 0, []
+    for cell in learned:
+        if not (cell.path / _SNAPSHOTS_FILE).is_file():
+            without.append(cell.cell)
+            continue
+        try:
+            found = load_file(cell.path / _SNAPSHOTS_FILE)
+            openness, tokens = found["openness"] / 255, found["tokens"]
+        except (OSError, KeyError, SafetensorError) as error:
+            warnings.append(f"the mask of {cell.label} during training cannot be read ({str(error)[:120]}).")
+            continue
+        moments = max(moments, len(tokens))
+        order = _by_centre(openness[-1])
+        for number, (one, seen) in enumerate(zip(openness, tokens.tolist(), strict=True), start=1):
+            for (latents, position), value in np.ndenumerate(_binned(one[:, order], *_SNAPSHOT_BINS)):
+                values.append(
+                    {
+                        "cell": cell.cell,
+                        "moment": number,
+                        "tokens": seen,
+                        "position": int(position * one.shape[0] / min(_SNAPSHOT_BINS[1], one.shape[0])),
+                        "latents": int(latents),
+                        "openness": round(float(value), 2),
+                    }
+                )
+    if without:
+        warnings.append(
+            f"{len(without)} learned masks were trained without recording how they changed ({', '.join(without[:4])}"
+            f"{' …' if len(without) > 4 else ''}): only cells trained anew have that picture."
+        )
+    if not values:
+        return None
+    return (
+        alt.Chart(_data(values))
+        .mark_rect()
+        .encode(
+            x=alt.X("position:O", axis=None),
+            y=alt.Y("latents:O", axis=None),
+            color=alt.Color(
+                "openness:Q",
+                scale=alt.Scale(scheme="viridis", domain=[0, 1]),
+                legend=alt.Legend(orient="top", gradientLength=160),
+            ),
+            tooltip=["cell:N", alt.Tooltip("tokens:Q", format=","), "position:O", "openness:Q"],
+        )
+        .properties(width=5 * _SNAPSHOT_BINS[1], height=3 * _SNAPSHOT_BINS[0])
+        .facet(
+            row=alt.Row(
+                "cell:N",
+                sort=list(dict.fromkeys(value["cell"] for value in values)),
+                title=None,
+                header=alt.Header(labelAngle=0, labelAlign="left", labelLimit=120),
+            ),
+            column=alt.Column(
+                "moment:O",
+                title=f"from the first step (1) to the last ({moments})",
+                header=alt.Header(titleFontWeight="normal", titleAnchor="start"),
+            ),
+            spacing=6,
+        )
+        .properties(usermeta={"canvas": True, "moment": 6 + 5 * _SNAPSHOT_BINS[1]})
+    )
+
+
 def _mask_pictures(masks: dict[str, np.ndarray]) -> Figure | None:
     """How open latents are at each position after training, ordered by where they are open; binned means."""
     values = []
     for cell, openness in masks.items():
-        picture = _binned(openness)
+        picture = _binned(openness[:, _by_centre(openness)], _N_LATENT_BINS, _N_POSITION_BINS)
         for (latent_bin, position_bin), value in np.ndenumerate(picture):
             values.append(
                 {
@@ -433,35 +556,54 @@ def _openness(cell: CellFolder, warnings: list[str]) -> np.ndarray | None:
         return None
 
 
-def _binned(openness: np.ndarray) -> np.ndarray:
-    """Latents by their centre of openness, both axes averaged into bins: [latent_bin position_bin]."""
+def _by_centre(openness: np.ndarray) -> np.ndarray:
+    """The latents in the order of their centre of openness."""
     positions = np.arange(openness.shape[0])[:, None]
     centre = (openness * positions).sum(0) / np.maximum(openness.sum(0), 1e-9)
-    ordered = openness[:, np.argsort(centre, kind="stable")]
-    rows = np.array_split(np.arange(ordered.shape[1]), min(_N_LATENT_BINS, ordered.shape[1]))
-    columns = np.array_split(np.arange(ordered.shape[0]), min(_N_POSITION_BINS, ordered.shape[0]))
+    return np.argsort(centre, kind="stable")
+
+
+def _binned(ordered: np.ndarray, n_latent_bins: int, n_position_bins: int) -> np.ndarray:
+    """[position latent] averaged into bins: [latent_bin position_bin]."""
+    rows = np.array_split(np.arange(ordered.shape[1]), min(n_latent_bins, ordered.shape[1]))
+    columns = np.array_split(np.arange(ordered.shape[0]), min(n_position_bins, ordered.shape[0]))
     return np.array([[ordered[np.ix_(column, row)].mean() for column in columns] for row in rows])
 
 
 def _cost(numbers: Numbers, cells: Sequence[str]) -> Figure | None:
+    parts = {"training": "train_seconds", "evaluation": "evaluate_seconds"}
     values = [
-        {"cell": cell, "seconds": seconds, "latents": numbers.mean(cell, "d_sae", {})}
+        {"cell": cell, "what": what, "seconds": seconds, "latents": numbers.mean(cell, "d_sae", {})}
         for cell in cells
-        if math.isfinite(seconds := numbers.mean(cell, "train_seconds", {}))
+        for what, metric in parts.items()
+        if math.isfinite(seconds := numbers.mean(cell, metric, {}))
     ]
     if not values:
         return None
+    shown = list(dict.fromkeys(value["cell"] for value in values))
     return (
         alt.Chart(_data(values))
-        .mark_bar(color=COLOURS[0])
+        .mark_bar()
         .encode(
-            y=alt.Y("cell:N", sort=cells, title=None, axis=alt.Axis(labelLimit=190)),
-            x=alt.X("seconds:Q", title="seconds of training, mean over seeds"),
-            tooltip=["cell:N", alt.Tooltip("seconds:Q", format=",.0f"), alt.Tooltip("latents:Q", format=",")],
+            y=alt.Y("cell:N", sort=shown, title=None, axis=alt.Axis(labelLimit=190)),
+            x=alt.X("seconds:Q", title="seconds, mean over seeds"),
+            color=alt.Color(
+                "what:N",
+                title=None,
+                legend=alt.Legend(orient="top"),
+                scale=alt.Scale(domain=list(parts), range=[COLOURS[0], COLOURS[4]]),
+            ),
+            order=alt.Order("what:N", sort="descending"),
+            tooltip=[
+                "cell:N",
+                "what:N",
+                alt.Tooltip("seconds:Q", format=",.0f"),
+                alt.Tooltip("latents:Q", format=","),
+            ],
         )
         .properties(
             width="container",
-            height=_STEP * len(values),
+            height=_STEP * len(shown),
             usermeta={"cells": True, "step": _STEP},
         )
     )

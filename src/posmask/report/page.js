@@ -124,7 +124,14 @@ function adapted(spec, holder) {
     for (const layer of spec.layer ?? [spec]) for (const channel of ["color", "shape", "strokeDash"])
       if (layer.encoding?.[channel]) layer.encoding[channel].legend = { ...layer.encoding[channel].legend, orient: "top", columns: 2 };
   }
+  if (holder.clientWidth < 560) for (const layer of spec.layer ?? []) if (layer.encoding?.text) layer.encoding.text.field += " narrow";
   if (spec.usermeta?.columns) spec.columns = Math.max(1, Math.floor(holder.clientWidth / spec.usermeta.columns));
+  if (spec.usermeta?.moment) { // as many of the moments as find room, the first and the last among them
+    const last = Math.max(...spec.data.values.map(value => value.moment)), n = Math.max(2, Math.min(last, Math.floor((holder.clientWidth - 90) / spec.usermeta.moment)));
+    const kept = new Set(Array.from({ length: n }, (_, at) => 1 + Math.round(at * (last - 1) / (n - 1))));
+    spec.data.values = spec.data.values.filter(value => kept.has(value.moment));
+  }
+  if (spec.concat && holder.clientWidth >= 700) for (const one of spec.concat) one.width = Math.floor(Math.min(1100, holder.clientWidth - 130) / spec.columns) - 70;
   if (spec.concat && holder.clientWidth < 700) { spec.columns = 1; for (const one of spec.concat) one.width = Math.max(160, holder.clientWidth - 110); spec.config = { ...spec.config, legend: { orient: "bottom" } }; }
   return spec;
 }
@@ -134,7 +141,7 @@ async function draw(holder) {
     const [spec] = await Promise.all([json("chart-" + name), loadVega(), json("page")]);
     const style = getComputedStyle(document.documentElement), ink = style.getPropertyValue("--ink").trim(), line = style.getPropertyValue("--line").trim();
     const font = "system-ui, sans-serif";
-    const config = { background: null, font, view: { stroke: null }, axis: { labelColor: ink, titleColor: ink, gridColor: line, tickColor: line, domainColor: line, titleFontWeight: 500 }, legend: { labelColor: ink, titleColor: ink, labelFontSize: 11 }, header: { labelColor: ink, labelFontWeight: 600 }, text: { color: ink } };
+    const config = { background: null, font, view: { stroke: null }, axis: { labelColor: ink, titleColor: ink, gridColor: line, tickColor: line, domainColor: line, titleFontWeight: 500, labelOverlap: "greedy", labelSeparation: 6 }, legend: { labelColor: ink, titleColor: ink, labelFontSize: 11 }, header: { labelColor: ink, titleColor: ink, labelFontWeight: 600 }, text: { color: ink } };
     const shown = adapted(spec, holder);
     if (shown.usermeta?.cells && !shown.data.values.length) { holder.textContent = "None of the chosen cells has this."; drawn.add(holder); return; }
     const { view } = await window.vegaEmbed(holder, shown, { config, renderer: spec.usermeta?.canvas ? "canvas" : "svg", actions: false });
@@ -191,8 +198,11 @@ const COLUMNS = [
   ["probe weight", "weight", null, value => value ? (value > 0 ? "+" : "−") + Math.abs(value).toPrecision(2) : "–"],
   ["copies here", "twins", (b, i) => b.twins ? b.twins[i] : NaN, value => Number.isFinite(value) ? String(value) : "–"],
   ["nearest elsewhere", "elsewhere", (b, i) => b.near_cosine?.width ? row(b.near_cosine, i)[0] : NaN, value => digits(value, 2)],
+  ["other seeds", "seeds", (b, i) => b.seed_cosine?.width ? row(b.seed_cosine, i).reduce((one, other) => one + other, 0) / b.seed_cosine.width : NaN, value => digits(value, 2)],
   ["promotes", "words", null, (value, b, i) => [...row(b.promoted, i).slice(0, 4)].map(word => b.words[word].trim()).join("  ")],
 ];
+const FROM = { context: "the start of the context", sentence: "the start of the sentence", line: "the start of the line", end: "the end of the text" };
+const SECONDARY = ["twins", "elsewhere", "seeds", "retention"]; // left out on a phone
 class Browser {
   constructor(holder, number) {
     this.number = number; this.holder = holder; this.sort = ["information", true]; this.chosen = null; this.index = null;
@@ -204,7 +214,7 @@ class Browser {
     this.count = make("span", { class: "note" });
     this.rows = make("div", { class: "rows", tabindex: 0, role: "region", "aria-label": "Latents" });
     this.detail = make("section", { class: "latent", "aria-live": "polite", "aria-label": "The chosen latent" });
-    const heads = COLUMNS.map(([title, key]) => make("th", { scope: "col", class: key === "words" ? "text hide-small" : ["twins", "elsewhere", "retention"].includes(key) ? "hide-small" : null, "data-key": key },
+    const heads = COLUMNS.map(([title, key]) => make("th", { scope: "col", class: key === "words" ? "text hide-small" : SECONDARY.includes(key) ? "hide-small" : null, "data-key": key },
       key === "words" ? title : make("button", { type: "button", onclick: () => this.sortBy(key) }, title)));
     this.above = make("tr", { "aria-hidden": true }, make("td", { colspan: COLUMNS.length, style: "padding:0;border:0" })); this.below = this.above.cloneNode(true);
     this.body = make("tbody");
@@ -282,7 +292,7 @@ class Browser {
       const line = make("tr", { "aria-selected": at === this.chosen, "aria-rowindex": this.order.indexOf(at, 0) + 2, onclick: () => this.choose(at) });
       for (const [, key, value, text] of COLUMNS) {
         const number = key === "weight" ? this.weights[at] : value ? value(this.block, at) : null;
-        line.append(make("td", { class: key === "words" ? "text hide-small" : ["twins", "elsewhere", "retention"].includes(key) ? "hide-small" : null }, text(number, this.block, at)));
+        line.append(make("td", { class: key === "words" ? "text hide-small" : SECONDARY.includes(key) ? "hide-small" : null }, text(number, this.block, at)));
       }
       return line;
     });
@@ -299,26 +309,27 @@ class Browser {
     const b = this.block, fact = (name, value) => make("li", {}, name + " ", make("b", {}, value));
     const serves = (this.serves.get(at) ?? []).sort((one, other) => one[1] - other[1]);
     const parts = make("div", { class: "parts" },
-      make("div", { class: "full" }, make("h4", {}, "Where it speaks, and where it may"), this.profile(at)),
+      make("div", { class: "full" }, make("h4", {}, "Where it speaks, and where it may"), ...this.profile(at)),
       make("div", { class: "full" }, make("h4", {}, "Strongest texts"), ...this.strongest(at)),
       make("div", {}, make("h4", {}, "Promotes"), this.wordList(b.promoted, b.promoted_logit, at), make("h4", {}, "Suppresses"), this.wordList(b.suppressed, b.suppressed_logit, at)),
       make("div", {}, make("h4", {}, "Probes it serves"), serves.length ? make("table", {}, make("thead", {}, make("tr", {}, ...["probe", "choice", "weight"].map(name => make("th", { scope: "col" }, name)))),
         make("tbody", {}, ...serves.slice(0, 12).map(([probe, choice, weight]) => make("tr", {}, make("td", {}, b.probes[probe]), make("td", {}, String(choice)), make("td", {}, (weight > 0 ? "+" : "−") + Math.abs(weight).toPrecision(2)))))) : make("p", { class: "note" }, "None chose it.")),
       make("div", {}, make("h4", {}, "Nearest in this cell"), this.near(at, true)),
-      make("div", {}, make("h4", {}, "Nearest in other cells"), this.near(at, false)));
+      make("div", {}, make("h4", {}, "Nearest in other cells"), this.near(at, false)),
+      make("div", {}, make("h4", {}, "The same cell, other seeds"), this.nearSeeds(at)));
     this.detail.replaceChildren(make("h3", {}, `Latent ${b.latent[at]} of ${b.cell}`),
       make("ul", { class: "facts" }, fact("fires on", COLUMNS[1][3](b.firings[at] / b.tokens) + ` of ${b.tokens.toLocaleString("en")} tokens`), fact("position information", digits(b.position_information[at])), fact("retention", digits(b.retention[at])), fact("its chance", digits(b.retention_chance[at])), fact("open at", ranges(row(b.openness, at)).text), fact("largest activation", b.largest[at].toPrecision(3))), parts);
   }
   profile(at) {
-    const b = this.block, spoken = row(b.profile, at), open = row(b.openness, at), n = open.length, width = 720, height = 130, left = 34, base = 100;
+    const b = this.block, spoken = row(b.profile, at), open = row(b.openness, at), n = open.length, width = Math.max(300, Math.min(720, this.detail.clientWidth)), height = 130, left = 34, base = 100;
     const ns = "http://www.w3.org/2000/svg", draw = (tag, attributes, text) => { const one = document.createElementNS(ns, tag); for (const [name, value] of Object.entries(attributes)) one.setAttribute(name, value); if (text !== undefined) one.textContent = text; return one; };
     const x = p => left + (width - left - 6) * p / n, svg = draw("svg", { viewBox: `0 0 ${width} ${height}`, class: "profile", role: "img", "aria-label": `Mean activation by position, at most ${b.highest[at].toPrecision(3)}, and openness: ${ranges(open).text}` });
     let bars = "", line = "";
     for (let p = 1; p < n; p++) { if (spoken[p]) bars += `M${x(p).toFixed(1)} ${base}v${(-spoken[p] / 255 * 84).toFixed(1)}h${((width - left - 6) / n * .86).toFixed(2)}V${base}z`; line += `${p === 1 ? "M" : "L"}${x(p).toFixed(1)} ${(base - open[p] / 255 * 88).toFixed(1)}H${x(p + 1).toFixed(1)}`; }
     svg.append(draw("path", { d: bars, fill: "var(--bar)" }), draw("path", { d: line, fill: "none", stroke: "var(--heat)", "stroke-width": 2 }), draw("path", { d: `M${left} ${base}H${width - 6}`, stroke: "var(--line)" }));
-    for (let p = 0; p < n; p += n > 64 ? 16 : n > 24 ? 8 : 4) svg.append(draw("text", { x: x(p), y: base + 13, "text-anchor": "middle" }, p));
-    svg.append(draw("text", { x: left - 4, y: 16, "text-anchor": "end" }, "1"), draw("text", { x: left - 4, y: base, "text-anchor": "end" }, "0"), draw("text", { x: left, y: base + 27 }, `bars: mean activation at a position (highest ${b.highest[at].toPrecision(3)}); line: openness; positions counted in the ${b.coordinate}`));
-    return svg;
+    for (let p = 0; p < n; p += Math.max(4, 2 ** Math.ceil(Math.log2(n * 28 / width)))) svg.append(draw("text", { x: x(p), y: base + 13, "text-anchor": "middle" }, p));
+    svg.append(draw("text", { x: left - 4, y: 16, "text-anchor": "end" }, "1"), draw("text", { x: left - 4, y: base, "text-anchor": "end" }, "0"));
+    return [svg, make("p", { class: "note" }, `Bars: mean activation at a position, the highest ${b.highest[at].toPrecision(3)}; line: openness. Positions are counted from ${FROM[b.coordinate]}.`)];
   }
   strongest(at) {
     const b = this.block, per = b.text_start.width, width = b.text_value.width / per, made = [];
@@ -349,8 +360,17 @@ class Browser {
       const where = own && here !== undefined ? "open at " + ranges(row(b.openness, here)).text : own ? "not kept here" : facts.latents[cell].cell;
       return make("tr", {}, make("td", {}, make("button", { type: "button", onclick: () => browse(1 - this.number, cell, latent) }, "latent " + latent)), make("td", {}, where), make("td", {}, digits(cosines[place], 2)));
     });
-    const about = own ? `${b.twins[at]} others of this cell point nearly the same way (cosine above .7): ${b.twins[at] ? "the feature exists more than once" : "it exists once"}.` : "The nearest one of each other cell, cosine of decoder rows.";
+    const about = own ? `${b.twins[at]} others of this cell point nearly the same way (cosine above .7): ${b.twins[at] ? "the feature exists more than once" : "it exists once"}.` : "The nearest one of each other cell of this seed, cosine of decoder rows.";
     return make("div", { class: "near" }, make("p", { class: "note" }, about), make("table", {}, make("tbody", {}, ...lines)));
+  }
+  nearSeeds(at) {
+    const b = this.block;
+    if (!b.other_seeds.length) return make("p", { class: "note" }, "No other seed of this cell is here.");
+    const lines = b.other_seeds.map((seed, number) => {
+      const latent = row(b.seed_latent, at)[number], cell = facts.latents.findIndex(one => one.cell === b.cell && one.seed === seed), name = "latent " + latent;
+      return make("tr", {}, make("td", {}, cell < 0 ? name : make("button", { type: "button", onclick: () => browse(1 - this.number, cell, latent) }, name)), make("td", {}, "seed " + seed), make("td", {}, digits(row(b.seed_cosine, at)[number], 2)));
+    });
+    return make("div", { class: "near" }, make("p", { class: "note" }, "The nearest one of each other seed, cosine of decoder rows: near 1, the feature comes again whatever the seed."), make("table", {}, make("tbody", {}, ...lines)));
   }
   save() {
     const b = this.block, lines = this.order.map(at => COLUMNS.map(([, key, value, text]) => key === "weight" ? this.weights[at] : key === "where" || key === "words" ? text(null, b, at) : value(b, at)));

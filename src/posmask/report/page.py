@@ -72,16 +72,16 @@ def write_paper_figures(*roots: Path, folder: Path) -> list[Path]:
 def _charts(studies: Sequence[Study]) -> tuple[dict[str, figures.Figure], list[tables.StudyTable]]:
     own = [tables.study_table(study) for study in studies]
     rows = [row for study in studies for row in study.rows]
-    lines = [line for table in own for line in table.lines]
     pictured = [cell for study in studies for cell in study.pictured]
-    return figures.figures(rows, lines, pictured, studies[0].warnings), own
+    return figures.figures(rows, own, pictured, studies[0].warnings), own
 
 
 def _page(studies: Sequence[Study], n_latents: int | None) -> tuple[dict[str, Any], dict[str, bytes]]:
     """What the template shows, and the blocks of data that scripts decode when they are looked at."""
     charts, own = _charts(studies)
-    pictured = [cell for study in studies for cell in study.pictured]
-    browsed = latents.browser(pictured, n_latents, studies[0].warnings)
+    every = [cell for study in studies for cell in study.in_order]
+    shown = [cell for study in studies for cell in study.pictured] if n_latents else every
+    browsed = latents.browser(shown, every, n_latents, studies[0].warnings)
     rows = [row for study in studies for row in study.rows]
     cells = list(dict.fromkeys(row.cell for row in rows if row.mask != "none"))
     numbers = {label: found for table in own for label, found in table.numbers.items()}
@@ -179,6 +179,7 @@ def _made(cell: Any, study: Study) -> dict[str, Any]:
         "seed": cell.seed,
         "identity": cell.manifest["identity"],
         "seconds": of("train_seconds"),
+        "evaluated": of("evaluate_seconds"),
         "tokens": of("train_tokens"),
         "megabytes": sum(entry["bytes"] for entry in cell.manifest["files"].values()) / 1e6,
         "versions": ", ".join(f"{name} {number}" for name, number in cell.manifest.get("versions", {}).items()),

@@ -46,18 +46,27 @@ class Study:
         return sorted({row.seed for row in self.rows if row.mask != "none"})
 
     @property
+    def n_saes(self) -> int:
+        return len({(row.cell, row.seed) for row in self.rows if row.mask != "none"})
+
+    @property
     def baseline(self) -> str | None:
         """The first cell whose mask is open, which the others are compared with."""
         return next((row.cell for row in self.rows if row.mask == "open"), None)
 
     @property
+    def in_order(self) -> list[CellFolder]:
+        """All cells as the table has them, each one's seeds in their order."""
+        order = {name: number for number, name in enumerate(dict.fromkeys(row.cell for row in self.rows))}
+        return sorted(self.cells, key=lambda cell: (order.get(cell.cell, len(order)), cell.cell, cell.seed))
+
+    @property
     def pictured(self) -> list[CellFolder]:
         """Each cell's first seed."""
         first: dict[str, CellFolder] = {}
-        for cell in sorted(self.cells, key=lambda cell: cell.seed):
+        for cell in self.in_order:
             first.setdefault(cell.cell, cell)
-        order = {name: number for number, name in enumerate(dict.fromkeys(row.cell for row in self.rows))}
-        return sorted(first.values(), key=lambda cell: order.get(cell.cell, len(order)))
+        return list(first.values())
 
     def units(self) -> dict[str, dict[int, dict[str, Units]]]:
         """What measures were drawn from, by cell and seed; without the cells that have none."""

@@ -58,7 +58,7 @@ COLUMNS = [
 
 @dataclass(frozen=True)
 class Number:
-    """`of`: cell|metric|slice, the rows of results.csv whose mean it is. `reach`: half of its 95 % interval."""
+    """`of`: cell|metric|slice, the rows of results.csv whose mean it is, * for all cells."""
 
     value: float
     of: str
@@ -334,23 +334,29 @@ def _of_rows(rows: list[Row], slice: str) -> Number | None:
 
 
 def controls(rows: Sequence[Row]) -> dict[str, Any]:
-    """What else could have given order accuracies: by task, the controls without an SAE, then the others' extremes."""
+    """What else could have given order accuracies, by task: means over all cells, poolings and k, with their range."""
     tasks = list(dict.fromkeys(parse_slice(row.slice)["task"] for row in rows if row.metric == "order_bag_accuracy"))
-    found: dict[str, list[str]] = {}
-    for metric, title in (
-        ("order_bag_accuracy", "bag of words (exactly 1/K)"),
-        ("order_edges", "first and last 3 tokens"),
-    ):
-        by_task = {parse_slice(row.slice)["task"]: row.value for row in rows if row.metric == metric}
-        found[title] = [number(by_task.get(task, math.nan)) for task in tasks]
-    for metric, title in (("order_shuffled", "tokens shuffled at test time"), ("order_permuted", "labels permuted")):
-        drawn: dict[str, list[float]] = {}
-        for row in rows:
-            if row.metric == metric and math.isfinite(row.value):
-                drawn.setdefault(parse_slice(row.slice)["task"], []).append(row.value)
-        texts = []
-        for task in tasks:
-            values = drawn.get(task, [math.nan])
-            texts.append(f"{number(sum(values) / len(values))} ({number(min(values), 2)} to {number(max(values), 2)})")
-        found[f"{title}: mean (range) over cells, poolings, k"] = texts
-    return {"tasks": tasks, "lines": found}
+    values: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        if row.metric in CONTROLS and math.isfinite(row.value):
+            values.setdefault((row.metric, parse_slice(row.slice)["task"]), []).append(row.value)
+
+    def of(metric: str, task: str) -> Number | None:
+        found = values.get((metric, task))
+        if not found:
+            return None
+        low, high = (min(found), max(found)) if len(found) > 1 else (math.nan, math.nan)
+        return Number(sum(found) / len(found), f"*|{metric}|task={task}", low, high, f"mean and range of {len(found)}")
+
+    return {
+        "tasks": tasks,
+        "lines": {title: [of(metric, task) for task in tasks] for metric, title in CONTROLS.items()},
+    }
+
+
+CONTROLS = {
+    "order_bag_accuracy": "bag of words (exactly 1/K)",
+    "order_edges": "first and last 3 tokens",
+    "order_shuffled": "tokens shuffled at test time: mean and range over cells, poolings, k",
+    "order_permuted": "labels permuted: mean and range over cells, poolings, k",
+}
