@@ -38,7 +38,9 @@ def test_what_is_imported_is_declared():
 
 @pytest.mark.parametrize("extra", USERS_EXTRAS)
 def test_an_extra_is_named_with_its_pip_line_by_the_error_that_misses_it(extra):
-    said = [line for text in SOURCES.values() for line in text.splitlines() if f"pip install 'posmask[{extra}]'" in line]
+    said = [
+        line for text in SOURCES.values() for line in text.splitlines() if f"pip install 'posmask[{extra}]'" in line
+    ]
     assert said
 
 
