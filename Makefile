@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+DEV := .venv/.ready-dev
 
 .PHONY: run test test-all check bench docs second-model clean
 
@@ -11,24 +12,24 @@ run: $(READY)
 # Small tests, side by side on up to four cores.
 PYTEST := $(BIN)/pytest -n auto --maxprocesses 4
 
-test: $(READY)
+test: $(DEV)
 	$(PYTEST) -m "not slow"
 
-test-all: $(READY)
+test-all: $(DEV)
 	$(PYTEST)
 
-check: $(READY)
+check: $(DEV)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
 # Against its peers, each set up in .bench/: about an hour, or QUICK=1 for the main ratios in minutes.
-bench: $(READY)
+bench: $(DEV)
 	$(BIN)/python benchmarks/bench.py $(if $(QUICK),--quick) $(GROUPS)
 
 # The documentation as a site in site/; a link that leads nowhere stops it.
-docs: $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,docs]'
+docs: $(DEV)
+	$(PIP) --editable '.[dev,docs]'
 	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --output-dir docs docs/tutorial.ipynb
 	$(BIN)/zensical build --clean --strict
 
@@ -41,11 +42,18 @@ $(info Using the environment in .venv (remove it to start afresh).)
 endif
 
 # pip, not uv or poetry: constraints.txt pins the CPU build of torch.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
 $(READY): pyproject.toml constraints.txt
-	@echo "Setting up .venv: about 2.6 GB of packages the first time."
+	@echo "Setting up .venv: about 1.7 GB of packages the first time."
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
-	@touch $(READY)
+	$(PIP) --editable .
+	@touch $@
+
+$(DEV): $(READY)
+	@echo "Adding what tests, checks and benchmarks need: about 0.9 GB the first time."
+	$(PIP) --editable '.[dev]'
+	@touch $@
 
 clean:
 	rm -rf .venv .bench runs

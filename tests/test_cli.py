@@ -1,8 +1,10 @@
 import io
 import os
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -96,3 +98,41 @@ def test_the_table_keeps_every_number_at_80_columns_and_in_a_log():
     assert ".000" in log.getvalue()  # retention less its chance
     assert not re.search("\x1b|…", log.getvalue())
     assert max(map(len, log.getvalue().splitlines())) <= 80
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="asks bash what it completes")
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("posmask ver", ["verify"]),
+        ("posmask run --tr", ["--track"]),
+        ("posmask export x y --to saelens-", ["saelens-lossy"]),
+        ("posmask train studies/quick.toml half", ["half-free"]),
+        ("posmask train Makefile half", []),
+        ("posmask plan stud", []),  # so that the shell goes on with files
+    ],
+)
+def test_a_shell_completes_commands_options_and_cells(line, expected, completing):
+    assert completing(line) == expected
+
+
+@pytest.fixture(scope="module")
+def completing(tmp_path_factory):
+    """What bash finds after `posmask --install-completion`, in a home of its own."""
+    home = tmp_path_factory.mktemp("home")
+    paths = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"
+
+    def bash(script):
+        environment = {**os.environ, "HOME": str(home), "PATH": paths}
+        command = ["bash", "--norc", "-c", script]
+        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=environment).stdout
+
+    said = bash("posmask --install-completion; true")
+    assert "bash completion installed" in said
+
+    def found(line):
+        words = line.split()
+        script = f"source ~/.bashrc; COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}"
+        return bash(f'{script}; _posmask_completion posmask; printf "%s\\n" "${{COMPREPLY[@]}}"').split()
+
+    return found

@@ -1,34 +1,234 @@
-"""What the documentation shows runs, and shows what comes out."""
+"""What the documentation shows runs, and shows what comes out.
+
+Each example is an entry of EXAMPLES, under its page and first words: the test that runs it, or why none does.
+Commands within sentences and tables are read as the command line reads them.
+"""
 
 import contextlib
 import io
+import json
+import os
 import re
+import shlex
+import subprocess
+import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
+import typer.main
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
 
+from conftest import D_MODEL, WORDS, make_texts
 from posmask import mask_kinds
+from posmask.cli import app
+from posmask.rows import read_rows
+from posmask.settings import read_study
+from test_wheel import STUDY
 
-DOCS = Path(__file__).parents[1] / "docs"
-BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```\n(?:\n```text\n(?P<shown>.*?)^```$)?", re.DOTALL | re.MULTILINE)
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.parametrize("name", ["own-mask.md"])
-def test_examples_of_a_page_run_in_order_and_print_what_stands_below_them(name):
+def examples(page):
+    """(language, code) of a page's fenced blocks."""
+    return [(found["language"], found["code"]) for found in FENCE.finditer(page.read_text(encoding="utf8"))]
+
+
+EXAMPLES = {
+    ("README.md", "make run     # sets everything up"): "what CI runs in a fresh clone",
+    ("README.md", "                                expl.   CE  ret.− order"): "what `make run` printed",
+    ("README.md", "runs/quick/"): "a tree of files",
+    ("README.md", "import posmask"): "test_the_readme_way_in_from_python",
+    ("README.md", "src/posmask/"): "a tree of files",
+    ("docs/cluster.md", "torchrun --nproc-per-node 4"): "test_several_processes_train_a_cell_that_a_run_evaluates",
+    ("docs/cluster.md", "srun --nodes 2"): "needs Slurm and two nodes; the page says that it was not run",
+    ("docs/devices.md", "posmask run STUDY.toml --set device=cuda"): "test_a_device_is_set_from_the_command_line",
+    ("docs/own-mask.md", "from typing import Literal"): "test_own_mask",
+    ("docs/own-mask.md", "tensor([[1.0000,"): "test_own_mask",
+    ("docs/own-mask.md", "from posmask.rules import"): "test_own_mask",
+    ("docs/own-mask.md", "from posmask.settings import"): "test_own_mask",
+    ("docs/own-model-and-texts.md", "[model]"): "test_own_model_and_texts",
+    ("docs/own-model-and-texts.md", "[corpus]"): "test_own_model_and_texts",
+    ("docs/saelens.md", "posmask export runs/quick/cells/slice-seed0 exported --to"): "test_saelens_page",
+    ("docs/saelens.md", "import posmask.interop.saelens"): "test_saelens_page",
+    ("docs/saelens.md", "import torch"): "test_saelens_page",
+    ("docs/saelens.md", "posmask export runs/quick/cells/slice-seed0 exported-lossy"): "test_saelens_page",
+    ("docs/saelens.md", "posmask import exported-lossy imported"): "test_saelens_page",
+    ("docs/saelens.md", "[[cells]]"): "test_cells_start_from_an_imported_sae",
+    ("docs/saelens.md", "# not run here"): "needs sae-bench's own environment: tests/interop runs the same calls",
+    ("docs/saelens.md", "posmask push runs/quick/cells/slice-seed0"): "test_saelens_page",
+    ("docs/saelens.md", "from posmask.interop.hub import"): "test_saelens_page",
+}
+
+
+def example(page, start):
+    """The code of an example that is entered above."""
+    assert (page, start) in EXAMPLES
+    return next(code for _, code in examples(ROOT / page) if code.startswith(start))
+
+
+def test_every_example_is_run_by_a_test_or_says_why_not():
+    shown = {(str(page.relative_to(ROOT)), code) for page in PAGES for _, code in examples(page)}
+    for page, code in shown:
+        entries = [start for other, start in EXAMPLES if other == page and code.startswith(start)]
+        assert len(entries) == 1, f"enter this example of {page} in EXAMPLES, with the test that runs it:\n{code}"
+    for page, start in EXAMPLES:
+        assert any(code.startswith(start) for other, code in shown if other == page), f"{page} no longer shows {start}"
+    tests = {name for name in globals() if name.startswith("test_")} | {"test_saelens_page"}
+    assert {how for how in EXAMPLES.values() if how.startswith("test_")} <= tests
+
+
+INLINE = re.compile(r"(?<!`)`(posmask [a-z][^`]*)`(?!`)")
+WRITTEN = sorted(
+    {
+        " ".join(line.split())
+        for page in [*PAGES, *sorted((ROOT / "studies").glob("*.toml"))]
+        for line in (
+            *INLINE.findall(page.read_text(encoding="utf8").replace("\n", " ")),
+            *re.findall(r"^#\s+(posmask .*)$", page.read_text(encoding="utf8"), re.MULTILINE),
+        )
+    }
+)
+
+
+@pytest.mark.parametrize("line", WRITTEN)
+def test_commands_within_sentences_are_commands(line):
+    """Options exist, values are of their kind; a study that is named exists and takes the changes."""
+    words = shlex.split(line)[1:]
+    group = typer.main.get_command(app)
+    command = group.commands[words[0]]
+    options = {name: option for option in command.params for name in option.opts if name.startswith("--")}
+    for word in words[1:]:
+        assert not word.startswith("--") or word in options, f"posmask {words[0]} has no option {word}"
+    given = [words[at + 1] for at, word in enumerate(words) if word == "--set" and "TABLE" not in words[at + 1]]
+    for word in words:
+        if word.startswith("studies/"):
+            read_study(ROOT / word, given)
+
+
+def test_own_mask():
     kinds = dict(mask_kinds.MASKS)
-    blocks = list(BLOCK.finditer((DOCS / name).read_text(encoding="utf8")))
-    assert blocks
+    blocks = examples(DOCS / "own-mask.md")
     names: dict = {"__name__": "example"}
+    said = io.StringIO()
     try:
-        for block in blocks:
+        for language, code in blocks:
+            if language == "text":
+                assert said.getvalue() == code
+                continue
             said = io.StringIO()
             with contextlib.redirect_stdout(said):
-                exec(compile(block["code"], name, "exec"), names)
-            if block["shown"] is not None:
-                assert said.getvalue() == block["shown"]
+                exec(compile(code, "own-mask.md", "exec"), names)
     finally:
         mask_kinds.MASKS.clear()
         mask_kinds.MASKS.update(kinds)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty folder to work in."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def posmask(line):
+    """Run a command line that begins with `posmask`."""
+    result = CliRunner().invoke(app, shlex.split(line, comments=True)[1:], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def write_texts(folder, n_texts=400):
+    folder.mkdir(parents=True)
+    for number, text in enumerate(make_texts(n_texts)):
+        (folder / f"{number:04}.txt").write_text(text)
+
+
+@pytest.mark.slow
+def test_the_readme_way_in_from_python(here, tokenizer):
+    """Changed are only the model, to a tiny one of as many positions, and how many tokens are read."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": D_MODEL, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=3 + len(WORDS), max_position_embeddings=128, **sizes)).save_pretrained(
+        "tiny"
+    )
+    tokenizer.save_pretrained("tiny")
+    code = example("README.md", "import posmask")
+    for theirs, ours in (
+        ('"embedded:SmolLM2-135M-Instruct", "layer": 10', '"tiny", "layer": 2'),
+        ("n_tokens=150_000", "n_tokens=6_000"),
+        ("n_tokens=30_000", "n_tokens=2_000"),
+    ):
+        assert theirs in code
+        code = code.replace(theirs, ours)
+    names = {"torch": torch, "texts": make_texts(300), "other_texts": make_texts(100, seed=1)}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["v_hat"].shape == names["batch"].vectors.shape == (20, D_MODEL)
+    assert {one.metric for one in names["measures"]} >= {"explained_variance", "retention"}
+
+
+def test_own_model_and_texts(here, model_folder):
+    """The page's two tables in a study; tiny in their place are only the model, and the numbers of tokens."""
+    text = STUDY.format(model=model_folder)
+    for table in ("[model]", "[corpus]"):
+        code = example("docs/own-model-and-texts.md", table)
+        text, n_replaced = re.subn(rf"^\[{table[1:-1]}\]\n(?:[^\[].*\n)*", code, text, flags=re.MULTILINE)
+        assert n_replaced == 1
+    Path("study.toml").write_text(text)
+    Path("data").mkdir()
+    Path("data/my-texts.jsonl").write_text("".join(json.dumps({"text": one}) + "\n" for one in make_texts(800)))
+    sizes = {"model.name": model_folder, "corpus.n_positions": 16, "corpus.training_tokens": 2000}
+    changes = " ".join(f"--set {key}={value}" for key, value in {**sizes, "corpus.heldout_tokens": 3000}.items())
+    posmask(f"posmask run study.toml --root run {changes}")
+    assert {row.cell for row in read_rows(Path("run/results.csv"))} >= {"open"}
+
+
+def test_a_device_is_set_from_the_command_line(here, model_folder):
+    """On the device that is here."""
+    write_texts(here / "texts")
+    Path("STUDY.toml").write_text(STUDY.format(model=model_folder))
+    line = example("docs/devices.md", "posmask run STUDY.toml --set device=cuda")
+    posmask(line.replace("device=cuda", "device=cpu"))
+    assert Path("runs/wheel/report.html").exists()
+
+
+@pytest.mark.slow
+def test_several_processes_train_a_cell_that_a_run_evaluates(here, model_folder):
+    """Both lines, with two processes for four; their study is a tiny one of that name."""
+    write_texts(here / "texts")
+    Path("studies").mkdir()
+    slices = '[[cells]]\nname = "slice"\nmask = { kind = "slice", n_slices = 4 }\n'
+    Path("studies/full.toml").write_text(STUDY.format(model=model_folder) + slices)
+    paths = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": paths, "OMP_NUM_THREADS": "1"}
+    for line in example("docs/cluster.md", "torchrun --nproc-per-node 4").replace("node 4", "node 2").splitlines():
+        ran = subprocess.run(shlex.split(line), capture_output=True, text=True, check=False, env=environment)
+        assert ran.returncode == 0, ran.stderr
+        if line.startswith("torchrun"):
+            assert "slice with seed 0 is trained. Each process sent" in ran.stdout
+    assert "The page: runs/wheel/report.html" in ran.stdout
+
+
+@pytest.mark.slow
+def test_cells_start_from_an_imported_sae(here, model_folder):
+    """The page's way from an SAE of SAELens into a study, after the blocks that test_saelens_page runs."""
+    write_texts(here / "texts")
+    Path("studies").mkdir()
+    quick = Path("studies/quick.toml")
+    quick.write_text(STUDY.format(model=model_folder))
+    posmask("posmask run studies/quick.toml --root runs/first")
+    posmask("posmask export runs/first/cells/open-seed0 exported-lossy --to saelens-lossy")
+    posmask("posmask import exported-lossy imported")
+    said = posmask("posmask evaluate imported studies/quick.toml")
+    assert "Written: runs/wheel/evaluated/imported" in said
+    quick.write_text(quick.read_text().partition("[[cells]]")[0] + example("docs/saelens.md", "[[cells]]"))
+    posmask("posmask run studies/quick.toml")
+    cells = {row.cell: row.value for row in read_rows(Path("runs/wheel/results.csv")) if row.metric == "l0"}
+    assert 0 < cells["slices"] <= 4
 
 
 @pytest.mark.slow

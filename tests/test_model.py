@@ -6,6 +6,7 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -14,7 +15,9 @@ from torch import nn
 from posmask import assets
 from posmask import model as models
 from posmask.errors import BadSetting
-from posmask.model import LanguageModel, check_device, layer_number, load_model
+from posmask.model import LanguageModel, check_device, layer_number, load_model, load_outline
+from reliability.gguf_model import write_tiny_gguf
+from test_model_hub import whole_hub  # noqa: F401 (a fixture)
 
 SIZES = {"vocab_size": 50, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
 BODY = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
@@ -225,6 +228,43 @@ def test_a_gguf_file_is_converted_once_into_a_model_like_any(tmp_path, monkeypat
     assert converted.stat().st_mtime_ns == before
 
 
-def test_a_gguf_file_that_is_not_there_is_said_in_a_sentence():
-    with pytest.raises(BadSetting, match=r"there is no GGUF file none\.gguf: give the path of one"):
-        load_model("none.gguf", 1, "float32")
+def test_a_gguf_file_is_read_from_a_folder_and_from_the_hub_alike(whole_hub, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("POSMASK_CACHE", str(tmp_path / "cache"))
+    gguf = tmp_path / "models" / "tiny.gguf"
+    gguf.parent.mkdir()
+    write_tiny_gguf(gguf)
+    whole_hub.files["user/tiny"] = {"q4/tiny.gguf": gguf.read_bytes()}
+    ids = torch.arange(12).view(2, 6)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    with torch.inference_mode():
+        for parameter in theirs.parameters():
+            parameter.copy_(parameter.bfloat16())
+        expected = theirs(ids, output_hidden_states=True).hidden_states[1]
+    name = "user/tiny:q4/tiny.gguf"
+    with pytest.raises(BadSetting, match="nothing is downloaded for it"):
+        load_outline(name, 1)
+    assert not whole_hub.storage
+    for one in (str(gguf), name):
+        assert torch.equal(load_model(one, 1, "float32").vectors(ids), expected)
+        assert models.load_tokenizer(one)("ab")["input_ids"] == [11]
+    assert models.weights_identity(str(gguf)) == models.weights_identity(name)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert load_outline(name, 1).d_model == 32
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("none.gguf", r"^there is no GGUF file none\.gguf: give the path of one, OWNER/NAME:FILE\.gguf on the hub"),
+        ("user/tiny:none.gguf", r"^user/tiny on the hub has no file none\.gguf: name one that stands on its page"),
+        (
+            "user/none:tiny.gguf",
+            r"^model 'user/none:tiny\.gguf' cannot be loaded \(no such folder, and the hub has no ",
+        ),
+        ("user/gated:tiny.gguf", r"^model 'user/gated:tiny\.gguf' cannot be loaded \(it is gated\): accept its terms"),
+    ],
+)
+def test_a_gguf_file_that_is_not_there_is_said_in_a_sentence(whole_hub, name, message):  # noqa: F811
+    whole_hub.files["user/tiny"] = {}
+    with pytest.raises(BadSetting, match=message):
+        load_model(name, 1, "float32")

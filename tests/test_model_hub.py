@@ -1,5 +1,7 @@
 """SAEs pushed to a stand-in for the hub and fetched from it, by huggingface_hub and SAELens themselves."""
 
+import hashlib
+
 import huggingface_hub
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from hub_stand_in import TOKEN, stand_in
 from posmask.cli import app
 from posmask.errors import BadSetting, MissingAsset
 from posmask.interop import hub
+from posmask.interop.saelens_files import export_saelens
 from posmask.rows import Measure, Row, write_rows
 from posmask.sae import write_sae
 from test_saelens import ORIGIN, contexts, scaled
@@ -18,16 +21,23 @@ from test_saelens_files import random_tensors
 
 
 @pytest.fixture
-def server(monkeypatch, tmp_path):
-    """The stand-in's repositories; huggingface_hub asks it, with a cache of its own and the token that may write."""
-    with stand_in() as (address, files):
+def whole_hub(monkeypatch, tmp_path):
+    """The stand-in; huggingface_hub asks it, with a cache of its own, the token that may write, and git LFS."""
+    with stand_in() as hub:
         constants = huggingface_hub.constants
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
-        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, address)
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.address)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "ENDPOINT", address)
+        monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
-        yield files
+        yield hub
+
+
+@pytest.fixture
+def server(whole_hub):
+    """Its repositories."""
+    return whole_hub.files
 
 
 def cell_folder(folder, sae):
@@ -58,6 +68,52 @@ def test_what_is_pushed_is_fetched_by_us_and_by_saelens(saelens, server, tmp_pat
         assert ours.mask.settings == sae.mask.settings
     theirs = saelens.SAE.from_pretrained("user/new", "slice-seed0")
     torch.testing.assert_close(theirs.encode(vectors), expected, atol=2e-5, rtol=1e-5)
+
+
+def asked_for(hub, what):
+    return [one for one in hub.asked if what in one]
+
+
+def test_weights_go_and_come_by_git_lfs_and_only_where_they_are_new(whole_hub, tmp_path):
+    cell = cell_folder(tmp_path / "cell", scaled(make_sae("slice")))
+    hub.push(cell, "user/new")
+    (weights,) = whole_hub.storage.values()
+    assert weights == whole_hub.files["user/new"]["cell/sae_weights.safetensors"]
+    steps = [len(asked_for(whole_hub, what)) for what in ("/objects/batch", "PUT /storage", "/lfs/verify")]
+    assert steps == [1, 1, 1]
+    (cell / "rows.csv").write_bytes((cell / "rows.csv").read_bytes().replace(b"0.7512", b"0.7777"))
+    hub.push(cell, "user/new")
+    assert len(asked_for(whole_hub, "PUT /storage")) == 1
+    assert b"0.7777" in whole_hub.files["user/new"]["README.md"]
+    assert hub.from_pretrained("user/new", "cell").mask.settings.kind == "slice"
+    assert asked_for(whole_hub, "GET /storage")
+
+
+def test_weights_go_and_come_by_xet_as_on_the_hub(whole_hub, tmp_path, monkeypatch):
+    hf_xet = pytest.importorskip("hf_xet", reason="huggingface_hub brings hf_xet for common processors only")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", False)
+    whole_hub.xet_folder = tmp_path / "xet"
+    sae = scaled(make_sae("slice"))
+    cell = cell_folder(tmp_path / "cell", sae)
+    hub.push(cell, "user/new")
+    weights = tmp_path / "again" / "sae_weights.safetensors"
+    export_saelens(cell, weights.parent)
+    checksum = hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert checksum.encode() in whole_hub.files["user/new"]["cell/sae_weights.safetensors"]
+    whole_hub.xet_hashes[checksum] = hf_xet.hash_files([str(weights)])[0].hash
+    ours = hub.from_pretrained("user/new", "cell")
+    vectors, position = contexts()
+    torch.testing.assert_close(ours.encode(vectors, position), sae.encode(vectors, position), atol=2e-5, rtol=1e-5)
+    assert not whole_hub.storage
+    assert [len(asked_for(whole_hub, f"/xet-{what}-token/")) for what in ("write", "read")] == [1, 1]
+
+
+def test_an_upload_that_is_refused_half_way_is_said_and_leaves_the_repository_as_it_was(whole_hub, tmp_path):
+    cell = cell_folder(tmp_path / "cell", make_sae("slice"))
+    whole_hub.broken = "storage"
+    with pytest.raises(MissingAsset, match="the hub answered with status 400 when asked to write to user/new: try"):
+        hub.push(cell, "user/new")
+    assert whole_hub.files["user/new"] == {}
 
 
 def test_the_card_has_the_cells_numbers_its_mask_and_how_to_load_it(server, tmp_path):
@@ -104,6 +160,9 @@ def test_what_the_hub_refuses_is_said_in_one_sentence_with_what_to_do(server, tm
             call()
         assert "\n" not in str(caught.value)
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    with pytest.raises(MissingAsset, match="user/gated is gated: accept its conditions") as caught:
+        hub.from_pretrained("user/gated", "x")
+    assert "hf_wrong" not in str(caught.value)
     with pytest.raises(MissingAsset, match=r"\(status 401\): log in with `hf auth login` or set HF_TOKEN") as caught:
         hub.push(cell, "user/new")
     assert "hf_wrong" not in str(caught.value)

@@ -3,6 +3,7 @@
 import sys
 import textwrap
 import time
+import tomllib
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -40,6 +41,15 @@ Changes = Annotated[
     ),
 ]
 _console = Console()
+
+
+def _cell_names(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Cells of the study file on the line, for a shell that completes: it cannot wait until settings.py has torch."""
+    try:
+        cells = tomllib.loads(Path(ctx.params["study_file"]).read_text(encoding="utf8"))["cells"]
+        return [cell["name"] for cell in cells if cell["name"].startswith(incomplete)]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def main() -> None:
@@ -125,7 +135,10 @@ def run(
 @app.command("train")
 def train_command(
     study_file: StudyFile,
-    cell: Annotated[str, typer.Argument(help="The name of a cell of the study.", show_default=False)],
+    cell: Annotated[
+        str,
+        typer.Argument(help="The name of a cell of the study.", show_default=False, autocompletion=_cell_names),
+    ],
     seed: Annotated[int, typer.Option(help="Which of its seeds.")] = 0,
     by: Annotated[
         Literal["data", "position"],

@@ -3,13 +3,14 @@
 import contextlib
 import io
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
-import httpx
+import huggingface_hub
 import torch
 import transformers
 from huggingface_hub import errors as hub_errors
@@ -304,21 +305,42 @@ def fast_precision(device: str = "cpu") -> ModelPrecision:
     return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
 
 
-def model_folder(name: str) -> str:
-    """What transformers should load for a model's name: the folder of one that is converted, or the name itself."""
+def model_folder(name: str, *, local_only: bool = False) -> str:
+    """What transformers should load for a model's name: the folder of one that is converted, or the name itself.
+
+    Args:
+        local_only: download nothing from the hub.
+    """
     if name == EMBEDDED_MODEL:
         return str(embedded_model_folder())
-    return str(_converted(Path(name))) if _is_gguf(name) else name
+    return str(_converted(_gguf_file(name, local_only))) if _is_gguf(name) else name
 
 
 def _is_gguf(name: str) -> bool:
     return name.endswith(".gguf")
 
 
+_GGUF_ON_HUB = re.compile(r"([\w.-]+/[\w.-]+):(.+)")  # OWNER/NAME:FILE
+
+
+def _gguf_file(name: str, local_only: bool) -> Path:
+    if Path(name).is_file():
+        return Path(name)
+    on_hub = _GGUF_ON_HUB.fullmatch(name)
+    if on_hub is None:
+        raise BadSetting(
+            f"there is no GGUF file {name}: give the path of one, OWNER/NAME:FILE.gguf on the hub, a folder, or a name "
+            "on the hub"
+        )
+    repo, file = on_hub.groups()
+    try:
+        return Path(huggingface_hub.hf_hub_download(repo, file, local_files_only=local_only))
+    except hub_errors.RemoteEntryNotFoundError:
+        raise BadSetting(f"{repo} on the hub has no file {file}: name one that stands on its page") from None
+
+
 def _converted(gguf: Path) -> Path:
     """The folder of a GGUF file's model, in the cache, converted on first use."""
-    if not gguf.is_file():
-        raise BadSetting(f"there is no GGUF file {gguf}: give the path of one, a folder, or a name on the hub")
     made_from = {"gguf": file_sha256(gguf), "converter": 1}
     folder = assets.cache_folder() / "models" / f"{gguf.stem}-{identity(made_from)}"
     if not finished(folder, made_from):
@@ -340,14 +362,15 @@ def load_model(
     """Load a causal LM, any that `AutoModelForCausalLM` of transformers does.
 
     Args:
-        name: `embedded:SmolLM2-135M-Instruct`, a name on the hub, a folder, or a GGUF file.
+        name: `embedded:SmolLM2-135M-Instruct`, a name on the hub, a folder, a GGUF file, or one on the hub
+            (`OWNER/NAME:FILE.gguf`).
         local_only: download nothing from the hub.
 
     Raises:
         BadSetting: no such model (here, where `local_only`), it has no such layer, or there is no such device.
     """
     check_device(device)
-    with _loading(name) as source:
+    with _loading(name, local_only=local_only) as source:
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             source,
             dtype=getattr(torch, precision),
@@ -388,7 +411,7 @@ def load_outline(
         elif sizes is not None:
             config = transformers.AutoConfig.for_model(**sizes)
         else:
-            config = _config(model_folder(name) if _is_gguf(name) else name, local_files_only=True)
+            config = _config(model_folder(name, local_only=True), local_files_only=True)
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError):
@@ -426,10 +449,10 @@ def _config(source: str, **options: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _loading(name: str) -> Iterator[str]:
+def _loading(name: str, *, local_only: bool = False) -> Iterator[str]:
     _quiet_transformers()
     try:
-        yield model_folder(name)
+        yield model_folder(name, local_only=local_only)
     except (OSError, ValueError) as error:
         raise BadSetting(f"model {name!r} cannot be loaded ({_reason(error)}") from error
 
@@ -457,7 +480,7 @@ _HUB_ERRORS = (
         "run `hf auth login` or set HF_TOKEN",
     ),
     (
-        (hub_errors.OfflineModeIsEnabled, hub_errors.LocalEntryNotFoundError, httpx.TransportError),
+        (hub_errors.OfflineModeIsEnabled, hub_errors.LocalEntryNotFoundError),
         "no such folder, and the hub is out of reach or switched off by HF_HUB_OFFLINE): connect once to download it, "
         "or give a folder that holds it",
     ),

@@ -36,7 +36,8 @@ class ModelSettings(_Settings):
     """Whose vectors, and from where in it."""
 
     name: str
-    """`embedded:SmolLM2-135M-Instruct`, a name on the hub, a folder, or a GGUF file."""
+    """`embedded:SmolLM2-135M-Instruct`, a name on the hub, a folder, or a GGUF file (`OWNER/NAME:FILE.gguf`
+    on the hub)."""
     layer: Annotated[int, Field(gt=0)] | Annotated[float, Field(gt=0, lt=1)]
     """Vectors are read after this many layers (`hidden_states[layer]`). Below 1: after this share of all layers, for
     studies that are to carry over to other models."""

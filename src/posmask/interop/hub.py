@@ -107,8 +107,20 @@ def push(cell: Path, repo: str, *, private: bool = False, model_name: str | None
             card = model_card(cell, repo, name, cfg["metadata"].get("model_name"), card)
             (Path(place) / CARD_FILE).write_text(card, encoding="utf8")
             files = [CARD_FILE, *(f"{name}/{file}" for file in (CFG_FILE, SAELENS_WEIGHTS_FILE, ROWS_FILE))]
-            api.upload_folder(repo_id=repo, folder_path=place, allow_patterns=files, commit_message=f"posmask: {name}")
+            with _unwrapped():
+                api.upload_folder(
+                    repo_id=repo, folder_path=place, allow_patterns=files, commit_message=f"posmask: {name}"
+                )
     return address
+
+
+@contextmanager
+def _unwrapped() -> Iterator[None]:
+    """Raise what went wrong with a large file, which huggingface_hub hides in a RuntimeError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise error.__cause__ or error from None
 
 
 def model_card(cell: Path, repo: str, name: str, model_name: str | None = None, card: str = "") -> str:
