@@ -3,7 +3,8 @@
     python benchmarks/soak.py --minutes 120 --out benchmarks/soak.jsonl
 
 Each round harvests 20,000 tokens of a random model, trains an SAE on them with checkpoints, saves it and reads it
-again. Counted after the first quarter, when every buffer has had its largest size once.
+again. Counted after the first quarter, when every buffer has had its largest size once. What was seen so far is added
+to the file every few minutes, so that a soak that was stopped has its figures too; the last line is that of the whole.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from posmask.sae import SparseAutoencoder, read_sae, write_sae
 from posmask.training import TrainingSettings, train
 
 N_POSITIONS, D_MODEL, D_SAE = 64, 128, 1024
+MINUTES_BETWEEN_LINES = 3
 MASKS = (
     {"kind": "open"},
     {"kind": "slice", "n_slices": 8},
@@ -60,36 +62,40 @@ def one_round(number: int, model: LanguageModel, folder: Path) -> None:
     kernels.give_back_freed_memory()  # as a study does after each cell
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=120)
-    parser.add_argument("--out", type=Path, help="a file of JSON lines to add to")
-    asked = parser.parse_args()
-    torch.manual_seed(0)
-    sizes = {"hidden_size": D_MODEL, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
-    model = LanguageModel(LlamaForCausalLM(LlamaConfig(vocab_size=512, **sizes)).eval(), 2)
-    process, started, seen = psutil.Process(), time.monotonic(), []
-    with tempfile.TemporaryDirectory() as folder:
-        for number in itertools.count():
-            one_round(number, model, Path(folder))
-            hours = (time.monotonic() - started) / 3600
-            seen.append((hours, process.memory_info().rss / 2**20, process.num_fds(), process.num_threads()))
-            if hours * 60 >= asked.minutes:
-                break
+def figures(seen: list[tuple[float, float, int, int]]) -> dict[str, object]:
+    """Of rounds (hours since the start, MiB resident, open files, threads), the first quarter left out."""
     hours, memory, files, threads = np.array(seen[len(seen) // 4 :]).T
-    slope, _ = np.polyfit(hours, memory, 1)
-    found = {
-        "minutes": round(asked.minutes, 1),
+    slope = np.polyfit(hours, memory, 1)[0] if len(hours) > 1 else float("nan")
+    return {
+        "minutes": round(60 * seen[-1][0], 1),
         "rounds": len(seen),
         "rss_mib": [round(float(value), 1) for value in (memory[0], memory.max(), memory[-1])],
         "rss_mib_per_hour": round(float(slope), 2),
         "files": [int(files.min()), int(files.max())],
         "threads": [int(threads.min()), int(threads.max())],
     }
-    print(json.dumps(found))
-    if asked.out is not None:
-        with asked.out.open("a", encoding="utf8") as file:
-            file.write(json.dumps(found) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=120)
+    parser.add_argument("--out", type=Path, required=True, help="a file of JSON lines to add to")
+    asked = parser.parse_args()
+    torch.manual_seed(0)
+    sizes = {"hidden_size": D_MODEL, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}
+    model = LanguageModel(LlamaForCausalLM(LlamaConfig(vocab_size=512, **sizes)).eval(), 2)
+    process, started, seen, told = psutil.Process(), time.monotonic(), [], 0.0
+    with tempfile.TemporaryDirectory() as folder, asked.out.open("a", encoding="utf8") as out:
+        for number in itertools.count():
+            one_round(number, model, Path(folder))
+            hours = (time.monotonic() - started) / 3600
+            seen.append((hours, process.memory_info().rss / 2**20, process.num_fds(), process.num_threads()))
+            over = hours * 60 >= asked.minutes
+            if over or hours - told >= MINUTES_BETWEEN_LINES / 60:
+                told = hours
+                print(json.dumps(figures(seen)), file=out, flush=True)
+            if over:
+                break
 
 
 if __name__ == "__main__":

@@ -126,6 +126,27 @@ def test_checkpoints_come_as_seldom_as_their_cost_demands(tmp_path, monkeypatch)
     assert seen[2:] == [False, False, True]
 
 
+def test_the_first_checkpoint_comes_when_its_size_on_a_slow_disk_is_worth_it(activations, tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    for n_bytes, first in ((64e6, 90), (256e6, 320), (1e9, 1250)):  # 50 times what 40 MB/s take, and not before 90 s
+        now[0] = 0.0
+        checkpoints = Checkpoints(tmp_path / str(n_bytes), MADE_FROM)
+        checkpoints.expect(n_bytes)
+        for at_end in (False, True):
+            now[0] = first - 1
+            assert not checkpoints.due(at_end=at_end)
+            now[0] = first + 1
+            assert checkpoints.due(at_end=at_end)
+    # What training expects is what it then writes, but for the small things beside weights and moments.
+    expected = []
+    monkeypatch.setattr(Checkpoints, "expect", lambda self, n_bytes: expected.append(n_bytes))
+    trained(activations, "slice", "forward", "topk", tmp_path / "cell", 20)
+    state = Checkpoints(tmp_path / "cell", MADE_FROM).read()
+    written = sum(tensor.nbytes for name, tensor in state.items() if not name.startswith("sae.mask"))
+    assert expected[0] <= written <= 1.2 * expected[0]
+
+
 @pytest.mark.parametrize(
     ("rule", "changes", "message"),
     [

@@ -131,3 +131,23 @@ def test_infinite_numbers_are_at_most_k_latents_a_token(either_way):
     entries = choose(x, place, [20], encoder, torch.zeros(130), groups, everywhere, LargestOfToken(32))
     assert int(torch.bincount(entries.token, minlength=20).max()) <= 32
     assert 0 <= int(entries.latent.min()) <= int(entries.latent.max()) < 130
+
+
+def test_products_have_few_shapes_whatever_tokens_a_batch_holds(monkeypatch):
+    """oneDNN compiles a kernel for each shape and keeps a thousand, some hundred MiB: memory would grow for hours."""
+    seen, product = set(), torch.mm
+
+    def watched(left, right, out):
+        seen.add(tuple(left.shape))
+        return product(left, right, out=out)
+
+    monkeypatch.setattr(torch, "mm", watched)
+    openness = torch.block_diag(*torch.ones(3, 1, 32))
+    groups, encoder = live_groups(openness), torch.randn(96, 16)
+    for seed in range(30):
+        place = torch.randint(3, (400,), generator=torch.Generator().manual_seed(seed)).sort().values
+        order, ends = in_group_order(groups, place)
+        assert order is None
+        choose(torch.randn(400, 16), place, ends, encoder, torch.zeros(96), groups, openness, LargestOfToken(4))
+    assert {n_rows % 32 for n_rows, _ in seen} == {0}
+    assert len(seen) <= 5

@@ -21,6 +21,9 @@ __all__ = ["Checkpoints"]
 _STATE_FILE = "state.safetensors"
 _TIMES_ITS_COST = 50
 """Work goes on for at least so many times as long as the last checkpoint took: 2 % of the time at the most."""
+_BYTES_A_SECOND = 40e6
+"""What a slow disk takes, synced and read again for its checksum (30 to 90 MB/s were seen): it decides when the first
+one comes."""
 
 
 class Checkpoints:
@@ -48,7 +51,8 @@ class Checkpoints:
                 self.done, self._kept = int(path.name), [path]
                 announce(f"{folder.name} goes on from its checkpoint after {self.done:,} steps.")
                 break
-        self._cost = 0.0
+        self._expected = 0.0
+        self._cost: float | None = None  # of the last one, seconds; None before the first
         self._last = time.monotonic()
 
     def _of(self, done: int) -> dict[str, Any]:
@@ -68,6 +72,10 @@ class Checkpoints:
         """What `write` was given after `done` steps, in memory of its own and no longer the file's."""
         return {name: tensor.clone() for name, tensor in load_file(self._kept[-1] / _STATE_FILE).items()}
 
+    def expect(self, n_bytes: float) -> None:
+        """Say how much a checkpoint will hold, so that not even the first comes before it is worth its time."""
+        self._expected = n_bytes / _BYTES_A_SECOND
+
     def due(self, *, at_end: bool = False) -> bool:
         """Whether so much work was done since the last checkpoint that another is worth its time.
 
@@ -76,8 +84,9 @@ class Checkpoints:
                 checkpoint costs, a quarter of the time is enough.
         """
         since = time.monotonic() - self._last
-        seconds = self._every_seconds / (4 if at_end and self._cost else 1)
-        return (at_end and self._keeps_end) or since >= max(seconds, _TIMES_ITS_COST * self._cost)
+        seconds = self._every_seconds / (4 if at_end and self._cost is not None else 1)
+        cost = self._expected if self._cost is None else self._cost
+        return (at_end and self._keeps_end) or since >= max(seconds, _TIMES_ITS_COST * cost)
 
     def write(self, done: int, state: Mapping[str, Tensor]) -> None:
         """Keep the state after `done` steps, and of the earlier ones only the newest."""

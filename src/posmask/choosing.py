@@ -152,15 +152,16 @@ def choose(
                 live_bias, last = bias[latents], group
             if not len(latents):
                 continue
-            # Rows are rounded up, into the next group's, so that the library meets few shapes: it compiles a kernel
-            # for each.
-            n_rows = min(len(inputs) - rows.start, -(-(rows.stop - rows.start) // _ROWS_MULTIPLE) * _ROWS_MULTIPLE)
+            # Rows are rounded up, into the next group's and at the end into the one before, so that the library meets
+            # few shapes: it compiles a kernel for each, and keeps it.
+            n_rows = min(len(inputs), -(-(rows.stop - rows.start) // _ROWS_MULTIPLE) * _ROWS_MULTIPLE)
+            start = min(rows.start, len(inputs) - n_rows)
             if buffer.numel() < n_rows * len(gathered):
                 buffer = inputs.new_empty(n_rows * len(gathered))
             product = buffer[: n_rows * len(gathered)].view(n_rows, len(gathered))
-            torch.mm(inputs[rows.start : rows.start + n_rows], gathered.T, out=product)
+            torch.mm(inputs[start : start + n_rows], gathered.T, out=product)
             gate = (openness, place[rows]) if group.gated else None
-            found.add(product, rows, live_bias, latents, gate)
+            found.add(product[rows.start - start :], rows, live_bias, latents, gate)
     if isinstance(choice, LargestOfBatch) and choice.near > 0 and found.missing:
         lower = replace(choice, near=0.0)
         return choose(x, place, ends, encoder, bias, groups, openness, lower, precision=precision, among=among)

@@ -240,6 +240,9 @@ def train(
         curve, seconds = _restore_(sae, optimizer, deaths, together.part_of(state))
         snapshots.restore_(state)
         started -= seconds
+    if checkpoints is not None:
+        n_bytes = 3.0 * sum(parameter.nbytes for parameter in sae.parameters())  # with Adam's moments
+        checkpoints.expect(n_bytes if together.owns_all_latents else together.totals(n_bytes)[0])
 
     def stays() -> str:
         if checkpoints is None or not checkpoints.done:

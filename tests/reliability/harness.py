@@ -6,6 +6,8 @@ reaches its end, every file must hold the bytes of the one that was never stoppe
 the rows of seconds, the seconds in checkpoints, the moment in `saebench.json`, and checksums of these.
 
     python tests/reliability/harness.py --kills 100 --out FILE
+
+Each run is a line of the file, added once it is found right; called again, the harness does what is missing there.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import sys
 import tempfile
 import time
 import zipfile
+from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
@@ -69,10 +72,16 @@ def _timeless(path: Path) -> bytes:
     return content
 
 
+LONGEST_SECONDS = 600
+
+
 def in_a_fork(work: Callable[[], None], kill_after: float | None = None) -> bool:
     """Whether it came to its end in a process of its own, and was not killed before.
 
     This process does nothing of the kind itself: it would have threads then, whose locks a fork may find taken.
+
+    Args:
+        kill_after: seconds; None for a run that must come to its end.
     """
     process = os.fork()
     if process == 0:
@@ -87,11 +96,19 @@ def in_a_fork(work: Callable[[], None], kill_after: float | None = None) -> bool
 
             traceback.print_exc(file=sys.__stderr__)
         os._exit(status)
-    if kill_after is not None:
-        time.sleep(kill_after)
-        with suppress(ProcessLookupError):
+    over = time.monotonic() + (LONGEST_SECONDS if kill_after is None else kill_after)
+    ended, status = os.waitpid(process, os.WNOHANG)
+    while not ended and time.monotonic() < over:
+        time.sleep(0.01)
+        ended, status = os.waitpid(process, os.WNOHANG)
+    if not ended:
+        with suppress(ProcessLookupError):  # It has no group of its own yet, and has started nothing.
             os.killpg(process, signal.SIGKILL)  # with what it started, as a machine would
-    _, status = os.waitpid(process, 0)
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+        _, status = os.waitpid(process, 0)
+        if kill_after is None:
+            raise AssertionError(f"a run did not end in {LONGEST_SECONDS} seconds")
     if status not in (0, signal.SIGKILL):
         raise AssertionError(f"a run failed on its own with status {status}, see above")
     return status == 0
@@ -102,10 +119,10 @@ class Stage:
 
     Args:
         work: does the stage under a folder; a second call goes on from what is there.
-        start: a folder to begin with, as the stage before left it.
+        start: makes a folder to begin with, as the stage before left it, or finds it made.
     """
 
-    def __init__(self, name: str, work: Callable[[Path], None], start: Path | None) -> None:
+    def __init__(self, name: str, work: Callable[[Path], None], start: Callable[[], Path] | None = None) -> None:
         self.name, self._work, self._start = name, work, start
 
     def begin(self, root: Path) -> None:
@@ -113,21 +130,21 @@ class Stage:
         if self._start is None:
             root.mkdir(parents=True)
         else:
-            shutil.copytree(self._start, root)
+            shutil.copytree(self._start(), root)
 
     def run(self, root: Path, kill_after: float | None) -> bool:
         """Whether it came to its end."""
         return in_a_fork(lambda: self._work(root), kill_after)
 
-    def kill(self, folder: Path, kills: int, chance: random.Random) -> dict[str, object]:
-        """Kill it so often; returns what was seen."""
+    def kill(self, folder: Path, kills: int, chance: random.Random, tell: Callable[[str], None]) -> None:
+        """Kill it so often; `tell` is given "killed" or "ended" after each run, once what it left is found right."""
         root = folder / self.name / "run"  # The same path for all: it stands in some files.
         self.begin(root)
         started = time.perf_counter()
         self.run(root, None)
         seconds = time.perf_counter() - started
         expected = contents(root)
-        n_kills = n_ends = 0
+        n_kills = 0
         self.begin(root)
         while n_kills < kills:
             ended = self.run(root, chance.uniform(0, seconds))
@@ -136,11 +153,11 @@ class Stage:
             assert not damage, damage
             if ended:
                 assert_same(contents(root), expected, self.name)
-                n_ends += 1
                 self.begin(root)
+            tell("ended" if ended else "killed")
         self.run(root, None)
         assert_same(contents(root), expected, self.name)
-        return {"stage": self.name, "kills": n_kills, "ends": n_ends + 1, "seconds_unstopped": round(seconds, 2)}
+        tell("ended")
 
 
 def assert_same(found: dict[str, bytes], expected: dict[str, bytes], what: str) -> None:
@@ -170,21 +187,28 @@ def stages(folder: Path) -> list[Stage]:
         run(root)  # joins the rows
         write_report(root)
 
-    made = {name: folder / "made" / name / "run" for name in ("harvested", "trained", "finished")}
-    in_a_fork(lambda: harvest(made["harvested"]))
-    in_a_fork(lambda: _evaluate_baselines(settings, made["harvested"]))
-    shutil.copytree(made["harvested"], made["trained"])
-    in_a_fork(lambda: _train_only(settings, made["trained"]))
-    shutil.copytree(made["trained"], made["finished"])
-    in_a_fork(lambda: run(made["finished"]))
-    fetch, convert = _fetching(folder), _converting(folder)
+    def made(name: str, work: Callable[[Path], None], start: Callable[[], Path] | None = None) -> Callable[[], Path]:
+        root = folder / "made" / name / "run"
+
+        def make() -> Path:
+            if not root.exists():
+                if start is not None:
+                    shutil.copytree(start(), root)
+                in_a_fork(lambda: work(root))
+            return root
+
+        return make
+
+    harvested = made("harvested", lambda root: _evaluate_baselines(settings, root))
+    trained = made("trained", lambda root: _train_only(settings, root), harvested)
+    finished = made("finished", run, trained)
     return [
-        Stage("fetch", fetch, None),
-        Stage("convert", convert, None),
-        Stage("harvest", harvest, None),
-        Stage("train", lambda root: _train_only(settings, root), made["harvested"]),
-        Stage("evaluate", run, made["trained"]),
-        Stage("report", report, made["finished"]),
+        Stage("fetch", _fetching(folder)),
+        Stage("convert", _converting(folder)),
+        Stage("harvest", harvest),
+        Stage("train", lambda root: _train_only(settings, root), harvested),
+        Stage("evaluate", run, trained),
+        Stage("report", report, finished),
     ]
 
 
@@ -263,16 +287,27 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100, help="in each stage")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="a file of JSON lines to add to")
+    parser.add_argument("--out", type=Path, help="a file of JSON lines to go on from and to add to")
     asked = parser.parse_args()
+    seen: Counter[tuple[str, str]] = Counter()
+    if asked.out is not None and asked.out.exists():
+        lines = map(json.loads, asked.out.read_text(encoding="utf8").splitlines())
+        seen.update((line["stage"], line["run"]) for line in lines)
     with tempfile.TemporaryDirectory() as folder:
         for stage in stages(Path(folder)):
-            if stage.name in asked.stages:
-                seen = json.dumps(stage.kill(Path(folder), asked.kills, random.Random(asked.seed)))
-                print(seen, flush=True)
+            missing = asked.kills - seen[stage.name, "killed"]
+            if stage.name not in asked.stages or missing <= 0:
+                continue
+
+            def tell(how: str, name: str = stage.name) -> None:
+                seen[name, how] += 1
                 if asked.out is not None:
                     with asked.out.open("a", encoding="utf8") as file:
-                        file.write(seen + "\n")
+                        file.write(json.dumps({"stage": name, "run": how}) + "\n")
+
+            stage.kill(Path(folder), missing, random.Random(asked.seed + asked.kills - missing), tell)
+    for name in asked.stages:
+        print(json.dumps({"stage": name, "kills": seen[name, "killed"], "ends": seen[name, "ended"]}))
 
 
 if __name__ == "__main__":
