@@ -24,7 +24,7 @@ from posmask.model import LanguageModel
 from posmask.progress import announce, progress_bar
 from posmask.seeds import generator
 
-__all__ = ["Activations", "Batch", "Stored", "evaluation_batches", "harvest", "training_batches"]
+__all__ = ["Activations", "Batch", "Stored", "bytes_a_token", "evaluation_batches", "harvest", "training_batches"]
 
 _TOKENS_PER_FORWARD = 4096
 _TOKENS_PER_SHARD = 65536
@@ -32,6 +32,12 @@ Stored = Literal["model", "float32", "bfloat16", "int8"]
 """Precision of vectors on disk; `model` is that in which the model computes."""
 
 _FIELDS = ("position", "token_id", "text", "keep", "sentence", "line", "end")
+
+
+def bytes_a_token(d_model: int, stored: Literal["float32", "bfloat16", "int8"]) -> int:
+    """On disk, with the fields that say what token it is, in contexts of less than 2^15."""
+    scale = 4 if stored == "int8" else 0
+    return {"float32": 4, "bfloat16": 2, "int8": 1}[stored] * d_model + scale + 4 + 4 + 1 + 4 * 2
 
 
 @dataclass(frozen=True)
