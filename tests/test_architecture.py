@@ -28,7 +28,7 @@ LEVELS = [
     ["study"],
     ["workbench"],
     ["rates"],
-    ["planning"],
+    ["planning", "scaling"],
     ["cli"],
 ]
 REPORT_MAY_IMPORT = {"errors", "rows", "folders", "summary", "verdicts", "report"}

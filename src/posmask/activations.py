@@ -30,6 +30,7 @@ __all__ = [
     "Contexts",
     "Shards",
     "Stored",
+    "bytes_a_token",
     "evaluation_batches",
     "harvest",
     "shards_here",
@@ -48,6 +49,12 @@ Shards = Callable[[Tokens, list[Contexts], str, Stored, Callable[[int], None]], 
 and what is to be told how many more kept tokens are done; gives what each file holds."""
 
 _FIELDS = ("position", "token_id", "text", "keep", "sentence", "line", "end")
+
+
+def bytes_a_token(d_model: int, stored: Literal["float32", "bfloat16", "int8"]) -> int:
+    """On disk, with the fields that say what token it is, in contexts of less than 2^15."""
+    scale = 4 if stored == "int8" else 0
+    return {"float32": 4, "bfloat16": 2, "int8": 1}[stored] * d_model + scale + 4 + 4 + 1 + 4 * 2
 
 
 @dataclass(frozen=True)

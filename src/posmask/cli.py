@@ -247,7 +247,9 @@ def _status_table(states: list[tuple[str, "CellState"]]) -> Table:
 
 @app.command("plan")
 def plan_command(
-    study_file: StudyFile,
+    study_file: Annotated[
+        Path | None, typer.Argument(help="A study file; --simulate needs none.", show_default=False)
+    ] = None,
     root: Root = None,
     changes: Changes = None,
     gpu: Annotated[
@@ -257,15 +259,33 @@ def plan_command(
             show_default=False,
         ),
     ] = None,
+    simulate: Annotated[
+        bool,
+        typer.Option(
+            "--simulate",
+            help="Say what the study's model, or five models up to 70B, would take on 1 to 512 GPUs (h100, or --gpu).",
+        ),
+    ] = False,
 ) -> None:
     """Say what a study will cost here before it starts: tokens, time, disk and memory, stage by stage.
 
     Times come from rates that are measured now, in about half a minute, by running a little of everything. What is
     finished under ROOT costs nothing. Downloads nothing and writes nothing there.
+
+    With --simulate nothing is measured: dictionaries of 65,536 to 16,777,216 latents, trained by data, by latents or
+    by position, where each fits, how long it takes and what is dearest, by published rates (docs/scaling.md).
     """
     from posmask import machines, planning
+    from posmask.errors import BadSetting
     from posmask.settings import read_study
 
+    if simulate and not (study_file is None and changes):
+        _simulate(study_file, changes, gpu or "h100")
+        return
+    if study_file is None:
+        raise BadSetting(
+            "plan needs a study file, such as studies/quick.toml; only --simulate, without --set, needs none"
+        )
     settings = read_study(study_file, changes or ())
     root = root or Path("runs") / settings.name
     machine = None if gpu is None else machines.gpu_named(gpu)
@@ -277,6 +297,62 @@ def plan_command(
     width = min(_console.width, 100)
     for line in _plan_lines(plan, root, None if machine is None else machine.name):
         print(textwrap.fill(line, width, subsequent_indent="  " if line.startswith("- ") else ""))
+
+
+def _simulate(study_file: Path | None, changes: list[str] | None, gpu: str) -> None:
+    from posmask import machines, scaling
+    from posmask.progress import duration
+    from posmask.settings import read_study
+
+    machine = machines.gpu_named(gpu)
+    if study_file is None:
+        jobs = [scaling.Job.of_model(name) for name in scaling.MODELS]
+    else:
+        jobs = [scaling.Job.of_study(read_study(study_file, changes or ()))]
+    width = min(_console.width, 100)
+    for job in jobs:
+        table = _columns("latents")
+        for name in ("GPUs", "divided by", "a GPU holds", "sent a step", "training", "dearest"):
+            table.add_column(name, justify="left" if name in ("divided by", "dearest") else "right", no_wrap=True)
+        harvest = {n: job.harvest(machine, n) for n in scaling.GPU_COUNTS}
+        fits = next(iter(harvest.values()))
+        times = ", ".join(f"{duration(one.seconds)} on {n}" for n, one in harvest.items())
+        apart = "" if fits.fits else ", more than a GPU has, and posmask cannot split it: harvest as if it were split"
+        print(
+            textwrap.fill(
+                f"{job.name}: {_bytes(fits.bytes_held)} of weights{apart}. Harvest of {job.harvested_tokens:,} "
+                f"tokens: {times} GPUs; {_bytes(job.disk_bytes)} on disk, of the {_bytes(machines.NODE_DISK)} that "
+                f"a machine of {machines.GPUS_A_NODE} has.",
+                width,
+            )
+        )
+        for n_latents in scaling.LATENTS:
+            for one in scaling.forecasts(job, machine, n_latents):
+                table.add_row(
+                    f"{n_latents:,}" if (one.n_gpus, one.design) == (1, "data") else "",
+                    str(one.n_gpus) if one.design == "data" else "",
+                    one.design,
+                    _bytes(sum(one.bytes_held.values())),
+                    _bytes(one.bytes_sent),
+                    duration(one.seconds) if one.possible else "–",
+                    one.limit if one.possible else f"{one.limit}: no",
+                )
+        _console.print(table)
+        print()
+    for line in scaling.said(jobs[0], machine):
+        print(textwrap.fill(f"- {line}", width, subsequent_indent="  "))
+
+
+def _bytes(n: float) -> str:
+    """
+    >>> _bytes(9224), _bytes(18.55e12), _bytes(0)
+    ('9.2 kB', '18.6 TB', '0 B')
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 1000:
+            return f"{n:.0f} B" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1000
+    return f"{n:,.1f} TB"
 
 
 def _plan_tables(plan: "Plan") -> list[Table]:

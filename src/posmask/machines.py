@@ -3,14 +3,20 @@
 A pass of the model is 2 operations a parameter and token. A training step is one product with the live latents to
 choose from, all else goes through the active codes and is a matter of bytes; rules without a k multiply four times.
 What share of its peak a machine reaches is an assumption. How far the formulas carry was tried on a
-processor (docs/planning.md).
+processor (docs/planning.md). Where figures stand: docs/scaling.md.
 """
 
 from dataclasses import dataclass
 
 from posmask.errors import BadSetting
 
-__all__ = ["GPUS", "Machine", "gpu_named"]
+__all__ = ["DISK_RATE", "GPUS", "GPUS_A_NODE", "NODE_DISK", "NODE_MEMORY", "Machine", "gpu_named"]
+
+DISK_RATE = 1e9
+"""Bytes a second from and to the disk, for each GPU of a machine that is not here."""
+GPUS_A_NODE = 8
+NODE_DISK = 8 * 3.84e12  # bytes, and of memory:
+NODE_MEMORY = 2e12
 
 _PASSES_OVER_ROWS = 5  # each active code's row of the dictionary, for the code, its gradient, and three sums
 _PASSES_OF_ADAM = 7  # parameter, gradient and two moments read, three written
@@ -30,6 +36,8 @@ class Machine:
         model_share, product_share, bandwidth_share: of the peak, in the model's passes, an SAE's products, the rest.
         source: where the peak rates stand.
         overhead: seconds that a step takes beside its work.
+        links: bytes a second that one GPU sends to others, within a machine and out of it; None where it has no link.
+        link_shares: of these, that are reached.
     """
 
     name: str
@@ -43,6 +51,8 @@ class Machine:
     overhead: float = 5e-3
     transfer: float | None = _TO_GPU
     """Bytes a second to it from the host; None where it is the host."""
+    links: tuple[float, float] | None = None
+    link_shares: tuple[float, float] = (0.65, 0.9)
 
     def pass_seconds(self, n_parameters: int, precision: str) -> float:
         """A token through so many of a model's parameters."""
@@ -55,9 +65,15 @@ class Machine:
         return product + moved / (self.bandwidth * self.bandwidth_share) + self._sent(_BYTES * d_model)
 
     def step_seconds(
-        self, d_model: int, width: int, n_live: float, n_active: int | None, batch_tokens: int, precision: str
+        self, d_model: int, width: int, n_live: float, n_active: float | None, batch_tokens: float, precision: str
     ) -> float:
-        """A training step.
+        """A training step, see `step_parts`."""
+        return sum(self.step_parts(d_model, width, n_live, n_active, batch_tokens, precision).values())
+
+    def step_parts(
+        self, d_model: int, width: float, n_live: float, n_active: float | None, batch_tokens: float, precision: str
+    ) -> dict[str, float]:
+        """Seconds of a training step, by what they go to.
 
         Args:
             n_live: latents that are open at a position, in the mean.
@@ -68,7 +84,24 @@ class Machine:
         moved = _BYTES * (_PASSES_OVER_CHOICE * n_live + _PASSES_OVER_ROWS * (n_active or 0) * d_model)
         adam = _BYTES * _PASSES_OF_ADAM * 2 * width * d_model
         rate = self.bandwidth * self.bandwidth_share
-        return batch_tokens * (product + moved / rate + self._sent(_BYTES * d_model)) + adam / rate + self.overhead
+        return {
+            "products": batch_tokens * product,
+            "codes": batch_tokens * moved / rate,
+            "Adam": adam / rate,
+            "host": batch_tokens * self._sent(_BYTES * d_model),
+            "overhead": self.overhead,
+        }
+
+    def link_rate(self, n_gpus: int) -> float:
+        """Bytes a second that each of so many GPUs sends, where all exchange something.
+
+        Raises:
+            BadSetting: it has no link to others whose rate is known.
+        """
+        if self.links is None:
+            raise BadSetting(f"the {self.name} has no link to others whose rate is known: take a100 or h100")
+        far = n_gpus > GPUS_A_NODE
+        return self.links[far] * self.link_shares[far]
 
     def _sent(self, n_bytes: float) -> float:
         return n_bytes / self.transfer if self.transfer else 0.0
@@ -85,11 +118,22 @@ class Machine:
 
 GPUS = {
     # Dense products with float32 sums. Float32 is what posmask's own products take: no TF32.
+    # A link's rate is that of one direction, half of what a datasheet calls NVLink's.
     "a100": Machine(
-        "A100 80 GB SXM", {"bfloat16": 312e12, "float32": 19.5e12}, 2039e9, 80e9, "NVIDIA A100 datasheet, 2022"
+        "A100 80 GB SXM",
+        {"bfloat16": 312e12, "float32": 19.5e12},
+        2039e9,
+        80e9,
+        "NVIDIA A100 datasheet, 2022",
+        links=(300e9, 25e9),
     ),
     "h100": Machine(
-        "H100 SXM", {"bfloat16": 989e12, "float32": 67e12}, 3350e9, 80e9, "NVIDIA H100 datasheet, without sparsity"
+        "H100 SXM",
+        {"bfloat16": 989e12, "float32": 67e12},
+        3350e9,
+        80e9,
+        "NVIDIA H100 datasheet, without sparsity",
+        links=(450e9, 50e9),
     ),
     "l4": Machine("L4", {"bfloat16": 121e12, "float32": 30.3e12}, 300e9, 24e9, "NVIDIA L4 datasheet, without sparsity"),
     "rtx4090": Machine(

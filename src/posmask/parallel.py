@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from posmask.choosing import LargestOfToken
 from posmask.errors import BadSetting
+from posmask.masks import PositionMask
 from posmask.objective import StepLoss
 from posmask.sae import Codes, SparseAutoencoder
 from posmask.training import Alone, rows_of_latents
 
-__all__ = ["ByData", "ByPosition", "Together"]
+__all__ = ["ByData", "ByPosition", "Together", "position_groups", "why_undivided"]
 
 
 class Together(Alone):
@@ -193,19 +194,15 @@ def _owners(
 ) -> tuple[Int[Tensor, " position"], Int[Tensor, " latent"]]:
     """Which process owns each position and each latent: groups that share no latent, the dearest dealt out first."""
     mask = sae.mask
+    if why := why_undivided(mask):
+        raise BadSetting(why)
     live = mask.live() > 0
-    if mask.learns or mask.watches or mask.copies_latents or mask.reads_vectors or mask.settings.tie:
-        raise BadSetting(
-            f"a {mask.settings.kind} mask that changes in training, or ties latents, cannot be divided by position: "
-            "take one that stays as it is, such as slice, or train by data"
-        )
-    n_groups, group = connected_components((live.float() @ live.float().T).numpy() > 0)
+    n_groups, group = position_groups(mask)
     if n_groups < n_processes:
         raise BadSetting(
             f"the {mask.settings.kind} mask makes {n_groups} groups of positions that share no latent, for "
             f"{n_processes} processes: take a strict mask with at least as many groups, such as slice, or train by data"
         )
-    group = torch.from_numpy(group).long()
     cost = [float((n_tokens * live.sum(1))[group == number].sum()) for number in range(n_groups)]
     burden, owner = [0.0] * n_processes, torch.zeros(n_groups, dtype=torch.int64)
     for number in sorted(range(n_groups), key=lambda number: -cost[number]):
@@ -213,6 +210,23 @@ def _owners(
         burden[least] += cost[number]
     by_position = owner[group]
     return by_position, by_position[live.int().argmax(0)]
+
+
+def why_undivided(mask: PositionMask) -> str | None:
+    """Why a mask's latents cannot be owned by positions; None where they can."""
+    if not (mask.learns or mask.watches or mask.copies_latents or mask.reads_vectors or mask.settings.tie):
+        return None
+    return (
+        f"a {mask.settings.kind} mask that changes in training, or ties latents, cannot be divided by position: take "
+        "one that stays as it is, such as slice, or train by data"
+    )
+
+
+def position_groups(mask: PositionMask) -> tuple[int, Int[Tensor, " position"]]:
+    """How many groups of positions share no latent with each other, and which is each position's."""
+    live = mask.live()
+    n_groups, group = connected_components((live @ live.T).numpy() > 0)
+    return n_groups, torch.from_numpy(group).long()
 
 
 def _part(sae: SparseAutoencoder, latents: Int[Tensor, " some"]) -> SparseAutoencoder:

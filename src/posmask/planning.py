@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from posmask import corpus, folders, model
+from posmask.activations import bytes_a_token
 from posmask.machines import Machine
 from posmask.probing import topics
 from posmask.probing.order_tasks import ORDER_TASKS
@@ -252,8 +253,7 @@ class _Costs:
         """On disk, with the fields that say what token it is."""
         stored = self._study.model.stored if one.kind == _TRAINING else "model"
         stored = precision_of(self._study) if stored == "model" else stored
-        each = {"float32": 4, "bfloat16": 2, "int8": 1}[stored]
-        return each * self._outline.d_model + 17 + (4 if stored == "int8" else 0)
+        return bytes_a_token(self._outline.d_model, stored)
 
     def bytes_a_cell(self, cell: CellSettings) -> int:
         """On disk: the dictionary, the mask's table and its openness, and the rows."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from posmask import corpus, kernels, mask_kinds, model, training
 from posmask.activations import Activations, Batch, evaluation_batches, harvest, training_batches
 from posmask.errors import BadSetting, DegenerateResult
-from posmask.machines import Machine
+from posmask.machines import DISK_RATE, Machine
 from posmask.masks import MaskSettings
 from posmask.metrics.in_model import InModel, WindowMass
 from posmask.metrics.position import PositionInformation
@@ -226,9 +226,6 @@ def _model_seconds(
     return below, above, ()
 
 
-_DISK_RATE = 1e9  # bytes a second, on a machine that is not here
-
-
 def _elsewhere(
     study: StudySettings, outline: model.LanguageModel, machine: Machine
 ) -> tuple[float, float, tuple[str, ...]]:
@@ -239,13 +236,13 @@ def _elsewhere(
     logits = _PASSES_OVER_LOGITS * 4 * outline.n_vocabulary / (machine.bandwidth * machine.bandwidth_share)
     held = n_bytes * sum(outline.n_parameters()) + _LOGITS_HELD * study.corpus.n_positions * outline.n_vocabulary * 4
     return (
-        below + n_bytes * outline.d_model / _DISK_RATE,
+        below + n_bytes * outline.d_model / DISK_RATE,
         above + logits,
         (
             machine.sentence(),
             f"On it: some {held / 1e9:.0f} GB of weights and logits, beside the SAE's.",
-            "Vectors are written at 1 GB/s. Probing, pooling and counting stay on the host's processor, which is taken "
-            "to be as fast as this one.",
+            f"Vectors are written at {DISK_RATE / 1e9:.0f} GB/s. Probing, pooling and counting stay on the host's "
+            "processor, which is taken to be as fast as this one.",
         ),
     )
 

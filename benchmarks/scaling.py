@@ -1,0 +1,214 @@
+"""What several processes hand to each other and take here, and the tables of docs/scaling.md.
+
+python benchmarks/scaling.py           # runs 1, 2 and 4 processes (gloo, one thread each), some two minutes
+python benchmarks/scaling.py --tables  # only writes what stands between the page's marks anew
+"""
+
+import json
+import multiprocessing
+import re
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from posmask import machines, scaling
+from posmask.activations import Activations, harvest, training_batches
+from posmask.checkpoints import Checkpoints
+from posmask.mask_kinds import make_mask, mask_settings
+from posmask.parallel import ByData, ByPosition
+from posmask.progress import duration
+from posmask.rates import _Noise, _random_tokens
+from posmask.rules import rule_settings
+from posmask.sae import SparseAutoencoder
+from posmask.training import TrainingSettings, train
+
+ROOT = Path(__file__).parents[1]
+FOUND, PAGE = ROOT / "benchmarks" / "scaling.json", ROOT / "docs" / "scaling.md"
+D_MODEL, D_SAE, N_SLICES, N_POSITIONS, BATCH, K, N_STEPS = 576, 18432, 8, 128, 4096, 32, 8
+
+
+def vectors(folder: Path) -> Activations:
+    """Random vectors at every position, twice a batch of them."""
+    tokens = _random_tokens(2 * BATCH // N_POSITIONS + 2, N_POSITIONS, 1000)
+    return harvest(tokens, _Noise(D_MODEL, "float32"), folder, {"noise": True}, "noise")
+
+
+def one_of(rank: int, n_processes: int, design: str, folder: Path, out: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{out}-meeting", rank=rank, world_size=n_processes)
+    try:
+        activations = Activations(folder)
+        mask = {"kind": "open"} if design == "data" else {"kind": "slice", "n_slices": N_SLICES}
+        sae = SparseAutoencoder(
+            D_MODEL, rule_settings({"kind": "topk", "k": K}), make_mask(mask_settings(mask), N_POSITIONS, D_SAE)
+        )
+        sae.center, sae.scale = activations.centre_and_scale
+        together = ByData(sae) if design == "data" else ByPosition(sae, activations.position[activations.keep])
+        part = getattr(together, "part", sae)
+        settings = TrainingSettings(n_steps=N_STEPS, batch_tokens=BATCH, learning_rate=1e-3)
+        sent, spent, clock = [], [], []
+
+        def after_step(done: int) -> None:
+            sent.append(together.bytes_sent)
+            spent.append(time.process_time())
+            clock.append(time.perf_counter())
+
+        batches = training_batches(activations, BATCH, N_STEPS, 0, mine=together.mine)
+        checkpoints = Checkpoints(Path(f"{out}-checkpoints"), {"what": design}, every_seconds=1e9)
+        train(part, batches, settings, design, after_step, checkpoints, together=together)
+        quiet = range(1, N_STEPS - 1)  # the first and last step put a point on the curve
+        found = {
+            "rank": rank,
+            "bytes_a_step": [sent[number] - sent[number - 1] for number in quiet],
+            "processor_seconds": statistics.median(after - before for before, after in pairwise(spent[2:])),
+            "seconds": statistics.median(after - before for before, after in pairwise(clock[2:])),
+            "peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        }
+        Path(f"{out}-{rank}.json").write_text(json.dumps(found))
+    finally:
+        dist.destroy_process_group()
+
+
+def measured() -> list[dict]:
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "vectors"
+        vectors(folder)
+        for design in ("data", "position"):
+            for n_processes in (1, 2, 4):
+                out = Path(temporary) / f"{design}-{n_processes}"
+                spawn = multiprocessing.get_context("spawn")
+                processes = [
+                    spawn.Process(target=one_of, args=(rank, n_processes, design, folder, out))
+                    for rank in range(n_processes)
+                ]
+                for process in processes:
+                    process.start()
+                for process in processes:
+                    process.join()
+                    assert process.exitcode == 0
+                found = [json.loads(Path(f"{out}-{rank}.json").read_text()) for rank in range(n_processes)]
+                sent = {n for one in found for n in one["bytes_a_step"]}
+                rows.append(
+                    {
+                        "design": design,
+                        "n_processes": n_processes,
+                        "bytes_a_step": sorted(sent),
+                        "processor_seconds": max(one["processor_seconds"] for one in found),
+                        "seconds": max(one["seconds"] for one in found),
+                        "peak_bytes": max(one["peak_bytes"] for one in found),
+                    }
+                )
+                print(rows[-1])
+    return rows
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows))
+
+
+def here() -> dict:
+    """This machine's peaks, as tests/test_machines.py measures them and has the shares of them that are reached."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from test_machines import this_machine
+
+    torch.set_num_threads(1)
+    machine = this_machine()
+    return {"product_rate": machine.product_rates["float32"], "bandwidth": machine.bandwidth}
+
+
+def reckoned(row: dict, machine: dict) -> float:
+    """Processor seconds of a step, without the network, by the formulas that GPUs are reckoned by."""
+    job = scaling.Job("here", D_MODEL, 0, 0, 1, BATCH, BATCH, N_POSITIONS, N_SLICES, K, precision="float32")
+    made = machines.Machine(
+        "here", {"float32": machine["product_rate"]}, machine["bandwidth"], 1e12, "measured", 0.65, 0.9, 0.9,
+        overhead=0.0, transfer=None, links=(1e9, 1e9),
+    )  # fmt: skip
+    parts = scaling.forecast(job, made, row["design"], D_SAE, row["n_processes"]).parts
+    return sum(seconds for name, seconds in parts.items() if name not in ("network", "disk"))
+
+
+def formula(row: dict) -> float:
+    if row["design"] == "data":
+        return scaling.bytes_by_data(D_MODEL, D_SAE, BATCH, row["n_processes"])
+    return scaling.bytes_by_position(D_MODEL)
+
+
+def traffic(found: dict) -> str:
+    return table(
+        [
+            "divided by",
+            "processes",
+            "bytes a step, measured",
+            "by the formula",
+            "processor time of a step",
+            "by the formulas",
+        ],
+        [
+            [
+                row["design"],
+                str(row["n_processes"]),
+                " or ".join(f"{n:,}" for n in row["bytes_a_step"]),
+                f"{formula(row):,.0f}",
+                f"{1000 * row['processor_seconds']:.0f} ms",
+                f"{1000 * reckoned(row, found['machine']):.0f} ms",
+            ]
+            for row in found["runs"]
+        ],
+    )
+
+
+def stops(machine: machines.Machine) -> str:
+    rows = []
+    for name in scaling.MODELS:
+        job = scaling.Job.of_model(name)
+        for n_latents in scaling.LATENTS:
+            line = [name if n_latents == scaling.LATENTS[0] else "", f"{n_latents:,}"]
+            for design in scaling.DESIGNS:
+                first, best, why = scaling.reach(job, machine, design, n_latents)
+                if first is None:
+                    line.append("none: memory")
+                else:
+                    line.append(f"{first.n_gpus}–{best.n_gpus}: {duration(best.seconds)}; {why or 'not by 512'}")
+            rows.append(line)
+    return table(["model", "latents", "by data", "by latents", "by position (64 groups)"], rows)
+
+
+def harvests(machine: machines.Machine) -> str:
+    rows = []
+    for name in scaling.MODELS:
+        job = scaling.Job.of_model(name)
+        times = [job.harvest(machine, n) for n in scaling.GPU_COUNTS]
+        rows.append(
+            [
+                name,
+                f"{times[0].bytes_held / 1e9:.0f} GB{'' if times[0].fits else ', does not fit'}",
+                *(duration(one.seconds) for one in times),
+                f"{job.disk_bytes / 1e12:.1f} TB",
+                f"{scaling.most_latents_of_host(job) / 1e6:.1f} M",
+            ]
+        )
+    head = ["model", "weights", *(f"{n} GPU{'s' * (n > 1)}" for n in scaling.GPU_COUNTS), "vectors on disk"]
+    return table([*head, "latents at which the host is full"], rows)
+
+
+def page(text: str, found: dict) -> str:
+    """The page with its tables made anew."""
+    machine = machines.GPUS["h100"]
+    for name, made in (("traffic", traffic(found)), ("stops", stops(machine)), ("harvest", harvests(machine))):
+        marks = re.compile(f"(<!-- {name} -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
+        text = marks.sub(lambda found, made=made: f"{found[1]}{made}\n{found[2]}", text)
+    return text
+
+
+if __name__ == "__main__":
+    if "--tables" not in sys.argv:
+        FOUND.write_text(json.dumps({"machine": here(), "runs": measured()}, indent=1) + "\n")
+    PAGE.write_text(page(PAGE.read_text(encoding="utf8"), json.loads(FOUND.read_text())), encoding="utf8")

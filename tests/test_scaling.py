@@ -1,0 +1,172 @@
+"""Forecasts for many GPUs: what is counted is what processes really send, and the page says what was measured."""
+
+import importlib.util
+import json
+import re
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from typer.testing import CliRunner
+
+from conftest import D_MODEL, D_SAE, RULES, make_sae
+from posmask import machines, scaling
+from posmask.activations import training_batches
+from posmask.checkpoints import Checkpoints
+from posmask.cli import app
+from posmask.errors import BadSetting
+from posmask.machines import Machine
+from posmask.parallel import ByData, ByPosition
+from posmask.rules import rule_settings
+from posmask.scaling import MODELS, Job, forecast, reach
+from posmask.settings import read_study
+from posmask.training import TrainingSettings, train
+
+ROOT = Path(__file__).parents[1]
+JOB = Job("round", 100, 10**9, 2 * 10**9, 10**6, 10**6, 1000, 128, 4, 8, precision="float32")
+ROUND = Machine(
+    "round", {"bfloat16": 1e12, "float32": 1e11}, 1e9, 1e9, "nowhere", 0.5, 0.1, 1.0, 0.0, 1e9, (1e8, 1e7), (1.0, 0.5)
+)
+
+
+@pytest.mark.parametrize("design", ["data", "position"])
+def test_bytes_of_a_step_are_those_that_a_process_hands_over(activations, tmp_path, design):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    try:
+        sae = make_sae("slice")
+        sae.center, sae.scale = activations.centre_and_scale
+        together = ByData(sae) if design == "data" else ByPosition(sae, activations.position)
+        settings = TrainingSettings(n_steps=30, batch_tokens=240, learning_rate=5e-3)
+        sent = []
+        train(
+            getattr(together, "part", sae),
+            training_batches(activations, 240, 30, 0),
+            settings,
+            "test",
+            lambda done: sent.append(together.bytes_sent),
+            Checkpoints(tmp_path / "kept", {"what": design}),
+            together=together,
+        )
+    finally:
+        dist.destroy_process_group()
+    steps = {after - before for before, after in pairwise(sent[:4])}  # without points of the curve
+    if design == "data":
+        assert steps == {scaling.bytes_by_data(D_MODEL, D_SAE, 240, 1)}
+    else:
+        assert steps == {scaling.bytes_by_position(D_MODEL)}
+
+
+def test_a_forecast_is_what_can_be_reckoned_by_hand():
+    alone, two = (forecast(JOB, ROUND, "data", 50, n) for n in (1, 2))
+    assert alone.bytes_sent == alone.parts["network"] == 0
+    assert two.bytes_sent == 4 * (201 * 50 + 100) + 50 + 16 + 8 * 500 + 8
+    assert two.parts["network"] == pytest.approx(two.bytes_sent / 1e8)  # each of two sends all of it once in a ring
+    assert two.parts["products"] == pytest.approx(500 * 2 * 100 * 50 / 1e10)
+    assert two.parts["disk"] == pytest.approx(500 * (100 + 4 + 17) / 1e9)
+    assert two.seconds == pytest.approx(1000 * sum(two.parts.values()))
+    assert two.bytes_held["weights, gradient, moments"] == 16 * (201 * 50 + 100)
+    assert two.bytes_held["mask"] == 2 * 4 * 128 * 50
+    far = forecast(JOB, ROUND, "data", 50, 16)
+    assert far.parts["network"] == pytest.approx(2 * 15 / 16 * far.bytes_sent / 5e6)
+
+
+def test_latents_and_positions_divide_what_is_held_and_positions_the_work_too():
+    latents, position = forecast(JOB, ROUND, "latents", 400, 4), forecast(JOB, ROUND, "position", 400, 4)
+    for one in (latents, position):
+        assert one.bytes_held["weights, gradient, moments"] == 16 * (201 * 100 + 100)
+    assert position.parts["products"] == pytest.approx(250 * 2 * 100 * 100 / 1e10)
+    assert latents.parts["products"] == pytest.approx(1000 * 2 * 100 * 100 / 1e10)
+    assert latents.parts["disk"] == position.parts["disk"]
+    assert latents.parts["host"] == position.parts["host"]
+    assert position.bytes_sent == 4 * 100 + 4 + 8
+    assert latents.bytes_sent == 121 * 250 + 4 * 8 * 1000 + 4 * 100 * 1000
+    three = forecast(JOB, ROUND, "position", 400, 3)  # of four groups two are one process's
+    assert three.parts["products"] == pytest.approx(2 * position.parts["products"])
+
+
+def test_what_stops_a_design_is_named():
+    assert forecast(JOB, ROUND, "position", 400, 8).limit == "groups"
+    wide = forecast(JOB, ROUND, "data", 10**6, 8)
+    assert wide.limit == "memory"
+    assert not wide.possible
+    assert reach(JOB, ROUND, "data", 10**6)[::2] == (None, "memory")
+    first, best, why = reach(JOB, ROUND, "position", 2 * 10**5)
+    assert (first.n_gpus, best.n_gpus, why) == (1, 4, "groups")
+    _, best, why = reach(JOB, ROUND, "data", 10**5)
+    assert why == "network"
+    assert best.seconds < 1.5 * forecast(JOB, ROUND, "data", 10**5, 2 * best.n_gpus).seconds
+    # What fits only on some GPUs starts there, and what no number of them can do says so.
+    small = replace(ROUND, memory=4e7)
+    first, _, _ = reach(JOB, small, "latents", 10**5)
+    assert first.n_gpus > 1
+    assert sum(forecast(JOB, small, "latents", 10**5, first.n_gpus // 2).bytes_held.values()) > 4e7
+
+
+def test_models_are_those_of_their_configs():
+    study = read_study(ROOT / "studies" / "gemma-2-2b.toml")
+    assert MODELS["gemma-2-2b"] == study.model.sizes
+    layers = {"gemma-2-2b": 2.6e9, "gemma-2-9b": 9.2e9, "llama-3.1-8b": 7.5e9, "gemma-2-27b": 27.2e9}
+    for name, n_parameters in layers.items():  # the makers' figures, Llama's without its input embeddings
+        assert Job.of_model(name).weights == pytest.approx(n_parameters, rel=0.02)
+
+
+def test_a_study_gives_its_model_tokens_batches_and_groups():
+    study = read_study(ROOT / "studies" / "gemma-2-2b.toml")
+    job = Job.of_study(study)
+    assert (job.d_model, job.k, job.batch_tokens, job.n_groups, job.stored) == (2304, 40, 4096, 8, "int8")
+    assert job.trained_tokens == 4882 * 4096
+    assert job.below == 13 * 77_865_984
+    relu = study.sae.model_copy(update={"rule": rule_settings(RULES["relu"])})
+    with pytest.raises(BadSetting, match="k active latents, which the rule relu has not: take topk"):
+        Job.of_study(study.model_copy(update={"sae": relu}))
+
+
+def test_the_command_prints_each_model_at_80_columns_and_what_it_assumes():
+    result = CliRunner().invoke(app, ["plan", "--simulate", "--gpu", "a100"], env={"COLUMNS": "80"})
+    assert result.exit_code == 0, result.output
+    assert max(map(len, result.output.splitlines())) <= 80
+    said = " ".join(result.output.split())
+    for words in (*MODELS, "groups: no", "memory: no", "312 TFLOP/s", "Nothing here was measured on a GPU"):
+        assert words in said, words
+    assert re.search(r"16,777,216 +1 +data", result.output)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["plan"], "plan needs a study file"),
+        (["plan", "--simulate", "--set", "model.layer=3"], "without --set, needs none"),
+        (["plan", "--simulate", "--gpu", "l4"], "the L4 has no link to others whose rate is known: take a100 or h100"),
+    ],
+)
+def test_what_cannot_be_simulated_is_said(words, message):
+    result = CliRunner().invoke(app, words)
+    assert isinstance(result.exception, BadSetting)
+    assert message in str(result.exception)
+
+
+def bench():
+    spec = importlib.util.spec_from_file_location("scaling_bench", ROOT / "benchmarks" / "scaling.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_says_what_was_measured_and_the_formulas_are_exact():
+    found = json.loads((ROOT / "benchmarks" / "scaling.json").read_text(encoding="utf8"))
+    made, rows = bench(), found["runs"]
+    assert {(row["design"], row["n_processes"]) for row in rows} == {
+        (d, n) for d in ("data", "position") for n in (1, 2, 4)
+    }
+    for row in rows:
+        assert row["bytes_a_step"][-1] == made.formula(row), row  # the fullest step, where processes' differ
+    text = made.PAGE.read_text(encoding="utf8")
+    assert made.page(text, found) == text
+    assert set(re.findall(r"<!-- (?!end of )(.+?) -->", text)) == {"traffic", "stops", "harvest"}
+
+
+def test_rates_have_links_where_gpus_stand_in_machines():
+    assert machines.GPUS["h100"].link_rate(8) == pytest.approx(450e9 * 0.65)
+    assert machines.GPUS["h100"].link_rate(9) == pytest.approx(50e9 * 0.9)
