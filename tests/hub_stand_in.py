@@ -27,6 +27,7 @@ class Hub:
     address: str = ""
     files: dict[str, dict[str, bytes]] = field(default_factory=dict)  # repository -> path -> content
     storage: dict[str, bytes] = field(default_factory=dict)  # sha256 -> content of large files
+    private: set[str] = field(default_factory=set)
     asked: list[str] = field(default_factory=list)  # method and path of each request
     broken: str = "nothing"  # requests whose path holds this are answered with status 400
     xet_folder: Path | None = None
@@ -80,6 +81,8 @@ def stand_in():
                 return self.refuse(403 if self.headers["Authorization"] == f"Bearer {TOKEN}" else 401, "GatedRepo")
             if repo not in files:
                 return self.refuse(404, "RepoNotFound")
+            if path.split("/resolve/")[-1].split("/revision/")[-1].startswith("none"):
+                return self.refuse(404, "RevisionNotFound")
             if "/xet-write-token/" in path or "/xet-read-token/" in path:
                 where, until = f"local://{hub.xet_folder}", 9999999999
                 headers = {"X_Xet_Cas_Url": where, "X_Xet_Access_Token": "x", "X_Xet_Token_Expiration": str(until)}
@@ -164,6 +167,8 @@ def stand_in():
                 if repo == "user/other":
                     return self.refuse(403, "Forbidden")
                 files.setdefault(repo, {})
+                if asked.get("visibility") == "private":
+                    hub.private.add(repo)
                 return self.answer(200, {"url": f"{hub.address}/{repo}"})
             if found := re.fullmatch(r"(.+)\.git/info/lfs/(objects/batch|verify)", path):
                 return self.large(*found.groups(), body)

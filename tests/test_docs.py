@@ -39,11 +39,12 @@ def examples(page):
 
 
 EXAMPLES = {
-    ("README.md", "make run     # sets everything up"): "what CI runs in a fresh clone",
+    ("README.md", "make run     # sets everything up"): "CI runs `make test`; `make run` was timed by hand",
     ("README.md", "                                expl.   CE  ret.− order"): "what `make run` printed",
     ("README.md", "runs/quick/"): "a tree of files",
     ("README.md", "import posmask"): "test_the_readme_way_in_from_python",
     ("README.md", "src/posmask/"): "a tree of files",
+    ("docs/index.md", "make run"): "timed by hand, as the README says",
     ("docs/cluster.md", "torchrun --nproc-per-node 4"): "test_several_processes_train_a_cell_that_a_run_evaluates",
     ("docs/cluster.md", "srun --nodes 2"): "needs Slurm and two nodes; the page says that it was not run",
     ("docs/devices.md", "posmask run STUDY.toml --set device=cuda"): "test_a_device_is_set_from_the_command_line",

@@ -142,6 +142,7 @@ def test_gemma_scope_is_fetched_as_it_lies_on_the_hub(server, tmp_path):
     server["google/scope"] = {"layer_3/width_16k/average_l0_5/params.npz": (tmp_path / "params.npz").read_bytes()}
     sae = hub.from_pretrained("google/scope", "layer_3/width_16k/average_l0_5", n_positions=16)
     assert sae.rule.settings.kind == "jumprelu"
+    assert sae.mask.n_positions == 16
 
 
 def test_what_the_hub_refuses_is_said_in_one_sentence_with_what_to_do(server, tmp_path, monkeypatch):
@@ -152,6 +153,11 @@ def test_what_the_hub_refuses_is_said_in_one_sentence_with_what_to_do(server, tm
         (lambda: hub.from_pretrained("user/none", "x"), MissingAsset, "user/none is not on the hub, or private: check"),
         (lambda: hub.from_pretrained("user/gated", "x"), MissingAsset, "user/gated is gated: accept its conditions"),
         (lambda: hub.from_pretrained("user/empty", "x"), MissingAsset, "user/empty has no x/cfg.json: name one of its"),
+        (
+            lambda: hub.from_pretrained("user/empty", "x", revision="none"),
+            MissingAsset,
+            "user/empty has no such revision: name a branch, tag or commit of it",
+        ),
         (lambda: hub.from_pretrained("user/empty"), BadSetting, "user/empty holds 0 SAEs: name a folder"),
         (lambda: hub.push(cell, "user/other"), MissingAsset, r"does not let you write to user/other \(status 403\)"),
     ]
@@ -186,10 +192,11 @@ def test_a_hub_that_does_not_answer_is_said_to_be_out_of_reach(server, monkeypat
         hub.from_pretrained("user/away")
 
 
-def test_the_command_prints_no_token(server, tmp_path):
+def test_the_command_prints_no_token(whole_hub, tmp_path):
     cell = cell_folder(tmp_path / "cell", make_sae("slice"))
     result = CliRunner().invoke(app, ["push", str(cell), "user/new", "--private"])
     assert result.exit_code == 0, result.output
     assert "Pushed: http" in result.output
-    assert "cell/cfg.json" in server["user/new"]
+    assert "cell/cfg.json" in whole_hub.files["user/new"]
+    assert whole_hub.private == {"user/new"}
     assert TOKEN not in result.output

@@ -26,9 +26,9 @@ with curve_writer(None, folder, "tiny", "open-seed0", {}) as write:
 assert not list(folder.iterdir()) and not trackers & set(sys.modules)
 
 for name in sorted(trackers):
-    with curve_writer(name, folder, "tiny", "open-seed0", {"seed": 0}) as write:
+    with curve_writer(name, folder, "tiny", "open-seed0", {"seed": 7}) as write:
         for step in (1, 10, 20):
-            write(CurvePoint(step, step * 256, 1e-3, 1 / step, 0.0, 1 - 1 / step, 4.0, step % 3, 0.5))
+            write(CurvePoint(step, step * 256, 1e-3, 1 / step, 0.0, 1 - 1 / step, 4.0, step % 3, float("nan")))
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 events = EventAccumulator(str(folder / "tensorboard" / "open-seed0"))
@@ -42,7 +42,7 @@ for row in SQLiteStorage.get_logs("posmask-tiny", "open-seed0"):
         found["trackio"].setdefault(key, []).append([row["step"], value])
 
 from wandb.proto.wandb_internal_pb2 import Record
-found["wandb"] = {}
+found["wandb"], settings = {}, {}
 (path,) = glob.glob(str(folder / "wandb" / "offline-run-*" / "run-*.wandb"))
 data, at, record = Path(path).read_bytes(), 7, b""  # LevelDB's log format behind a header
 while at + 7 <= len(data):
@@ -53,11 +53,13 @@ while at + 7 <= len(data):
     record += data[at + 7 : at + 7 + length]
     at += 7 + length
     if kind in (1, 4):
+        settings |= {one.key: json.loads(one.value_json) for one in Record.FromString(record).run.config.update}
         history = Record.FromString(record).history
         for item in history.item:
             key = item.key or item.nested_key[0]
             found["wandb"].setdefault(key, []).append([history.step.num, json.loads(item.value_json)])
         record = b""
+assert settings["seed"] == 7, settings
 print(json.dumps(found))
 """
 
@@ -69,6 +71,7 @@ def test_points_arrive_in_every_tracker_and_without_one_nothing_is_loaded(tmp_pa
     run = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **offline})
     assert run.returncode == 0, run.stdout + run.stderr
     for found in json.loads(run.stdout.splitlines()[-1]).values():
+        assert "mean_openness" not in found  # A number that is none is left out.
         for key in ("loss", "explained_variance", "tokens"):
             expected = [(point.step, getattr(point, key)) for point in POINTS]
             assert [tuple(pair) for pair in found[key]] == [pytest.approx(pair) for pair in expected]

@@ -35,7 +35,8 @@ def curve_writer(
     Args:
         name: None drops the points.
         folder: where `tensorboard` and `wandb` write; trackio has a folder of its own (TRACKIO_DIR).
-        study, run: the tracker's names for them; a study is a project, a cell with a seed a run in it.
+        study: the tracker's name for it, as a project.
+        run: the tracker's name for a cell with a seed, within the project.
         settings: shown beside the run.
     """
     check_tracker(name)

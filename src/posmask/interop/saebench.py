@@ -60,12 +60,13 @@ def eval_output(
     """What SAEBench would write: each accuracy's mean over classes a dataset, then over datasets, unweighted.
 
     Args:
-        llm, sae: of the model's channels and of the latents: every dataset and k of `config`, and "all", which `sae`
-            may lack.
+        llm: of the model's channels: every dataset and k of `config`, and "all".
+        sae: of the latents: the same, but it may lack "all".
         sae_name: stands as `sae_lens_release_id`, `sae_id` as `sae_lens_id`: so SAEBench names an SAE that it is
             handed as an object.
         sae_config: stands as `sae_cfg_dict`.
-        sae_lens_version, commit: of the SAELens and the SAEBench that ran; None and "Unknown" where neither did.
+        sae_lens_version: of the SAELens that ran; None where none did.
+        commit: of the SAEBench that ran; "Unknown" where none did.
 
     Raises:
         BadSetting: an accuracy is missing or out of range, or the time is not one SAEBench reads.

@@ -106,8 +106,9 @@ def read_probe_dataset(
     """A dataset with as many texts of every class.
 
     Args:
-        n_train, n_test: how many texts a probe is fitted and tested on, half of them of its class; lowered to what
-            the smallest class has, in the same ratio.
+        n_train: how many texts a probe is fitted on, half of them of its class; lowered to what the smallest class
+            has, in the same ratio as `n_test`.
+        n_test: how many it is tested on, likewise.
         max_characters: texts are cut to this length (far beyond the context).
         split: of the embedded texts; the hub's datasets have splits of their own, which stay as they are.
 
