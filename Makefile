@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 DEV := .venv/.ready-dev
 
-.PHONY: run test test-all check bench docs second-model clean
+.PHONY: run test test-all check audit bench docs second-model clean
 
 run: $(READY)
 	$(BIN)/posmask run studies/quick.toml --jobs 2
@@ -22,6 +22,11 @@ check: $(DEV)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+
+# Known vulnerabilities of all that constraints.txt pins, as PyPI tells them; where it cannot be asked, one line says so.
+audit: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt pip-audit
+	$(BIN)/python .ci/audit.py constraints.txt
 
 # Against its peers, each set up in .bench/: about an hour, or QUICK=1 for the main ratios in minutes.
 bench: $(DEV)

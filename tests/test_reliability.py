@@ -5,8 +5,10 @@ import os
 import pickle
 import random
 import shutil
+import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ import torch
 
 from conftest import D_MODEL, MASKS, N_POSITIONS
 from posmask import folders
+from posmask.checkpoints import Checkpoints
 from posmask.errors import BadSetting, DamagedFolder
 from posmask.mask_kinds import make_mask, mask_settings
 from posmask.rules import rule_settings
@@ -43,75 +46,183 @@ def test_a_hundred_kills_in_every_stage_change_no_byte():
 
 
 class _Disk:
-    """A disk that loses what was not synced: remembers each file and each folder's names as of their last sync."""
+    """A disk that loses what was not synced, contents and names.
 
-    def __init__(self, monkeypatch):
-        self.contents, self.names, self.moments = {}, {}, []
-        fsync, self.watching = os.fsync, None
+    It looks at a tree before and after each rename and at each sync. What an entry of a folder came to hold since
+    that folder's last sync may be lost, each change by itself; of changes to the same entry only later ones before
+    earlier ones. A rename is one change to two entries.
+    """
 
-        def synced(descriptor):
-            fsync(descriptor)
+    def __init__(self, monkeypatch, root):
+        self._root, self._open, self._contents = root, {}, {}
+        self._changes = []  # each {(inode of the folder, name): inode that it holds then, or None}
+        self._synced = []  # the entries of each change that its folder's sync has made sure
+        self._names = {}
+        self.watching = None
+        self._look()
+
+        def synced(descriptor):  # It need not reach the real disk.
+            self._look()
+            number = os.fstat(descriptor).st_ino
             path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
-            key = os.fstat(descriptor).st_ino
+            if not path.is_relative_to(self._root):
+                return
             if path.is_dir():
-                self.names[key] = {one.name: one.stat().st_ino for one in path.iterdir()}
+                for change, sure in zip(self._changes, self._synced, strict=True):
+                    sure |= {entry for entry in change if entry[0] == number}
             else:
-                self.contents[key] = path.read_bytes()
+                self._contents[number] = path.read_bytes()
             if self.watching is not None:
                 self.watching()
 
-        monkeypatch.setattr(os, "fsync", synced)
+        def looking(rename):
+            def renamed(*args, **kwargs):
+                self._look()
+                rename(*args, **kwargs)
+                self._look()
 
-    def after_power_loss(self, root, to, chance):
-        """Copy `root` as it may stand after the power went: unsynced contents cut at random, synced ones whole."""
+            return renamed
+
+        monkeypatch.setattr(os, "fsync", synced)
+        for name in ("rename", "replace"):
+            monkeypatch.setattr(os, name, looking(getattr(os, name)))
+
+    def _look(self):
+        now = {}
+        for folder in [self._root, *(path for path in self._root.rglob("*") if path.is_dir())]:
+            for path in folder.iterdir():
+                now[folder.stat().st_ino, path.name] = number = path.stat().st_ino
+                if number not in self._open:  # Open files keep their number to themselves.
+                    self._open[number] = os.open(path, os.O_RDONLY)
+        gone = {entry: number for entry, number in self._names.items() if entry not in now}
+        for entry, number in now.items():
+            if self._names.get(entry) != number:
+                source = next((old for old, moved in gone.items() if moved == number), None)
+                self._changes.append({entry: number} | ({} if source is None else {source: None}))
+                gone.pop(source, None)
+        self._changes += [{entry: None} for entry in gone]
+        self._synced += [set() for _ in self._changes[len(self._synced) :]]
+        self._names = now
+
+    def after_power_loss(self, to, chance):
+        """Make the tree as it may stand after the power went; unsynced contents are cut at random."""
+        self._look()
+        share = chance.choice((0.0, 0.2, 0.8, 1.0))  # of changes that reached the disk unasked
+        both = zip(self._changes, self._synced, strict=True)
+        kept = [sure == set(change) or chance.random() < share for change, sure in both]
+        later = set()
+        for number in reversed(range(len(self._changes))):
+            kept[number] = kept[number] or not later.isdisjoint(self._changes[number])
+            if kept[number]:
+                later |= set(self._changes[number])
+        names = {}
+        for change, there in zip(self._changes, kept, strict=True):
+            names |= change if there else {}
         shutil.rmtree(to, ignore_errors=True)
-        for path in [root, *sorted(root.rglob("*"))]:
-            target = to / path.relative_to(root)
-            if path.is_dir():
-                target.mkdir(parents=True, exist_ok=True)
+        self._make(self._root.stat().st_ino, names, to, chance)
+
+    def _make(self, folder, names, to, chance):
+        to.mkdir()
+        for (within, name), number in names.items():
+            if within != folder or number is None:
                 continue
-            content = self.contents.get(path.stat().st_ino)
-            if content != (now := path.read_bytes()):
-                content = now[: chance.randrange(len(now) + 1)] if content is None else content
-            target.write_bytes(content)
+            if stat.S_ISDIR(os.fstat(self._open[number]).st_mode):
+                self._make(number, names, to / name, chance)
+                continue
+            with open(f"/proc/self/fd/{self._open[number]}", "rb") as file:
+                now = file.read()
+            content = self._contents.get(number)
+            (to / name).write_bytes(now[: chance.randrange(len(now) + 1)] if content != now else now)
+
+
+    def close(self):
+        for descriptor in self._open.values():
+            os.close(descriptor)
+
+
+@pytest.fixture
+def memory_folder():
+    """Where thousands of small files cost nothing."""
+    shared = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as folder:
+        yield Path(folder).resolve()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names of open files are read from /proc")
-def test_power_loss_at_any_sync_leaves_only_what_is_whole(tmp_path, monkeypatch):
-    disk, chance, seen = _Disk(monkeypatch), random.Random(0), []
-    root, after = tmp_path / "root", tmp_path / "after"
+def test_power_loss_at_any_sync_leaves_only_what_is_whole(memory_folder, monkeypatch):
+    root, after, chance = memory_folder / "root", memory_folder / "after", random.Random(0)
+    root.mkdir()
+    disk, promised, made, seen = _Disk(monkeypatch, root), {}, set(), []
     content = {f"part-{number}": bytes([number]) * 1000 for number in range(4)}
+    state = {"weights": torch.arange(100.0)}
 
     def check():
+        """What stands after a loss of power now is whole, holds all that was promised, and leads to the same end."""
         watching, disk.watching = disk.watching, None
-        disk.after_power_loss(root, after, chance)
-        assert folders.damage_under(after)[1] == []
-        make(after)
-        assert read_all(after) == content | {"rows": b"1,2,3"}
+        for _ in range(2):
+            disk.after_power_loss(after, chance)
+            assert folders.damage_under(after)[1] == []
+            made.clear()
+            make(after, lambda *_: None)
+            assert not made & set(promised)
+            assert read_all(after) == content | {"rows": b"1,2,3"}
+            if (after / "table").exists():
+                assert (after / "table").read_text() in ("old" * 100, "new" * 100)
+            kept = Checkpoints(after / "study" / "checkpoints" / "cell", {})
+            assert kept.done >= promised.get("checkpoint", 0)
+            assert not kept.done or torch.equal(kept.read()["weights"], state["weights"] + kept.done)
         seen.append(1)
         disk.watching = watching
 
-    def make(where):
-        if not folders.finished(where / "harvest", {}):
-            with folders.write_in_parts(where / "harvest", {}) as parts:
+    def make(where, promise):
+        if not folders.finished(where / "study" / "harvest", {}):
+            with folders.write_in_parts(where / "study" / "harvest", {}) as parts:
                 for name, what in content.items():
                     if name not in parts:
                         parts.add(name, lambda file, what=what: file.write_bytes(what))
-        if not folders.finished(where / "cell", {}):
-            with folders.write_folder(where / "cell", {}) as draft:
-                (draft / "rows").write_bytes(b"1,2,3")
+                        made.add(name)
+                        promise(name, True)
+        if not folders.finished(where / "study" / "cells" / "cell", {}):
+            with folders.write_folder(where / "study" / "cells" / "cell", {}) as draft:
+                (draft / "deep").mkdir()
+                (draft / "deep" / "rows").write_bytes(b"1,2,3")
+            made.add("cell")
+            promise("cell", True)
 
     def read_all(where):
         found = {}
-        for name in ("harvest", "cell"):
-            manifest = folders.read_manifest(where / name, verify=True)
-            found |= {file: (where / name / file).read_bytes() for file in manifest["files"]}
+        for name in ("harvest", "cells/cell"):
+            manifest = folders.read_manifest(where / "study" / name, verify=True)
+            found |= {Path(file).name: (where / "study" / name / file).read_bytes() for file in manifest["files"]}
         return found
 
-    root.mkdir()
+    def promise(what, how_much):
+        promised[what] = how_much
+        check()
+
     disk.watching = check
-    make(root)
-    assert len(seen) > 15
+    make(root, promise)
+    checkpoints = Checkpoints(root / "study" / "checkpoints" / "cell", {})
+    for done in (1, 2, 3, 4):
+        checkpoints.write(done, {"weights": state["weights"] + done})
+        promise("checkpoint", done)
+    for word in ("old", "new"):
+        with folders.replacing(root / "table") as beside:
+            beside.write_text(word * 100)
+    # A damaged harvest is made again out of what is left of it, and a cell is written anew in its place.
+    del promised["part-0"]
+    part = root / "study" / "harvest" / "part-0"
+    disk.watching = None
+    part.unlink()
+    folders.take_apart(root / "study" / "harvest")
+    disk.watching = check
+    make(root, promise)
+    del promised["cell"]
+    with folders.write_folder(root / "study" / "cells" / "cell", {}, looked_at=True) as draft:
+        (draft / "rows").write_bytes(b"1,2,3")
+    promise("cell", True)
+    disk.close()
+    assert len(seen) > 40
 
 
 def test_a_hostile_pickle_is_never_loaded(tmp_path, model_folder):

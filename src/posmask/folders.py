@@ -71,7 +71,7 @@ def write_folder(path: Path, made_from: Mapping[str, Any], **facts: Any) -> Iter
         made_from: everything that decides the content; its hash is the folder's identity.
         facts: put into the manifest beside it (counts, versions), without a part in the identity.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(path.parent)
     draft = _draft_of(path)
     _clear(path)
     draft.mkdir()
@@ -92,12 +92,15 @@ class Parts:
         self._draft = draft
         self._identity = identity(made_from)
         self.files: dict[str, Any] = {}
-        try:
-            kept = json.loads((draft / _PARTS).read_text(encoding="utf8"))
-            if kept["identity"] == self._identity:
-                self.files = {name: entry for name, entry in kept["files"].items() if not _damage(draft, name, entry)}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            pass
+        for name in (_PARTS, MANIFEST):  # The latter of a folder that was finished once, or all but for its name.
+            try:
+                kept = json.loads((draft / name).read_text(encoding="utf8"))
+                if kept["identity"] == self._identity:
+                    files = kept["files"].items()
+                    self.files = {file: entry for file, entry in files if not _damage(draft, file, entry)}
+                    break
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                pass
         if not self.files:
             shutil.rmtree(draft, ignore_errors=True)
 
@@ -106,7 +109,7 @@ class Parts:
 
     def add(self, name: str, write: Callable[[Path], None]) -> None:
         """Let `write` make the file, and keep it."""
-        self._draft.mkdir(parents=True, exist_ok=True)
+        _make_folder(self._draft)
         file = self._draft / name
         try:
             write(file)
@@ -126,15 +129,14 @@ def write_in_parts(path: Path, made_from: Mapping[str, Any], **facts: Any) -> It
     """
     parts = Parts(_parts_of(path), made_from)
     yield parts
-    draft = _parts_of(path)
-    (draft / _PARTS).unlink(missing_ok=True)
-    (draft / MANIFEST).unlink(missing_ok=True)
-    _finish(draft, path, made_from, facts, dict(sorted(parts.files.items())))
+    _finish(_parts_of(path), path, made_from, facts, dict(sorted(parts.files.items())))
 
 
 def remove(path: Path) -> None:
     """Remove a finished folder so that it is never seen as one that lacks files."""
     (path / MANIFEST).unlink(missing_ok=True)
+    if path.is_dir():
+        _sync(path)  # Else files could be lost with the power, and the manifest be there again.
     shutil.rmtree(path, ignore_errors=True)
 
 
@@ -142,14 +144,8 @@ def take_apart(path: Path) -> None:
     """Make a damaged folder one in the making again, so that `write_in_parts` makes only those files that are lost."""
     draft = _parts_of(path)
     shutil.rmtree(draft, ignore_errors=True)
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf8"))
-        with replacing(path / _PARTS) as beside:
-            kept = {"identity": manifest["identity"], "files": manifest["files"]}
-            beside.write_text(as_json(kept), encoding="utf8")
-        path.rename(draft)
-    except (OSError, ValueError, KeyError, TypeError):
-        shutil.rmtree(path, ignore_errors=True)
+    path.rename(draft)
+    _sync(path.parent)
 
 
 def _draft_of(path: Path) -> Path:
@@ -198,14 +194,25 @@ def _finish(draft: Path, path: Path, made_from: Mapping[str, Any], facts: Mappin
     for folder in draft.rglob("*"):
         if folder.is_dir():
             _sync(folder)
+    (draft / _PARTS).unlink(missing_ok=True)
+    before = path.with_name(f".{path.name}.draft-before-{os.getpid()}")
     if path.exists():
-        remove(path)
+        path.rename(before)  # Between here and the next line there is none.
     draft.rename(path)
     _sync(path.parent)  # Else the name could be lost with the power, though the content is safe.
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def _seal(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(as_json(manifest).encode()).hexdigest()
+
+
+def _make_folder(path: Path) -> None:
+    """Make a folder and those above it, whose names are on the disk by then."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        _sync(folder.parent)
 
 
 def _sync(path: Path) -> None:
