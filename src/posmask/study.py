@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from posmask import assets, corpus, folders, kernels, model, parallel, rows, training, verdicts
-from posmask.activations import Activations, Stored, harvest, training_batches
+from posmask.activations import Activations, Stored, finished_activations, harvest, training_batches
 from posmask.checkpoints import Checkpoints
 from posmask.errors import BadSetting, DamagedFolder
 from posmask.evaluation import Data, baselines, decay, evaluate
@@ -93,22 +93,23 @@ def prepare(study: StudySettings, source: Source, root: Path) -> Data:
         "texts": _texts_identity(study),
         "n_positions": n_positions,
     }
+    store = study.store(root)
 
     def harvested(
         label: str, what: dict[str, Any], tokens: Callable[[], corpus.Tokens], stored: Stored = "model"
     ) -> Activations:
         made_from = {**shared, **what, "stored": stored}
-        folder = root / "activations" / f"{label}-{folders.identity(made_from)}"
+        place = root / "activations" / f"{label}-{folders.identity(made_from)}"
+        folder = place if store is None else store.folder(place.name)
 
         def there() -> Activations | None:
             with contextlib.suppress(DamagedFolder):  # Then `harvest` says so, and mends it.
-                if folders.finished(folder, made_from):
-                    return Activations(folder)
+                return finished_activations(folder, made_from)
             return None
 
         if (found := there()) is not None:
             return found
-        with folders.claim(folder, wait=True):  # Another process may have made it meanwhile.
+        with folders.claim(place, wait=True):  # Another process may have made it meanwhile.
             return there() or harvest(tokens(), source.loaded, folder, made_from, label, stored)
 
     @cache
