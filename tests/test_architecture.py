@@ -11,7 +11,7 @@ LEVELS = [
     ["errors"],
     ["rows", "seeds", "progress", "bootstrap"],
     ["folders"],
-    ["assets", "checkpoints", "kernels", "masks", "intervals", "summary", "texts", "verdicts"],
+    ["assets", "checkpoints", "kernels", "masks", "intervals", "store", "summary", "texts", "verdicts"],
     ["model", "corpus", "machines"],
     ["choosing"],
     ["mask_kinds", "rules", "activations"],

@@ -134,7 +134,6 @@ class _Disk:
             content = self._contents.get(number)
             (to / name).write_bytes(now[: chance.randrange(len(now) + 1)] if content != now else now)
 
-
     def close(self):
         for descriptor in self._open.values():
             os.close(descriptor)

@@ -1,11 +1,12 @@
 """Tokens x model -> a folder of vectors that know their token, position and text; the folder -> batches.
 
-Vectors are stored token by token, in shards. Tokens after a context's last kept one (padding) are not stored; BOS is,
-with `keep` False. As int8 a vector takes a quarter of float32's room: its numbers over a scale of its own, such that
-the largest is 127.
+Vectors are stored token by token, in shards, on the disk or in a store (`store.py`). Tokens after a context's last kept
+one (padding) are not stored; BOS is, with `keep` False. As int8 a vector takes a quarter of float32's room: its numbers
+over a scale of its own, such that the largest is 127.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,21 +18,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from posmask.corpus import Tokens
-from posmask.errors import DamagedFolder, DegenerateResult, NothingToDo
+from posmask.errors import BadSetting, DamagedFolder, DegenerateResult, NothingToDo
 from posmask.folders import finished, read_manifest, take_apart, write_in_parts
 from posmask.masks import Coordinate
 from posmask.model import LanguageModel
 from posmask.progress import announce, progress_bar
 from posmask.seeds import generator
+from posmask.store import Shards, StoredFolder
 
 __all__ = [
     "Activations",
     "Batch",
+    "ComputeShards",
     "Contexts",
-    "Shards",
     "Stored",
     "bytes_a_token",
     "evaluation_batches",
+    "finished_activations",
     "harvest",
     "shards_here",
     "training_batches",
@@ -39,12 +42,13 @@ __all__ = [
 
 _TOKENS_PER_FORWARD = 4096
 _TOKENS_PER_SHARD = 65536
+_SHARDS_PER_WINDOW = 512
 Stored = Literal["model", "float32", "bfloat16", "int8"]
 """Precision of vectors on disk; `model` is that in which the model computes."""
 
 Contexts = list[Int[Tensor, " context"]]
 """The numbers of the contexts of one shard, in pieces that the model sees together."""
-Shards = Callable[[Tokens, list[Contexts], str, Stored, Callable[[int], None]], Iterator[dict[str, Tensor]]]
+ComputeShards = Callable[[Tokens, list[Contexts], str, Stored, Callable[[int], None]], Iterator[dict[str, Tensor]]]
 """Computes shards, wherever it does so, in the order asked for: takes tokens, contexts of each shard, label, precision
 and what is to be told how many more kept tokens are done; gives what each file holds."""
 
@@ -91,23 +95,35 @@ class Batch:
 
 
 class Activations:
-    """A finished folder of vectors, mapped into memory; the small per-token fields are read at once."""
+    """A finished folder of vectors; the small per-token fields are read at once.
 
-    def __init__(self, folder: Path) -> None:
-        manifest = read_manifest(folder, verify=True)
+    Shards are mapped into memory, or brought here from a store as they are needed.
+
+    Args:
+        manifest: of a folder in a store, where it was read already.
+    """
+
+    def __init__(self, folder: Path | StoredFolder, manifest: Mapping[str, Any] | None = None) -> None:
         self.folder = folder
+        self._shards: Sequence[dict[str, Tensor]] | Shards
+        if isinstance(folder, StoredFolder):
+            manifest = manifest or folder.manifest()
+            assert manifest is not None
+            self._shards = Shards(folder, manifest)
+            tokens = self._shards.tokens()
+        else:
+            manifest = read_manifest(folder, verify=True)
+            self._shards = tokens = [load_file(folder / name) for name in sorted(manifest["files"])]
         self.made_from: dict[str, Any] = manifest["made_from"]
-        self._shards = [load_file(folder / name) for name in sorted(manifest["files"])]
-        fields = [torch.cat([shard[name] for shard in self._shards]) for name in _FIELDS]
+        fields = [torch.cat([shard[name] for shard in tokens]) for name in _FIELDS]
         fields = [field.int() if field.dtype == torch.int16 else field for field in fields]
         self.position, self.token_id, self.text, self.keep, self.sentence, self.line, self.end = fields
-        sizes = torch.tensor([len(shard["vectors"]) for shard in self._shards])
+        sizes = torch.tensor([len(shard["position"]) for shard in tokens])
         self._ends = sizes.cumsum(0)
         self._starts = self._ends - sizes
-
-    @property
-    def d_model(self) -> int:
-        return self._shards[0]["vectors"].shape[1]
+        first = self._shards[0]["vectors"]
+        self.d_model: int = first.shape[1]
+        self._stored = first.dtype
 
     @property
     def n_tokens(self) -> int:
@@ -139,7 +155,7 @@ class Activations:
     def batch(self, index: Int[Tensor, " token"]) -> Batch:
         """The tokens of these numbers, in this order."""
         shard_of = torch.searchsorted(self._ends, index, right=True)
-        stored = self._shards[0]["vectors"].dtype
+        stored = self._stored
         vectors = torch.empty(len(index), self.d_model, dtype=torch.float32 if stored == torch.int8 else stored)
         for number in shard_of.unique().tolist():
             rows = (shard_of == number).nonzero()[:, 0]
@@ -148,15 +164,43 @@ class Activations:
             vectors[rows] = found * shard["scale"][place, None] if stored == torch.int8 else found
         return Batch(vectors, *(getattr(self, name)[index] for name in _FIELDS))
 
+    def shuffled(self, kept: Int[Tensor, " token"], random: torch.Generator) -> Int[Tensor, " token"]:
+        """These tokens (numbers in order) as an epoch takes them: see `training_batches`."""
+        n_shards = len(self._shards)
+        if n_shards <= _SHARDS_PER_WINDOW:
+            return kept[torch.randperm(len(kept), generator=random)]
+        ends = torch.searchsorted(kept, self._ends)
+        of_shard = kept.tensor_split(ends[:-1])
+        order = []
+        for numbers in torch.randperm(n_shards, generator=random).split(_SHARDS_PER_WINDOW):
+            some = torch.cat([of_shard[number] for number in numbers.tolist()])
+            order.append(some[torch.randperm(len(some), generator=random)])
+        return torch.cat(order)
+
+    def check_room(self) -> None:
+        """
+        Raises:
+            BadSetting: random batches out of a store would bring the same shards here again and again.
+        """
+        shards = self._shards
+        if not isinstance(shards, Shards):
+            return
+        needed = sum(sorted(shards.bytes_of(number) for number in range(len(shards)))[-_SHARDS_PER_WINDOW - 1 :])
+        if needed > shards.cache_bytes:
+            raise BadSetting(
+                f"activations_cache_gb allows {shards.cache_bytes / 1e9:.3g} GB here, but random batches are drawn "
+                f"from {needed / 1e9:.3g} GB at a time: raise it"
+            )
+
 
 def harvest(
     tokens: Tokens,
     model: LanguageModel | None,
-    folder: Path,
+    folder: Path | StoredFolder,
     made_from: Mapping[str, Any],
     label: str,
     stored: Stored = "model",
-    shards: Shards | None = None,
+    compute: ComputeShards | None = None,
 ) -> Activations:
     """Run the model over the tokens and write their vectors, unless `folder` already holds them.
 
@@ -166,8 +210,8 @@ def harvest(
     Args:
         stored: the vectors' precision in the folder; as int8 they come back as float32.
         made_from: identity of model, layer, precision and tokens.
-        model: may be None when the folder is known to be finished, or `shards` is given.
-        shards: computes them elsewhere; None: here, by `model`.
+        model: may be None when the folder is known to be finished, or `compute` is given.
+        compute: computes shards elsewhere; None: here, by `model`.
 
     Raises:
         NothingToDo: no token is kept.
@@ -175,26 +219,59 @@ def harvest(
     """
     made_from = {**made_from, "stored": stored}
     try:
-        if finished(folder, made_from):
-            return Activations(folder)
+        if (found := finished_activations(folder, made_from)) is not None:
+            return found
     except DamagedFolder as error:
         announce(f"{error}.")
-        take_apart(folder)
+        if isinstance(folder, StoredFolder):
+            folder.unfinish()
+        else:
+            take_apart(folder)
     if tokens.n_kept == 0:
         raise NothingToDo(f"none of the {tokens.keep.numel():,} tokens of {label} is kept: give texts with content")
-    if shards is None:
+    if compute is None:
         assert model is not None
-        shards = partial(shards_here, model)
+        compute = partial(shards_here, model)
     wanted = {f"shard-{number:05d}.safetensors": contexts for number, contexts in enumerate(_shards(tokens))}
     with (
-        write_in_parts(folder, made_from, kept_tokens=tokens.n_kept) as parts,
+        _parts(folder, made_from, kept_tokens=tokens.n_kept) as (there, add),
         progress_bar(f"harvest {label}", tokens.n_kept, "tokens") as advance,
     ):
-        missing = {name: contexts for name, contexts in wanted.items() if name not in parts}
+        missing = {name: contexts for name, contexts in wanted.items() if not there(name)}
         advance(sum(int(tokens.keep[chunk].sum()) for name in wanted.keys() - missing for chunk in wanted[name]))
-        for name, shard in zip(missing, shards(tokens, list(missing.values()), label, stored, advance), strict=True):
-            parts.add(name, lambda path, shard=shard: save_file(shard, path))
+        for name, shard in zip(missing, compute(tokens, list(missing.values()), label, stored, advance), strict=True):
+            add(name, shard)
     return Activations(folder)
+
+
+def finished_activations(folder: Path | StoredFolder, made_from: Mapping[str, Any]) -> Activations | None:
+    """The vectors, where the folder is finished and made from exactly this.
+
+    Raises:
+        DamagedFolder: it is not what was written.
+    """
+    if isinstance(folder, StoredFolder):
+        manifest = folder.finished(made_from)
+        return None if manifest is None else Activations(folder, manifest)
+    return Activations(folder) if finished(folder, made_from) else None
+
+
+@contextmanager
+def _parts(
+    folder: Path | StoredFolder, made_from: Mapping[str, Any], **facts: Any
+) -> Iterator[tuple[Callable[[str], bool], Callable[[str, dict[str, Tensor]], None]]]:
+    """Yields (whether a shard is there already, put one there); the folder is finished at the end."""
+    if isinstance(folder, Path):
+        with write_in_parts(folder, made_from, **facts) as parts:
+            yield parts.__contains__, lambda name, shard: parts.add(name, lambda path: save_file(shard, path))
+        return
+    files = folder.whole_shards()
+
+    def add(name: str, shard: dict[str, Tensor]) -> None:
+        files.update(folder.add(name, shard, {field: shard[field] for field in _FIELDS}))
+
+    yield files.__contains__, add
+    folder.finish(made_from, facts, files)
 
 
 def shards_here(
@@ -205,7 +282,7 @@ def shards_here(
     stored: Stored,
     advance: Callable[[int], None],
 ) -> Iterator[dict[str, Tensor]]:
-    """`Shards` of this process: runs the model."""
+    """`ComputeShards` of this process: runs the model."""
     model.check_length(tokens.id.shape[1])
     for contexts in wanted:
         found = [_harvested(tokens, chunk, model, label, stored, advance) for chunk in contexts]
@@ -304,7 +381,9 @@ def training_batches(
 ) -> Iterator[Batch]:
     """Random batches of kept tokens: each token at most once an epoch, in a new order each epoch.
 
-    What is left of an epoch after its last whole batch is not used in it.
+    What is left of an epoch after its last whole batch is not used in it. Of more than 512 shards (33 million tokens)
+    an epoch goes through windows of so many, shards in a new order each epoch, tokens of a window in random order, so
+    that never more need be at hand.
 
     Within a batch tokens stand by position, which changes no loss and lets masks work on runs of tokens.
 
@@ -314,7 +393,9 @@ def training_batches(
 
     Raises:
         NothingToDo: fewer kept tokens than one batch.
+        BadSetting: what may lie here of a store is less than a window.
     """
+    activations.check_room()
     kept = activations.keep.nonzero()[:, 0]
     if len(kept) < batch_tokens:
         raise NothingToDo(
@@ -326,7 +407,7 @@ def training_batches(
     for number in range(after + n_batches):
         place = number % batches_per_epoch
         if place == 0:
-            order = kept[torch.randperm(len(kept), generator=random)]
+            order = activations.shuffled(kept, random)
         if number < after:
             continue
         index = order[place * batch_tokens : (place + 1) * batch_tokens]

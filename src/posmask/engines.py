@@ -1,6 +1,6 @@
 """Where a study's cells are made: in this process, or shared with others on this machine. `on_ray` has the clusters.
 
-An engine gives `shards`, which computes vectors, and `make`, which fills the folders of cells.
+An engine gives `compute`, which computes vectors, and `make`, which fills the folders of cells.
 """
 
 import multiprocessing
@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from posmask import folders, kernels
-from posmask.activations import Shards
+from posmask.activations import ComputeShards
 from posmask.cells import BASELINES, Place, fill, places_of, rows_in, state_of
 from posmask.evaluation import Data
 from posmask.settings import StudySettings
@@ -26,7 +26,7 @@ class Engine(Protocol):
     """Where the work is done. Results do not depend on it."""
 
     @property
-    def shards(self) -> Shards | None:
+    def compute(self) -> ComputeShards | None:
         """Computes vectors; None: this process does."""
 
     def make(self, study: StudySettings, todo: list[Place], data: Data, root: Path, say: Callable[[str], None]) -> None:
@@ -41,7 +41,7 @@ class Local:
             `root/jobs`.
     """
 
-    shards = None
+    compute = None
 
     def __init__(self, n_jobs: int = 1) -> None:
         self._n_jobs = n_jobs

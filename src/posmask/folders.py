@@ -25,12 +25,15 @@ __all__ = [
     "as_json",
     "claim",
     "damage_under",
+    "file_entry",
     "file_sha256",
     "finished",
     "identity",
+    "manifest_of",
     "read_manifest",
     "remove",
     "replacing",
+    "sealed_manifest",
     "set_aside",
     "take_apart",
     "write_folder",
@@ -41,6 +44,7 @@ FORMAT = 4  # Part of every identity: raise it when the same settings would now 
 MANIFEST = "manifest.json"
 _SEAL = "sha256"
 _PARTS = "parts.json"
+_REMEDY = "`posmask run` makes anew what is lost"
 
 
 def identity(made_from: Mapping[str, Any]) -> str:
@@ -78,7 +82,7 @@ def write_folder(path: Path, made_from: Mapping[str, Any], **facts: Any) -> Iter
     try:
         yield draft
         files = {
-            file.relative_to(draft).as_posix(): _entry(file) for file in sorted(draft.rglob("*")) if file.is_file()
+            file.relative_to(draft).as_posix(): file_entry(file) for file in sorted(draft.rglob("*")) if file.is_file()
         }
         _finish(draft, path, made_from, facts, files)
     finally:
@@ -116,7 +120,7 @@ class Parts:
         except BaseException:
             file.unlink(missing_ok=True)
             raise
-        self.files[name] = _entry(file)
+        self.files[name] = file_entry(file)
         with replacing(self._draft / _PARTS) as beside:
             beside.write_text(as_json({"identity": self._identity, "files": self.files}), encoding="utf8")
 
@@ -181,16 +185,15 @@ def replacing(path: Path) -> Iterator[Path]:
         beside.unlink(missing_ok=True)
 
 
-def _entry(file: Path) -> dict[str, Any]:
+def file_entry(file: Path) -> dict[str, Any]:
     """What a manifest says of a file, which is on the disk by then."""
     _sync(file)
     return {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
 
 
 def _finish(draft: Path, path: Path, made_from: Mapping[str, Any], facts: Mapping[str, Any], files: Any) -> None:
-    manifest = {"identity": identity(made_from), "made_from": made_from, **facts, "files": files}
     with replacing(draft / MANIFEST) as beside:
-        beside.write_text(as_json({**manifest, _SEAL: _seal(manifest)}), encoding="utf8")
+        beside.write_text(sealed_manifest(made_from, facts, files), encoding="utf8")
     for folder in draft.rglob("*"):
         if folder.is_dir():
             _sync(folder)
@@ -201,6 +204,16 @@ def _finish(draft: Path, path: Path, made_from: Mapping[str, Any], facts: Mappin
     draft.rename(path)
     _sync(path.parent)  # Else the name could be lost with the power, though the content is safe.
     shutil.rmtree(before, ignore_errors=True)
+
+
+def sealed_manifest(made_from: Mapping[str, Any], facts: Mapping[str, Any], files: Mapping[str, Any]) -> str:
+    """The text of a finished folder's manifest, with a checksum of its own.
+
+    Args:
+        files: what `file_entry` says of each.
+    """
+    manifest = {"identity": identity(made_from), "made_from": made_from, **facts, "files": files}
+    return as_json({**manifest, _SEAL: _seal(manifest)})
 
 
 def _seal(manifest: Mapping[str, Any]) -> str:
@@ -268,21 +281,39 @@ def read_manifest(path: Path, *, verify: bool = False) -> dict[str, Any]:
     Raises:
         DamagedFolder: no or unreadable manifest, or files that differ from what was written, all of them named.
     """
-    remedy = "`posmask run` makes anew what is lost"
     try:
         text = (path / MANIFEST).read_text(encoding="utf8")
+    except FileNotFoundError:
+        raise DamagedFolder(f"{path} has no {MANIFEST}, so it was never finished: {_REMEDY}") from None
+    except ValueError as error:
+        raise DamagedFolder(f"{path / MANIFEST} cannot be read ({error}): {_REMEDY}") from None
+    manifest = manifest_of(text, path / MANIFEST)
+    if verify and (
+        found := [said for name, entry in manifest["files"].items() if (said := _damage(path, name, entry))]
+    ):
+        raise DamagedFolder(f"{'; '.join(found)}: {_REMEDY}")
+    return manifest
+
+
+def manifest_of(text: str, where: Path | str) -> dict[str, Any]:
+    """What `sealed_manifest` made the text from.
+
+    Args:
+        where: it was read, for the message.
+
+    Raises:
+        DamagedFolder: the text is not what was written.
+    """
+    try:
         manifest = json.loads(text)
         files, _ = manifest["files"], manifest["identity"]
         as_written = as_json(manifest)
         last = list(manifest)[-1]  # Manifests had no seal once: then the files came last.
         if text != as_written or (last != "files" and manifest.pop(_SEAL) != _seal(manifest)):
             raise ValueError("it is not what was written")
-    except FileNotFoundError:
-        raise DamagedFolder(f"{path} has no {MANIFEST}, so it was never finished: {remedy}") from None
+        files.items()
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise DamagedFolder(f"{path / MANIFEST} cannot be read ({error}): {remedy}") from None
-    if verify and (found := [said for name, entry in files.items() if (said := _damage(path, name, entry))]):
-        raise DamagedFolder(f"{'; '.join(found)}: {remedy}")
+        raise DamagedFolder(f"{where} cannot be read ({error}): {_REMEDY}") from None
     return manifest
 
 

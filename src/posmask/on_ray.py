@@ -91,7 +91,7 @@ class Cluster:
         here = NodeAffinitySchedulingStrategy(self._ray.get_runtime_context().get_node_id(), soft=False)
         return self._ray.remote(num_cpus=0, scheduling_strategy=here)(_Board).remote()
 
-    def shards(
+    def compute(
         self,
         tokens: Tokens,
         wanted: list[Contexts],
@@ -99,7 +99,7 @@ class Cluster:
         stored: Stored,
         advance: Callable[[int], None],
     ) -> Iterator[dict[str, Tensor]]:
-        """See `activations.Shards`. No more shards are under way than tasks may run at a time."""
+        """See `activations.ComputeShards`. No more shards are under way than tasks may run at a time."""
         compute = self._task(_compute_shard).options(name=f"harvest {label}")
         everywhere = self._ray.put(tokens)
         under_way: list[Any] = []

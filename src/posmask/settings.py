@@ -21,6 +21,7 @@ from posmask.activations import Stored
 from posmask.errors import BadSetting, PosmaskError
 from posmask.evaluation import EvaluationSettings, growing_name
 from posmask.sae import SparseAutoencoder, read_sae, started_from
+from posmask.store import Store
 
 __all__ = ["CellSettings", "CorpusSettings", "ModelSettings", "StudySettings", "read_study"]
 
@@ -150,6 +151,11 @@ class StudySettings(_Settings):
     """Where model and SAEs compute: cpu, cuda, cuda:1, mps. No part of any identity."""
     track: tracking.Tracker | None = None
     """A tracker that training curves also go to. No part of any identity."""
+    activations: str | None = None
+    """A URL under which harvested vectors are kept, such as s3://BUCKET/PATH; None: in the study's folder. No part of
+    any identity."""
+    activations_cache_gb: float = Field(default=100.0, gt=0)
+    """How much of them may lie in the study's folder at a time, where they are kept elsewhere."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> "StudySettings":
@@ -220,6 +226,12 @@ class StudySettings(_Settings):
                     f"{cell.name} starts from {cell.start}, which leaves no step of its {self.training.n_steps}: name "
                     "an open cell with a smaller steps_share"
                 )
+
+    def store(self, root: Path) -> Store | None:
+        """Where vectors are kept, if not in the study's folder `root`."""
+        if self.activations is None:
+            return None
+        return Store(self.activations, root / "activations" / ".store", round(self.activations_cache_gb * 1e9))
 
     def seeds_of(self, cell: CellSettings) -> tuple[int, ...]:
         return cell.seeds or self.seeds

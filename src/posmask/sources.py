@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from posmask import assets, corpus, folders, kernels, model
-from posmask.activations import Activations, Shards, Stored, harvest
+from posmask.activations import Activations, ComputeShards, Stored, finished_activations, harvest
 from posmask.errors import DamagedFolder
 from posmask.evaluation import Data
 from posmask.probing import topics
@@ -60,11 +60,11 @@ def texts_identity(study: StudySettings) -> dict[str, Any]:
     return {"carriers": carriers, "shares": shares} | ({} if own is None else {"own": content_of(own)})
 
 
-def prepare(study: StudySettings, source: Source, root: Path, shards: Shards | None = None) -> Data:
+def prepare(study: StudySettings, source: Source, root: Path, compute: ComputeShards | None = None) -> Data:
     """Harvest what is missing: training, held-out, order and probe texts, each into a folder of its own.
 
     Args:
-        shards: computes vectors elsewhere; None: here.
+        compute: computes vectors elsewhere; None: here.
     """
     n_positions = study.corpus.n_positions
     shared = {
@@ -72,26 +72,27 @@ def prepare(study: StudySettings, source: Source, root: Path, shards: Shards | N
         "texts": texts_identity(study),
         "n_positions": n_positions,
     }
+    store = study.store(root)
 
     def harvested(
         label: str, what: dict[str, Any], tokens: Callable[[], corpus.Tokens], stored: Stored = "model"
     ) -> Activations:
         made_from = {**shared, **what, "stored": stored}
-        folder = root / "activations" / f"{label}-{folders.identity(made_from)}"
+        place = root / "activations" / f"{label}-{folders.identity(made_from)}"
+        folder = place if store is None else store.folder(place.name)
 
         def there() -> Activations | None:
             with contextlib.suppress(DamagedFolder):  # Then `harvest` says so, and mends it.
-                if folders.finished(folder, made_from):
-                    return Activations(folder)
+                return finished_activations(folder, made_from)
             return None
 
         if (found := there()) is not None:
             return found
-        with folders.claim(folder, wait=True):  # Another process may have made it meanwhile.
+        with folders.claim(place, wait=True):  # Another process may have made it meanwhile.
             found = there()
             if found is None:
-                here = source.loaded if shards is None else None
-                found = harvest(tokens(), here, folder, made_from, label, stored, shards)
+                here = source.loaded if compute is None else None
+                found = harvest(tokens(), here, folder, made_from, label, stored, compute)
             return found
 
     @cache

@@ -76,7 +76,7 @@ def run_study(
     if todo:
         where = nullcontext(engines.Local(n_jobs)) if engine == "local" else on_ray.connected(study, n_jobs)
         with where as made_by:
-            data = prepare(study, source, root, made_by.shards)  # What cannot be prepared has moved nothing yet.
+            data = prepare(study, source, root, made_by.compute)  # What cannot be prepared has moved nothing yet.
             for name in (RESULTS_FILE, VERDICTS_FILE, "report.html"):  # Old numbers must not stand beside new cells.
                 (root / name).unlink(missing_ok=True)
             made_by.make(study, todo, data, root, say)

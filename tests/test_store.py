@@ -1,0 +1,286 @@
+"""Vectors in a store: the bits of the disk, little of them here at a time, and what fails is said and mended."""
+
+import json
+import sys
+import time
+
+import pytest
+import torch
+
+from conftest import N_POSITIONS, make_texts
+from posmask import activations as activations_module
+from posmask import store as store_module
+from posmask.activations import Activations, evaluation_batches, harvest, training_batches
+from posmask.corpus import pack
+from posmask.errors import BadSetting, DamagedFolder, MissingAsset, MissingExtra
+from posmask.folders import identity
+from posmask.settings import read_study
+from posmask.store import Store
+from posmask.study import cell_states, run_study
+from test_parallel import STUDY
+
+MADE_FROM = {"what": "test"}
+ROOM = 10**6
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Ten shards of some 300 tokens, and no waiting."""
+    monkeypatch.setattr(activations_module, "_TOKENS_PER_FORWARD", 128)
+    monkeypatch.setattr(activations_module, "_TOKENS_PER_SHARD", 300)
+    monkeypatch.setattr(store_module, "_FIRST_WAIT", 0.0)
+
+
+@pytest.fixture(scope="session")
+def s3():
+    """The address of a bucket in a store of this process that speaks S3 over loopback."""
+    server_module = pytest.importorskip("moto.server", reason="moto is not installed: pip install -e '.[dev]'")
+    s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed: pip install -e '.[remote]'")
+    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "testing")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        s3fs.S3FileSystem.clear_instance_cache()
+        s3fs.S3FileSystem().mkdir("bucket")
+        yield "s3://bucket/vectors"
+        s3fs.S3FileSystem.clear_instance_cache()
+    server.stop()
+
+
+@pytest.fixture(params=["memory", "file", pytest.param("s3", marks=pytest.mark.slow)])
+def url(request, tmp_path):
+    if request.param == "s3":
+        return f"{request.getfixturevalue('s3')}/{tmp_path.name}"
+    return f"memory://{tmp_path.name}" if request.param == "memory" else f"file://{tmp_path / 'elsewhere'}"
+
+
+@pytest.fixture
+def tokens(tokenizer):
+    return pack(make_texts(200), tokenizer, N_POSITIONS, 3000)
+
+
+@pytest.fixture
+def local(tokens, language_model, tmp_path):
+    return harvest(tokens, language_model, tmp_path / "local", MADE_FROM, "test")
+
+
+def lying(folder):
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def same(one, other):
+    for ours, theirs in zip(one, other, strict=True):
+        for name, tensor in vars(ours).items():
+            assert torch.equal(tensor, getattr(theirs, name)), name
+
+
+def test_a_store_gives_the_bits_of_the_disk_with_little_of_them_here(
+    url, local, tokens, language_model, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(activations_module, "_SHARDS_PER_WINDOW", 3)
+    shard_bytes = max(path.stat().st_size for path in local.folder.glob("*.safetensors"))
+    room = 5 * shard_bytes
+    store = Store(url, tmp_path / "cache", room)
+    most = 0
+
+    def watched(batches):
+        nonlocal most
+        for batch in batches:
+            most = max(most, sum(path.stat().st_size for path in lying(tmp_path / "cache")))
+            yield batch
+
+    found = harvest(tokens, language_model, store.folder("vectors"), MADE_FROM, "test")
+    assert len(local._shards) == len(found._shards) >= 9
+    same(watched(evaluation_batches(found, 100)), evaluation_batches(local, 100))
+    same(watched(training_batches(found, 200, 16, seed=1)), training_batches(local, 200, 16, seed=1))
+    assert 3 * shard_bytes < most <= room
+    for one, other in zip(found.centre_and_scale, local.centre_and_scale, strict=True):
+        assert torch.equal(one, other)
+    # Another process, another machine: it needs neither model nor tokens, and writes nothing there.
+    again = harvest(tokens, None, Store(url, tmp_path / "other", ROOM).folder("vectors"), MADE_FROM, "test")
+    assert again.made_from == local.made_from
+    same(evaluation_batches(again), evaluation_batches(local))
+    assert Store(url, tmp_path / "other", ROOM).folder("vectors").finished({"what": "else"}) is None
+
+
+def test_windows_take_each_token_once_an_epoch_in_a_new_order(local, monkeypatch):
+    whole = torch.cat([batch.vectors for batch in training_batches(local, 100, 29, seed=2)])
+    monkeypatch.setattr(activations_module, "_SHARDS_PER_WINDOW", 3)
+    kept = local.keep.nonzero()[:, 0]
+    random = torch.Generator().manual_seed(0)
+    one, two = local.shuffled(kept, random), local.shuffled(kept, random)
+    assert torch.equal(one.sort().values, kept)
+    assert not torch.equal(one, two)
+    shard = torch.searchsorted(local._ends, one, right=True)
+    first = shard[: len(kept) // 5].unique()
+    assert len(first) <= 3 < len(shard.unique())
+    monkeypatch.setattr(activations_module, "_SHARDS_PER_WINDOW", len(local._shards))
+    assert torch.equal(torch.cat([batch.vectors for batch in training_batches(local, 100, 29, seed=2)]), whole)
+
+
+class Failing:
+    """A file system whose calls of one name fail so many times, or do as they should."""
+
+    def __init__(self, fs, name, times):
+        self._fs, self._name, self.left = fs, name, times
+
+    def __getattr__(self, name):
+        work = getattr(self._fs, name)
+        if name != self._name:
+            return work
+
+        def call(*args, **options):
+            if self.left:
+                self.left -= 1
+                raise OSError("the line is cut")
+            return work(*args, **options)
+
+        return call
+
+
+def test_a_store_that_fails_for_a_while_is_asked_again_and_that_is_said(
+    tokens, language_model, local, tmp_path, capsys
+):
+    store = Store(f"memory://{tmp_path.name}", tmp_path / "cache", ROOM)
+    store._fs = Failing(store._fs, "put_file", 2)
+    found = harvest(tokens, language_model, store.folder("vectors"), MADE_FROM, "test")
+    assert store._fs.left == 0
+    said = capsys.readouterr().err.splitlines()
+    assert (
+        len([line for line in said if "could not write vectors/shard-00000.safetensors (OSError: the line" in line])
+        == 2
+    )
+    assert "try 3 of 6" in said[1]
+    store._fs = Failing(store._fs, "get_file", 1)
+    same(evaluation_batches(found), evaluation_batches(local))
+
+
+def test_a_store_that_fails_for_good_ends_in_a_sentence_and_what_it_has_is_kept(
+    tokens, language_model, local, tmp_path, monkeypatch
+):
+    store = Store(f"memory://{tmp_path.name}", tmp_path / "cache", ROOM)
+    working, n_added = store._fs, 0
+    add = store_module.StoredFolder.add
+
+    def until_the_fourth(folder, *given):
+        nonlocal n_added
+        n_added += 1
+        if n_added == 4:
+            store._fs = Failing(working, "put_file", 100)
+        return add(folder, *given)
+
+    monkeypatch.setattr(store_module.StoredFolder, "add", until_the_fourth)
+    with pytest.raises(MissingAsset, match=r"could not write vectors/shard-00003.* check the address, your rights"):
+        harvest(tokens, language_model, store.folder("vectors"), MADE_FROM, "test")
+    assert lying(tmp_path / "cache") == []
+    assert store.folder("vectors").manifest() is None
+    store._fs, n_added = working, 10
+    found = harvest(tokens, language_model, store.folder("vectors"), MADE_FROM, "test")
+    assert n_added == 10 + len(local._shards) - 3
+    same(evaluation_batches(found), evaluation_batches(local))
+
+
+def test_a_slow_store_is_said(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(store_module, "_SLOW_SECONDS", 0.01)
+    store = Store(f"memory://{tmp_path.name}", tmp_path / "cache", ROOM)
+    monkeypatch.setattr(store, "_fs", Failing(store._fs, "none", 0))
+    put = store._fs._fs.put_file
+    monkeypatch.setattr(store._fs, "put_file", lambda *given: (time.sleep(0.02), put(*given)), raising=False)
+    (tmp_path / "a").write_text("a")
+    store.write("a", tmp_path / "a")
+    assert "is slow: to write a took 0 s" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["flipped", "short", "missing"])
+def test_a_damaged_shard_is_found_and_only_that_is_made_anew(
+    url, tokens, language_model, local, tmp_path, damage, monkeypatch
+):
+    store = Store(url, tmp_path / "cache", ROOM)
+    found = harvest(tokens, language_model, store.folder("vectors"), MADE_FROM, "test")
+    place = f"{store._root}/vectors/shard-00002.safetensors"
+    content = store._fs.cat_file(place)
+    if damage == "missing":
+        store._fs.rm_file(place)
+    else:
+        store._fs.pipe_file(place, content[:-1] if damage == "short" else content[:-1] + bytes([content[-1] ^ 1]))
+    for path in lying(tmp_path / "cache"):
+        path.unlink()
+    if damage == "flipped":  # Its size tells nothing, so it is found when it comes.
+        with pytest.raises(
+            DamagedFolder, match=r"shard-00002.safetensors is missing or not what was written .* removed"
+        ):
+            list(evaluation_batches(Activations(store.folder("vectors"))))
+    with pytest.raises(DamagedFolder, match=r"shard-00002.safetensors missing or not of the size"):
+        store.folder("vectors").manifest()
+    made = []
+    vectors = language_model.vectors
+
+    monkeypatch.setattr(language_model, "vectors", lambda ids: (made.append(len(ids)), vectors(ids))[1])
+    found = harvest(tokens, language_model, store.folder("vectors"), MADE_FROM, "test")
+    assert 0 < sum(made) < 0.2 * len(tokens.id)
+    same(evaluation_batches(found), evaluation_batches(local))
+    assert store._fs.cat_file(place) == content
+
+
+def test_a_damaged_manifest_is_no_finished_folder(tokens, language_model, local, tmp_path):
+    store = Store(f"memory://{tmp_path.name}", tmp_path / "cache", ROOM)
+    harvest(tokens, language_model, store.folder("vectors"), MADE_FROM, "test")
+    place = f"{store._root}/vectors/manifest.json"
+    store._fs.pipe_file(place, store._fs.cat_file(place).replace(b'"bytes": ', b'"bytes": 1', 1))
+    with pytest.raises(DamagedFolder, match=r"manifest.json cannot be read \(it is not what was written\)"):
+        store.folder("vectors").finished(MADE_FROM)
+    found = harvest(tokens, language_model, store.folder("vectors"), MADE_FROM, "test")
+    same(evaluation_batches(found), evaluation_batches(local))
+
+
+def test_a_store_and_the_disk_have_one_identity(tokens, language_model, local, tmp_path):
+    store = Store(f"memory://{tmp_path.name}", tmp_path / "cache", ROOM)
+    harvest(tokens, language_model, store.folder("vectors"), MADE_FROM, "test")
+    manifest = store.folder("vectors").manifest()
+    assert manifest is not None
+    assert manifest["identity"] == identity(local.made_from)
+    for path in local.folder.glob("*.safetensors"):
+        assert store._fs.cat_file(f"{store._root}/vectors/{path.name}") == path.read_bytes()
+
+
+def test_too_little_room_for_random_batches_is_said_before_they_are_drawn(tokens, language_model, tmp_path):
+    store = Store(f"memory://{tmp_path.name}", tmp_path / "cache", 50_000)
+    found = harvest(tokens, language_model, store.folder("vectors"), MADE_FROM, "test")
+    with pytest.raises(
+        BadSetting, match=r"activations_cache_gb allows 5e-05 GB here, but random batches are drawn from"
+    ):
+        next(training_batches(found, 200, 16, seed=1))
+
+
+def test_urls_and_packages_that_are_not_there_are_said(tmp_path, monkeypatch):
+    with pytest.raises(BadSetting, match=r"activations = 'nowhere://x' is no place that fsspec knows"):
+        Store("nowhere://x", tmp_path, ROOM)
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(MissingExtra, match=r"gcsfs.*pip install 'posmask\[remote\]' for s3://"):
+        Store("gs://bucket/x", tmp_path, ROOM)
+
+
+@pytest.mark.slow
+def test_a_study_with_its_vectors_in_a_store_has_the_cells_of_one_without(model_folder, tmp_path):
+    texts, file = tmp_path / "texts.jsonl", tmp_path / "tiny.toml"
+    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in make_texts(1200)))
+    file.write_text(STUDY.replace("MODEL", str(model_folder)).replace("TEXTS", str(texts)))
+    plain = read_study(file)
+    stored = read_study(file, [f"activations=memory://{tmp_path.name}", "activations_cache_gb=0.001"])
+    roots = tmp_path / "plain", tmp_path / "stored"
+    for study, root in zip((plain, stored), roots, strict=True):
+        run_study(study, root, say=lambda text: None)
+    ours, theirs = ((root / "cells" / "slice-seed0" / "sae.safetensors").read_bytes() for root in roots)
+    assert ours == theirs
+    # What one has finished is finished for the other.
+    assert {state for _, state in cell_states(plain, roots[1])} == {"finished"}
+    folders = {path.name for path in (roots[0] / "activations").iterdir()}
+    assert {
+        one.rpartition("/")[2] for one in stored.store(roots[1])._fs.ls(f"/{tmp_path.name}", detail=False)
+    } == folders
+    assert [path.name for path in (roots[1] / "activations").iterdir()] == [".store"]
+    assert sum(path.stat().st_size for path in lying(roots[1] / "activations")) <= 10**6
