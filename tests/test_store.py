@@ -118,6 +118,8 @@ def test_windows_take_each_token_once_an_epoch_in_a_new_order(local, monkeypatch
     shard = torch.searchsorted(local._ends, one, right=True)
     first = shard[: len(kept) // 5].unique()
     assert len(first) <= 3 < len(shard.unique())
+    assert not torch.equal(first, torch.searchsorted(local._ends, two[: len(kept) // 5], right=True).unique())
+    assert int((shard[1:] != shard[:-1]).sum()) > len(kept) // 2  # shards of a window are mixed
     monkeypatch.setattr(activations_module, "_SHARDS_PER_WINDOW", len(local._shards))
     assert torch.equal(torch.cat([batch.vectors for batch in training_batches(local, 100, 29, seed=2)]), whole)
 
