@@ -46,7 +46,7 @@ _SHARDS_PER_WINDOW = 512
 Stored = Literal["model", "float32", "bfloat16", "int8"]
 """Precision of vectors on disk; `model` is that in which the model computes."""
 
-Contexts = list[Int[Tensor, " context"]]
+Contexts = list[Int[Tensor, " _"]]
 """The numbers of the contexts of one shard, in pieces that the model sees together."""
 ComputeShards = Callable[[Tokens, list[Contexts], str, Stored, Callable[[int], None]], Iterator[dict[str, Tensor]]]
 """Computes shards, wherever it does so, in the order asked for: takes tokens, contexts of each shard, label, precision
