@@ -182,7 +182,7 @@ def _name(values: list[dict[str, Any]], width: int, when: str = "") -> None:
     """Put marks' names to their `left` or `right` where they hit no other mark and name: `open`, then the best ones."""
     axes = ("explained variance", "order accuracy")
     xs, ys = ([value[axis] for value in values] for axis in axes)
-    height, letter, line = 330, 6.5, 13  # pixels
+    height, letter, line = 330, 6.5, 12  # pixels
 
     def across(axis: str, pixels: int) -> list[float]:
         """In pixels; the picture reaches as far as the thin lines."""
@@ -198,7 +198,9 @@ def _name(values: list[dict[str, Any]], width: int, when: str = "") -> None:
     def beaten(number: int) -> bool:
         return any(x >= xs[number] and y > ys[number] for x, y in zip(xs, ys, strict=True))
 
-    order = sorted(range(len(values)), key=lambda number: (values[number]["cell"] != "open", beaten(number)))
+    order = sorted(
+        range(len(values)), key=lambda number: (values[number]["cell"] != "open", beaten(number), -ys[number])
+    )
     for number in order:
         values[number] |= {f"left{when}": "", f"right{when}": ""}
         x, y = places[number]
@@ -581,6 +583,7 @@ def _cost(numbers: Numbers, cells: Sequence[str]) -> Figure | None:
     if not values:
         return None
     shown = list(dict.fromkeys(value["cell"] for value in values))
+    known = [what for what in parts if any(value["what"] == what for value in values)]
     return (
         alt.Chart(_data(values))
         .mark_bar()
@@ -591,7 +594,7 @@ def _cost(numbers: Numbers, cells: Sequence[str]) -> Figure | None:
                 "what:N",
                 title=None,
                 legend=alt.Legend(orient="top"),
-                scale=alt.Scale(domain=list(parts), range=[COLOURS[0], COLOURS[4]]),
+                scale=alt.Scale(domain=known, range=[COLOURS[0], COLOURS[4]][: len(known)]),
             ),
             order=alt.Order("what:N", sort="descending"),
             tooltip=[

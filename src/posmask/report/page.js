@@ -315,8 +315,7 @@ class Browser {
       make("div", {}, make("h4", {}, "Probes it serves"), serves.length ? make("table", {}, make("thead", {}, make("tr", {}, ...["probe", "choice", "weight"].map(name => make("th", { scope: "col" }, name)))),
         make("tbody", {}, ...serves.slice(0, 12).map(([probe, choice, weight]) => make("tr", {}, make("td", {}, b.probes[probe]), make("td", {}, String(choice)), make("td", {}, (weight > 0 ? "+" : "−") + Math.abs(weight).toPrecision(2)))))) : make("p", { class: "note" }, "None chose it.")),
       make("div", {}, make("h4", {}, "Nearest in this cell"), this.near(at, true)),
-      make("div", {}, make("h4", {}, "Nearest in other cells"), this.near(at, false)),
-      make("div", {}, make("h4", {}, "The same cell, other seeds"), this.nearSeeds(at)));
+      make("div", {}, make("h4", {}, "Nearest in other cells"), this.near(at, false), make("h4", {}, "The same cell, other seeds"), this.nearSeeds(at)));
     this.detail.replaceChildren(make("h3", {}, `Latent ${b.latent[at]} of ${b.cell}`),
       make("ul", { class: "facts" }, fact("fires on", COLUMNS[1][3](b.firings[at] / b.tokens) + ` of ${b.tokens.toLocaleString("en")} tokens`), fact("position information", digits(b.position_information[at])), fact("retention", digits(b.retention[at])), fact("its chance", digits(b.retention_chance[at])), fact("open at", ranges(row(b.openness, at)).text), fact("largest activation", b.largest[at].toPrecision(3))), parts);
   }
