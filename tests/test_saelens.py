@@ -133,6 +133,18 @@ def test_other_precisions_and_folded_norms(saelens, rule, kind, tmp_path):
     assert theirs.encode(vectors).dtype == torch.float32
 
 
+@pytest.mark.parametrize("rule", ["jumprelu", "gated", "batchtopk"])
+def test_an_object_made_in_another_precision_is_of_it_throughout(saelens, rule):
+    from posmask.interop.saelens import PosmaskSAE, PosmaskSAEConfig, as_saelens
+
+    settings = as_saelens(make_sae("soft", rule=rule), ORIGIN).cfg.to_dict()
+    made = PosmaskSAE(PosmaskSAEConfig.from_dict({**settings, "dtype": "float64"}))
+    kinds = {name: tensor.dtype for name, tensor in made.state_dict().items() if tensor.is_floating_point()}
+    assert any(name.startswith("mask.") for name in kinds)
+    assert any(name.startswith("rule.") for name in kinds)
+    assert set(kinds.values()) == {torch.float64}, kinds
+
+
 def test_norms_that_cannot_be_folded_are_refused_as_saelens_refuses_them(saelens, tmp_path):
     sae = scaled(make_sae("slice"))
     theirs = saelens.SAE.load_from_disk(exported(sae, tmp_path))
