@@ -20,8 +20,7 @@ def verdict(report: str) -> tuple[str, int]:
     if not asked:
         return "Not audited: PyPI's vulnerability data is out of reach.", 0
     lines = [
-        f"{package['name']} {package['version']}: {found['id']}, mended in "
-        f"{', '.join(found['fix_versions']) or 'none yet'}"
+        f"{package['name']} {package['version']}: {found['id']}, mended in {' '.join(found['fix_versions']) or 'none'}"
         for package in asked
         for found in package["vulns"]
     ]

@@ -1,0 +1,49 @@
+"""Runs the tiny study in one place or another; prints a checksum of each file, as `harness.contents` reads it.
+
+python tests/reliability/elsewhere.py MODEL ROOT JOBS TOKENS_PER_SHARD TOKENS_PER_FORWARD
+"""
+
+import hashlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from harness import contents
+from tiny_study import STUDY, put_toy_texts
+
+from posmask import activations, study, training
+from posmask.settings import read_study
+
+# The helpers of a run import this file again, so that what stands here holds for them too.
+MODEL, ROOT = Path(sys.argv[1]), Path(sys.argv[2])
+JOBS, activations._TOKENS_PER_SHARD, activations._TOKENS_PER_FORWARD = map(int, sys.argv[3:])
+os.cpu_count = lambda: 2  # One thread for each of two processes, whatever the machine.
+torch.set_num_threads(1)
+put_toy_texts()
+
+
+def sharing(train):
+    """Its first cell waits for one that the other process makes, so that both have a part in the work."""
+
+    def waiting(*args, **kwargs):
+        over = time.monotonic() + 300
+        while not list(ROOT.glob("cells/*/manifest.json")):
+            assert time.monotonic() < over, "the other process made no cell"
+            time.sleep(0.1)
+        return train(*args, **kwargs)
+
+    return waiting
+
+
+if __name__ == "__main__":
+    if JOBS == 2:
+        training.train = sharing(training.train)
+    path = ROOT.with_suffix(".toml")
+    path.write_text(STUDY.replace("MODEL", str(MODEL)), encoding="utf8")
+    study.run_study(read_study(path), ROOT, lambda text: None, JOBS)
+    print(json.dumps({name: hashlib.sha256(content).hexdigest() for name, content in contents(ROOT).items()}))
