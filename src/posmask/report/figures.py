@@ -198,9 +198,11 @@ def _name(values: list[dict[str, Any]], width: int, when: str = "") -> None:
     def beaten(number: int) -> bool:
         return any(x >= xs[number] and y > ys[number] for x, y in zip(xs, ys, strict=True))
 
-    order = sorted(
-        range(len(values)), key=lambda number: (values[number]["cell"] != "open", beaten(number), -ys[number])
-    )
+    def worth(number: int) -> tuple[bool, bool, float]:
+        worse = beaten(number)
+        return values[number]["cell"] != "open", worse, 0 if worse else -ys[number]
+
+    order = sorted(range(len(values)), key=worth)
     for number in order:
         values[number] |= {f"left{when}": "", f"right{when}": ""}
         x, y = places[number]
