@@ -134,9 +134,9 @@ def trade_off(
         of_cell = numbers[label.removesuffix(f" + {line.pooling}")], numbers[label]
         for own, axis in zip(of_cell, known, strict=True):
             found = own[place[axis]]
-            known_range = found is not None and math.isfinite(found.low)
-            value |= {f"{axis} low": found.low, f"{axis} high": found.high} if known_range else {}
-            value[f"range of {axis}"] = found.interval if known_range else "none"
+            value[f"range of {axis}"] = "none"
+            if found is not None and math.isfinite(found.low):
+                value |= {f"{axis} low": found.low, f"{axis} high": found.high, f"range of {axis}": found.interval}
         values.append(value)
     if not values:
         return None
