@@ -106,6 +106,15 @@ def test_other_work_and_damaged_checkpoints_are_passed_over(activations, tmp_pat
     assert "goes on from its checkpoint after 6 steps" in said
 
 
+def test_what_a_stopped_removal_left_is_removed(tmp_path):
+    checkpoints = Checkpoints(tmp_path, MADE_FROM)
+    for done in (1, 2):
+        checkpoints.write(done, {"a": torch.zeros(1)})
+    (tmp_path / f"{1:09d}" / "manifest.json").unlink()
+    assert Checkpoints(tmp_path, MADE_FROM).done == 2
+    assert [path.name for path in tmp_path.iterdir()] == [f"{2:09d}"]
+
+
 def test_checkpoints_come_as_seldom_as_their_cost_demands(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from posmask.errors import DamagedFolder
-from posmask.folders import finished, read_manifest, remove, write_folder
+from posmask.folders import MANIFEST, finished, read_manifest, remove, write_folder
 from posmask.progress import announce
 
 __all__ = ["Checkpoints"]
@@ -46,6 +46,9 @@ class Checkpoints:
         self._every_seconds = every_seconds
         self._keeps_end = keeps_end
         self._kept: list[Path] = []
+        for path in folder.glob("[0-9]*"):
+            if not (path / MANIFEST).exists():  # Its removal was stopped.
+                remove(path)
         for path in sorted(folder.glob("[0-9]*"), reverse=True):
             if self._is_whole(path):
                 self.done, self._kept = int(path.name), [path]
