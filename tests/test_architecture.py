@@ -29,6 +29,7 @@ LEVELS = [
     ["workbench"],
     ["rates"],
     ["planning", "scaling"],
+    ["terminal"],
     ["cli"],
 ]
 REPORT_MAY_IMPORT = {"errors", "rows", "folders", "summary", "verdicts", "report"}

@@ -11,10 +11,10 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from posmask import cli
 from posmask.cli import app
 from posmask.rows import Row
 from posmask.summary import summarise
+from posmask.terminal import results_table, status_table
 
 ROOT = Path(__file__).parent.parent
 
@@ -93,11 +93,17 @@ def test_the_table_keeps_every_number_at_80_columns_and_in_a_log():
         )
     ]
     log = io.StringIO()
-    Console(file=log, width=80).print(cli._table(summarise(rows)))
+    Console(file=log, width=80).print(results_table(summarise(rows)))
     assert log.getvalue().count("-.123") == 7
     assert ".000" in log.getvalue()  # retention less its chance
     assert not re.search("\x1b|…", log.getvalue())
     assert max(map(len, log.getvalue().splitlines())) <= 80
+
+
+def test_a_damaged_cell_stands_in_the_table_of_states():
+    log = io.StringIO()
+    Console(file=log, width=80).print(status_table([("open-seed0", "finished"), ("open-seed1", "damaged")]))
+    assert log.getvalue().split() == ["cell", "finished", "damaged", "open", "seed", "0", "seed", "1"]
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="asks bash what it completes")

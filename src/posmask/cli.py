@@ -1,24 +1,25 @@
-"""The command line: parses words, calls one function, prints."""
+"""The command line: parses words, calls one function, prints what it gives by `terminal`."""
 
 import sys
-import textwrap
 import time
 import tomllib
-from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
-from rich.table import Table
 from safetensors import SafetensorError
 
 from posmask.errors import DamagedFolder, NothingToDo, PosmaskError
-from posmask.summary import ORDER_KS, PROBE_KS, summarise
-
-if TYPE_CHECKING:
-    from posmask.cells import CellState
-    from posmask.planning import Line, Plan
+from posmask.summary import summarise
+from posmask.terminal import (
+    console,
+    peak_gigabytes,
+    print_forecasts,
+    print_plan,
+    results_table,
+    status_table,
+    verdict_line,
+)
 
 app = typer.Typer(
     help="Train sparse autoencoders with position masks, and measure what tying latents to positions buys.",
@@ -40,7 +41,6 @@ Changes = Annotated[
         show_default=False,
     ),
 ]
-_console = Console()
 
 
 def _cell_names(ctx: typer.Context, incomplete: str) -> list[str]:
@@ -121,14 +121,14 @@ def run(
         print("\nposmask: interrupted; finished folders stay, the same command goes on from them", file=sys.stderr)
         raise typer.Exit(130) from None
     page = report.write_report(root)
-    _console.print(_table(summarise(rows)))
+    console.print(results_table(summarise(rows)))
     from posmask.progress import duration
 
     print(
         f"Order and probing: accuracy of probes on k latents (chance .5), mean over tasks. Peak memory "
-        f"{_peak_gigabytes():.1f} GB{' a process' if jobs > 1 else ''}, {duration(time.perf_counter() - started)}."
+        f"{peak_gigabytes():.1f} GB{' a process' if jobs > 1 else ''}, {duration(time.perf_counter() - started)}."
     )
-    print(_verdict_line(root / "verdicts.csv"))
+    print(verdict_line(root / "verdicts.csv"))
     print(f"The page: {page}")
 
 
@@ -182,21 +182,6 @@ def train_command(
         print(f"{cell} with seed {seed} is trained.{sent} `posmask run {study_file}` evaluates it.")
 
 
-def _verdict_line(path: Path) -> str:
-    from posmask.verdicts import MIN_SEEDS, read_verdicts
-
-    verdicts = read_verdicts(path)
-    if not verdicts:
-        return "Verdicts: none, as the study has no open cell to compare with and asks no questions."
-    count = Counter(verdict.verdict for verdict in verdicts)
-    seeds = min(verdict.n_seeds for verdict in verdicts)
-    needed = f" (a verdict needs {MIN_SEEDS} seeds, here {'is' if seeds == 1 else 'are'} {seeds})"
-    return (
-        f"Verdicts: {count['better']} better, {count['worse']} worse, {count['no evidence']} no evidence"
-        f"{needed if seeds < MIN_SEEDS else ''}; differences with intervals in verdicts.csv and on the page."
-    )
-
-
 @app.command()
 def status(study_file: StudyFile, root: Root = None, changes: Changes = None) -> None:
     """Show which of a study's folders are finished, missing, or made from other settings."""
@@ -206,7 +191,7 @@ def status(study_file: StudyFile, root: Root = None, changes: Changes = None) ->
     settings = read_study(study_file, changes or ())
     root = root or Path("runs") / settings.name
     states = study.cell_states(settings, root)
-    _console.print(_status_table(states))
+    console.print(status_table(states))
     n_finished = sum(state == "finished" for _, state in states)
     rest = "" if n_finished == len(states) else f"; `posmask run {study_file}` does the rest"
     print(f"{n_finished} of {len(states)} finished under {root}{rest}.")
@@ -228,22 +213,6 @@ def verify(
     if damage:
         raise DamagedFolder(f"{len(damage)} of {n_folders} folders are damaged.\n" + "\n".join(damage))
     print(f"All {n_folders} finished folders under {root} are what was written.")
-
-
-def _status_table(states: list[tuple[str, "CellState"]]) -> Table:
-    """A line a cell, its seeds under what they are."""
-    kinds = [kind for kind in ("finished", "missing", "other settings") if any(state == kind for _, state in states)]
-    seeds: dict[str, dict[str, list[str]]] = {}
-    for label, state in states:
-        name, _, seed = label.rpartition("-seed")
-        seeds.setdefault(name or label, {}).setdefault(state, []).append(f"seed {seed}" if name else "yes")
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_edge=False, header_style="bold")
-    table.add_column("cell", overflow="fold")
-    for kind in kinds:
-        table.add_column(kind, overflow="fold")
-    for name, found in seeds.items():
-        table.add_row(name, *(", ".join(found.get(kind, [])).replace(", seed ", ", ") for kind in kinds))
-    return table
 
 
 @app.command("plan")
@@ -276,12 +245,16 @@ def plan_command(
     With --simulate nothing is measured: dictionaries of 65,536 to 16,777,216 latents, trained by data, by latents or
     by position, where each fits, how long it takes and what is dearest, by published rates (docs/scaling.md).
     """
-    from posmask import machines, planning
+    from posmask import machines, planning, scaling
     from posmask.errors import BadSetting
     from posmask.settings import read_study
 
     if simulate and not (study_file is None and changes):
-        _simulate(study_file, changes, gpu or "h100")
+        if study_file is None:
+            jobs = [scaling.Job.of_model(name) for name in scaling.MODELS]
+        else:
+            jobs = [scaling.Job.of_study(read_study(study_file, changes or ()))]
+        print_forecasts(jobs, machines.gpu_named(gpu or "h100"))
         return
     if study_file is None:
         raise BadSetting(
@@ -290,128 +263,7 @@ def plan_command(
     settings = read_study(study_file, changes or ())
     root = root or Path("runs") / settings.name
     machine = None if gpu is None else machines.gpu_named(gpu)
-    plan = planning.plan(settings, root, machine=machine)
-    if plan.n_finished < plan.n_folders:
-        for table in _plan_tables(plan):
-            _console.print(table)
-            _console.print()
-    width = min(_console.width, 100)
-    for line in _plan_lines(plan, root, None if machine is None else machine.name):
-        print(textwrap.fill(line, width, subsequent_indent="  " if line.startswith("- ") else ""))
-
-
-def _simulate(study_file: Path | None, changes: list[str] | None, gpu: str) -> None:
-    from posmask import machines, scaling
-    from posmask.progress import duration
-    from posmask.settings import read_study
-
-    machine = machines.gpu_named(gpu)
-    if study_file is None:
-        jobs = [scaling.Job.of_model(name) for name in scaling.MODELS]
-    else:
-        jobs = [scaling.Job.of_study(read_study(study_file, changes or ()))]
-    width = min(_console.width, 100)
-    for job in jobs:
-        table = _columns("latents")
-        for name in ("GPUs", "divided by", "a GPU holds", "sent a step", "training", "dearest"):
-            table.add_column(name, justify="left" if name in ("divided by", "dearest") else "right", no_wrap=True)
-        harvest = {n: job.harvest(machine, n) for n in scaling.GPU_COUNTS}
-        fits = next(iter(harvest.values()))
-        times = ", ".join(f"{duration(one.seconds)} on {n}" for n, one in harvest.items())
-        apart = "" if fits.fits else ", more than a GPU has, and posmask cannot split it: harvest as if it were split"
-        print(
-            textwrap.fill(
-                f"{job.name}: {_bytes(fits.bytes_held)} of weights{apart}. Harvest of {job.harvested_tokens:,} "
-                f"tokens: {times} GPUs; {_bytes(job.disk_bytes)} on disk, of the {_bytes(machines.NODE_DISK)} that "
-                f"a machine of {machines.GPUS_A_NODE} has.",
-                width,
-            )
-        )
-        for n_latents in scaling.LATENTS:
-            for one in scaling.forecasts(job, machine, n_latents):
-                table.add_row(
-                    f"{n_latents:,}" if (one.n_gpus, one.design) == (1, "data") else "",
-                    str(one.n_gpus) if one.design == "data" else "",
-                    one.design,
-                    _bytes(sum(one.bytes_held.values())),
-                    _bytes(one.bytes_sent),
-                    duration(one.seconds) if one.possible else "–",
-                    one.limit if one.possible else f"{one.limit}: no",
-                )
-        _console.print(table)
-        print()
-    for line in scaling.said(jobs[0], machine):
-        print(textwrap.fill(f"- {line}", width, subsequent_indent="  "))
-
-
-def _bytes(n: float) -> str:
-    """
-    >>> _bytes(9224), _bytes(18.55e12), _bytes(0)
-    ('9.2 kB', '18.6 TB', '0 B')
-    """
-    for unit in ("B", "kB", "MB", "GB"):
-        if n < 1000:
-            return f"{n:.0f} B" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1000
-    return f"{n:,.1f} TB"
-
-
-def _plan_tables(plan: "Plan") -> list[Table]:
-    """What is harvested, and what each cell takes."""
-    harvest = _columns("harvest", "tokens", "time")
-    for line in plan.lines:
-        if line.stage == "harvest":
-            harvest.add_row(line.what, *_tokens_and_time(line))
-    cells = _columns("cell", "trained on,\ntokens", "\ntime", "encoded,\ntokens", "\ntime")
-    for line in plan.lines:
-        if line.stage == "baselines":
-            cells.add_row(line.what, "", "", *_tokens_and_time(line))
-    trained = {line.what: line for line in plan.lines if line.stage == "training"}
-    asked = {line.what: line for line in plan.lines if line.stage == "evaluation"}
-    for name, line in trained.items():
-        cells.add_row(name, *_tokens_and_time(line), *_tokens_and_time(asked[name]))
-    return [harvest, cells]
-
-
-def _columns(first: str, *others: str) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_edge=False, header_style="bold")
-    table.add_column(first, no_wrap=True, vertical="bottom")
-    for name in others:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
-
-
-def _tokens_and_time(line: "Line") -> tuple[str, str]:
-    from posmask.progress import duration
-
-    return (f"{line.tokens:,}", duration(line.seconds)) if line.tokens or line.seconds else ("", "finished")
-
-
-def _plan_lines(plan: "Plan", root: Path, gpu: str | None) -> list[str]:
-    import torch
-
-    from posmask.progress import duration
-
-    finished = (
-        f"{plan.n_folders - 1} cells (each with each seed is one) and the baselines; {plan.n_finished} of "
-        f"{plan.n_folders} folders are finished under {root}"
-    )
-    if plan.n_finished == plan.n_folders:
-        return [f"{finished}: nothing is left to do."]
-    stages = ", ".join(
-        f"{stage} {duration(plan.seconds(stage))}" for stage in ("harvest", "baselines", "training", "evaluation")
-    )
-    threads = torch.get_num_threads()
-    where = f"this machine ({threads} thread{'s' * (threads > 1)})"
-    if gpu is not None:
-        where = f"one {gpu}, its host like {where}"
-    hours = "" if gpu is None else f" That is {plan.seconds() / 3600:.1f} GPU hours, the host's work included."
-    return [
-        f"{finished}.",
-        f"In all {duration(plan.seconds())} on {where}: {stages}.{hours}",
-        f"Disk: {plan.disk_bytes / 1e9:.1f} GB to write. Memory: some {plan.memory_bytes / 1e9:.1f} GB at the peak.",
-        *(f"- {assumption}" for assumption in plan.assumptions),
-    ]
+    print_plan(planning.plan(settings, root, machine=machine), root, None if machine is None else machine.name)
 
 
 @app.command("report")
@@ -542,7 +394,7 @@ def evaluate_command(
 
     settings = read_study(study_file, changes or ())
     root = root or Path("runs") / settings.name
-    _console.print(_table(summarise(study.evaluate_folder(settings, root, folder))))
+    console.print(results_table(summarise(study.evaluate_folder(settings, root, folder))))
     print(f"Written: {root / 'evaluated' / folder.resolve().name}")
 
 
@@ -651,49 +503,6 @@ def doctor() -> None:
         there = (assets.cache_folder() / "carriers" / f"{carrier.package}-{carrier.version}.whl").exists()
         state = "in the cache" if there else f"would be downloaded, {carrier.wheel_megabytes} MB"
         print(f"{carrier.package:<14} {carrier.version}: {carrier.holds} ({state})")
-
-
-def _peak_gigabytes() -> float:
-    import resource
-
-    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)
-
-
-def _number(value: float) -> str:
-    """Three decimals without the leading zero, as wide as the column needs.
-
-    >>> _number(0.826), _number(-0.006), _number(1.0)
-    ('.826', '-.006', '1.000')
-    """
-    return "–" if value != value else f"{value:.3f}".replace("0.", ".", 1)
-
-
-def _table(lines: list) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False, header_style="bold")
-    table.add_column("cell", overflow="fold")  # A long name takes two lines; numbers are never cut.
-    table.add_column("budget", no_wrap=True)
-    heads = [
-        "expl.\nvar.",
-        "CE\nrec.",
-        "ret.−\nchance",
-        *(f"order\nk={k}" for k in ORDER_KS),
-        *(f"probe\nk={k}" for k in PROBE_KS),
-    ]
-    for name in heads:
-        table.add_column(name, justify="right", no_wrap=True)
-    for line in lines:
-        # A cell's own numbers stand once, on its first line.
-        overall = ["" if line.pooling != "mean" else _number(line.overall[name]) for name in _OVERALL]
-        numbers = [
-            *line.order.values(),
-            *line.probing.values(),
-        ]
-        table.add_row(line.label, line.budget, *overall, *(_number(value) for value in numbers))
-    return table
-
-
-_OVERALL = ("explained_variance", "ce_recovered", "retention_gain")
 
 
 if __name__ == "__main__":
