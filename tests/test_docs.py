@@ -25,6 +25,7 @@ from posmask import mask_kinds
 from posmask.cli import app
 from posmask.rows import read_rows
 from posmask.settings import read_study
+from posmask.terminal import slurm_line
 from test_wheel import STUDY
 
 ROOT = Path(__file__).parents[1]
@@ -260,3 +261,8 @@ def test_the_tutorial_runs_and_its_stored_pictures_are_of_this_version(tmp_path,
 
     assert shown(run) == shown(stored)
     assert shown(stored)[1] == 2
+
+
+def test_the_line_for_slurm_is_the_one_that_the_plan_prints():
+    shown = example("docs/cluster.md", "srun --nodes 2").replace("\\\n", "").split()
+    assert shown == slurm_line(Path("STUDY.toml")).split()

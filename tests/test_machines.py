@@ -59,6 +59,7 @@ def test_the_gemma_study_is_planned_for_a_gpu_that_is_not_here_without_its_model
     for words in (
         "27 cells", "on one A100 80 GB SXM", "GPU hours", "training texts 20,000,000", "312 TFLOP/s", "2,039 GB/s",
         "40% reached in the model", "assumed, not measured", "On it: some 7 GB", "Disk: 111.6 GB",
+        "under Slurm, a cell at a time: srun --nodes 2",
     ):  # fmt: skip
         assert words in said, words
     assert not (tmp_path / "none").exists()

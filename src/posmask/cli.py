@@ -17,6 +17,7 @@ from posmask.terminal import (
     print_forecasts,
     print_plan,
     results_table,
+    slurm_line,
     status_table,
     verdict_line,
 )
@@ -264,6 +265,8 @@ def plan_command(
     root = root or Path("runs") / settings.name
     machine = None if gpu is None else machines.gpu_named(gpu)
     print_plan(planning.plan(settings, root, machine=machine), root, None if machine is None else machine.name)
+    if machine is not None:
+        print(f"On several, under Slurm, a cell at a time:\n  {slurm_line(study_file)}")
 
 
 @app.command("report")

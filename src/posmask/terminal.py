@@ -25,6 +25,7 @@ __all__ = [
     "print_forecasts",
     "print_plan",
     "results_table",
+    "slurm_line",
     "status_table",
     "verdict_line",
 ]
@@ -198,6 +199,14 @@ def print_plan(plan: "planning.Plan", root: Path, gpu: str | None) -> None:
     width = min(console.width, 100)
     for line in _plan_lines(plan, root, gpu):
         print(textwrap.fill(line, width, subsequent_indent="  " if line.startswith("- ") else ""))
+
+
+def slurm_line(study_file: Path) -> str:
+    """How Slurm starts the processes that train a cell together, see docs/cluster.md."""
+    return (
+        "srun --nodes 2 --ntasks-per-node 1 torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint "
+        f'"$HOSTNAME:29500" -m posmask.cli train {study_file} CELL --by data'
+    )
 
 
 def _plan_lines(plan: "planning.Plan", root: Path, gpu: str | None) -> list[str]:
