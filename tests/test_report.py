@@ -538,7 +538,7 @@ def test_learned_masks_without_snapshots_are_named(tmp_path):
     shutil.rmtree(cell)
     page = write_report(tmp_path)
     text = page.read_text(encoding="utf8")
-    assert "1 learned masks were trained without recording how they changed (soft)" in text
+    assert "How learned masks changed in training was not recorded for soft: only" in text
     assert "block-chart-snapshots" not in text
     assert "block-chart-learned" in text
 

@@ -174,6 +174,7 @@ def train_command(
             if not leads:
                 quiet.enter_context(contextlib.redirect_stderr(nowhere))
             together = study.train_together(settings, root, cell, seed, by)
+        dist.barrier()  # The first still writes its checkpoint, and needs no others that hang up meanwhile.
     finally:
         dist.destroy_process_group()
     if leads:

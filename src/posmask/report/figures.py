@@ -478,8 +478,8 @@ def _snapshots(learned: Sequence[CellFolder], warnings: list[str]) -> Figure | N
                 )
     if without:
         warnings.append(
-            f"{len(without)} learned masks were trained without recording how they changed ({', '.join(without[:4])}"
-            f"{' …' if len(without) > 4 else ''}): only cells trained anew have that picture."
+            f"How learned masks changed in training was not recorded for {', '.join(without[:4])}"
+            f"{' …' if len(without) > 4 else ''}: only cells trained anew have that picture."
         )
     if not values:
         return None

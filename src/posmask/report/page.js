@@ -356,7 +356,7 @@ class Browser {
     const cosines = row(own ? b.near_own_cosine : b.near_cosine, at);
     const lines = [...row(ids, at)].map((latent, place) => {
       const cell = own ? Number(this.cells.value) : b.near_cell[at * b.near_cell.width + place], here = own ? this.place.get(latent) : null;
-      const where = own && here !== undefined ? "open at " + ranges(row(b.openness, here)).text : own ? "not kept here" : facts.latents[cell].cell;
+      const where = own && here !== undefined ? `open at ${ranges(row(b.openness, here)).text}`.replace("at everywhere", "everywhere") : own ? "not kept here" : facts.latents[cell].cell;
       return make("tr", {}, make("td", {}, make("button", { type: "button", onclick: () => browse(1 - this.number, cell, latent) }, "latent " + latent)), make("td", {}, where), make("td", {}, digits(cosines[place], 2)));
     });
     const about = own ? `${b.twins[at]} others of this cell point nearly the same way (cosine above .7): ${b.twins[at] ? "the feature exists more than once" : "it exists once"}.` : "The nearest one of each other cell of this seed, cosine of decoder rows.";

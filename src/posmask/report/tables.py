@@ -98,7 +98,13 @@ def number(value: float, digits: int = 3) -> str:
 
 
 def signed(value: float) -> str:
-    return number(value) if value < 0 or math.isnan(value) else f"+{number(value)}"
+    """A difference, with a digit more where it would read as none.
+
+    >>> signed(0.0374), signed(0.00044)
+    ('+.037', '+.0004')
+    """
+    text = number(value, 4 if 0 < abs(value) < 0.0005 else 3)
+    return text if value < 0 or math.isnan(value) else f"+{text}"
 
 
 def study_table(study: Study) -> StudyTable:
