@@ -47,15 +47,9 @@ EXAMPLES = {
     ("README.md", "import posmask"): "test_the_readme_way_in_from_python",
     ("README.md", "src/posmask/"): "a tree of files",
     ("docs/index.md", "make run"): "timed by hand, as the README says",
-    (
-        "docs/cluster.md",
-        "posmask run STUDY.toml --engine ray",
-    ): "test_workers_and_a_node_die_and_the_results_are_those_of_one_process",
+    ("docs/cluster.md", "posmask run STUDY.toml --engine ray"): "tests/test_on_ray.py runs it on a cluster of its own",
     ("docs/cluster.md", "torchrun --nproc-per-node 4"): "test_several_processes_train_a_cell_that_a_run_evaluates",
-    (
-        "docs/cluster.md",
-        "pip install 'posmask[remote]'",
-    ): "test_a_study_with_its_vectors_in_a_store_has_the_cells_of_one_without",
+    ("docs/cluster.md", "pip install 'posmask[remote]'"): "tests/test_store.py runs it with a store of its own",
     ("docs/cluster.md", "srun --nodes 2"): "needs Slurm and two nodes; the page says that it was not run",
     ("docs/devices.md", "posmask run STUDY.toml --set device=cuda"): "test_a_device_is_set_from_the_command_line",
     ("docs/own-mask.md", "from typing import Literal"): "test_own_mask",
