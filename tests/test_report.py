@@ -8,7 +8,9 @@ import json
 import math
 import re
 import shutil
+import socket
 import threading
+import time
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
@@ -600,6 +602,19 @@ def test_the_server_answers_this_machine_alone_and_stays_in_its_folder(served, t
         assert status(path, f"127.0.0.1:{served}") == 404, path
     with pytest.raises(DamagedFolder, match=r"report DIR --all"):
         page_server(tmp_path)
+
+
+def test_a_reader_who_leaves_meanwhile_is_no_error(served, tmp_path, capfd):
+    (tmp_path / "all" / "large").write_bytes(bytes(30_000_000))
+    for _ in range(3):
+        with socket.create_connection(("127.0.0.1", served)) as leaving:
+            leaving.sendall(f"GET /large HTTP/1.1\r\nHost: 127.0.0.1:{served}\r\n\r\n".encode())
+            leaving.recv(1000)
+    connection = http.client.HTTPConnection("127.0.0.1", served)
+    connection.request("GET", "/")
+    assert connection.getresponse().status == 200
+    time.sleep(0.2)
+    assert capfd.readouterr().err == ""
 
 
 # In Chromium: what a reader does.

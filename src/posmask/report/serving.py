@@ -1,6 +1,7 @@
 """Serves the folder of a page with all latents, to this machine alone."""
 
 import http.server
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,10 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
 
     def list_directory(self, path: Any) -> Any:
         self.send_error(404)
+
+    def copyfile(self, source: Any, outputfile: Any) -> None:
+        with suppress(ConnectionError):  # The browser has gone to another page.
+            super().copyfile(source, outputfile)
 
     def end_headers(self) -> None:
         self.send_header("Cache-Control", "no-store")
