@@ -145,6 +145,7 @@ def test_what_cannot_be_simulated_is_said(words, message):
     result = CliRunner().invoke(app, words)
     assert isinstance(result.exception, BadSetting)
     assert message in str(result.exception)
+    assert result.output == ""
 
 
 def bench():

@@ -111,6 +111,7 @@ def print_forecasts(jobs: "list[Job]", machine: "Machine") -> None:
     """What each job takes on 1 to 512 GPUs, and the assumptions."""
     from posmask import machines, scaling
 
+    machine.link_rate(2)  # One without links is refused before anything is printed.
     width = min(console.width, 100)
     for job in jobs:
         table = _columns("latents")
