@@ -70,7 +70,8 @@ class Job:
     """What is to be done, with every dictionary.
 
     Args:
-        below, weights: a model's parameters up to the site, and all of them.
+        below: a model's parameters up to the site.
+        weights: all of its parameters.
         n_groups: groups of positions that share no latent, for masks that bind every latent to one.
         k: active latents a token.
     """
