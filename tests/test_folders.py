@@ -157,3 +157,23 @@ def test_a_folder_is_claimed_by_one_process_at_a_time_and_its_end_ends_the_claim
     other.join()
     with folders.claim(path, wait=True) as mine:
         assert mine
+
+
+def test_what_a_kill_left_in_the_midst_of_a_part_is_gone_when_the_folder_is_finished(tmp_path):
+    path = tmp_path / "harvest"
+
+    def killed(file):
+        file.write_bytes(b"one")
+        file.with_name(".tmpXyZ").write_bytes(b"half of two, as safetensors would call it")
+
+    def stopped():
+        with write_in_parts(path, MADE_FROM) as parts:
+            parts.add("one", killed)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    with write_in_parts(path, MADE_FROM) as parts:
+        assert "one" in parts
+        parts.add("two", lambda file: file.write_bytes(b"two"))
+    assert {file.name for file in path.iterdir()} == {"one", "two", "manifest.json"}

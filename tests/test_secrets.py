@@ -59,13 +59,18 @@ for words, code in (
 def test_no_secret_is_printed_written_or_sent(tmp_path):
     home = tmp_path / "home"
     home.mkdir()
-    with stand_in() as (address, files):
+    with stand_in() as hub:
         environment = os.environ | SECRETS
-        environment |= {"HF_ENDPOINT": address, "HF_HOME": str(home / "hf"), "HOME": str(home), "WANDB_MODE": "offline"}
+        environment |= {
+            "HF_ENDPOINT": hub.address,
+            "HF_HOME": str(home / "hf"),
+            "HOME": str(home),
+            "WANDB_MODE": "offline",
+        }
         command = [sys.executable, "-c", f"TESTS = {str(TESTS)!r}\n{COMMANDS}", str(tmp_path)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         assert done.returncode == 0, done.stdout + done.stderr
-        pushed = {f"hub/{path}": content for path, content in files["user/new"].items()}
+        pushed = {f"hub/{path}": content for path, content in (hub.files["user/new"] | hub.storage).items()}
     written = {str(path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert any("wandb" in name for name in written)
     assert "hub/README.md" in pushed

@@ -237,6 +237,7 @@ def test_two_jobs_make_what_one_makes(tmp_path):
     two = 'cells=[{name = "open", mask = {kind = "open"}}, {name = "cut", mask = {kind = "slice", n_slices = 8}}]'
     changes = [
         two, "questions=[]", "corpus.training_tokens=20000", "corpus.heldout_tokens=20000", "training.n_steps=10",
+        "evaluation.decay_shares=[0, 0.5, 1]",
         'evaluation.order_tasks=["chronology"]', 'evaluation.probe_datasets=["ag_news"]', "sae.d_sae=512",
     ]  # fmt: skip
     settings = read_study(Path(__file__).parents[1] / "studies" / "quick.toml", changes)

@@ -107,6 +107,9 @@ class Parts:
                 pass
         if not self.files:
             shutil.rmtree(draft, ignore_errors=True)
+        for file in draft.glob("*"):  # What a kill left of a file that was being written has a name of its own.
+            if file.name not in (*self.files, _PARTS, MANIFEST):
+                file.unlink()
 
     def __contains__(self, name: str) -> bool:
         return name in self.files
