@@ -115,6 +115,17 @@ def test_what_a_stopped_removal_left_is_removed(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [f"{2:09d}"]
 
 
+def test_a_checkpoint_that_was_to_be_removed_when_a_kill_came_is_removed_by_the_next_process(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, MADE_FROM)
+    for done in (1, 2):
+        checkpoints.write(done, {"a": torch.zeros(1)})
+    monkeypatch.setattr(checkpoints_module, "remove", lambda path: None)  # killed after the last one was written
+    checkpoints.write(3, {"a": torch.zeros(1)})
+    monkeypatch.undo()
+    assert Checkpoints(tmp_path, MADE_FROM).done == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{2:09d}", f"{3:09d}"]
+
+
 def test_checkpoints_come_as_seldom_as_their_cost_demands(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])

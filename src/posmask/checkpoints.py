@@ -49,10 +49,13 @@ class Checkpoints:
         for path in folder.glob("[0-9]*"):
             if not (path / MANIFEST).exists():  # Its removal was stopped.
                 remove(path)
-        for path in sorted(folder.glob("[0-9]*"), reverse=True):
+        there = sorted(folder.glob("[0-9]*"), reverse=True)
+        for number, path in enumerate(there):
             if self._is_whole(path):
                 self.done, self._kept = int(path.name), [path]
                 announce(f"{folder.name} goes on from its checkpoint after {self.done:,} steps.")
+                for other in there[number + 2 :]:  # A kill came between the last one and this.
+                    remove(other)
                 break
         self._expected = 0.0
         self._cost: float | None = None  # of the last one, seconds; None before the first

@@ -164,7 +164,7 @@ class Stage:
 
 def assert_same(found: dict[str, bytes], expected: dict[str, bytes], what: str) -> None:
     names = [name for name in {**found, **expected} if found.get(name) != expected.get(name)]
-    assert not names, f"{what}: other bytes in {names}"
+    assert not names, f"{what}: other bytes in, or only on one side, {names}"
 
 
 def stages(folder: Path) -> list[Stage]:
