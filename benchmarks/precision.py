@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from posmask import assets, corpus, folders, kernels, model
 from posmask.activations import Activations, Stored, _as_stored, evaluation_batches, harvest, training_batches
-from posmask.choosing import Precision
+from posmask.kernels import Precision
 from posmask.mask_kinds import make_mask, mask_settings
 from posmask.sae import SparseAutoencoder
 from posmask.settings import StudySettings, read_study

@@ -16,8 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from posmask import assets, corpus
-from posmask.kernels import keep_freed_memory
-from posmask.model import fast_precision
+from posmask.kernels import fast_precision, keep_freed_memory
 from posmask.progress import progress_bar
 from posmask.seeds import generator
 

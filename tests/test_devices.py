@@ -107,7 +107,13 @@ def test_the_other_device_is_one(other_device):
 
 
 SETTINGS = TrainingSettings(
-    n_steps=12, batch_tokens=256, learning_rate=5e-3, dead_after_eligible_tokens=300, aux_k=4, mask_learning_rate=0.05
+    n_steps=12,
+    batch_tokens=256,
+    learning_rate=5e-3,
+    dead_after_eligible_tokens=300,
+    aux_k=4,
+    mask_learning_rate=0.05,
+    precision="float32",  # auto would differ between the devices
 )
 
 

@@ -10,7 +10,21 @@ import torch
 from pydantic import Field
 
 from conftest import make_texts, train_on
-from posmask import assets, cells, corpus, engines, evaluation, folders, mask_kinds, masks, rows, rules, sources, study
+from posmask import (
+    assets,
+    cells,
+    corpus,
+    engines,
+    evaluation,
+    folders,
+    kernels,
+    mask_kinds,
+    masks,
+    rows,
+    rules,
+    sources,
+    study,
+)
 from posmask.errors import BadSetting, PosmaskError
 from posmask.interop.saelens_files import export_saelens, import_saelens
 from posmask.latents import LATENT_WORDS_FILE, LATENTS_FILE
@@ -708,3 +722,25 @@ def test_an_untrained_sae_gets_no_numbers(study_file, tmp_path):
         sae.encoder.zero_()
     with pytest.raises(PosmaskError, match="the SAE codes 0 latents a token"):
         cells.evaluate(sae, torch.zeros(32).bool(), data, "test")
+
+
+@pytest.mark.parametrize("fast", ["float32", "bfloat16"])
+def test_forced_bfloat16_is_reported_with_its_cost_and_the_precision_is_in_the_manifest(
+    model_folder, tmp_path, texts, monkeypatch, fast
+):
+    monkeypatch.setattr(kernels, "fast_precision", lambda device="cpu": fast)
+    monkeypatch.setattr(kernels, "bfloat16_slowdown", lambda: 5.78)
+    text = STUDY.replace("MODEL", str(model_folder)).replace("[training]", '[training]\nprecision = "bfloat16"')
+    text = text.partition('[[cells]]\nname = "slice-compute"')[0]
+    file = tmp_path / "study.toml"
+    file.write_text(text)
+    lines: list[str] = []
+    study.run_study(read_study(file), tmp_path / "run", lines.append)
+    warnings = [line for line in lines if "bfloat16" in line]
+    assert len(warnings) == (fast == "float32")
+    if warnings:
+        assert "training.precision" in warnings[0]
+        assert "5.8 times" in warnings[0]
+        assert "'auto'" in warnings[0]
+    manifest = json.loads((tmp_path / "run" / "cells" / "open-seed0" / "manifest.json").read_text())
+    assert manifest["training_precision"] == "bfloat16"

@@ -14,6 +14,7 @@ from posmask.errors import BadSetting, DamagedFolder
 from posmask.evaluation import Data, baselines, decay, evaluate
 from posmask.interop import saebench
 from posmask.probing import topics
+from posmask.rules import make_rule
 from posmask.sae import WEIGHTS_FILE, SparseAutoencoder, read_origin, read_sae, restate_, write_sae
 from posmask.settings import MODEL_CELL, CellSettings, StudySettings
 from posmask.sources import Source, texts_identity
@@ -191,7 +192,7 @@ def fill(study: StudySettings, place: Place, data: Data, baseline: list[rows.Row
         baseline: the rows of the baselines, which come first.
     """
     cell = place.cell
-    with folders.write_folder(place.folder, place.made_from, versions=_versions()) as draft:
+    with folders.write_folder(place.folder, place.made_from, **_manifest_facts(study, place)) as draft:
         if cell is None:
             found = baselines(data)
             columns = {"mask": "none", "budget": "", "apply": ""}
@@ -241,8 +242,15 @@ def fill(study: StudySettings, place: Place, data: Data, baseline: list[rows.Row
     kernels.give_back_freed_memory()
 
 
-def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in ("posmask", "torch", "transformers", "numpy")}
+def _manifest_facts(study: StudySettings, place: Place) -> dict[str, Any]:
+    """What the manifest records beside the identity: package versions and, for cells, the precision of training."""
+    facts: dict[str, Any] = {
+        "versions": {name: importlib.metadata.version(name) for name in ("posmask", "torch", "transformers", "numpy")}
+    }
+    if place.cell is not None:
+        rule = make_rule(study.sae.rule, study.width(place.cell))
+        facts["training_precision"] = training.product_precision(study.training, rule, study.device)
+    return facts
 
 
 def read_start(folder: Path, d_model: int) -> SparseAutoencoder:

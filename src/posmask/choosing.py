@@ -7,7 +7,7 @@ machine; on other devices the same comes from torch operations.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numba
 import numpy as np
@@ -23,14 +23,10 @@ __all__ = [
     "Entries",
     "LargestOfBatch",
     "LargestOfToken",
-    "Precision",
     "choose",
     "in_group_order",
     "pieces",
 ]
-
-Precision = Literal["float32", "bfloat16"]
-"""In which precision products with the dictionary are made; see `training.TrainingSettings.precision`."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +117,7 @@ def choose(
     openness: Tensor,
     choice: Choice,
     *,
-    precision: Precision = "float32",
+    precision: kernels.Precision = "float32",
     among: Tensor | None = None,
 ) -> Entries:
     """The entries that `choice` takes by openness * relu(x . encoder + bias), among those live at each token's place.

@@ -489,7 +489,7 @@ def doctor() -> None:
     import os
     import platform
 
-    from posmask import assets, kernels, model
+    from posmask import assets, kernels
 
     for package in ("posmask", "torch", "transformers", "numba", "numpy", "scikit-learn"):
         print(f"{package:<14} {importlib.metadata.version(package)}")
@@ -500,7 +500,7 @@ def doctor() -> None:
     print(
         f"{'products':<14} float32 {rates['float32']:.0f} GFLOP/s ({exact}), bfloat16 {rates['bfloat16']:.0f} GFLOP/s"
     )
-    print(f"{'precision':<14} auto means {model.fast_precision()} here")
+    print(f"{'precision':<14} auto means {kernels.fast_precision()} here")
     print(f"{'cache':<14} {assets.cache_folder()}")
     for carrier in assets.CARRIERS:
         there = (assets.cache_folder() / "carriers" / f"{carrier.package}-{carrier.version}.whl").exists()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from posmask import assets
 from posmask.errors import BadSetting, DamagedFolder, MissingAsset
 from posmask.folders import file_sha256, finished, identity, read_manifest, write_folder
-from posmask.kernels import fast_float32
+from posmask.kernels import Precision, fast_float32
 from posmask.progress import announce
 
 __all__ = [
@@ -30,7 +30,6 @@ __all__ = [
     "check_device",
     "convert_gguf",
     "embedded_model_folder",
-    "fast_precision",
     "load_model",
     "load_outline",
     "load_tokenizer",
@@ -54,7 +53,6 @@ _EMBEDDED_SHAPE = {
     "tie_word_embeddings": True,
 }
 
-ModelPrecision = Literal["float32", "bfloat16"]
 Site = Literal["residual_after", "residual_before", "attention", "mlp"]
 
 
@@ -292,19 +290,6 @@ _DEVICES: dict[str, Callable[[], int]] = {
 }
 
 
-def fast_precision(device: str = "cpu") -> ModelPrecision:
-    """bfloat16 where the processor, or the device, multiplies it natively, else float32."""
-    if device.startswith("cuda"):
-        return "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
-    if device != "cpu":
-        return "float32"
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf8")
-    except OSError:
-        return "float32"
-    return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
-
-
 def model_folder(name: str, *, local_only: bool = False) -> str:
     """What transformers should load for a model's name: the folder of one that is converted, or the name itself.
 
@@ -353,7 +338,7 @@ def _converted(gguf: Path) -> Path:
 def load_model(
     name: str,
     layer: int,
-    precision: ModelPrecision,
+    precision: Precision,
     *,
     site: Site = "residual_after",
     device: str = "cpu",

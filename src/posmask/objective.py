@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from posmask import kernels
-from posmask.choosing import Choice, LargestOfToken, Precision, choose, in_group_order, pieces
+from posmask.choosing import Choice, LargestOfToken, choose, in_group_order, pieces
 from posmask.rules import Coded
 from posmask.sae import Codes, SparseAutoencoder
 
@@ -184,7 +184,7 @@ def fast_gradients(
     *,
     dead: Bool[Tensor, " latent"] | None = None,
     aux_k: int = 0,
-    precision: Precision = "float32",
+    precision: kernels.Precision = "float32",
     loss_tokens: int | None = None,
     details: bool = True,
 ) -> StepLoss:
@@ -274,7 +274,7 @@ def _as_they_came(found: StepLoss, order: Tensor) -> StepLoss:
     )
 
 
-def _through_entries(work: _Work, dead: Tensor | None, aux_k: int, precision: Precision) -> StepLoss:
+def _through_entries(work: _Work, dead: Tensor | None, aux_k: int, precision: kernels.Precision) -> StepLoss:
     sae, n = work.sae, len(work.inputs)
     training_choice = sae.rule.training_choice()
     assert training_choice is not None
@@ -323,7 +323,7 @@ class _Chosen:
     value: Tensor
 
 
-def _choose(work: _Work, choice: Choice, precision: Precision, among: Tensor | None = None) -> _Chosen:
+def _choose(work: _Work, choice: Choice, precision: kernels.Precision, among: Tensor | None = None) -> _Chosen:
     sae = work.sae
     found = choose(
         work.inputs,
@@ -401,7 +401,7 @@ class _ParameterGradients:
         sae.decoder_bias.grad = bias_gradient - self._unmasked_bias @ sae.encoder
 
 
-def _through_blocks(work: _Work, precision: Precision, details: bool) -> StepLoss:
+def _through_blocks(work: _Work, precision: kernels.Precision, details: bool) -> StepLoss:
     sae, mask, n = work.sae, work.sae.mask, len(work.inputs)
     for parameter in (sae.encoder, sae.encoder_bias, sae.decoder, sae.decoder_bias, *sae.rule.parameters()):
         parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()

@@ -111,8 +111,8 @@ def n_segments(study: StudySettings) -> tuple[int, int]:
     return study.evaluation.order_segments, int(corpus.growing_segments(study.corpus.n_positions)[-1]) + 1
 
 
-def precision_of(study: StudySettings) -> model.ModelPrecision:
-    return model.fast_precision(study.device) if study.model.precision == "auto" else study.model.precision
+def precision_of(study: StudySettings) -> kernels.Precision:
+    return kernels.fast_precision(study.device) if study.model.precision == "auto" else study.model.precision
 
 
 _NOTHING = Linear(0.0, 0.0)
@@ -261,7 +261,8 @@ def _shape_elsewhere(
     mask = mask_kinds.make_mask(shape.mask, study.corpus.n_positions, shape.width)
     n_live = float(mask.live()[1:].sum(1).mean())
     k = getattr(study.sae.rule, "k", None)
-    tokens, precision = study.training.batch_tokens, study.training.precision
+    tokens = study.training.batch_tokens
+    precision = "bfloat16" if study.training.precision == "auto" else study.training.precision
     step = machine.step_seconds(d_model, shape.width, n_live, k, tokens, precision)
     encode = machine.encode_seconds(d_model, n_live, k or _ACTIVE, "float32")
     return Linear(0.0, step + tokens * reading), encode + reading
@@ -288,7 +289,7 @@ def _random_tokens(n_contexts: int, n_positions: int, n_vocabulary: int) -> corp
 class _Noise(model.LanguageModel):
     """Stands in for a model: vectors of its size, at no cost."""
 
-    def __init__(self, d_model: int, precision: model.ModelPrecision) -> None:
+    def __init__(self, d_model: int, precision: kernels.Precision) -> None:
         self.d_model = d_model
         self._dtype = getattr(torch, precision)
         self._random = generator(0, "plan")

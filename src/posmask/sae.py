@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from posmask import kernels
-from posmask.choosing import Precision, choose, in_group_order, pieces
+from posmask.choosing import choose, in_group_order, pieces
 from posmask.errors import BadSetting, DamagedFolder
 from posmask.mask_kinds import make_mask, mask_settings
 from posmask.masks import Copies, LiveGroup, PositionMask
@@ -172,7 +172,7 @@ class SparseAutoencoder(nn.Module):
         *,
         lift: bool = False,
         beyond: Literal["refuse", "clamp"] = "refuse",
-        precision: Precision = "float32",
+        precision: kernels.Precision = "float32",
     ) -> Codes:
         """The same codes as `encode`, found without computing what is closed or zero.
 

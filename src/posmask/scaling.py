@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from posmask import model, parallel
+from posmask import kernels, model, parallel
 from posmask.activations import bytes_a_token
 from posmask.errors import BadSetting
 from posmask.machines import DISK_RATE, GPUS_A_NODE, NODE_MEMORY, Machine
@@ -87,8 +87,8 @@ class Job:
     n_groups: int = 64
     k: int = 64
     stored: Literal["float32", "bfloat16", "int8"] = "int8"
-    model_precision: model.ModelPrecision = "bfloat16"
-    precision: model.ModelPrecision = "bfloat16"
+    model_precision: kernels.Precision = "bfloat16"
+    precision: kernels.Precision = "bfloat16"
 
     @classmethod
     def of_model(cls, name: str) -> "Job":
@@ -126,7 +126,7 @@ class Job:
             k,
             precision if asked.stored == "model" else asked.stored,
             precision,
-            study.training.precision,
+            study.training.precision if study.training.precision != "auto" else "bfloat16",
         )
 
     @property

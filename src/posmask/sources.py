@@ -24,10 +24,10 @@ class Source:
     """The model a study reads vectors from, loaded only when something must be harvested."""
 
     def __init__(self, settings: ModelSettings, device: str = "cpu") -> None:
-        precision = model.fast_precision(device) if settings.precision == "auto" else settings.precision
+        precision = kernels.fast_precision(device) if settings.precision == "auto" else settings.precision
         self._settings = settings
         self._device = device
-        self._precision: model.ModelPrecision = precision
+        self._precision: kernels.Precision = precision
 
     @cached_property
     def layer(self) -> int:

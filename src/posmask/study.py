@@ -68,6 +68,7 @@ def run_study(
     if engine == "local":
         model.check_device(study.device)
     check_tracker(study.track)
+    _warn_of_slow_precision(study, say)
     source = Source(study.model, study.device)
     places = places_of(study, source, root)
     todo = [place for place in places if state_of(place, verify=True) != "finished"]
@@ -90,6 +91,18 @@ def run_study(
     with folders.replacing(root / VERDICTS_FILE) as beside:
         verdicts.write_verdicts(beside, _verdicts(study, places))
     return results
+
+
+def _warn_of_slow_precision(study: StudySettings, say: Callable[[str], None]) -> None:
+    """Report settings that force bfloat16 where auto would not take it, with the slowdown measured on this CPU."""
+    forced = [name for name in ("model", "training") if getattr(study, name).precision == "bfloat16"]
+    if study.device != "cpu" or not forced or kernels.fast_precision() == "bfloat16":
+        return
+    names = " and ".join(f"{name}.precision" for name in forced)
+    say(
+        f"{names} = 'bfloat16', which this CPU does not multiply natively: a product takes "
+        f"{kernels.bfloat16_slowdown():.1f} times as long as in float32. Set precision to 'auto'."
+    )
 
 
 def _verdicts(study: StudySettings, places: list[Place]) -> list[verdicts.Verdict]:
@@ -201,7 +214,7 @@ def look_at_latents(study: StudySettings, root: Path, say: Callable[[str], None]
         manifest = folders.read_manifest(place.folder, verify=True)
         sae = read_sae(place.folder).to(study.device)
         _, facts = evaluate(sae, None, data, place.label)
-        kept = {key: manifest[key] for key in manifest.keys() - {"identity", "made_from", "files"}}
+        kept = {key: value for key, value in manifest.items() if key not in ("identity", "made_from", "files")}
         with (
             folders.claim(place.folder, wait=True),
             folders.write_folder(place.folder, place.made_from, **kept) as draft,

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, UInt8
@@ -15,11 +16,11 @@ from torch import Tensor, nn
 from posmask import kernels, objective
 from posmask.activations import Batch
 from posmask.checkpoints import Checkpoints
-from posmask.choosing import Precision
 from posmask.errors import DegenerateResult
 from posmask.masks import Copies, Observed, PositionMask, moments
 from posmask.progress import progress_bar
 from posmask.rows import write_records
+from posmask.rules import ActivationRule
 from posmask.sae import SparseAutoencoder, copy_latents_
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "MaskSnapshots",
     "Trained",
     "TrainingSettings",
+    "product_precision",
     "rows_of_latents",
     "train",
     "write_curve",
@@ -60,11 +62,18 @@ class TrainingSettings(BaseModel):
     """A latent is dead when it has not fired on this many tokens at which it was open."""
     aux_k: int = Field(default=32, ge=0)
     """How many dead latents reconstruct the error on each token, to be revived; 0 leaves them dead."""
-    precision: Precision = "float32"
-    """Of the products with the dictionary; bfloat16 is faster where the processor has it. With rules that choose few
-    latents (topk, batchtopk, matryoshka) it only decides which, and may take another where two are within half a
-    percent; all values and gradients stay float32. With the others (relu, jumprelu, gated) codes, reconstruction and
-    gradients carry its rounding."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the products with the dictionary. With rules that choose few latents (topk, batchtopk, matryoshka) bfloat16
+    affects only the choice, which may differ where two pre-activations are within half a percent; values and
+    gradients stay float32. With the others (relu, jumprelu, gated) codes, reconstruction and gradients carry its
+    rounding. auto: bfloat16 where the CPU or GPU multiplies it natively and only the choice depends on it."""
+
+
+def product_precision(settings: TrainingSettings, rule: ActivationRule, device: str) -> kernels.Precision:
+    """The precision that `settings.precision` stands for on a device."""
+    if settings.precision != "auto":
+        return settings.precision
+    return kernels.fast_precision(device) if rule.training_choice() is not None else "float32"
 
 
 @dataclass(frozen=True)
@@ -230,6 +239,7 @@ def train(
         fused=True,
     )
     highest = [group["lr"] for group in optimizer.param_groups]
+    precision = product_precision(settings, sae.rule, sae.encoder.device.type)
     deaths = DeadLatents(sae, settings.dead_after_eligible_tokens)
     curve: list[CurvePoint] = []
     snapshots = MaskSnapshots(sae.mask, settings.n_steps)
@@ -262,7 +272,7 @@ def train(
                 batch.counted(sae.mask.settings.coordinate),
                 dead=deaths.dead,
                 aux_k=settings.aux_k,
-                precision=settings.precision,
+                precision=precision,
                 loss_tokens=settings.batch_tokens,
                 details=sae.mask.watches,
             )
