@@ -11,7 +11,7 @@ LEVELS = [
     ["errors"],
     ["rows", "seeds", "progress", "bootstrap"],
     ["folders"],
-    ["assets", "checkpoints", "kernels", "masks", "intervals", "store", "summary", "texts", "verdicts"],
+    ["record", "assets", "checkpoints", "kernels", "masks", "intervals", "store", "summary", "texts", "verdicts"],
     ["model", "corpus", "machines"],
     ["choosing"],
     ["mask_kinds", "rules", "activations"],
@@ -32,7 +32,7 @@ LEVELS = [
     ["terminal"],
     ["cli"],
 ]
-REPORT_MAY_IMPORT = {"errors", "rows", "folders", "summary", "verdicts", "report"}
+REPORT_MAY_IMPORT = {"errors", "rows", "folders", "record", "summary", "verdicts", "report"}
 PACKAGE = Path(posmask.__file__).parent
 
 

@@ -23,9 +23,10 @@ from safetensors.torch import save_file
 
 from conftest import D_SAE, N_POSITIONS, batch_of, make_sae, make_vectors
 from posmask.errors import DamagedFolder
-from posmask.folders import write_folder
+from posmask.folders import read_manifest, write_folder
 from posmask.latents import LatentFacts
 from posmask.metrics.specialization import PositionMass
+from posmask.record import StudyRecord, write_record
 from posmask.report import page_server, write_paper_figures, write_report, write_report_folder
 from posmask.report.browser import shown_word
 from posmask.rows import Measure, Row, Units, read_units, write_rows, write_units
@@ -129,7 +130,14 @@ def write_study(root, cells=(("open", "open"), ("hard", "hard"), ("soft", "soft"
         Verdict("hard", "open", "explained_variance", -0.1, -0.2, -0.05, 0.01, 3, 2, "worse"),
     ]
     write_verdicts(root / "verdicts.csv", made)
+    write_study_record(root, cells[0][0])
     return root
+
+
+def write_study_record(root, baseline="open"):
+    cells = [path.parent for path in root.glob("cells/*/manifest.json")]
+    identities = {cell.name: read_manifest(cell)["identity"] for cell in cells}
+    write_record(root, StudyRecord("toy", baseline, identities))
 
 
 @pytest.fixture(scope="module")
@@ -410,6 +418,7 @@ def test_strictness_curves_are_means_of_rows(tmp_path):
     cells = (("open", "open"), ("leak-1", "hard"), ("leak-2", "hard"), ("leak-3", "hard"))
     rows = [row for name, kind in cells for row in write_cell(tmp_path, name, kind, latents=False)]
     write_rows(tmp_path / "results.csv", rows)
+    write_study_record(tmp_path)
     spec = json.loads(block(write_report(tmp_path), "chart-strictness"))
     metrics = {
         "explained variance": "explained_variance|",

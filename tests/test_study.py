@@ -9,9 +9,8 @@ import pytest
 import torch
 from pydantic import Field
 
-from conftest import make_texts, train_on
+from conftest import STUDY, train_on
 from posmask import (
-    assets,
     cells,
     corpus,
     engines,
@@ -29,83 +28,13 @@ from posmask.errors import BadSetting, PosmaskError
 from posmask.interop.saelens_files import export_saelens, import_saelens
 from posmask.latents import LATENT_WORDS_FILE, LATENTS_FILE
 from posmask.metrics.in_model import WindowMass
-from posmask.probing import order_tasks, topics
+from posmask.probing import topics
 from posmask.report import write_report
 from posmask.sae import read_sae
 from posmask.settings import read_study
 from posmask.verdicts import LEVEL, read_verdicts
 
 SECONDS = ("train_seconds", "evaluate_seconds")  # What a clock says, and nothing else, differs between equal runs.
-STUDY = """
-name = "tiny"
-seeds = [0]
-[model]
-name = "MODEL"
-layer = 2
-precision = "float32"
-[corpus]
-n_positions = 16
-training_tokens = 1500
-heldout_tokens = 1500
-tables = ["words"]
-[sae]
-d_sae = 32
-rule = { kind = "topk", k = 4 }
-[training]
-n_steps = 20
-batch_tokens = 256
-learning_rate = 5e-3
-[evaluation]
-retention_positions = 4
-shift_texts = 40
-shift_windows = 4
-model_contexts = 8
-order_tasks = ["toy_order"]
-order_train_groups = 30
-order_test_groups = 10
-order_segments = 4
-probe_datasets = ["toy"]
-probe_train = 40
-probe_test = 10
-ks = [1, 5, 20]
-[[cells]]
-name = "open"
-mask = { kind = "open" }
-[[cells]]
-name = "slice-compute"
-mask = { kind = "slice", n_slices = 4 }
-budget = "compute"
-decay = true
-[[questions]]
-cell = "slice-compute"
-against = "open + segments4"
-"""
-
-
-@pytest.fixture
-def texts(monkeypatch):
-    """Two toy tables in the place of the embedded ones, a toy dataset and a toy order task made from them."""
-    table = [(text, str(i % 2)) for i, text in enumerate(make_texts(1200, n_words=14))]
-    monkeypatch.setattr(assets, "read_table", lambda name: table)
-    monkeypatch.setitem(topics.DATASETS, "toy", {"even": ("words", "0"), "odd": ("words", "1")})
-
-    def swapped(random, split):
-        groups = []
-        for text, _ in table:
-            words = text.split()
-            if corpus.split_of(text) == split and words[0] != words[-1]:
-                groups.append((text, " ".join([words[-1], *words[1:-1], words[0]])))
-        return iter(groups[:100]), iter(groups[100:])
-
-    recipe = order_tasks.OrderRecipe(swapped, "Which end is first?", ("swapped", "intact"), "text", ())
-    monkeypatch.setitem(order_tasks.ORDER_TASKS, "toy_order", recipe)
-
-
-@pytest.fixture
-def study_file(tmp_path, model_folder, texts):
-    path = tmp_path / "tiny.toml"
-    path.write_text(STUDY.replace("MODEL", str(model_folder)))
-    return path
 
 
 def run(path, root):

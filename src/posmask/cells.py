@@ -14,6 +14,7 @@ from posmask.errors import BadSetting, DamagedFolder
 from posmask.evaluation import Data, baselines, decay, evaluate
 from posmask.interop import saebench
 from posmask.probing import topics
+from posmask.record import check_identity
 from posmask.rules import make_rule
 from posmask.sae import WEIGHTS_FILE, SparseAutoencoder, read_origin, read_sae, restate_, write_sae
 from posmask.settings import MODEL_CELL, CellSettings, StudySettings
@@ -55,6 +56,7 @@ class Place:
     folder: Path
     made_from: dict[str, Any]
     start: Path | None = None  # the folder of the SAE that the cell starts from
+    start_identity: str | None = None  # of that folder, where it is a cell of the study
 
     @property
     def label(self) -> str:
@@ -79,22 +81,28 @@ def results_origin(study: StudySettings, source: Source) -> dict[str, Any]:
 
 def places_of(study: StudySettings, source: Source, root: Path) -> list[Place]:
     shared = results_origin(study, source)
-    places = [Place(None, 0, root / BASELINES, shared)]
     training_part = study.model_dump(mode="json", include={"sae", "training"})
-    names = [cell.name for cell in study.cells]
+    by_name = {cell.name: cell for cell in study.cells}
+
+    def made_from_of(cell: CellSettings, seed: int) -> dict[str, Any]:
+        own = cell.model_dump(mode="json", exclude={"seeds"})
+        return {**shared, **training_part, "cell": own, "seed": seed}
+
+    places = [Place(None, 0, root / BASELINES, shared)]
     for cell in study.cells:
         for seed in study.seeds_of(cell):
-            own = cell.model_dump(mode="json", exclude={"seeds"})
-            made_from = {**shared, **training_part, "cell": own, "seed": seed}
-            start = cell.start_folder
+            made_from = made_from_of(cell, seed)
+            start, start_identity = cell.start_folder, None
             if start is not None:
                 made_from["start"] = checked_start(start, source.made_from)
             elif cell.start is not None:
-                # Where the cell it starts from would be made anew, so must it be.
-                origin = study.cells[names.index(cell.start)]
+                # A cell is recomputed when the cell that it starts from is.
+                origin = by_name[cell.start]
                 start = root / "cells" / f"{cell.start}-seed{seed}"
+                start_identity = folders.identity(made_from_of(origin, seed))
                 made_from["start"] = origin.model_dump(mode="json", exclude={"decay", "seeds"})
-            places.append(Place(cell, seed, root / "cells" / f"{cell.name}-seed{seed}", made_from, start))
+            folder = root / "cells" / f"{cell.name}-seed{seed}"
+            places.append(Place(cell, seed, folder, made_from, start, start_identity))
     return places
 
 
@@ -138,7 +146,8 @@ def untrained(study: StudySettings, place: Place, data: Data) -> tuple[SparseAut
         sae = study.make_sae(place.cell, data.training.d_model, place.seed)
         sae.center, sae.scale = data.training.centre_and_scale
         return sae.to(study.device), 0
-    started, origin = read_start(place.start, data.training.d_model), read_origin(place.start)
+    started = read_start(place.start, data.training.d_model, place.start_identity)
+    origin = read_origin(place.start)
     if "imported" in origin:  # Else with the constants that its weights were made for.
         restate_(started, *data.training.centre_and_scale)
     sae = study.start_sae(place.cell, started, place.seed)
@@ -253,8 +262,15 @@ def _manifest_facts(study: StudySettings, place: Place) -> dict[str, Any]:
     return facts
 
 
-def read_start(folder: Path, d_model: int) -> SparseAutoencoder:
-    if (folder / folders.MANIFEST).exists():  # An SAE that a user brings may have none.
+def read_start(folder: Path, d_model: int, identity: str | None = None) -> SparseAutoencoder:
+    """The SAE that a cell starts from.
+
+    Args:
+        identity: that the folder must have; None for an SAE from outside the study.
+    """
+    if identity is not None:
+        check_identity(folder, identity)
+    elif (folder / folders.MANIFEST).exists():  # An SAE that a user brings may have none.
         folders.read_manifest(folder, verify=True)
     sae = read_sae(folder)
     if sae.d_model != d_model:
@@ -313,6 +329,12 @@ def write_saebench(
     saebench.write_eval_output(path, output)
 
 
-def rows_in(folder: Path) -> list[rows.Row]:
-    folders.read_manifest(folder, verify=True)
+def rows_in(folder: Path, identity: str) -> list[rows.Row]:
+    """The rows of a finished folder with this identity.
+
+    Raises:
+        BadSetting: it was made from other settings.
+        DamagedFolder: it is not what was written.
+    """
+    check_identity(folder, identity)
     return rows.read_rows(folder / "rows.csv")

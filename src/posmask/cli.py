@@ -207,12 +207,14 @@ def verify(
     Names what is damaged and ends with exit code 2; `posmask run` makes anew only that.
     """
     from posmask.folders import damage_under
+    from posmask.record import misplaced
 
     n_folders, damage = damage_under(root)
+    damage = list(dict.fromkeys([*damage, *misplaced(root)]))
     if not n_folders:
         raise NothingToDo(f"{root} holds no finished folder: give the folder of a study, such as runs/quick")
     if damage:
-        raise DamagedFolder(f"{len(damage)} of {n_folders} folders are damaged.\n" + "\n".join(damage))
+        raise DamagedFolder(f"{len(damage)} of {n_folders} folders are damaged or misplaced.\n" + "\n".join(damage))
     print(f"All {n_folders} finished folders under {root} are what was written.")
 
 

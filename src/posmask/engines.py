@@ -3,19 +3,26 @@
 An engine gives `compute`, which computes vectors, and `make`, which fills the folders of cells.
 """
 
+import ctypes
 import multiprocessing
+import os
+import signal
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from multiprocessing import connection
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
-from posmask import folders, kernels
+from posmask import folders, kernels, rows
 from posmask.activations import ComputeShards
 from posmask.cells import BASELINES, Place, fill, places_of, rows_in, state_of
 from posmask.evaluation import Data
+from posmask.record import check_listed, read_record
 from posmask.settings import StudySettings
 from posmask.sources import Source, prepare
 
@@ -62,13 +69,19 @@ def needs(place: Place, root: Path, missing: set[Path]) -> bool:
 
 def make_anew(study: StudySettings, place: Place, data: Data, root: Path, say: Callable[[str], None]) -> None:
     """Fill one folder unless it is finished; whoever calls holds its claim. What stands in its place is set aside."""
+    check_listed(root, place.label, place.made_from)
     state = state_of(place, verify=True)
     if state in ("other settings", "damaged"):
         moved = folders.set_aside(place.folder, root / "stale")
         why = "was made from other settings" if state == "other settings" else "is damaged"
         say(f"{place.label} {why}: moved to {moved}.")
     if state != "finished":
-        fill(study, place, data, [] if place.cell is None else rows_in(root / BASELINES))
+        baseline: list[rows.Row] = []
+        if place.cell is not None:
+            record = read_record(root)
+            assert record is not None
+            baseline = rows_in(root / BASELINES, record.folders[BASELINES])
+        fill(study, place, data, baseline)
 
 
 def _share(study: StudySettings, todo: list[Place], data: Data, root: Path, say: Callable[[str], None]) -> None:
@@ -108,7 +121,26 @@ def _helpers(study: StudySettings, root: Path, n_helpers: int, n_threads: int) -
             helper.join()
 
 
+def _end_with_parent() -> None:
+    """Let this process end when its parent does, however that ends.
+
+    On Linux the kernel sees to it, even while a compiled loop holds the interpreter; elsewhere a thread does.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    if sys.platform == "linux":
+        set_death_signal = 1  # PR_SET_PDEATHSIG of linux/prctl.h
+        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
+
+
 def _help(study: StudySettings, root: Path, n_threads: int, log: Path) -> None:
+    _end_with_parent()
     with log.open("w", buffering=1) as file, redirect_stdout(file), redirect_stderr(file), kernels.threads(n_threads):
         kernels.keep_freed_memory()
         source = Source(study.model, study.device)

@@ -24,9 +24,10 @@ from posmask.cells import (
     untrained,
     write_saebench,
 )
-from posmask.errors import BadSetting
+from posmask.errors import BadSetting, DamagedFolder
 from posmask.evaluation import evaluate
 from posmask.latents import LATENTS_FILE
+from posmask.record import STUDY_FILE, StudyRecord, read_record, write_record
 from posmask.sae import read_sae
 from posmask.settings import StudySettings
 from posmask.sources import Source, prepare
@@ -78,14 +79,15 @@ def run_study(
         where = nullcontext(engines.Local(n_jobs)) if engine == "local" else on_ray.connected(study, n_jobs)
         with where as made_by:
             data = prepare(study, source, root, made_by.compute)  # What cannot be prepared has moved nothing yet.
-            for name in (RESULTS_FILE, VERDICTS_FILE, "report.html"):  # Old numbers must not stand beside new cells.
-                (root / name).unlink(missing_ok=True)
+            _begin(study, places, root, anew=True)
             made_by.make(study, todo, data, root, say)
+    else:
+        _begin(study, places, root, anew=False)
     for place in places:
         for checkpoint in place.checkpoints.glob("*"):
             folders.remove(checkpoint)
         shutil.rmtree(place.checkpoints, ignore_errors=True)
-    results = [row for place in places for row in rows_in(place.folder)]
+    results = [row for place in places for row in rows_in(place.folder, folders.identity(place.made_from))]
     with folders.replacing(root / RESULTS_FILE) as beside:
         rows.write_rows(beside, results)
     with folders.replacing(root / VERDICTS_FILE) as beside:
@@ -103,6 +105,27 @@ def _warn_of_slow_precision(study: StudySettings, say: Callable[[str], None]) ->
         f"{names} = 'bfloat16', which this CPU does not multiply natively: a product takes "
         f"{kernels.bfloat16_slowdown():.1f} times as long as in float32. Set precision to 'auto'."
     )
+
+
+def _begin(study: StudySettings, places: list[Place], root: Path, *, anew: bool) -> None:
+    """Let the run folder belong to this study; results that would not match its cells are removed.
+
+    Args:
+        anew: whether cells will be made.
+    """
+    record = StudyRecord(
+        study.name, study.baseline, {place.label: folders.identity(place.made_from) for place in places}
+    )
+    with folders.claim(root / "cells" / STUDY_FILE, wait=True):  # Several processes may begin the same study.
+        try:
+            changed = read_record(root) != record
+        except DamagedFolder:
+            changed = True
+        if anew or changed:
+            for name in (RESULTS_FILE, VERDICTS_FILE, "report.html"):
+                (root / name).unlink(missing_ok=True)
+        if changed:
+            write_record(root, record)
 
 
 def _verdicts(study: StudySettings, places: list[Place]) -> list[verdicts.Verdict]:
@@ -189,12 +212,13 @@ def evaluate_folder(
             found, facts = evaluate(sae, None, data, name)
             facts.write(draft, data.tokenizer)
             if study.evaluation.probe_datasets:
-                write_saebench(draft / SAEBENCH_FILE, study, place, found, rows_in(baseline.folder))
+                llm = rows_in(baseline.folder, folders.identity(baseline.made_from))
+                write_saebench(draft / SAEBENCH_FILE, study, place, found, llm)
             mask = sae.mask.settings
             columns = {"cell": name, "mask": mask.kind, "budget": "", "apply": mask.apply, "seed": 0}
             rows.write_rows(draft / "rows.csv", [rows.Row.of(measure, **columns) for measure in found])
             rows.write_units(draft / UNITS_FILE, found)
-    return rows_in(place.folder) + rows_in(baseline.folder)
+    return [row for one in (place, baseline) for row in rows_in(one.folder, folders.identity(one.made_from))]
 
 
 def look_at_latents(study: StudySettings, root: Path, say: Callable[[str], None] = print) -> int:

@@ -59,7 +59,11 @@ Figure = alt.TopLevelMixin
 
 
 def figures(
-    rows: Sequence[Row], study_tables: Sequence[StudyTable], pictured: Sequence[CellFolder], warnings: list[str]
+    rows: Sequence[Row],
+    study_tables: Sequence[StudyTable],
+    pictured: Sequence[CellFolder],
+    baselines: Sequence[str],
+    warnings: list[str],
 ) -> dict[str, Figure]:
     """Every chart for which the study has the numbers, by its name on the page."""
     numbers = Numbers(rows)
@@ -82,7 +86,7 @@ def figures(
         "position": _by_position(numbers, cells, "explained_variance", "explained variance"),
         "l0": _by_position(numbers, cells, "l0", "L0: active latents a token"),
         "loss": _by_position(numbers, cells, "ce_recovered", "cross-entropy recovered"),
-        "strictness": _strictness([line for line, _ in named]),
+        "strictness": _strictness([line for line, _ in named], baselines),
         "decay": _decay(numbers, cells),
         "shift": _shift_split(numbers, cells),
         "curves": _training(told),
@@ -323,10 +327,10 @@ def _shift_split(numbers: Numbers, cells: Sequence[str]) -> Figure | None:
     )
 
 
-def _strictness(lines: Sequence[Line]) -> Figure | None:
+def _strictness(lines: Sequence[Line], baselines: Sequence[str]) -> Figure | None:
     """What masks cost and give from strict to open: each family of cells against how open its masks are in the mean.
 
-    Cells named FAMILY-NUMBER make a family, at least three of them; None where there is none. The open cell is a dotted
+    Cells named FAMILY-NUMBER make a family, at least three of them; None where there is none. The baseline is a dotted
     line across.
     """
     families: dict[str, list[Line]] = {}
@@ -337,7 +341,7 @@ def _strictness(lines: Sequence[Line]) -> Figure | None:
     families = {name: members for name, members in families.items() if len(members) >= 3}
     if not families:
         return None
-    baseline = next((line for line in lines if line.mask == "open" and line.pooling == "mean"), None)
+    baseline = next((line for line in lines if line.label in baselines), None)
     charts = []
     for title, value_of in (
         ("explained variance", lambda line: line.overall["explained_variance"]),

@@ -411,7 +411,7 @@ json("page").then(async found => {
   $$("[data-pick]").forEach(button => button.addEventListener("click", () => pick({ all: facts.cells, none: [], first: facts.picked }[button.dataset.pick])));
   if ($("#compare-a")) {
     for (const id of ["#compare-a", "#compare-b"]) { $(id).append(...Object.keys(facts.numbers).map(label => make("option", {}, label))); $(id).addEventListener("change", compare); }
-    const labels = Object.keys(facts.numbers); $("#compare-b").value = labels.find(label => label === "open" || label.endsWith(": open")) ?? labels[0];
+    const labels = Object.keys(facts.numbers); $("#compare-b").value = labels.find(label => facts.baselines.includes(label)) ?? labels[0];
     $("#compare-a").value = labels.find(label => label !== $("#compare-b").value) ?? labels[0];
     compare();
     $("#compare-latents")?.addEventListener("click", async () => {

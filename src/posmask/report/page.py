@@ -73,7 +73,7 @@ def _charts(studies: Sequence[Study]) -> tuple[dict[str, figures.Figure], list[t
     own = [tables.study_table(study) for study in studies]
     rows = [row for study in studies for row in study.rows]
     pictured = [cell for study in studies for cell in study.pictured]
-    return figures.figures(rows, own, pictured, studies[0].warnings), own
+    return figures.figures(rows, own, pictured, _baselines(studies), studies[0].warnings), own
 
 
 def _page(studies: Sequence[Study], n_latents: int | None) -> tuple[dict[str, Any], dict[str, bytes]]:
@@ -104,6 +104,7 @@ def _page(studies: Sequence[Study], n_latents: int | None) -> tuple[dict[str, An
             **{f"probing k={k}": 9 + place for place, k in enumerate((1, 5))},
         },
         "cells": cells,
+        "baselines": _baselines(studies),
         "picked": _picked(studies, cells),
         "latents": browsed.cells,
         "colours": figures.COLOURS,
@@ -148,6 +149,10 @@ def _page(studies: Sequence[Study], n_latents: int | None) -> tuple[dict[str, An
         "model_cell": MODEL_CELL,
     }
     return page, blocks
+
+
+def _baselines(studies: Sequence[Study]) -> list[str]:
+    return [study.baseline for study in studies if study.baseline is not None]
 
 
 def _zipped(text: str) -> bytes:

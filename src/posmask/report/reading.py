@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from posmask.errors import DamagedFolder
 from posmask.folders import identity, read_manifest
+from posmask.record import STUDY_FILE, StudyRecord, read_record
 from posmask.rows import Row, Units, parse_slice, read_rows, read_units
 from posmask.verdicts import Verdict, read_verdicts
 
@@ -40,6 +41,8 @@ class Study:
     verdicts: list[Verdict]
     cells: list[CellFolder]
     warnings: list[str]
+    baseline: str | None
+    """The cell that the others are compared with."""
 
     @property
     def seeds(self) -> list[int]:
@@ -48,11 +51,6 @@ class Study:
     @property
     def n_saes(self) -> int:
         return len({(row.cell, row.seed) for row in self.rows if row.mask != "none"})
-
-    @property
-    def baseline(self) -> str | None:
-        """The first cell whose mask is open, which the others are compared with."""
-        return next((row.cell for row in self.rows if row.mask == "open"), None)
 
     @property
     def in_order(self) -> list[CellFolder]:
@@ -140,6 +138,7 @@ def _renamed(study: Study, name: str) -> Study:
         [replace(one, label=of(one.label), against=of(one.against)) for one in study.verdicts],
         [replace(cell, cell=of(cell.cell)) for cell in study.cells],
         [f"{name}: {warning}" for warning in study.warnings],
+        None if study.baseline is None else of(study.baseline),
     )
 
 
@@ -150,38 +149,26 @@ def _read_study(root: Path) -> Study:
             f"{root} holds neither results.csv nor cells: give the folder of a study that `posmask run` has begun"
         )
     warnings: list[str] = []
-    cells: list[CellFolder] = []
-    for path in sorted(path for path in folder.glob("*") if path.is_dir()) if folder.is_dir() else []:
-        if path.name.startswith("."):
-            continue
-        name, _, seed = path.name.rpartition("-seed")
-        try:
-            manifest = read_manifest(path, verify=True)
-            cells.append(CellFolder(name, int(seed), path, manifest))
-        except (DamagedFolder, ValueError, OSError) as error:
-            said = str(error).replace(f"{root}/", "")  # A page travels; the path of this machine need not.
-            warnings.append(f"cell {path.name} is left out of pictures and latents: {said}.")
-    n_drafts = len(list(folder.glob(".*.draft-*"))) if folder.is_dir() else 0
-    if n_drafts:
-        warnings.append(
-            f"Unfinished cells: {n_drafts}. They are being made, or died half-way; `posmask run` makes them anew."
-        )
-    if not cells:
-        warnings.append("No finished cell lies in this folder: there are no pictures of masks, no curves, no latents.")
+    record = _record(root, warnings)
+    cells = _cells(root, record, warnings)
     rows = _tolerant(read_rows, results, warnings)
     if rows is None:
         rows = [row for cell in cells for row in _tolerant(read_rows, cell.path / "rows.csv", warnings) or []]
-        baselines = root / "baselines" / "rows.csv"
-        if baselines.is_file():
-            rows = [*(_tolerant(read_rows, baselines, warnings) or []), *rows]
+        rows = [*_baseline_rows(root, record, warnings), *rows]
         warnings.append(f"Numbers are those of the {len(cells)} finished cells; `posmask run` writes results.csv.")
+    if record is not None:
+        rows = [row for row in rows if row.mask == "none" or f"{row.cell}-seed{row.seed}" in record.folders]
     made = {(cell.cell, cell.seed) for cell in cells}
     missing = {(row.cell, row.seed) for row in rows if row.mask != "none"} - made
     if missing and cells:
-        named = ", ".join(f"{cell}-seed{seed}" for cell, seed in sorted(missing)[:6])
-        more = f" and {len(missing) - 6} more" if len(missing) > 6 else ""
-        warnings.append(f"Without a readable folder, so in the tables only: {named}{more}.")
-    verdicts = _tolerant(read_verdicts, root / "verdicts.csv", warnings) or []
+        named = _first_few([f"{cell}-seed{seed}" for cell, seed in sorted(missing)])
+        warnings.append(f"Without a readable folder, so in the tables only: {named}.")
+    known = {row.cell for row in rows}
+    verdicts = [
+        verdict
+        for verdict in _tolerant(read_verdicts, root / "verdicts.csv", warnings) or []
+        if {label.partition(" + ")[0] for label in (verdict.label, verdict.against)} <= known
+    ]
     n_nan = sum(math.isnan(row.value) for row in rows if "position" not in parse_slice(row.slice))
     if n_nan:
         warnings.append(f"{n_nan} numbers of results.csv are NaN; they show as – and are in no mean.")
@@ -191,7 +178,81 @@ def _read_study(root: Path) -> Study:
             f"{len(changed)} cells were written by another version of posmask, whose numbers may be defined otherwise "
             f"({changed[0].path.name} first)."
         )
-    return Study(root.resolve().name, root, rows, verdicts, cells, warnings)
+    baseline = None if record is None else record.baseline
+    return Study(root.resolve().name, root, rows, verdicts, cells, warnings, baseline)
+
+
+def _record(root: Path, warnings: list[str]) -> StudyRecord | None:
+    try:
+        record = read_record(root)
+    except DamagedFolder as error:
+        warnings.append(f"{str(error).replace(f'{root}/', '')}.")
+        return None
+    if record is None:
+        warnings.append(
+            f"{STUDY_FILE} is missing, so folders cannot be compared with the study's settings and no cell is the "
+            "baseline; `posmask run` writes it."
+        )
+    return record
+
+
+def _cells(root: Path, record: StudyRecord | None, warnings: list[str]) -> list[CellFolder]:
+    """The finished cells of the study; the others under `root/cells` are named in warnings."""
+    folder = root / "cells"
+    cells: list[CellFolder] = []
+    not_listed, other_settings = [], []
+    for path in sorted(path for path in folder.glob("*") if path.is_dir()) if folder.is_dir() else []:
+        if path.name.startswith("."):
+            continue
+        if record is not None and path.name not in record.folders:
+            not_listed.append(path.name)
+            continue
+        name, _, seed = path.name.rpartition("-seed")
+        try:
+            manifest = read_manifest(path, verify=True)
+            if record is not None and manifest["identity"] != record.folders[path.name]:
+                other_settings.append(path.name)
+            else:
+                cells.append(CellFolder(name, int(seed), path, manifest))
+        except (DamagedFolder, ValueError, OSError) as error:
+            reason = str(error).replace(f"{root}/", "")  # A page travels; the path of this machine need not.
+            warnings.append(f"cell {path.name} is left out of pictures and latents: {reason}.")
+    if not_listed:
+        warnings.append(f"Excluded, no longer cells of this study: {_first_few(not_listed)}.")
+    if other_settings:
+        warnings.append(
+            f"Excluded, made from other settings than the study has now: {_first_few(other_settings)}; `posmask run` "
+            "recomputes them."
+        )
+    n_drafts = len(list(folder.glob(".*.draft-*"))) if folder.is_dir() else 0
+    if n_drafts:
+        warnings.append(
+            f"Unfinished cells: {n_drafts}. They are being made, or died half-way; `posmask run` makes them anew."
+        )
+    if not cells:
+        warnings.append("No finished cell lies in this folder: there are no pictures of masks, no curves, no latents.")
+    return cells
+
+
+def _first_few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+    return f"{', '.join(names[:6])}{more}"
+
+
+def _baseline_rows(root: Path, record: StudyRecord | None, warnings: list[str]) -> list[Row]:
+    """Rows of the model itself, for a study without results.csv."""
+    folder = root / "baselines"
+    if not folder.is_dir():
+        return []
+    try:
+        manifest = read_manifest(folder, verify=True)
+    except DamagedFolder as error:
+        warnings.append(f"baselines are left out: {str(error).replace(f'{root}/', '')}.")
+        return []
+    if record is not None and manifest["identity"] != record.folders.get("baselines"):
+        warnings.append("Excluded, made from other settings than the study has now: baselines.")
+        return []
+    return _tolerant(read_rows, folder / "rows.csv", warnings) or []
 
 
 def _tolerant(read: Callable[[Path], Read], path: Path, warnings: list[str]) -> Read | None:

@@ -1,0 +1,31 @@
+"""A run with two jobs that never ends: its helper reports that it is at work, then keeps the interpreter busy.
+
+python tests/reliability/endless.py MODEL ROOT
+"""
+
+import sys
+import time
+from pathlib import Path
+
+from tiny_study import STUDY, put_toy_texts
+
+from posmask import engines, study
+from posmask.settings import read_study
+
+MODEL, ROOT = Path(sys.argv[1]), Path(sys.argv[2])
+put_toy_texts()
+
+
+def endless(*args):
+    if engines.multiprocessing.parent_process() is not None:
+        (ROOT / "jobs" / "at-work").touch()
+    while True:
+        time.sleep(0.01)
+
+
+engines._share = endless  # The helper imports this file again, so this holds for it too.
+
+if __name__ == "__main__":
+    path = ROOT.with_suffix(".toml")
+    path.write_text(STUDY.replace("MODEL", str(MODEL)), encoding="utf8")
+    study.run_study(read_study(path), ROOT, print, 2)

@@ -1,0 +1,206 @@
+"""Results of different settings are never mixed: runs, the report and `verify` compare identities."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from posmask import engines, study
+from posmask.cli import app
+from posmask.errors import BadSetting, DamagedFolder
+from posmask.record import STUDY_FILE, read_record
+from posmask.report import write_report
+from posmask.report.reading import read_studies
+from posmask.settings import read_study
+
+CHANGED = ["training.learning_rate=0.004"]
+
+
+def run(path, root, changes=()):
+    return study.run_study(read_study(path, changes), root, say=lambda line: None)
+
+
+class Killed(Exception):
+    pass
+
+
+def test_the_report_excludes_cells_of_other_settings_and_names_them(study_file, tmp_path, monkeypatch):
+    root = tmp_path / "run"
+    run(study_file, root)
+    old = {row.value for row in read_studies([root])[0].rows if row.cell == "slice-compute"}
+    make_anew = engines.make_anew
+
+    def killed_at_the_second_cell(settings, place, *args):
+        if place.label == "slice-compute-seed0":
+            raise Killed
+        make_anew(settings, place, *args)
+
+    monkeypatch.setattr(engines, "make_anew", killed_at_the_second_cell)
+    with pytest.raises(Killed):
+        run(study_file, root, CHANGED)
+    (read,) = read_studies([root])
+    assert {row.cell for row in read.rows} == {"llm", "open"}
+    assert [cell.cell for cell in read.cells] == ["open"]
+    assert not old & {row.value for row in read.rows if row.cell == "open" and row.metric == "explained_variance"}
+    page = write_report(root).read_text(encoding="utf8")
+    assert "made from other settings than the study has now: slice-compute-seed0" in page
+
+
+def test_the_report_excludes_cells_that_left_the_study(study_file, tmp_path):
+    root = tmp_path / "run"
+    run(study_file, root)
+    study_file.write_text(study_file.read_text().partition('[[cells]]\nname = "slice-compute"')[0])
+    run(study_file, root)
+    (read,) = read_studies([root])
+    assert {row.cell for row in read.rows} == {"llm", "open"}
+    assert [cell.cell for cell in read.cells] == ["open"]
+    assert any("no longer cells of this study: slice-compute-seed0" in warning for warning in read.warnings)
+
+
+def test_rows_and_verdicts_of_cells_outside_the_record_are_left_out(study_file, tmp_path):
+    root = tmp_path / "run"
+    run(study_file, root)
+    record = json.loads((root / STUDY_FILE).read_text())
+    del record["folders"]["slice-compute-seed0"]
+    (root / STUDY_FILE).write_text(json.dumps(record))
+    (read,) = read_studies([root])
+    assert {row.cell for row in read.rows} == {"llm", "open"}
+    assert read.verdicts == []
+
+
+def test_a_run_that_finds_a_cell_replaced_at_the_end_makes_no_table(study_file, tmp_path, monkeypatch):
+    other = tmp_path / "other"
+    run(study_file, other, CHANGED)
+    root = tmp_path / "run"
+    make = engines.Local.make
+
+    def make_and_replace(*args):
+        make(*args)
+        shutil.rmtree(root / "cells" / "open-seed0")
+        shutil.copytree(other / "cells" / "open-seed0", root / "cells" / "open-seed0")
+
+    monkeypatch.setattr(engines.Local, "make", make_and_replace)
+    with pytest.raises(BadSetting, match=r"open-seed0 was replaced during this run .* --root"):
+        run(study_file, root)
+    assert not (root / "results.csv").exists()
+
+
+def test_a_run_stops_when_another_with_other_settings_takes_its_root(study_file, tmp_path, monkeypatch):
+    root = tmp_path / "run"
+    fill = engines.fill
+    calls = []
+
+    def taken_over(settings, place, *args):
+        fill(settings, place, *args)
+        calls.append(place.label)
+        if len(calls) == 1:
+            changed = read_study(study_file, CHANGED)
+            places = study.places_of(changed, study.Source(changed.model), root)
+            study._begin(changed, places, root, anew=True)
+
+    monkeypatch.setattr(engines, "fill", taken_over)
+    with pytest.raises(BadSetting, match=r"now belongs to a run with other settings .* --root"):
+        run(study_file, root)
+    assert calls == ["baselines"]
+    assert not (root / "results.csv").exists()
+
+
+def test_a_cell_never_starts_from_one_of_other_settings(study_file, tmp_path):
+    text = (
+        study_file.read_text()
+        .partition("[[questions]]")[0]
+        .replace('name = "open"', 'name = "open"\nsteps_share = 0.5')
+    )
+    study_file.write_text(text + 'start = "open"\n')
+    root = tmp_path / "run"
+    run(study_file, root)
+    settings = read_study(study_file, CHANGED)
+    places = {place.label: place for place in study.places_of(settings, study.Source(settings.model), root)}
+    place = places["slice-compute-seed0"]
+    with pytest.raises(BadSetting, match="open-seed0 was replaced"):
+        study.read_start(place.start, 12, place.start_identity)
+
+
+def test_verify_finds_swapped_cells_and_lost_manifests(study_file, tmp_path):
+    root = tmp_path / "run"
+    run(study_file, root)
+    cells = root / "cells"
+    (cells / "open-seed0").rename(cells / "x")
+    (cells / "slice-compute-seed0").rename(cells / "open-seed0")
+    (cells / "x").rename(cells / "slice-compute-seed0")
+    with pytest.raises(DamagedFolder) as error:
+        CliRunner().invoke(app, ["verify", str(root)], catch_exceptions=False)
+    assert str(error.value).count("is not the folder that study.json lists") == 2
+    run(study_file, root)
+    (cells / "open-seed0" / "manifest.json").unlink()
+    with pytest.raises(DamagedFolder, match=r"open-seed0 has no manifest\.json"):
+        CliRunner().invoke(app, ["verify", str(root)], catch_exceptions=False)
+
+
+def test_a_damaged_record_is_reported_and_written_again(study_file, tmp_path):
+    root = tmp_path / "run"
+    run(study_file, root)
+    before = read_record(root)
+    for text in ("", "[]", '{"study": 1, "baseline": null, "folders": {}}', '{"folders": 3}'):
+        (root / STUDY_FILE).write_text(text)
+        with pytest.raises(DamagedFolder, match=r"study\.json cannot be read"):
+            read_record(root)
+        assert any("study.json cannot be read" in warning for warning in read_studies([root])[0].warnings)
+    run(study_file, root)
+    assert read_record(root) == before
+
+
+def test_the_baseline_is_the_same_for_comparisons_and_page(study_file, tmp_path):
+    text = study_file.read_text()
+    half = '[[cells]]\nname = "open-half"\nmask = { kind = "open" }\nsteps_share = 0.5\n'
+    study_file.write_text(text.replace("[[cells]]", f"{half}[[cells]]", 1))
+    root = tmp_path / "run"
+    run(study_file, root)
+    (read,) = read_studies([root])
+    assert read.rows[-1].cell != "llm"
+    assert next(row.cell for row in read.rows if row.mask == "open") == "open-half"
+    assert read.baseline == read_study(study_file).baseline == "open"
+    assert {verdict.against for verdict in read.verdicts} == {"open", "open + segments4"}
+
+
+def children_of(process):
+    found = subprocess.run(
+        ["ps", "-o", "pid=,args=", "--ppid", str(process)], capture_output=True, text=True, check=False
+    )
+    return [int(line.split()[0]) for line in found.stdout.splitlines() if "multiprocessing.spawn" in line]
+
+
+def alive(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
+def test_helpers_end_with_a_run_that_is_killed(sent, tmp_path, model_folder):
+    script = Path(__file__).parent / "reliability" / "endless.py"
+    command = [sys.executable, str(script), str(model_folder), str(tmp_path / "run")]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    try:
+        over = time.monotonic() + 120
+        while not (tmp_path / "run" / "jobs" / "at-work").exists():
+            assert time.monotonic() < over, "the helper did not start"
+            assert process.poll() is None
+            time.sleep(0.1)
+        (helper,) = children_of(process.pid)
+        process.send_signal(sent)
+        process.wait(10)
+        over = time.monotonic() + 10
+        while alive(helper):
+            assert time.monotonic() < over, "the helper outlived its run"
+            time.sleep(0.05)
+    finally:
+        process.kill()
