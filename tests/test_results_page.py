@@ -4,6 +4,9 @@ import importlib.util
 import re
 from pathlib import Path
 
+from posmask.rows import parse_slice, read_rows
+from posmask.verdicts import read_verdicts
+
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 
 
@@ -24,3 +27,97 @@ def test_every_table_of_the_page_is_made_from_the_results_beside_it():
     changed = re.sub(r"\| \.\d\d\d \|", "| .999 |", text, count=1)
     assert changed != text
     assert answer().page(changed) == text
+
+
+STUDIES = ("full", "key-early", "key-late", "key-gpt2")
+PAGES = ("README.md", "docs/results/README.md")
+BLOCK_ORDER = ("language_order", "topic_permutation")
+
+
+def values(study, metric, cell):
+    """Mean over seeds of a metric's rows, by their slice."""
+    found = {}
+    for row in read_rows(RESULTS / study / "results.csv"):
+        if (row.metric, row.cell) == (metric, cell):
+            found.setdefault(row.slice, []).append(row.value)
+    return {slice: sum(some) / len(some) for slice, some in found.items()}
+
+
+def order_gains(study):
+    """Of `windows` over `open` at k = 5, by task, on the seeds that both have."""
+    own, other = (values(study, "order_accuracy", cell) for cell in ("windows", "open"))
+    keys = [key for key in own if ";k=5;pooling=mean" in key]
+    return {parse_slice(key)["task"]: own[key] - other[key] for key in keys}
+
+
+def claims():
+    """The pages as one line each."""
+    return [" ".join((RESULTS.parents[1] / name).read_text(encoding="utf8").split()) for name in PAGES]
+
+
+def test_refuted_claims_are_gone():
+    for text in claims():
+        for refuted in (
+            "no latent learns to belong",
+            "is told better from five of them than from five of the unmasked SAE, at all three layers",
+            "only at the early layer are windows above it",
+            "Slices lose less variance here (.032) and",
+        ):
+            assert refuted not in text
+
+
+def test_most_of_the_order_gain_is_where_a_block_stands():
+    gains = order_gains("full")
+    block = sum(gains[task] for task in BLOCK_ORDER)
+    others = [gain for task, gain in gains.items() if task not in BLOCK_ORDER]
+    assert len(others) == 6
+    assert f"{block / sum(gains.values()):.0%}" == "85%"
+    assert f"{sum(others) / 6:.3f}" == "0.011"
+    for text in claims():
+        assert "85 %" in text
+        assert "`language_order` and `topic_permutation`" in text
+        assert "over the other six it is 0.011" in text
+    late = [gain for task, gain in order_gains("key-late").items() if task not in BLOCK_ORDER]
+    assert f"{sum(late) / 6:.3f}" == "-0.008"
+    assert "the other six lose 0.008" in claims()[1]
+
+
+def test_explained_variance_of_the_late_layer_is_given_without_its_two_large_positions():
+    by_cell = {cell: values("key-late", "explained_variance", cell) for cell in ("open", "slice")}
+    at = {cell: [some[f"position={p}"] for p in range(1, 128)] for cell, some in by_cell.items()}
+    rest = {cell: sum(some[2:]) / 125 for cell, some in at.items()}
+    assert [f"{value:.3f}" for value in (*at["open"][:2], rest["open"])] == ["0.999", "0.940", "0.780"]
+    assert f"{rest['open'] - rest['slice']:.3f}" == "0.121"
+    assert "0.999 of the variance at position 1, 0.940 at position 2, and 0.780 on average" in claims()[1]
+
+
+def test_what_is_called_significant_is_so_after_correction():
+    verdicts = {
+        (study, verdict.label, verdict.against, verdict.column): verdict
+        for study in STUDIES
+        for verdict in read_verdicts(RESULTS / study / "verdicts.csv")
+    }
+    against_open = [verdicts[study, "windows", "open", "order k=5"].verdict for study in STUDIES]
+    assert against_open == ["better", "better", "no evidence", "no evidence"]
+    pooled = {
+        (study, column): verdict.verdict
+        for (study, label, against, column), verdict in verdicts.items()
+        if (label, against) == ("windows", "open + segments8") and verdict.verdict != "no evidence"
+    }
+    assert pooled == {("key-gpt2", "order k=1"): "worse"}
+
+
+def test_the_share_of_latents_with_information_about_position_is_that_of_the_rows():
+    shares = [
+        row.value
+        for study in STUDIES
+        for row in read_rows(RESULTS / study / "results.csv")
+        if (row.metric, row.cell) == ("position_bound_share", "open")
+    ]
+    assert (f"{min(shares):.2f}", f"{max(shares):.2f}") == ("0.18", "0.58")
+    assert all("0.18 to 0.58 of the latents" in text for text in claims())
+
+
+def test_the_time_of_the_main_job_names_its_cpu():
+    (sentence,) = re.findall(r"Once set up, on [^.]*\.", claims()[0].replace("6 min 29 s", "6 min"))[:1]
+    assert "AMD EPYC with AVX-512" in sentence
