@@ -5,6 +5,7 @@ import io
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -332,11 +333,22 @@ def _gguf_file(name: str, local_only: bool) -> Path:
             f"there is no GGUF file {name}: give the path of one, OWNER/NAME:FILE.gguf on the hub, a folder, or a name "
             "on the hub"
         )
-    repo, file = on_hub.groups()
+    return _hub_file(*on_hub.groups(), local_only)
+
+
+@cache
+def _hub_file(repo: str, file: str, local_only: bool) -> Path:
+    """A file of a hub repository, in the snapshot folder of its commit.
+
+    Cached, so that a process uses one commit throughout, even if the repository changes meanwhile.
+    """
     try:
         return Path(huggingface_hub.hf_hub_download(repo, file, local_files_only=local_only))
     except hub_errors.RemoteEntryNotFoundError:
-        raise BadSetting(f"{repo} on the hub has no file {file}: name one that stands on its page") from None
+        raise BadSetting(
+            f"{repo} on the hub has no file {file}: choose a model in the format of transformers, or name a GGUF file "
+            "of the repository as OWNER/NAME:FILE.gguf"
+        ) from None
 
 
 def _converted(gguf: Path) -> Path:
@@ -372,7 +384,7 @@ def load_model(
     check_device(device)
     with _loading(name, local_only=local_only) as source:
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            source,
+            **source,
             dtype=getattr(torch, precision),
             local_files_only=local_only,
             use_safetensors=True,  # never a pickle, which may run code when it is read
@@ -390,7 +402,7 @@ def layer_number(name: str, layer: int | float) -> int:
     if isinstance(layer, int):
         return layer
     with _loading(name) as source:
-        return max(1, round(layer * _config(source).get_text_config().num_hidden_layers))
+        return max(1, round(layer * _config(**source).get_text_config().num_hidden_layers))
 
 
 def load_outline(
@@ -411,7 +423,7 @@ def load_outline(
         elif sizes is not None:
             config = transformers.AutoConfig.for_model(**sizes)
         else:
-            config = _config(model_folder(name, local_only=True), local_files_only=True)
+            config = _config(**_source(name, local_only=True), local_files_only=True)
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError):
@@ -430,7 +442,7 @@ def is_embedded_here() -> bool:
 def load_tokenizer(name: str) -> Any:
     """The tokenizer of a model, by the same names as `load_model`."""
     with _loading(name) as source:
-        return transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        return transformers.AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
 
 
 def weights_identity(name: str) -> str:
@@ -438,23 +450,31 @@ def weights_identity(name: str) -> str:
     if name == EMBEDDED_MODEL:
         return identity(_EMBEDDED_MADE_FROM)
     with _loading(name) as source:
-        if Path(source).is_dir():
-            files = sorted(path for path in Path(source).iterdir() if path.is_file())
-            return identity({path.name: file_sha256(path) for path in files})
-        return f"{name}@{_config(source)._commit_hash}"
+        if "revision" in source:
+            return f"{name}@{source['revision']}"
+        files = sorted(path for path in Path(source["pretrained_model_name_or_path"]).iterdir() if path.is_file())
+        return identity({path.name: file_sha256(path) for path in files})
 
 
-def _config(source: str, **options: Any) -> Any:
-    return transformers.AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
+def _config(**options: Any) -> Any:
+    return transformers.AutoConfig.from_pretrained(trust_remote_code=False, **options)
 
 
 @contextlib.contextmanager
-def _loading(name: str, *, local_only: bool = False) -> Iterator[str]:
+def _loading(name: str, *, local_only: bool = False) -> Iterator[dict[str, str]]:
     _quiet_transformers()
     try:
-        yield model_folder(name, local_only=local_only)
+        yield _source(name, local_only=local_only)
     except (OSError, ValueError) as error:
         raise BadSetting(f"model {name!r} cannot be loaded ({_reason(error)}") from error
+
+
+def _source(name: str, *, local_only: bool) -> dict[str, str]:
+    """What `from_pretrained` of transformers takes: a folder, or a name on the hub with the commit to load."""
+    source = {"pretrained_model_name_or_path": model_folder(name, local_only=local_only)}
+    if not Path(source["pretrained_model_name_or_path"]).is_dir():
+        source["revision"] = _hub_file(name, "config.json", local_only).parent.name
+    return source
 
 
 def _reason(error: BaseException) -> str:
@@ -479,6 +499,7 @@ _HUB_ERRORS = (
         "no such folder, and the hub has no model of that name that you may read): check the name; for a private one "
         "run `hf auth login` or set HF_TOKEN",
     ),
+    (hub_errors.HFValidationError, "no such folder, and names on the hub are OWNER/NAME): check it"),
     (
         (hub_errors.OfflineModeIsEnabled, hub_errors.LocalEntryNotFoundError),
         "no such folder, and the hub is out of reach or switched off by HF_HUB_OFFLINE): connect once to download it, "
