@@ -26,6 +26,7 @@ class Hub:
 
     address: str = ""
     files: dict[str, dict[str, bytes]] = field(default_factory=dict)  # repository -> path -> content
+    history: dict[str, dict[str, bytes]] = field(default_factory=dict)  # commit -> path -> content, once served
     storage: dict[str, bytes] = field(default_factory=dict)  # sha256 -> content of large files
     private: set[str] = field(default_factory=set)
     asked: list[str] = field(default_factory=list)  # method and path of each request
@@ -42,7 +43,9 @@ def stand_in():
 
     def commit(repo):
         """Another number for other content, as git has it."""
-        return hashlib.sha1(repr(sorted(files[repo].items())).encode()).hexdigest()
+        found = hashlib.sha1(repr(sorted(files[repo].items())).encode()).hexdigest()
+        hub.history[found] = dict(files[repo])
+        return found
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -66,8 +69,8 @@ def stand_in():
             if self.command != "HEAD":
                 self.wfile.write(body)
 
-        def refuse(self, status, code):
-            self.answer(status, {"error": code}, X_Error_Code=code, X_Error_Message=code)
+        def refuse(self, status, code, **headers):
+            self.answer(status, {"error": code}, X_Error_Code=code, X_Error_Message=code, **headers)
 
         def do_HEAD(self):
             self.do_GET()
@@ -81,39 +84,40 @@ def stand_in():
                 return self.refuse(403 if self.headers["Authorization"] == f"Bearer {TOKEN}" else 401, "GatedRepo")
             if repo not in files:
                 return self.refuse(404, "RepoNotFound")
-            if path.split("/resolve/")[-1].split("/revision/")[-1].startswith("none"):
+            revision = re.split("/(?:resolve|revision|tree)/", path)[-1].partition("/")[0]
+            if revision.startswith("none"):
                 return self.refuse(404, "RevisionNotFound")
+            sha = revision if revision in hub.history else commit(repo)
+            held = hub.history[sha]
             if "/xet-write-token/" in path or "/xet-read-token/" in path:
                 where, until = f"local://{hub.xet_folder}", 9999999999
                 headers = {"X_Xet_Cas_Url": where, "X_Xet_Access_Token": "x", "X_Xet_Token_Expiration": str(until)}
                 return self.answer(200, {"casUrl": where, "accessToken": "x", "exp": until}, **headers)
             if "/tree/" in path or path == f"api/models/{repo}":
-                names = sorted(files[repo])
+                names = sorted(held)
                 if "/tree/" in path:
                     found = [{"type": "file", "path": name, "size": 1, "oid": "a" * 40} for name in names]
                     return self.answer(200, found)
-                return self.answer(
-                    200, {"id": repo, "sha": commit(repo), "siblings": [{"rfilename": name} for name in names]}
-                )
+                return self.answer(200, {"id": repo, "sha": sha, "siblings": [{"rfilename": name} for name in names]})
             if "/revision/" in path:
-                return self.answer(200, {"id": repo, "sha": commit(repo), "siblings": []})
+                return self.answer(200, {"id": repo, "sha": sha, "siblings": []})
             name = path.partition("/resolve/")[2].partition("/")[2]
-            if name not in files[repo]:
-                return self.refuse(404, "EntryNotFound")
-            body = files[repo][name]
+            if name not in held:
+                return self.refuse(404, "EntryNotFound", X_Repo_Commit=sha)
+            body = held[name]
             if name.endswith(LARGE):
-                return self.redirect(repo, body)
-            self.answer(200, body, ETag=f'"{hashlib.sha1(body).hexdigest()}"', X_Repo_Commit=commit(repo))
+                return self.redirect(repo, sha, body)
+            self.answer(200, body, ETag=f'"{hashlib.sha1(body).hexdigest()}"', X_Repo_Commit=sha)
 
-        def redirect(self, repo, body):
+        def redirect(self, repo, sha, body):
             if in_xet := re.fullmatch(POINTER.format(r"(\w+)", r"(\d+)").encode(), body):
                 oid, size = (group.decode() for group in in_xet.groups())
             else:
                 oid, size = hashlib.sha256(body).hexdigest(), str(len(body))
-            headers = {"X_Linked_Etag": f'"{oid}"', "X_Linked_Size": size, "X_Repo_Commit": commit(repo)}
+            headers = {"X_Linked_Etag": f'"{oid}"', "X_Linked_Size": size, "X_Repo_Commit": sha}
             if in_xet:
                 headers["X_Xet_Hash"] = hub.xet_hashes[oid]
-                headers["X_Xet_Refresh_Route"] = f"{hub.address}/api/models/{repo}/xet-read-token/{commit(repo)}"
+                headers["X_Xet_Refresh_Route"] = f"{hub.address}/api/models/{repo}/xet-read-token/{sha}"
             else:
                 hub.storage[oid] = body
             storage = hub.address.replace("127.0.0.1", "localhost")  # another host, as for the hub

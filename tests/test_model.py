@@ -256,7 +256,7 @@ def test_a_gguf_file_is_read_from_a_folder_and_from_the_hub_alike(whole_hub, tmp
     ("name", "message"),
     [
         ("none.gguf", r"^there is no GGUF file none\.gguf: give the path of one, OWNER/NAME:FILE\.gguf on the hub"),
-        ("user/tiny:none.gguf", r"^user/tiny on the hub has no file none\.gguf: name one that stands on its page"),
+        ("user/tiny:none.gguf", r"^user/tiny on the hub has no file none\.gguf: choose a model in the format"),
         (
             "user/none:tiny.gguf",
             r"^model 'user/none:tiny\.gguf' cannot be loaded \(no such folder, and the hub has no ",

@@ -4,7 +4,9 @@ import contextlib
 import io
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+import struct
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,8 +15,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 import huggingface_hub
 import torch
 import transformers
+from gguf import GGUFReader
 from huggingface_hub import errors as hub_errors
 from jaxtyping import Float, Int
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from posmask import assets
@@ -317,16 +321,27 @@ def _gguf_file(name: str, local_only: bool) -> Path:
             f"there is no GGUF file {name}: give the path of one, OWNER/NAME:FILE.gguf on the hub, a folder, or a name "
             "on the hub"
         )
-    repo, file = on_hub.groups()
+    return _hub_file(*on_hub.groups(), local_only)
+
+
+@cache
+def _hub_file(repo: str, file: str, local_only: bool) -> Path:
+    """A file of a hub repository, in the snapshot folder of its commit.
+
+    Cached, so that a process uses one commit throughout, even if the repository changes meanwhile.
+    """
     try:
         return Path(huggingface_hub.hf_hub_download(repo, file, local_files_only=local_only))
     except hub_errors.RemoteEntryNotFoundError:
-        raise BadSetting(f"{repo} on the hub has no file {file}: name one that stands on its page") from None
+        raise BadSetting(
+            f"{repo} on the hub has no file {file}: choose a model in the format of transformers, or name a GGUF file "
+            "of the repository as OWNER/NAME:FILE.gguf"
+        ) from None
 
 
 def _converted(gguf: Path) -> Path:
     """The folder of a GGUF file's model, in the cache, converted on first use."""
-    made_from = {"gguf": file_sha256(gguf), "converter": 1}
+    made_from = {"gguf": file_sha256(gguf), "converter": 2}  # 1 filled missing tensors with random numbers
     folder = assets.cache_folder() / "models" / f"{gguf.stem}-{identity(made_from)}"
     if not finished(folder, made_from):
         announce(f"Converting {gguf}, once per user.")
@@ -352,18 +367,73 @@ def load_model(
         local_only: download nothing from the hub.
 
     Raises:
-        BadSetting: no such model (here, where `local_only`), it has no such layer, or there is no such device.
+        BadSetting: no such model (here, where `local_only`), its files lack some of its weights, it has no such layer,
+            or there is no such device.
     """
     check_device(device)
     with _loading(name, local_only=local_only) as source:
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            source,
+        model, report = _load_with_report(
+            f"model {name!r}",
+            **source,
             dtype=getattr(torch, precision),
             local_files_only=local_only,
             use_safetensors=True,  # never a pickle, which may run code when it is read
             trust_remote_code=False,
         )
+    _check_complete(f"model {name!r}", model, report)
     return LanguageModel(model.eval().to(device), layer, site)
+
+
+def _load_with_report(described: str, **options: Any) -> tuple[Any, Mapping[str, Any]]:
+    """A model by these options of `from_pretrained`, and which weights its files lack."""
+    try:
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            **options, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        return loaded
+    except RuntimeError as error:
+        if "memory" in str(error):
+            raise
+        raise BadSetting(
+            f"the weights of {described} do not combine into its layers ({_first_line(error)}): export the model again"
+        ) from error
+
+
+def _check_complete(described: str, model: Any, report: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        BadSetting: the files lack weights or have them in other shapes. transformers fills these with random numbers.
+    """
+    architecture = type(model).__name__
+    missing, unknown = report["missing_keys"], report["unexpected_keys"]  # Tied weights are in neither.
+    misshapen = [
+        f"{key} of shape {list(stored)} instead of {list(needed)}" for key, stored, needed in report["mismatched_keys"]
+    ]
+    if missing and unknown:
+        raise BadSetting(
+            f"{described} lacks {len(missing)} weights of {architecture} ({_first_few(missing)}) but has "
+            f"{len(unknown)} other tensors ({_first_few(unknown)}): rename these as transformers names them, or export "
+            "the model again"
+        )
+    if missing:
+        raise BadSetting(
+            f"{described} lacks {len(missing)} weights of {architecture} ({_first_few(missing)}), which would be "
+            "random: get all of its files, or export the model again"
+        )
+    if misshapen:
+        raise BadSetting(
+            f"{described} has {len(misshapen)} weights that do not fit its configuration ({_first_few(misshapen)}): "
+            "take weights and configuration from the same model"
+        )
+    if unknown:
+        announce(
+            f"Ignoring {len(unknown)} tensors of {described} that {architecture} does not have ({_first_few(unknown)})."
+        )
+
+
+def _first_few(names: Collection[str]) -> str:
+    """The first three in alphabetical order."""
+    return ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def layer_number(name: str, layer: int | float) -> int:
@@ -375,7 +445,7 @@ def layer_number(name: str, layer: int | float) -> int:
     if isinstance(layer, int):
         return layer
     with _loading(name) as source:
-        return max(1, round(layer * _config(source).get_text_config().num_hidden_layers))
+        return max(1, round(layer * _config(**source).get_text_config().num_hidden_layers))
 
 
 def load_outline(
@@ -396,7 +466,7 @@ def load_outline(
         elif sizes is not None:
             config = transformers.AutoConfig.for_model(**sizes)
         else:
-            config = _config(model_folder(name, local_only=True), local_files_only=True)
+            config = _config(**_source(name, local_only=True), local_files_only=True)
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError):
@@ -415,7 +485,7 @@ def is_embedded_here() -> bool:
 def load_tokenizer(name: str) -> Any:
     """The tokenizer of a model, by the same names as `load_model`."""
     with _loading(name) as source:
-        return transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        return transformers.AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
 
 
 def weights_identity(name: str) -> str:
@@ -423,23 +493,31 @@ def weights_identity(name: str) -> str:
     if name == EMBEDDED_MODEL:
         return identity(_EMBEDDED_MADE_FROM)
     with _loading(name) as source:
-        if Path(source).is_dir():
-            files = sorted(path for path in Path(source).iterdir() if path.is_file())
-            return identity({path.name: file_sha256(path) for path in files})
-        return f"{name}@{_config(source)._commit_hash}"
+        if "revision" in source:
+            return f"{name}@{source['revision']}"
+        files = sorted(path for path in Path(source["pretrained_model_name_or_path"]).iterdir() if path.is_file())
+        return identity({path.name: file_sha256(path) for path in files})
 
 
-def _config(source: str, **options: Any) -> Any:
-    return transformers.AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
+def _config(**options: Any) -> Any:
+    return transformers.AutoConfig.from_pretrained(trust_remote_code=False, **options)
 
 
 @contextlib.contextmanager
-def _loading(name: str, *, local_only: bool = False) -> Iterator[str]:
+def _loading(name: str, *, local_only: bool = False) -> Iterator[dict[str, str]]:
     _quiet_transformers()
     try:
-        yield model_folder(name, local_only=local_only)
-    except (OSError, ValueError) as error:
+        yield _source(name, local_only=local_only)
+    except (OSError, ValueError, SafetensorError) as error:
         raise BadSetting(f"model {name!r} cannot be loaded ({_reason(error)}") from error
+
+
+def _source(name: str, *, local_only: bool) -> dict[str, str]:
+    """What `from_pretrained` of transformers takes: a folder, or a name on the hub with the commit to load."""
+    source = {"pretrained_model_name_or_path": model_folder(name, local_only=local_only)}
+    if not Path(source["pretrained_model_name_or_path"]).is_dir():
+        source["revision"] = _hub_file(name, "config.json", local_only).parent.name
+    return source
 
 
 def _reason(error: BaseException) -> str:
@@ -450,8 +528,11 @@ def _reason(error: BaseException) -> str:
     for kind, said in _HUB_ERRORS:
         if any(isinstance(cause, kind) for cause in causes):
             return said
-    first_line = str(error).strip().partition("\n")[0]
-    return f"{first_line}): give a hub name, a folder, a GGUF file, or {EMBEDDED_MODEL}"
+    return f"{_first_line(error)}): give a hub name, a folder, a GGUF file, or {EMBEDDED_MODEL}"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 _HUB_ERRORS = (
@@ -464,6 +545,7 @@ _HUB_ERRORS = (
         "no such folder, and the hub has no model of that name that you may read): check the name; for a private one "
         "run `hf auth login` or set HF_TOKEN",
     ),
+    (hub_errors.HFValidationError, "no such folder, and names on the hub are OWNER/NAME): check it"),
     (
         (hub_errors.OfflineModeIsEnabled, hub_errors.LocalEntryNotFoundError),
         "no such folder, and the hub is out of reach or switched off by HF_HUB_OFFLINE): connect once to download it, "
@@ -505,16 +587,22 @@ def _embedded_folder() -> Path:
 
 
 def convert_gguf(gguf: Path, folder: Path) -> None:
-    """Write a GGUF file's model (as bfloat16 safetensors) and tokenizer into `folder`. Takes some 20 seconds."""
+    """Write a GGUF file's model (as bfloat16 safetensors) and tokenizer into `folder`. Takes some 20 seconds.
+
+    Raises:
+        MissingAsset: the file is damaged.
+        BadSetting: it is one part of a split file, or lacks weights.
+    """
     _quiet_transformers()
     try:
+        _check_not_split(gguf)
         with contextlib.redirect_stderr(io.StringIO()):  # transformers' own bar cannot be switched off here
             tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-            model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16
-            )
-    except (OSError, ValueError) as error:
+            options = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+            model, report = _load_with_report(str(gguf), **options, dtype=torch.bfloat16)
+    except (OSError, ValueError, LookupError, struct.error) as error:
         raise MissingAsset(f"{gguf} cannot be read as GGUF ({error}): fetch it again") from error
+    _check_complete(str(gguf), model, report)
     # The weights are plain numbers now; with its quantisation marks the model would refuse to be saved.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -522,3 +610,16 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     model.is_quantized = False
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _check_not_split(gguf: Path) -> None:
+    """
+    Raises:
+        BadSetting: the file holds one part of a model's tensors; transformers reads no others.
+    """
+    field = GGUFReader(gguf).get_field("split.count")
+    if field is not None and (n_parts := field.contents()) > 1:
+        raise BadSetting(
+            f"{gguf} is one of {n_parts} parts of a split GGUF file, which transformers cannot load: merge them with "
+            "`llama-gguf-split --merge FIRST_PART OUTPUT.gguf` and name the result"
+        )
