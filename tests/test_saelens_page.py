@@ -37,4 +37,4 @@ def test_the_page_does_what_it_says(saelens, server, tmp_path, monkeypatch):  # 
         n_run += 1
     assert n_run == 7
     assert (tmp_path / "exported-lossy" / "LOSSY.md").exists()
-    assert names["codes_at_5"].shape == (80, 32)
+    assert names["codes_at_5"].shape == names["codes_without_mask"].shape == (80, 32)
