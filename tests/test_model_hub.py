@@ -70,6 +70,20 @@ def test_what_is_pushed_is_fetched_by_us_and_by_saelens(saelens, server, tmp_pat
     torch.testing.assert_close(theirs.encode(vectors), expected, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("site", "words"),
+    [
+        ("residual_after", "the residual stream after layer 2"),
+        ("residual_before", "the residual stream before layer 2"),
+        ("attention", "the attention output of layer 2"),
+        ("mlp", "the MLP output of layer 2"),
+    ],
+)
+def test_the_card_says_the_site(site, words, tmp_path):
+    write_sae(make_sae("slice"), tmp_path, {**ORIGIN, "site": site})
+    assert f"from tiny, {words}, trained on" in hub.model_card(tmp_path, "user/new", "cell", "tiny")
+
+
 def asked_for(hub, what):
     return [one for one in hub.asked if what in one]
 
@@ -143,6 +157,15 @@ def test_gemma_scope_is_fetched_as_it_lies_on_the_hub(server, tmp_path):
     sae = hub.from_pretrained("google/scope", "layer_3/width_16k/average_l0_5", n_positions=16)
     assert sae.rule.settings.kind == "jumprelu"
     assert sae.mask.n_positions == 16
+
+
+def test_the_name_of_a_repository_says_the_site(server, tmp_path):
+    tensors = random_tensors("jumprelu", unit=True)
+    np.savez(tmp_path / "params.npz", **{name: one.numpy() for name, one in tensors.items()})
+    for repo in ("google/gemma-scope-2b-pt-att", "google/gemma-scope-2b-pt-transcoders", "me/saes-att"):
+        server[repo] = {"layer_3/width_16k/params.npz": (tmp_path / "params.npz").read_bytes()}
+        with pytest.raises(BadSetting, match=f"{repo.partition('/')[2]} holds"):
+            hub.from_pretrained(repo, n_positions=16)
 
 
 def test_what_the_hub_refuses_is_said_in_one_sentence_with_what_to_do(server, tmp_path, monkeypatch):

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from conftest import D_MODEL, D_SAE, KINDS, N_POSITIONS, RULES, make_sae, make_vectors
 from posmask.errors import BadSetting, DamagedFolder
-from posmask.interop.saelens_files import import_saelens
-from posmask.sae import read_origin, read_sae
+from posmask.interop.saelens_files import export_saelens, import_saelens
+from posmask.sae import read_origin, read_sae, write_sae
 from test_saelens import ORIGIN, contexts, exported, scaled
 
 
@@ -89,15 +89,105 @@ def test_an_imported_sae_does_what_saelens_does_with_it(saelens, name, unit, sub
     torch.testing.assert_close(ours.decoder.norm(dim=1), torch.ones(D_SAE))
     assert ours.mask.settings.kind == "open"
     assert ours.mask.n_positions == N_POSITIONS
-    assert read_origin(tmp_path / "ours")["layer"] == 2
+    origin = read_origin(tmp_path / "ours")
+    assert (origin["layer"], origin["site"]) == (2, "residual_after")
+
+
+PLACES = {
+    (2, "residual_after"): "blocks.1.hook_resid_post",
+    (2, "residual_before"): "blocks.1.hook_resid_pre",
+    (1, "residual_before"): "blocks.0.hook_resid_pre",
+    (2, "attention"): "blocks.1.hook_attn_out",
+    (2, "mlp"): "blocks.1.hook_mlp_out",
+}
+
+
+@pytest.mark.parametrize("lossy", [False, True])
+@pytest.mark.parametrize(("layer", "site"), PLACES)
+def test_the_site_survives_export_and_import(layer, site, lossy, tmp_path):
+    cell = tmp_path / "cell"
+    write_sae(scaled(make_sae("open")), cell, {"layer": layer, "site": site})
+    cfg = export_saelens(cell, tmp_path / "theirs", lossy=lossy)
+    assert cfg["metadata"]["hook_name"] == PLACES[layer, site]
+    import_saelens(tmp_path / "theirs", tmp_path / "back")
+    origin = read_origin(tmp_path / "back")
+    # The stream before layer 2 is the stream after layer 1.
+    expected = (1, "residual_after") if (layer, site) == (2, "residual_before") else (layer, site)
+    assert (origin["layer"], origin["site"]) == expected
+
+
+def write_scope(folder, **more):
+    folder.mkdir(parents=True)
+    tensors = random_tensors("jumprelu", unit=True)
+    np.savez(folder / "params.npz", **{name: tensor.numpy() for name, tensor in tensors.items()}, **more)
+    return tensors
+
+
+SCOPE = "layer_12/width_16k/average_l0_82"
+
+
+@pytest.mark.parametrize(
+    ("path", "place"),
+    [
+        (f"gemma-scope-2b-pt-res/{SCOPE}", (13, "residual_after")),
+        (f"gemma-scope-2b-pt-mlp/{SCOPE}", (13, "mlp")),
+        (f"models--google--gemma-scope-9b-it-res/snapshots/0a1b/{SCOPE}", (13, "residual_after")),
+        (f"models--google--gemma-scope-2b-pt-mlp/snapshots/0a1b/{SCOPE}", (13, "mlp")),
+        (f"gemma-scope-res/gemma-scope-2b-pt-mlp/{SCOPE}", (13, "mlp")),
+        (SCOPE, None),  # -res, -mlp, -att and -transcoders all have folders of these names.
+        ("gemma-scope-2b-pt-mlp/copied", None),
+    ],
+)
+def test_the_path_of_gemma_scope_says_the_site(path, place, tmp_path):
+    write_scope(tmp_path / path)
+    import_saelens(tmp_path / path, tmp_path / "ours", n_positions=N_POSITIONS)
+    origin = read_origin(tmp_path / "ours")
+    assert (origin.get("layer"), origin.get("site")) == (place or (None, None))
+
+
+def test_a_linked_gemma_scope_folder_is_what_its_target_is(tmp_path):
+    write_scope(tmp_path / "gemma-scope-2b-pt-mlp" / SCOPE)
+    (tmp_path / "link").symlink_to(tmp_path / "gemma-scope-2b-pt-mlp" / SCOPE)
+    import_saelens(tmp_path / "link", tmp_path / "ours", n_positions=N_POSITIONS)
+    assert read_origin(tmp_path / "ours")["site"] == "mlp"
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        (f"gemma-scope-2b-pt-att/{SCOPE}", "gemma-scope-2b-pt-att holds SAEs of attention heads"),
+        (f"gemma-scope-2b-pt-transcoders/{SCOPE}", "gemma-scope-2b-pt-transcoders holds transcoders"),
+        ("gemma-scope-2b-pt-transcoders", "holds transcoders"),
+        (f"models--google--gemma-scope-2b-pt-att/snapshots/0a1b/{SCOPE}", "holds SAEs of attention heads"),
+        (f"models--me--my-transcoder/snapshots/0a1b/{SCOPE}", "models--me--my-transcoder holds transcoders"),
+        ("gemma-scope-2b-pt-res/embedding/width_4k/average_l0_6", "hook_name = 'hook_embed' is not a site"),
+    ],
+)
+def test_gemma_scope_of_other_sites_is_refused(path, message, tmp_path):
+    write_scope(tmp_path / path)
+    with pytest.raises(BadSetting, match=message) as caught:
+        import_saelens(tmp_path / path, tmp_path / "ours", n_positions=N_POSITIONS)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_tensors_are_refused(tmp_path):
+    skip = np.zeros((D_MODEL, D_MODEL), dtype=np.float32)
+    write_scope(tmp_path / "gemma-scope-2b-pt-res" / SCOPE, W_skip=skip)
+    with pytest.raises(BadSetting, match="'jumprelu' has no tensor W_skip"):
+        import_saelens(tmp_path / "gemma-scope-2b-pt-res" / SCOPE, tmp_path / "ours", n_positions=N_POSITIONS)
+    folder = their_folder(tmp_path / "theirs")
+    weights = load_file(folder / "sae_weights.safetensors")
+    save_file({**weights, "scaling_factor": torch.ones(D_SAE)}, folder / "sae_weights.safetensors")
+    import_saelens(folder, tmp_path / "ones")  # SAELens wrote these once, and drops them too.
+    for name, tensor in (("scaling_factor", torch.full((D_SAE,), 2.0)), ("W_skip", torch.tensor(skip))):
+        save_file({**weights, name: tensor}, folder / "sae_weights.safetensors")
+        refused(folder, BadSetting, f"'standard' has no tensor {name}")
 
 
 @pytest.mark.parametrize("as_folder", [True, False])
 def test_gemma_scope_comes_in_from_its_arrays(as_folder, tmp_path):
-    folder = tmp_path / "layer_12" / "width_16k" / "average_l0_82"
-    folder.mkdir(parents=True)
-    tensors = random_tensors("jumprelu", unit=True)
-    np.savez(folder / "params.npz", **{name: tensor.numpy() for name, tensor in tensors.items()})
+    folder = tmp_path / "gemma-scope-2b-pt-res" / "layer_12" / "width_16k" / "average_l0_82"
+    tensors = write_scope(folder)
     source = folder if as_folder else folder / "params.npz"
     sae = import_saelens(source, tmp_path / "ours", n_positions=N_POSITIONS)
     vectors, position = make_vectors(50)
@@ -127,10 +217,14 @@ def refused(folder, error, message, **options):
         ({"metadata": {"sae_lens_version": None}}, BadSetting, "SAELens before 6.0, .* load it with SAELens 6"),
         ({"d_sae": 8}, DamagedFolder, r"W_enc has the shape \[12, 32\], not \[12, 8\] as d_in = 12 and d_sae = 8"),
         (
-            {"metadata": {"hook_name": "blocks.1.hook_mlp_out"}},
+            {"metadata": {"hook_name": "blocks.1.attn.hook_z"}},
             BadSetting,
-            "'blocks.1.hook_mlp_out' is not the residual",
+            "hook_name = 'blocks.1.attn.hook_z' is not a",
         ),
+        ({"metadata": {"hook_name": "hook_embed"}}, BadSetting, "hook_name = 'hook_embed' is not a site"),
+        ({"metadata": {"hook_head_index": 3}}, BadSetting, "hook_head_index = 3: .* one attention head"),
+        ({"metadata": {"hook_name_out": "blocks.1.hook_mlp_out"}}, BadSetting, "hook_name_out = .*: a transcoder"),
+        ({"metadata": {"hook_name": ["blocks.1.hook_resid_post"]}}, BadSetting, "hook_name = .* is not a site"),
         ({"metadata": {"context_size": None}}, BadSetting, "no context_size is named: .* --n-positions"),
         ({"normalize_activations": "layer_norm"}, BadSetting, "normalize_activations = 'layer_norm' is not in the"),
         ({"reshape_activations": "hook_z"}, BadSetting, "reshape_activations = 'hook_z' reads attention heads"),

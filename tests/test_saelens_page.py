@@ -18,7 +18,8 @@ PAGE = Path(__file__).parent.parent / "docs" / "saelens.md"
 
 def test_the_page_does_what_it_says(saelens, server, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.chdir(tmp_path)
-    cells, scope = tmp_path / "runs" / "quick" / "cells", tmp_path / "gemma-scope/layer_12/width_16k/average_l0_82"
+    cells = tmp_path / "runs" / "quick" / "cells"
+    scope = tmp_path / "gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82"
     for folder in (cells, scope):
         folder.mkdir(parents=True)
     cell_folder(cells / "slice-seed0", scaled(make_sae("slice")))

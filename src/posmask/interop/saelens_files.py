@@ -20,6 +20,7 @@ from torch import Tensor
 from posmask.choosing import LargestOfToken
 from posmask.errors import BadSetting, DamagedFolder
 from posmask.folders import as_json, file_sha256, write_folder
+from posmask.interop.sites import gemma_scope_hook, hook_name, layer_and_site
 from posmask.mask_kinds import make_mask, mask_settings
 from posmask.masks import PositionMask
 from posmask.rules import RULES, RuleSettings, rule_settings
@@ -104,7 +105,7 @@ def _metadata(sae: SparseAutoencoder, origin: Mapping[str, Any], model_name: str
     if name is not None:
         found["model_name"] = _EMBEDDED_ON_THE_HUB.get(name, name)
     if "layer" in origin:
-        found["hook_name"] = f"blocks.{origin['layer'] - 1}.hook_resid_post"
+        found["hook_name"] = hook_name(origin["layer"], origin.get("site", "residual_after"))
     return found
 
 
@@ -308,7 +309,7 @@ def _wide(tensors: Mapping[str, Tensor]) -> Tensors:
 
 
 def _read_gemma_scope(path: Path) -> Form:
-    """GemmaScope keeps five arrays and no settings: JumpReLU on vectors as they come; the layer stands in the path."""
+    """GemmaScope keeps five arrays and no settings: JumpReLU on vectors as they come; its folders say the site."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             tensors = _wide({name: torch.from_numpy(arrays[name]) for name in arrays.files})
@@ -316,12 +317,9 @@ def _read_gemma_scope(path: Path) -> Form:
         raise DamagedFolder(
             f"{path} cannot be read without unpickling ({error}): fetch GemmaScope's own {GEMMA_SCOPE_FILE} again"
         ) from None
-    layer = next(
-        (part.removeprefix("layer_") for part in path.absolute().parts if re.fullmatch(r"layer_\d+", part)), None
-    )
     cfg: dict[str, Any] = {"architecture": "jumprelu", "apply_b_dec_to_input": False, "metadata": {}}
-    if layer is not None:
-        cfg["metadata"]["hook_name"] = f"blocks.{layer}.hook_resid_post"
+    if (hook := gemma_scope_hook(path)) is not None:
+        cfg["metadata"]["hook_name"] = hook
     if "W_dec" not in tensors or tensors["W_dec"].dim() != 2:
         raise DamagedFolder(f"{path} holds no matrix W_dec: fetch GemmaScope's own {GEMMA_SCOPE_FILE} again")
     cfg["d_sae"], cfg["d_in"] = tensors["W_dec"].shape
@@ -359,21 +357,27 @@ def _origin(cfg: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, An
     """What the SAE was trained on, as far as it says.
 
     Raises:
-        BadSetting: vectors from elsewhere than the residual stream between layers.
+        BadSetting: vectors that posmask does not read, or a transcoder.
     """
     origin: dict[str, Any] = {}
     if metadata.get("training_tokens"):
         origin["training_tokens"] = int(metadata["training_tokens"])
     if metadata.get("model_name"):
         origin["model"] = metadata["model_name"]
-    if site := metadata.get("hook_name"):
-        found = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", site)
-        if not found:
-            raise BadSetting(
-                f"hook_name = {site!r} is not the residual stream before or after a layer: choose another SAE"
-            )
-        origin["layer"] = int(found[1]) + (found[2] == "post")
+    said = {**cfg, **metadata}
+    for name, reason in _NOT_AN_SAE_OF_A_SITE.items():
+        if said.get(name) is not None and said[name] != said.get("hook_name"):
+            raise BadSetting(f"{name} = {said[name]!r}: {reason}, which posmask does not read: choose another SAE")
+    if said.get("hook_name") is not None:
+        origin["layer"], origin["site"] = layer_and_site(said["hook_name"])
     return origin
+
+
+_NOT_AN_SAE_OF_A_SITE = {
+    "hook_head_index": "an SAE of one attention head",
+    "hook_name_out": "a transcoder",
+    "hook_head_index_out": "a transcoder",
+}
 
 
 def _check(cfg: Mapping[str, Any], tensors: Tensors, rule: RuleSettings, mask: PositionMask) -> None:
@@ -388,6 +392,13 @@ def _check(cfg: Mapping[str, Any], tensors: Tensors, rule: RuleSettings, mask: P
             if ours in wanted and (name != "b_gate" or rule.kind == "gated")
         }
         names = {name: theirs.get(name, name) for name in wanted if not name.startswith("mask.")}
+    if "scaling_factor" in tensors and bool((tensors["scaling_factor"] == 1).all()):
+        del tensors["scaling_factor"]  # SAELens wrote it for a while, and drops it where it is 1.
+    if unknown := sorted(tensors.keys() - set(names.values())):
+        raise BadSetting(
+            f"an SAE of architecture {cfg['architecture']!r} has no tensor {', '.join(unknown[:3])}, so this one "
+            "computes something else: choose another SAE"
+        )
     for ours, name in names.items():
         if name not in tensors:
             raise DamagedFolder(f"the weights lack {name}, which {cfg['architecture']!r} has: fetch them again")
@@ -398,8 +409,6 @@ def _check(cfg: Mapping[str, Any], tensors: Tensors, rule: RuleSettings, mask: P
             )
         if not bool(tensors[name].isfinite().all()):
             raise DamagedFolder(f"{name} holds NaN or infinite numbers: choose another SAE")
-    for name in [name for name in tensors if name not in names.values()]:
-        del tensors[name]
 
 
 def _scale(cfg: Mapping[str, Any], decoder: Tensor, rule: RuleSettings) -> float:
