@@ -1,6 +1,7 @@
 """SAEs pushed to a stand-in for the hub and fetched from it, by huggingface_hub and SAELens themselves."""
 
 import hashlib
+import shutil
 
 import huggingface_hub
 import numpy as np
@@ -11,13 +12,14 @@ from typer.testing import CliRunner
 from conftest import make_sae
 from hub_stand_in import TOKEN, stand_in
 from posmask.cli import app
-from posmask.errors import BadSetting, MissingAsset
+from posmask.errors import BadSetting, DamagedFolder, MissingAsset
+from posmask.folders import write_folder
 from posmask.interop import hub
 from posmask.interop.saelens_files import export_saelens
 from posmask.rows import Measure, Row, write_rows
 from posmask.sae import write_sae
 from test_saelens import ORIGIN, contexts, scaled
-from test_saelens_files import random_tensors
+from test_saelens_files import flip_a_bit, random_tensors
 
 
 @pytest.fixture
@@ -82,6 +84,18 @@ def test_what_is_pushed_is_fetched_by_us_and_by_saelens(saelens, server, tmp_pat
 def test_the_card_says_the_site(site, words, tmp_path):
     write_sae(make_sae("slice"), tmp_path, {**ORIGIN, "site": site})
     assert f"from tiny, {words}, trained on" in hub.model_card(tmp_path, "user/new", "cell", "tiny")
+
+
+def test_a_damaged_cell_is_not_pushed(server, tmp_path):
+    for name in ("sae.safetensors", "rows.csv"):
+        cell_folder(tmp_path / "made", scaled(make_sae("slice")))
+        with write_folder(tmp_path / "cell", {"what": name}) as draft:
+            shutil.copytree(tmp_path / "made", draft, dirs_exist_ok=True)
+        flip_a_bit(tmp_path / "cell" / name)
+        with pytest.raises(DamagedFolder, match=f"{name} is not what was written"):
+            hub.push(tmp_path / "cell", "user/new")
+        shutil.rmtree(tmp_path / "made")
+    assert not server.get("user/new")
 
 
 def asked_for(hub, what):

@@ -254,9 +254,7 @@ def _versions() -> dict[str, str]:
 
 
 def read_start(folder: Path, d_model: int) -> SparseAutoencoder:
-    if (folder / folders.MANIFEST).exists():  # An SAE that a user brings may have none.
-        folders.read_manifest(folder, verify=True)
-    sae = read_sae(folder)
+    sae = read_sae(folder, verify=True)
     if sae.d_model != d_model:
         raise BadSetting(f"the SAE in {folder} codes vectors of {sae.d_model} numbers, the model gives {d_model}")
     return sae

@@ -86,7 +86,7 @@ def push(cell: Path, repo: str, *, private: bool = False, model_name: str | None
         model_name: of the model as SAELens calls it; None: what the SAE's origin says.
 
     Raises:
-        DamagedFolder: the cell holds no SAE.
+        DamagedFolder: the cell holds no SAE, or its files differ from its manifest.
         BadSetting, MissingAsset: as `from_pretrained`.
     """
     import huggingface_hub as hub
