@@ -70,6 +70,12 @@ def test_rows_get_unit_norm(either_way):
     torch.testing.assert_close(rows, expected)
 
 
+def test_a_row_of_zeros_has_no_unit_norm_and_stays(either_way):
+    rows = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
+    kernels.unit_rows_(rows)
+    torch.testing.assert_close(rows, torch.tensor([[0.6, 0.8], [0.0, 0.0]]))
+
+
 def test_where_the_fast_product_is_not_float32_it_is_not_taken(monkeypatch):
     monkeypatch.setattr(kernels, "float32_stays_float32", lambda: False)  # as on a processor with AMX
     with kernels.fast_float32():

@@ -1,6 +1,7 @@
 """SAEs pushed to a stand-in for the hub and fetched from it, by huggingface_hub and SAELens themselves."""
 
 import hashlib
+import shutil
 
 import huggingface_hub
 import numpy as np
@@ -11,13 +12,14 @@ from typer.testing import CliRunner
 from conftest import make_sae
 from hub_stand_in import TOKEN, stand_in
 from posmask.cli import app
-from posmask.errors import BadSetting, MissingAsset
+from posmask.errors import BadSetting, DamagedFolder, MissingAsset
+from posmask.folders import write_folder
 from posmask.interop import hub
 from posmask.interop.saelens_files import export_saelens
 from posmask.rows import Measure, Row, write_rows
 from posmask.sae import write_sae
 from test_saelens import ORIGIN, contexts, scaled
-from test_saelens_files import random_tensors
+from test_saelens_files import flip_a_bit, random_tensors
 
 
 @pytest.fixture
@@ -68,6 +70,32 @@ def test_what_is_pushed_is_fetched_by_us_and_by_saelens(saelens, server, tmp_pat
         assert ours.mask.settings == sae.mask.settings
     theirs = saelens.SAE.from_pretrained("user/new", "slice-seed0")
     torch.testing.assert_close(theirs.encode(vectors), expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("site", "words"),
+    [
+        ("residual_after", "the residual stream after layer 2"),
+        ("residual_before", "the residual stream before layer 2"),
+        ("attention", "the attention output of layer 2"),
+        ("mlp", "the MLP output of layer 2"),
+    ],
+)
+def test_the_card_says_the_site(site, words, tmp_path):
+    write_sae(make_sae("slice"), tmp_path, {**ORIGIN, "site": site})
+    assert f"from tiny, {words}, trained on" in hub.model_card(tmp_path, "user/new", "cell", "tiny")
+
+
+def test_a_damaged_cell_is_not_pushed(server, tmp_path):
+    for name in ("sae.safetensors", "rows.csv"):
+        cell_folder(tmp_path / "made", scaled(make_sae("slice")))
+        with write_folder(tmp_path / "cell", {"what": name}) as draft:
+            shutil.copytree(tmp_path / "made", draft, dirs_exist_ok=True)
+        flip_a_bit(tmp_path / "cell" / name)
+        with pytest.raises(DamagedFolder, match=f"{name} is not what was written"):
+            hub.push(tmp_path / "cell", "user/new")
+        shutil.rmtree(tmp_path / "made")
+    assert not server.get("user/new")
 
 
 def asked_for(hub, what):
@@ -143,6 +171,15 @@ def test_gemma_scope_is_fetched_as_it_lies_on_the_hub(server, tmp_path):
     sae = hub.from_pretrained("google/scope", "layer_3/width_16k/average_l0_5", n_positions=16)
     assert sae.rule.settings.kind == "jumprelu"
     assert sae.mask.n_positions == 16
+
+
+def test_the_name_of_a_repository_says_the_site(server, tmp_path):
+    tensors = random_tensors("jumprelu", unit=True)
+    np.savez(tmp_path / "params.npz", **{name: one.numpy() for name, one in tensors.items()})
+    for repo in ("google/gemma-scope-2b-pt-att", "google/gemma-scope-2b-pt-transcoders", "me/saes-att"):
+        server[repo] = {"layer_3/width_16k/params.npz": (tmp_path / "params.npz").read_bytes()}
+        with pytest.raises(BadSetting, match=f"{repo.partition('/')[2]} holds"):
+            hub.from_pretrained(repo, n_positions=16)
 
 
 def test_what_the_hub_refuses_is_said_in_one_sentence_with_what_to_do(server, tmp_path, monkeypatch):

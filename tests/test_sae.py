@@ -1,5 +1,8 @@
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from conftest import D_MODEL, N_POSITIONS, RULES, make_sae, make_vectors
 from posmask.errors import BadSetting, DamagedFolder
@@ -44,6 +47,43 @@ def test_a_mask_that_does_not_fit_its_sae_is_refused(tmp_path):
         (tmp_path / "sae.json").write_text(description.replace(old, new))
         with pytest.raises(DamagedFolder, match="holds no readable SAE"):
             read_sae(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value", "message"),
+    [
+        ("open", "encoder", torch.nan, "encoder holds NaN or infinite numbers"),
+        ("open", "decoder", torch.inf, "decoder holds NaN or infinite numbers"),
+        ("open", "rule.threshold", torch.nan, "rule.threshold holds NaN or infinite numbers"),
+        ("open", "center", torch.nan, "center holds NaN or infinite numbers"),
+        ("open", "scale", -1.0, "scale = -1 is not above 0"),
+        ("open", "scale", 0.0, "scale = 0 is not above 0"),
+        ("slice", "mask.fixed_openness", torch.nan, "mask.fixed_openness holds NaN or infinite numbers"),
+        ("slice", "mask.fixed_openness", 2.0, "openness is not within 0 and 1"),
+        ("slice", "mask.fixed_openness", -1.0, "openness is not within 0 and 1"),
+        ("soft", "mask.theta", torch.nan, "mask.theta holds NaN or infinite numbers"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(kind, name, value, message, tmp_path):
+    write_sae(make_sae(kind, rule="jumprelu"), tmp_path)
+    tensors = load_file(tmp_path / "sae.safetensors")
+    tensors[name].view(-1)[-1] = value
+    save_file(tensors, tmp_path / "sae.safetensors")
+    with pytest.raises(DamagedFolder, match=f"holds no readable SAE \\({message}"):
+        read_sae(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["slice", "switch"])
+def test_a_description_of_absurdly_many_positions_is_refused(kind, tmp_path):
+    write_sae(make_sae(kind, free_fraction=1.0), tmp_path)
+    tensors = load_file(tmp_path / "sae.safetensors")
+    if kind == "slice":
+        tensors["mask.fixed_openness"] = torch.empty(10**12, 0)
+    save_file(tensors, tmp_path / "sae.safetensors")
+    description = json.loads((tmp_path / "sae.json").read_text())
+    (tmp_path / "sae.json").write_text(json.dumps({**description, "n_positions": 10**12}))
+    with pytest.raises(DamagedFolder, match="a mask of 1000000000000 positions and 32 latents"):
+        read_sae(tmp_path)
 
 
 def test_loading_weights_into_an_sae_in_use_takes_the_new_mask():

@@ -59,21 +59,77 @@ def test_saelens_gives_our_codes(saelens, rule, kind, apply, tmp_path):
     assert theirs.W_dec.shape == (D_SAE, D_MODEL)
 
 
-@pytest.mark.parametrize(("kind", "apply"), [("slice", "forward"), ("slice", "gradient"), ("switch", "forward")])
-def test_vectors_without_positions_are_coded_with_the_mask_lifted_and_say_so_once(saelens, kind, apply, tmp_path):
-    sae = scaled(make_sae(kind, apply))
+@pytest.mark.parametrize(
+    ("shape", "coordinate", "reason"),
+    [
+        ((80, D_MODEL), "context", r"vectors of shape \[80, 12\] have no position axis"),
+        ((D_MODEL,), "context", r"vectors of shape \[12\] have no position axis"),
+        ((5, 1, D_MODEL), "context", r"the one vector per text in shape \[5, 1, 12\] may be at any position"),
+        ((5, N_POSITIONS, D_MODEL), "sentence", "position is counted from the sentence, which no shape shows"),
+        ((5, N_POSITIONS, D_MODEL), "end", "position is counted from the end, which no shape shows"),
+    ],
+)
+def test_unknown_positions_raise(saelens, shape, coordinate, reason, tmp_path):
+    theirs = saelens.SAE.load_from_disk(exported(scaled(make_sae("slice", coordinate=coordinate)), tmp_path))
+    vectors = torch.randn(shape)
+    for call in (theirs.encode, theirs, theirs.run_with_cache):
+        with pytest.raises(BadSetting, match=reason) as caught:
+            call(vectors)
+        message = str(caught.value)
+        assert "sae.encode(x, positions=p)" in message
+        assert "with sae.at(p):" in message
+        assert "with sae.lifted():" in message
+        assert ("[batch, position, d_in] from position 0 on" in message) == (coordinate == "context")
+        assert ("positions=0" in message) == (shape[-2:] == (1, D_MODEL))
+
+
+def test_one_token_takes_the_position_given(saelens, tmp_path):
+    sae = scaled(make_sae("slice"))
+    theirs = saelens.SAE.load_from_disk(exported(sae, tmp_path))
+    vectors, position = contexts()
+    first, last = vectors[:, :1], vectors[:, 9:10]
+    expected = sae.encode(vectors, position)
+    torch.testing.assert_close(theirs.encode(first, positions=0), expected[:, :1], atol=2e-5, rtol=1e-5)
+    with theirs.at(9):
+        torch.testing.assert_close(theirs.encode(last), expected[:, 9:10], atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["slice", "soft", "switch"])
+def test_the_mask_is_lifted_on_request_only(saelens, kind, tmp_path):
+    sae = scaled(make_sae(kind))
     theirs = saelens.SAE.load_from_disk(exported(sae, tmp_path))
     vectors, position = contexts()
     flat = vectors.flatten(0, 1)
-    if kind == "slice" and apply == "forward":
-        with pytest.warns(UserWarning, match=r"\[80, 12\] do not say, so the mask is lifted: pass positions="):
-            found = theirs.encode(flat)
-    else:
-        found = theirs.encode(flat)  # No position would matter, so there is nothing to say.
-    expected = sae.encode(flat, position.flatten(), lift=kind == "slice")
-    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
-    assert torch.equal(theirs.encode(flat), found)  # a second warning would be an error
-    assert theirs.encode(flat[0]).shape == (D_SAE,)
+    expected = sae.encode(flat, position.flatten(), lift=True)
+    torch.testing.assert_close(theirs.encode(flat, lift=True), expected, atol=2e-5, rtol=1e-5)
+    with theirs.lifted() as lifted:
+        torch.testing.assert_close(lifted.encode(flat), expected, atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(lifted(flat), sae.decode(expected), atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(lifted.encode(vectors).flatten(0, 1), expected, atol=2e-5, rtol=1e-5)
+        with theirs.at(3):  # The innermost context counts.
+            here = theirs.encode(flat)
+    torch.testing.assert_close(here, sae.encode(flat, torch.full((80,), 3)), atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(theirs.encode(vectors), sae.encode(vectors, position), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("open", {}),
+        ("slice", {"apply": "gradient"}),
+        ("slice", {"leak": 1.0}),
+        ("slice", {"n_slices": 1}),
+        ("switch", {}),
+    ],
+)
+def test_positions_are_not_needed_where_they_do_not_matter(saelens, kind, changes, tmp_path):
+    sae = scaled(make_sae(kind, **changes))
+    theirs = saelens.SAE.load_from_disk(exported(sae, tmp_path))
+    vectors, position = contexts()
+    expected = sae.encode(vectors, position)
+    torch.testing.assert_close(theirs.encode(vectors.flatten(0, 1)), expected.flatten(0, 1), atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(theirs.encode(vectors[:, 7:8]), expected[:, 7:8], atol=2e-5, rtol=1e-5)
+    assert theirs.encode(vectors[0, 0]).shape == (D_SAE,)
 
 
 def test_positions_of_tools_calls_and_positions_beyond(saelens, tmp_path):
@@ -95,15 +151,15 @@ def test_positions_of_tools_calls_and_positions_beyond(saelens, tmp_path):
         theirs.encode(flat, positions=-1)
     with pytest.raises(BadSetting, match=r"shape \[3\] do not fit vectors \[80, 12\]"):
         theirs.encode(flat, positions=torch.tensor([1, 2, 3]))
+    for fraction in (2.5, torch.full((len(flat),), 2.0), True):
+        with pytest.raises(BadSetting, match=r"positions of type .* are not whole numbers"):
+            theirs.encode(flat, positions=fraction)
 
 
-def test_a_mask_that_counts_from_elsewhere_takes_no_position_off_the_shape(saelens, tmp_path):
+def test_a_mask_that_counts_from_elsewhere_takes_given_positions(saelens, tmp_path):
     sae = scaled(make_sae("slice", coordinate="sentence"))
     theirs = saelens.SAE.load_from_disk(exported(sae, tmp_path))
     vectors, position = contexts()
-    with pytest.warns(UserWarning, match="the sentence, from which this mask counts, does not say"):
-        found = theirs.encode(vectors)
-    torch.testing.assert_close(found, sae.encode(vectors, position, lift=True), atol=2e-5, rtol=1e-5)
     found = theirs.encode(vectors, positions=position)
     torch.testing.assert_close(found, sae.encode(vectors, position), atol=2e-5, rtol=1e-5)
 

@@ -1,7 +1,9 @@
 """SAELens folders without SAELens: what comes in as one of ours, and what is refused."""
 
 import json
+import math
 import pickle
+import zipfile
 
 import numpy as np
 import pytest
@@ -9,9 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import D_MODEL, D_SAE, KINDS, N_POSITIONS, RULES, make_sae, make_vectors
-from posmask.errors import BadSetting, DamagedFolder
-from posmask.interop.saelens_files import import_saelens
-from posmask.sae import read_origin, read_sae
+from posmask.errors import BadSetting, DamagedFolder, PosmaskError
+from posmask.folders import write_folder
+from posmask.interop.saelens_files import export_saelens, import_saelens
+from posmask.mask_kinds import make_mask, mask_settings
+from posmask.sae import read_origin, read_sae, write_sae
 from test_saelens import ORIGIN, contexts, exported, scaled
 
 
@@ -89,15 +93,105 @@ def test_an_imported_sae_does_what_saelens_does_with_it(saelens, name, unit, sub
     torch.testing.assert_close(ours.decoder.norm(dim=1), torch.ones(D_SAE))
     assert ours.mask.settings.kind == "open"
     assert ours.mask.n_positions == N_POSITIONS
-    assert read_origin(tmp_path / "ours")["layer"] == 2
+    origin = read_origin(tmp_path / "ours")
+    assert (origin["layer"], origin["site"]) == (2, "residual_after")
+
+
+PLACES = {
+    (2, "residual_after"): "blocks.1.hook_resid_post",
+    (2, "residual_before"): "blocks.1.hook_resid_pre",
+    (1, "residual_before"): "blocks.0.hook_resid_pre",
+    (2, "attention"): "blocks.1.hook_attn_out",
+    (2, "mlp"): "blocks.1.hook_mlp_out",
+}
+
+
+@pytest.mark.parametrize("lossy", [False, True])
+@pytest.mark.parametrize(("layer", "site"), PLACES)
+def test_the_site_survives_export_and_import(layer, site, lossy, tmp_path):
+    cell = tmp_path / "cell"
+    write_sae(scaled(make_sae("open")), cell, {"layer": layer, "site": site})
+    cfg = export_saelens(cell, tmp_path / "theirs", lossy=lossy)
+    assert cfg["metadata"]["hook_name"] == PLACES[layer, site]
+    import_saelens(tmp_path / "theirs", tmp_path / "back")
+    origin = read_origin(tmp_path / "back")
+    # The stream before layer 2 is the stream after layer 1.
+    expected = (1, "residual_after") if (layer, site) == (2, "residual_before") else (layer, site)
+    assert (origin["layer"], origin["site"]) == expected
+
+
+def write_scope(folder, **more):
+    folder.mkdir(parents=True)
+    tensors = random_tensors("jumprelu", unit=True)
+    np.savez(folder / "params.npz", **{name: tensor.numpy() for name, tensor in tensors.items()}, **more)
+    return tensors
+
+
+SCOPE = "layer_12/width_16k/average_l0_82"
+
+
+@pytest.mark.parametrize(
+    ("path", "place"),
+    [
+        (f"gemma-scope-2b-pt-res/{SCOPE}", (13, "residual_after")),
+        (f"gemma-scope-2b-pt-mlp/{SCOPE}", (13, "mlp")),
+        (f"models--google--gemma-scope-9b-it-res/snapshots/0a1b/{SCOPE}", (13, "residual_after")),
+        (f"models--google--gemma-scope-2b-pt-mlp/snapshots/0a1b/{SCOPE}", (13, "mlp")),
+        (f"gemma-scope-res/gemma-scope-2b-pt-mlp/{SCOPE}", (13, "mlp")),
+        (SCOPE, None),  # -res, -mlp, -att and -transcoders all have folders of these names.
+        ("gemma-scope-2b-pt-mlp/copied", None),
+    ],
+)
+def test_the_path_of_gemma_scope_says_the_site(path, place, tmp_path):
+    write_scope(tmp_path / path)
+    import_saelens(tmp_path / path, tmp_path / "ours", n_positions=N_POSITIONS)
+    origin = read_origin(tmp_path / "ours")
+    assert (origin.get("layer"), origin.get("site")) == (place or (None, None))
+
+
+def test_a_linked_gemma_scope_folder_is_what_its_target_is(tmp_path):
+    write_scope(tmp_path / "gemma-scope-2b-pt-mlp" / SCOPE)
+    (tmp_path / "link").symlink_to(tmp_path / "gemma-scope-2b-pt-mlp" / SCOPE)
+    import_saelens(tmp_path / "link", tmp_path / "ours", n_positions=N_POSITIONS)
+    assert read_origin(tmp_path / "ours")["site"] == "mlp"
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        (f"gemma-scope-2b-pt-att/{SCOPE}", "gemma-scope-2b-pt-att holds SAEs of attention heads"),
+        (f"gemma-scope-2b-pt-transcoders/{SCOPE}", "gemma-scope-2b-pt-transcoders holds transcoders"),
+        ("gemma-scope-2b-pt-transcoders", "holds transcoders"),
+        (f"models--google--gemma-scope-2b-pt-att/snapshots/0a1b/{SCOPE}", "holds SAEs of attention heads"),
+        (f"models--me--my-transcoder/snapshots/0a1b/{SCOPE}", "models--me--my-transcoder holds transcoders"),
+        ("gemma-scope-2b-pt-res/embedding/width_4k/average_l0_6", "hook_name = 'hook_embed' is not a site"),
+    ],
+)
+def test_gemma_scope_of_other_sites_is_refused(path, message, tmp_path):
+    write_scope(tmp_path / path)
+    with pytest.raises(BadSetting, match=message) as caught:
+        import_saelens(tmp_path / path, tmp_path / "ours", n_positions=N_POSITIONS)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_tensors_are_refused(tmp_path):
+    skip = np.zeros((D_MODEL, D_MODEL), dtype=np.float32)
+    write_scope(tmp_path / "gemma-scope-2b-pt-res" / SCOPE, W_skip=skip)
+    with pytest.raises(BadSetting, match="'jumprelu' has no tensor W_skip"):
+        import_saelens(tmp_path / "gemma-scope-2b-pt-res" / SCOPE, tmp_path / "ours", n_positions=N_POSITIONS)
+    folder = their_folder(tmp_path / "theirs")
+    weights = load_file(folder / "sae_weights.safetensors")
+    save_file({**weights, "scaling_factor": torch.ones(D_SAE)}, folder / "sae_weights.safetensors")
+    import_saelens(folder, tmp_path / "ones")  # SAELens wrote these once, and drops them too.
+    for name, tensor in (("scaling_factor", torch.full((D_SAE,), 2.0)), ("W_skip", torch.tensor(skip))):
+        save_file({**weights, name: tensor}, folder / "sae_weights.safetensors")
+        refused(folder, BadSetting, f"'standard' has no tensor {name}")
 
 
 @pytest.mark.parametrize("as_folder", [True, False])
 def test_gemma_scope_comes_in_from_its_arrays(as_folder, tmp_path):
-    folder = tmp_path / "layer_12" / "width_16k" / "average_l0_82"
-    folder.mkdir(parents=True)
-    tensors = random_tensors("jumprelu", unit=True)
-    np.savez(folder / "params.npz", **{name: tensor.numpy() for name, tensor in tensors.items()})
+    folder = tmp_path / "gemma-scope-2b-pt-res" / "layer_12" / "width_16k" / "average_l0_82"
+    tensors = write_scope(folder)
     source = folder if as_folder else folder / "params.npz"
     sae = import_saelens(source, tmp_path / "ours", n_positions=N_POSITIONS)
     vectors, position = make_vectors(50)
@@ -127,15 +221,19 @@ def refused(folder, error, message, **options):
         ({"metadata": {"sae_lens_version": None}}, BadSetting, "SAELens before 6.0, .* load it with SAELens 6"),
         ({"d_sae": 8}, DamagedFolder, r"W_enc has the shape \[12, 32\], not \[12, 8\] as d_in = 12 and d_sae = 8"),
         (
-            {"metadata": {"hook_name": "blocks.1.hook_mlp_out"}},
+            {"metadata": {"hook_name": "blocks.1.attn.hook_z"}},
             BadSetting,
-            "'blocks.1.hook_mlp_out' is not the residual",
+            "hook_name = 'blocks.1.attn.hook_z' is not a",
         ),
+        ({"metadata": {"hook_name": "hook_embed"}}, BadSetting, "hook_name = 'hook_embed' is not a site"),
+        ({"metadata": {"hook_head_index": 3}}, BadSetting, "hook_head_index = 3: .* one attention head"),
+        ({"metadata": {"hook_name_out": "blocks.1.hook_mlp_out"}}, BadSetting, "hook_name_out = .*: a transcoder"),
+        ({"metadata": {"hook_name": ["blocks.1.hook_resid_post"]}}, BadSetting, "hook_name = .* is not a site"),
         ({"metadata": {"context_size": None}}, BadSetting, "no context_size is named: .* --n-positions"),
         ({"normalize_activations": "layer_norm"}, BadSetting, "normalize_activations = 'layer_norm' is not in the"),
         ({"reshape_activations": "hook_z"}, BadSetting, "reshape_activations = 'hook_z' reads attention heads"),
         ({"name": "topk", "k": None}, BadSetting, "k Input should be a valid integer"),
-        ({"d_in": None}, BadSetting, "fetch an SAE whose settings are whole"),
+        ({"d_in": None}, BadSetting, "d_in = None is not a positive .*: fetch an SAE whose settings are whole"),
     ],
 )
 def test_folders_that_cannot_be_taken_over_say_why(given, error, message, tmp_path):
@@ -158,6 +256,184 @@ def test_files_that_cannot_be_read_say_why(tmp_path):
     refused(folder, DamagedFolder, "is not readable JSON")
 
 
+@pytest.mark.parametrize("name", THEIRS)
+def test_a_zero_decoder_row_becomes_a_latent_that_never_fires(saelens, name, tmp_path):
+    folder = their_folder(tmp_path / "theirs", name)
+    weights = load_file(folder / "sae_weights.safetensors")
+    weights["W_dec"][[0, 5]] = 0
+    save_file(weights, folder / "sae_weights.safetensors")
+    if name == "topk":  # There it may take one of the k places.
+        refused(folder, BadSetting, "norms from 0 to 1 that topk does not reckon with")
+        return
+    theirs, ours = saelens.SAE.load_from_disk(folder), import_saelens(folder, tmp_path / "ours")
+    vectors, position = contexts()
+    expected = theirs.encode(vectors)
+    expected[..., [0, 5]] = 0
+    torch.testing.assert_close(ours.encode(vectors, position), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours(vectors, position), theirs(vectors), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours.decoder.norm(dim=1), torch.ones(D_SAE))
+    sparse = read_sae(tmp_path / "ours").sparse_encode(vectors.flatten(0, 1), position.flatten())
+    torch.testing.assert_close(sparse.dense(), ours.encode(vectors, position).flatten(0, 1), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_zero_decoder_row_of_an_sae_with_a_mask(rule, tmp_path):
+    sae = scaled(make_sae("slice", rule=rule))
+    folder = exported(sae, tmp_path)
+    weights = load_file(folder / "sae_weights.safetensors")
+    weights["W_dec"][5] = 0
+    save_file(weights, folder / "sae_weights.safetensors")
+    if rule in ("topk", "batchtopk", "matryoshka"):
+        refused(folder, BadSetting, f"norms from 0 to 2.5 that {rule} does not reckon with")
+        return
+    vectors, position = contexts()
+    expected = sae.encode(vectors, position).detach()
+    expected[..., 5] = 0
+    back = import_saelens(folder, tmp_path / "back")
+    torch.testing.assert_close(back.encode(vectors, position), expected, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(back(vectors, position), sae.decode(expected), atol=1e-4, rtol=1e-5)
+
+
+def test_an_sae_without_any_decoder_rows_is_its_bias(tmp_path):
+    folder = their_folder(tmp_path / "theirs")
+    weights = load_file(folder / "sae_weights.safetensors")
+    save_file({**weights, "W_dec": torch.zeros(D_SAE, D_MODEL)}, folder / "sae_weights.safetensors")
+    vectors, position = make_vectors(20)
+    found = import_saelens(folder, tmp_path / "ours")(vectors, position)
+    torch.testing.assert_close(found, weights["b_dec"].expand(20, D_MODEL))
+
+
+HUGE = 10**12
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"d_sae": HUGE}, r"W_enc has the shape \[12, 32\], not \[12, 1000000000000\]"),
+        ({"d_in": HUGE}, r"W_enc has the shape \[12, 32\], not \[1000000000000, 32\]"),
+        ({"d_in": HUGE, "d_sae": HUGE}, "W_enc has the shape"),
+        ({"d_sae": 10**400}, "W_enc has the shape"),
+        ({"d_sae": -32}, "d_sae = -32 is not a positive whole number"),
+        ({"d_sae": 0}, "d_sae = 0 is not a positive whole number"),
+        ({"d_sae": "32"}, "d_sae = '32' is not a positive whole number"),
+        ({"d_sae": 32.0}, "d_sae = 32.0 is not a positive whole number"),
+        ({"d_sae": True}, "d_sae = True is not a positive whole number"),
+        ({"d_sae": float("inf")}, "d_sae = inf is not a positive whole number"),
+        ({"d_in": float("nan")}, "d_in = nan is not a positive whole number"),
+        ({"d_in": [12]}, r"d_in = \[12\] is not a positive whole number"),
+        ({"metadata": {"context_size": HUGE}}, "a mask of 1000000000000 positions and 32 latents"),
+        ({"metadata": {"context_size": 10**400}}, "a mask of 10+ positions and 32 latents"),
+        ({"metadata": {"context_size": -1}}, "n_positions = -1 is not a positive whole number"),
+        ({"metadata": {"context_size": "16"}}, "n_positions = '16' is not a positive whole number"),
+        ({"metadata": {"context_size": float("inf")}}, "n_positions = inf is not a positive whole number"),
+        ({"metadata": {"training_tokens": float("inf")}}, "cannot convert float infinity to integer"),
+        ({"metadata": ["context_size"]}, "is not readable JSON"),
+        ({"name": "topk", "k": HUGE}, "k = 1000000000000 is more than the 32 latents"),
+        ({"architecture": ["standard"]}, "architecture \\['standard'\\]|unhashable"),
+    ],
+)
+def test_absurd_sizes_are_refused_before_anything_is_made(given, message, tmp_path):
+    metadata = given.pop("metadata", {})
+    folder = their_folder(tmp_path / "theirs", given.pop("name", "standard"), **{"metadata": {}, **given})
+    cfg = json.loads((folder / "cfg.json").read_text())
+    if isinstance(metadata, dict):
+        metadata = {**cfg["metadata"], **metadata}
+    (folder / "cfg.json").write_text(json.dumps({**cfg, "metadata": metadata}))
+    refused(folder, PosmaskError, message)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("slice", {"n_positions": HUGE}, "a mask of 1000000000000 positions"),
+        ("switch", {"n_positions": HUGE}, "a mask of 1000000000000 positions"),
+        ("slice", {"n_positions": 8}, r"mask.fixed_openness has the shape \[16, 32\], not \[8, 32\]"),
+        ("slice", {"n_positions": None}, "n_positions = None is not a positive whole number"),
+        ("split", {"mask": {"n_splittings": 10**10}}, "n_splittings"),
+        ("switch", {"mask": {"n_experts": HUGE}}, "n_experts = 1000000000000 is more than the 32 latents"),
+        ("switch", {"mask": {"n_experts": HUGE, "free_fraction": 1.0}}, "n_experts = 1000000000000 is more than"),
+        ("cohort", {"mask": {"n_cohorts": HUGE, "free_fraction": 1.0}}, "n_cohorts = 1000000000000"),
+        ("slice", {"mask": "slice"}, "fetch an SAE whose settings are whole"),
+        ("slice", {"rule": None}, "fetch an SAE whose settings are whole"),
+        ("slice", {"rule": {"l1_coefficient": 10**400}}, "l1_coefficient"),
+        ("slice", {"rule": {"l1_coefficient": float("inf")}}, "l1_coefficient"),
+    ],
+)
+def test_absurd_sizes_of_an_exported_sae_are_refused(kind, changes, message, tmp_path):
+    folder = exported(scaled(make_sae(kind, rule="relu")), tmp_path)
+    cfg = json.loads((folder / "cfg.json").read_text())
+    for name, value in changes.items():
+        cfg[name] = {**cfg[name], **value} if isinstance(value, dict) else value
+    (folder / "cfg.json").write_text(json.dumps(cfg))
+    refused(folder, PosmaskError, message)
+
+
+def test_a_band_over_many_positions_is_refused_quickly():
+    with pytest.raises(BadSetting, match="makes 299999 windows of 300000 positions, more than the 2 latents"):
+        make_mask(mask_settings({"kind": "band", "growth": 1.0, "free_fraction": 1.0}), 300_000, 2)
+
+
+def zeros_npz(path, shapes, *, claimed=None):
+    """A compressed params.npz of zeros; `claimed`: shapes that the headers say instead."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, shape in shapes.items():
+            with archive.open(f"{name}.npy", "w") as file:
+                header = {"descr": "<f4", "fortran_order": False, "shape": (claimed or shapes)[name]}
+                np.lib.format.write_array_header_1_0(file, header)
+                file.write(bytes(4 * math.prod(shape)))
+
+
+def scope_shapes(d_in, d_sae):
+    return {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_enc": (d_sae,), "b_dec": (d_in,), "threshold": (d_sae,)}
+
+
+def test_an_npz_that_unpacks_to_much_more_than_its_size_is_refused(tmp_path):
+    (tmp_path / "scope").mkdir()
+    path = tmp_path / "scope" / "params.npz"
+    zeros_npz(path, scope_shapes(64, 100_000))
+    assert path.stat().st_size < 100_000
+    refused(path.parent, DamagedFolder, r"unpack to 52,\d+,\d+ bytes, more than 8 times", n_positions=16)
+    zeros_npz(path, scope_shapes(4, 8), claimed=scope_shapes(10**6, 10**6))
+    refused(path.parent, DamagedFolder, r"W_enc is said to have the shape \[1000000, 1000000\]", n_positions=16)
+    shapes = scope_shapes(12, 32)
+    zeros_npz(path, {**shapes, "W_enc": (12, 31)})
+    refused(path.parent, DamagedFolder, r"W_enc has the shape \[12, 31\], not \[12, 32\]", n_positions=16)
+
+
+def test_a_compressed_npz_is_read(tmp_path):
+    (tmp_path / "scope").mkdir()
+    tensors = random_tensors("jumprelu", unit=True)
+    np.savez_compressed(tmp_path / "scope" / "params.npz", **{name: one.numpy() for name, one in tensors.items()})
+    assert import_saelens(tmp_path / "scope", tmp_path / "ours", n_positions=16).d_sae == D_SAE
+
+
+def test_weights_that_overflow_are_refused(tmp_path):
+    folder = their_folder(tmp_path / "theirs", unit=False)
+    weights = load_file(folder / "sae_weights.safetensors")
+    weights["W_dec"] *= 1e30
+    weights["W_enc"] *= 1e30
+    save_file(weights, folder / "sae_weights.safetensors")
+    refused(folder, DamagedFolder, "encoder holds NaN or infinite numbers")
+
+
+@pytest.mark.parametrize("lossy", [False, True])
+def test_a_damaged_cell_is_not_exported(lossy, tmp_path):
+    cell = tmp_path / "cell"
+    with write_folder(cell, {"what": "test"}) as draft:
+        write_sae(scaled(make_sae("slice")), draft, ORIGIN)
+    export_saelens(cell, tmp_path / "whole", lossy=lossy)
+    flip_a_bit(cell / "sae.safetensors")
+    with pytest.raises(DamagedFolder, match=r"sae.safetensors is not what was written"):
+        export_saelens(cell, tmp_path / "damaged", lossy=lossy)
+    assert not (tmp_path / "damaged").exists()
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1  # of a number in the last tensor
+    path.write_bytes(content)
+
+
 class Bomb:
     def __reduce__(self):
         return (pytest.fail, ("unpickled",))
@@ -171,7 +447,7 @@ def test_pickles_are_refused_and_never_opened(tmp_path):
     folder = tmp_path / "scope"
     folder.mkdir()
     np.savez(folder / "params.npz", W_enc=np.array([Bomb()], dtype=object))
-    refused(folder, DamagedFolder, "cannot be read without unpickling", n_positions=16)
+    refused(folder, DamagedFolder, r"cannot be read \(W_enc holds pickled objects, which are never", n_positions=16)
 
 
 def test_nothing_is_overwritten(tmp_path):

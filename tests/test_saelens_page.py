@@ -18,7 +18,8 @@ PAGE = Path(__file__).parent.parent / "docs" / "saelens.md"
 
 def test_the_page_does_what_it_says(saelens, server, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.chdir(tmp_path)
-    cells, scope = tmp_path / "runs" / "quick" / "cells", tmp_path / "gemma-scope/layer_12/width_16k/average_l0_82"
+    cells = tmp_path / "runs" / "quick" / "cells"
+    scope = tmp_path / "gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82"
     for folder in (cells, scope):
         folder.mkdir(parents=True)
     cell_folder(cells / "slice-seed0", scaled(make_sae("slice")))
@@ -37,4 +38,4 @@ def test_the_page_does_what_it_says(saelens, server, tmp_path, monkeypatch):  # 
         n_run += 1
     assert n_run == 7
     assert (tmp_path / "exported-lossy" / "LOSSY.md").exists()
-    assert names["codes_at_5"].shape == (80, 32)
+    assert names["codes_at_5"].shape == names["codes_without_mask"].shape == (80, 32)

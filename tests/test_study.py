@@ -9,7 +9,7 @@ import pytest
 import torch
 from pydantic import Field
 
-from conftest import STUDY, train_on
+from conftest import STUDY, make_sae, train_on
 from posmask import (
     cells,
     corpus,
@@ -30,7 +30,7 @@ from posmask.latents import LATENT_WORDS_FILE, LATENTS_FILE
 from posmask.metrics.in_model import WindowMass
 from posmask.probing import topics
 from posmask.report import write_report
-from posmask.sae import read_sae
+from posmask.sae import read_sae, write_sae
 from posmask.settings import read_study
 from posmask.verdicts import LEVEL, read_verdicts
 
@@ -342,7 +342,11 @@ def test_cells_may_start_from_an_sae_that_a_user_brings(study_file, tmp_path):
     assert tokens == {"open": 2 * 20 * 256, "slice-compute": 2 * 20 * 256}
     start = json.loads((brought / "sae.json").read_text())
     for change, message in (
-        ({"layer": 3}, "was trained on layer 3 of a model, not on 2"),
+        ({"layer": 3}, "was trained on the residual stream after layer 3, .* the residual stream after layer 2"),
+        ({"site": "residual_before"}, "was trained on the residual stream after layer 1, .* after layer 2"),
+        ({"site": "mlp"}, "was trained on the MLP output of layer 2, .* the residual stream after layer 2"),
+        ({"site": "head"}, "layer 2 and site 'head' are not a place in a model"),
+        ({"layer": "2"}, "layer '2' and site 'residual_after' are not a place in a model"),
         ({"weights": "others"}, "was trained on weights 'others' of a model"),
     ):
         (brought / "sae.json").write_text(json.dumps({**start, "origin": {**start["origin"], **change}}))
@@ -362,6 +366,26 @@ def test_cells_may_start_from_an_sae_that_a_user_brings(study_file, tmp_path):
     study_file.write_text(alone)
     with pytest.raises(BadSetting, match="let all start from the same folder, or none"):
         read_study(study_file)
+
+
+def test_one_place_of_the_stream_has_two_names(tmp_path):
+    place = {"weights": "some", "layer": 3, "site": "residual_before"}
+    for origin, fits in (
+        ({"layer": 2, "site": "residual_after"}, True),
+        ({"layer": 2}, True),  # Cells did not say their site once.
+        ({"layer": 3, "site": "residual_before"}, True),
+        ({}, True),
+        ({"layer": 3, "site": "residual_after"}, False),
+        ({"layer": 3}, False),
+        ({"layer": 3, "site": "attention"}, False),
+        ({"layer": 2, "site": "mlp"}, False),
+    ):
+        write_sae(make_sae("open"), tmp_path, origin)
+        if fits:
+            assert set(cells.checked_start(tmp_path, place)) == {"sha256"}
+        else:
+            with pytest.raises(BadSetting, match="start from an SAE of the same layer and site"):
+                cells.checked_start(tmp_path, place)
 
 
 def test_an_imported_sae_is_evaluated_and_trained_on(study_file, tmp_path):

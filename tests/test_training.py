@@ -215,6 +215,23 @@ def test_an_sae_that_explains_nothing_is_refused(activations):
         train_on(fresh_sae("open"), activations, SETTINGS.model_copy(update={"learning_rate": 1.0, "n_steps": 10}))
 
 
+def silent_latent(sae, decoder_row):
+    with torch.no_grad():
+        sae.encoder[3], sae.encoder_bias[3], sae.decoder[3] = 0, -1e6, decoder_row
+    return sae
+
+
+def test_training_from_a_zero_decoder_row_ends_finite(activations):
+    sae = train_on(silent_latent(fresh_sae("open"), 0.0), activations, SETTINGS).sae
+    assert all(bool(tensor.isfinite().all()) for tensor in sae.state_dict().values())
+
+
+def test_a_trained_sae_with_nan_is_refused(activations):
+    sae = silent_latent(fresh_sae("open"), torch.nan)
+    with pytest.raises(DegenerateResult, match="decoder holds NaN or infinite numbers after 40 steps: lower learning_"):
+        train_on(sae, activations, SETTINGS)
+
+
 def test_latents_are_dead_by_eligible_tokens(activations):
     """A latent open at a quarter of the positions may be silent four times as long."""
     settings = SETTINGS.model_copy(update={"dead_after_eligible_tokens": 1500, "aux_k": 0})

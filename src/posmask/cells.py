@@ -12,7 +12,7 @@ from posmask.activations import training_batches
 from posmask.checkpoints import Checkpoints
 from posmask.errors import BadSetting, DamagedFolder
 from posmask.evaluation import Data, baselines, decay, evaluate
-from posmask.interop import saebench
+from posmask.interop import saebench, sites
 from posmask.probing import topics
 from posmask.record import check_identity
 from posmask.rules import make_rule
@@ -110,15 +110,23 @@ def checked_start(folder: Path, model_made_from: dict[str, Any]) -> dict[str, An
     """The identity of an SAE that a user brings.
 
     Raises:
-        BadSetting: it says that it was trained on another model or layer.
+        BadSetting: it says that it was trained on another model, layer or site.
     """
     origin = read_origin(folder)
-    for what in ("weights", "layer", "site"):
-        if what in origin and origin[what] != model_made_from.get(what, "residual_after"):
-            raise BadSetting(
-                f"the SAE in {folder} was trained on {what} {origin[what]!r} of a model, not on "
-                f"{model_made_from.get(what, 'residual_after')!r}: start from one of the same model and layer"
-            )
+    weights = model_made_from["weights"]
+    if origin.get("weights", weights) != weights:
+        raise BadSetting(
+            f"the SAE in {folder} was trained on weights {origin['weights']!r} of a model, not on {weights!r}: start "
+            "from one of the same model"
+        )
+    layer = model_made_from["layer"]
+    theirs = sites.canonical(origin.get("layer", layer), origin.get("site", "residual_after"))
+    ours = sites.canonical(layer, model_made_from.get("site", "residual_after"))
+    if theirs != ours and not origin.keys().isdisjoint({"layer", "site"}):
+        raise BadSetting(
+            f"the SAE in {folder} was trained on {sites.described(*theirs)}, the study reads {sites.described(*ours)}: "
+            "start from an SAE of the same layer and site"
+        )
     return {"sha256": folders.file_sha256(folder / WEIGHTS_FILE)}
 
 
@@ -270,9 +278,7 @@ def read_start(folder: Path, d_model: int, identity: str | None = None) -> Spars
     """
     if identity is not None:
         check_identity(folder, identity)
-    elif (folder / folders.MANIFEST).exists():  # An SAE that a user brings may have none.
-        folders.read_manifest(folder, verify=True)
-    sae = read_sae(folder)
+    sae = read_sae(folder, verify=identity is None)
     if sae.d_model != d_model:
         raise BadSetting(f"the SAE in {folder} codes vectors of {sae.d_model} numbers, the model gives {d_model}")
     return sae

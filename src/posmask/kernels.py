@@ -180,15 +180,18 @@ def centred(vectors: Tensor, order: Tensor | None, center: Tensor, scale: Tensor
 def _unit_rows(table):  # pragma: no cover (compiled)
     for row in numba.prange(len(table)):
         one = table[row]
-        one /= np.sqrt(_dot(one, one))
+        norm = np.sqrt(_dot(one, one))
+        if norm != 0:
+            one /= norm
 
 
 def unit_rows_(table: Tensor) -> None:
-    """Scale each row to unit norm, in place."""
+    """Scale each row to unit norm, in place; a row of zeros stays."""
     if compiled(table):
         _unit_rows(table.numpy())
     else:
-        table.div_(table.norm(dim=1, keepdim=True))
+        norms = table.norm(dim=1, keepdim=True)
+        table.div_(norms.masked_fill(norms == 0, 1.0))
 
 
 @numba.njit(fastmath=_FAST, cache=True)

@@ -88,21 +88,22 @@ class Band(PositionMask):
     @classmethod
     def windows(cls, settings: "Band.Settings", n_positions: int) -> Int[Tensor, " position"]:
         """The window of each position; a last one of less than half its width joins the one before."""
-        window, width, first = torch.zeros(n_positions, dtype=torch.int64), 1.0, 2
+        starts, width, first = [], 1.0, 2
         while first < n_positions:
             size = int(width)
-            window[first:] += 1 if n_positions - first >= size / 2 else 0
+            if n_positions - first >= size / 2:
+                starts.append(first)
             width = width * settings.growth if first >= 3 else 1.0
             first += size
-        return window
+        return torch.searchsorted(torch.tensor(starts, dtype=torch.int64), torch.arange(n_positions), right=True)
 
     def _start(self, random: torch.Generator) -> None:
         window = self.windows(self.settings, self.n_positions)
         n_windows = int(window[-1]) + 1
-        if 0 < self.n_bound < n_windows:
+        if n_windows > (self.n_bound or self.d_sae):
             raise BadSetting(
                 f"growth = {self.settings.growth} makes {n_windows} windows of {self.n_positions} positions, more than "
-                f"the {self.n_bound} latents they divide: raise it"
+                f"the {self.n_bound or self.d_sae} latents they divide: raise it"
             )
         inside = window[:, None] == torch.arange(n_windows)
         place = torch.arange(self.n_positions)[:, None]
@@ -232,7 +233,7 @@ class Cohort(PositionMask):
     def _start(self, random: torch.Generator) -> None:
         n_cohorts, n_open = self.settings.n_cohorts, self.settings.positions_per_latent
         _check_positions_per_latent(n_open, self.n_positions)
-        if n_cohorts * n_open % self.n_positions or self.n_bound % n_cohorts:
+        if n_cohorts * n_open % self.n_positions or self.n_bound % n_cohorts or n_cohorts > self.d_sae:
             raise BadSetting(
                 f"n_cohorts = {n_cohorts} of {n_open} positions cannot open every one of {self.n_positions} positions "
                 f"for the same number of {self.n_bound} latents: n_cohorts * positions_per_latent must be a multiple "
@@ -504,7 +505,7 @@ class Split(PositionMask):
         max_latents: int = Field(gt=0)
         """Latents at the end: the SAE's d_sae."""
         n_windows: int = Field(default=16, gt=1)
-        n_splittings: int = Field(default=4, gt=0)
+        n_splittings: int = Field(default=4, gt=0, le=64)
         first_splitting: float = Field(default=0.2, gt=0, le=1)
         last_splitting: float = Field(default=0.6, gt=0, le=1)
         watch_steps: int = Field(default=40, gt=0)
@@ -681,8 +682,10 @@ class Switch(PositionMask):
 
     def _start(self, random: torch.Generator) -> None:
         n_experts = self.settings.n_experts
-        if 0 < self.n_bound < n_experts:
-            raise BadSetting(f"n_experts = {n_experts} is more than the {self.n_bound} latents it divides: lower it")
+        if n_experts > (self.n_bound or self.d_sae):
+            raise BadSetting(
+                f"n_experts = {n_experts} is more than the {self.n_bound or self.d_sae} latents it divides: lower it"
+            )
         self._fix((torch.arange(n_experts)[:, None] == _blocks(self.n_bound, n_experts)).float())
 
     def meet(self, d_model: int, seed: int) -> None:

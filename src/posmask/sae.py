@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from posmask import kernels
 from posmask.choosing import choose, in_group_order, pieces
 from posmask.errors import BadSetting, DamagedFolder
+from posmask.folders import MANIFEST, read_manifest
 from posmask.mask_kinds import make_mask, mask_settings
 from posmask.masks import Copies, LiveGroup, PositionMask
 from posmask.rules import RuleSettings, make_rule, rule_settings
@@ -31,7 +32,10 @@ from posmask.seeds import generator
 __all__ = [
     "Codes",
     "SparseAutoencoder",
+    "check_sizes",
+    "check_table",
     "copy_latents_",
+    "flaw_of",
     "read_origin",
     "read_sae",
     "restate_",
@@ -372,12 +376,18 @@ def write_sae(sae: SparseAutoencoder, folder: Path, origin: Mapping[str, Any] | 
     (folder / SETTINGS_FILE).write_text(json.dumps(description, indent=1), encoding="utf8")
 
 
-def read_sae(folder: Path) -> SparseAutoencoder:
+def read_sae(folder: Path, *, verify: bool = False) -> SparseAutoencoder:
     """The SAE that `write_sae` wrote, with the same codes to the last bit.
 
+    Args:
+        verify: also compare the folder's files with its manifest, if it has one: an SAE that a user brings may not.
+
     Raises:
-        DamagedFolder: a file is missing, or its tensors are not those that its description asks for.
+        DamagedFolder: a file is missing, or its tensors are not those that its description asks for, are not finite or
+            make no sense.
     """
+    if verify and (folder / MANIFEST).exists():
+        read_manifest(folder, verify=True)
     try:
         description = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf8"))
         tensors = load_file(folder / WEIGHTS_FILE)
@@ -385,6 +395,8 @@ def read_sae(folder: Path) -> SparseAutoencoder:
         mask = make_mask(mask_settings(description["mask"]), description["n_positions"], description["d_sae"])
         sae = SparseAutoencoder(description["d_model"], rule_settings(description["rule"]), mask)
         sae.load_state_dict(tensors)
+        if (flaw := flaw_of(sae)) is not None:
+            raise ValueError(flaw)
     except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise DamagedFolder(f"{folder} holds no readable SAE ({error}): train it again") from error
     return sae
@@ -397,8 +409,7 @@ def _check_sizes(description: Any, tensors: Mapping[str, Tensor]) -> None:
         ValueError: it does.
     """
     said = {name: description[name] for name in ("d_sae", "d_model", "n_positions")}
-    if any(type(size) is not int for size in said.values()):
-        raise ValueError(f"its sizes are {said}")
+    check_sizes(**said)
     found: dict[str, int] = dict(zip(("d_sae", "d_model"), tensors["encoder"].shape, strict=True))
     tables = [tensors[name] for name in ("mask.fixed_openness", "mask.theta") if name in tensors]
     found["n_positions"] = len(tables[0])
@@ -406,6 +417,47 @@ def _check_sizes(description: Any, tensors: Mapping[str, Tensor]) -> None:
         found["n_positions"] = said["n_positions"]
     if said != found:
         raise ValueError(f"its description asks for {said}, its tensors are of {found}")
+    check_table(said["d_model"], said["d_sae"], said["n_positions"])
+
+
+def check_sizes(**sizes: Any) -> None:
+    """
+    Raises:
+        ValueError: a size is not a positive whole number.
+    """
+    for name, size in sizes.items():
+        if type(size) is not int or size < 1:
+            raise ValueError(f"{name} = {size!r} is not a positive whole number")
+
+
+def check_table(d_model: int, d_sae: int, n_positions: int) -> None:
+    """
+    Raises:
+        ValueError: the mask, whose length no tensor may confirm, would be out of proportion to the weights.
+    """
+    limit = max(_ALWAYS_ALLOWED, _MASK_PER_WEIGHT * d_model * d_sae)
+    if n_positions * d_sae > limit:
+        raise ValueError(
+            f"a mask of {n_positions} positions and {d_sae} latents would have more than {limit:,} entries, the most "
+            f"for vectors of {d_model} numbers"
+        )
+
+
+_ALWAYS_ALLOWED = 2**26  # entries of a mask: 256 MiB
+_MASK_PER_WEIGHT = 64  # entries of a mask for each weight of the encoder
+
+
+def flaw_of(sae: SparseAutoencoder) -> str | None:
+    """What makes an SAE's numbers useless; None: nothing does."""
+    for name, tensor in sae.state_dict().items():
+        if not bool(tensor.isfinite().all()):
+            return f"{name} holds NaN or infinite numbers"
+    if not float(sae.scale) > 0:
+        return f"scale = {float(sae.scale):g} is not above 0"
+    table = sae.mask.table().detach()
+    if not bool(((table >= 0) & (table <= 1)).all()):
+        return "openness is not within 0 and 1"
+    return None
 
 
 def read_origin(folder: Path) -> dict[str, Any]:
@@ -415,6 +467,6 @@ def read_origin(folder: Path) -> dict[str, Any]:
         DamagedFolder: there is no readable description.
     """
     try:
-        return json.loads((folder / SETTINGS_FILE).read_text(encoding="utf8"))["origin"]
-    except (OSError, KeyError, ValueError, TypeError) as error:
+        return dict(json.loads((folder / SETTINGS_FILE).read_text(encoding="utf8"))["origin"])
+    except (OSError, KeyError, ValueError, TypeError, RecursionError) as error:
         raise DamagedFolder(f"{folder / SETTINGS_FILE} cannot be read ({error}): give the folder of an SAE") from error

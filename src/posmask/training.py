@@ -21,7 +21,7 @@ from posmask.masks import Copies, Observed, PositionMask, moments
 from posmask.progress import progress_bar
 from posmask.rows import write_records
 from posmask.rules import ActivationRule
-from posmask.sae import SparseAutoencoder, copy_latents_
+from posmask.sae import SparseAutoencoder, copy_latents_, flaw_of
 
 __all__ = [
     "Alone",
@@ -226,7 +226,7 @@ def train(
     Raises:
         NothingToDo: fewer kept tokens than a batch.
         DegenerateResult: the loss is not finite or diverges, all latents are dead, or the trained SAE explains
-            nothing. Checkpoints stay as they are.
+            nothing or holds numbers that are not finite. Checkpoints stay as they are.
     """
     kernels.keep_freed_memory()
     mask_parameters = sae.mask.openness_parameters()
@@ -320,6 +320,12 @@ def train(
                     )
                 if together.leads:
                     checkpoints.write(done, state)
+    flaw = flaw_of(sae)
+    if together.totals(float(flaw is not None))[0]:
+        raise DegenerateResult(
+            f"{label}: {flaw or 'the part of another process is useless'} after {settings.n_steps} steps: lower "
+            f"learning_rate = {settings.learning_rate}, or look for NaN in what it starts from{stays()}"
+        )
     final = curve[-1]
     if final.l0 == 0 or not final.explained_variance > 0:
         raise DegenerateResult(

@@ -19,6 +19,7 @@ from posmask.interop.saelens_files import (
     export_saelens,
     read_saelens,
 )
+from posmask.interop.sites import described
 from posmask.mask_kinds import MASKS
 from posmask.rows import read_rows
 from posmask.sae import SparseAutoencoder, read_origin, read_sae
@@ -85,7 +86,7 @@ def push(cell: Path, repo: str, *, private: bool = False, model_name: str | None
         model_name: of the model as SAELens calls it; None: what the SAE's origin says.
 
     Raises:
-        DamagedFolder: the cell holds no SAE.
+        DamagedFolder: the cell holds no SAE, or its files differ from its manifest.
         BadSetting, MissingAsset: as `from_pretrained`.
     """
     import huggingface_hub as hub
@@ -145,12 +146,12 @@ def _section(cell: Path, repo: str, name: str, model_name: str | None) -> str:
     mask = sae.mask.settings
     what = (inspect.getdoc(MASKS[mask.kind]) or "").partition("\n\n")[0].replace("\n", " ")
     own = {key: value for key, value in mask.model_dump(mode="json").items() if key != "kind"}
-    layer = f", after layer {origin['layer']}" if "layer" in origin else ""
+    site = f", {described(origin['layer'], origin.get('site', 'residual_after'))}" if "layer" in origin else ""
     tokens = f", trained on {origin['training_tokens']:,} tokens" if "training_tokens" in origin else ""
     lines = [
         f"## {name}",
         "",
-        f"{sae.d_sae:,} latents on vectors of {sae.d_model:,} numbers from {model_name or 'a model'}{layer}{tokens}.",
+        f"{sae.d_sae:,} latents on vectors of {sae.d_model:,} numbers from {model_name or 'a model'}{site}{tokens}.",
         "",
         f"- mask: `{mask.kind}`. {what} Settings: `{own}`; {sae.mask.n_positions} positions, 0 = BOS.",
         f"- rule: `{sae.rule.settings.model_dump(mode='json')}`",

@@ -5,16 +5,18 @@
 
     sae = SAE.load_from_disk("folder that `posmask export CELL --to saelens` wrote")
 
-Which position a vector stands at is read off its shape, [.., position, d_in], as SAELens passes them. Where it cannot
-be, in [vector, d_in], or where the mask counts positions from elsewhere than the context's start, the mask is lifted
-with a warning, unless positions are given: `sae.encode(x, positions=p)`, or `with sae.at(p):` around a tool's call.
-Positions beyond the mask's context count as its last one. Special tokens are no exception: at position 0 (BOS) an SAE
-codes what it was never trained on.
+Positions come from the shape: input of shape [batch, position, d_in] starts at position 0. Where the shape does not
+give them, `encode` raises `BadSetting` unless they are passed: `sae.encode(x, positions=p)`, or `with sae.at(p):`
+around a tool's call. This holds for input [vector, d_in], for a single vector per text ([batch, 1, d_in], as
+generation with a KV cache gives), and for masks that count positions from elsewhere than the context's start. The mask
+is lifted on request only: `sae.encode(x, lift=True)` or `with sae.lifted():`. Positions beyond the mask's context count
+as its last one, with a warning. Special tokens are no exception: at position 0 (BOS) an SAE codes what it was never
+trained on.
 """
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +38,8 @@ except ImportError as error:
     raise MissingExtra(f"posmask.interop.saelens needs SAELens ({error}): pip install 'posmask[saelens]'") from None
 
 __all__ = ["PosmaskSAE", "PosmaskSAEConfig", "as_saelens"]
+
+_WHOLE = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 
 
 @dataclass
@@ -79,7 +83,7 @@ class PosmaskSAE(SAE[PosmaskSAEConfig]):
         if self.device.type != "meta":
             self.rule.to(self.device)
             self.mask.to(self.device)
-        self._positions: Tensor | int | None = None
+        self._context: tuple[Tensor | int | None, bool] = None, False  # positions, and whether the mask is lifted
         self._warned: set[str] = set()
 
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
@@ -88,35 +92,48 @@ class PosmaskSAE(SAE[PosmaskSAEConfig]):
             if name in state_dict and not tensor.is_floating_point():
                 state_dict[name] = state_dict[name].to(tensor.dtype)
 
-    @contextmanager
-    def at(self, positions: Tensor | int) -> Iterator["PosmaskSAE"]:
-        """Vectors that come without positions stand at these, for calls by tools that pass none.
+    def at(self, positions: Tensor | int) -> AbstractContextManager["PosmaskSAE"]:
+        """A context in which vectors without positions are at these, for calls by tools that pass none.
 
         Args:
             positions: whole numbers that broadcast to the vectors' shape without its last axis; 0 = BOS.
         """
-        before, self._positions = self._positions, positions
+        return self._within(positions, lift=False)
+
+    def lifted(self) -> AbstractContextManager["PosmaskSAE"]:
+        """A context in which the mask is lifted, i.e. every latent is open everywhere, for calls by tools."""
+        return self._within(None, lift=True)
+
+    @contextmanager
+    def _within(self, positions: Tensor | int | None, *, lift: bool) -> Iterator["PosmaskSAE"]:
+        before, self._context = self._context, (positions, lift)
         try:
             yield self
         finally:
-            self._positions = before
+            self._context = before
 
-    def encode(self, x: Tensor, positions: Tensor | int | None = None) -> Tensor:
+    def encode(self, x: Tensor, positions: Tensor | int | None = None, *, lift: bool = False) -> Tensor:
         """The codes, [.., d_sae], of vectors [.., d_in].
 
         Args:
-            positions: of the vectors, as `at` takes them; None: see above.
+            positions: of the vectors, as `at` takes them; None: those of the context around the call, else from the
+                shape.
+            lift: lift the mask, i.e. take every latent as open everywhere.
 
         Raises:
-            BadSetting: positions that are negative or do not fit the vectors.
+            BadSetting: positions that are unknown, negative, not whole or do not fit the vectors.
         """
         sae_in = self.process_sae_in(x)
-        place = self._place(sae_in, self._positions if positions is None else positions)
-        anywhere = torch.zeros(sae_in.shape[:-1], dtype=torch.long, device=sae_in.device)
-        routing = self.mask.route(sae_in + self.b_dec, anywhere if place is None else place)
+        if positions is None:
+            positions, lifted = self._context
+            lift = lift or lifted
+        if lift or not self._needs_positions():
+            place = torch.zeros(sae_in.shape[:-1], dtype=torch.long, device=sae_in.device)  # Any row gives the same.
+        else:
+            place = self._place(sae_in, positions)
+        routing = self.mask.route(sae_in + self.b_dec, place)
         preactivation = self.hook_sae_acts_pre(sae_in @ self.W_enc + self.b_enc)
-        lifted = place is None and not self.mask.reads_vectors
-        openness = self.mask.table()[routing.place] if self.mask.gates_code() and not lifted else None
+        openness = self.mask.table()[routing.place] if self.mask.gates_code() and not lift else None
         codes = self.rule.codes(preactivation, openness, lambda parameter: parameter)
         if routing.strength is not None:
             codes = codes * routing.strength[..., None]
@@ -125,48 +142,51 @@ class PosmaskSAE(SAE[PosmaskSAEConfig]):
     def decode(self, feature_acts: Tensor) -> Tensor:
         return self.hook_sae_recons(feature_acts @ self.W_dec + self.b_dec)
 
-    def forward(self, x: Tensor, positions: Tensor | int | None = None) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor | int | None = None, *, lift: bool = False) -> Tensor:
         """The reconstructions; arguments as `encode`."""
-        if positions is None:
+        if positions is None and not lift:
             return super().forward(x)
-        with self.at(positions):
+        with self._within(positions, lift=lift):
             return super().forward(x)
 
-    def _place(self, x: Tensor, positions: Tensor | int | None) -> Tensor | None:
-        """Each vector's row of the mask; None where its position is unknown."""
-        mask, shape = self.mask, x.shape[:-1]
-        if mask.reads_vectors or not mask.gates_code() or bool((mask.table() == 1).all()):
-            return None  # No position would matter.
-        if positions is not None:
-            try:
-                place = torch.as_tensor(positions, device=x.device).long().expand(shape)
-            except RuntimeError:
-                raise BadSetting(
-                    f"positions of shape {list(torch.as_tensor(positions).shape)} do not fit vectors {list(x.shape)}: "
-                    f"give whole numbers that broadcast to {list(shape)}"
-                ) from None
-        elif x.dim() >= 3 and mask.settings.coordinate == "context":
-            place = torch.arange(shape[-1], device=x.device).expand(shape)
-        else:
-            why = (
-                f"vectors of shape {list(x.shape)} do not say"
-                if x.dim() < 3
-                else f"the {mask.settings.coordinate}, from which this mask counts, does not say"
-            )
-            self._warn(
-                "unknown",
-                f"at which positions the vectors stand, {why}, so the mask is lifted: pass positions=, or call within "
-                "sae.at(positions)",
-            )
-            return None
+    def _needs_positions(self) -> bool:
+        """Whether codes depend on the position."""
+        table = self.mask.table()
+        return self.mask.gates_code() and not self.mask.reads_vectors and bool((table != table[:1]).any())
+
+    def _place(self, x: Tensor, positions: Tensor | int | None) -> Tensor:
+        """Each vector's row of the mask."""
+        place = self._from_shape(x) if positions is None else _given(positions, x)
         if place.numel() and int(place.min()) < 0:
             raise BadSetting(f"position {int(place.min())} is negative: count from 0, which is BOS")
-        last = mask.n_positions - 1
+        last = self.mask.n_positions - 1
         if place.numel() and int(place.max()) > last:
             self._warn(
                 "beyond", f"positions up to {int(place.max())} are beyond the mask's last, {last}, and count as it"
             )
         return place.clamp(max=last)
+
+    def _from_shape(self, x: Tensor) -> Tensor:
+        """Positions 0, 1, .. along the last axis but one.
+
+        Raises:
+            BadSetting: the shape does not give the positions.
+        """
+        coordinate = self.mask.settings.coordinate
+        by_shape, first = ", or give vectors [batch, position, d_in] from position 0 on", ""
+        if coordinate != "context":
+            reason, by_shape = f"a position is counted from the {coordinate}, which no shape shows", ""
+        elif x.dim() < 3:
+            reason = f"vectors of shape {list(x.shape)} have no position axis"
+        elif x.shape[-2] == 1:
+            reason = f"the one vector per text in shape {list(x.shape)} may be at any position"
+            first = " (positions=0 if it is the first)"
+        else:
+            return torch.arange(x.shape[-2], device=x.device).expand(x.shape[:-1])
+        raise BadSetting(
+            f"this SAE's mask needs positions, and {reason}: call sae.encode(x, positions=p){first}, use "
+            f"`with sae.at(p):` around a tool's call{by_shape}; to lift the mask on purpose use `with sae.lifted():`"
+        )
 
     def _warn(self, what: str, message: str) -> None:
         if what not in self._warned:
@@ -192,6 +212,20 @@ class PosmaskSAE(SAE[PosmaskSAEConfig]):
         self.W_enc.data.mul_(norms)
         self.b_enc.data.mul_(norms)
         self.rule.rescale_(norms)
+
+
+def _given(positions: Tensor | int, x: Tensor) -> Tensor:
+    """Positions that were passed, in the vectors' shape without its last axis."""
+    given = torch.as_tensor(positions, device=x.device)
+    if given.dtype not in _WHOLE:
+        raise BadSetting(f"positions of type {given.dtype} are not whole numbers: count from 0, which is BOS")
+    try:
+        return given.long().expand(x.shape[:-1])
+    except RuntimeError:
+        raise BadSetting(
+            f"positions of shape {list(given.shape)} do not fit vectors {list(x.shape)}: "
+            f"give whole numbers that broadcast to {list(x.shape[:-1])}"
+        ) from None
 
 
 def as_saelens(

@@ -7,23 +7,31 @@ Source: sae-lens 6.54.12, saes/*.py and loading/pretrained_sae_loaders.py.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from posmask.choosing import LargestOfToken
 from posmask.errors import BadSetting, DamagedFolder
 from posmask.folders import as_json, file_sha256, write_folder
+from posmask.interop.sites import gemma_scope_hook, hook_name, layer_and_site
+from posmask.interop.weights import WeightsFile, npz_file, safetensors_file
 from posmask.mask_kinds import make_mask, mask_settings
-from posmask.masks import PositionMask
 from posmask.rules import RULES, RuleSettings, rule_settings
-from posmask.sae import WEIGHTS_FILE, SparseAutoencoder, read_origin, read_sae, write_sae
+from posmask.sae import (
+    WEIGHTS_FILE,
+    SparseAutoencoder,
+    check_sizes,
+    check_table,
+    flaw_of,
+    read_origin,
+    read_sae,
+    write_sae,
+)
 
 __all__ = [
     "ARCHITECTURE",
@@ -69,26 +77,32 @@ def without_constants(sae: SparseAutoencoder) -> Tensors:
     return {name: tensor.detach().contiguous() for name, tensor in (own | narrow).items()}
 
 
-def _with_constants(tensors: Tensors, scale: float, rule: RuleSettings, mask: PositionMask) -> SparseAutoencoder:
-    """The inverse of `without_constants`, with decoder rows of norm 1 and the center in the decoder's bias."""
+def _fill_(sae: SparseAutoencoder, tensors: Tensors, scale: float) -> None:
+    """The inverse of `without_constants`, with decoder rows of norm 1 and the center in the decoder's bias.
+
+    A decoder row of zeros becomes any unit row, and its latent never fires: the reconstruction is the same.
+    """
     wide = {name: tensor.double() for name, tensor in tensors.items()}
-    norms = wide["W_dec"].norm(dim=1).clamp(min=1e-8)
+    norms = wide["W_dec"].norm(dim=1)
+    silent = norms == 0
+    norms[silent] = scale
     factor = norms / scale
     state = {
-        "encoder": wide["W_enc"].T * norms[:, None],
-        "encoder_bias": wide["b_enc"] * factor,
+        "encoder": (wide["W_enc"].T * norms[:, None]).masked_fill(silent[:, None], 0.0),
+        "encoder_bias": (wide["b_enc"] * factor).masked_fill(silent, 0.0),
         "decoder": wide["W_dec"] / norms[:, None],
         "decoder_bias": wide["b_dec"] / scale,
-        "center": torch.zeros(len(wide["b_dec"])),
+        "center": torch.zeros(sae.d_model),
         "scale": torch.tensor(scale),
     } | {name: tensor for name, tensor in tensors.items() if name.startswith(("rule.", "mask."))}
-    if mask.reads_vectors:
+    state["decoder"][silent, 0] = 1.0
+    if sae.mask.reads_vectors:
         state["mask.router"] = wide["mask.router"] * scale
         state["mask.router_bias"] = wide["mask.router_bias"] / scale
-    sae = SparseAutoencoder(len(wide["b_dec"]), rule, mask)
     sae.load_state_dict(sae.state_dict() | state)
     sae.rule.rescale_(factor.to(sae.encoder.dtype))
-    return sae
+    if (flaw := flaw_of(sae)) is not None:
+        raise DamagedFolder(f"{flaw} when decoder rows have norm 1: choose another SAE")
 
 
 def _metadata(sae: SparseAutoencoder, origin: Mapping[str, Any], model_name: str | None) -> dict[str, Any]:
@@ -104,7 +118,7 @@ def _metadata(sae: SparseAutoencoder, origin: Mapping[str, Any], model_name: str
     if name is not None:
         found["model_name"] = _EMBEDDED_ON_THE_HUB.get(name, name)
     if "layer" in origin:
-        found["hook_name"] = f"blocks.{origin['layer'] - 1}.hook_resid_post"
+        found["hook_name"] = hook_name(origin["layer"], origin.get("site", "residual_after"))
     return found
 
 
@@ -187,9 +201,9 @@ def export_saelens(cell: Path, folder: Path, *, lossy: bool = False, model_name:
 
     Raises:
         BadSetting: the folder exists and is not empty, or as `lossy_saelens_form`.
-        DamagedFolder: the cell holds no SAE.
+        DamagedFolder: the cell holds no SAE, or its files differ from its manifest.
     """
-    sae, origin = read_sae(cell), read_origin(cell)
+    sae, origin = read_sae(cell, verify=True), read_origin(cell)
     cfg, tensors = (lossy_saelens_form if lossy else saelens_form)(sae, origin, model_name)
     _must_be_new(folder)
     made_from = {"what": "saelens", "lossy": lossy, "sae": file_sha256(cell / WEIGHTS_FILE), "cfg": cfg}
@@ -250,39 +264,37 @@ def read_saelens(source: Path, *, n_positions: int | None = None) -> tuple[Spars
         DamagedFolder: files are missing, or tensors are missing, misshapen, not finite, or pickled.
     """
     gemma_scope = source if source.name == GEMMA_SCOPE_FILE else source / GEMMA_SCOPE_FILE
-    if gemma_scope.is_file():
-        weights_file, (cfg, tensors) = gemma_scope, _read_gemma_scope(gemma_scope)
-    else:
-        weights_file, (cfg, tensors) = source / SAELENS_WEIGHTS_FILE, _read_folder(source)
+    cfg, weights = _read_gemma_scope(gemma_scope) if gemma_scope.is_file() else _read_folder(source)
     metadata = cfg.get("metadata") or {}
     try:
-        rule = _rule_of(cfg)
-        mask = _mask_of(cfg, n_positions or metadata.get("context_size"))
-        _check(cfg, tensors, rule, mask)
+        sae = _unfilled(cfg, metadata.get("context_size") if n_positions is None else n_positions, weights.shapes)
         origin = _origin(cfg, metadata)
+        tensors = weights.read()
+        _check_finite(tensors)
+        _check_unknown(cfg, tensors, _names(cfg, sae).values())
         if "b_mag" in tensors:  # SAELens adds it to e^r (x W), we add ours to e^r (x W + b_gate).
             tensors["b_mag"] -= tensors["r_mag"].exp() * tensors["b_gate"]
         tensors = {_OUR_NAMES.get(name, name): tensor for name, tensor in tensors.items()}
         if not cfg.get("apply_b_dec_to_input", True):
             tensors["b_enc"] += tensors["b_dec"] @ tensors["W_enc"]
-        sae = _with_constants(tensors, _scale(cfg, tensors["W_dec"], rule), rule, mask)
+        _fill_(sae, tensors, _scale(cfg, tensors["W_dec"], sae.rule.settings))
     except (BadSetting, DamagedFolder) as error:
-        raise type(error)(f"{weights_file.parent}: {error}") from None
-    except (KeyError, TypeError, ValueError) as error:
+        raise type(error)(f"{weights.path.parent}: {error}") from None
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         reason = f"{CFG_FILE} lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
-        raise BadSetting(f"{weights_file.parent}: {reason}: fetch an SAE whose settings are whole") from None
-    origin["imported"] = {"architecture": cfg["architecture"], "sha256": file_sha256(weights_file)}
+        raise BadSetting(f"{weights.path.parent}: {reason}: fetch an SAE whose settings are whole") from None
+    origin["imported"] = {"architecture": cfg["architecture"], "sha256": file_sha256(weights.path)}
     return sae, origin
 
 
-def _read_folder(source: Path) -> Form:
+def _read_folder(source: Path) -> tuple[dict[str, Any], WeightsFile]:
     if not (source / CFG_FILE).is_file():
         raise DamagedFolder(f"{source} holds no {CFG_FILE}: give a folder that SAELens's save_model wrote")
     try:
         cfg = json.loads((source / CFG_FILE).read_text(encoding="utf8"))
         metadata = cfg.get("metadata") or {}
         version = str(cfg.get("sae_lens_version") or metadata.get("sae_lens_version") or "")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise DamagedFolder(f"{source / CFG_FILE} is not readable JSON ({error}): fetch the folder again") from None
     if not re.match(r"([6-9]|\d\d)\.", version):
         raise BadSetting(
@@ -297,43 +309,66 @@ def _read_folder(source: Path) -> Form:
                 f"for {SAELENS_WEIGHTS_FILE}, or load it where you trust it and save_model it"
             )
         raise DamagedFolder(f"{source} holds no {SAELENS_WEIGHTS_FILE}: fetch the folder again")
-    try:
-        return cfg, _wide(load_file(source / SAELENS_WEIGHTS_FILE))
-    except (SafetensorError, ValueError) as error:
-        raise DamagedFolder(f"{source / SAELENS_WEIGHTS_FILE} cannot be read ({error}): fetch it again") from None
+    return cfg, safetensors_file(source / SAELENS_WEIGHTS_FILE)
 
 
-def _wide(tensors: Mapping[str, Tensor]) -> Tensors:
-    return {name: tensor.double() for name, tensor in tensors.items()}
-
-
-def _read_gemma_scope(path: Path) -> Form:
-    """GemmaScope keeps five arrays and no settings: JumpReLU on vectors as they come; the layer stands in the path."""
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            tensors = _wide({name: torch.from_numpy(arrays[name]) for name in arrays.files})
-    except Exception as error:  # numpy and zipfile raise what they will
-        raise DamagedFolder(
-            f"{path} cannot be read without unpickling ({error}): fetch GemmaScope's own {GEMMA_SCOPE_FILE} again"
-        ) from None
-    layer = next(
-        (part.removeprefix("layer_") for part in path.absolute().parts if re.fullmatch(r"layer_\d+", part)), None
-    )
+def _read_gemma_scope(path: Path) -> tuple[dict[str, Any], WeightsFile]:
+    """GemmaScope keeps five arrays and no settings: JumpReLU on vectors as they come; its folders say the site."""
+    weights = npz_file(path)
     cfg: dict[str, Any] = {"architecture": "jumprelu", "apply_b_dec_to_input": False, "metadata": {}}
-    if layer is not None:
-        cfg["metadata"]["hook_name"] = f"blocks.{layer}.hook_resid_post"
-    if "W_dec" not in tensors or tensors["W_dec"].dim() != 2:
+    if (hook := gemma_scope_hook(path)) is not None:
+        cfg["metadata"]["hook_name"] = hook
+    if len(weights.shapes.get("W_dec", ())) != 2:
         raise DamagedFolder(f"{path} holds no matrix W_dec: fetch GemmaScope's own {GEMMA_SCOPE_FILE} again")
-    cfg["d_sae"], cfg["d_in"] = tensors["W_dec"].shape
-    return cfg, tensors
+    cfg["d_sae"], cfg["d_in"] = weights.shapes["W_dec"]
+    return cfg, weights
 
 
-def _mask_of(cfg: Mapping[str, Any], n_positions: int | None) -> PositionMask:
-    if cfg.get("architecture") == ARCHITECTURE:
-        return make_mask(mask_settings(cfg["mask"]), cfg["n_positions"], cfg["d_sae"])
-    if not n_positions:
+def _unfilled(cfg: Mapping[str, Any], context_size: Any, shapes: Mapping[str, tuple[int, ...]]) -> SparseAutoencoder:
+    """An SAE of the sizes that the settings ask for, once the weights are known to have these sizes.
+
+    Raises:
+        BadSetting, ValueError: settings that are not possible.
+        DamagedFolder: weights of another shape.
+    """
+    rule = _rule_of(cfg)
+    ours = cfg["architecture"] == ARCHITECTURE
+    settings = mask_settings(cfg["mask"] if ours else {"kind": "open"})
+    if context_size is None and not ours:
         raise BadSetting("no context_size is named: give the contexts' length with --n-positions")
-    return make_mask(mask_settings({"kind": "open"}), int(n_positions), cfg["d_sae"])
+    n_positions: Any = cfg["n_positions"] if ours else context_size
+    d_in, d_sae = cfg["d_in"], cfg["d_sae"]
+    check_sizes(d_in=d_in, d_sae=d_sae, n_positions=n_positions)
+    _check_shape("W_enc", (d_in, d_sae), cfg, shapes)
+    check_table(d_in, d_sae, n_positions)
+    sae = SparseAutoencoder(d_in, rule, make_mask(settings, n_positions, d_sae))
+    named = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    wanted = named | {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}
+    for our_name, name in _names(cfg, sae).items():
+        _check_shape(name, wanted[our_name], cfg, shapes)
+    return sae
+
+
+def _names(cfg: Mapping[str, Any], sae: SparseAutoencoder) -> dict[str, str]:
+    """The tensors that a folder of this architecture holds: our names without constants -> its names."""
+    own = [name for name in sae.state_dict() if name.startswith(("rule.", "mask."))]
+    wanted = ["W_enc", "b_enc", "W_dec", "b_dec", *own]
+    if cfg["architecture"] == ARCHITECTURE:
+        return {name: name for name in wanted}
+    theirs = {ours: name for name, ours in _OUR_NAMES.items() if name != "b_gate" or cfg["architecture"] == "gated"}
+    return {name: theirs.get(name, name) for name in wanted if not name.startswith("mask.")}
+
+
+def _check_shape(
+    name: str, wanted: tuple[int, ...], cfg: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    if name not in shapes:
+        raise DamagedFolder(f"the weights lack {name}, which {cfg['architecture']!r} has: fetch them again")
+    if shapes[name] != wanted:
+        raise DamagedFolder(
+            f"{name} has the shape {list(shapes[name])}, not {list(wanted)} as d_in = {cfg['d_in']} and d_sae = "
+            f"{cfg['d_sae']} ask: fetch cfg and weights of one SAE"
+        )
 
 
 def _rule_of(cfg: Mapping[str, Any]) -> RuleSettings:
@@ -359,57 +394,60 @@ def _origin(cfg: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, An
     """What the SAE was trained on, as far as it says.
 
     Raises:
-        BadSetting: vectors from elsewhere than the residual stream between layers.
+        BadSetting: vectors that posmask does not read, or a transcoder.
     """
     origin: dict[str, Any] = {}
     if metadata.get("training_tokens"):
         origin["training_tokens"] = int(metadata["training_tokens"])
     if metadata.get("model_name"):
         origin["model"] = metadata["model_name"]
-    if site := metadata.get("hook_name"):
-        found = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", site)
-        if not found:
-            raise BadSetting(
-                f"hook_name = {site!r} is not the residual stream before or after a layer: choose another SAE"
-            )
-        origin["layer"] = int(found[1]) + (found[2] == "post")
+    said = {**cfg, **metadata}
+    for name, reason in _NOT_AN_SAE_OF_A_SITE.items():
+        if said.get(name) is not None and said[name] != said.get("hook_name"):
+            raise BadSetting(f"{name} = {said[name]!r}: {reason}, which posmask does not read: choose another SAE")
+    if said.get("hook_name") is not None:
+        origin["layer"], origin["site"] = layer_and_site(said["hook_name"])
     return origin
 
 
-def _check(cfg: Mapping[str, Any], tensors: Tensors, rule: RuleSettings, mask: PositionMask) -> None:
-    d_in, d_sae = cfg["d_in"], cfg["d_sae"]
-    wanted = without_constants(SparseAutoencoder(d_in, rule, mask))
-    if cfg["architecture"] == ARCHITECTURE:
-        names = {name: name for name in wanted}
-    else:
-        theirs = {
-            ours: name
-            for name, ours in _OUR_NAMES.items()
-            if ours in wanted and (name != "b_gate" or rule.kind == "gated")
-        }
-        names = {name: theirs.get(name, name) for name in wanted if not name.startswith("mask.")}
-    for ours, name in names.items():
-        if name not in tensors:
-            raise DamagedFolder(f"the weights lack {name}, which {cfg['architecture']!r} has: fetch them again")
-        if tensors[name].shape != wanted[ours].shape:
-            raise DamagedFolder(
-                f"{name} has the shape {list(tensors[name].shape)}, not {list(wanted[ours].shape)} as d_in = {d_in} "
-                f"and d_sae = {d_sae} ask: fetch cfg and weights of one SAE"
-            )
-        if not bool(tensors[name].isfinite().all()):
+_NOT_AN_SAE_OF_A_SITE = {
+    "hook_head_index": "an SAE of one attention head",
+    "hook_name_out": "a transcoder",
+    "hook_head_index_out": "a transcoder",
+}
+
+
+def _check_finite(tensors: Tensors) -> None:
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
             raise DamagedFolder(f"{name} holds NaN or infinite numbers: choose another SAE")
-    for name in [name for name in tensors if name not in names.values()]:
-        del tensors[name]
+
+
+def _check_unknown(cfg: Mapping[str, Any], tensors: Tensors, names: Iterable[str]) -> None:
+    """Drop what changes nothing.
+
+    Raises:
+        BadSetting: there are tensors that the architecture does not have.
+    """
+    if "scaling_factor" in tensors and bool((tensors["scaling_factor"] == 1).all()):
+        del tensors["scaling_factor"]  # SAELens wrote it for a while, and drops it where it is 1.
+    if unknown := sorted(tensors.keys() - set(names)):
+        raise BadSetting(
+            f"an SAE of architecture {cfg['architecture']!r} has no tensor {', '.join(unknown[:3])}, so this one "
+            "computes something else: choose another SAE"
+        )
 
 
 def _scale(cfg: Mapping[str, Any], decoder: Tensor, rule: RuleSettings) -> float:
     """What the vectors are divided by: the norm of the decoder rows where they share one, so that codes stay."""
-    norms = decoder.norm(dim=1)
+    norms, compares = decoder.norm(dim=1), RULES[rule.kind].compares_latents
     if cfg.get("rescale_acts_by_decoder_norm"):
         return 1.0
-    if bool(((norms / norms.mean() - 1).abs() < 1e-3).all()):
-        return float(norms.mean())
-    if RULES[rule.kind].compares_latents:
+    # A latent without a decoder row is no matter to the others, unless it could take the place of one.
+    counted = norms if compares else norms[norms > 0]
+    if len(counted) and bool(((counted / counted.mean() - 1).abs() < 1e-3).all()):
+        return float(counted.mean())
+    if compares:
         raise BadSetting(
             f"decoder rows have norms from {float(norms.min()):.3g} to {float(norms.max()):.3g} that {rule.kind} does "
             "not reckon with (rescale_acts_by_decoder_norm is off), so with rows of norm 1 other latents would be "
