@@ -569,7 +569,7 @@ def test_a_study_without_cells_or_results_still_has_a_page(root, tmp_path):
 def test_missing_latents_and_capped_sizes_are_named_with_their_remedy(tmp_path):
     write_cell(tmp_path, "open", "open", latents=False)
     page = write_report(tmp_path).read_text(encoding="utf8")
-    assert "<code>posmask latents STUDY.toml</code> does so" in page
+    assert "1 cells have no data for the latent browser (open)." in page
     assert "50 test groups of 60 asked for" in page
     assert "CE recovered" in page.split("Metrics that are missing")[1].split("</details>")[0]
 

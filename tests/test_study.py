@@ -236,22 +236,6 @@ def test_what_is_damaged_is_found_named_and_alone_made_anew(study_file, tmp_path
         assert one.metric in SECONDS or repr(one) == repr(other)
 
 
-def test_latents_of_finished_cells_can_be_looked_at_later_and_are_the_same(study_file, tmp_path):
-    run(study_file, tmp_path / "run")
-    folder = tmp_path / "run" / "cells" / "open-seed0"
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    manifest = json.loads(before["manifest.json"])
-    for name in (LATENTS_FILE, LATENT_WORDS_FILE):  # as cells were written before
-        (folder / name).unlink()
-        del manifest["files"][name]
-    del manifest["sha256"]
-    (folder / "manifest.json").write_text(folders.as_json(manifest))
-    settings = read_study(study_file)
-    assert study.look_at_latents(settings, tmp_path / "run", lambda line: None) == 1
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    assert study.look_at_latents(settings, tmp_path / "run") == 0
-
-
 def test_an_interrupted_cell_leaves_nothing_and_the_next_run_goes_on(study_file, tmp_path, monkeypatch):
     evaluate = cells.evaluate
 

@@ -329,21 +329,6 @@ def view(
             print()
 
 
-@app.command("latents")
-def latents_command(study_file: StudyFile, root: Root = None, changes: Changes = None) -> None:
-    """Look at the latents of finished cells that were evaluated before this was done, for the page's latent browser.
-
-    Takes each such cell's evaluation once more, and no training. Numbers stay as they are.
-    """
-    from posmask import study
-    from posmask.settings import read_study
-
-    settings = read_study(study_file, changes or ())
-    root = root or Path("runs") / settings.name
-    n_done = study.look_at_latents(settings, root)
-    print(f"{n_done} cells looked at; `posmask report {root}` shows them.")
-
-
 @app.command("order-tasks")
 def order_tasks(
     tokenizer: Annotated[

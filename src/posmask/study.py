@@ -26,14 +26,13 @@ from posmask.cells import (
 )
 from posmask.errors import BadSetting, DamagedFolder
 from posmask.evaluation import evaluate
-from posmask.latents import LATENTS_FILE
 from posmask.record import STUDY_FILE, StudyRecord, read_record, write_record
 from posmask.sae import read_sae
 from posmask.settings import StudySettings
 from posmask.sources import Source, prepare
 from posmask.tracking import check_tracker
 
-__all__ = ["cell_states", "evaluate_folder", "look_at_latents", "run_study", "train_together"]
+__all__ = ["cell_states", "evaluate_folder", "run_study", "train_together"]
 
 RESULTS_FILE = "results.csv"
 VERDICTS_FILE = "verdicts.csv"
@@ -219,32 +218,3 @@ def evaluate_folder(
             rows.write_rows(draft / "rows.csv", [rows.Row.of(measure, **columns) for measure in found])
             rows.write_units(draft / UNITS_FILE, found)
     return [row for one in (place, baseline) for row in rows_in(one.folder, folders.identity(one.made_from))]
-
-
-def look_at_latents(study: StudySettings, root: Path, say: Callable[[str], None] = print) -> int:
-    """Evaluate finished cells that lack what the page's latent browser shows, and add it to their folders.
-
-    Nothing is trained, and rows stay as they were. Returns for how many cells it was done.
-    """
-    source = Source(study.model, study.device)
-    todo = [
-        place
-        for place in places_of(study, source, root)
-        if place.cell is not None and state_of(place) == "finished" and not (place.folder / LATENTS_FILE).is_file()
-    ]
-    data = prepare(study, source, root) if todo else None
-    for place in todo:
-        assert data is not None
-        manifest = folders.read_manifest(place.folder, verify=True)
-        sae = read_sae(place.folder).to(study.device)
-        _, facts = evaluate(sae, None, data, place.label)
-        kept = {key: value for key, value in manifest.items() if key not in ("identity", "made_from", "files")}
-        with (
-            folders.claim(place.folder, wait=True),
-            folders.write_folder(place.folder, place.made_from, **kept) as draft,
-        ):
-            for name in manifest["files"]:
-                shutil.copy2(place.folder / name, draft / name)
-            facts.write(draft, data.tokenizer)
-        say(f"{place.label}: looked at {sae.d_sae:,} latents.")
-    return len(todo)

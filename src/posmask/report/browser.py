@@ -82,8 +82,8 @@ def browser(
     without = [cell.cell for cell in shown if not (cell.path / _FILE).is_file()]
     if without:
         warnings.append(
-            f"{len(without)} cells were evaluated without looking at their latents ({', '.join(without[:4])}"
-            f"{' …' if len(without) > 4 else ''}): `posmask latents STUDY.toml` does so, without training them again."
+            f"{len(without)} cells have no data for the latent browser ({', '.join(without[:4])}"
+            f"{' …' if len(without) > 4 else ''})."
         )
     nearest = _nearest([(cell, kept) for cell, _, _, _, kept in found], every, warnings)
     blocks: dict[str, bytes] = {}
