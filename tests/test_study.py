@@ -293,6 +293,49 @@ def test_what_is_damaged_is_found_named_and_alone_made_anew(study_file, tmp_path
         assert one.metric in SECONDS or repr(one) == repr(other)
 
 
+@pytest.fixture
+def precious(tmp_path):
+    """A user's folder with a manifest of its own, outside of every root."""
+    folder = tmp_path / "precious"
+    folder.mkdir()
+    (folder / "manifest.json").write_text('{"mine": true}')
+    (folder / "thesis.txt").write_text("years of work")
+    return folder
+
+
+def files_in(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("where", ["checkpoints/open-seed0/notes", "checkpoints/open-seed0", "checkpoints"])
+def test_a_run_removes_nothing_through_a_link_among_the_checkpoints(study_file, tmp_path, precious, where):
+    root = tmp_path / "run"
+    (root / where).parent.mkdir(parents=True)
+    (root / where).symlink_to(precious)
+    mine = files_in(precious)
+    if where.endswith("notes"):
+        (root / "checkpoints" / "open-seed0" / ".DS_Store").write_bytes(b"junk")
+        run(study_file, root)
+        assert (root / "checkpoints" / "open-seed0" / ".DS_Store").exists()
+    else:
+        with pytest.raises(BadSetting, match=f"{where} is a symbolic link, which posmask did not write"):
+            run(study_file, root)
+        assert not (root / "activations").exists()  # refused before the harvest
+    assert files_in(precious) == mine
+
+
+@pytest.mark.parametrize("name", ["baselines", "cells/open-seed0"])
+def test_a_folder_that_posmask_did_not_write_is_not_moved_away(study_file, tmp_path, precious, name):
+    root = tmp_path / "run"
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (precious / "manifest.json").unlink()
+    precious.rename(root / name)
+    with pytest.raises(BadSetting, match=f"{name} holds thesis.txt, which posmask did not write"):
+        run(study_file, root)
+    assert files_in(root / name) == {Path("thesis.txt"): b"years of work"}
+    assert not (root / "activations").exists()
+
+
 def test_latents_of_finished_cells_can_be_looked_at_later_and_are_the_same(study_file, tmp_path):
     run(study_file, tmp_path / "run")
     folder = tmp_path / "run" / "cells" / "open-seed0"

@@ -24,6 +24,7 @@ from posmask.cells import (
     untrained,
     write_saebench,
 )
+from posmask.checkpoints import check_checkpoints, remove_checkpoints
 from posmask.errors import BadSetting
 from posmask.evaluation import evaluate
 from posmask.latents import LATENTS_FILE
@@ -73,6 +74,9 @@ def run_study(
     todo = [place for place in places if state_of(place, verify=True) != "finished"]
     if len(todo) < len(places):
         say(f"{len(places) - len(todo)} of {len(places)} folders are finished and stay as they are.")
+    for place in todo:
+        folders.check_aside(place.folder)
+        check_checkpoints(place.checkpoints)
     if todo:
         where = nullcontext(engines.Local(n_jobs)) if engine == "local" else on_ray.connected(study, n_jobs)
         with where as made_by:
@@ -81,9 +85,7 @@ def run_study(
                 (root / name).unlink(missing_ok=True)
             made_by.make(study, todo, data, root, say)
     for place in places:
-        for checkpoint in place.checkpoints.glob("*"):
-            folders.remove(checkpoint)
-        shutil.rmtree(place.checkpoints, ignore_errors=True)
+        remove_checkpoints(place.checkpoints)
     results = [row for place in places for row in rows_in(place.folder)]
     with folders.replacing(root / RESULTS_FILE) as beside:
         rows.write_rows(beside, results)
@@ -125,6 +127,7 @@ def train_together(
         raise BadSetting(f"{study.name} has no cell {cell!r} with seed {seed}: choose from {known}, and its seeds")
     if state_of(place) == "finished":
         return None
+    check_checkpoints(place.checkpoints)
     data = prepare(study, source, root)
     whole, _ = untrained(study, place, data)
     if by == "data":
@@ -163,6 +166,8 @@ def evaluate_folder(
     place = Place(None, 0, root / "evaluated" / name, made_from)
     baseline = places_of(study, source, root)[0]
     missing = [one for one in (baseline, place) if state_of(one) != "finished"]
+    for one in missing:
+        folders.check_aside(one.folder)
     data = prepare(study, source, root) if missing else None
     for one in missing:
         assert data is not None
@@ -195,6 +200,8 @@ def look_at_latents(study: StudySettings, root: Path, say: Callable[[str], None]
         for place in places_of(study, source, root)
         if place.cell is not None and state_of(place) == "finished" and not (place.folder / LATENTS_FILE).is_file()
     ]
+    for place in todo:
+        folders.check_folder(place.folder, place.made_from)
     data = prepare(study, source, root) if todo else None
     for place in todo:
         assert data is not None
