@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -28,6 +29,7 @@ __all__ = [
     "Parts",
     "as_json",
     "check_aside",
+    "check_file",
     "check_folder",
     "claim",
     "clear_drafts",
@@ -38,10 +40,14 @@ __all__ = [
     "foreign_in",
     "identity",
     "manifest_of",
+    "move_file",
     "read_manifest",
     "refusal",
     "remove",
+    "remove_file",
     "replacing",
+    "scratch_file",
+    "scratch_folder",
     "sealed_manifest",
     "set_aside",
     "take_apart",
@@ -53,6 +59,7 @@ FORMAT = 4  # Part of every identity: raise it when the same settings would now 
 MANIFEST = "manifest.json"
 _SEAL = "sha256"
 _PARTS = "parts.json"
+_MARKED_BYTES = 4096
 _REMEDY = "`posmask run` makes anew what is lost"
 
 
@@ -88,18 +95,45 @@ def write_folder(path: Path, made_from: Mapping[str, Any], **facts: Any) -> Iter
         BadSetting: as `check_folder`, before anything is written.
     """
     check_folder(path, made_from)
+    with scratch_folder(path) as draft:
+        yield draft
+        files = {
+            file.relative_to(draft).as_posix(): file_entry(file) for file in sorted(draft.rglob("*")) if file.is_file()
+        }
+        _finish(draft, path, made_from, facts, files)
+
+
+@contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `path`, which is removed afterwards."""
     _make_folder(path.parent)
     draft = _draft_of(path)
     _clear(path)
     draft.mkdir()
     try:
         yield draft
-        files = {
-            file.relative_to(draft).as_posix(): file_entry(file) for file in sorted(draft.rglob("*")) if file.is_file()
-        }
-        _finish(draft, path, made_from, facts, files)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+@contextmanager
+def scratch_file(path: Path) -> Iterator[Path]:
+    """Yield the name of a file beside `path`, which is removed afterwards unless `move_file` took it.
+
+    Unlike a draft it has another name in each call, for threads that share `path`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    try:
+        yield beside
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def move_file(source: Path, path: Path) -> None:
+    """Move a file from `scratch_file` to its place in a folder of posmask's own."""
+    check_file(path)
+    source.replace(path)
 
 
 class Parts:
@@ -310,9 +344,49 @@ def _parts_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.parts")
 
 
+def check_file(path: Path, *marks: bytes) -> None:
+    """Refuse a place for a file unless nothing is there, or a file that posmask wrote.
+
+    Args:
+        marks: a file that posmask wrote holds one of them in its first or last 4,096 bytes; none are needed in a folder
+            that is posmask's own.
+
+    Raises:
+        BadSetting: something else is in the way.
+    """
+    if path.is_symlink():
+        raise refusal(f"{path} is a symbolic link")
+    if not path.exists():
+        return
+    if not path.is_file():
+        raise refusal(f"{path} is not a regular file")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        ends = file.read(_MARKED_BYTES)
+        file.seek(max(0, size - _MARKED_BYTES))
+        ends += file.read()
+    if marks and size and not any(mark in ends for mark in marks):
+        raise refusal(f"{path} is a file")
+
+
+def remove_file(path: Path, *marks: bytes) -> None:
+    """Remove a file that posmask wrote, if it is there.
+
+    Raises:
+        BadSetting: as `check_file`.
+    """
+    check_file(path, *marks)
+    path.unlink(missing_ok=True)
+
+
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield the name of a file to write beside `path`; it takes that place whole, and is on the disk by then."""
+def replacing(path: Path, *marks: bytes) -> Iterator[Path]:
+    """Yield the name of a file to write beside `path`; it takes that place whole, and is on the disk by then.
+
+    Raises:
+        BadSetting: as `check_file`, before anything is written.
+    """
+    check_file(path, *marks)
     beside = _draft_of(path)
     _clear(path)
     try:
