@@ -279,3 +279,47 @@ def test_a_manifest_names_files_downwards_only(folder, name):
     (folder / "manifest.json").write_text(folders.as_json(manifest))
     with pytest.raises(DamagedFolder, match="which lies outside the folder"):
         finished(folder, MADE_FROM)
+
+
+MARKS = (b"posmask's first line", b"posmask's last line")
+
+
+@pytest.mark.parametrize("content", [b"", MARKS[0] + b"," * 10_000, b"," * 10_000 + MARKS[1]])
+def test_a_file_that_posmask_wrote_is_replaced_and_removed(tmp_path, content):
+    path = tmp_path / "results.csv"
+    folders.remove_file(path, *MARKS)
+    path.write_bytes(content)
+    with folders.replacing(path, *MARKS) as beside:
+        beside.write_bytes(b"new" + MARKS[0])
+    assert path.read_bytes() == b"new" + MARKS[0]
+    folders.remove_file(path, *MARKS)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["other content", "a link", "a folder", "a device"])
+def test_a_file_that_posmask_did_not_write_is_kept(tmp_path, kind):
+    path, other = tmp_path / "results.csv", tmp_path / "other.csv"
+    other.write_bytes(MARKS[0])
+    if kind == "other content":
+        path.write_bytes(b"," * 10_000 + MARKS[0] + b"," * 10_000)
+    elif kind == "a link":
+        path.symlink_to(other)
+    elif kind == "a folder":
+        path.mkdir()
+    else:
+        path = Path("/dev/null")
+    before = path.is_symlink(), path.stat(), other.read_bytes()
+
+    def replace():
+        with folders.replacing(path, *MARKS):
+            pytest.fail("work was begun")
+
+    def move():
+        with folders.scratch_file(path) as beside:
+            beside.write_bytes(b"new")
+            folders.move_file(beside, path)
+
+    for work in (replace, lambda: folders.remove_file(path, *MARKS), *([] if kind == "other content" else [move])):
+        with pytest.raises(BadSetting, match=r"(results\.csv|null) is .*, which posmask did not write .* move it away"):
+            work()
+    assert (path.is_symlink(), path.stat(), other.read_bytes()) == before

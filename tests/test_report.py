@@ -623,6 +623,26 @@ def test_the_folder_with_everything_replaces_its_own_like_and_nothing_else(study
     assert _files(folder) == {**written, "notes.txt": b"what I saw"}
 
 
+def test_a_page_and_figures_replace_no_file_that_posmask_did_not_write(study, tmp_path, monkeypatch):
+    thesis = tmp_path / "thesis.tex"
+    thesis.write_text("years of work about <title>posmask: </title>")
+    with monkeypatch.context() as patch:
+        patch.setattr(page_module, "read_studies", lambda roots: pytest.fail("the studies were read"))
+        with pytest.raises(BadSetting, match=r"thesis\.tex is a file, which posmask did not write .* move it away"):
+            write_report(study, out=thesis)
+    assert thesis.read_text() == "years of work about <title>posmask: </title>"
+    assert write_report(study, out=tmp_path / "page.html") == write_report(study, out=tmp_path / "page.html")
+    figures = tmp_path / "figures"
+    figures.mkdir()
+    (figures / "cost.svg").write_text("<svg/>")
+    with pytest.raises(BadSetting, match=r"cost\.svg is a file, which posmask did not write"):
+        write_paper_figures(study, folder=figures)
+    assert _files(figures) == {"cost.svg": b"<svg/>"}
+    (figures / "cost.svg").rename(figures / "mine.svg")
+    assert write_paper_figures(study, folder=figures) == write_paper_figures(study, folder=figures)
+    assert (figures / "mine.svg").read_text() == "<svg/>"
+
+
 def test_the_server_answers_this_machine_alone_and_stays_in_its_folder(served, tmp_path):
     (tmp_path / "secret.txt").write_text("secret")
     (tmp_path / "all" / "link.txt").symlink_to(tmp_path / "secret.txt")

@@ -324,6 +324,36 @@ def test_a_run_removes_nothing_through_a_link_among_the_checkpoints(study_file, 
     assert files_in(precious) == mine
 
 
+@pytest.mark.parametrize("name", ["results.csv", "verdicts.csv", "report.html"])
+@pytest.mark.parametrize("kind", ["a file", "a link"])
+def test_files_of_a_users_folder_are_refused_before_work_and_kept(study_file, tmp_path, name, kind):
+    root = tmp_path / "project"
+    root.mkdir()
+    file = root / name if kind == "a file" else tmp_path / "elsewhere"
+    file.write_text("date,weight\n2024-01-01,12.5\n")
+    if kind == "a link":
+        (root / name).symlink_to(file)
+    message = f"project/{name} is a .*, which posmask did not write and does not replace: choose another place, or move"
+    with pytest.raises(BadSetting, match=message):
+        run(study_file, root)
+    assert file.read_text() == "date,weight\n2024-01-01,12.5\n"
+    assert [path.name for path in root.iterdir()] == [name]
+
+
+def test_a_run_replaces_its_own_results_and_page(study_file, tmp_path):
+    root = tmp_path / "run"
+    run(study_file, root)
+    page = write_report(root)
+    assert b'<meta name="generator" content="posmask ' in page.read_bytes()
+    old = re.sub(rb'<meta name="generator"[^>]*>\n', b"", page.read_bytes())  # as pages were written before
+    page.write_bytes(old)
+    study_file.write_text(study_file.read_text().replace("n_slices = 4", "n_slices = 2"))
+    run(study_file, root)
+    assert not page.exists()
+    page.write_bytes(old)
+    assert write_report(root).read_bytes() != old
+
+
 @pytest.mark.parametrize("name", ["baselines", "cells/open-seed0"])
 def test_a_folder_that_posmask_did_not_write_is_not_moved_away(study_file, tmp_path, precious, name):
     root = tmp_path / "run"

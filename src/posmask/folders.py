@@ -26,6 +26,7 @@ from posmask.errors import BadSetting, DamagedFolder
 __all__ = [
     "FORMAT",
     "MANIFEST",
+    "PAGE_MARKS",
     "Parts",
     "as_json",
     "check_aside",
@@ -58,6 +59,11 @@ __all__ = [
 FORMAT = 4  # Part of every identity: raise it when the same settings would now write something else.
 MANIFEST = "manifest.json"
 _SEAL = "sha256"
+PAGE_MARKS = (
+    b'<meta name="generator" content="posmask',
+    b"connect-src 'self'\">\n<title>posmask: ",  # before pages named their generator
+)
+"""One of them is at the beginning of a page that posmask wrote."""
 _PARTS = "parts.json"
 _MARKED_BYTES = 4096
 _REMEDY = "`posmask run` makes anew what is lost"
@@ -356,17 +362,22 @@ def check_file(path: Path, *marks: bytes) -> None:
     """
     if path.is_symlink():
         raise refusal(f"{path} is a symbolic link")
-    if not path.exists():
-        return
     if not path.is_file():
-        raise refusal(f"{path} is not a regular file")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        ends = file.read(_MARKED_BYTES)
-        file.seek(max(0, size - _MARKED_BYTES))
-        ends += file.read()
-    if marks and size and not any(mark in ends for mark in marks):
+        if path.exists():
+            raise refusal(f"{path} is not a regular file")
+    elif marks and (ends := _ends(path)) and not any(mark in ends for mark in marks):
         raise refusal(f"{path} is a file")
+
+
+def _ends(path: Path) -> bytes:
+    """A file's first and last bytes; none where another process has removed it meanwhile."""
+    try:
+        with path.open("rb") as file:
+            begin = file.read(_MARKED_BYTES)
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _MARKED_BYTES))
+            return begin + file.read()
+    except FileNotFoundError:
+        return b""
 
 
 def remove_file(path: Path, *marks: bytes) -> None:

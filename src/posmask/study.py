@@ -37,6 +37,12 @@ __all__ = ["cell_states", "evaluate_folder", "look_at_latents", "run_study", "tr
 
 RESULTS_FILE = "results.csv"
 VERDICTS_FILE = "verdicts.csv"
+_OUTPUTS = {
+    RESULTS_FILE: (rows.header_of(rows.Row),),
+    VERDICTS_FILE: (rows.header_of(verdicts.Verdict),),
+    "report.html": folders.PAGE_MARKS,
+}
+"""What a study's folder holds beside its cells, and by what each file is recognized."""
 
 
 def cell_states(study: StudySettings, root: Path) -> list[tuple[str, CellState]]:
@@ -64,7 +70,12 @@ def run_study(
     Args:
         n_jobs: how many cells are made at a time, by processes that share the processors' threads.
         engine: local: this machine's processes. ray: tasks on a cluster, see `on_ray`.
+
+    Raises:
+        BadSetting: something that posmask did not write is in the way; nothing is changed then.
     """
+    for name, marks in _OUTPUTS.items():
+        folders.check_file(root / name, *marks)
     kernels.keep_freed_memory()
     if engine == "local":
         model.check_device(study.device)
@@ -81,15 +92,15 @@ def run_study(
         where = nullcontext(engines.Local(n_jobs)) if engine == "local" else on_ray.connected(study, n_jobs)
         with where as made_by:
             data = prepare(study, source, root, made_by.compute)  # What cannot be prepared has moved nothing yet.
-            for name in (RESULTS_FILE, VERDICTS_FILE, "report.html"):  # Old numbers must not stand beside new cells.
-                (root / name).unlink(missing_ok=True)
+            for name, marks in _OUTPUTS.items():  # Old numbers must not stand beside new cells.
+                folders.remove_file(root / name, *marks)
             made_by.make(study, todo, data, root, say)
     for place in places:
         remove_checkpoints(place.checkpoints)
     results = [row for place in places for row in rows_in(place.folder)]
-    with folders.replacing(root / RESULTS_FILE) as beside:
+    with folders.replacing(root / RESULTS_FILE, *_OUTPUTS[RESULTS_FILE]) as beside:
         rows.write_rows(beside, results)
-    with folders.replacing(root / VERDICTS_FILE) as beside:
+    with folders.replacing(root / VERDICTS_FILE, *_OUTPUTS[VERDICTS_FILE]) as beside:
         verdicts.write_verdicts(beside, _verdicts(study, places))
     return results
 

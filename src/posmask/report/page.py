@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 import vl_convert
 
-from posmask.folders import check_folder, replacing, write_folder
+from posmask.folders import PAGE_MARKS, check_file, check_folder, replacing, write_folder
 from posmask.report import browser as latents
 from posmask.report import figures, tables
 from posmask.report.reading import MODEL_CELL, Study, read_studies
@@ -34,11 +34,13 @@ def write_report(*roots: Path, n_latents: int = N_LATENTS, out: Path | None = No
 
     Raises:
         DamagedFolder: a folder holds neither results nor cells.
+        BadSetting: the file to write is there, and is no page that posmask wrote.
     """
+    path = out or roots[0] / "report.html"
+    check_file(path, *PAGE_MARKS)
     page, blocks = _page(read_studies(roots), n_latents)
     html = _render(page, {name: base64.b64encode(block).decode() for name, block in blocks.items()})
-    path = out or roots[0] / "report.html"
-    with replacing(path) as beside:
+    with replacing(path, *PAGE_MARKS) as beside:
         beside.write_text(html, encoding="utf8")
     return path
 
@@ -65,7 +67,11 @@ def write_report_folder(*roots: Path, out: Path | None = None) -> Path:
 
 
 def write_paper_figures(*roots: Path, folder: Path) -> list[Path]:
-    """Every chart of the page as SVG and PDF."""
+    """Every chart of the page as SVG and PDF.
+
+    Raises:
+        BadSetting: a file of that name is there, and posmask did not write it.
+    """
     charts, _ = _charts(read_studies(roots))
     return figures.write_figures(charts, folder)
 
