@@ -58,6 +58,28 @@ def test_imports_go_down_only():
                 assert level[other] < level[module], f"{path.name} (level {level[module]}) imports {other}"
 
 
+def removals(path):
+    """Calls that remove, rename or overwrite a file or folder, wherever in a module."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf8"))):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        name, of = node.func.attr, ast.unparse(node.func.value)
+        one_word = len(node.args) == 1 and not node.keywords  # Path.replace(target), not str.replace(old, new)
+        if (
+            name in ("rmtree", "unlink", "rmdir", "rename", "renames", "removedirs", "rm", "rm_file", "truncate")
+            or (name == "replace" and (one_word or of == "os"))
+            or (name in ("remove", "move") and of in ("os", "shutil"))
+        ):
+            yield f"{of}.{name}"
+
+
+def test_files_are_removed_and_replaced_in_one_module_only():
+    found = {path.relative_to(PACKAGE).as_posix(): set(removals(path)) for path in PACKAGE.rglob("*.py")}
+    assert found.pop("folders.py") >= {"shutil.rmtree", "path.unlink", "path.rename", "beside.replace"}
+    assert found.pop("store.py") == {"self._fs.rm_file"}  # in the store
+    assert {name: calls for name, calls in found.items() if calls} == {}
+
+
 def test_reports_need_no_torch():
     code = "import sys, posmask.report; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -9,8 +9,8 @@ import torch
 from conftest import D_SAE, KINDS, MASKS, N_POSITIONS, RULES
 from posmask import checkpoints as checkpoints_module
 from posmask.activations import training_batches
-from posmask.checkpoints import Checkpoints
-from posmask.errors import DegenerateResult
+from posmask.checkpoints import Checkpoints, remove_checkpoints
+from posmask.errors import BadSetting, DegenerateResult
 from posmask.mask_kinds import make_mask, mask_settings
 from posmask.rules import rule_settings
 from posmask.sae import SparseAutoencoder
@@ -119,7 +119,7 @@ def test_a_checkpoint_that_was_to_be_removed_when_a_kill_came_is_removed_by_the_
     checkpoints = Checkpoints(tmp_path, MADE_FROM)
     for done in (1, 2):
         checkpoints.write(done, {"a": torch.zeros(1)})
-    monkeypatch.setattr(checkpoints_module, "remove", lambda path: None)  # killed after the last one was written
+    monkeypatch.setattr(checkpoints_module, "remove", lambda *path: None)  # killed after the last one was written
     checkpoints.write(3, {"a": torch.zeros(1)})
     monkeypatch.undo()
     assert Checkpoints(tmp_path, MADE_FROM).done == 3
@@ -207,3 +207,68 @@ def test_a_state_that_is_not_finite_is_never_kept(activations, tmp_path):
     ):
         train(sae, batches, SETTINGS, "test", spoil, checkpoints)
     assert Checkpoints(tmp_path, MADE_FROM).done == 5
+
+
+def snapshot(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def precious(tmp_path):
+    """A user's folder with a manifest of its own, outside of every root."""
+    folder = tmp_path / "precious"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "manifest.json").write_text('{"mine": true}')
+    (folder / "deep" / "thesis.txt").write_text("years of work")
+    return folder
+
+
+def test_only_checkpoints_are_removed_from_their_folder(tmp_path, precious):
+    folder = tmp_path / "checkpoints" / "cell"
+    folder.mkdir(parents=True)
+    shutil.copytree(precious, folder / "mine")
+    (folder / ".DS_Store").write_bytes(b"junk")
+    (folder / "0 notes.txt").write_text("notes")
+    (folder / "linked").symlink_to(precious)
+    mine = snapshot(folder)
+    checkpoints = Checkpoints(folder, MADE_FROM)
+    for done in (1, 2, 3):
+        checkpoints.write(done, {"a": torch.zeros(1)})
+    assert Checkpoints(folder, MADE_FROM).done == 3
+    remove_checkpoints(folder)
+    assert snapshot(folder) == mine
+    assert (folder / "linked").is_symlink()
+    assert len(snapshot(precious)) == 2
+    remove_checkpoints(tmp_path / "checkpoints" / "nowhere")
+
+
+@pytest.mark.parametrize("where", ["checkpoints", "checkpoints/cell", "checkpoints/cell/000000002"])
+def test_checkpoints_follow_no_link(tmp_path, precious, where):
+    link = tmp_path / where
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(precious)
+    mine = snapshot(precious)
+    with pytest.raises(BadSetting, match=f"{link} is a symbolic link, which posmask did not write .* move it away"):
+        Checkpoints(tmp_path / "checkpoints" / "cell", MADE_FROM).write(2, {"a": torch.zeros(1)})
+    remove_checkpoints(tmp_path / "checkpoints" / "cell")
+    assert snapshot(precious) == mine
+
+
+def test_a_checkpoint_to_which_files_were_added_is_refused_and_kept(tmp_path):
+    Checkpoints(tmp_path, MADE_FROM).write(1, {"a": torch.zeros(1)})
+    (tmp_path / "000000001" / "thesis.txt").write_text("years of work")
+    with pytest.raises(BadSetting, match=r"000000001 holds thesis.txt, which posmask did not write"):
+        Checkpoints(tmp_path, {"what": "other work"})
+    remove_checkpoints(tmp_path)
+    assert (tmp_path / "000000001" / "thesis.txt").exists()
+
+
+def test_a_draft_that_a_kill_left_is_removed_by_the_next_process(tmp_path):
+    checkpoints = Checkpoints(tmp_path, MADE_FROM)
+    checkpoints.write(1, {"a": torch.zeros(1)})
+    (tmp_path / ".000000002.draft-99999999").mkdir()  # no process has this number
+    (tmp_path / ".000000002.draft-99999999" / "state.safetensors").write_bytes(b"half")
+    Checkpoints(tmp_path, MADE_FROM)
+    assert [path.name for path in tmp_path.iterdir()] == ["000000001"]
+    remove_checkpoints(tmp_path)
+    assert not tmp_path.exists()

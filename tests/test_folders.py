@@ -1,10 +1,12 @@
 import json
 import multiprocessing
+import shutil
+from pathlib import Path
 
 import pytest
 
 from posmask import folders
-from posmask.errors import DamagedFolder
+from posmask.errors import BadSetting, DamagedFolder
 from posmask.folders import finished, identity, read_manifest, set_aside, write_folder, write_in_parts
 
 MADE_FROM = {"layer": 5, "seed": 0}
@@ -177,3 +179,147 @@ def test_what_a_kill_left_in_the_midst_of_a_part_is_gone_when_the_folder_is_fini
         assert "one" in parts
         parts.add("two", lambda file: file.write_bytes(b"two"))
     assert {file.name for file in path.iterdir()} == {"one", "two", "manifest.json"}
+
+
+def link_to(path, target):
+    path.symlink_to(target)
+
+
+WAYS = {
+    "a file": (lambda path, other: path.write_text("mine"), "cell is a file"),
+    "a link to a folder": (link_to, "cell is a symbolic link"),
+    "a link to nothing": (lambda path, other: path.symlink_to(other / "nothing"), "cell is a symbolic link"),
+    "a folder": (lambda path, other: shutil.copytree(other, path), "cell holds"),
+    "a folder within": (lambda path, other: shutil.copytree(other, path / "deep"), "cell holds"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("write", [write_folder, write_in_parts])
+def test_nothing_that_posmask_did_not_write_is_replaced(tmp_path, write, way):
+    other, path = tmp_path / "other", tmp_path / "cell"
+    other.mkdir()
+    (other / "thesis.txt").write_text("years of work")
+    (other / "manifest.json").write_text(json.dumps({"name": "a site", "files": {}}))
+    put, message = WAYS[way]
+    put(path, other)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    with (
+        pytest.raises(BadSetting, match=f"{message}.*which posmask did not write.*move it away"),
+        write(path, MADE_FROM),
+    ):
+        pytest.fail("work was begun")
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
+def test_only_a_folder_of_the_same_purpose_and_with_nothing_added_is_replaced(folder):
+    with write_folder(folder, {**MADE_FROM, "layer": 19}) as draft:
+        (draft / "new").touch()
+    assert {file.name for file in folder.iterdir()} == {"new", "manifest.json"}
+    with pytest.raises(BadSetting, match=r"holds other results of posmask's \(made from layer, seed\)"):
+        folders.check_folder(folder, {"what": "report"})
+    (folder / "link").symlink_to(folder / "new")
+    with pytest.raises(BadSetting, match="holds link, which posmask did not write"):
+        folders.check_folder(folder, MADE_FROM)
+    for name in ("", ".", ".."):
+        with pytest.raises(BadSetting, match="names no folder that could be replaced"):
+            folders.check_folder(Path(name), MADE_FROM)
+
+
+def test_what_comes_into_the_way_meanwhile_is_kept(tmp_path):
+    def overtaken():
+        with write_folder(tmp_path / "cell", MADE_FROM):
+            (tmp_path / "cell").mkdir()
+            (tmp_path / "cell" / "thesis.txt").write_text("years of work")
+
+    with pytest.raises(BadSetting, match=r"cell holds thesis.txt"):
+        overtaken()
+    assert [file.name for file in (tmp_path / "cell").iterdir()] == ["thesis.txt"]
+
+
+def test_drafts_and_parts_are_removed_without_following_links(folder, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.txt").write_text("years of work")
+    (tmp_path / ".new.draft-99999999").symlink_to(other)  # no process has this number
+    with write_folder(tmp_path / "new", MADE_FROM):
+        pass
+    (tmp_path / ".parts.parts").symlink_to(other)
+    with pytest.raises(BadSetting, match=r"\.parts\.parts is a symbolic link"):
+        make_parts(tmp_path / "parts")
+    with pytest.raises(KeyboardInterrupt):
+        make_parts(tmp_path / "harvest", stop=3)
+    (tmp_path / ".harvest.parts" / "linked").symlink_to(other)
+    (tmp_path / ".harvest.parts" / "below").mkdir()
+    assert make_parts(tmp_path / "harvest") == [3]
+    assert not folders.remove(tmp_path / ".parts.parts")
+    (folder / "linked").symlink_to(other)
+    for refused in (folders.take_apart, folders.check_aside):
+        with pytest.raises(BadSetting, match="is a symbolic link"):
+            refused(tmp_path / ".parts.parts")
+    with pytest.raises(BadSetting, match="holds linked"):
+        folders.take_apart(folder)
+    assert not folders.remove(folder)
+    assert [file.read_text() for file in other.iterdir()] == ["years of work"]
+    (folder / "linked").unlink()
+    assert folders.remove(folder)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["../cell/rows.csv", "CELL/rows.csv", "deep/../rows.csv", "deep\\..\\rows.csv", "", "."]
+)
+def test_a_manifest_names_files_downwards_only(folder, name):
+    name = name.replace("CELL", str(folder))
+    manifest = {
+        "identity": identity(MADE_FROM),
+        "made_from": MADE_FROM,
+        "files": {name: folders.file_entry(folder / "rows.csv")},
+    }
+    (folder / "manifest.json").write_text(folders.as_json(manifest))
+    with pytest.raises(DamagedFolder, match="which lies outside the folder"):
+        finished(folder, MADE_FROM)
+
+
+MARKS = (b"posmask's first line", b"posmask's last line")
+
+
+@pytest.mark.parametrize("content", [b"", MARKS[0] + b"," * 10_000, b"," * 10_000 + MARKS[1]])
+def test_a_file_that_posmask_wrote_is_replaced_and_removed(tmp_path, content):
+    path = tmp_path / "results.csv"
+    folders.remove_file(path, *MARKS)
+    path.write_bytes(content)
+    with folders.replacing(path, *MARKS) as beside:
+        beside.write_bytes(b"new" + MARKS[0])
+    assert path.read_bytes() == b"new" + MARKS[0]
+    folders.remove_file(path, *MARKS)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["other content", "a link", "a folder", "a device"])
+def test_a_file_that_posmask_did_not_write_is_kept(tmp_path, kind):
+    path, other = tmp_path / "results.csv", tmp_path / "other.csv"
+    other.write_bytes(MARKS[0])
+    if kind == "other content":
+        path.write_bytes(b"," * 10_000 + MARKS[0] + b"," * 10_000)
+    elif kind == "a link":
+        path.symlink_to(other)
+    elif kind == "a folder":
+        path.mkdir()
+    else:
+        path = Path("/dev/null")
+    before = path.is_symlink(), path.stat(), other.read_bytes()
+
+    def replace():
+        with folders.replacing(path, *MARKS):
+            pytest.fail("work was begun")
+
+    def move():
+        with folders.scratch_file(path) as beside:
+            beside.write_bytes(b"new")
+            folders.move_file(beside, path)
+
+    for work in (replace, lambda: folders.remove_file(path, *MARKS), *([] if kind == "other content" else [move])):
+        with pytest.raises(BadSetting, match=r"(results\.csv|null) is .*, which posmask did not write .* move it away"):
+            work()
+    assert (path.is_symlink(), path.stat(), other.read_bytes()) == before

@@ -148,11 +148,14 @@ def test_a_damaged_record_is_reported_and_written_again(study_file, tmp_path):
     root = tmp_path / "run"
     run(study_file, root)
     before = read_record(root)
-    for text in ("", "[]", '{"study": 1, "baseline": null, "folders": {}}', '{"folders": 3}'):
+    for text in ("[]", '{"study": 1, "baseline": null, "folders": {}}', '{"folders": 3}'):
         (root / STUDY_FILE).write_text(text)
         with pytest.raises(DamagedFolder, match=r"study\.json cannot be read"):
             read_record(root)
         assert any("study.json cannot be read" in warning for warning in read_studies([root])[0].warnings)
+        with pytest.raises(BadSetting, match=r"study\.json is a file, which posmask did not write"):
+            run(study_file, root)
+    (root / STUDY_FILE).write_text("")
     run(study_file, root)
     assert read_record(root) == before
 

@@ -20,13 +20,16 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 from conftest import D_SAE, N_POSITIONS, batch_of, make_sae, make_vectors
-from posmask.errors import DamagedFolder
+from posmask import cli
+from posmask.errors import BadSetting, DamagedFolder
 from posmask.folders import read_manifest, write_folder
 from posmask.latents import LatentFacts
 from posmask.metrics.specialization import PositionMass
 from posmask.record import StudyRecord, write_record
+from posmask.report import page as page_module
 from posmask.report import page_server, write_paper_figures, write_report, write_report_folder
 from posmask.report.browser import shown_word
 from posmask.rows import Measure, Row, Units, read_units, write_rows, write_units
@@ -592,6 +595,61 @@ def served(study, tmp_path):
     yield server.server_address[1]
     server.shutdown()
     server.server_close()
+
+
+def _files(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_folder_with_everything_replaces_its_own_like_and_nothing_else(study, tmp_path, monkeypatch):
+    site = tmp_path / "site"
+    (site / "posts").mkdir(parents=True)
+    (site / "index.html").write_text("<html>my site</html>")
+    (site / "posts" / "thesis.html").write_text("years of work")
+    before = _files(site)
+    with monkeypatch.context() as patch:
+        patch.setattr(page_module, "read_studies", lambda roots: pytest.fail("the studies were read"))
+        with pytest.raises(BadSetting, match=r"site holds index.html, which posmask did not write .* move it away"):
+            write_report_folder(study, out=site)
+        (tmp_path / "linked").symlink_to(site)
+        with pytest.raises(BadSetting, match="linked is a symbolic link"):
+            write_report_folder(study, out=tmp_path / "linked")
+        with pytest.raises(BadSetting, match="holds other results of posmask's"):
+            write_report_folder(study, out=study / "cells" / "open-seed0")
+    assert _files(site) == before
+    result = CliRunner().invoke(cli.app, ["report", str(study), "--all", "--out", str(site)])
+    assert isinstance(result.exception, BadSetting)
+    assert _files(site) == before
+
+    (tmp_path / "new").mkdir()
+    folder = write_report_folder(study, out=tmp_path / "new")
+    written = _files(folder)
+    assert {"index.html", "manifest.json", "data/cell-0.gz"} <= written.keys()
+    assert _files(write_report_folder(study, out=folder)) == written
+    (folder / "notes.txt").write_text("what I saw")
+    with pytest.raises(BadSetting, match=r"new holds notes.txt, which posmask did not write"):
+        write_report_folder(study, out=folder)
+    assert _files(folder) == {**written, "notes.txt": b"what I saw"}
+
+
+def test_a_page_and_figures_replace_no_file_that_posmask_did_not_write(study, tmp_path, monkeypatch):
+    thesis = tmp_path / "thesis.tex"
+    thesis.write_text("years of work about <title>posmask: </title>")
+    with monkeypatch.context() as patch:
+        patch.setattr(page_module, "read_studies", lambda roots: pytest.fail("the studies were read"))
+        with pytest.raises(BadSetting, match=r"thesis\.tex is a file, which posmask did not write .* move it away"):
+            write_report(study, out=thesis)
+    assert thesis.read_text() == "years of work about <title>posmask: </title>"
+    assert write_report(study, out=tmp_path / "page.html") == write_report(study, out=tmp_path / "page.html")
+    figures = tmp_path / "figures"
+    figures.mkdir()
+    (figures / "cost.svg").write_text("<svg/>")
+    with pytest.raises(BadSetting, match=r"cost\.svg is a file, which posmask did not write"):
+        write_paper_figures(study, folder=figures)
+    assert _files(figures) == {"cost.svg": b"<svg/>"}
+    (figures / "cost.svg").rename(figures / "mine.svg")
+    assert write_paper_figures(study, folder=figures) == write_paper_figures(study, folder=figures)
+    assert (figures / "mine.svg").read_text() == "<svg/>"
 
 
 def test_the_server_answers_this_machine_alone_and_stays_in_its_folder(served, tmp_path):

@@ -6,6 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import D_MODEL, N_POSITIONS, RULES, make_sae, make_vectors
 from posmask.errors import BadSetting, DamagedFolder
+from posmask.folders import write_folder
 from posmask.mask_kinds import make_mask, mask_settings
 from posmask.masks import Copies
 from posmask.rules import rule_settings
@@ -179,3 +180,21 @@ def test_other_constants_change_nothing_but_the_units_of_codes(rule):
     restate_(sae, torch.linspace(3, 0, D_MODEL).double(), torch.tensor(0.5).double())
     torch.testing.assert_close(sae(vectors, position), out)
     torch.testing.assert_close(sae.encode(vectors, position), 3 * codes)
+
+
+def test_an_sae_overwrites_only_an_sae(tmp_path):
+    write_sae(make_sae("open"), tmp_path)
+    write_sae(make_sae("slice"), tmp_path)
+    assert read_sae(tmp_path).mask.settings.kind == "slice"
+    for name in ("sae.safetensors", "openness.safetensors", "sae.json"):
+        folder = tmp_path / name.replace(".", "-")
+        folder.mkdir()
+        (folder / name).write_bytes(b"years of work")
+        with pytest.raises(BadSetting, match=f"{name} is a file, which posmask did not write"):
+            write_sae(make_sae("open"), folder)
+        assert [(file.name, file.read_bytes()) for file in folder.iterdir()] == [(name, b"years of work")]
+    with write_folder(tmp_path / "cell", {}) as draft:
+        write_sae(make_sae("open"), draft)
+    with pytest.raises(BadSetting, match="cell is finished"):
+        write_sae(make_sae("slice"), tmp_path / "cell")
+    assert read_sae(tmp_path / "cell").mask.settings.kind == "open"

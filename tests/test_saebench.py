@@ -77,6 +77,11 @@ def test_files_are_named_and_laid_out_as_sae_bench_s(tmp_path):
     write_eval_output(path, output)
     assert path.name == "me_sae_custom_sae_eval_results.json"
     assert json.loads(path.read_text(encoding="utf8")) == output
+    write_eval_output(path, output)
+    path.write_text("years of work")
+    with pytest.raises(BadSetting, match="is a file, which posmask did not write"):
+        write_eval_output(path, output)
+    assert path.read_text() == "years of work"
 
 
 @pytest.mark.parametrize(

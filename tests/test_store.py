@@ -13,7 +13,7 @@ from posmask import store as store_module
 from posmask.activations import Activations, evaluation_batches, harvest, training_batches
 from posmask.corpus import pack
 from posmask.errors import BadSetting, DamagedFolder, MissingAsset, MissingExtra
-from posmask.folders import identity
+from posmask.folders import identity, sealed_manifest
 from posmask.settings import read_study
 from posmask.store import Store
 from posmask.study import cell_states, run_study
@@ -286,3 +286,44 @@ def test_a_study_with_its_vectors_in_a_store_has_the_cells_of_one_without(model_
     } == folders
     assert [path.name for path in (roots[1] / "activations").iterdir()] == [".store"]
     assert sum(path.stat().st_size for path in lying(roots[1] / "activations")) <= 10**6
+
+
+@pytest.mark.parametrize("name", ["/../../victim.txt", "../victim.txt", "VICTIM", "a/../../victim.txt", "victim.txt"])
+def test_a_hostile_manifest_reaches_no_file_outside_the_cache(
+    tokens, language_model, local, tmp_path, url, name, monkeypatch
+):
+    """Somebody who writes to the store lists a file that would lie elsewhere here."""
+    victim = tmp_path / "victim.txt"
+    victim.write_text("years of work")
+    name = name.replace("VICTIM", str(victim))
+    store = Store(url, tmp_path / "cache", ROOM)
+    harvest(tokens, language_model, store.folder("vectors"), MADE_FROM, "test")
+    place = f"{store._root}/vectors/manifest.json"
+    manifest = json.loads(store._fs.cat_file(place))
+    for listed in (name, f"{name}.tokens.safetensors"):
+        manifest["files"][listed] = {"bytes": 13, "sha256": "0" * 64}
+    facts = {key: value for key, value in manifest.items() if key not in ("identity", "made_from", "files", "sha256")}
+    store._fs.pipe_file(place, sealed_manifest(manifest["made_from"], facts, manifest["files"]).encode())
+    sizes = Store.sizes
+    monkeypatch.setattr(Store, "sizes", lambda *given: dict.fromkeys(manifest["files"], 13) | sizes(*given))
+    before = sorted(path for path in tmp_path.rglob("*") if "cache" not in path.parts)
+    with pytest.raises(DamagedFolder, match=r"manifest.json lists '.*', which"):
+        Activations(store.folder("vectors"))
+    found = harvest(tokens, language_model, store.folder("vectors"), MADE_FROM, "test")
+    same(evaluation_batches(found), evaluation_batches(local))
+    assert victim.read_text() == "years of work"
+    assert sorted(path for path in tmp_path.rglob("*") if "cache" not in path.parts) == before
+
+
+def test_making_room_removes_shards_of_the_cache_only(tokens, language_model, tmp_path):
+    cache, weights = tmp_path / "cache", tmp_path / "model.safetensors"
+    weights.write_bytes(b"years of work")
+    cache.mkdir()
+    (cache / "sae.safetensors").write_bytes(b"years of work")
+    (cache / "shard-00000.safetensors").symlink_to(weights)
+    (cache / "linked").symlink_to(tmp_path)
+    store = Store(f"memory://{tmp_path.name}", cache, 50_000)
+    found = harvest(tokens, language_model, store.folder("vectors"), MADE_FROM, "test")
+    assert len(list(evaluation_batches(found))) > 0
+    assert (cache / "shard-00000.safetensors").is_symlink()
+    assert (cache / "sae.safetensors").read_bytes() == weights.read_bytes() == b"years of work"

@@ -236,6 +236,79 @@ def test_what_is_damaged_is_found_named_and_alone_made_anew(study_file, tmp_path
         assert one.metric in SECONDS or repr(one) == repr(other)
 
 
+@pytest.fixture
+def precious(tmp_path):
+    """A user's folder with a manifest of its own, outside of every root."""
+    folder = tmp_path / "precious"
+    folder.mkdir()
+    (folder / "manifest.json").write_text('{"mine": true}')
+    (folder / "thesis.txt").write_text("years of work")
+    return folder
+
+
+def files_in(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("where", ["checkpoints/open-seed0/notes", "checkpoints/open-seed0", "checkpoints"])
+def test_a_run_removes_nothing_through_a_link_among_the_checkpoints(study_file, tmp_path, precious, where):
+    root = tmp_path / "run"
+    (root / where).parent.mkdir(parents=True)
+    (root / where).symlink_to(precious)
+    mine = files_in(precious)
+    if where.endswith("notes"):
+        (root / "checkpoints" / "open-seed0" / ".DS_Store").write_bytes(b"junk")
+        run(study_file, root)
+        assert (root / "checkpoints" / "open-seed0" / ".DS_Store").exists()
+    else:
+        with pytest.raises(BadSetting, match=f"{where} is a symbolic link, which posmask did not write"):
+            run(study_file, root)
+        assert not (root / "activations").exists()  # refused before the harvest
+    assert files_in(precious) == mine
+
+
+@pytest.mark.parametrize("name", ["results.csv", "verdicts.csv", "report.html"])
+@pytest.mark.parametrize("kind", ["a file", "a link"])
+def test_files_of_a_users_folder_are_refused_before_work_and_kept(study_file, tmp_path, name, kind):
+    root = tmp_path / "project"
+    root.mkdir()
+    file = root / name if kind == "a file" else tmp_path / "elsewhere"
+    file.write_text("date,weight\n2024-01-01,12.5\n")
+    if kind == "a link":
+        (root / name).symlink_to(file)
+    message = f"project/{name} is a .*, which posmask did not write and does not replace: choose another place, or move"
+    with pytest.raises(BadSetting, match=message):
+        run(study_file, root)
+    assert file.read_text() == "date,weight\n2024-01-01,12.5\n"
+    assert [path.name for path in root.iterdir()] == [name]
+
+
+def test_a_run_replaces_its_own_results_and_page(study_file, tmp_path):
+    root = tmp_path / "run"
+    run(study_file, root)
+    page = write_report(root)
+    assert b'<meta name="generator" content="posmask ' in page.read_bytes()
+    old = re.sub(rb'<meta name="generator"[^>]*>\n', b"", page.read_bytes())  # as pages were written before
+    page.write_bytes(old)
+    study_file.write_text(study_file.read_text().replace("n_slices = 4", "n_slices = 2"))
+    run(study_file, root)
+    assert not page.exists()
+    page.write_bytes(old)
+    assert write_report(root).read_bytes() != old
+
+
+@pytest.mark.parametrize("name", ["baselines", "cells/open-seed0"])
+def test_a_folder_that_posmask_did_not_write_is_not_moved_away(study_file, tmp_path, precious, name):
+    root = tmp_path / "run"
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (precious / "manifest.json").unlink()
+    precious.rename(root / name)
+    with pytest.raises(BadSetting, match=f"{name} holds thesis.txt, which posmask did not write"):
+        run(study_file, root)
+    assert files_in(root / name) == {Path("thesis.txt"): b"years of work"}
+    assert not (root / "activations").exists()
+
+
 def test_an_interrupted_cell_leaves_nothing_and_the_next_run_goes_on(study_file, tmp_path, monkeypatch):
     evaluate = cells.evaluate
 

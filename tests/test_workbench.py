@@ -1,5 +1,6 @@
 """The way in from Python: the whole path in a dozen lines, and an import that loads nothing."""
 
+import json
 import subprocess
 import sys
 
@@ -8,7 +9,9 @@ import torch
 
 import posmask
 from conftest import make_texts
-from posmask.errors import NothingToDo
+from posmask import model
+from posmask.errors import BadSetting, NothingToDo
+from posmask.folders import write_folder
 
 
 def test_importing_loads_nothing_and_every_name_is_there():
@@ -57,3 +60,54 @@ def test_vectors_are_read_once_and_other_texts_are_never_taken_for_them(model_fo
     assert not torch.equal(other.token_id[:300], first.token_id[:300])
     with pytest.raises(NothingToDo, match="ask for fewer, or name more texts"):
         posmask.read_vectors(make_texts(4), **{**options, "folder": tmp_path / "few", "n_tokens": 5000})
+
+
+def snapshot(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def a_study_beside_others(folder):
+    with write_folder(folder / "one" / "cells" / "open-seed0", {"cell": "open"}) as draft:
+        (draft / "rows.csv").write_text("value")
+
+
+def a_site(folder):
+    (folder / "index.html").write_text("<html>")
+    (folder / "manifest.json").write_text(json.dumps({"name": "my site", "icons": []}))
+
+
+def a_cell(folder):
+    with write_folder(folder, {"cell": "open", "seed": 0}) as draft:
+        (draft / "rows.csv").write_text("value")
+
+
+@pytest.mark.parametrize("fill", [a_study_beside_others, a_site, a_cell])
+def test_vectors_never_replace_what_posmask_did_not_write_as_vectors(model_folder, tmp_path, monkeypatch, fill):
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    fill(folder)
+    before = snapshot(folder)
+    monkeypatch.setattr(model, "load_model", lambda *given, **options: pytest.fail("the model was loaded"))
+    with pytest.raises(BadSetting, match=r"runs holds .*: choose another place, or move it away"):
+        posmask.read_vectors(
+            make_texts(40), str(model_folder), 2, folder, n_positions=16, n_tokens=500, precision="float32"
+        )
+    assert snapshot(tmp_path) == {f"runs/{name}": content for name, content in before.items()}
+
+
+def test_files_added_to_vectors_are_kept(model_folder, tmp_path):
+    options = {"model": str(model_folder), "layer": 2, "n_positions": 16, "n_tokens": 500, "folder": tmp_path / "v"}
+    posmask.read_vectors(make_texts(40), **options)
+    (tmp_path / "v" / "notes.txt").write_text("what I saw")
+    posmask.read_vectors(make_texts(40), **options)  # reads, replaces nothing
+    with pytest.raises(BadSetting, match=r"v holds notes.txt, which posmask did not write"):
+        posmask.read_vectors(make_texts(40, seed=5), **options)
+    shard = tmp_path / "v" / "shard-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(BadSetting, match=r"v holds notes.txt, which posmask did not write"):
+        posmask.read_vectors(make_texts(40), **options)
+    assert (tmp_path / "v" / "notes.txt").read_text() == "what I saw"
+    (tmp_path / "v" / "notes.txt").unlink()
+    (tmp_path / "empty").mkdir()
+    for folder in ("v", "empty"):
+        assert posmask.read_vectors(make_texts(40, seed=5), **{**options, "folder": tmp_path / folder}).n_kept >= 500

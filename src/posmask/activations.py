@@ -19,7 +19,7 @@ from torch import Tensor
 
 from posmask.corpus import Tokens
 from posmask.errors import BadSetting, DamagedFolder, DegenerateResult, NothingToDo
-from posmask.folders import finished, read_manifest, take_apart, write_in_parts
+from posmask.folders import MANIFEST, finished, read_manifest, take_apart, write_in_parts
 from posmask.masks import Coordinate
 from posmask.model import LanguageModel
 from posmask.progress import announce, progress_bar
@@ -216,8 +216,10 @@ def harvest(
     Raises:
         NothingToDo: no token is kept.
         DegenerateResult: the model gave NaN or infinite vectors.
+        BadSetting: `folder` holds something that posmask did not write.
     """
     made_from = {**made_from, "stored": stored}
+    wanted = {f"shard-{number:05d}.safetensors": contexts for number, contexts in enumerate(_shards(tokens))}
     try:
         if (found := finished_activations(folder, made_from)) is not None:
             return found
@@ -226,13 +228,12 @@ def harvest(
         if isinstance(folder, StoredFolder):
             folder.unfinish()
         else:
-            take_apart(folder)
+            take_apart(folder, MANIFEST, *wanted)
     if tokens.n_kept == 0:
         raise NothingToDo(f"none of the {tokens.keep.numel():,} tokens of {label} is kept: give texts with content")
     if compute is None:
         assert model is not None
         compute = partial(shards_here, model)
-    wanted = {f"shard-{number:05d}.safetensors": contexts for number, contexts in enumerate(_shards(tokens))}
     with (
         _parts(folder, made_from, kept_tokens=tokens.n_kept) as (there, add),
         progress_bar(f"harvest {label}", tokens.n_kept, "tokens") as advance,

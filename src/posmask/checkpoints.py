@@ -13,17 +13,53 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from posmask.errors import DamagedFolder
-from posmask.folders import MANIFEST, finished, read_manifest, remove, write_folder
+from posmask.folders import MANIFEST, clear_drafts, finished, foreign_in, read_manifest, refusal, remove, write_folder
 from posmask.progress import announce
 
-__all__ = ["Checkpoints"]
+__all__ = ["Checkpoints", "check_checkpoints", "remove_checkpoints"]
 
 _STATE_FILE = "state.safetensors"
+_STEP_DIGITS = 9
+_FILES = (MANIFEST, _STATE_FILE)
 _TIMES_ITS_COST = 50
 """Work goes on for at least so many times as long as the last checkpoint took: 2 % of the time at the most."""
 _BYTES_A_SECOND = 40e6
 """What a slow disk takes, synced and read again for its checksum (30 to 90 MB/s were seen): it decides when the first
 one comes."""
+
+
+def check_checkpoints(folder: Path) -> None:
+    """Refuse a folder for checkpoints in which writing or removing them would reach what posmask did not write.
+
+    Raises:
+        BadSetting: it is a symbolic link or in one, or a checkpoint's name in it is taken by something else.
+    """
+    steps = _steps(folder)
+    if link := next((path for path in (folder.parent, folder, *steps) if path.is_symlink()), None):
+        raise refusal(f"{link} is a symbolic link")
+    if file := next((path for path in (folder.parent, folder, *steps) if path.is_file()), None):
+        raise refusal(f"{file} is a file")
+    for path in steps:
+        if (foreign := foreign_in(path, _FILES)) is not None:
+            raise refusal(f"{path} holds {foreign}")
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Remove the checkpoints of finished work, and their folder if nothing else is in it. Follows no symbolic link."""
+    if folder.parent.is_symlink() or folder.is_symlink():
+        return
+    for path in _steps(folder):
+        _remove(path)
+    clear_drafts(folder)
+    remove(folder)
+
+
+def _steps(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("[0-9]*") if len(path.name) >= _STEP_DIGITS and path.name.isdecimal())
+
+
+def _remove(path: Path) -> None:
+    remove(path, *_FILES)
 
 
 class Checkpoints:
@@ -46,16 +82,18 @@ class Checkpoints:
         self._every_seconds = every_seconds
         self._keeps_end = keeps_end
         self._kept: list[Path] = []
-        for path in folder.glob("[0-9]*"):
+        check_checkpoints(folder)
+        clear_drafts(folder)
+        for path in _steps(folder):
             if not (path / MANIFEST).exists():  # Its removal was stopped.
-                remove(path)
-        there = sorted(folder.glob("[0-9]*"), reverse=True)
+                _remove(path)
+        there = _steps(folder)[::-1]
         for number, path in enumerate(there):
             if self._is_whole(path):
                 self.done, self._kept = int(path.name), [path]
                 announce(f"{folder.name} goes on from its checkpoint after {self.done:,} steps.")
                 for other in there[number + 2 :]:  # A kill came between the last one and this.
-                    remove(other)
+                    _remove(other)
                 break
         self._expected = 0.0
         self._cost: float | None = None  # of the last one, seconds; None before the first
@@ -66,7 +104,7 @@ class Checkpoints:
 
     def _is_whole(self, path: Path) -> bool:
         try:
-            if not path.name.isdecimal() or not finished(path, self._of(int(path.name))):
+            if not finished(path, self._of(int(path.name))):
                 return False
             read_manifest(path, verify=True)
         except DamagedFolder as error:
@@ -97,13 +135,14 @@ class Checkpoints:
     def write(self, done: int, state: Mapping[str, Tensor]) -> None:
         """Keep the state after `done` steps, and of the earlier ones only the newest."""
         started = time.monotonic()
-        path = self.folder / f"{done:09d}"
+        path = self.folder / f"{done:0{_STEP_DIGITS}d}"
+        _remove(path)  # of other work, or damaged
         with write_folder(path, self._of(done)) as draft:
             save_file({name: tensor.contiguous() for name, tensor in state.items()}, draft / _STATE_FILE)
         self._kept = [*self._kept[-1:], path]
-        for other in self.folder.iterdir():
+        for other in _steps(self.folder):
             if other not in self._kept:
-                remove(other)
+                _remove(other)
         self.done = done
         self._last = time.monotonic()
         self._cost = self._last - started

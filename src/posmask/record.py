@@ -12,9 +12,20 @@ from typing import Any
 from posmask.errors import BadSetting, DamagedFolder
 from posmask.folders import as_json, identity, read_manifest, replacing
 
-__all__ = ["STUDY_FILE", "StudyRecord", "check_identity", "check_listed", "misplaced", "read_record", "write_record"]
+__all__ = [
+    "RECORD_MARK",
+    "STUDY_FILE",
+    "StudyRecord",
+    "check_identity",
+    "check_listed",
+    "misplaced",
+    "read_record",
+    "write_record",
+]
 
 STUDY_FILE = "study.json"
+RECORD_MARK = b'{\n "study": '
+"""How the file begins."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +43,7 @@ class StudyRecord:
 
 def write_record(root: Path, record: StudyRecord) -> None:
     root.mkdir(parents=True, exist_ok=True)
-    with replacing(root / STUDY_FILE) as beside:
+    with replacing(root / STUDY_FILE, RECORD_MARK) as beside:
         beside.write_text(as_json(asdict(record)), encoding="utf8")
 
 
@@ -52,7 +63,7 @@ def read_record(root: Path) -> StudyRecord | None:
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise DamagedFolder(f"{path} cannot be read ({error}): `posmask run` writes it again") from None
+        raise DamagedFolder(f"{path} cannot be read ({error}): move it away, `posmask run` writes it again") from None
     return record
 
 

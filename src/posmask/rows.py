@@ -16,6 +16,7 @@ __all__ = [
     "Measure",
     "Row",
     "Units",
+    "header_of",
     "parse_slice",
     "read_records",
     "read_rows",
@@ -103,6 +104,11 @@ def parse_slice(text: str) -> dict[str, str]:
 
 
 Record = TypeVar("Record")
+
+
+def header_of(kind: type[Record]) -> bytes:
+    """The first line of a table, by which a file is recognized as one that posmask wrote."""
+    return ",".join(field.name for field in fields(kind)).encode()  # type: ignore[arg-type]
 
 
 def write_records(path: Path, kind: type[Record], records: Iterable[Record]) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from posmask import kernels
 from posmask.choosing import choose, in_group_order, pieces
 from posmask.errors import BadSetting, DamagedFolder
-from posmask.folders import MANIFEST, read_manifest
+from posmask.folders import MANIFEST, check_file, read_manifest
 from posmask.mask_kinds import make_mask, mask_settings
 from posmask.masks import Copies, LiveGroup, PositionMask
 from posmask.rules import RuleSettings, make_rule, rule_settings
@@ -360,7 +360,15 @@ def write_sae(sae: SparseAutoencoder, folder: Path, origin: Mapping[str, Any] | 
     Args:
         origin: what the SAE was trained on: name (`model`), `weights`, `layer` and `site` of the model,
             `training_tokens`.
+
+    Raises:
+        BadSetting: the folder is a finished one, or holds files of these names that are not an SAE of posmask's.
     """
+    if (folder / MANIFEST).exists():
+        raise BadSetting(f"{folder} is finished, its {MANIFEST} says what it holds: choose another folder")
+    marks = {WEIGHTS_FILE: b'"encoder":', OPENNESS_FILE: b'"openness":', SETTINGS_FILE: b'"d_sae":'}
+    for name, mark in marks.items():
+        check_file(folder / name, mark)
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in sae.state_dict().items()}, folder / WEIGHTS_FILE)
     # What the mask ended as, whatever its kind keeps: for those who only want to look.

@@ -7,10 +7,10 @@ checksums, and lie in a local folder of bounded size, of which the longest unuse
 
 import contextlib
 import os
+import re
 import threading
 import time
-import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from posmask.errors import BadSetting, DamagedFolder, MissingAsset, MissingExtra
-from posmask.folders import MANIFEST, file_entry, identity, manifest_of, sealed_manifest
+from posmask.folders import (
+    MANIFEST,
+    file_entry,
+    identity,
+    manifest_of,
+    move_file,
+    remove_file,
+    scratch_file,
+    sealed_manifest,
+)
 from posmask.progress import announce
 
 __all__ = ["Shards", "Store", "StoredFolder"]
@@ -28,6 +37,8 @@ _TRIES = 6
 _FIRST_WAIT, _LONGEST_WAIT = 1.0, 30.0  # seconds between tries, doubling
 _SLOW_SECONDS = 10.0  # of one transfer, after which it is said
 _TOKENS = ".tokens.safetensors"
+_SHARD_NAME = re.compile(r"shard-\d+(\.tokens)?\.safetensors", re.ASCII)
+"""What a folder may list beside its manifest: names come from a store that others may write to."""
 _PERMANENT = (FileNotFoundError, PermissionError, NotImplementedError)
 
 
@@ -83,7 +94,7 @@ class Store:
         self._tried(f"write {name}", put)
 
     def sizes(self, folder: str) -> dict[str, int]:
-        """The files of a folder and their bytes; none where there is no folder."""
+        """The shards of a folder and their bytes; none where there is no folder."""
 
         def look() -> dict[str, int]:
             self._fs.invalidate_cache()
@@ -91,7 +102,8 @@ class Store:
                 found = self._fs.ls(f"{self._root}/{folder}", detail=True)
             except FileNotFoundError:
                 return {}
-            return {one["name"].rpartition("/")[2]: one["size"] for one in found if one["type"] == "file"}
+            sizes = {one["name"].rpartition("/")[2]: one["size"] for one in found if one["type"] == "file"}
+            return {name: size for name, size in sizes.items() if _SHARD_NAME.fullmatch(name)}
 
         return self._tried(f"list {folder}", look)
 
@@ -152,12 +164,17 @@ class StoredFolder:
         Raises:
             DamagedFolder: the manifest is not what was written, or a file has not the size that it says.
         """
-        with self._beside(MANIFEST) as beside:
+        with scratch_file(self.local / MANIFEST) as beside:
             try:
                 self._store.read(f"{self.name}/{MANIFEST}", beside)
             except FileNotFoundError:
                 return None
             manifest = manifest_of(beside.read_text(encoding="utf8"), f"{self.url}/{MANIFEST}")
+        if strange := [name for name in manifest["files"] if not _SHARD_NAME.fullmatch(name)]:
+            raise DamagedFolder(
+                f"{self.url}/{MANIFEST} lists {strange[0]!r}, which is not the name of a shard: `posmask run` writes "
+                "the folder again"
+            )
         there = self._store.sizes(self.name)
         lost = [name for name, entry in manifest["files"].items() if there.get(name) != entry["bytes"]]
         if lost:
@@ -180,7 +197,7 @@ class StoredFolder:
             shard = name.removesuffix(_TOKENS) + ".safetensors"
             if not name.endswith(_TOKENS) or shard not in there:
                 continue
-            with self._beside(name) as beside:
+            with scratch_file(self.local / name) as beside:
                 self._store.read(f"{self.name}/{name}", beside)
                 try:
                     with safe_open(beside, framework="pt") as file:
@@ -194,19 +211,19 @@ class StoredFolder:
 
     def add(self, name: str, shard: Mapping[str, Tensor], tokens: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
         """Put a shard there, and what its tokens are, last; returns their entries for the manifest."""
-        with self._beside(name) as beside:
+        with scratch_file(self.local / name) as beside:
             save_file(dict(shard), beside)
             entry = file_entry(beside)
             self._store.write(f"{self.name}/{name}", beside)
         about = name.removesuffix(".safetensors") + _TOKENS
-        with self._beside(about) as beside:
+        with scratch_file(self.local / about) as beside:
             said = {"bytes": str(entry["bytes"]), "sha256": entry["sha256"]}
             save_file(dict(tokens), beside, said)
             self._store.write(f"{self.name}/{about}", beside)
             return {name: entry, about: file_entry(beside)}
 
     def finish(self, made_from: Mapping[str, Any], facts: Mapping[str, Any], files: Mapping[str, Any]) -> None:
-        with self._beside(MANIFEST) as beside:
+        with scratch_file(self.local / MANIFEST) as beside:
             beside.write_text(sealed_manifest(made_from, facts, dict(sorted(files.items()))), encoding="utf8")
             self._store.write(f"{self.name}/{MANIFEST}", beside)
 
@@ -227,13 +244,13 @@ class StoredFolder:
                 return path
         self._make_room(entry["bytes"])
         for _ in range(2):  # It may have been damaged on its way.
-            with self._beside(name) as beside:
+            with scratch_file(path) as beside:
                 try:
                     self._store.read(f"{self.name}/{name}", beside)
                 except FileNotFoundError:
                     break
                 if file_entry(beside) == entry:
-                    beside.replace(path)
+                    move_file(beside, path)
                     return path
         self._store.remove(f"{self.name}/{name}")
         raise DamagedFolder(
@@ -245,6 +262,8 @@ class StoredFolder:
         """Remove what was not used for longest until so much fits; what another process removed is gone already."""
         lying = []
         for path in self._store.cache.rglob("*.safetensors"):
+            if not _SHARD_NAME.fullmatch(path.name) or path.is_symlink():
+                continue
             with contextlib.suppress(FileNotFoundError):
                 about = path.stat()
                 lying.append((about.st_mtime_ns, about.st_size, path))
@@ -252,18 +271,8 @@ class StoredFolder:
         for _, size, path in sorted(lying):
             if total + n_bytes <= self._store.cache_bytes:
                 return
-            path.unlink(missing_ok=True)
+            remove_file(path)
             total -= size
-
-    @contextlib.contextmanager
-    def _beside(self, name: str) -> Iterator[Path]:
-        """A local place for a file on its way, which is gone afterwards."""
-        self.local.mkdir(parents=True, exist_ok=True)
-        path = self.local / f".{name}.{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        try:
-            yield path
-        finally:
-            path.unlink(missing_ok=True)
 
 
 class Shards:
@@ -293,7 +302,7 @@ class Shards:
         for name, entry in self._about:
             path = self._folder.fetched(name, entry)
             found.append({name: tensor.clone() for name, tensor in load_file(path).items()})
-            path.unlink(missing_ok=True)
+            remove_file(path)
         return found
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:

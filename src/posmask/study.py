@@ -1,6 +1,5 @@
 """A study: settings x cells x seeds -> run folders -> one results table. Does only what is missing."""
 
-import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,9 +23,10 @@ from posmask.cells import (
     untrained,
     write_saebench,
 )
+from posmask.checkpoints import check_checkpoints, remove_checkpoints
 from posmask.errors import BadSetting, DamagedFolder
 from posmask.evaluation import evaluate
-from posmask.record import STUDY_FILE, StudyRecord, read_record, write_record
+from posmask.record import RECORD_MARK, STUDY_FILE, StudyRecord, read_record, write_record
 from posmask.sae import read_sae
 from posmask.settings import StudySettings
 from posmask.sources import Source, prepare
@@ -36,6 +36,13 @@ __all__ = ["cell_states", "evaluate_folder", "run_study", "train_together"]
 
 RESULTS_FILE = "results.csv"
 VERDICTS_FILE = "verdicts.csv"
+_OUTPUTS = {
+    RESULTS_FILE: (rows.header_of(rows.Row),),
+    VERDICTS_FILE: (rows.header_of(verdicts.Verdict),),
+    "report.html": folders.PAGE_MARKS,
+    STUDY_FILE: (RECORD_MARK,),
+}
+"""What a study's folder holds beside its cells, and by what each file is recognized."""
 
 
 def cell_states(study: StudySettings, root: Path) -> list[tuple[str, CellState]]:
@@ -63,7 +70,12 @@ def run_study(
     Args:
         n_jobs: how many cells are made at a time, by processes that share the processors' threads.
         engine: local: this machine's processes. ray: tasks on a cluster, see `on_ray`.
+
+    Raises:
+        BadSetting: something that posmask did not write is in the way; nothing is changed then.
     """
+    for name, marks in _OUTPUTS.items():
+        folders.check_file(root / name, *marks)
     kernels.keep_freed_memory()
     if engine == "local":
         model.check_device(study.device)
@@ -74,6 +86,9 @@ def run_study(
     todo = [place for place in places if state_of(place, verify=True) != "finished"]
     if len(todo) < len(places):
         say(f"{len(places) - len(todo)} of {len(places)} folders are finished and stay as they are.")
+    for place in todo:
+        folders.check_aside(place.folder)
+        check_checkpoints(place.checkpoints)
     if todo:
         where = nullcontext(engines.Local(n_jobs)) if engine == "local" else on_ray.connected(study, n_jobs)
         with where as made_by:
@@ -83,13 +98,11 @@ def run_study(
     else:
         _begin(study, places, root, anew=False)
     for place in places:
-        for checkpoint in place.checkpoints.glob("*"):
-            folders.remove(checkpoint)
-        shutil.rmtree(place.checkpoints, ignore_errors=True)
+        remove_checkpoints(place.checkpoints)
     results = [row for place in places for row in rows_in(place.folder, folders.identity(place.made_from))]
-    with folders.replacing(root / RESULTS_FILE) as beside:
+    with folders.replacing(root / RESULTS_FILE, *_OUTPUTS[RESULTS_FILE]) as beside:
         rows.write_rows(beside, results)
-    with folders.replacing(root / VERDICTS_FILE) as beside:
+    with folders.replacing(root / VERDICTS_FILE, *_OUTPUTS[VERDICTS_FILE]) as beside:
         verdicts.write_verdicts(beside, _verdicts(study, places))
     return results
 
@@ -122,7 +135,7 @@ def _begin(study: StudySettings, places: list[Place], root: Path, *, anew: bool)
             changed = True
         if anew or changed:
             for name in (RESULTS_FILE, VERDICTS_FILE, "report.html"):
-                (root / name).unlink(missing_ok=True)
+                folders.remove_file(root / name, *_OUTPUTS[name])
         if changed:
             write_record(root, record)
 
@@ -160,6 +173,7 @@ def train_together(
         raise BadSetting(f"{study.name} has no cell {cell!r} with seed {seed}: choose from {known}, and its seeds")
     if state_of(place) == "finished":
         return None
+    check_checkpoints(place.checkpoints)
     data = prepare(study, source, root)
     whole, _ = untrained(study, place, data)
     if by == "data":
@@ -198,6 +212,8 @@ def evaluate_folder(
     place = Place(None, 0, root / "evaluated" / name, made_from)
     baseline = places_of(study, source, root)[0]
     missing = [one for one in (baseline, place) if state_of(one) != "finished"]
+    for one in missing:
+        folders.check_aside(one.folder)
     data = prepare(study, source, root) if missing else None
     for one in missing:
         assert data is not None

@@ -4,13 +4,16 @@ The same functions that studies are made of, with fewer words: a study adds seed
 model run on from reconstructions, verdicts and the page. All of this is to be had from `import posmask`.
 """
 
+import contextlib
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from posmask import corpus, mask_kinds, rules, training
-from posmask.activations import Activations, evaluation_batches, harvest, training_batches
+from posmask.activations import Activations, evaluation_batches, finished_activations, harvest, training_batches
+from posmask.errors import DamagedFolder
+from posmask.folders import check_folder
 from posmask.metrics.reconstruction import Reconstruction
 from posmask.metrics.specialization import PositionMass, mask_measures, retention, special_positions
 from posmask.rows import Measure
@@ -34,7 +37,7 @@ def read_vectors(
     """The model's vectors after a layer for every token of some texts, harvested once into `folder`.
 
     Texts are packed into contexts of `n_positions`, each of which begins with BOS. A second call with the same texts
-    and model reads what is there.
+    and model reads what is there; other vectors of this function's in `folder` are replaced.
 
     Args:
         model: a name on the hub, a folder, or `embedded:SmolLM2-135M-Instruct`.
@@ -42,7 +45,8 @@ def read_vectors(
         n_tokens: kept tokens to harvest, at least.
 
     Raises:
-        BadSetting, NothingToDo, DegenerateResult: what the model, the texts or the vectors lack.
+        BadSetting: the model cannot be loaded, or `folder` holds something that posmask did not write.
+        NothingToDo, DegenerateResult: what the texts or the vectors lack.
     """
     source = Source(ModelSettings(name=model, layer=layer, precision=precision))
     digest = hashlib.sha256()
@@ -53,8 +57,13 @@ def read_vectors(
         "texts": digest.hexdigest(),
         "n_positions": n_positions,
         "n_tokens": n_tokens,
+        "stored": "model",
     }
     folder = Path(folder)
+    with contextlib.suppress(DamagedFolder):  # `harvest` reports and repairs it.
+        if (activations := finished_activations(folder, made_from)) is not None:
+            return activations
+    check_folder(folder, made_from)
     tokens = corpus.pack(list(texts), source.tokenizer, n_positions, n_tokens)
     return harvest(tokens, source.loaded, folder, made_from, folder.name)
 

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from posmask.errors import BadSetting
+from posmask.folders import check_file
 from posmask.probing.hub import HUB_DATASETS
 
 __all__ = ["KS", "Accuracies", "EvalConfig", "eval_file_name", "eval_output", "write_eval_output"]
@@ -107,7 +108,12 @@ def eval_output(
 
 
 def write_eval_output(path: Path, output: Mapping[str, Any]) -> None:
-    """Write what `eval_output` returned, laid out as SAEBench lays it out."""
+    """Write what `eval_output` returned, laid out as SAEBench lays it out.
+
+    Raises:
+        BadSetting: a file is there that is not such an evaluation.
+    """
+    check_file(path, b'"eval_type_id":')
     path.write_text(json.dumps(output, indent=2, default=str), encoding="utf8")
 
 

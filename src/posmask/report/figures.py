@@ -17,6 +17,7 @@ from altair.utils import schemapi
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from posmask.folders import check_file, replacing
 from posmask.report.reading import CellFolder, Numbers
 from posmask.report.tables import COLUMNS, Number, StudyTable
 from posmask.rows import Row
@@ -48,6 +49,7 @@ _MARKS = {
     "equal compute": ("square", COLOURS[5]),
     "pooled by segments": ("triangle-up", COLOURS[2]),
 }
+_MARK = b"written by posmask"  # a comment in each file, by which it is recognized
 _N_LATENT_BINS = 40
 _N_POSITION_BINS = 32
 _SNAPSHOT_BINS = (24, 16)  # latents, positions
@@ -623,6 +625,9 @@ def write_figures(charts: dict[str, Figure], folder: Path) -> list[Path]:
     import vl_convert
 
     folder.mkdir(parents=True, exist_ok=True)
+    for name in charts:
+        for ending in ("svg", "pdf"):
+            check_file(folder / f"{name}.{ending}", _MARK)
     written = []
     for name, chart in charts.items():
         spec = as_spec(chart)
@@ -631,7 +636,12 @@ def write_figures(charts: dict[str, Figure], folder: Path) -> list[Path]:
         config = {"background": "white", "font": "sans-serif", "view": {"stroke": None}}
         spec["config"] = {**spec.get("config", {}), **config}
         svg = vl_convert.vegalite_to_svg(spec)
-        (folder / f"{name}.svg").write_text(svg, encoding="utf8")
-        (folder / f"{name}.pdf").write_bytes(vl_convert.svg_to_pdf(svg))
-        written += [folder / f"{name}.svg", folder / f"{name}.pdf"]
+        contents = {
+            folder / f"{name}.svg": svg.encode() + b"\n<!-- " + _MARK + b" -->\n",
+            folder / f"{name}.pdf": vl_convert.svg_to_pdf(svg) + b"\n% " + _MARK + b"\n",
+        }
+        for path, content in contents.items():
+            with replacing(path, _MARK) as beside:
+                beside.write_bytes(content)
+        written += contents
     return written

@@ -5,8 +5,6 @@ import gzip
 import importlib.metadata
 import json
 import math
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from typing import Any
 import jinja2
 import vl_convert
 
-from posmask.folders import replacing
+from posmask.folders import PAGE_MARKS, check_file, check_folder, replacing, write_folder
 from posmask.report import browser as latents
 from posmask.report import figures, tables
 from posmask.report.reading import MODEL_CELL, Study, read_studies
@@ -36,35 +34,44 @@ def write_report(*roots: Path, n_latents: int = N_LATENTS, out: Path | None = No
 
     Raises:
         DamagedFolder: a folder holds neither results nor cells.
+        BadSetting: the file to write is there, and is no page that posmask wrote.
     """
+    path = out or roots[0] / "report.html"
+    check_file(path, *PAGE_MARKS)
     page, blocks = _page(read_studies(roots), n_latents)
     html = _render(page, {name: base64.b64encode(block).decode() for name, block in blocks.items()})
-    path = out or roots[0] / "report.html"
-    with replacing(path) as beside:
+    with replacing(path, *PAGE_MARKS) as beside:
         beside.write_text(html, encoding="utf8")
     return path
 
 
 def write_report_folder(*roots: Path, out: Path | None = None) -> Path:
-    """Write a folder with a page for all latents, `report` in the first study's, and return it; for `page_server`."""
-    page, blocks = _page(read_studies(roots), None)
+    """Write a folder with a page for all latents, `report` in the first study's, and return it; for `page_server`.
+
+    A folder that an earlier call wrote is replaced.
+
+    Raises:
+        DamagedFolder: a folder of `roots` holds neither results nor cells.
+        BadSetting: the folder to write holds something that posmask did not write.
+    """
     folder = out or roots[0] / "report"
-    draft = folder.with_name(f".{folder.name}.draft-{os.getpid()}")
-    try:
-        (draft / "data").mkdir(parents=True)
+    check_folder(folder, ("what", "title", "version"))
+    page, blocks = _page(read_studies(roots), None)
+    with write_folder(folder, {"what": "report", "title": page["title"], "version": page["version"]}) as draft:
+        (draft / "data").mkdir()
         for name in [name for name in blocks if name.startswith(("cell-", "texts-"))]:
             (draft / "data" / f"{name}.gz").write_bytes(blocks.pop(name))
         html = _render(page, {name: base64.b64encode(block).decode() for name, block in blocks.items()})
         (draft / "index.html").write_text(html, encoding="utf8")
-        if (folder / "index.html").is_file():
-            shutil.rmtree(folder)
-        return draft.rename(folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+    return folder
 
 
 def write_paper_figures(*roots: Path, folder: Path) -> list[Path]:
-    """Every chart of the page as SVG and PDF."""
+    """Every chart of the page as SVG and PDF.
+
+    Raises:
+        BadSetting: a file of that name is there, and posmask did not write it.
+    """
     charts, _ = _charts(read_studies(roots))
     return figures.write_figures(charts, folder)
 
