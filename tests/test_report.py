@@ -18,10 +18,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import zstandard
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 from conftest import D_SAE, N_POSITIONS, batch_of, make_sae, make_vectors
+from posmask.cli import app
 from posmask.errors import DamagedFolder
 from posmask.folders import read_manifest, write_folder
 from posmask.latents import LatentFacts
@@ -564,6 +567,31 @@ def test_a_study_without_cells_or_results_still_has_a_page(root, tmp_path):
     assert "No finished cell lies in this folder" in write_report(empty).read_text(encoding="utf8")
     with pytest.raises(DamagedFolder, match=r"neither results\.csv nor cells"):
         write_report(tmp_path / "nowhere")
+
+
+def test_a_folder_with_compressed_results_alone_shows_differences_to_its_baseline(root, tmp_path):
+    archive = tmp_path / "archive"
+    archive.mkdir()
+    for name in ("study.json", "verdicts.csv"):
+        shutil.copy2(root / name, archive / name)
+    (archive / "results.csv.zst").write_bytes(zstandard.compress((root / "results.csv").read_bytes()))
+    assert CliRunner().invoke(app, ["report", str(archive)]).exit_code == 0
+    page = archive / "report.html"
+    shown = {
+        named["data-of"]: parts for table, named, parts in cells_of(page) if table == "study" and "data-of" in named
+    }
+    for of in ("hard|explained_variance|", "soft|dead_share|", "hard|probe_accuracy|k=5;pooling=mean"):
+        own, base = ([mean_of_rows(root, re.sub(r"^\w+", f"{cell}@{seed}", of)) for seed in (0, 1)]
+                     for cell in (of.partition("|")[0], "open"))  # fmt: skip
+        apart = [one - two for one, two in zip(own, base, strict=True)]
+        expected = [sum(apart) / 2, min(apart), max(apart)]
+        assert read(shown[of]["d"].replace("seeds ", "")) == pytest.approx(expected, abs=0.00061)
+    assert shown["open|explained_variance|"]["d"] == "–"
+    text = page.read_text(encoding="utf8")
+    assert "results.csv is missing" not in text
+    assert "hard is worse than open in explained variance" in text.replace('<b class="worse">▼ ', "").replace(
+        "</b>", ""
+    )
 
 
 def test_missing_latents_and_capped_sizes_are_named_with_their_remedy(tmp_path):

@@ -40,7 +40,9 @@ def test_a_compressed_table_reads_as_the_plain_one(tmp_path, plain):
 def test_a_damaged_compressed_table_is_refused(tmp_path, plain, damage):
     path = tmp_path / "results.csv.zst"
     path.write_bytes(damage(zstandard.ZstdCompressor(level=19, write_checksum=True).compress(plain)))
-    with pytest.raises(DamagedFolder, match=rf"^{re.escape(str(path))} cannot be decompressed \(.+\): restore the file"):
+    with pytest.raises(
+        DamagedFolder, match=rf"^{re.escape(str(path))} cannot be decompressed \(.+\): restore the file"
+    ):
         read_rows(path)
 
 

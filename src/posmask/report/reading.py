@@ -144,6 +144,8 @@ def _renamed(study: Study, name: str) -> Study:
 
 def _read_study(root: Path) -> Study:
     results, folder = root / "results.csv", root / "cells"
+    if not results.is_file() and (root / "results.csv.zst").is_file():
+        results = root / "results.csv.zst"
     if not results.is_file() and not folder.is_dir():
         raise DamagedFolder(
             f"{root} holds neither results.csv nor cells: give the folder of a study that `posmask run` has begun"
@@ -171,7 +173,7 @@ def _read_study(root: Path) -> Study:
     ]
     n_nan = sum(math.isnan(row.value) for row in rows if "position" not in parse_slice(row.slice))
     if n_nan:
-        warnings.append(f"{n_nan} numbers of results.csv are NaN; they show as – and are in no mean.")
+        warnings.append(f"{n_nan} numbers of {results.name} are NaN; they show as – and are in no mean.")
     changed = [cell for cell in cells if cell.manifest["identity"] != identity(cell.manifest.get("made_from", {}))]
     if changed:
         warnings.append(
