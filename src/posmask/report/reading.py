@@ -12,7 +12,7 @@ from posmask.record import STUDY_FILE, StudyRecord, read_record
 from posmask.rows import Row, Units, parse_slice, read_rows, read_units
 from posmask.verdicts import Verdict, read_verdicts
 
-__all__ = ["MODEL_CELL", "CellFolder", "Numbers", "Study", "read_studies", "without_study"]
+__all__ = ["MODEL_CELL", "CellFolder", "Numbers", "Study", "read_studies"]
 
 MODEL_CELL = "llm"
 _BETWEEN = ": "  # between a study's name and a cell's, where a page holds two studies
@@ -121,10 +121,6 @@ def read_studies(roots: Sequence[Path]) -> list[Study]:
             name, number = f"{study.name} ({number})", number + 1
         names.append(name)
     return [_renamed(study, name) for study, name in zip(studies, names, strict=True)]
-
-
-def without_study(cell: str) -> str:
-    return cell.rpartition(_BETWEEN)[2]
 
 
 def _renamed(study: Study, name: str) -> Study:
