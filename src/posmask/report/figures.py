@@ -123,8 +123,8 @@ def trade_off(
 ) -> Figure | None:
     """Reconstruction against order accuracy, one mark a cell, both budgets; segment pooling lies where its cell does.
 
-    Named are as many as find room: `baselines` first, then those that nothing beats in both, then the others. Thin lines
-    are the intervals of `numbers`, those of the study's table.
+    Named are as many as find room: `baselines` first, then those that nothing beats in both, then the others. Thin
+    lines are the intervals of `numbers`, those of the study's table.
 
     Args:
         width: of the picture, about, in pixels: it decides which names find room.
