@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 DEV := .venv/.ready-dev
 
-.PHONY: run test test-all check audit bench docs second-model clean
+.PHONY: run test test-all check audit bench docs results-pages second-model clean
 
 run: $(READY)
 	$(BIN)/posmask run studies/quick.toml --jobs 2
@@ -37,6 +37,12 @@ docs: $(DEV)
 	$(PIP) --editable '.[dev,docs]'
 	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --output-dir docs docs/tutorial.ipynb
 	$(BIN)/zensical build --clean --strict
+
+# The page of each study in docs/results, in runs/results-pages/.
+results-pages: $(READY)
+	mkdir -p runs/results-pages
+	for study in $(patsubst docs/results/%/results.csv.zst,%,$(wildcard docs/results/*/results.csv.zst)); do \
+	  $(BIN)/posmask report docs/results/$$study --out runs/results-pages/$$study.html || exit 1; done
 
 # A small GPT-2 trained on the embedded texts, for `posmask run studies/key.toml --set model.name=runs/gpt2`: an hour or two.
 second-model: $(READY)

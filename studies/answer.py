@@ -1,16 +1,22 @@
-"""docs/results/*/results.csv and verdicts.csv -> the tables of docs/results/README.md: `python studies/answer.py`.
+"""docs/results/*/results.csv.zst and verdicts.csv -> the tables of docs/results/README.md: `python studies/answer.py`.
 
+A folder's `results.csv`, copied there from a run, is compressed first; `summary.csv` is written from the full table.
 What stands between `<!-- name -->` and `<!-- end of name -->` is written here and nowhere else; a test holds it.
 """
 
+import math
 import re
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
+
+import zstandard
 
 from posmask.report import figures
 from posmask.report.reading import read_studies
 from posmask.report.tables import study_table
-from posmask.rows import read_rows
-from posmask.summary import LOG_ROWS, Line, summarise
+from posmask.rows import Row, parse_slice, read_rows, write_rows
+from posmask.summary import Line, summarise
 from posmask.verdicts import Verdict, read_verdicts
 
 ROOT = Path(__file__).parents[1] / "docs" / "results"
@@ -21,6 +27,19 @@ PICTURED = (
     "split-width",
     "split-tied", "windows", "switch", "open + segments8",
 )  # fmt: skip
+
+LOG_ROWS = (
+    ("Run 0, no mask", "0.5 everywhere", "open"),
+    ("Run 1, hard: about 16 random positions of 128 a latent", "0.5 everywhere", "hard"),
+    ("Run 2, soft: learned, from openness .1 to .2", "nothing", "soft-low"),
+    ("Run 3, soft: learned, from openness .3 to .7", "0.5 everywhere", "soft-high"),
+    ("Run 4, importance of positions from gradients", "announced", "importance"),
+    ("static slicing", "announced", "slice"),
+    ("static slicing after the fact: `open` pooled by 8 segments", "–", "open + segments8"),
+    ("masked gradient updates alone, slices", "announced", "slice-gradient"),
+    ("masked gradient updates alone, hard", "announced", "hard-gradient"),
+)
+"""The table of the research log that the study repeats: what it calls a row, what it reported, the cell that is it."""
 
 STRICTNESS = {
     "leak of 16 random positions": (
@@ -109,10 +128,47 @@ def _words(one: Verdict) -> str:
     return text if one.verdict == "no evidence" else f"**{text} {one.verdict}**"
 
 
+def pack(folder: Path) -> None:
+    """Replace `results.csv` by `results.csv.zst`."""
+    plain = folder / "results.csv"
+    packed = zstandard.ZstdCompressor(level=19).compress(plain.read_bytes())
+    (folder / "results.csv.zst").write_bytes(packed)
+    plain.unlink()
+
+
+def summary_rows(rows: Iterable[Row]) -> list[Row]:
+    """The rows without a slice; and means over tasks and datasets of order and probing accuracy, per cell and seed.
+
+    `n` of such a mean is the number of tasks or datasets.
+    """
+    groups: dict[tuple[str, int, str, str], list[Row]] = {}
+    for row in rows:
+        where = parse_slice(row.slice)
+        if not where:
+            groups[row.cell, row.seed, row.metric, ""] = [row]
+        elif row.metric in ("order_accuracy", "probe_accuracy") and "class" not in where:
+            slice = f"k={where['k']};pooling={where['pooling']}"
+            groups.setdefault((row.cell, row.seed, row.metric, slice), []).append(row)
+    return [
+        replace(group[0], slice=slice, value=_mean(group), low=math.nan, high=math.nan, n=len(group))
+        if slice
+        else group[0]
+        for (_, _, _, slice), group in groups.items()
+    ]
+
+
+def _mean(rows: list[Row]) -> float:
+    return sum(row.value for row in rows) / len(rows)
+
+
+def folders() -> list[Path]:
+    return sorted(path.parent for path in ROOT.glob("*/results.csv.zst"))
+
+
 def page(text: str) -> str:
     """The page with its tables made anew."""
-    for folder in sorted(path for path in ROOT.iterdir() if (path / "results.csv").exists()):
-        lines = summarise(read_rows(folder / "results.csv"))
+    for folder in folders():
+        lines = summarise(read_rows(folder / "results.csv.zst"))
         tables = {"cells": cells(lines), "verdicts": verdicts(read_verdicts(folder / "verdicts.csv"))}
         if folder.name == "full":
             tables |= {"log": log(lines), "strictness": strictness(lines)}
@@ -125,13 +181,18 @@ def page(text: str) -> str:
 
 def picture() -> None:
     """Reconstruction against order accuracy, with the range of seeds, for the README."""
-    table = study_table(read_studies([ROOT / "full"])[0])
+    study = read_studies([ROOT / "full"])[0]
+    table = study_table(study)
     lines = [(line, label) for line, label in table.lines if label in PICTURED]
-    chart = figures.trade_off(lines, table.numbers, 5, width=540)
+    chart = figures.trade_off(lines, table.numbers, 5, [study.baseline], width=540)
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
     chart.properties(width=620, height=380).save(PICTURE, scale_factor=1.3)
 
 
 if __name__ == "__main__":
+    for path in ROOT.glob("*/results.csv"):
+        pack(path.parent)
+    for folder in folders():
+        write_rows(folder / "summary.csv", summary_rows(read_rows(folder / "results.csv.zst")))
     picture()
     PAGE.write_text(page(PAGE.read_text(encoding="utf8")), encoding="utf8")

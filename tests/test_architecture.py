@@ -1,11 +1,14 @@
 """Imports go down only. The table is the house's plan; a new module needs a place in it."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import posmask
+from posmask.mask_kinds import MASKS
+from posmask.settings import read_study
 
 LEVELS = [
     ["errors"],
@@ -83,3 +86,12 @@ def test_files_are_removed_and_replaced_in_one_module_only():
 def test_reports_need_no_torch():
     code = "import sys, posmask.report; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_library_names_no_cells_of_a_study():
+    studies = sorted((Path(__file__).parents[1] / "studies").glob("*.toml"))
+    names = {cell.name for study in studies for cell in read_study(study).cells} - {*MASKS}
+    assert "split-width" in names
+    for path in [*PACKAGE.rglob("*.py"), *PACKAGE.rglob("page.*")]:
+        text = path.read_text(encoding="utf8")
+        assert not [name for name in names if re.search(rf"[\"'`]{re.escape(name)}[\"'`]", text)], path.name

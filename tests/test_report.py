@@ -12,18 +12,20 @@ import socket
 import threading
 import time
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import zstandard
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from conftest import D_SAE, N_POSITIONS, batch_of, make_sae, make_vectors
-from posmask import cli
+from posmask.cli import app
 from posmask.errors import BadSetting, DamagedFolder
 from posmask.folders import read_manifest, write_folder
 from posmask.latents import LatentFacts
@@ -310,9 +312,8 @@ def test_every_number_of_the_tables_is_a_row_or_a_mean_of_rows(study, page):
         elif re.search(r"\d", "".join(parts.values())):  # what is no measure: seeds, identity, size, versions
             seeds = table == "study" and parts[""] == "2"
             about = table == "made-1" and (re.fullmatch(r"[0-9a-f]{16}|\d*\.\d", parts[""]) or "torch 2" in parts[""])
-            said = named.get("class", "").startswith("said")
             pairs = table == "verdicts-1" and parts[""] == "3"
-            assert seeds or about or said or pairs, (table, named, parts)
+            assert seeds or about or pairs, (table, named, parts)
     assert not verdicts
     assert seen["of"] > 60
     assert min(seen.values()) > 1, seen
@@ -438,6 +439,31 @@ def test_strictness_curves_are_means_of_rows(tmp_path):
             assert value["value"] == pytest.approx(mean_of_rows(tmp_path, f"{value['cell']}|{of}"))
             assert value["openness"] == mean_of_rows(tmp_path, f"{value['cell']}|mean_openness|")
         assert across["data"]["values"] == [{"value": pytest.approx(mean_of_rows(tmp_path, f"open|{of}"))}]
+
+
+def test_charts_first_show_the_baseline_and_seven_other_cells(tmp_path):
+    names = [f"cell{number}" for number in range(9)]
+    cells = [(name, "hard") for name in names] + [("plain", "open")]
+    rows = [row for name, kind in cells for row in write_cell(tmp_path, name, kind, latents=False)]
+    write_rows(tmp_path / "results.csv", rows)
+    write_study_record(tmp_path, "plain")
+    facts = json.loads(block(write_report(tmp_path), "page"))
+    assert facts["picked"] == [*names[:7], "plain"]
+
+
+def test_the_baseline_is_named_in_a_crowded_trade_off(tmp_path):
+    """Every other cell beats it and all marks are in the same place, so that its worth alone gives it no room."""
+    together = {"explained_variance": 0.81, "order_accuracy": 0.6}
+    rows = [
+        replace(row, value=together.get(row.metric, row.value) - 1e-6 * (name == "plain"))
+        for name in [*(f"a-long-name-{number}" for number in range(12)), "plain"]
+        for row in write_cell(tmp_path, name, "hard", latents=False)
+    ]
+    write_rows(tmp_path / "results.csv", rows)
+    write_study_record(tmp_path, "plain")
+    values = values_of(write_report(tmp_path), "trade-off")
+    for when in ("", " narrow"):
+        assert "plain" in [value["cell"] for value in values if value[f"left{when}"] or value[f"right{when}"]]
 
 
 def test_what_scripts_compare_is_what_tables_and_verdicts_say(study, page):
@@ -569,6 +595,31 @@ def test_a_study_without_cells_or_results_still_has_a_page(root, tmp_path):
         write_report(tmp_path / "nowhere")
 
 
+def test_a_folder_with_compressed_results_alone_shows_differences_to_its_baseline(root, tmp_path):
+    archive = tmp_path / "archive"
+    archive.mkdir()
+    for name in ("study.json", "verdicts.csv"):
+        shutil.copy2(root / name, archive / name)
+    (archive / "results.csv.zst").write_bytes(zstandard.compress((root / "results.csv").read_bytes()))
+    assert CliRunner().invoke(app, ["report", str(archive)]).exit_code == 0
+    page = archive / "report.html"
+    shown = {
+        named["data-of"]: parts for table, named, parts in cells_of(page) if table == "study" and "data-of" in named
+    }
+    for of in ("hard|explained_variance|", "soft|dead_share|", "hard|probe_accuracy|k=5;pooling=mean"):
+        own, base = ([mean_of_rows(root, re.sub(r"^\w+", f"{cell}@{seed}", of)) for seed in (0, 1)]
+                     for cell in (of.partition("|")[0], "open"))  # fmt: skip
+        apart = [one - two for one, two in zip(own, base, strict=True)]
+        expected = [sum(apart) / 2, min(apart), max(apart)]
+        assert read(shown[of]["d"].replace("seeds ", "")) == pytest.approx(expected, abs=0.00061)
+    assert shown["open|explained_variance|"]["d"] == "–"
+    text = page.read_text(encoding="utf8")
+    assert "results.csv is missing" not in text
+    assert "hard is worse than open in explained variance" in text.replace('<b class="worse">▼ ', "").replace(
+        "</b>", ""
+    )
+
+
 def test_missing_latents_and_capped_sizes_are_named_with_their_remedy(tmp_path):
     write_cell(tmp_path, "open", "open", latents=False)
     page = write_report(tmp_path).read_text(encoding="utf8")
@@ -617,7 +668,7 @@ def test_the_folder_with_everything_replaces_its_own_like_and_nothing_else(study
         with pytest.raises(BadSetting, match="holds other results of posmask's"):
             write_report_folder(study, out=study / "cells" / "open-seed0")
     assert _files(site) == before
-    result = CliRunner().invoke(cli.app, ["report", str(study), "--all", "--out", str(site)])
+    result = CliRunner().invoke(app, ["report", str(study), "--all", "--out", str(site)])
     assert isinstance(result.exception, BadSetting)
     assert _files(site) == before
 

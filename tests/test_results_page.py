@@ -4,7 +4,11 @@ import importlib.util
 import re
 from pathlib import Path
 
-from posmask.rows import parse_slice, read_rows
+import pytest
+
+from posmask.report import write_report
+from posmask.rows import parse_slice, read_rows, write_rows
+from posmask.summary import summarise
 from posmask.verdicts import read_verdicts
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
@@ -37,7 +41,7 @@ BLOCK_ORDER = ("language_order", "topic_permutation")
 def values(study, metric, cell):
     """Mean over seeds of a metric's rows, by their slice."""
     found = {}
-    for row in read_rows(RESULTS / study / "results.csv"):
+    for row in read_rows(RESULTS / study / "results.csv.zst"):
         if (row.metric, row.cell) == (metric, cell):
             found.setdefault(row.slice, []).append(row.value)
     return {slice: sum(some) / len(some) for slice, some in found.items()}
@@ -48,6 +52,38 @@ def order_gains(study):
     own, other = (values(study, "order_accuracy", cell) for cell in ("windows", "open"))
     keys = [key for key in own if ";k=5;pooling=mean" in key]
     return {parse_slice(key)["task"]: own[key] - other[key] for key in keys}
+
+
+def test_results_are_small_and_their_summaries_are_current(tmp_path):
+    files = [path for path in RESULTS.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 6_000_000
+    assert not [path for path in files if path.name in ("results.csv", "report.html")]
+    for study in STUDIES:
+        rows = read_rows(RESULTS / study / "results.csv.zst")
+        summary = RESULTS / study / "summary.csv"
+        write_rows(tmp_path / "summary.csv", answer().summary_rows(rows))
+        assert summary.read_bytes() == (tmp_path / "summary.csv").read_bytes()
+        assert summary.stat().st_size < 500_000
+        for line, expected in zip(summarise(read_rows(summary)), summarise(rows), strict=True):
+            assert (line.label, line.n_seeds) == (expected.label, expected.n_seeds)
+            for part in ("overall", "order", "probing"):
+                assert getattr(line, part) == pytest.approx(getattr(expected, part), abs=1e-12, nan_ok=True)
+
+
+def test_a_page_of_the_results_compares_cells_with_the_baseline(tmp_path):
+    page = write_report(RESULTS / "key-late", out=tmp_path / "key-late.html").read_text(encoding="utf8")
+    assert "study.json is missing" not in page
+    (title,) = re.findall(r'data-of="windows\|order_accuracy\|k=5;pooling=mean" [^>]*title="([^"]*)"', page)[:1]
+    gains = order_gains("key-late")
+    assert f"difference to the baseline +{sum(gains.values()) / len(gains):.3f}".replace("0.", ".") in title
+
+
+def test_results_are_packed_as_the_page_reads_them(tmp_path):
+    rows = read_rows(RESULTS / "key-late" / "results.csv.zst")[:50]
+    write_rows(tmp_path / "results.csv", rows)
+    answer().pack(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["results.csv.zst"]
+    assert repr(read_rows(tmp_path / "results.csv.zst")) == repr(rows)
 
 
 def claims():
@@ -111,7 +147,7 @@ def test_the_share_of_latents_with_information_about_position_is_that_of_the_row
     shares = [
         row.value
         for study in STUDIES
-        for row in read_rows(RESULTS / study / "results.csv")
+        for row in read_rows(RESULTS / study / "results.csv.zst")
         if (row.metric, row.cell) == ("position_bound_share", "open")
     ]
     assert (f"{min(shares):.2f}", f"{max(shares):.2f}") == ("0.18", "0.58")

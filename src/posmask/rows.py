@@ -1,6 +1,7 @@
 """Results are rows of one long table; what a number is about stands in `slice`, never in a column's name."""
 
 import csv
+import io
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -8,11 +9,13 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+import zstandard
 from safetensors.numpy import load_file, save_file
 
 from posmask.errors import DamagedFolder
 
 __all__ = [
+    "MAX_DECOMPRESSED_BYTES",
     "Measure",
     "Row",
     "Units",
@@ -26,6 +29,8 @@ __all__ = [
     "write_rows",
     "write_units",
 ]
+
+MAX_DECOMPRESSED_BYTES = 2 * 1024**3
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,19 +125,34 @@ def write_records(path: Path, kind: type[Record], records: Iterable[Record]) -> 
 
 
 def read_records(path: Path, kind: type[Record]) -> list[Record]:
-    """What `write_records` wrote.
+    """What `write_records` wrote; a path that ends in `.zst` is decompressed first.
 
     Raises:
-        DamagedFolder: a line that cannot be one of these.
+        DamagedFolder: a line that cannot be one of these, or a damaged or too large `.zst` file.
     """
+    data = _decompressed(path) if path.suffix == ".zst" else path.read_bytes()
     try:
-        with path.open(newline="", encoding="utf8") as file:
+        with io.TextIOWrapper(io.BytesIO(data), newline="", encoding="utf8") as file:
             return [
                 kind(**{field.name: field.type(line[field.name]) for field in fields(kind)})  # type: ignore[operator]
                 for line in csv.DictReader(file)
             ]
     except (ValueError, KeyError, TypeError, csv.Error) as error:
         raise DamagedFolder(f"{path} is no table of posmask's ({error}): `posmask run` writes it again") from None
+
+
+def _decompressed(path: Path) -> bytes:
+    data = path.read_bytes()
+    try:
+        size = zstandard.frame_content_size(data)
+        if 0 <= size <= MAX_DECOMPRESSED_BYTES:
+            return zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise DamagedFolder(f"{path} cannot be decompressed ({error}): restore the file") from None
+    declared = f"{size:,} bytes" if size > 0 else "no decompressed size"
+    raise DamagedFolder(
+        f"{path} declares {declared}, the limit is {MAX_DECOMPRESSED_BYTES:,}: decompress it with `zstd -d`"
+    )
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:

@@ -7,22 +7,10 @@ from dataclasses import dataclass
 
 from posmask.rows import Row, parse_slice
 
-__all__ = ["LOG_ROWS", "ORDER_KS", "PROBE_KS", "Line", "summarise"]
+__all__ = ["ORDER_KS", "PROBE_KS", "Line", "summarise"]
 
 ORDER_KS = (1, 5, 20)
 PROBE_KS = (1, 5)
-LOG_ROWS = (
-    ("Run 0, no mask", "0.5 everywhere", "open"),
-    ("Run 1, hard: about 16 random positions of 128 a latent", "0.5 everywhere", "hard"),
-    ("Run 2, soft: learned, from openness .1 to .2", "nothing", "soft-low"),
-    ("Run 3, soft: learned, from openness .3 to .7", "0.5 everywhere", "soft-high"),
-    ("Run 4, importance of positions from gradients", "announced", "importance"),
-    ("static slicing", "announced", "slice"),
-    ("static slicing after the fact: `open` pooled by 8 segments", "–", "open + segments8"),
-    ("masked gradient updates alone, slices", "announced", "slice-gradient"),
-    ("masked gradient updates alone, hard", "announced", "hard-gradient"),
-)
-"""The table of the research log that the study repeats: what it calls a row, what it reported, the cell that is it."""
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ def figures(
     learned = {row.cell for row in rows if row.mask in _LEARNED}
     told = _curves(pictured, warnings)
     made: dict[str, Figure | None] = {
-        "trade-off": trade_off(named, in_tables, 5),
+        "trade-off": trade_off(named, in_tables, 5, baselines),
         "masks": _mask_pictures({cell: openness for cell, openness in masks.items() if not (openness == 1).all()}),
         "snapshots": _snapshots([cell for cell in pictured if cell.cell in learned], warnings),
         "learned": _learned(told, {cell: openness for cell, openness in masks.items() if cell in learned}),
@@ -117,12 +117,16 @@ def _by_cells(chart: alt.TopLevelMixin, height: int) -> Figure:
 
 
 def trade_off(
-    lines: Sequence[tuple[Line, str]], numbers: Mapping[str, Sequence[Number | None]], k: int, width: int = 850
+    lines: Sequence[tuple[Line, str]],
+    numbers: Mapping[str, Sequence[Number | None]],
+    k: int,
+    baselines: Sequence[str],
+    width: int = 850,
 ) -> Figure | None:
     """Reconstruction against order accuracy, one mark a cell, both budgets; segment pooling lies where its cell does.
 
-    Named are as many as find room: `open` first, then those that nothing beats in both, then the others. Thin lines
-    are the intervals of `numbers`, those of the study's table.
+    Named are as many as find room: `baselines` first, then those that nothing beats in both, then the others. Thin
+    lines are the intervals of `numbers`, those of the study's table.
 
     Args:
         width: of the picture, about, in pixels: it decides which names find room.
@@ -146,8 +150,8 @@ def trade_off(
         values.append(value)
     if not values:
         return None
-    _name(values, width)
-    _name(values, _NARROW, " narrow")
+    _name(values, baselines, width)
+    _name(values, baselines, _NARROW, " narrow")
     drawn = {value["what"] for value in values}
     shapes = [what for what in _MARKS if what in drawn]
     forms, colours = zip(*(_MARKS[what] for what in shapes), strict=True)
@@ -184,8 +188,8 @@ def trade_off(
     ).properties(width="container", height=380)
 
 
-def _name(values: list[dict[str, Any]], width: int, when: str = "") -> None:
-    """Put marks' names to their `left` or `right` where they hit no other mark and name: `open`, then the best ones."""
+def _name(values: list[dict[str, Any]], baselines: Sequence[str], width: int, when: str = "") -> None:
+    """Put marks' names to their `left` or `right` where they hit no other mark and name: baselines, then the best."""
     axes = ("explained variance", "order accuracy")
     xs, ys = ([value[axis] for value in values] for axis in axes)
     height, letter, line = 330, 6.5, 12  # pixels
@@ -206,7 +210,7 @@ def _name(values: list[dict[str, Any]], width: int, when: str = "") -> None:
 
     def worth(number: int) -> tuple[bool, bool, float]:
         worse = beaten(number)
-        return values[number]["cell"] != "open", worse, 0 if worse else -ys[number]
+        return values[number]["cell"] not in baselines, worse, 0 if worse else -ys[number]
 
     order = sorted(range(len(values)), key=worth)
     for number in order:
@@ -224,7 +228,7 @@ def _name(values: list[dict[str, Any]], width: int, when: str = "") -> None:
             and box[0] > -60
             and box[1] < width + 60
         ]
-        if not free and values[number]["cell"] == "open":
+        if not free and values[number]["cell"] in baselines:
             free = ["left"]
         if free:
             values[number][free[0] + when] = values[number]["cell"]

@@ -129,7 +129,6 @@ def _page(studies: Sequence[Study], n_latents: int | None) -> tuple[dict[str, An
                 "study": study,
                 "table": table,
                 "verdicts": tables.verdict_lines(study),
-                "log": tables.log_table(study, table),
                 "capped": tables.capped(study),
                 "missing": tables.missing(study, table),
                 "n_heldout": next(
@@ -167,11 +166,10 @@ def _zipped(text: str) -> bytes:
 
 
 def _picked(studies: Sequence[Study], cells: list[str]) -> list[str]:
-    """The cells that charts show at first: the baselines, and those with a verdict or the strongest contrast."""
-    wanted = ("open", "slice", "hard", "soft-high", "importance", "split-width", "windows", "switch")
-    first = [cell for cell in cells if cell.rpartition(": ")[2] in wanted]
-    first = first or cells
-    return first[: 8 if len(studies) == 1 else 12]
+    """The cells that charts show at first: the baselines and the first seven others."""
+    baselines = _baselines(studies)
+    others = [cell for cell in cells if cell not in baselines][:7]
+    return [cell for cell in cells if cell in baselines or cell in others]
 
 
 def _settings(study: Study) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from posmask.record import STUDY_FILE, StudyRecord, read_record
 from posmask.rows import Row, Units, parse_slice, read_rows, read_units
 from posmask.verdicts import Verdict, read_verdicts
 
-__all__ = ["MODEL_CELL", "CellFolder", "Numbers", "Study", "read_studies", "without_study"]
+__all__ = ["MODEL_CELL", "CellFolder", "Numbers", "Study", "read_studies"]
 
 MODEL_CELL = "llm"
 _BETWEEN = ": "  # between a study's name and a cell's, where a page holds two studies
@@ -123,10 +123,6 @@ def read_studies(roots: Sequence[Path]) -> list[Study]:
     return [_renamed(study, name) for study, name in zip(studies, names, strict=True)]
 
 
-def without_study(cell: str) -> str:
-    return cell.rpartition(_BETWEEN)[2]
-
-
 def _renamed(study: Study, name: str) -> Study:
     def of(cell: str) -> str:
         return f"{name}{_BETWEEN}{cell}"
@@ -144,6 +140,8 @@ def _renamed(study: Study, name: str) -> Study:
 
 def _read_study(root: Path) -> Study:
     results, folder = root / "results.csv", root / "cells"
+    if not results.is_file() and (root / "results.csv.zst").is_file():
+        results = root / "results.csv.zst"
     if not results.is_file() and not folder.is_dir():
         raise DamagedFolder(
             f"{root} holds neither results.csv nor cells: give the folder of a study that `posmask run` has begun"
@@ -171,7 +169,7 @@ def _read_study(root: Path) -> Study:
     ]
     n_nan = sum(math.isnan(row.value) for row in rows if "position" not in parse_slice(row.slice))
     if n_nan:
-        warnings.append(f"{n_nan} numbers of results.csv are NaN; they show as – and are in no mean.")
+        warnings.append(f"{n_nan} numbers of {results.name} are NaN; they show as – and are in no mean.")
     changed = [cell for cell in cells if cell.manifest["identity"] != identity(cell.manifest.get("made_from", {}))]
     if changed:
         warnings.append(

@@ -1,4 +1,4 @@
-"""The page's tables: every number with where it comes from, its interval, and its paired difference to `open`."""
+"""The page's tables: every number with where it comes from, its interval, and its paired difference to the baseline."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from posmask.errors import DegenerateResult
-from posmask.report.reading import MODEL_CELL, Numbers, Study, without_study
+from posmask.report.reading import MODEL_CELL, Numbers, Study
 from posmask.rows import Row, Units, parse_slice
-from posmask.summary import LOG_ROWS, Line, summarise
+from posmask.summary import Line, summarise
 from posmask.verdicts import Difference, paired_difference, sample_of
 
 __all__ = ["COLUMNS", "Number", "StudyTable", "capped", "missing", "number", "signed", "study_table", "verdict_lines"]
@@ -241,12 +241,6 @@ def verdict_lines(study: Study) -> dict[str, Any]:
         "count": count,
         "n_seeds": min((one.n_seeds for one in study.verdicts), default=0),
     }
-
-
-def log_table(study: Study, table: StudyTable) -> list[tuple[str, str, str, list[Number | None]]]:
-    """What the research log reported, beside the lines of this study that repeat it; only those that it has."""
-    by_name = {without_study(label): label for _, label in table.lines}
-    return [(row, reported, cell, table.numbers[by_name[cell]]) for row, reported, cell in LOG_ROWS if cell in by_name]
 
 
 def capped(study: Study) -> list[tuple[str, str, int, int]]:
