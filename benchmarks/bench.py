@@ -212,7 +212,7 @@ def rows_of(ours: list[Worker], theirs: list[Worker], terms: dict, time_of: str)
 
 
 def run_harvest(n_rounds: int) -> list[dict]:
-    from posmask.model import embedded_model_folder
+    from posmask.data.models import embedded_model_folder
 
     model, found = str(embedded_model_folder()), []
     for precision, work in (("float32", "harvest-float32"), ("bfloat16", "harvest-bf16")):
@@ -274,7 +274,7 @@ HARVESTS = [(f"harvest-{precision}", "32 contexts", n) for n in (1, 2) for preci
 
 
 def run_scaling(n_rounds: int) -> list[dict]:
-    from posmask.model import embedded_model_folder
+    from posmask.data.models import embedded_model_folder
 
     found, model = [], str(embedded_model_folder())
     script = str(HERE / "harvest_posmask.py")

@@ -8,7 +8,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 from steps_terms import on_demand, sizes, use_threads
 
-from posmask import kernels
+from posmask.kernels import runtime
 
 
 def main(shape: str) -> None:
@@ -16,7 +16,7 @@ def main(shape: str) -> None:
     d_model, d_sae = sizes(shape)
     weights = torch.randn(d_sae, d_model)
     out = torch.empty(256, d_sae)
-    with kernels.fast_float32():
+    with runtime.fast_float32():
         for vectors in on_demand(d_model):
             for rows in vectors.split(256):
                 torch.mm(rows, weights.T, out=out)

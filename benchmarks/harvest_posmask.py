@@ -16,15 +16,15 @@ os.environ["OMP_NUM_THREADS"] = os.environ["NUMBA_NUM_THREADS"] = sys.argv[3]
 import torch
 from steps_terms import HARVEST_LAYER, N_POSITIONS, harvest_ids, serve, use_threads
 
-from posmask import kernels
-from posmask.activations import harvest
-from posmask.corpus import Tokens
-from posmask.model import load_model
+from posmask.data.harvest import harvest
+from posmask.data.models import load_model
+from posmask.data.tokens import Tokens
+from posmask.kernels import runtime
 
 
 def main(work: str, model_name: str, n_threads: int, precision: str) -> None:
     use_threads(n_threads)
-    kernels.keep_freed_memory()
+    runtime.keep_freed_memory()
     model = load_model(model_name, HARVEST_LAYER, precision)
     ids = harvest_ids()
     position = torch.arange(N_POSITIONS).expand_as(ids).contiguous()

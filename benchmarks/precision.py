@@ -12,13 +12,17 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from posmask import assets, corpus, folders, kernels, model
-from posmask.activations import Activations, Stored, _as_stored, evaluation_batches, harvest, training_batches
-from posmask.kernels import Precision
-from posmask.mask_kinds import make_mask, mask_settings
-from posmask.sae import SparseAutoencoder
-from posmask.settings import StudySettings, read_study
-from posmask.training import train
+from posmask.data import embedded, models
+from posmask.data.activations import Activations, Stored, evaluation_batches, training_batches
+from posmask.data.harvest import _as_stored, harvest
+from posmask.data.tokens import Split, pack, unique_texts
+from posmask.kernels import runtime
+from posmask.kernels.runtime import Precision
+from posmask.masks import make_mask, mask_settings
+from posmask.sae.autoencoder import SparseAutoencoder
+from posmask.storage import manifest
+from posmask.study.settings import StudySettings, read_study
+from posmask.training.loop import train
 
 N_TOKENS = {"training": 120_000, "evaluation": 30_000}
 SEEDS = (0, 1, 2)
@@ -33,15 +37,15 @@ VARIANTS: list[tuple[Precision, Stored, Precision]] = [
 ]
 
 
-def harvested(study: StudySettings, split: corpus.Split, precision: Precision, folder: Path) -> Activations:
+def harvested(study: StudySettings, split: Split, precision: Precision, folder: Path) -> Activations:
     to = folder / f"{split}-{precision}"
     made_from = {"split": split, "precision": precision, "tokens": N_TOKENS[split]}
-    if folders.finished(to, made_from):
+    if manifest.finished(to, made_from):
         return Activations(to)
-    found = corpus.unique_texts((text for name in study.corpus.tables for text, _ in assets.read_table(name)), split)
+    found = unique_texts((text for name in study.corpus.tables for text, _ in embedded.read_table(name)), split)
     texts = [text[: study.corpus.max_characters] for text in found]
-    tokens = corpus.pack(texts, model.load_tokenizer(study.model.name), study.corpus.n_positions, N_TOKENS[split])
-    return harvest(tokens, model.load_model(study.model.name, study.model.layer, precision), to, made_from, to.name)
+    tokens = pack(texts, models.load_tokenizer(study.model.name), study.corpus.n_positions, N_TOKENS[split])
+    return harvest(tokens, models.load_model(study.model.name, study.model.layer, precision), to, made_from, to.name)
 
 
 def stored_as(activations: Activations, stored: Stored, folder: Path) -> Activations:
@@ -49,8 +53,8 @@ def stored_as(activations: Activations, stored: Stored, folder: Path) -> Activat
     if stored == activations.made_from["precision"]:
         return activations
     to, made_from = folder / f"{activations.folder.name}-{stored}", {**activations.made_from, "stored": stored}
-    if not folders.finished(to, made_from):
-        with folders.write_folder(to, made_from) as draft:
+    if not manifest.finished(to, made_from):
+        with manifest.write_folder(to, made_from) as draft:
             for shard in sorted(activations.folder.glob("*.safetensors")):
                 tensors = load_file(shard)
                 save_file({**tensors, **_as_stored(tensors["vectors"], stored)}, draft / shard.name)
@@ -78,7 +82,7 @@ def relative_error(found: Activations, exact: Activations) -> float:
 
 
 def main(study_file: Path, folder: Path, results: Path) -> None:
-    kernels.keep_freed_memory()
+    runtime.keep_freed_memory()
     study = read_study(study_file)
     exact, heldout = (harvested(study, split, "float32", folder) for split in ("training", "evaluation"))
     lines = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []

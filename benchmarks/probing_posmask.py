@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from steps_terms import serve
 
-from posmask.probing import topics
+from posmask.probing import datasets
 from posmask.probing.pooling import PooledTexts
-from posmask.probing.sparse import k_sparse_correct
+from posmask.probing.probes import k_sparse_correct
 from posmask.seeds import generator
 
 KS = (1, 2, 5, 10, 20, 50)
 
 
-def read(path: str) -> tuple[PooledTexts, topics.ProbeDataset]:
+def read(path: str) -> tuple[PooledTexts, datasets.ProbeDataset]:
     with np.load(path) as sides:
         parts = [(side, torch.from_numpy(rows)) for side in ("train", "test") for rows in sides[side]]
     n_classes = len(parts) // 2
@@ -36,7 +36,7 @@ def read(path: str) -> tuple[PooledTexts, topics.ProbeDataset]:
         train += [side == "train"] * len(rows)
     features.n_tokens += 1
     names = tuple(map(str, range(n_classes)))
-    dataset = topics.ProbeDataset("toy", names, ("",) * len(labels), torch.tensor(labels), torch.tensor(train))
+    dataset = datasets.ProbeDataset("toy", names, ("",) * len(labels), torch.tensor(labels), torch.tensor(train))
     return features, dataset
 
 
@@ -46,7 +46,7 @@ def main(path: str) -> None:
     kept = torch.ones(features.n_texts).bool()
 
     def probe() -> dict:
-        tasks = [topics._task(dataset, kept, number, generator(number, "probe")) for number in range(5)]
+        tasks = [datasets._task(dataset, kept, number, generator(number, "probe")) for number in range(5)]
         right = k_sparse_correct(features, tasks, KS)
         accuracy = [np.mean([part.double().mean() for part in parts]) for parts in right.values()]
         return {"accuracy": float(np.mean(accuracy))}

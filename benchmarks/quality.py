@@ -36,12 +36,12 @@ from quality_terms import (
     warm_up_steps,
 )
 
-from posmask.activations import Activations, Batch, evaluation_batches
-from posmask.mask_kinds import make_mask, mask_settings
-from posmask.rules import rule_settings
-from posmask.sae import SparseAutoencoder
-from posmask.training import TrainingSettings
-from posmask.training import train as train_sae
+from posmask.data.activations import Activations, Batch, evaluation_batches
+from posmask.masks import make_mask, mask_settings
+from posmask.sae.autoencoder import SparseAutoencoder
+from posmask.sae.rules import rule_settings
+from posmask.training.loop import train as train_sae
+from posmask.training.settings import TrainingSettings
 
 BATCH_TOKENS = 2048
 # Of the L1 or L0 loss, so that the held-out L0 lies below and above 32.

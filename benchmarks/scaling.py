@@ -18,16 +18,18 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from posmask import machines, scaling
-from posmask.activations import Activations, harvest, training_batches
-from posmask.checkpoints import Checkpoints
-from posmask.mask_kinds import make_mask, mask_settings
-from posmask.parallel import ByData, ByPosition
+from posmask.data.activations import Activations, training_batches
+from posmask.data.harvest import harvest
+from posmask.masks import make_mask, mask_settings
 from posmask.progress import duration
-from posmask.rates import _Noise, _random_tokens
-from posmask.rules import rule_settings
-from posmask.sae import SparseAutoencoder
-from posmask.training import TrainingSettings, train
+from posmask.sae.autoencoder import SparseAutoencoder
+from posmask.sae.rules import rule_settings
+from posmask.study import machines, scaling
+from posmask.study.rates import _Noise, _random_tokens
+from posmask.training.checkpoints import Checkpoints
+from posmask.training.distributed import ByData, ByPosition
+from posmask.training.loop import train
+from posmask.training.settings import TrainingSettings
 
 ROOT = Path(__file__).parents[1]
 FOUND, PAGE = ROOT / "benchmarks" / "scaling.json", ROOT / "docs" / "scaling.md"

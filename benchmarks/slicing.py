@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from posmask import kernels
-from posmask.activations import Activations, evaluation_batches, training_batches
-from posmask.mask_kinds import make_mask, mask_settings
-from posmask.sae import SparseAutoencoder
-from posmask.settings import StudySettings, read_study
-from posmask.training import train
+from posmask.data.activations import Activations, evaluation_batches, training_batches
+from posmask.kernels import runtime
+from posmask.masks import make_mask, mask_settings
+from posmask.sae.autoencoder import SparseAutoencoder
+from posmask.study.settings import StudySettings, read_study
+from posmask.training.loop import train
 
 N_SLICES = 8
 
@@ -42,7 +42,7 @@ def explained_variance(saes: list[SparseAutoencoder], heldout: Activations) -> f
 
 
 def main(study_file: Path, root: Path) -> None:
-    kernels.keep_freed_memory()
+    runtime.keep_freed_memory()
     study = read_study(study_file)
     training, heldout = (
         Activations(next((root / "activations").glob(f"{name}-*"))) for name in ("training", "evaluation")

@@ -20,15 +20,18 @@ import psutil
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from posmask import kernels
-from posmask.activations import harvest, training_batches
-from posmask.checkpoints import Checkpoints
-from posmask.corpus import Tokens
-from posmask.mask_kinds import make_mask, mask_settings
-from posmask.model import LanguageModel
-from posmask.rules import rule_settings
-from posmask.sae import SparseAutoencoder, read_sae, write_sae
-from posmask.training import TrainingSettings, train
+from posmask.data.activations import training_batches
+from posmask.data.harvest import harvest
+from posmask.data.sites import LanguageModel
+from posmask.data.tokens import Tokens
+from posmask.kernels import runtime
+from posmask.masks import make_mask, mask_settings
+from posmask.sae.autoencoder import SparseAutoencoder
+from posmask.sae.files import read_sae, write_sae
+from posmask.sae.rules import rule_settings
+from posmask.training.checkpoints import Checkpoints
+from posmask.training.loop import train
+from posmask.training.settings import TrainingSettings
 
 N_POSITIONS, D_MODEL, D_SAE = 64, 128, 1024
 MINUTES_BETWEEN_LINES = 3
@@ -59,7 +62,7 @@ def one_round(number: int, model: LanguageModel, folder: Path) -> None:
     read_sae(folder)
     shutil.rmtree(folder / "vectors")
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    kernels.give_back_freed_memory()  # as a study does after each cell
+    runtime.give_back_freed_memory()  # as a study does after each cell
 
 
 def figures(seen: list[tuple[float, float, int, int]]) -> dict[str, object]:

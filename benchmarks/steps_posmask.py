@@ -11,11 +11,12 @@ os.environ["OMP_NUM_THREADS"] = os.environ["NUMBA_NUM_THREADS"] = sys.argv[3]
 import torch
 from steps_terms import BATCH_TOKENS, N_POSITIONS, K, on_demand, sizes, use_threads
 
-from posmask.activations import Batch
-from posmask.mask_kinds import make_mask, mask_settings
-from posmask.rules import rule_settings
-from posmask.sae import SparseAutoencoder
-from posmask.training import TrainingSettings, train
+from posmask.data.activations import Batch
+from posmask.masks import make_mask, mask_settings
+from posmask.sae.autoencoder import SparseAutoencoder
+from posmask.sae.rules import rule_settings
+from posmask.training.loop import train
+from posmask.training.settings import TrainingSettings
 
 OPEN = {"kind": "open"}
 TOPK = {"kind": "topk", "k": K}

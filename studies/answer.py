@@ -15,9 +15,9 @@ import zstandard
 from posmask.report import figures
 from posmask.report.reading import read_studies
 from posmask.report.tables import study_table
-from posmask.rows import Row, parse_slice, read_rows, write_rows
-from posmask.summary import Line, summarise
-from posmask.verdicts import Verdict, read_verdicts
+from posmask.results.comparisons import Verdict, read_verdicts
+from posmask.results.rows import Row, parse_slice, read_rows, write_rows
+from posmask.results.table import Line, summarise
 
 ROOT = Path(__file__).parents[1] / "docs" / "results"
 PAGE = ROOT / "README.md"

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from posmask import assets, corpus
-from posmask.kernels import fast_precision, keep_freed_memory
+from posmask.data import embedded, tokens
+from posmask.kernels.runtime import fast_precision, keep_freed_memory
 from posmask.progress import progress_bar
 from posmask.seeds import generator
 
@@ -32,8 +32,8 @@ END = "<|endoftext|>"
 
 
 def training_texts() -> list[str]:
-    texts = (text for name in assets.table_names() for text, _ in assets.read_table(name))
-    return [text[:MAX_CHARACTERS] for text in corpus.unique_texts(texts, "training")]
+    texts = (text for name in embedded.table_names() for text, _ in embedded.read_table(name))
+    return [text[:MAX_CHARACTERS] for text in tokens.unique_texts(texts, "training")]
 
 
 def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -64,7 +64,7 @@ def train(folder: Path, n_tokens: int, seed: int) -> None:
     else:
         tokenizer = make_tokenizer(texts)
         tokenizer.save_pretrained(folder)
-    ids = corpus.pack(texts, tokenizer, N_POSITIONS, n_tokens).id
+    ids = tokens.pack(texts, tokenizer, N_POSITIONS, n_tokens).id
     n_steps = len(ids) // CONTEXTS_A_STEP
     torch.manual_seed(seed)
     model = GPT2LMHeadModel(

@@ -8,20 +8,8 @@ os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 
 from jaxtyping import install_import_hook
 
-# Shapes are checked here and nowhere else. kernels.py and choosing.py are left out: numba compiles their functions.
-_CHECKED = [
-    "masks",
-    "mask_kinds",
-    "rules",
-    "sae",
-    "objective",
-    "corpus",
-    "activations",
-    "training",
-    "intervals",
-    "metrics",
-    "probing",
-]
+# Shapes are checked here and nowhere else. kernels is left out: numba compiles its functions.
+_CHECKED = ["masks", "data", "sae", "training", "results.intervals", "evaluation", "probing"]
 install_import_hook([f"posmask.{name}" for name in _CHECKED], "beartype.beartype")
 
 import pytest
@@ -31,16 +19,18 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from posmask import assets, corpus, kernels
-from posmask.activations import Activations, Batch, harvest, training_batches
-from posmask.corpus import pack
-from posmask.mask_kinds import make_mask, mask_settings
-from posmask.masks import Observed
-from posmask.model import LanguageModel
-from posmask.probing import order_tasks, topics
-from posmask.rules import rule_settings
-from posmask.sae import Codes, SparseAutoencoder
-from posmask.training import train
+from posmask.data import embedded
+from posmask.data.activations import Activations, Batch, training_batches
+from posmask.data.harvest import harvest
+from posmask.data.sites import LanguageModel
+from posmask.data.tokens import pack, split_of
+from posmask.kernels import backend
+from posmask.masks import make_mask, mask_settings
+from posmask.masks.base import Observed
+from posmask.probing import datasets, order_tasks
+from posmask.sae.autoencoder import Codes, SparseAutoencoder
+from posmask.sae.rules import rule_settings
+from posmask.training.loop import train
 
 torch.set_num_threads(1)  # Everything here is small: a second thread would mostly wait for the first.
 
@@ -52,7 +42,7 @@ collect_ignore = ["interop/record_saebench.py", "interop/run_on_saebench.py", "r
 def either_way(request, monkeypatch):
     """Twice: with the compiled loops of the CPU, and with what other devices do."""
     if request.param != "compiled":
-        monkeypatch.setattr(kernels, "compiled", lambda tensor: False)
+        monkeypatch.setattr(backend, "compiled", lambda tensor: False)
 
 
 N_POSITIONS = 16
@@ -267,14 +257,14 @@ against = "open + segments4"
 def texts(monkeypatch):
     """Two toy tables in the place of the embedded ones, a toy dataset and a toy order task made from them."""
     table = [(text, str(i % 2)) for i, text in enumerate(make_texts(1200, n_words=14))]
-    monkeypatch.setattr(assets, "read_table", lambda name: table)
-    monkeypatch.setitem(topics.DATASETS, "toy", {"even": ("words", "0"), "odd": ("words", "1")})
+    monkeypatch.setattr(embedded, "read_table", lambda name: table)
+    monkeypatch.setitem(datasets.DATASETS, "toy", {"even": ("words", "0"), "odd": ("words", "1")})
 
     def swapped(random, split):
         groups = []
         for text, _ in table:
             words = text.split()
-            if corpus.split_of(text) == split and words[0] != words[-1]:
+            if split_of(text) == split and words[0] != words[-1]:
                 groups.append((text, " ".join([words[-1], *words[1:-1], words[0]])))
         return iter(groups[:100]), iter(groups[100:])
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 from ray.cluster_utils import Cluster
 
-from posmask import study
-from posmask.settings import read_study
+from posmask.study import run
+from posmask.study.settings import read_study
 
 
 def main() -> None:
@@ -44,7 +44,7 @@ def main() -> None:
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
-    study.run_study(settings, root, say=print, n_jobs=3, engine="ray")
+    run.run_study(settings, root, say=print, n_jobs=3, engine="ray")
     killer.join(1)
     print(json.dumps(killed))
     cluster.shutdown()

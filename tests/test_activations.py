@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from conftest import N_POSITIONS, make_texts
-from posmask import activations as activations_module
-from posmask.activations import Activations, evaluation_batches, harvest, training_batches
-from posmask.corpus import pack, pad
+from posmask.data import harvest as data_harvest
+from posmask.data.activations import Activations, evaluation_batches, training_batches
+from posmask.data.harvest import harvest
+from posmask.data.sites import LanguageModel
+from posmask.data.tokens import pack, pad
 from posmask.errors import BadSetting, DamagedFolder, DegenerateResult, NothingToDo
-from posmask.model import LanguageModel
 
 
 def test_vectors_are_the_models_hidden_states(causal_lm, language_model, tokenizer):
@@ -157,8 +158,8 @@ def test_vectors_stored_in_fewer_bits_come_back_nearly_the_same(
 def test_a_harvest_goes_on_from_its_last_shard_and_a_lost_one_alone_is_made_again(
     language_model, tokenizer, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(activations_module, "_TOKENS_PER_SHARD", 256)
-    monkeypatch.setattr(activations_module, "_TOKENS_PER_FORWARD", 128)
+    monkeypatch.setattr(data_harvest, "_TOKENS_PER_SHARD", 256)
+    monkeypatch.setattr(data_harvest, "_TOKENS_PER_FORWARD", 128)
     tokens = pack(make_texts(80), tokenizer, N_POSITIONS, 1200)
     whole = harvest(tokens, language_model, tmp_path / "whole", {}, "whole").folder
     n_shards = len(list(whole.glob("shard*")))
@@ -200,7 +201,7 @@ def test_other_sizes_of_shards_change_no_bit_and_other_batches_of_the_model_only
 
     def harvested(name, **sizes):
         for what, size in sizes.items():
-            monkeypatch.setattr(activations_module, what, size)
+            monkeypatch.setattr(data_harvest, what, size)
         found = harvest(tokens, language_model, tmp_path / name, {}, name)
         return found.batch(torch.arange(found.n_tokens))
 

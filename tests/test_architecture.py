@@ -1,4 +1,4 @@
-"""Imports go down only. The table is the house's plan; a new module needs a place in it."""
+"""Packages import only packages above them, and other rules of the layout that a reader relies on."""
 
 import ast
 import re
@@ -7,40 +7,28 @@ import sys
 from pathlib import Path
 
 import posmask
-from posmask.mask_kinds import MASKS
-from posmask.settings import read_study
+from posmask.masks import MASKS
+from posmask.study.settings import read_study
 
-LEVELS = [
-    ["errors"],
-    ["rows", "seeds", "progress", "bootstrap"],
-    ["folders"],
-    ["record", "assets", "checkpoints", "kernels", "masks", "intervals", "store", "summary", "texts", "verdicts"],
-    ["model", "corpus", "machines"],
-    ["choosing"],
-    ["mask_kinds", "rules", "activations"],
-    ["sae"],
-    ["objective", "metrics", "probing"],
-    ["training", "latents"],
-    ["parallel"],
-    ["evaluation", "interop", "tracking"],
-    ["settings"],
-    ["sources"],
-    ["cells"],
-    ["engines"],
-    ["on_ray"],
-    ["study"],
-    ["workbench"],
-    ["rates"],
-    ["planning", "scaling"],
-    ["terminal"],
-    ["cli"],
+LAYERS = [
+    {"errors", "seeds"},
+    {"progress"},
+    {"storage", "kernels"},
+    {"results", "masks"},
+    {"data", "sae"},
+    {"training", "probing"},
+    {"evaluation", "interop"},
+    {"study"},
+    {"report", "notebook"},
+    {"cli"},
 ]
-REPORT_MAY_IMPORT = {"errors", "rows", "folders", "record", "summary", "verdicts", "report"}
+"""Names on one line do not import each other."""
+REPORT_MAY_IMPORT = {"errors", "storage", "results", "report"}
 PACKAGE = Path(posmask.__file__).parent
 
 
 def imported(path):
-    """Top-level posmask modules that a file imports, wherever in it."""
+    """Top-level names of posmask that a file imports, wherever in it."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf8"))):
         if isinstance(node, ast.ImportFrom) and node.module == "posmask":
             yield from (alias.name for alias in node.names)
@@ -48,17 +36,18 @@ def imported(path):
             yield node.module.split(".")[1]
 
 
-def test_imports_go_down_only():
-    level = {name: number for number, names in enumerate(LEVELS) for name in names}
+def test_packages_import_only_packages_above_them():
+    layer = {name: number for number, names in enumerate(LAYERS) for name in names}
+    violations = []
     for path in PACKAGE.rglob("*.py"):
-        module = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        if module == "__init__":
+        own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if own == "__init__":
             continue
-        for other in imported(path):
-            if module == "report":
-                assert other in REPORT_MAY_IMPORT, f"{path.name} imports {other}"
-            elif other != module and not (module == "cli" and other == "report"):
-                assert level[other] < level[module], f"{path.name} (level {level[module]}) imports {other}"
+        allowed = REPORT_MAY_IMPORT if own == "report" else {name for name in layer if layer[name] < layer[own]} | {own}
+        violations += [
+            f"{path.relative_to(PACKAGE)} imports {other}" for other in imported(path) if other not in allowed
+        ]
+    assert violations == []
 
 
 def removals(path):
@@ -78,8 +67,8 @@ def removals(path):
 
 def test_files_are_removed_and_replaced_in_one_module_only():
     found = {path.relative_to(PACKAGE).as_posix(): set(removals(path)) for path in PACKAGE.rglob("*.py")}
-    assert found.pop("folders.py") >= {"shutil.rmtree", "path.unlink", "path.rename", "beside.replace"}
-    assert found.pop("store.py") == {"self._fs.rm_file"}  # in the store
+    assert found.pop("storage/manifest.py") >= {"shutil.rmtree", "path.unlink", "path.rename", "beside.replace"}
+    assert found.pop("storage/remote.py") == {"self._fs.rm_file"}  # in the store
     assert {name: calls for name, calls in found.items() if calls} == {}
 
 

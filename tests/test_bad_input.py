@@ -16,14 +16,17 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from conftest import D_MODEL, MASKS, N_POSITIONS
-from posmask import corpus, folders, rows
-from posmask.cli import app
+from posmask.cli.commands import app
+from posmask.data.tokens import pack, pad, split_of
 from posmask.errors import DamagedFolder, PosmaskError
-from posmask.mask_kinds import make_mask, mask_settings
-from posmask.rules import rule_settings
-from posmask.sae import SparseAutoencoder, read_sae, write_sae
-from posmask.settings import read_study
-from posmask.verdicts import read_verdicts
+from posmask.masks import make_mask, mask_settings
+from posmask.results import rows
+from posmask.results.comparisons import read_verdicts
+from posmask.sae.autoencoder import SparseAutoencoder
+from posmask.sae.files import read_sae, write_sae
+from posmask.sae.rules import rule_settings
+from posmask.storage.manifest import read_manifest, write_folder
+from posmask.study.settings import read_study
 
 sys.path.insert(0, str(Path(__file__).parent / "reliability"))
 import contextlib
@@ -144,7 +147,7 @@ def test_any_description_of_an_sae(amount, sae_folder):
 
 @amounts
 def test_any_manifest(amount, tmp_path):
-    with folders.write_folder(tmp_path / "cell", {"a": 1}) as draft:
+    with write_folder(tmp_path / "cell", {"a": 1}) as draft:
         (draft / "x").write_text("x")
     path = tmp_path / "cell" / "manifest.json"
     manifest = json.loads(path.read_text())
@@ -154,7 +157,7 @@ def test_any_manifest(amount, tmp_path):
         changed = value if whole else {**manifest, name: value}
         path.write_text(json.dumps(changed, indent=1) + "\n")
         try:
-            folders.read_manifest(tmp_path / "cell", verify=True)
+            read_manifest(tmp_path / "cell", verify=True)
         except DamagedFolder:
             pass
         else:
@@ -167,12 +170,12 @@ def test_any_manifest(amount, tmp_path):
 def test_any_text(amount, tokenizer):
     @given(st.lists(st.text(max_size=60), max_size=5))
     def one(texts):
-        tokens = corpus.pad(texts or [""], tokenizer, N_POSITIONS)
+        tokens = pad(texts or [""], tokenizer, N_POSITIONS)
         assert tokens.id.shape[1] == N_POSITIONS
         for text in texts:
-            assert corpus.split_of(text) in ("training", "validation", "evaluation")
+            assert split_of(text) in ("training", "validation", "evaluation")
         with contextlib.suppress(PosmaskError):
-            corpus.pack(texts, tokenizer, N_POSITIONS, 1)
+            pack(texts, tokenizer, N_POSITIONS, 1)
 
     cases(one)(amount)
 

@@ -2,7 +2,7 @@ from collections import Counter
 
 import pytest
 
-from posmask import assets, corpus
+from posmask.data import embedded, tokens
 from posmask.probing import catalogues
 
 ENGLISH = {
@@ -29,8 +29,8 @@ GERMAN = {
 @pytest.fixture
 def messages(monkeypatch):
     catalogue = {"en": ENGLISH, "de": GERMAN}
-    monkeypatch.setattr(assets, "read_messages", lambda language: catalogue.get(language, {}))
-    monkeypatch.setattr(corpus, "split_of", lambda text: "training" if "restart" in text else "evaluation")
+    monkeypatch.setattr(embedded, "read_messages", lambda language: catalogue.get(language, {}))
+    monkeypatch.setattr(tokens, "split_of", lambda text: "training" if "restart" in text else "evaluation")
 
 
 def test_sentences_are_whole_once_of_one_language_and_never_trained_on(messages):
@@ -52,7 +52,7 @@ def test_the_embedded_sentences_are_in_their_languages():
     commonest = {"en": "the", "fr": "de", "de": "die", "es": "de", "nl": "de"}
     for language, sentences in found.items():
         assert len(sentences) > 1100
-        assert {corpus.split_of(text) for text in sentences} == {"evaluation"}
+        assert {tokens.split_of(text) for text in sentences} == {"evaluation"}
         words = Counter(word for text in sentences for word in text.lower().split())
         assert words.most_common(1)[0][0] == commonest[language]
     assert len({text for sentences in found.values() for text in sentences}) == sum(map(len, found.values()))

@@ -7,14 +7,15 @@ import pytest
 import torch
 
 from conftest import D_SAE, KINDS, MASKS, N_POSITIONS, RULES
-from posmask import checkpoints as checkpoints_module
-from posmask.activations import training_batches
-from posmask.checkpoints import Checkpoints, remove_checkpoints
+from posmask.data.activations import training_batches
 from posmask.errors import BadSetting, DegenerateResult
-from posmask.mask_kinds import make_mask, mask_settings
-from posmask.rules import rule_settings
-from posmask.sae import SparseAutoencoder
-from posmask.training import TrainingSettings, train
+from posmask.masks import make_mask, mask_settings
+from posmask.sae.autoencoder import SparseAutoencoder
+from posmask.sae.rules import rule_settings
+from posmask.training import checkpoints as training_checkpoints
+from posmask.training.checkpoints import Checkpoints, remove_checkpoints
+from posmask.training.loop import train
+from posmask.training.settings import TrainingSettings
 
 SETTINGS = TrainingSettings(
     n_steps=20, batch_tokens=256, learning_rate=5e-3, dead_after_eligible_tokens=300, aux_k=4, mask_learning_rate=0.1
@@ -119,7 +120,7 @@ def test_a_checkpoint_that_was_to_be_removed_when_a_kill_came_is_removed_by_the_
     checkpoints = Checkpoints(tmp_path, MADE_FROM)
     for done in (1, 2):
         checkpoints.write(done, {"a": torch.zeros(1)})
-    monkeypatch.setattr(checkpoints_module, "remove", lambda *path: None)  # killed after the last one was written
+    monkeypatch.setattr(training_checkpoints, "remove", lambda *path: None)  # killed after the last one was written
     checkpoints.write(3, {"a": torch.zeros(1)})
     monkeypatch.undo()
     assert Checkpoints(tmp_path, MADE_FROM).done == 3
@@ -129,15 +130,15 @@ def test_a_checkpoint_that_was_to_be_removed_when_a_kill_came_is_removed_by_the_
 def test_checkpoints_come_as_seldom_as_their_cost_demands(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    checkpoints = Checkpoints(tmp_path, MADE_FROM, every_seconds=60)
+    checkpoints = Checkpoints(tmp_path, MADE_FROM, every_seconds=60.0)
     seen = []
     for place in (59, 61):
         now[0] = place
         seen.append(checkpoints.due())
     assert seen == [False, True]
-    save = checkpoints_module.save_file
+    save = training_checkpoints.save_file
     monkeypatch.setattr(
-        checkpoints_module, "save_file", lambda *args: (save(*args), now.__setitem__(0, now[0] + 4))
+        training_checkpoints, "save_file", lambda *args: (save(*args), now.__setitem__(0, now[0] + 4))
     )  # it takes 4 s
     checkpoints.write(1, {"a": torch.zeros(1)})
     for place in (65 + 60, 65 + 199, 65 + 201):

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from posmask import choosing
-from posmask.choosing import Above, LargestOfBatch, LargestOfToken, choose, in_group_order
-from posmask.masks import LiveGroup, live_groups
+from posmask.masks.groups import LiveGroup, live_groups
+from posmask.sae import selection
+from posmask.sae.selection import Above, LargestOfBatch, LargestOfToken, choose, in_group_order
 
 TYPES = [torch.float32, torch.float64, torch.bfloat16]
 
@@ -95,12 +95,12 @@ def test_a_place_where_nothing_is_live_gets_nothing(either_way):
 
 def test_the_batch_is_cut_while_it_is_searched(monkeypatch):
     """What the cuts drop on the way could not have been among the largest."""
-    monkeypatch.setattr(choosing, "_LEAST_ROWS", 64)
+    monkeypatch.setattr(selection, "_LEAST_ROWS", 64)
     value = table(5000, n_tokens=2000)
     cuts = []
-    plain = choosing._Others._cut
+    plain = selection._Others._cut
     monkeypatch.setattr(
-        choosing._Others, "_cut", lambda self, wanted: cuts.append(self._n_found) or plain(self, wanted)
+        selection._Others, "_cut", lambda self, wanted: cuts.append(self._n_found) or plain(self, wanted)
     )
     x, place = value, torch.zeros(2000, dtype=torch.int64)
     groups = [LiveGroup(torch.tensor([0]), slice(0, 5000), gated=False)]

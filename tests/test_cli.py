@@ -11,10 +11,10 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from posmask.cli import app
-from posmask.rows import Row
-from posmask.summary import summarise
-from posmask.terminal import results_table, status_table
+from posmask.cli.commands import app
+from posmask.cli.printing import results_table, status_table
+from posmask.results.rows import Row
+from posmask.results.table import summarise
 
 ROOT = Path(__file__).parent.parent
 

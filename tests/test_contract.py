@@ -4,12 +4,16 @@ import pytest
 import torch
 
 from conftest import D_MODEL, D_SAE, FORWARD_ONLY, KINDS, MASKS, N_POSITIONS, RULES, make_sae, make_vectors
-from posmask import kernels, mask_kinds, rules
+from posmask import masks
 from posmask.errors import BadSetting
-from posmask.kernels import float32_stays_float32
-from posmask.masks import Routing
-from posmask.objective import fast_gradients, plain_gradients
-from posmask.sae import read_sae, without_mask, write_sae
+from posmask.kernels import backend
+from posmask.kernels.runtime import float32_stays_float32
+from posmask.masks.base import Routing
+from posmask.sae import rules
+from posmask.sae.files import read_sae, write_sae
+from posmask.sae.warm_start import without_mask
+from posmask.training.fast_loss import fast_gradients
+from posmask.training.reference_loss import plain_gradients
 
 every_rule = pytest.mark.parametrize("rule", RULES)
 every_mask = pytest.mark.parametrize(("kind", "apply"), KINDS)
@@ -36,7 +40,7 @@ def gradients_of(sae):
 
 def test_every_rule_and_every_mask_is_under_this_contract():
     assert set(RULES) == set(rules.RULES)
-    assert set(MASKS) == set(mask_kinds.MASKS)
+    assert set(MASKS) == set(masks.MASKS)
 
 
 @every_rule
@@ -101,7 +105,7 @@ def test_where_loops_cannot_be_compiled_torch_operations_give_the_same(rule, kin
     vectors, position = make_vectors(60, dtype=torch.float64)
     found = []
     for compiled in (True, False):
-        monkeypatch.setattr(kernels, "compiled", lambda tensor, compiled=compiled: compiled)
+        monkeypatch.setattr(backend, "compiled", lambda tensor, compiled=compiled: compiled)
         sae = make_sae(kind, apply, rule=rule, dtype=torch.float64)
         dead = torch.arange(D_SAE) % 3 == 0
         step = fast_gradients(sae, vectors, position, dead=dead, aux_k=3)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from conftest import WORDS, make_texts
-from posmask.corpus import Tokens, pack, pad, shifted, split_of, unique_texts, with_shuffled
+from posmask.data.tokens import Tokens, pack, pad, shifted, split_of, unique_texts, with_shuffled
 from posmask.errors import BadSetting, NothingToDo
 
 

@@ -15,13 +15,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 
 from conftest import D_MODEL, D_SAE, MASKS, N_POSITIONS, RULES, make_texts, train_on
-from posmask import evaluation, kernels, model
-from posmask.activations import harvest, training_batches
-from posmask.corpus import shifted
-from posmask.mask_kinds import make_mask, mask_settings
-from posmask.rules import rule_settings
-from posmask.sae import SparseAutoencoder
-from posmask.training import TrainingSettings, train
+from posmask.data import sites
+from posmask.data.activations import training_batches
+from posmask.data.harvest import harvest
+from posmask.data.tokens import shifted
+from posmask.evaluation import settings, suite
+from posmask.kernels import backend
+from posmask.masks import make_mask, mask_settings
+from posmask.sae.autoencoder import SparseAutoencoder
+from posmask.sae.rules import rule_settings
+from posmask.training.loop import train
+from posmask.training.settings import TrainingSettings
 
 HERE, THERE = torch.device("cpu"), torch.device("meta")
 aten = torch.ops.aten
@@ -127,7 +131,7 @@ def fresh_sae(kind, rule):
 
 @pytest.mark.parametrize(("kind", "rule"), CASES)
 def test_training_there_gives_what_training_here_gives(kind, rule, activations, monkeypatch, other_device):
-    monkeypatch.setattr(kernels, "compiled", lambda tensor: False)  # the same operations on both sides
+    monkeypatch.setattr(backend, "compiled", lambda tensor: False)  # the same operations on both sides
     here, there = (fresh_sae(kind, rule) for _ in range(2))
     expected = train_on(here, activations, SETTINGS)
     there.center, there.scale = activations.centre_and_scale
@@ -174,8 +178,8 @@ def test_a_model_there_takes_and_gives_vectors_here(site, other_device):
     torch.manual_seed(0)
     toy = ToyModel()
     ids = torch.randint(20, (3, N_POSITIONS))
-    here = model.LanguageModel(copy.deepcopy(toy), 2, site)
-    there = model.LanguageModel(toy.to(THERE), 2, site)
+    here = sites.LanguageModel(copy.deepcopy(toy), 2, site)
+    there = sites.LanguageModel(toy.to(THERE), 2, site)
     vectors = here.vectors(ids)
     torch.testing.assert_close(there.vectors(ids), vectors)
     assert there.logits(ids, vectors + 1).device == there.device == THERE
@@ -186,20 +190,20 @@ def test_a_model_there_takes_and_gives_vectors_here(site, other_device):
 def test_an_sae_there_is_evaluated_as_here(kind, activations, language_model, tokenizer, tmp_path, other_device):
     tokens = shifted(make_texts(200, n_words=5), tokenizer, N_POSITIONS, 20, 4)
     shift = harvest(tokens, language_model, tmp_path / "shift", {}, "shift")
-    ask = evaluation.EvaluationSettings(
+    ask = settings.EvaluationSettings(
         retention_positions=4, shift_texts=20, shift_windows=4, model_contexts=8, order_tasks=(), order_train_groups=1,
         order_test_groups=2, probe_datasets=(), probe_train=2, probe_test=2,
     )  # fmt: skip
-    data = evaluation.Data(activations, activations, shift, {}, {}, tokenizer, N_POSITIONS, ask, lambda: language_model)
+    data = suite.Data(activations, activations, shift, {}, {}, tokenizer, N_POSITIONS, ask, lambda: language_model)
     here = fresh_sae(kind, "topk")
     train_on(here, activations, SETTINGS)
     there = copy.deepcopy(here).to(THERE)
     dead = torch.zeros(D_SAE, dtype=torch.bool)
-    expected, _ = evaluation.evaluate(here, dead, data, "here")
-    found, _ = evaluation.evaluate(there, dead.to(THERE), data, "there")
+    expected, _ = suite.evaluate(here, dead, data, "here")
+    found, _ = suite.evaluate(there, dead.to(THERE), data, "there")
     assert [one.metric for one in found] == [one.metric for one in expected]
     values = [[one.value for one in some] for some in (found, expected)]
     assert values[0] == pytest.approx(values[1], rel=1e-3, abs=1e-3, nan_ok=True)
     if kind != "open":
-        decayed = [[one.value for one in evaluation.decay(sae, data, SETTINGS, 0, "test")] for sae in (here, there)]
+        decayed = [[one.value for one in suite.decay(sae, data, SETTINGS, 0, "test")] for sae in (here, there)]
         assert decayed[1] == pytest.approx(decayed[0], rel=1e-2, abs=1e-2, nan_ok=True)

@@ -21,11 +21,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from conftest import D_MODEL, WORDS, make_texts
-from posmask import mask_kinds
-from posmask.cli import app
-from posmask.rows import read_rows
-from posmask.settings import read_study
-from posmask.terminal import slurm_line
+from posmask import masks
+from posmask.cli.commands import app
+from posmask.cli.printing import slurm_line
+from posmask.results.rows import read_rows
+from posmask.study.settings import read_study
 from test_wheel import STUDY
 
 ROOT = Path(__file__).parents[1]
@@ -54,8 +54,8 @@ EXAMPLES = {
     ("docs/devices.md", "posmask run STUDY.toml --set device=cuda"): "test_a_device_is_set_from_the_command_line",
     ("docs/own-mask.md", "from typing import Literal"): "test_own_mask",
     ("docs/own-mask.md", "tensor([[1.0000,"): "test_own_mask",
-    ("docs/own-mask.md", "from posmask.rules import"): "test_own_mask",
-    ("docs/own-mask.md", "from posmask.settings import"): "test_own_mask",
+    ("docs/own-mask.md", "from posmask.sae.rules import"): "test_own_mask",
+    ("docs/own-mask.md", "from posmask.study.settings import"): "test_own_mask",
     ("docs/own-model-and-texts.md", "[model]"): "test_own_model_and_texts",
     ("docs/own-model-and-texts.md", "[corpus]"): "test_own_model_and_texts",
     ("docs/saelens.md", "posmask export runs/quick/cells/slice-seed0 exported --to"): "test_saelens_page",
@@ -116,7 +116,7 @@ def test_commands_within_sentences_are_commands(line):
 
 
 def test_own_mask():
-    kinds = dict(mask_kinds.MASKS)
+    kinds = dict(masks.MASKS)
     blocks = examples(DOCS / "own-mask.md")
     names: dict = {"__name__": "example"}
     said = io.StringIO()
@@ -129,8 +129,8 @@ def test_own_mask():
             with contextlib.redirect_stdout(said):
                 exec(compile(code, "own-mask.md", "exec"), names)
     finally:
-        mask_kinds.MASKS.clear()
-        mask_kinds.MASKS.update(kinds)
+        masks.MASKS.clear()
+        masks.MASKS.update(kinds)
 
 
 @pytest.fixture

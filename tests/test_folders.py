@@ -5,9 +5,27 @@ from pathlib import Path
 
 import pytest
 
-from posmask import folders
 from posmask.errors import BadSetting, DamagedFolder
-from posmask.folders import finished, identity, read_manifest, set_aside, write_folder, write_in_parts
+from posmask.storage.manifest import (
+    as_json,
+    check_aside,
+    check_folder,
+    claim,
+    file_entry,
+    file_sha256,
+    finished,
+    identity,
+    move_file,
+    read_manifest,
+    remove,
+    remove_file,
+    replacing,
+    scratch_file,
+    set_aside,
+    take_apart,
+    write_folder,
+    write_in_parts,
+)
 
 MADE_FROM = {"layer": 5, "seed": 0}
 
@@ -72,7 +90,7 @@ def test_every_flipped_byte_cut_missing_and_swapped_file_is_found_and_named(fold
 def test_a_manifest_from_before_there_were_seals_is_still_read(folder):
     manifest = json.loads((folder / "manifest.json").read_text())
     del manifest["sha256"]
-    (folder / "manifest.json").write_text(folders.as_json(manifest))
+    (folder / "manifest.json").write_text(as_json(manifest))
     assert read_manifest(folder, verify=True)["tokens"] == 12
 
 
@@ -81,9 +99,9 @@ def test_no_file_outside_a_folder_is_ever_taken_for_one_of_it(folder, tmp_path, 
     (tmp_path / "outside").write_text("x")
     (folder / "link").symlink_to(tmp_path / "outside")
     (folder / "linked").symlink_to(tmp_path)
-    entry = {"bytes": 1, "sha256": folders.file_sha256(tmp_path / "outside")}
+    entry = {"bytes": 1, "sha256": file_sha256(tmp_path / "outside")}
     manifest = {"identity": identity(MADE_FROM), "made_from": MADE_FROM, "files": {name: entry}}
-    (folder / "manifest.json").write_text(folders.as_json(manifest))
+    (folder / "manifest.json").write_text(as_json(manifest))
     with pytest.raises(DamagedFolder, match="lies outside the folder"):
         read_manifest(folder, verify=True)
 
@@ -114,11 +132,11 @@ def test_parts_are_kept_through_a_stop_and_only_lost_ones_are_made_again(tmp_pat
     }
     assert not (tmp_path / ".harvest.parts").exists()
     (path / "part-2").write_bytes(b"rotten")
-    folders.take_apart(path)
+    take_apart(path)
     assert make_parts(path) == [2]
     assert read_manifest(path, verify=True)
     # Parts of other work are of no use.
-    folders.take_apart(path)
+    take_apart(path)
     assert make_parts(path, made_from={"layer": 6}) == [0, 1, 2, 3]
 
 
@@ -140,7 +158,7 @@ def test_set_aside_keeps_every_earlier_folder(folder, tmp_path):
 
 
 def _hold(path, held, release):
-    with folders.claim(path, wait=False) as mine:
+    with claim(path, wait=False) as mine:
         held.put(mine)
         release.wait(20)
 
@@ -151,13 +169,13 @@ def test_a_folder_is_claimed_by_one_process_at_a_time_and_its_end_ends_the_claim
     other = spawn.Process(target=_hold, args=(path, held, release))
     other.start()
     assert held.get(timeout=30)
-    with folders.claim(path, wait=False) as mine:
+    with claim(path, wait=False) as mine:
         assert not mine
-    with folders.claim(path.with_name("b"), wait=False) as mine:
+    with claim(path.with_name("b"), wait=False) as mine:
         assert mine
     other.kill()  # as a machine might: nothing is cleaned up
     other.join()
-    with folders.claim(path, wait=True) as mine:
+    with claim(path, wait=True) as mine:
         assert mine
 
 
@@ -217,13 +235,13 @@ def test_only_a_folder_of_the_same_purpose_and_with_nothing_added_is_replaced(fo
         (draft / "new").touch()
     assert {file.name for file in folder.iterdir()} == {"new", "manifest.json"}
     with pytest.raises(BadSetting, match=r"holds other results of posmask's \(made from layer, seed\)"):
-        folders.check_folder(folder, {"what": "report"})
+        check_folder(folder, {"what": "report"})
     (folder / "link").symlink_to(folder / "new")
     with pytest.raises(BadSetting, match="holds link, which posmask did not write"):
-        folders.check_folder(folder, MADE_FROM)
+        check_folder(folder, MADE_FROM)
     for name in ("", ".", ".."):
         with pytest.raises(BadSetting, match="names no folder that could be replaced"):
-            folders.check_folder(Path(name), MADE_FROM)
+            check_folder(Path(name), MADE_FROM)
 
 
 def test_what_comes_into_the_way_meanwhile_is_kept(tmp_path):
@@ -252,17 +270,17 @@ def test_drafts_and_parts_are_removed_without_following_links(folder, tmp_path):
     (tmp_path / ".harvest.parts" / "linked").symlink_to(other)
     (tmp_path / ".harvest.parts" / "below").mkdir()
     assert make_parts(tmp_path / "harvest") == [3]
-    assert not folders.remove(tmp_path / ".parts.parts")
+    assert not remove(tmp_path / ".parts.parts")
     (folder / "linked").symlink_to(other)
-    for refused in (folders.take_apart, folders.check_aside):
+    for refused in (take_apart, check_aside):
         with pytest.raises(BadSetting, match="is a symbolic link"):
             refused(tmp_path / ".parts.parts")
     with pytest.raises(BadSetting, match="holds linked"):
-        folders.take_apart(folder)
-    assert not folders.remove(folder)
+        take_apart(folder)
+    assert not remove(folder)
     assert [file.read_text() for file in other.iterdir()] == ["years of work"]
     (folder / "linked").unlink()
-    assert folders.remove(folder)
+    assert remove(folder)
     assert not folder.exists()
 
 
@@ -274,9 +292,9 @@ def test_a_manifest_names_files_downwards_only(folder, name):
     manifest = {
         "identity": identity(MADE_FROM),
         "made_from": MADE_FROM,
-        "files": {name: folders.file_entry(folder / "rows.csv")},
+        "files": {name: file_entry(folder / "rows.csv")},
     }
-    (folder / "manifest.json").write_text(folders.as_json(manifest))
+    (folder / "manifest.json").write_text(as_json(manifest))
     with pytest.raises(DamagedFolder, match="which lies outside the folder"):
         finished(folder, MADE_FROM)
 
@@ -287,12 +305,12 @@ MARKS = (b"posmask's first line", b"posmask's last line")
 @pytest.mark.parametrize("content", [b"", MARKS[0] + b"," * 10_000, b"," * 10_000 + MARKS[1]])
 def test_a_file_that_posmask_wrote_is_replaced_and_removed(tmp_path, content):
     path = tmp_path / "results.csv"
-    folders.remove_file(path, *MARKS)
+    remove_file(path, *MARKS)
     path.write_bytes(content)
-    with folders.replacing(path, *MARKS) as beside:
+    with replacing(path, *MARKS) as beside:
         beside.write_bytes(b"new" + MARKS[0])
     assert path.read_bytes() == b"new" + MARKS[0]
-    folders.remove_file(path, *MARKS)
+    remove_file(path, *MARKS)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -311,15 +329,15 @@ def test_a_file_that_posmask_did_not_write_is_kept(tmp_path, kind):
     before = path.is_symlink(), path.stat(), other.read_bytes()
 
     def replace():
-        with folders.replacing(path, *MARKS):
+        with replacing(path, *MARKS):
             pytest.fail("work was begun")
 
     def move():
-        with folders.scratch_file(path) as beside:
+        with scratch_file(path) as beside:
             beside.write_bytes(b"new")
-            folders.move_file(beside, path)
+            move_file(beside, path)
 
-    for work in (replace, lambda: folders.remove_file(path, *MARKS), *([] if kind == "other content" else [move])):
+    for work in (replace, lambda: remove_file(path, *MARKS), *([] if kind == "other content" else [move])):
         with pytest.raises(BadSetting, match=r"(results\.csv|null) is .*, which posmask did not write .* move it away"):
             work()
     assert (path.is_symlink(), path.stat(), other.read_bytes()) == before

@@ -9,9 +9,11 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from conftest import make_texts
-from posmask import report, rows, study
-from posmask.probing import hub
-from posmask.settings import read_study
+from posmask import report
+from posmask.probing import saebench_datasets
+from posmask.results import rows
+from posmask.study import run
+from posmask.study.settings import read_study
 from test_hub import stand_in, whole_hub  # noqa: F401 (fixtures)
 
 GEMMA = Path(__file__).parent.parent / "studies" / "gemma-2-2b.toml"
@@ -22,8 +24,8 @@ def gemma(tmp_path, whole_hub):  # noqa: F811
     """A folder with a tiny random Gemma 2 and a tokenizer that knows every word of the datasets."""
     every = [
         text
-        for name in hub.HUB_DATASETS
-        for sides in hub.read_hub_texts(name, 40, 10, 42).values()
+        for name in saebench_datasets.HUB_DATASETS
+        for sides in saebench_datasets.read_hub_texts(name, 40, 10, 42).values()
         for side in sides
         for text in side
     ]
@@ -59,12 +61,12 @@ def test_the_study_runs_on_a_tiny_model_of_the_same_family(gemma, tmp_path):
     ]  # fmt: skip
     settings = read_study(GEMMA, changes)
     root = tmp_path / "run"
-    found = study.run_study(settings, root, say=lambda words: None)
+    found = run.run_study(settings, root, say=lambda words: None)
     by_cell = {(row.cell, row.metric, row.slice): row.value for row in found}
     for cell in settings.cells:
         assert by_cell[cell.name, "explained_variance", ""] > 0
         assert (cell.name, "ce_recovered", "") in by_cell
-        for name in hub.HUB_DATASETS:
+        for name in saebench_datasets.HUB_DATASETS:
             where = f"dataset={name};k=20;source=sae;pooling=mean;protocol=saebench;train=40"
             assert (cell.name, "probe_accuracy", where) in by_cell
     assert {row.cell for row in rows.read_rows(root / "results.csv")} == {
@@ -72,7 +74,7 @@ def test_the_study_runs_on_a_tiny_model_of_the_same_family(gemma, tmp_path):
         *(cell.name for cell in settings.cells),
     }
     peer = json.loads((root / "cells" / "hard-seed0" / "saebench.json").read_text())
-    assert [f"{name}_results" for name in hub.HUB_DATASETS] == [
+    assert [f"{name}_results" for name in saebench_datasets.HUB_DATASETS] == [
         one["dataset_name"] for one in peer["eval_result_details"]
     ]
     assert report.write_report(root).exists()

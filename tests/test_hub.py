@@ -12,7 +12,7 @@ import pytest
 
 from interop.synthetic import TABLES, code_rows, table_rows, translation_rows
 from posmask.errors import BadSetting, MissingAsset, MissingExtra
-from posmask.probing import hub, topics
+from posmask.probing import datasets, saebench_datasets
 
 RECORDED = json.loads((Path(__file__).parent / "data" / "saebench_probing.json").read_text(encoding="utf8"))["texts"]
 AG_NEWS, BIOGRAPHIES = "fancyzhx/ag_news", "LabHC/bias_in_bios_class_set1"
@@ -26,7 +26,7 @@ def write(folder, split, rows):
 @pytest.fixture
 def stand_in(monkeypatch, tmp_path):
     """Load from folders under tmp_path, named as on the hub, instead of from the hub."""
-    load = hub._load
+    load = saebench_datasets._load
 
     def local(path, *, name=None, data_files=None, **options):
         if data_files is not None:
@@ -34,7 +34,7 @@ def stand_in(monkeypatch, tmp_path):
             return load(path, data_files={"train": str(tmp_path / files)}, **options)
         return load(str(tmp_path / path / (name or "")), cache_dir=str(tmp_path / "cache"), **options)
 
-    monkeypatch.setattr(hub, "_load", local)
+    monkeypatch.setattr(saebench_datasets, "_load", local)
     return tmp_path
 
 
@@ -43,19 +43,19 @@ def whole_hub(stand_in):
     for path in TABLES:
         for split in ("train", "test"):
             write(stand_in / path, split, table_rows(path, split))
-    for pair in hub._PAIRS.values():
+    for pair in saebench_datasets._PAIRS.values():
         write(stand_in / "Helsinki-NLP/europarl" / pair, "train", translation_rows(pair))
     write(stand_in / "codeparrot/github-code" / "data", "train", code_rows())
 
 
-@pytest.mark.parametrize("name", hub.HUB_DATASETS)
+@pytest.mark.parametrize("name", saebench_datasets.HUB_DATASETS)
 def test_texts_are_those_that_sae_bench_draws_from_the_same_rows(whole_hub, name):
-    found = hub.read_hub_texts(name, RECORDED["n_train"], RECORDED["n_test"], RECORDED["seed"])
+    found = saebench_datasets.read_hub_texts(name, RECORDED["n_train"], RECORDED["n_test"], RECORDED["seed"])
     assert {
         label: [hashlib.sha256("\0".join(texts).encode()).hexdigest() for texts in sides]
         for label, sides in found.items()
     } == RECORDED["sha256"][name]
-    assert list(found) == list(hub.HUB_DATASETS[name].classes)
+    assert list(found) == list(saebench_datasets.HUB_DATASETS[name].classes)
     for train, test in found.values():
         assert (len(train), len(test)) == (40, 10)
         assert not set(train) & set(test)
@@ -71,7 +71,7 @@ def labelled(n_class, labels, empty=0):
 def test_labels_may_be_numbers_strings_or_names(stand_in, labels):
     for split in ("train", "test"):
         write(stand_in / AG_NEWS, split, labelled(40, labels))
-    found = hub.read_hub_texts(AG_NEWS, 40, 10, 0)
+    found = saebench_datasets.read_hub_texts(AG_NEWS, 40, 10, 0)
     assert list(found) == ["0", "1", "2", "3"]
     assert found["2"][0][0].startswith(str(labels[2]))
 
@@ -79,19 +79,19 @@ def test_labels_may_be_numbers_strings_or_names(stand_in, labels):
 def test_small_classes_lower_the_sizes_in_the_same_ratio_and_empty_texts_are_dropped(stand_in):
     write(stand_in / AG_NEWS, "train", [*labelled(200, [0, 1, 2]), *labelled(48, [3], empty=50)])
     write(stand_in / AG_NEWS, "test", labelled(100, [0, 1, 2, 3]))
-    found = hub.read_hub_texts(AG_NEWS, 4000, 1000, 0)
+    found = saebench_datasets.read_hub_texts(AG_NEWS, 4000, 1000, 0)
     assert {(len(train), len(test)) for train, test in found.values()} == {(48, 12)}
     assert all(text.strip() for sides in found.values() for side in sides for text in side)
 
 
 def test_short_streams_lower_the_sizes_too(whole_hub):
-    found = hub.read_hub_texts("Helsinki-NLP/europarl", 4000, 1000, 0)
+    found = saebench_datasets.read_hub_texts("Helsinki-NLP/europarl", 4000, 1000, 0)
     assert {(len(train), len(test)) for train, test in found.values()} == {(72, 18)}
 
 
 def test_biographies_are_half_of_either_gender(whole_hub):
     gender = {row["hard_text"]: row["gender"] for row in table_rows("LabHC/bias_in_bios", "train")}
-    for train, _ in hub.read_hub_texts(BIOGRAPHIES, 80, 20, 1).values():
+    for train, _ in saebench_datasets.read_hub_texts(BIOGRAPHIES, 80, 20, 1).values():
         assert sorted(gender[text] for text in train) == [0] * 20 + [1] * 20
 
 
@@ -99,28 +99,28 @@ def test_missing_classes_and_columns_are_named(stand_in):
     write(stand_in / AG_NEWS, "train", labelled(40, [0, 1, 2]))
     write(stand_in / AG_NEWS, "test", labelled(40, [0, 1, 2]))
     with pytest.raises(BadSetting, match=r"fancyzhx/ag_news has no texts of class '3' \(Sci/Tech\): leave"):
-        hub.read_hub_texts(AG_NEWS, 40, 10, 0)
+        saebench_datasets.read_hub_texts(AG_NEWS, 40, 10, 0)
     write(stand_in / "codeparrot/github-code" / "data", "train", [{"code": "x" * 600, "language": "C"}])
     with pytest.raises(MissingAsset, match="has the columns code, language, not content, path"):
-        hub.read_hub_texts("codeparrot/github-code", 40, 10, 0)
+        saebench_datasets.read_hub_texts("codeparrot/github-code", 40, 10, 0)
     rows = [{"hard_text": f"a {i}", "profession": i % 10, "gender": 0} for i in range(200)]
     for split in ("train", "test"):
         write(stand_in / "LabHC/bias_in_bios", split, rows)
     with pytest.raises(BadSetting, match=r"class '0' \(accountant\) for both values of gender"):
-        hub.read_hub_texts(BIOGRAPHIES, 40, 10, 0)
+        saebench_datasets.read_hub_texts(BIOGRAPHIES, 40, 10, 0)
 
 
 def test_what_cannot_be_read_is_said_in_one_sentence(stand_in, monkeypatch):
     with pytest.raises(BadSetting, match="hub dataset 'imdb' is unknown: choose from LabHC/bias_in_bios_class_set1, "):
-        hub.read_hub_texts("imdb", 40, 10, 0)
+        saebench_datasets.read_hub_texts("imdb", 40, 10, 0)
     with pytest.raises(BadSetting, match="40 training and 2 test texts are fewer than 4"):
-        hub.read_hub_texts(AG_NEWS, 40, 2, 0)
+        saebench_datasets.read_hub_texts(AG_NEWS, 40, 2, 0)
     with pytest.raises(MissingAsset, match=r"could not be loaded \(.+\): check the network"):
-        hub.read_hub_texts(AG_NEWS, 40, 10, 0)
+        saebench_datasets.read_hub_texts(AG_NEWS, 40, 10, 0)
     write(stand_in / AG_NEWS, "train", labelled(1, [0, 1, 2, 3]))
     write(stand_in / AG_NEWS, "test", labelled(1, [0, 1, 2, 3]))
     with pytest.raises(BadSetting, match="has a class of too few texts"):
-        hub.read_hub_texts(AG_NEWS, 40, 10, 0)
+        saebench_datasets.read_hub_texts(AG_NEWS, 40, 10, 0)
     real = builtins.__import__
 
     def without_datasets(name, *rest):
@@ -130,11 +130,11 @@ def test_what_cannot_be_read_is_said_in_one_sentence(stand_in, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without_datasets)
     with pytest.raises(MissingExtra, match=r"needs the package `datasets`: pip install 'posmask\[hub\]'"):
-        hub.read_hub_texts(AG_NEWS, 40, 10, 0)
+        saebench_datasets.read_hub_texts(AG_NEWS, 40, 10, 0)
 
 
 def test_a_study_may_name_them_as_the_hub_does(whole_hub):
-    dataset = topics.read_probe_dataset(AG_NEWS, 80, 20, 5)
+    dataset = datasets.read_probe_dataset(AG_NEWS, 80, 20, 5)
     assert dataset.classes == ("0", "1", "2", "3")
     assert Counter(zip(dataset.label.tolist(), dataset.train.tolist(), strict=True)) == {
         (label, train): 40 if train else 10 for label in range(4) for train in (True, False)

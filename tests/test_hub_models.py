@@ -12,8 +12,8 @@ import torch
 
 from conftest import make_texts
 from hub_stand_in import stand_in
+from posmask.data.models import load_model, load_tokenizer, weights_identity
 from posmask.errors import BadSetting
-from posmask.model import load_model, load_tokenizer, weights_identity
 from test_model_hub import whole_hub  # noqa: F401 (a fixture)
 from test_wheel import STUDY
 

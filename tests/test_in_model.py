@@ -3,9 +3,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from conftest import D_MODEL, D_SAE, N_POSITIONS, make_sae
-from posmask.activations import evaluation_batches
+from posmask.data.activations import evaluation_batches
 from posmask.errors import DegenerateResult, NothingToDo
-from posmask.metrics.in_model import InModel, Losses, WindowMass, causal, recovered, without_latents
+from posmask.evaluation.downstream import InModel, Losses, WindowMass, causal, recovered, without_latents
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from posmask import bootstrap, intervals
+from posmask.results import bootstrap, intervals
 
 
 @pytest.fixture(autouse=True)

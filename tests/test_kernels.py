@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from posmask import kernels
+from posmask.kernels import operations, runtime
 
 
 def test_dictionary_products_equal_plain_loops(either_way):
@@ -18,8 +18,8 @@ def test_dictionary_products_equal_plain_loops(either_way):
         decoded[t] += weight[entry] * dictionary[j]
         summed[j] += weight[entry] * rows[t]
         total[j] += weight[entry]
-    torch.testing.assert_close(kernels.dot_rows(rows, token, dictionary, latent), dots)
-    by_token, by_latent = kernels.Grouped(token, 6), kernels.Grouped(latent, 9)
+    torch.testing.assert_close(operations.dot_rows(rows, token, dictionary, latent), dots)
+    by_token, by_latent = operations.Grouped(token, 6), operations.Grouped(latent, 9)
     torch.testing.assert_close(by_token.sum_rows(weight, dictionary, latent), decoded)
     torch.testing.assert_close(by_latent.sum_rows(weight, rows, token), summed)
     torch.testing.assert_close(by_latent.sum(weight), total)
@@ -43,7 +43,7 @@ def test_what_entries_leave_of_a_target_equals_plain_loops(n_parts, either_way):
             if level[latent[entry]] <= part:
                 rest[token[entry]] -= value[entry] * dictionary[latent[entry]]
         remainders.append(rest)
-    left, along = kernels.explain(target, token, latent, value, dictionary, None if n_parts == 1 else level)
+    left, along = operations.explain(target, token, latent, value, dictionary, None if n_parts == 1 else level)
     for part in range(n_parts):
         torch.testing.assert_close(left[part], sum(remainders[part:]))
     for entry in range(31):
@@ -58,32 +58,32 @@ def test_vectors_are_centred_whatever_their_precision_and_memory_order(either_wa
     order = torch.tensor([3, 1, 1, 0])
     for given in (vectors, vectors.T.contiguous().T, vectors.bfloat16(), vectors.double(), vectors.half()):
         expected = (given.float() - center) / 2.5 - bias
-        found = kernels.centred(given, None, center, torch.tensor(2.5), bias)
+        found = operations.centred(given, None, center, torch.tensor(2.5), bias)
         torch.testing.assert_close(found, expected)
-        torch.testing.assert_close(kernels.centred(given, order, center, torch.tensor(2.5), bias), expected[order])
+        torch.testing.assert_close(operations.centred(given, order, center, torch.tensor(2.5), bias), expected[order])
 
 
 def test_rows_get_unit_norm(either_way):
     rows = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
     expected = rows / rows.norm(dim=1, keepdim=True)
-    kernels.unit_rows_(rows)
+    operations.unit_rows_(rows)
     torch.testing.assert_close(rows, expected)
 
 
 def test_a_row_of_zeros_has_no_unit_norm_and_stays(either_way):
     rows = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
-    kernels.unit_rows_(rows)
+    operations.unit_rows_(rows)
     torch.testing.assert_close(rows, torch.tensor([[0.6, 0.8], [0.0, 0.0]]))
 
 
 def test_where_the_fast_product_is_not_float32_it_is_not_taken(monkeypatch):
-    monkeypatch.setattr(kernels, "float32_stays_float32", lambda: False)  # as on a processor with AMX
-    with kernels.fast_float32():
+    monkeypatch.setattr(runtime, "float32_stays_float32", lambda: False)  # as on a processor with AMX
+    with runtime.fast_float32():
         assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_fast_float32_restores_the_setting():
     before = torch.get_float32_matmul_precision()
-    with kernels.fast_float32():
+    with runtime.fast_float32():
         pass
     assert torch.get_float32_matmul_precision() == before

@@ -8,9 +8,9 @@ import torch
 from safetensors.numpy import load_file
 
 from conftest import D_MODEL, D_SAE, N_POSITIONS, batch_of, make_sae, make_vectors
-from posmask import latents
-from posmask.latents import LatentFacts, strongest_texts, vocabulary_effects
-from posmask.metrics.specialization import PositionMass
+from posmask.evaluation import latents
+from posmask.evaluation.latents import LatentFacts, strongest_texts, vocabulary_effects
+from posmask.evaluation.retention import PositionMass
 
 
 class Words:

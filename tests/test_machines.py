@@ -8,14 +8,17 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from posmask import kernels, machines, model, planning, rates
-from posmask.activations import harvest, training_batches
-from posmask.cli import app
+from posmask.cli.commands import app
+from posmask.data import models
+from posmask.data.activations import training_batches
+from posmask.data.harvest import harvest
 from posmask.errors import BadSetting
-from posmask.machines import Machine
-from posmask.settings import read_study
-from posmask.sources import Source
-from posmask.training import train
+from posmask.kernels import runtime
+from posmask.study import machines, planning, rates
+from posmask.study.harvests import Source
+from posmask.study.machines import Machine
+from posmask.study.settings import read_study
+from posmask.training.loop import train
 
 QUICK, GEMMA = (Path(__file__).parent.parent / "studies" / f"{name}.toml" for name in ("quick", "gemma-2-2b"))
 ROUND = Machine("round", {"bfloat16": 1e12, "float32": 1e11}, 1e9, 1e9, "nowhere", 0.5, 0.1, 1.0, 0.0, None)
@@ -88,7 +91,7 @@ def this_machine():
     peaks = {}
     for name in ("bfloat16", "float32"):
         left, right = (torch.ones(shape, dtype=getattr(torch, name)) for shape in ((2048, 576), (576, 2304)))
-        with kernels.fast_float32():
+        with runtime.fast_float32():
             peaks[name] = 2 * 2048 * 576 * 2304 / best(lambda: left @ right)  # noqa: B023
     bandwidth = 2 * 4 * len(numbers) / best(lambda: copied.copy_(numbers))
     print(peaks, bandwidth)
@@ -106,7 +109,7 @@ def test_this_machine_by_its_rates_takes_what_a_run_took(changes, tmp_path):
     """Within a quarter, harvest and training; one thread's processor time, since others may use the machine."""
     study = read_study(QUICK, [*changes, "questions=[]"])
     source = Source(study.model)
-    outline = model.load_outline(study.model.name, source.layer)
+    outline = models.load_outline(study.model.name, source.layer)
     here = this_machine()
     below, *_ = rates._elsewhere(study, outline, here)
     tokens = rates._random_tokens(128, study.corpus.n_positions, outline.n_vocabulary)

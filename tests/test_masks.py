@@ -3,11 +3,12 @@ import torch
 from pydantic import ValidationError
 
 from conftest import D_SAE, MASKS, N_POSITIONS, make_sae
-from posmask import mask_kinds
+from posmask import masks
 from posmask.errors import BadSetting
-from posmask.mask_kinds import make_mask, mask_settings
-from posmask.masks import Observed, live_groups
-from posmask.metrics.specialization import mask_measures
+from posmask.evaluation.retention import mask_measures
+from posmask.masks import fixed, learned, make_mask, mask_settings, splitting
+from posmask.masks.base import Observed
+from posmask.masks.groups import live_groups
 
 
 def mask_of(kind, **changes):
@@ -15,7 +16,7 @@ def mask_of(kind, **changes):
 
 
 def test_every_kind_is_under_these_tests():
-    assert set(MASKS) == set(mask_kinds.MASKS)
+    assert set(MASKS) == set(masks.MASKS)
 
 
 @pytest.mark.parametrize("kind", MASKS)
@@ -126,7 +127,7 @@ WIDTHS = [
 @pytest.mark.parametrize(("values", "width"), WIDTHS)
 def test_width_at_equal_compute_leaves_as_many_latents_open_as_unmasked(values, width):
     settings = mask_settings(values)
-    found = mask_kinds.MASKS[settings.kind].width_at_equal_compute(settings, N_POSITIONS, 32)
+    found = masks.MASKS[settings.kind].width_at_equal_compute(settings, N_POSITIONS, 32)
     assert width is None or found == width
     mask = make_mask(settings, N_POSITIONS, found)
     assert set(mask.table().sum(1).tolist()) == {32.0}
@@ -135,7 +136,7 @@ def test_width_at_equal_compute_leaves_as_many_latents_open_as_unmasked(values, 
 
 def test_a_budget_keeps_as_many_latents_at_each_position_as_unmasked():
     settings = mask_settings({"kind": "budget", "mean_openness": 0.125})
-    assert mask_kinds.Budget.width_at_equal_compute(settings, N_POSITIONS, 32) == 256
+    assert learned.Budget.width_at_equal_compute(settings, N_POSITIONS, 32) == 256
     mask = make_sae("budget").mask
     assert mask.openness().sum(1).tolist() == [8.0] * N_POSITIONS
 
@@ -172,10 +173,10 @@ def test_strictness_and_mean_openness_are_those_of_the_positions_after_bos():
 
 
 def test_bands_give_the_first_positions_their_own_and_grow():
-    window = mask_kinds.Band.windows(mask_settings({"kind": "band", "growth": 1.5}), 32)
+    window = fixed.Band.windows(mask_settings({"kind": "band", "growth": 1.5}), 32)
     assert torch.bincount(window).tolist() == [2, 1, 1, 1, 2, 3, 5, 7, 10]
     mask = mask_of("band")
-    assert bool((mask.openness().sum(0) == torch.bincount(mask_kinds.Band.windows(mask.settings, 16))[
+    assert bool((mask.openness().sum(0) == torch.bincount(fixed.Band.windows(mask.settings, 16))[
         torch.arange(D_SAE) * 7 // D_SAE
     ]).all())  # fmt: skip
     assert torch.equal(mask.openness().max(1).values, torch.ones(16))
@@ -313,4 +314,4 @@ def test_equal_compute_is_refused_where_a_position_has_no_fixed_number_of_latent
         mask.width_at_equal_compute(mask.settings, N_POSITIONS, D_SAE)
     settings = mask_settings({"kind": "split", "start_latents": 8, "max_latents": 64})
     with pytest.raises(BadSetting, match="start_latents = 8 is not the 32 latents that are live"):
-        mask_kinds.Split.width_at_equal_compute(settings, N_POSITIONS, D_SAE)
+        splitting.Split.width_at_equal_compute(settings, N_POSITIONS, D_SAE)

@@ -6,9 +6,9 @@ import torch
 
 from conftest import D_SAE, N_POSITIONS, batch_of, codes_of, make_sae, make_vectors
 from posmask.errors import DegenerateResult
-from posmask.metrics.position import PositionInformation, ShiftDesign
-from posmask.metrics.reconstruction import Reconstruction, dead_share
-from posmask.metrics.specialization import PositionMass, profile_fidelity, retention, special_positions
+from posmask.evaluation.position import PositionInformation, ShiftDesign
+from posmask.evaluation.reconstruction import Reconstruction, dead_share
+from posmask.evaluation.retention import PositionMass, profile_fidelity, retention, special_positions
 
 
 def make_batch(n_tokens, n_texts=40):

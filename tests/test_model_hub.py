@@ -11,13 +11,13 @@ from typer.testing import CliRunner
 
 from conftest import make_sae
 from hub_stand_in import TOKEN, stand_in
-from posmask.cli import app
+from posmask.cli.commands import app
 from posmask.errors import BadSetting, DamagedFolder, MissingAsset
-from posmask.folders import write_folder
 from posmask.interop import hub
 from posmask.interop.saelens_files import export_saelens
-from posmask.rows import Measure, Row, write_rows
-from posmask.sae import write_sae
+from posmask.results.rows import Measure, Row, write_rows
+from posmask.sae.files import write_sae
+from posmask.storage.manifest import write_folder
 from test_saelens import ORIGIN, contexts, scaled
 from test_saelens_files import flip_a_bit, random_tensors
 

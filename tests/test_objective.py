@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from conftest import D_SAE, KINDS, RULES, make_sae, make_vectors
-from posmask.objective import fast_gradients, plain_gradients
+from posmask.training.fast_loss import fast_gradients
+from posmask.training.reference_loss import plain_gradients
 
 PARAMETERS = ("encoder", "encoder_bias", "decoder", "decoder_bias")
 # By the slope of the loss itself; jumprelu's threshold learns from an estimate of it instead.
@@ -183,7 +184,7 @@ def test_a_processor_without_wide_vectors_and_bfloat16_gives_the_same(tmp_path):
         "import sys, torch\n"
         "sys.path.insert(0, 'tests')\n"
         "from conftest import make_sae, make_vectors\n"
-        "from posmask.objective import fast_gradients\n"
+        "from posmask.training.fast_loss import fast_gradients\n"
         "vectors, position = make_vectors(300)\n"
         "for precision in ('float32', 'bfloat16'):\n"
         "    sae = make_sae('hard', d_sae=600)\n"

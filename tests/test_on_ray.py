@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from conftest import make_texts
-from posmask import on_ray
 from posmask.errors import MissingExtra
-from posmask.settings import read_study
+from posmask.study import ray_engine
+from posmask.study.settings import read_study
 from test_parallel import STUDY
 
 MORE_CELLS = """
@@ -59,7 +59,7 @@ def test_without_ray_one_sentence_says_what_to_install(monkeypatch, study_file):
     monkeypatch.setitem(sys.modules, "ray", None)
     with (
         pytest.raises(MissingExtra, match=r"pip install 'posmask\[ray\]'"),
-        on_ray.connected(read_study(study_file), 1),
+        ray_engine.connected(read_study(study_file), 1),
     ):
         pass
 

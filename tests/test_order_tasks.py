@@ -8,17 +8,17 @@ import pytest
 import torch
 
 from conftest import make_texts
-from posmask import assets, corpus, model
+from posmask.data import embedded, models, tokens
 from posmask.errors import BadSetting, NothingToDo
-from posmask.folders import read_manifest
-from posmask.probing import catalogues, order, order_files, order_tasks
+from posmask.probing import catalogues, order_files, order_probes, order_tasks
 from posmask.probing.order_tasks import OrderTask, find_groups, make_order_task
 from posmask.probing.pooling import PooledTexts
+from posmask.storage.manifest import read_manifest
 
 
 @pytest.fixture(scope="module")
 def smollm():
-    return model.load_tokenizer(model.EMBEDDED_MODEL)
+    return models.load_tokenizer(models.EMBEDDED_MODEL)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_order_groups_hold_equal_bags_and_a_bag_of_words_scores_exactly_1_over_k
         assert all(Counter(row) == Counter(group[0]) for row in group)
         assert len({tuple(row) for row in group}) == task.n_classes
         assert len(group[0]) < 128
-    (control,) = order.bag_accuracy(task, smollm)
+    (control,) = order_probes.bag_accuracy(task, smollm)
     assert control.value == pytest.approx(1 / task.n_classes, abs=1e-12)
     used = sorted({token for row in rows for token in row})
     bag = torch.zeros(len(rows), len(used))
@@ -56,7 +56,7 @@ def test_order_groups_hold_equal_bags_and_a_bag_of_words_scores_exactly_1_over_k
         row.index_add_(0, torch.from_numpy(np.searchsorted(used, ids)), torch.ones(len(ids)))
     features = PooledTexts(len(bag) + task.n_test_groups * task.n_classes, len(used))
     features.add(torch.arange(features.n_texts), torch.cat([bag, bag[task.n_train_groups * task.n_classes :]]))
-    for measure in order.order_accuracy(task, features, (1, 20), "bag"):
+    for measure in order_probes.order_accuracy(task, features, (1, 20), "bag"):
         assert measure.value == 0.5
 
 
@@ -94,7 +94,7 @@ def test_no_noun_is_on_both_sides(tasks):
 @pytest.mark.parametrize("name", ["bigram_shift", "sentence_order"])
 def test_sentences_of_an_article_are_all_on_one_side(name, smollm):
     task = find_groups(name, smollm, 128, 3000, 1000)
-    articles = sorted({" ".join(text.split()) for text, _ in assets.read_table("100_news_fake")})
+    articles = sorted({" ".join(text.split()) for text, _ in embedded.read_table("100_news_fake")})
     joined = "\n".join(articles)
     ends = list(accumulate(len(article) + 1 for article in articles))
 
@@ -112,13 +112,13 @@ def test_sentences_of_an_article_are_all_on_one_side(name, smollm):
 
 @pytest.mark.embedded
 def test_test_dialogues_are_one_stretch_of_the_films(tasks):
-    place = {turns: number for number, turns in enumerate(assets.read_dialogue())}
+    place = {turns: number for number, turns in enumerate(embedded.read_dialogue())}
     marks = sorted(
         (place[tuple(text.removeprefix("Dialogue: ").removesuffix(" ;").split(" ; "))], split)
         for split, texts in zip("train test".split(), sides(tasks["dialogue_order"]), strict=True)
         for text in texts[1::2]
     )
-    assert {corpus.split_of(turn) for turn in parts(tasks["dialogue_order"].texts)} == {"evaluation"}
+    assert {tokens.split_of(turn) for turn in parts(tasks["dialogue_order"].texts)} == {"evaluation"}
     splits = [split for _, split in marks]
     assert sum(one != other for one, other in zip(splits, splits[1:] + splits[:1], strict=True)) == 2
 
@@ -143,7 +143,7 @@ def test_no_message_is_on_both_sides_in_any_language_and_no_group_holds_a_transl
     found = []
     for text in task.texts[1::2]:
         both = [messages(part.split()) for part in text.removeprefix("Text:").removesuffix(" ;").split(" ; ")]
-        assert {corpus.split_of(message) for message in set.union(*both)} == {"evaluation"}
+        assert {tokens.split_of(message) for message in set.union(*both)} == {"evaluation"}
         english, german = ({number[message] for message in language} for language in both)
         assert not english & german
         found.append(english | german)
@@ -199,7 +199,7 @@ def toy(monkeypatch):
         return iter(groups[:30]), iter(groups[30:40])
 
     recipe = order_tasks.OrderRecipe(
-        swapped, "Which end is first?", ("swapped", "intact"), "text", ((assets.TEXT_CARRIER, "no table"),)
+        swapped, "Which end is first?", ("swapped", "intact"), "text", ((embedded.TEXT_CARRIER, "no table"),)
     )
     for name in list(order_tasks.ORDER_TASKS):
         monkeypatch.delitem(order_tasks.ORDER_TASKS, name)

@@ -11,15 +11,16 @@ import torch
 import torch.distributed as dist
 
 from conftest import D_MODEL, D_SAE, MASKS, N_POSITIONS, RULES, make_sae, make_texts
-from posmask import parallel
-from posmask.activations import Activations, training_batches
-from posmask.checkpoints import Checkpoints
+from posmask.data.activations import Activations, training_batches
 from posmask.errors import BadSetting
-from posmask.mask_kinds import make_mask, mask_settings
-from posmask.parallel import ByData, ByPosition
-from posmask.rules import rule_settings
-from posmask.sae import SparseAutoencoder
-from posmask.training import TrainingSettings, train
+from posmask.masks import make_mask, mask_settings
+from posmask.sae.autoencoder import SparseAutoencoder
+from posmask.sae.rules import rule_settings
+from posmask.training import distributed
+from posmask.training.checkpoints import Checkpoints
+from posmask.training.distributed import ByData, ByPosition
+from posmask.training.loop import train
+from posmask.training.settings import TrainingSettings
 
 SETTINGS = TrainingSettings(n_steps=30, batch_tokens=240, learning_rate=5e-3, dead_after_eligible_tokens=300, aux_k=4)
 STUDY = """
@@ -169,7 +170,10 @@ def alone(tmp_path):
         (lambda: ByData(make_sae("switch")), "balances its experts over a whole batch"),
         (lambda: ByPosition(make_sae("slice", rule="matryoshka"), EVEN), "the rule matryoshka chooses"),
         (lambda: ByPosition(make_sae("soft"), EVEN), "a soft mask that changes in training"),
-        (lambda: parallel._owners(make_sae("slice", "gradient"), torch.ones(16), 2), "makes 1 groups of positions"),
+        (
+            lambda: distributed._owners(make_sae("slice", "gradient"), torch.ones(16).long(), 2),
+            "makes 1 groups of positions",
+        ),
     ],
 )
 def test_what_cannot_be_divided_is_refused(alone, make, message):

@@ -8,12 +8,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from posmask import cells, folders, model, planning, rates, sources
-from posmask.cli import app
+from posmask.cli.commands import app
+from posmask.data import models
 from posmask.errors import BadSetting
 from posmask.progress import progress_bar
-from posmask.rates import Linear, Rates, Shape
-from posmask.settings import read_study
+from posmask.storage import manifest
+from posmask.study import harvests, planning, rates
+from posmask.study.cell import places_of
+from posmask.study.rates import Linear, Rates, Shape
+from posmask.study.settings import read_study
 
 STUDY = """
 name = "tiny"
@@ -93,11 +96,11 @@ def settings(study_file):
 
 
 def places(settings, root):
-    return cells.places_of(settings, sources.Source(settings.model), root)
+    return places_of(settings, harvests.Source(settings.model), root)
 
 
 def finish(place):
-    with folders.write_folder(place.folder, place.made_from):
+    with manifest.write_folder(place.folder, place.made_from):
         pass
 
 
@@ -186,11 +189,11 @@ def test_finished_folders_cost_nothing(settings, tmp_path):
 
 
 def test_harvested_vectors_cost_nothing_and_are_counted_as_they_are(settings, tmp_path):
-    shared = {"model": sources.Source(settings.model).made_from, "n_positions": 16}
+    shared = {"model": harvests.Source(settings.model).made_from, "n_positions": 16}
     drawn = {"tables": ["words"], "max_characters": 1000}
 
     def write(label, kept, **made_from):
-        with folders.write_folder(tmp_path / "activations" / f"{label}-0", {**shared, **made_from}, kept_tokens=kept):
+        with manifest.write_folder(tmp_path / "activations" / f"{label}-0", {**shared, **made_from}, kept_tokens=kept):
             pass
 
     write("training", 1501, split="training", tokens=1500, **drawn)
@@ -207,15 +210,15 @@ def test_harvested_vectors_cost_nothing_and_are_counted_as_they_are(settings, tm
 
 
 def test_vectors_take_the_room_that_a_plan_says(settings, tmp_path, activations):
-    outline = model.load_outline(settings.model.name, 2)
+    outline = models.load_outline(settings.model.name, 2)
     sets = planning._sets(settings, tmp_path, any_finished=False)
     each = planning._Costs(settings, outline, sets, costing()).bytes_a_token(sets[0])
-    files = folders.read_manifest(activations.folder)["files"]
+    files = manifest.read_manifest(activations.folder)["files"]
     assert each * activations.n_tokens == pytest.approx(sum(file["bytes"] for file in files.values()), rel=0.02)
 
 
 def test_an_outline_has_the_sizes_of_the_model(model_folder, causal_lm):
-    outline = model.load_outline(str(model_folder), 2)
+    outline = models.load_outline(str(model_folder), 2)
     below, above = outline.n_parameters()
     layer = sum(parameter.numel() for parameter in causal_lm.model.layers[0].parameters())
     every = sum(parameter.numel() for parameter in causal_lm.parameters())
@@ -228,8 +231,8 @@ def test_an_outline_has_the_sizes_of_the_model(model_folder, causal_lm):
 def test_the_embedded_model_has_the_sizes_that_are_said_of_it():
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(model.embedded_model_folder())
-    assert {name: getattr(config, name) for name in model._EMBEDDED_SHAPE} == model._EMBEDDED_SHAPE
+    config = AutoConfig.from_pretrained(models.embedded_model_folder())
+    assert {name: getattr(config, name) for name in models._EMBEDDED_SHAPE} == models._EMBEDDED_SHAPE
 
 
 def test_every_rate_is_measured_and_nothing_is_written(settings, tmp_path):
@@ -241,7 +244,7 @@ def test_every_rate_is_measured_and_nothing_is_written(settings, tmp_path):
 
 
 def test_each_mask_and_width_is_measured_once_and_told_whether_it_closes(settings):
-    found = rates.measure(settings, settings.cells, model.load_outline(settings.model.name, 2), 10)
+    found = rates.measure(settings, settings.cells, models.load_outline(settings.model.name, 2), 10)
     unmasked, sliced = (Shape(cell.mask, width) for cell, width in zip(settings.cells, (32, 128), strict=False))
     assert set(found.training) == set(found.encode) == {unmasked, sliced, sliced.opened}
     assert found.closing == {sliced}
@@ -252,7 +255,7 @@ def test_shapes_of_every_rule_can_be_measured(study_file, tmp_path, rule, monkey
     monkeypatch.setattr(rates, "_ACTIVE", 8)
     study_file.write_text(study_file.read_text().replace('kind = "topk", k = 4', rule))
     settings = read_study(study_file)
-    outline = model.load_outline(settings.model.name, 2)
+    outline = models.load_outline(settings.model.name, 2)
     vectors = rates._noise(settings, outline, tmp_path / "noise")
     sae, training = rates._training_seconds(settings, Shape(settings.cells[0].mask, 32), vectors, 0.1)
     assert training.each > 0
@@ -266,7 +269,7 @@ def test_without_weights_the_models_time_comes_from_its_sizes(settings, tmp_path
     bare.mkdir()
     shutil.copy(model_folder / "config.json", bare)
     asked = settings.model_copy(update={"model": settings.model.model_copy(update={"name": str(bare)})})
-    outline = model.load_outline(str(bare), 2)
+    outline = models.load_outline(str(bare), 2)
     below, above, said = rates._model_seconds(asked, outline, tmp_path / "model")
     assert below / above == pytest.approx(outline.n_parameters()[0] / outline.n_parameters()[1])
     assert "weights are not here" in said[0]

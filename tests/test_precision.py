@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from conftest import make_sae, train_on
-from posmask import kernels
-from posmask.training import TrainingSettings
+from posmask.kernels import runtime
+from posmask.training.settings import TrainingSettings
 
 SETTINGS = {"n_steps": 8, "batch_tokens": 256, "learning_rate": 5e-3}
 
@@ -26,12 +26,12 @@ def test_every_shipped_study_trains_with_precision_auto(path):
 
 @pytest.mark.parametrize("fast", ["float32", "bfloat16"])
 def test_auto_chooses_latents_in_the_precision_that_is_fast_here(activations, fast, monkeypatch):
-    monkeypatch.setattr(kernels, "fast_precision", lambda device="cpu": fast)
+    monkeypatch.setattr(runtime, "fast_precision", lambda device="cpu": fast)
     assert torch.equal(trained(activations, "topk"), trained(activations, "topk", precision=fast))
 
 
 def test_auto_never_rounds_the_values_of_rules_that_do_not_choose(activations, monkeypatch):
-    monkeypatch.setattr(kernels, "fast_precision", lambda device="cpu": "bfloat16")
+    monkeypatch.setattr(runtime, "fast_precision", lambda device="cpu": "bfloat16")
     assert torch.equal(trained(activations, "relu"), trained(activations, "relu", precision="float32"))
     assert not torch.equal(trained(activations, "relu"), trained(activations, "relu", precision="bfloat16"))
 
@@ -39,10 +39,10 @@ def test_auto_never_rounds_the_values_of_rules_that_do_not_choose(activations, m
 def test_a_cpu_without_bfloat16_is_not_fast_in_it(monkeypatch):
     features = "flags : fpu sse4_2 avx avx2 fma"
     monkeypatch.setattr(Path, "read_text", lambda path, encoding=None: features)
-    assert kernels.fast_precision() == "float32"
+    assert runtime.fast_precision() == "float32"
     features += " avx512f avx512_bf16"
-    assert kernels.fast_precision() == "bfloat16"
+    assert runtime.fast_precision() == "bfloat16"
 
 
 def test_bfloat16_slowdown_is_a_ratio_of_measured_times():
-    assert 0.01 < kernels.bfloat16_slowdown() < 100
+    assert 0.01 < runtime.bfloat16_slowdown() < 100

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from interop.synthetic import CLASSES, N_TEST, N_TRAIN, channels, latents, sha256
-from posmask.probing import topics
+from posmask.probing import datasets
 from posmask.probing.pooling import PooledTexts
-from posmask.probing.sparse import all_feature_correct, chosen_features, k_sparse_correct
+from posmask.probing.probes import all_feature_correct, chosen_features, k_sparse_correct
 
 RECORDED = json.loads((Path(__file__).parent / "data" / "saebench_probing.json").read_text(encoding="utf8"))
 
@@ -22,7 +22,7 @@ def pooled(sides):
     features.n_tokens += 1
     label = torch.cat([torch.arange(len(CLASSES)).repeat_interleave(n) for n in (N_TRAIN, N_TEST)])
     train = torch.arange(len(rows)) < N_TRAIN * len(CLASSES)
-    return features, topics.ProbeDataset("toy", CLASSES, tuple(map(str, range(len(rows)))), label, train)
+    return features, datasets.ProbeDataset("toy", CLASSES, tuple(map(str, range(len(rows)))), label, train)
 
 
 def accuracy(correct):
@@ -36,7 +36,7 @@ def test_probes_on_the_same_negatives_choose_the_same_features_and_score_the_sam
     kept = torch.ones(features.n_texts).bool()
     differences = []
     for probe in recorded["probes"]:
-        task = topics._task(dataset, kept, int(probe["class"]), random)
+        task = datasets._task(dataset, kept, int(probe["class"]), random)
         assert task.train.tolist() == probe["train_rows"]
         assert (task.test - N_TRAIN * len(CLASSES)).tolist() == probe["test_rows"]
         if probe["k"] is None:
@@ -57,7 +57,7 @@ def test_the_saebench_protocol_draws_from_one_stream_as_sae_bench_does():
     kept = torch.ones((N_TRAIN + N_TEST) * len(CLASSES)).bool()
     dataset = pooled(latents(1))[1]
     for probe in recorded["probes"]:
-        task = topics._task(dataset, kept, int(probe["class"]), random)
+        task = datasets._task(dataset, kept, int(probe["class"]), random)
         rows = task.train.numpy(), (task.test - N_TRAIN * len(CLASSES)).numpy()
         assert sha256(*rows) == probe["rows_sha256"]
         if probe["k"] is None:  # What the fit on all features draws: initial weights, and an order each epoch.
@@ -74,7 +74,7 @@ def test_whole_evaluations_score_as_sae_bench_scores_them():
     for name, seed in recorded["latents_seeds"].items():
         for source, sides in (("llm", channels(seed + 100)), ("sae", latents(seed))):
             features, dataset = pooled(sides)
-            found = topics.probe_accuracy(
+            found = datasets.probe_accuracy(
                 dataset, features, (1, 2, 5), source=source, protocol="saebench", random=random
             )
             for measure in found:

@@ -8,13 +8,13 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from conftest import N_POSITIONS, batch_of, codes_of, make_sae, make_vectors
-from posmask import assets, corpus, model
-from posmask.corpus import equal_segments, growing_segments
+from posmask.data import embedded, models
+from posmask.data.tokens import equal_segments, growing_segments, split_of, text_key, unique_texts
 from posmask.errors import BadSetting, DegenerateResult
-from posmask.probing import order, order_tasks, topics
+from posmask.probing import datasets, order_probes, order_tasks
 from posmask.probing.order_tasks import OrderTask
 from posmask.probing.pooling import PooledTexts, Pooling
-from posmask.probing.sparse import ProbeTask, all_feature_correct, k_sparse_correct, logistic_regression
+from posmask.probing.probes import ProbeTask, all_feature_correct, k_sparse_correct, logistic_regression
 
 
 def pooled(rows):
@@ -219,7 +219,7 @@ def test_pooled_rows_take_no_more_memory_for_more_texts():
     code = """if True:
         import resource, torch
         from posmask.probing.pooling import PooledTexts
-        from posmask.probing.sparse import ProbeTask, k_sparse_correct
+        from posmask.probing.probes import ProbeTask, k_sparse_correct
         def peak():
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         features, random = PooledTexts(30_000, 16_384), torch.Generator().manual_seed(0)
@@ -240,7 +240,7 @@ def test_pooled_rows_take_no_more_memory_for_more_texts():
 def make_dataset(n_class=40):
     label = torch.arange(3).repeat_interleave(n_class)
     train = torch.arange(n_class).repeat(3) < 30
-    return topics.ProbeDataset("toy", ("a", "b", "c"), tuple(map(str, range(3 * n_class))), label, train)
+    return datasets.ProbeDataset("toy", ("a", "b", "c"), tuple(map(str, range(3 * n_class))), label, train)
 
 
 def test_each_class_is_probed_on_balanced_texts_that_never_cross_the_split():
@@ -248,7 +248,7 @@ def test_each_class_is_probed_on_balanced_texts_that_never_cross_the_split():
     kept = torch.ones(120).bool()
     kept[5] = False
     for number in range(3):
-        task = topics._task(dataset, kept, number, torch.Generator().manual_seed(0))
+        task = datasets._task(dataset, kept, number, torch.Generator().manual_seed(0))
         for chosen, positive, train in ((task.train, task.train_label, True), (task.test, task.test_label, False)):
             assert 5 not in chosen.tolist()
             assert len(set(chosen.tolist())) == len(chosen)
@@ -263,7 +263,7 @@ def test_each_class_is_probed_on_balanced_texts_that_never_cross_the_split():
 def test_probe_accuracy_is_the_mean_over_classes(protocol):
     dataset = make_dataset()
     features = pooled(torch.nn.functional.one_hot(dataset.label, 3).float())
-    found = topics.probe_accuracy(
+    found = datasets.probe_accuracy(
         dataset, features, (1, 3), source="sae", protocol=protocol, random=torch.Generator().manual_seed(0)
     )
     whole = [measure for measure in found if "class" not in measure.slice]
@@ -280,17 +280,17 @@ def test_probe_accuracy_is_the_mean_over_classes(protocol):
 
 def test_one_draw_serves_every_k_and_only_the_saebench_protocol_draws_anew(monkeypatch):
     seen = {}
-    probes = topics.k_sparse_correct
+    probes = datasets.k_sparse_correct
 
     def spy(features, tasks, ks, on_fit):
         for k in ks:
             seen.setdefault(protocol, {})[k] = torch.cat([task.train for task in tasks])
         return probes(features, tasks, ks, on_fit)
 
-    monkeypatch.setattr(topics, "k_sparse_correct", spy)
+    monkeypatch.setattr(datasets, "k_sparse_correct", spy)
     features = pooled(torch.nn.functional.one_hot(make_dataset().label, 3).float())
     for protocol in ("default", "saebench"):
-        topics.probe_accuracy(
+        datasets.probe_accuracy(
             make_dataset(), features, (1, 2), source="sae", protocol=protocol, random=torch.Generator().manual_seed(0)
         )
     assert torch.equal(seen["default"][1], seen["default"][2])
@@ -301,12 +301,12 @@ def test_texts_of_special_tokens_alone_are_left_out_and_the_real_sizes_stand_in_
     dataset = make_dataset()
     features = pooled(torch.nn.functional.one_hot(dataset.label, 3).float())
     features.n_tokens[:10] = 0  # ten training texts of class a
-    found = topics.probe_accuracy(dataset, features, (1,), source="sae")
+    found = datasets.probe_accuracy(dataset, features, (1,), source="sae")
     sizes = {measure.slice["class"]: measure.slice["train"] for measure in found if "class" in measure.slice}
     assert sizes == {"a": 40, "b": 60, "c": 60}
     features.n_tokens[:30] = 0
     with pytest.raises(BadSetting, match="toy has no texts with content on both sides of its class 'a'"):
-        topics.probe_accuracy(dataset, features, (1,), source="sae")
+        datasets.probe_accuracy(dataset, features, (1,), source="sae")
 
 
 def toy_order(n_train=60, n_test=40, n_classes=2):
@@ -321,7 +321,7 @@ def test_order_probes_are_right_where_features_know_the_order_and_controls_stay_
     label = torch.arange(len(task.texts)) % n_classes
     knows = torch.nn.functional.one_hot(label, n_classes).float()
     shuffled = torch.rand(n_shuffled, n_classes, generator=torch.Generator().manual_seed(0))
-    found = order.order_accuracy(task, pooled(torch.cat([knows, shuffled])), (1,), "mean")
+    found = order_probes.order_accuracy(task, pooled(torch.cat([knows, shuffled])), (1,), "mean")
     values = {measure.metric: measure.value for measure in found}
     assert values["order_accuracy"] == 1.0
     assert abs(values["order_shuffled"] - 0.5) < 0.15
@@ -329,7 +329,7 @@ def test_order_probes_are_right_where_features_know_the_order_and_controls_stay_
     assert {measure.n for measure in found} == {task.n_test_groups}
     bag = torch.arange(len(task.texts)).float()[:, None] // n_classes
     bag = torch.cat([bag, bag[-n_shuffled:]])
-    blind = order.order_accuracy(task, pooled(torch.cat([bag, (bag % 7) ** 2], 1)), (1,), "mean")
+    blind = order_probes.order_accuracy(task, pooled(torch.cat([bag, (bag % 7) ** 2], 1)), (1,), "mean")
     assert [measure.value for measure in blind] == [0.5, 0.5, 0.5]
 
 
@@ -339,31 +339,31 @@ def test_permuted_labels_leave_nothing_to_learn():
     for number in range(12):
         task = OrderTask(f"toy{number}", 2, toy_order().texts, 60, 40)
         knows = torch.nn.functional.one_hot(torch.arange(280) % 2, 2).float()
-        found.append(order.order_accuracy(task, pooled(knows), (1,), "mean")[2].value)
+        found.append(order_probes.order_accuracy(task, pooled(knows), (1,), "mean")[2].value)
     assert 0.25 < sum(found) / len(found) < 0.75
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return model.load_tokenizer(model.EMBEDDED_MODEL)
+    return models.load_tokenizer(models.EMBEDDED_MODEL)
 
 
 @pytest.mark.embedded
 def test_a_leaking_task_is_refused(tokenizer):
     leaking = OrderTask("leak", 2, ("old cat", "new cat") * 30, 20, 10)
     with pytest.raises(BadSetting, match=r"a bag of words scores 1\.0 on leak, not exactly 1/2"):
-        order.bag_accuracy(leaking, tokenizer)
+        order_probes.bag_accuracy(leaking, tokenizer)
 
 
 @pytest.mark.embedded
-@pytest.mark.parametrize("name", topics.DATASETS)
+@pytest.mark.parametrize("name", datasets.DATASETS)
 def test_probe_texts_are_balanced_capped_and_never_trained_on(name):
-    dataset = topics.read_probe_dataset(name, 100, 20, 1000)
+    dataset = datasets.read_probe_dataset(name, 100, 20, 1000)
     assert Counter(dataset.label.tolist()) == dict.fromkeys(range(len(dataset.classes)), 60)
     assert int(dataset.train.sum()) == 50 * len(dataset.classes)
-    assert len(set(map(corpus.text_key, dataset.texts))) == len(dataset.texts)
-    assert {corpus.split_of(text) for text in dataset.texts} == {"evaluation"}
-    whole = topics.read_probe_dataset(name, 100_000, 25_000, 1000)
+    assert len(set(map(text_key, dataset.texts))) == len(dataset.texts)
+    assert {split_of(text) for text in dataset.texts} == {"evaluation"}
+    whole = datasets.read_probe_dataset(name, 100_000, 25_000, 1000)
     n_class = len(whole.texts) // len(whole.classes)
     assert n_class < 2500
     assert int(whole.train.sum()) / len(whole.texts) == pytest.approx(0.8, abs=0.01)
@@ -373,18 +373,16 @@ def test_probe_texts_are_balanced_capped_and_never_trained_on(name):
 def test_no_text_of_a_metric_or_probe_is_in_the_training_corpus():
     """Compared by their own words, not by the hash that sorted them: no text of one side begins one of the other."""
     tables = ("161_agnews_0", "158_code_C", "157_amazon_5star", "97_news_class")
-    rows = {table: assets.read_table(table) for table in tables}
+    rows = {table: embedded.read_table(table) for table in tables}
 
     def beginning(text):
         return " ".join(text.lower().split())[:200]
 
     training = {
-        beginning(text)
-        for found in rows.values()
-        for text in corpus.unique_texts((text for text, _ in found), "training")
+        beginning(text) for found in rows.values() for text in unique_texts((text for text, _ in found), "training")
     }
     assert len(training) > 1000
-    evaluated = [text for name in topics.DATASETS for text in topics.read_probe_dataset(name, 400, 100, 1000).texts]
+    evaluated = [text for name in datasets.DATASETS for text in datasets.read_probe_dataset(name, 400, 100, 1000).texts]
     evaluated += order_tasks._texts("97_news_class", "evaluation", "Sport")
     assert len(evaluated) > 1000
     assert not training & set(map(beginning, evaluated))

@@ -16,13 +16,22 @@ import pytest
 import torch
 
 from conftest import D_MODEL, MASKS, N_POSITIONS
-from posmask import folders
-from posmask.checkpoints import Checkpoints
 from posmask.errors import BadSetting, DamagedFolder
-from posmask.mask_kinds import make_mask, mask_settings
-from posmask.rows import read_rows
-from posmask.rules import rule_settings
-from posmask.sae import SparseAutoencoder, read_sae, write_sae
+from posmask.masks import make_mask, mask_settings
+from posmask.results.rows import read_rows
+from posmask.sae.autoencoder import SparseAutoencoder
+from posmask.sae.files import read_sae, write_sae
+from posmask.sae.rules import rule_settings
+from posmask.storage.manifest import (
+    damage_under,
+    finished,
+    read_manifest,
+    replacing,
+    take_apart,
+    write_folder,
+    write_in_parts,
+)
+from posmask.training.checkpoints import Checkpoints
 
 sys.path.insert(0, str(Path(__file__).parent / "reliability"))
 
@@ -164,7 +173,7 @@ def test_power_loss_at_any_sync_leaves_only_what_is_whole(memory_folder, monkeyp
         watching, disk.watching = disk.watching, None
         for _ in range(2):
             disk.after_power_loss(after, chance)
-            assert folders.damage_under(after)[1] == []
+            assert damage_under(after)[1] == []
             made.clear()
             make(after, lambda *_: None)
             assert not made & set(promised)
@@ -178,15 +187,15 @@ def test_power_loss_at_any_sync_leaves_only_what_is_whole(memory_folder, monkeyp
         disk.watching = watching
 
     def make(where, promise):
-        if not folders.finished(where / "study" / "harvest", {}):
-            with folders.write_in_parts(where / "study" / "harvest", {}) as parts:
+        if not finished(where / "study" / "harvest", {}):
+            with write_in_parts(where / "study" / "harvest", {}) as parts:
                 for name, what in content.items():
                     if name not in parts:
                         parts.add(name, lambda file, what=what: file.write_bytes(what))
                         made.add(name)
                         promise(name, True)
-        if not folders.finished(where / "study" / "cells" / "cell", {}):
-            with folders.write_folder(where / "study" / "cells" / "cell", {}) as draft:
+        if not finished(where / "study" / "cells" / "cell", {}):
+            with write_folder(where / "study" / "cells" / "cell", {}) as draft:
                 (draft / "deep").mkdir()
                 (draft / "deep" / "rows").write_bytes(b"1,2,3")
             made.add("cell")
@@ -195,7 +204,7 @@ def test_power_loss_at_any_sync_leaves_only_what_is_whole(memory_folder, monkeyp
     def read_all(where):
         found = {}
         for name in ("harvest", "cells/cell"):
-            manifest = folders.read_manifest(where / "study" / name, verify=True)
+            manifest = read_manifest(where / "study" / name, verify=True)
             found |= {Path(file).name: (where / "study" / name / file).read_bytes() for file in manifest["files"]}
         return found
 
@@ -210,18 +219,18 @@ def test_power_loss_at_any_sync_leaves_only_what_is_whole(memory_folder, monkeyp
         checkpoints.write(done, {"weights": state["weights"] + done})
         promise("checkpoint", done)
     for word in ("old", "new"):
-        with folders.replacing(root / "table") as beside:
+        with replacing(root / "table") as beside:
             beside.write_text(word * 100)
     # A damaged harvest is made again out of what is left of it, and a cell is written anew in its place.
     del promised["part-0"]
     part = root / "study" / "harvest" / "part-0"
     disk.watching = None
     part.unlink()
-    folders.take_apart(root / "study" / "harvest")
+    take_apart(root / "study" / "harvest")
     disk.watching = check
     make(root, promise)
     del promised["cell"]
-    with folders.write_folder(root / "study" / "cells" / "cell", {}, looked_at=True) as draft:
+    with write_folder(root / "study" / "cells" / "cell", {}, looked_at=True) as draft:
         (draft / "rows").write_bytes(b"1,2,3")
     promise("cell", True)
     disk.close()
@@ -240,7 +249,7 @@ def test_a_hostile_pickle_is_never_loaded(tmp_path, model_folder):
     with pytest.raises(DamagedFolder, match="holds no readable SAE"):
         read_sae(tmp_path)
     # As a model's weights: transformers must find no safetensors and refuse, not fall back on a pickle.
-    from posmask.model import load_model
+    from posmask.data.models import load_model
 
     shutil.copytree(model_folder, tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").unlink()
@@ -253,7 +262,7 @@ def test_a_hostile_pickle_is_never_loaded(tmp_path, model_folder):
 
 
 def test_no_code_of_a_model_is_run(tmp_path, model_folder):
-    from posmask.model import load_model, load_tokenizer
+    from posmask.data.models import load_model, load_tokenizer
 
     shutil.copytree(model_folder, tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
@@ -275,17 +284,18 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
-from posmask import cli, folders
+from posmask.cli import commands
+from posmask.storage import manifest
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
 def run():
-    with folders.write_in_parts(Path(sys.argv[1]) / "harvest", {}) as parts:
+    with manifest.write_in_parts(Path(sys.argv[1]) / "harvest", {}) as parts:
         for name in ("small", "large"):
             if name not in parts:
                 print("made", name)
                 size = 1000 if name == "small" else 100_000
                 parts.add(name, lambda file: save_file({"x": torch.zeros(size)}, file))
-cli.app = run
-cli.main()
+commands.app = run
+commands.main()
 """
     full, enough = (
         subprocess.run(
@@ -297,14 +307,14 @@ cli.main()
     assert "Traceback" not in full.stderr
     assert "check the path, its permissions and the space left on the disk" in full.stderr
     assert (enough.returncode, enough.stdout) == (0, "made large\n")
-    assert set(folders.read_manifest(tmp_path / "harvest", verify=True)["files"]) == {"small", "large"}
+    assert set(read_manifest(tmp_path / "harvest", verify=True)["files"]) == {"small", "large"}
 
 
 @pytest.mark.parametrize(
     "failure", ["torch.zeros(2**40)", "bytearray(2**44)", "numpy.zeros(2**44)"], ids=["torch", "python", "numpy"]
 )
 def test_too_little_memory_is_said_in_a_sentence(failure):
-    code = f"import numpy, torch; from posmask import cli; cli.app = lambda: {failure}; cli.main()"
+    code = f"import numpy, torch; from posmask.cli import commands; commands.app = lambda: {failure}; commands.main()"
     code = f"import resource; resource.setrlimit(resource.RLIMIT_AS, (2**36, 2**36)); {code}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 2

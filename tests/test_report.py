@@ -25,18 +25,18 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from conftest import D_SAE, N_POSITIONS, batch_of, make_sae, make_vectors
-from posmask.cli import app
+from posmask.cli.commands import app
 from posmask.errors import BadSetting, DamagedFolder
-from posmask.folders import read_manifest, write_folder
-from posmask.latents import LatentFacts
-from posmask.metrics.specialization import PositionMass
-from posmask.record import StudyRecord, write_record
+from posmask.evaluation.latents import LatentFacts
+from posmask.evaluation.retention import PositionMass
 from posmask.report import page as page_module
 from posmask.report import page_server, write_paper_figures, write_report, write_report_folder
 from posmask.report.browser import shown_word
-from posmask.rows import Measure, Row, Units, read_units, write_rows, write_units
-from posmask.sae import write_sae
-from posmask.verdicts import Verdict, paired_difference, read_verdicts, sample_of, write_verdicts
+from posmask.results.comparisons import Verdict, paired_difference, read_verdicts, sample_of, write_verdicts
+from posmask.results.rows import Measure, Row, Units, read_units, write_rows, write_units
+from posmask.sae.files import write_sae
+from posmask.storage.manifest import read_manifest, write_folder
+from posmask.storage.record import StudyRecord, write_record
 
 HOSTILE = "<img src=x onerror=alert(1)><script>alert(1)</script>"
 WORDS = [" the", " dog", HOSTILE, "\u202eabc", "\x00\x07", "שלום", "x" * 1000, "\n", " =1+1"]

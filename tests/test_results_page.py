@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from posmask.report import write_report
-from posmask.rows import parse_slice, read_rows, write_rows
-from posmask.summary import summarise
-from posmask.verdicts import read_verdicts
+from posmask.results.comparisons import read_verdicts
+from posmask.results.rows import parse_slice, read_rows, write_rows
+from posmask.results.table import summarise
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 

@@ -6,7 +6,7 @@ import pytest
 import zstandard
 
 from posmask.errors import DamagedFolder
-from posmask.rows import MAX_DECOMPRESSED_BYTES, Row, read_rows, write_rows
+from posmask.results.rows import MAX_DECOMPRESSED_BYTES, Row, read_rows, write_rows
 
 ROWS = [
     Row("open", "open", "width", "forward", seed, "order_accuracy", f"task=ä, b;k={k}", 0.1 + seed / 3, 0.05, 0.2, k)

@@ -6,11 +6,13 @@ from safetensors.torch import load_file, save_file
 
 from conftest import D_MODEL, N_POSITIONS, RULES, make_sae, make_vectors
 from posmask.errors import BadSetting, DamagedFolder
-from posmask.folders import write_folder
-from posmask.mask_kinds import make_mask, mask_settings
-from posmask.masks import Copies
-from posmask.rules import rule_settings
-from posmask.sae import SparseAutoencoder, copy_latents_, read_origin, read_sae, restate_, started_from, write_sae
+from posmask.masks import make_mask, mask_settings
+from posmask.masks.base import Copies
+from posmask.sae.autoencoder import SparseAutoencoder
+from posmask.sae.files import read_origin, read_sae, write_sae
+from posmask.sae.rules import rule_settings
+from posmask.sae.warm_start import copy_latents_, restate_, started_from
+from posmask.storage.manifest import write_folder
 
 
 def test_closed_latents_take_no_place():

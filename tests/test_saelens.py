@@ -10,7 +10,7 @@ import torch
 from conftest import D_MODEL, D_SAE, FORWARD_ONLY, KINDS, N_POSITIONS, RULES, make_sae, make_vectors
 from posmask.errors import BadSetting
 from posmask.interop.saelens_files import export_saelens
-from posmask.sae import write_sae
+from posmask.sae.files import write_sae
 
 ORIGIN = {"weights": "abc", "layer": 2, "model": "tiny", "training_tokens": 1000}
 

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from conftest import D_MODEL, D_SAE, KINDS, N_POSITIONS, RULES, make_sae, make_vectors
 from posmask.errors import BadSetting, DamagedFolder, PosmaskError
-from posmask.folders import write_folder
 from posmask.interop.saelens_files import export_saelens, import_saelens
-from posmask.mask_kinds import make_mask, mask_settings
-from posmask.sae import read_origin, read_sae, write_sae
+from posmask.masks import make_mask, mask_settings
+from posmask.sae.files import read_origin, read_sae, write_sae
+from posmask.storage.manifest import write_folder
 from test_saelens import ORIGIN, contexts, exported, scaled
 
 

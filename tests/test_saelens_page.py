@@ -8,7 +8,7 @@ import numpy as np
 from typer.testing import CliRunner
 
 from conftest import make_sae
-from posmask.cli import app
+from posmask.cli.commands import app
 from test_model_hub import cell_folder, server, whole_hub  # noqa: F401
 from test_saelens import contexts, scaled
 from test_saelens_files import random_tensors

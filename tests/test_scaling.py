@@ -12,17 +12,18 @@ import torch.distributed as dist
 from typer.testing import CliRunner
 
 from conftest import D_MODEL, D_SAE, RULES, make_sae
-from posmask import machines, scaling
-from posmask.activations import training_batches
-from posmask.checkpoints import Checkpoints
-from posmask.cli import app
+from posmask.cli.commands import app
+from posmask.data.activations import training_batches
 from posmask.errors import BadSetting
-from posmask.machines import Machine
-from posmask.parallel import ByData, ByPosition
-from posmask.rules import rule_settings
-from posmask.scaling import MODELS, Job, forecast, reach
-from posmask.settings import read_study
-from posmask.training import TrainingSettings, train
+from posmask.sae.rules import rule_settings
+from posmask.study import machines, scaling
+from posmask.study.machines import Machine
+from posmask.study.scaling import MODELS, Job, forecast, reach
+from posmask.study.settings import read_study
+from posmask.training.checkpoints import Checkpoints
+from posmask.training.distributed import ByData, ByPosition
+from posmask.training.loop import train
+from posmask.training.settings import TrainingSettings
 
 ROOT = Path(__file__).parents[1]
 JOB = Job("round", 100, 10**9, 2 * 10**9, 10**6, 10**6, 1000, 128, 4, 8, precision="float32")

@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from conftest import D_MODEL, N_POSITIONS, make_vectors, train_on
-from posmask.mask_kinds import make_mask, mask_settings
-from posmask.masks import Observed
-from posmask.rules import rule_settings
-from posmask.sae import SparseAutoencoder, copy_latents_, started_from
-from posmask.training import TrainingSettings, share_gradients_
+from posmask.masks import make_mask, mask_settings
+from posmask.masks.base import Observed
+from posmask.sae.autoencoder import SparseAutoencoder
+from posmask.sae.rules import rule_settings
+from posmask.sae.warm_start import copy_latents_, started_from
+from posmask.training.loop import share_gradients_
+from posmask.training.settings import TrainingSettings
 from test_training import write_activations
 
 SPLIT = {"kind": "split", "start_latents": 8, "max_latents": 32, "n_windows": 8, "n_splittings": 4, "watch_steps": 5}
@@ -123,7 +125,7 @@ def test_a_latent_that_never_spoke_in_a_part_gains_nothing_there():
 
 
 def test_copies_inherit_adams_moments_and_the_count_of_silence(activations, monkeypatch):
-    import posmask.training as training
+    from posmask.training import loop as training
 
     seen = {}
     original = training._copy_moments_

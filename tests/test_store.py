@@ -8,15 +8,17 @@ import pytest
 import torch
 
 from conftest import N_POSITIONS, make_texts
-from posmask import activations as activations_module
-from posmask import store as store_module
-from posmask.activations import Activations, evaluation_batches, harvest, training_batches
-from posmask.corpus import pack
+from posmask.data import activations
+from posmask.data import harvest as data_harvest
+from posmask.data.activations import Activations, evaluation_batches, training_batches
+from posmask.data.harvest import harvest
+from posmask.data.tokens import pack
 from posmask.errors import BadSetting, DamagedFolder, MissingAsset, MissingExtra
-from posmask.folders import identity, sealed_manifest
-from posmask.settings import read_study
-from posmask.store import Store
-from posmask.study import cell_states, run_study
+from posmask.storage import remote
+from posmask.storage.manifest import identity, sealed_manifest
+from posmask.storage.remote import Store
+from posmask.study.run import cell_states, run_study
+from posmask.study.settings import read_study
 from test_parallel import STUDY
 
 MADE_FROM = {"what": "test"}
@@ -26,9 +28,9 @@ ROOM = 10**6
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Ten shards of some 300 tokens, and no waiting."""
-    monkeypatch.setattr(activations_module, "_TOKENS_PER_FORWARD", 128)
-    monkeypatch.setattr(activations_module, "_TOKENS_PER_SHARD", 300)
-    monkeypatch.setattr(store_module, "_FIRST_WAIT", 0.0)
+    monkeypatch.setattr(data_harvest, "_TOKENS_PER_FORWARD", 128)
+    monkeypatch.setattr(data_harvest, "_TOKENS_PER_SHARD", 300)
+    monkeypatch.setattr(remote, "_FIRST_WAIT", 0.0)
 
 
 @pytest.fixture(scope="session")
@@ -81,7 +83,7 @@ def same(one, other):
 def test_a_store_gives_the_bits_of_the_disk_with_little_of_them_here(
     url, local, tokens, language_model, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(activations_module, "_SHARDS_PER_WINDOW", 3)
+    monkeypatch.setattr(activations, "_SHARDS_PER_WINDOW", 3)
     shard_bytes = max(path.stat().st_size for path in local.folder.glob("*.safetensors"))
     room = 5 * shard_bytes
     store = Store(url, tmp_path / "cache", room)
@@ -109,7 +111,7 @@ def test_a_store_gives_the_bits_of_the_disk_with_little_of_them_here(
 
 def test_windows_take_each_token_once_an_epoch_in_a_new_order(local, monkeypatch):
     whole = torch.cat([batch.vectors for batch in training_batches(local, 100, 29, seed=2)])
-    monkeypatch.setattr(activations_module, "_SHARDS_PER_WINDOW", 3)
+    monkeypatch.setattr(activations, "_SHARDS_PER_WINDOW", 3)
     kept = local.keep.nonzero()[:, 0]
     random = torch.Generator().manual_seed(0)
     one, two = local.shuffled(kept, random), local.shuffled(kept, random)
@@ -120,7 +122,7 @@ def test_windows_take_each_token_once_an_epoch_in_a_new_order(local, monkeypatch
     assert len(first) <= 3 < len(shard.unique())
     assert not torch.equal(first, torch.searchsorted(local._ends, two[: len(kept) // 5], right=True).unique())
     assert int((shard[1:] != shard[:-1]).sum()) > len(kept) // 2  # shards of a window are mixed
-    monkeypatch.setattr(activations_module, "_SHARDS_PER_WINDOW", len(local._shards))
+    monkeypatch.setattr(activations, "_SHARDS_PER_WINDOW", len(local._shards))
     assert torch.equal(torch.cat([batch.vectors for batch in training_batches(local, 100, 29, seed=2)]), whole)
 
 
@@ -166,7 +168,7 @@ def test_a_store_that_fails_for_good_ends_in_a_sentence_and_what_it_has_is_kept(
 ):
     store = Store(f"memory://{tmp_path.name}", tmp_path / "cache", ROOM)
     working, n_added = store._fs, 0
-    add = store_module.StoredFolder.add
+    add = remote.StoredFolder.add
 
     def until_the_fourth(folder, *given):
         nonlocal n_added
@@ -175,7 +177,7 @@ def test_a_store_that_fails_for_good_ends_in_a_sentence_and_what_it_has_is_kept(
             store._fs = Failing(working, "put_file", 100)
         return add(folder, *given)
 
-    monkeypatch.setattr(store_module.StoredFolder, "add", until_the_fourth)
+    monkeypatch.setattr(remote.StoredFolder, "add", until_the_fourth)
     with pytest.raises(MissingAsset, match=r"could not write vectors/shard-00003.* check the address, your rights"):
         harvest(tokens, language_model, store.folder("vectors"), MADE_FROM, "test")
     assert lying(tmp_path / "cache") == []
@@ -187,7 +189,7 @@ def test_a_store_that_fails_for_good_ends_in_a_sentence_and_what_it_has_is_kept(
 
 
 def test_a_slow_store_is_said(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(store_module, "_SLOW_SECONDS", 0.01)
+    monkeypatch.setattr(remote, "_SLOW_SECONDS", 0.01)
     store = Store(f"memory://{tmp_path.name}", tmp_path / "cache", ROOM)
     monkeypatch.setattr(store, "_fs", Failing(store._fs, "none", 0))
     put = store._fs._fs.put_file

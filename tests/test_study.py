@@ -10,36 +10,33 @@ import torch
 from pydantic import Field
 
 from conftest import STUDY, make_sae, train_on
-from posmask import (
-    cells,
-    corpus,
-    engines,
-    evaluation,
-    folders,
-    kernels,
-    mask_kinds,
-    masks,
-    rows,
-    rules,
-    sources,
-    study,
-)
+from posmask import masks
+from posmask.data.tokens import split_of
 from posmask.errors import BadSetting, PosmaskError
+from posmask.evaluation import suite
+from posmask.evaluation.downstream import WindowMass
+from posmask.evaluation.latents import LATENT_WORDS_FILE, LATENTS_FILE
 from posmask.interop.saelens_files import export_saelens, import_saelens
-from posmask.latents import LATENT_WORDS_FILE, LATENTS_FILE
-from posmask.metrics.in_model import WindowMass
-from posmask.probing import topics
+from posmask.kernels import runtime
+from posmask.masks.base import MaskSettings, PositionMask
+from posmask.probing import datasets
 from posmask.report import write_report
-from posmask.sae import read_sae, write_sae
-from posmask.settings import read_study
-from posmask.verdicts import LEVEL, read_verdicts
+from posmask.results import rows
+from posmask.results.comparisons import LEVEL, read_verdicts
+from posmask.sae import rules
+from posmask.sae.files import read_sae, write_sae
+from posmask.storage.manifest import damage_under, identity, read_manifest
+from posmask.study import cell as study_cell
+from posmask.study import engines, harvests
+from posmask.study import run as study_run
+from posmask.study.settings import read_study
 
 SECONDS = ("train_seconds", "evaluate_seconds")  # What a clock says, and nothing else, differs between equal runs.
 
 
 def run(path, root):
     said = []
-    found = study.run_study(read_study(path), root, say=said.append)
+    found = study_run.run_study(read_study(path), root, say=said.append)
     return found, said
 
 
@@ -100,11 +97,11 @@ def test_a_finished_cell_is_never_made_again_and_a_changed_setting_never_reuses_
 
     study_file.write_text(study_file.read_text().replace("n_slices = 4", "n_slices = 2"))
     settings = read_study(study_file)
-    assert [state for _, state in study.cell_states(settings, root)] == ["finished", "finished", "other settings"]
+    assert [state for _, state in study_run.cell_states(settings, root)] == ["finished", "finished", "other settings"]
     _, said = run(study_file, root)
     assert "slice-compute-seed0 was made from other settings: moved to" in said[1]
-    assert folders.read_manifest(root / "stale" / "slice-compute-seed0-1", verify=True)
-    assert folders.read_manifest(root / "cells" / "slice-compute-seed0")["made_from"]["cell"]["mask"]["n_slices"] == 2
+    assert read_manifest(root / "stale" / "slice-compute-seed0-1", verify=True)
+    assert read_manifest(root / "cells" / "slice-compute-seed0")["made_from"]["cell"]["mask"]["n_slices"] == 2
     assert set((root / "cells" / "open-seed0").iterdir()) <= set(times)
 
 
@@ -112,7 +109,7 @@ def test_settings_can_be_replaced_on_the_way_in(study_file):
     changes = ["training.n_steps=30", "name = other", 'cells=[{name = "open", mask = {kind = "open"}}]', "questions=[]"]
     changed = read_study(study_file, [*changes, "model.layer=0.5"])
     assert (changed.name, changed.training.n_steps, len(changed.cells), changed.model.layer) == ("other", 30, 1, 0.5)
-    assert sources.Source(changed.model).made_from["layer"] == 2  # of 3
+    assert harvests.Source(changed.model).made_from["layer"] == 2  # of 3
     for change, message in (
         ("training.n_step=30", "training.n_step is not a setting: did you mean n_steps?"),
         ("trainings.n_steps=30", "'trainings.n_steps=30' changes no setting"),
@@ -142,7 +139,7 @@ def test_a_row_may_have_seeds_of_its_own_and_is_compared_on_those_both_have(stud
     assert line.effect == pytest.approx(by_seed["slice-compute", 1] - by_seed["open", 1])
     # More seeds leave what is there as it is.
     study_file.write_text(text.replace("seeds = [1]", "seeds = [0, 1]"))
-    states = dict(study.cell_states(read_study(study_file), tmp_path / "run"))
+    states = dict(study_run.cell_states(read_study(study_file), tmp_path / "run"))
     assert states["slice-compute-seed1"] == "finished"
     assert states["slice-compute-seed0"] == "missing"
 
@@ -151,9 +148,9 @@ def test_recipes_are_chosen_on_texts_that_nothing_reported_rests_on(study_file, 
     heldout = []
     for split in ("evaluation", "validation"):
         settings = read_study(study_file, [f"corpus.measured_on={split}"])
-        data = sources.prepare(settings, sources.Source(settings.model), tmp_path / "run")
+        data = harvests.prepare(settings, harvests.Source(settings.model), tmp_path / "run")
         (task, _), (dataset, _) = data.order["toy_order"], data.probes["toy"]
-        assert {corpus.split_of(text) for text in (*task.texts[::2], *dataset.texts)} == {split}
+        assert {split_of(text) for text in (*task.texts[::2], *dataset.texts)} == {split}
         heldout.append(data.heldout.token_id[:400])
     assert not torch.equal(*heldout)
     assert len(list((tmp_path / "run" / "activations").glob("training-*"))) == 1  # both are trained on the same
@@ -162,7 +159,7 @@ def test_recipes_are_chosen_on_texts_that_nothing_reported_rests_on(study_file, 
 def test_processes_on_one_root_do_the_work_once_between_them(study_file, tmp_path, monkeypatch):
     """Threads in the place of processes: a claim holds against both."""
     alone, _ = run(study_file, tmp_path / "alone")
-    made, make = [], cells.fill
+    made, make = [], study_cell.fill
     monkeypatch.setattr(
         engines, "fill", lambda study, place, *rest: (made.append(place.label), make(study, place, *rest))
     )
@@ -184,7 +181,7 @@ def test_two_jobs_make_what_one_makes(tmp_path):
         'evaluation.order_tasks=["chronology"]', 'evaluation.probe_datasets=["ag_news"]', "sae.d_sae=512",
     ]  # fmt: skip
     settings = read_study(Path(__file__).parents[1] / "studies" / "quick.toml", changes)
-    found = [study.run_study(settings, tmp_path / str(n_jobs), print, n_jobs) for n_jobs in (1, 2)]
+    found = [study_run.run_study(settings, tmp_path / str(n_jobs), print, n_jobs) for n_jobs in (1, 2)]
     log = (tmp_path / "2" / "jobs" / "2.log").read_text()
     assert "Traceback" not in log
     for one, other in zip(*found, strict=True):
@@ -197,9 +194,9 @@ def test_layers_and_seeds_never_share_a_record(study_file):
     other_layer = settings.model_copy(update={"model": settings.model.model_copy(update={"layer": 1})})
     other_seed = settings.model_copy(update={"seeds": (1,)})
     identities = [
-        folders.identity(place.made_from)
+        identity(place.made_from)
         for some in (settings, other_layer, other_seed)
-        for place in cells.places_of(some, sources.Source(some.model), study_file.parent)
+        for place in study_cell.places_of(some, harvests.Source(some.model), study_file.parent)
         if place.cell is not None
     ]
     assert len(set(identities)) == 6
@@ -225,13 +222,13 @@ def test_what_is_damaged_is_found_named_and_alone_made_anew(study_file, tmp_path
     cell = root / "cells" / "open-seed0"
     (cell / "rows.csv").write_text((cell / "rows.csv").read_text().replace("open,open", "open,shut", 1))
     kept = (root / "cells" / "slice-compute-seed0" / "rows.csv").stat().st_mtime_ns
-    (n_folders, (damage,)) = folders.damage_under(root)
+    (n_folders, (damage,)) = damage_under(root)
     assert n_folders == 3 + 5  # with training, held-out, shift, a task and a dataset
     assert damage.startswith(f"{cell / 'rows.csv'} is not what was written")
     after, said = run(study_file, root)
     assert said[1] == f"open-seed0 is damaged: moved to {root / 'stale' / 'open-seed0-1'}."
     assert (root / "cells" / "slice-compute-seed0" / "rows.csv").stat().st_mtime_ns == kept
-    assert folders.damage_under(root) == (n_folders, [])
+    assert damage_under(root) == (n_folders, [])
     for one, other in zip(before, after, strict=True):
         assert one.metric in SECONDS or repr(one) == repr(other)
 
@@ -310,26 +307,26 @@ def test_a_folder_that_posmask_did_not_write_is_not_moved_away(study_file, tmp_p
 
 
 def test_an_interrupted_cell_leaves_nothing_and_the_next_run_goes_on(study_file, tmp_path, monkeypatch):
-    evaluate = cells.evaluate
+    evaluate = study_cell.evaluate
 
     def stop(sae, *rest):
         if sae.mask.settings.kind == "slice":
             raise KeyboardInterrupt
         return evaluate(sae, *rest)
 
-    monkeypatch.setattr(cells, "evaluate", stop)
+    monkeypatch.setattr(study_cell, "evaluate", stop)
     with pytest.raises(KeyboardInterrupt):
         run(study_file, tmp_path / "run")
     assert [path.name for path in (tmp_path / "run" / "cells").iterdir()] == ["open-seed0"]
     assert not (tmp_path / "run" / "results.csv").exists()
-    monkeypatch.setattr(cells, "evaluate", evaluate)
+    monkeypatch.setattr(study_cell, "evaluate", evaluate)
     _, said = run(study_file, tmp_path / "run")
     assert said == ["2 of 3 folders are finished and stay as they are."]
 
 
 def test_training_tokens_are_never_held_out_tokens(study_file, tmp_path):
     settings = read_study(study_file)
-    data = sources.prepare(settings, sources.Source(settings.model), tmp_path)
+    data = harvests.prepare(settings, harvests.Source(settings.model), tmp_path)
     seen = {}
     for name in ("training", "heldout"):
         found = getattr(data, name)
@@ -380,7 +377,7 @@ def test_cells_that_start_from_another_take_the_rest_of_its_steps(study_file, tm
     # What it starts from is part of a cell's identity, and its source is made first.
     study_file.write_text(study_file.read_text().replace("steps_share = 0.5", "steps_share = 0.4"))
     settings = read_study(study_file)
-    states = dict(study.cell_states(settings, root))
+    states = dict(study_run.cell_states(settings, root))
     assert {cell for cell, state in states.items() if state == "other settings"} == {
         "open-half-seed0", "upcycled-seed0", "split-seed0",
     }  # fmt: skip
@@ -439,10 +436,10 @@ def test_one_place_of_the_stream_has_two_names(tmp_path):
     ):
         write_sae(make_sae("open"), tmp_path, origin)
         if fits:
-            assert set(cells.checked_start(tmp_path, place)) == {"sha256"}
+            assert set(study_cell.checked_start(tmp_path, place)) == {"sha256"}
         else:
             with pytest.raises(BadSetting, match="start from an SAE of the same layer and site"):
-                cells.checked_start(tmp_path, place)
+                study_cell.checked_start(tmp_path, place)
 
 
 def test_an_imported_sae_is_evaluated_and_trained_on(study_file, tmp_path):
@@ -451,7 +448,7 @@ def test_an_imported_sae_is_evaluated_and_trained_on(study_file, tmp_path):
     export_saelens(tmp_path / "first" / "cells" / "open-seed0", tmp_path / "theirs", lossy=True)
     import_saelens(tmp_path / "theirs", tmp_path / "imported")
     settings = read_study(study_file)
-    found = study.evaluate_folder(settings, tmp_path / "first", tmp_path / "imported")
+    found = study_run.evaluate_folder(settings, tmp_path / "first", tmp_path / "imported")
     assert {row.cell for row in found} == {"imported", "llm"}
     values = {(row.metric, row.slice): row.value for row in found if row.cell == "imported"}
     expected = {(row.metric, row.slice): row.value for row in first if row.cell == "open" and row.metric in METRICS}
@@ -463,7 +460,7 @@ def test_an_imported_sae_is_evaluated_and_trained_on(study_file, tmp_path):
     assert "dead_share" not in {metric for metric, _ in values}
     folder = tmp_path / "first" / "evaluated" / "imported"
     written = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert len(study.evaluate_folder(settings, tmp_path / "first", tmp_path / "imported")) == len(found)
+    assert len(study_run.evaluate_folder(settings, tmp_path / "first", tmp_path / "imported")) == len(found)
     assert written == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     base = study_file.read_text()
     text = base.replace("decay = true\n", "")
@@ -477,7 +474,7 @@ def test_an_imported_sae_is_evaluated_and_trained_on(study_file, tmp_path):
     assert better["open"] > values["explained_variance", ""]
     study_file.write_text(base.replace("n_positions = 16", "n_positions = 12"))
     with pytest.raises(BadSetting, match="for contexts of 16 positions, the study's have 12: set"):
-        study.evaluate_folder(read_study(study_file), tmp_path / "third", tmp_path / "imported")
+        study_run.evaluate_folder(read_study(study_file), tmp_path / "third", tmp_path / "imported")
 
 
 METRICS = ("explained_variance", "l0", "order_accuracy", "probe_accuracy", "retention", "ce_recovered")
@@ -512,8 +509,8 @@ def test_starts_that_make_no_sense_are_refused_before_any_work(study_file, old, 
 def test_a_new_kind_and_a_new_rule_take_one_class_and_one_entry(study_file, tmp_path, monkeypatch):
     """As the README says; nothing else knows of them, and a study, its table and its page take them."""
 
-    class Odd(masks.PositionMask):
-        class Settings(masks.MaskSettings):
+    class Odd(PositionMask):
+        class Settings(MaskSettings):
             kind: Literal["odd"] = "odd"
 
         def _start(self, random):
@@ -529,7 +526,7 @@ def test_a_new_kind_and_a_new_rule_take_one_class_and_one_entry(study_file, tmp_
             value = rules.gated(preactivation, openness)
             return value * (value > self.settings.floor)
 
-    monkeypatch.setitem(mask_kinds.MASKS, "odd", Odd)
+    monkeypatch.setitem(masks.MASKS, "odd", Odd)
     monkeypatch.setitem(rules.RULES, "floored", Floored)
     text = study_file.read_text().replace('{ kind = "topk", k = 4 }', '{ kind = "floored", floor = 0.1 }')
     text = text.replace('{ kind = "slice", n_slices = 4 }\nbudget = "compute"', '{ kind = "odd", leak = 0.1 }')
@@ -623,7 +620,7 @@ def test_old_results_never_stand_beside_new_cells(study_file, tmp_path, monkeypa
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cells, "evaluate", stop)
+    monkeypatch.setattr(study_cell, "evaluate", stop)
     with pytest.raises(KeyboardInterrupt):
         run(study_file, root)
     assert not (root / "results.csv").exists()
@@ -649,7 +646,7 @@ def test_seeds_are_paired_and_enough_of_them_may_be_judged(study_file, tmp_path)
 
 
 def test_a_class_without_texts_stops_the_study_by_its_name(study_file, tmp_path, monkeypatch):
-    monkeypatch.setitem(topics.DATASETS, "toy", {"even": ("words", "0"), "missing": ("words", "7")})
+    monkeypatch.setitem(datasets.DATASETS, "toy", {"even": ("words", "0"), "missing": ("words", "7")})
     with pytest.raises(BadSetting, match="toy has no texts of its class 'missing': leave the dataset out"):
         run(study_file, tmp_path / "run")
 
@@ -697,9 +694,9 @@ def test_a_study_may_ask_no_probes_and_have_no_open_cell(study_file, tmp_path):
 
 def test_latents_to_ablate_are_chosen_on_other_texts_than_they_are_tried_on(study_file, tmp_path, monkeypatch):
     settings = read_study(study_file)
-    data = sources.prepare(settings, sources.Source(settings.model), tmp_path)
+    data = harvests.prepare(settings, harvests.Source(settings.model), tmp_path)
     chosen_on, tried_on = set(), set()
-    update, replace = WindowMass.update, evaluation.without_latents
+    update, replace = WindowMass.update, suite.without_latents
 
     def spy(self, batch, codes):
         chosen_on.update(batch.text.tolist())
@@ -715,10 +712,10 @@ def test_latents_to_ablate_are_chosen_on_other_texts_than_they_are_tried_on(stud
         return taken_out
 
     monkeypatch.setattr(WindowMass, "update", spy)
-    monkeypatch.setattr(evaluation, "without_latents", spy_replace)
+    monkeypatch.setattr(suite, "without_latents", spy_replace)
     sae = settings.make_sae(settings.cells[0], 12, 0)
     train_on(sae, data.training, settings.training)
-    evaluation.evaluate(sae, torch.zeros(32).bool(), data, "test")
+    suite.evaluate(sae, torch.zeros(32).bool(), data, "test")
     assert len(chosen_on) > 20
     assert len(tried_on) > 4
     assert not chosen_on & tried_on
@@ -726,26 +723,26 @@ def test_latents_to_ablate_are_chosen_on_other_texts_than_they_are_tried_on(stud
 
 def test_an_untrained_sae_gets_no_numbers(study_file, tmp_path):
     settings = read_study(study_file)
-    data = sources.prepare(settings, sources.Source(settings.model), tmp_path)
+    data = harvests.prepare(settings, harvests.Source(settings.model), tmp_path)
     sae = settings.make_sae(settings.cells[0], 12, 0)
     with torch.no_grad():
         sae.encoder.zero_()
     with pytest.raises(PosmaskError, match="the SAE codes 0 latents a token"):
-        cells.evaluate(sae, torch.zeros(32).bool(), data, "test")
+        study_cell.evaluate(sae, torch.zeros(32).bool(), data, "test")
 
 
 @pytest.mark.parametrize("fast", ["float32", "bfloat16"])
 def test_forced_bfloat16_is_reported_with_its_cost_and_the_precision_is_in_the_manifest(
     model_folder, tmp_path, texts, monkeypatch, fast
 ):
-    monkeypatch.setattr(kernels, "fast_precision", lambda device="cpu": fast)
-    monkeypatch.setattr(kernels, "bfloat16_slowdown", lambda: 5.78)
+    monkeypatch.setattr(runtime, "fast_precision", lambda device="cpu": fast)
+    monkeypatch.setattr(runtime, "bfloat16_slowdown", lambda: 5.78)
     text = STUDY.replace("MODEL", str(model_folder)).replace("[training]", '[training]\nprecision = "bfloat16"')
     text = text.partition('[[cells]]\nname = "slice-compute"')[0]
     file = tmp_path / "study.toml"
     file.write_text(text)
     lines: list[str] = []
-    study.run_study(read_study(file), tmp_path / "run", lines.append)
+    study_run.run_study(read_study(file), tmp_path / "run", lines.append)
     warnings = [line for line in lines if "bfloat16" in line]
     assert len(warnings) == (fast == "float32")
     if warnings:

@@ -5,9 +5,9 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from posmask import corpus, texts
+from posmask.data import texts, tokens
 from posmask.errors import BadSetting, MissingAsset
-from posmask.settings import CorpusSettings
+from posmask.study.settings import CorpusSettings
 
 LINES = [f"text number {n}, of its own" for n in range(40)]
 
@@ -90,6 +90,6 @@ def test_a_corpus_has_one_source(given, message):
 
 
 def test_the_wall_divides_a_users_texts_too(folder):
-    sides = {split: set(corpus.unique_texts(texts.read_texts(str(folder)), split)) for split in corpus.Split.__args__}
+    sides = {split: set(tokens.unique_texts(texts.read_texts(str(folder)), split)) for split in tokens.Split.__args__}
     assert sum(map(len, sides.values())) == 41
     assert all(sides.values())

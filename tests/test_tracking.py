@@ -7,17 +7,17 @@ import sys
 
 import pytest
 
-from posmask import tracking
 from posmask.errors import MissingExtra
-from posmask.training import CurvePoint
+from posmask.training import trackers
+from posmask.training.curve import CurvePoint
 
 POINTS = [CurvePoint(step, step * 256, 1e-3, 1 / step, 0.0, 1 - 1 / step, 4.0, step % 3, 0.5) for step in (1, 10, 20)]
 
 WRITE_AND_READ = """
 import glob, json, sys
 from pathlib import Path
-from posmask.tracking import curve_writer
-from posmask.training import CurvePoint
+from posmask.training.trackers import curve_writer
+from posmask.training.curve import CurvePoint
 
 trackers = {"tensorboard", "wandb", "trackio"}
 folder = Path(sys.argv[1])
@@ -79,6 +79,6 @@ def test_points_arrive_in_every_tracker_and_without_one_nothing_is_loaded(tmp_pa
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
 def test_a_missing_tracker_is_named_with_its_pip_line(name, monkeypatch):
-    monkeypatch.setattr(tracking, "find_spec", lambda package: None)
+    monkeypatch.setattr(trackers, "find_spec", lambda package: None)
     with pytest.raises(MissingExtra, match=rf"needs the package `{name}`: pip install 'posmask\[track\]'"):
-        tracking.check_tracker(name)
+        trackers.check_tracker(name)

@@ -6,15 +6,16 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 from conftest import D_SAE, KINDS, MASKS, N_POSITIONS, RULES, codes_of, train_on
-from posmask import objective
-from posmask.activations import Activations, Batch, evaluation_batches
+from posmask.data.activations import Activations, Batch, evaluation_batches
 from posmask.errors import DegenerateResult
-from posmask.folders import write_folder
-from posmask.mask_kinds import make_mask, mask_settings
-from posmask.metrics.specialization import PositionMass, retention, special_positions
-from posmask.rules import rule_settings
-from posmask.sae import SparseAutoencoder
-from posmask.training import TrainingSettings, train
+from posmask.evaluation.retention import PositionMass, retention, special_positions
+from posmask.masks import make_mask, mask_settings
+from posmask.sae.autoencoder import SparseAutoencoder
+from posmask.sae.rules import rule_settings
+from posmask.storage.manifest import write_folder
+from posmask.training import fast_loss, reference_loss
+from posmask.training.loop import train
+from posmask.training.settings import TrainingSettings
 
 SETTINGS = TrainingSettings(n_steps=40, batch_tokens=128, learning_rate=5e-3)
 
@@ -83,7 +84,7 @@ def plain_losses(sae, batches, settings, dead):
         for part in (sae.mask, sae.rule):
             part.before_step(done, settings.n_steps)
         optimizer.zero_grad()
-        step = objective.plain_gradients(sae, batch.vectors, batch.position, dead=dead, aux_k=settings.aux_k)
+        step = reference_loss.plain_gradients(sae, batch.vectors, batch.position, dead=dead, aux_k=settings.aux_k)
         losses.append(step.reconstruction)
         torch.nn.utils.clip_grad_norm_(parameters, settings.max_gradient_norm, foreach=False)
         optimizer.step()
@@ -122,17 +123,17 @@ def test_the_loss_curve_is_that_of_plain_autograd_and_adam(kind, rule, precision
     )
     batches = sparse_sums(12, 1024, d_model)
     dead = torch.arange(d_sae) % 7 == 0
-    monkeypatch.setattr("posmask.training.DeadLatents.dead", dead)
+    monkeypatch.setattr("posmask.training.loop.DeadLatents.dead", dead)
     rule = {**RULES[rule], "k": 16} if "k" in RULES[rule] else RULES[rule]
     sae, plain = (fresh_sae(kind, rule=rule, d_sae=d_sae, d_model=d_model) for _ in range(2))
     expected = torch.tensor(plain_losses(plain, batches, settings, dead))
-    losses, fast = [], objective.fast_gradients
+    losses, fast = [], fast_loss.fast_gradients
 
     def noted(*given, **options):
         losses.append(fast(*given, **options))
         return losses[-1]
 
-    monkeypatch.setattr(objective, "fast_gradients", noted)
+    monkeypatch.setattr(fast_loss, "fast_gradients", noted)
     with contextlib.suppress(DegenerateResult):  # 12 steps need not explain anything
         train(sae, iter(batches), settings, "test")
     found = torch.tensor([step.reconstruction for step in losses])

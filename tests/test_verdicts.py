@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from posmask import verdicts
-from posmask.bootstrap import resample_counts
 from posmask.errors import BadSetting, DegenerateResult
-from posmask.rows import Units
-from posmask.verdicts import Comparison, holm, judge, paired_difference
+from posmask.results import comparisons
+from posmask.results.bootstrap import resample_counts
+from posmask.results.comparisons import Comparison, holm, judge, paired_difference
+from posmask.results.rows import Units
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +20,7 @@ def quick_resampling(monkeypatch):
             made[n_units, name] = resample_counts(n_units, name)
         return made[n_units, name]
 
-    monkeypatch.setattr(verdicts, "resample_counts", once)
+    monkeypatch.setattr(comparisons, "resample_counts", once)
 
 
 def simulated(random, n_seeds, seed_spread, text_spread, noise, *, difference=0.0, n_units=50, n_tasks=3):
@@ -71,7 +71,7 @@ def test_one_seed_covers_the_drawing_of_texts():
 
 
 def units_of(cells, column):
-    metric, where = verdicts.COLUMNS[column]
+    metric, where = comparisons.COLUMNS[column]
     slices = "".join(f";{key}={value}" for key, value in where.items())
     return [
         {
@@ -173,5 +173,5 @@ def test_verdicts_survive_their_file(tmp_path):
     random = np.random.default_rng(0)
     cell, other = units_of(simulated(random, 3, 0.0, 0.2, 0.2), "order k=1")
     found = judge({"slice": cell, "open": other}, [Comparison("slice", "open")])
-    verdicts.write_verdicts(tmp_path / "verdicts.csv", found)
-    assert verdicts.read_verdicts(tmp_path / "verdicts.csv") == found
+    comparisons.write_verdicts(tmp_path / "verdicts.csv", found)
+    assert comparisons.read_verdicts(tmp_path / "verdicts.csv") == found

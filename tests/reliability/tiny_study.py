@@ -8,8 +8,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from posmask import assets, corpus
-from posmask.probing import order_tasks, topics
+from posmask.data import embedded, tokens
+from posmask.probing import datasets, order_tasks
 
 STUDY = """
 name = "tiny"
@@ -63,14 +63,14 @@ def put_toy_texts() -> None:
     random = torch.Generator().manual_seed(0)
     texts = [" ".join(WORDS[i] for i in torch.randint(len(WORDS), (14,), generator=random)) for _ in range(1600)]
     table = [(text, str(number % 2)) for number, text in enumerate(texts)]
-    assets.read_table = lambda name: table
-    topics.DATASETS["toy"] = {"even": ("words", "0"), "odd": ("words", "1")}
+    embedded.read_table = lambda name: table
+    datasets.DATASETS["toy"] = {"even": ("words", "0"), "odd": ("words", "1")}
 
     def swapped(random, split):
         groups = []
         for text, _ in table:
             words = text.split()
-            if corpus.split_of(text) == split and words[0] != words[-1]:
+            if tokens.split_of(text) == split and words[0] != words[-1]:
                 groups.append((text, " ".join([words[-1], *words[1:-1], words[0]])))
         return iter(groups[:100]), iter(groups[100:])
 

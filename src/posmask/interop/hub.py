@@ -20,10 +20,11 @@ from posmask.interop.saelens_files import (
     read_saelens,
 )
 from posmask.interop.sites import described
-from posmask.mask_kinds import MASKS
-from posmask.rows import read_rows
-from posmask.sae import SparseAutoencoder, read_origin, read_sae
-from posmask.summary import summarise
+from posmask.masks import MASKS
+from posmask.results.rows import read_rows
+from posmask.results.table import summarise
+from posmask.sae.autoencoder import SparseAutoencoder
+from posmask.sae.files import read_origin, read_sae
 
 __all__ = ["from_pretrained", "model_card", "push"]
 

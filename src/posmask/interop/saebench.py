@@ -12,8 +12,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from posmask.errors import BadSetting
-from posmask.folders import check_file
-from posmask.probing.hub import HUB_DATASETS
+from posmask.probing.saebench_datasets import HUB_DATASETS
+from posmask.storage.manifest import check_file
 
 __all__ = ["KS", "Accuracies", "EvalConfig", "eval_file_name", "eval_output", "write_eval_output"]
 

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from posmask.errors import BadSetting, MissingExtra
 from posmask.interop.saelens_files import ARCHITECTURE, Form, saelens_form
-from posmask.mask_kinds import make_mask, mask_settings
-from posmask.rules import make_rule, rule_settings
-from posmask.sae import SparseAutoencoder
+from posmask.masks import make_mask, mask_settings
+from posmask.sae.autoencoder import SparseAutoencoder
+from posmask.sae.rules import make_rule, rule_settings
 
 try:
     with warnings.catch_warnings():

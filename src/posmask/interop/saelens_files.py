@@ -15,23 +15,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from posmask.choosing import LargestOfToken
 from posmask.errors import BadSetting, DamagedFolder
-from posmask.folders import as_json, file_sha256, write_folder
 from posmask.interop.sites import gemma_scope_hook, hook_name, layer_and_site
 from posmask.interop.weights import WeightsFile, npz_file, safetensors_file
-from posmask.mask_kinds import make_mask, mask_settings
-from posmask.rules import RULES, RuleSettings, rule_settings
-from posmask.sae import (
-    WEIGHTS_FILE,
-    SparseAutoencoder,
-    check_sizes,
-    check_table,
-    flaw_of,
-    read_origin,
-    read_sae,
-    write_sae,
-)
+from posmask.masks import make_mask, mask_settings
+from posmask.sae.autoencoder import SparseAutoencoder, check_sizes, check_table
+from posmask.sae.files import WEIGHTS_FILE, flaw_of, read_origin, read_sae, write_sae
+from posmask.sae.rules import RULES, RuleSettings, rule_settings
+from posmask.sae.selection import LargestOfToken
+from posmask.storage.manifest import as_json, file_sha256, write_folder
 
 __all__ = [
     "ARCHITECTURE",

@@ -6,7 +6,7 @@ them by topic. What no reader would call a sentence is left out.
 
 import re
 
-from posmask import assets, corpus
+from posmask.data import embedded, tokens
 
 __all__ = ["LANGUAGES", "sentences_by_language", "translations"]
 
@@ -15,23 +15,23 @@ _MARKED_UP = re.compile(r"[{}<>\[\]%$`*_|\n]|https?:")  # Placeholders, HTML, Ma
 _SHORTEST, _LONGEST = 5, 60  # Words.
 
 
-def sentences_by_language(split: corpus.Measured) -> dict[str, list[str]]:
+def sentences_by_language(split: tokens.Measured) -> dict[str, list[str]]:
     """One split's sentences of each of `LANGUAGES`, each once.
 
     A text that stands in two languages (untranslated, or the same in both) is in neither.
     """
     by_language = {
-        language: corpus.unique_texts(filter(_is_sentence, assets.read_messages(language).values()), split)
+        language: tokens.unique_texts(filter(_is_sentence, embedded.read_messages(language).values()), split)
         for language in LANGUAGES
     }
     shared: set[str] = set()
     seen: set[str] = set()
     for texts in by_language.values():
-        keys = {corpus.text_key(text) for text in texts}
+        keys = {tokens.text_key(text) for text in texts}
         shared |= keys & seen
         seen |= keys
     return {
-        language: [text for text in texts if corpus.text_key(text) not in shared]
+        language: [text for text in texts if tokens.text_key(text) not in shared]
         for language, texts in by_language.items()
     }
 
@@ -41,12 +41,12 @@ def translations(language: str) -> dict[str, str]:
 
     On both sides of the wall between training and evaluation: whoever uses one text of a pair asks for its own side.
     """
-    translated = assets.read_messages(language)
+    translated = embedded.read_messages(language)
     found: dict[str, str] = {}
     seen: set[str] = set()
-    for name, english in assets.read_messages("en").items():
+    for name, english in embedded.read_messages("en").items():
         other = translated.get(name, "")
-        keys = {corpus.text_key(english), corpus.text_key(other)}
+        keys = {tokens.text_key(english), tokens.text_key(other)}
         if _is_sentence(english) and _is_sentence(other) and len(keys) == 2 and not keys & seen:
             found[english] = other
             seen |= keys

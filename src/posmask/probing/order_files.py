@@ -6,16 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from posmask import assets, corpus
+from posmask.data import embedded, tokens
 from posmask.errors import BadSetting, NothingToDo
-from posmask.folders import MANIFEST, finished, identity, write_folder
 from posmask.probing.order_tasks import ORDER_TASKS, OrderTask, find_groups
+from posmask.storage.manifest import MANIFEST, finished, identity, write_folder
 
 __all__ = ["write_order_tasks"]
 
 
 def write_order_tasks(
-    tokenizer: corpus.Tokenizer,
+    tokenizer: tokens.Tokenizer,
     tokenizer_name: str,
     folder: Path,
     *,
@@ -45,7 +45,7 @@ def write_order_tasks(
         "train_groups": n_train_groups,
         "test_groups": n_test_groups,
         "seed": seed,
-        "carriers": {carrier.package: carrier.wheel_sha256 for carrier in assets.CARRIERS},
+        "carriers": {carrier.package: carrier.wheel_sha256 for carrier in embedded.CARRIERS},
     }
     if finished(folder, made_from):
         say(f"{folder} was made from the same settings and stays as it is.")

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from scipy.sparse import csr_matrix, hstack
 
-from posmask import assets, corpus
+from posmask.data import embedded, tokens
 from posmask.errors import BadSetting, NothingToDo
 from posmask.probing.catalogues import translations
 from posmask.seeds import generator
@@ -51,11 +51,11 @@ class OrderRecipe:
     `labels` holds what each class means; `sources` each carrier and what of it is used.
     """
 
-    groups: Callable[[torch.Generator, corpus.Measured], _Groups]
+    groups: Callable[[torch.Generator, tokens.Measured], _Groups]
     question: str
     labels: tuple[str, ...]
     split_by: str
-    sources: tuple[tuple[assets.Carrier, str], ...]
+    sources: tuple[tuple[embedded.Carrier, str], ...]
 
 
 _Item = TypeVar("_Item")
@@ -75,9 +75,9 @@ def _in_rounds(lists: Iterable[list[_Item]]) -> Iterator[_Item]:
     return (item for items in zip_longest(*lists) for item in items if item is not None)
 
 
-def _texts(table: str, split: corpus.Measured, label: str | None = None) -> list[str]:
-    return corpus.unique_texts(
-        (text for text, found in assets.read_table(table) if label is None or found == label), split
+def _texts(table: str, split: tokens.Measured, label: str | None = None) -> list[str]:
+    return tokens.unique_texts(
+        (text for text, found in embedded.read_table(table) if label is None or found == label), split
     )
 
 
@@ -101,7 +101,7 @@ def _in_both_orders(start: str, pairs: Iterable[tuple[str, ...]]) -> Iterator[Gr
         yield f"{start} {second} ; {first} ;", f"{start} {first} ; {second} ;"
 
 
-def _articles(random: torch.Generator, split: corpus.Measured) -> tuple[list[list[str]], list[list[str]]]:
+def _articles(random: torch.Generator, split: tokens.Measured) -> tuple[list[list[str]], list[list[str]]]:
     """The whole sentences of news articles, article by article: of those for training, and of those for test.
 
     A sentence ends with a word in lower case and a full stop, so "U.S." and "Sen." end none. Headlines and first
@@ -122,7 +122,7 @@ def _articles(random: torch.Generator, split: corpus.Measured) -> tuple[list[lis
 _LAST_WORD = re.compile(r"[a-z-]+[.!?][\"”]?")
 
 
-def _topic_permutation(random: torch.Generator, split: corpus.Measured) -> _Groups:
+def _topic_permutation(random: torch.Generator, split: tokens.Measured) -> _Groups:
     """The openings of three articles on politics, technology and sport, in each of the 6 orders (K = 6).
 
     No article is in more than one group.
@@ -141,7 +141,7 @@ def _topic_permutation(random: torch.Generator, split: corpus.Measured) -> _Grou
 _TOPICS = ("Politics", "Technology", "Sport")
 
 
-def _contrast_order(random: torch.Generator, split: corpus.Measured) -> _Groups:
+def _contrast_order(random: torch.Generator, split: tokens.Measured) -> _Groups:
     """A review of one good and one bad phrase, "Review: P, but N." or "Review: N, but P.": the last one's polarity.
 
     No phrase is in more than one group, and none of the test phrases lies within a training phrase or around one.
@@ -159,14 +159,14 @@ def _contrast_order(random: torch.Generator, split: corpus.Measured) -> _Groups:
     return groups(0), groups(1)
 
 
-def _chronology(random: torch.Generator, split: corpus.Measured) -> _Groups:
+def _chronology(random: torch.Generator, split: tokens.Measured) -> _Groups:
     """Two people and their years of birth: was the first named one born earlier? At least 20 years lie between.
 
     No person is in more than one group.
     """
     people = {}
-    for name, year in assets.read_table("2_hist_fig_birthyear"):
-        if corpus.split_of(name) == split and year.isdigit() and len(year) == 4:
+    for name, year in embedded.read_table("2_hist_fig_birthyear"):
+        if tokens.split_of(name) == split and year.isdigit() and len(year) == 4:
             people[name] = year
     names = _shuffled(list(people), random)
 
@@ -181,7 +181,7 @@ def _chronology(random: torch.Generator, split: corpus.Measured) -> _Groups:
     return groups(train), groups(test)
 
 
-def _agreement_swap(random: torch.Generator, split: corpus.Measured) -> _Groups:
+def _agreement_swap(random: torch.Generator, split: tokens.Measured) -> _Groups:
     """ "They say the N1 near the N2 is old.": swapping a singular with a plural noun breaks the verb's agreement.
 
     No noun is in both splits. A third of the nouns is for validation.
@@ -219,7 +219,7 @@ _PLACES = ("near", "behind", "beside", "above", "below", "beyond", "opposite")
 _STATES = "old new small large famous empty beautiful dirty expensive ugly clean".split()
 
 
-def _bigram_shift(random: torch.Generator, split: corpus.Measured) -> _Groups:
+def _bigram_shift(random: torch.Generator, split: tokens.Measured) -> _Groups:
     """A sentence of a news article, and the same with two adjacent inner words in lower case swapped (SentEval's task).
 
     At most four sentences of an article, no sentence twice, and no article in both splits.
@@ -241,7 +241,7 @@ def _bigram_shift(random: torch.Generator, split: corpus.Measured) -> _Groups:
     return iter(list(groups(train))), groups(test)  # All of the training draws before the first test draw.
 
 
-def _sentence_order(random: torch.Generator, split: corpus.Measured) -> _Groups:
+def _sentence_order(random: torch.Generator, split: tokens.Measured) -> _Groups:
     """Two adjacent sentences of a news article, as they stand there or the other way round.
 
     At most two pairs of an article, no sentence twice, and no article in both splits.
@@ -259,7 +259,7 @@ def _sentence_order(random: torch.Generator, split: corpus.Measured) -> _Groups:
     return groups(train), groups(test)
 
 
-def _dialogue_order(random: torch.Generator, split: corpus.Measured) -> _Groups:
+def _dialogue_order(random: torch.Generator, split: tokens.Measured) -> _Groups:
     """A turn of a film's dialogue and the reply to it, as they were spoken or the other way round.
 
     No turn is used twice. The test pairs are one stretch of the collection, in which the pairs of a film stand
@@ -267,8 +267,8 @@ def _dialogue_order(random: torch.Generator, split: corpus.Measured) -> _Groups:
     """
     pairs = [
         pair
-        for pair in assets.read_dialogue()
-        if all(_is_turn(text) and corpus.split_of(text) == split for text in pair)
+        for pair in embedded.read_dialogue()
+        if all(_is_turn(text) and tokens.split_of(text) == split for text in pair)
     ]
     start = int(torch.randint(len(pairs), (), generator=random))
     sides = _halves(pairs[start:] + pairs[:start])
@@ -281,7 +281,7 @@ def _is_turn(text: str) -> bool:
     return 4 <= len(text.split()) <= 30 and text.endswith((".", "!", "?"))
 
 
-def _language_order(random: torch.Generator, split: corpus.Measured) -> _Groups:
+def _language_order(random: torch.Generator, split: tokens.Measured) -> _Groups:
     """A paragraph of English messages and one of German messages, the English first or the German first.
 
     The paragraphs are of about the same number of characters. They are not translations of each other, and no message
@@ -291,7 +291,7 @@ def _language_order(random: torch.Generator, split: corpus.Measured) -> _Groups:
 
     def paragraphs(messages: list[str]) -> Iterator[str]:
         paragraph = ""
-        for message in corpus.unique_texts(messages, split):
+        for message in tokens.unique_texts(messages, split):
             paragraph = f"{paragraph} {message}".strip()
             if len(paragraph) >= 80:
                 if len(paragraph) <= 160:
@@ -313,21 +313,21 @@ ORDER_TASKS: dict[str, OrderRecipe] = {
         "In which order do the openings of an article on politics, one on technology and one on sport stand?",
         tuple(", ".join(order) for order in permutations(_TOPICS)),
         "article",
-        ((assets.TEXT_CARRIER, "table 97_news_class"),),
+        ((embedded.TEXT_CARRIER, "table 97_news_class"),),
     ),
     "contrast_order": OrderRecipe(
         _contrast_order,
         "Does a review of one good and one bad phrase end with the good one?",
         ("ends with the bad phrase", "ends with the good phrase"),
         "phrase",
-        ((assets.TEXT_CARRIER, "table 92_glue_sst2"),),
+        ((embedded.TEXT_CARRIER, "table 92_glue_sst2"),),
     ),
     "chronology": OrderRecipe(
         _chronology,
         "Was the person named first born first?",
         ("the later born is named first", "the earlier born is named first"),
         "person",
-        ((assets.TEXT_CARRIER, "table 2_hist_fig_birthyear"),),
+        ((embedded.TEXT_CARRIER, "table 2_hist_fig_birthyear"),),
     ),
     "agreement_swap": OrderRecipe(
         _agreement_swap,
@@ -341,39 +341,39 @@ ORDER_TASKS: dict[str, OrderRecipe] = {
         "Is a sentence intact, or are two adjacent words in it swapped?",
         ("swapped", "intact"),
         "article",
-        ((assets.TEXT_CARRIER, "table 100_news_fake, the genuine articles"),),
+        ((embedded.TEXT_CARRIER, "table 100_news_fake, the genuine articles"),),
     ),
     "language_order": OrderRecipe(
         _language_order,
         "Does the English paragraph stand before the German one?",
         ("German first", "English first"),
         "message",
-        ((assets.MESSAGE_CARRIER, "its messages in English and German"),),
+        ((embedded.MESSAGE_CARRIER, "its messages in English and German"),),
     ),
     "sentence_order": OrderRecipe(
         _sentence_order,
         "Do two adjacent sentences of an article stand in their true order?",
         ("reversed", "true order"),
         "article",
-        ((assets.TEXT_CARRIER, "table 100_news_fake, the genuine articles"),),
+        ((embedded.TEXT_CARRIER, "table 100_news_fake, the genuine articles"),),
     ),
     "dialogue_order": OrderRecipe(
         _dialogue_order,
         "Do a turn and its reply stand in their true order?",
         ("reversed", "true order"),
         "turn, and by film but for the two at the border",
-        ((assets.DIALOGUE_CARRIER, "its film dialogue"),),
+        ((embedded.DIALOGUE_CARRIER, "its film dialogue"),),
     ),
 }
 
 
 def make_order_task(
     name: str,
-    tokenizer: corpus.Tokenizer,
+    tokenizer: tokens.Tokenizer,
     n_positions: int,
     n_train_groups: int,
     n_test_groups: int,
-    split: corpus.Measured = "evaluation",
+    split: tokens.Measured = "evaluation",
     seed: int = 0,
 ) -> OrderTask:
     """Build a task's texts, with exactly as many groups as asked for.
@@ -394,11 +394,11 @@ def make_order_task(
 
 def find_groups(
     name: str,
-    tokenizer: corpus.Tokenizer,
+    tokenizer: tokens.Tokenizer,
     n_positions: int,
     n_train_groups: int,
     n_test_groups: int,
-    split: corpus.Measured = "evaluation",
+    split: tokens.Measured = "evaluation",
     seed: int = 0,
 ) -> OrderTask:
     """Build a task's texts, with as many groups as there are and at most as many as asked for.
@@ -422,7 +422,7 @@ def find_groups(
     return OrderTask(name, len(recipe.labels), texts, len(train), len(test))
 
 
-def _only_order_differs(group: Group, tokenizer: corpus.Tokenizer, n_positions: int) -> bool:
+def _only_order_differs(group: Group, tokenizer: tokens.Tokenizer, n_positions: int) -> bool:
     """Whether the texts hold the same tokens, each text in an order of its own, and fit the context."""
     rows = tokenizer(list(group), add_special_tokens=False)["input_ids"]
     bags = [Counter(row) for row in rows]
@@ -430,7 +430,7 @@ def _only_order_differs(group: Group, tokenizer: corpus.Tokenizer, n_positions: 
     return len(rows[0]) < n_positions and different and all(bag == bags[0] for bag in bags)
 
 
-def edge_features(task: OrderTask, tokenizer: corpus.Tokenizer, n_edge: int = 3) -> csr_matrix:
+def edge_features(task: OrderTask, tokenizer: tokens.Tokenizer, n_edge: int = 3) -> csr_matrix:
     """Counts of the first and of the last tokens of each text, side by side: what can be told from the edges alone.
 
     The beginning and the end that all texts of the task share say nothing and are skipped.

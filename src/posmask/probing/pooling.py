@@ -21,11 +21,11 @@ from jaxtyping import Float, Int
 from scipy.sparse import csr_matrix
 from torch import Tensor
 
-from posmask import kernels
-from posmask.activations import Batch
+from posmask.data.activations import Batch
 from posmask.errors import DegenerateResult
-from posmask.masks import Coordinate
-from posmask.sae import Codes
+from posmask.kernels import cpu
+from posmask.masks.base import Coordinate
+from posmask.sae.autoencoder import Codes
 
 __all__ = ["PooledTexts", "Pooling"]
 
@@ -85,7 +85,7 @@ class PooledTexts:
         sums = np.zeros((weight.shape[1], self.n_features))
         table = csr_matrix(weight.double().numpy())
         for block in self._blocks():
-            kernels.add_weighted_entries(
+            cpu.add_weighted_entries(
                 block["text"], block["feature"], block["value"], table.indptr, table.indices, table.data, sums
             )
         return torch.from_numpy(sums)
@@ -105,7 +105,7 @@ class PooledTexts:
             slots[-1][chosen.numpy()] = np.arange(len(chosen))
         out = np.zeros((len(texts), len(features)), np.float32)
         for block in self._blocks():
-            kernels.place_entries(block["text"], block["feature"], block["value"], slots[0], slots[1], out)
+            cpu.place_entries(block["text"], block["feature"], block["value"], slots[0], slots[1], out)
         return torch.from_numpy(out)
 
 

@@ -17,11 +17,11 @@ from altair.utils import schemapi
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from posmask.folders import check_file, replacing
 from posmask.report.reading import CellFolder, Numbers
 from posmask.report.tables import COLUMNS, Number, StudyTable
-from posmask.rows import Row
-from posmask.summary import Line
+from posmask.results.rows import Row
+from posmask.results.table import Line
+from posmask.storage.manifest import check_file, replacing
 
 __all__ = ["COLOURS", "Figure", "as_spec", "figures", "trade_off", "write_figures"]
 

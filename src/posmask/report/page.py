@@ -12,10 +12,10 @@ from typing import Any
 import jinja2
 import vl_convert
 
-from posmask.folders import PAGE_MARKS, check_file, check_folder, replacing, write_folder
 from posmask.report import browser as latents
 from posmask.report import figures, tables
 from posmask.report.reading import MODEL_CELL, Study, read_studies
+from posmask.storage.manifest import PAGE_MARKS, check_file, check_folder, replacing, write_folder
 
 __all__ = ["N_LATENTS", "write_paper_figures", "write_report", "write_report_folder"]
 

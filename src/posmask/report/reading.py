@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from posmask.errors import DamagedFolder
-from posmask.folders import identity, read_manifest
-from posmask.record import STUDY_FILE, StudyRecord, read_record
-from posmask.rows import Row, Units, parse_slice, read_rows, read_units
-from posmask.verdicts import Verdict, read_verdicts
+from posmask.results.comparisons import Verdict, read_verdicts
+from posmask.results.rows import Row, Units, parse_slice, read_rows, read_units
+from posmask.storage.manifest import identity, read_manifest
+from posmask.storage.record import STUDY_FILE, StudyRecord, read_record
 
 __all__ = ["MODEL_CELL", "CellFolder", "Numbers", "Study", "read_studies"]
 

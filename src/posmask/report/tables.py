@@ -9,9 +9,9 @@ import numpy as np
 
 from posmask.errors import DegenerateResult
 from posmask.report.reading import MODEL_CELL, Numbers, Study
-from posmask.rows import Row, Units, parse_slice
-from posmask.summary import Line, summarise
-from posmask.verdicts import Difference, paired_difference, sample_of
+from posmask.results.comparisons import Difference, paired_difference, sample_of
+from posmask.results.rows import Row, Units, parse_slice
+from posmask.results.table import Line, summarise
 
 __all__ = ["COLUMNS", "Number", "StudyTable", "capped", "missing", "number", "signed", "study_table", "verdict_lines"]
 

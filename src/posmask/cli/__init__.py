@@ -1,0 +1,5 @@
+"""Command line: `commands` parses arguments, `printing` formats results for the terminal."""
+
+from posmask.cli.commands import main
+
+__all__ = ["main"]

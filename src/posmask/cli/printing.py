@@ -1,0 +1,235 @@
+"""What the command line prints: tables that fit 80 columns, without colour, in a log file as well."""
+
+import sys
+import textwrap
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from posmask.progress import duration
+from posmask.results.comparisons import MIN_SEEDS, read_verdicts
+from posmask.results.table import ORDER_KS, PROBE_KS, Line
+
+if TYPE_CHECKING:
+    from posmask.study import planning
+    from posmask.study.cell import CellState
+    from posmask.study.machines import Machine
+    from posmask.study.scaling import Job
+
+__all__ = [
+    "console",
+    "peak_gigabytes",
+    "print_forecasts",
+    "print_plan",
+    "results_table",
+    "slurm_line",
+    "status_table",
+    "verdict_line",
+]
+
+_OVERALL = ("explained_variance", "ce_recovered", "retention_gain")
+console = Console()
+
+
+def _number(value: float) -> str:
+    """Three decimals without the leading zero, as wide as the column needs.
+
+    >>> _number(0.826), _number(-0.006), _number(1.0)
+    ('.826', '-.006', '1.000')
+    """
+    return "–" if value != value else f"{value:.3f}".replace("0.", ".", 1)
+
+
+def results_table(lines: list[Line]) -> Table:
+    """A study's table, see `summary.summarise`."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False, header_style="bold")
+    table.add_column("cell", overflow="fold")  # A long name takes two lines; numbers are never cut.
+    table.add_column("budget", no_wrap=True)
+    heads = [
+        "expl.\nvar.",
+        "CE\nrec.",
+        "ret.−\nchance",
+        *(f"order\nk={k}" for k in ORDER_KS),
+        *(f"probe\nk={k}" for k in PROBE_KS),
+    ]
+    for name in heads:
+        table.add_column(name, justify="right", no_wrap=True)
+    for line in lines:
+        # A cell's own numbers stand once, on its first line.
+        overall = ["" if line.pooling != "mean" else _number(line.overall[name]) for name in _OVERALL]
+        numbers = [
+            *line.order.values(),
+            *line.probing.values(),
+        ]
+        table.add_row(line.label, line.budget, *overall, *(_number(value) for value in numbers))
+    return table
+
+
+def verdict_line(path: Path) -> str:
+    """How many of a study's comparisons are decided; `path` is its verdicts.csv."""
+    verdicts = read_verdicts(path)
+    if not verdicts:
+        return "Verdicts: none, as the study has no open cell to compare with and asks no questions."
+    count = Counter(verdict.verdict for verdict in verdicts)
+    seeds = min(verdict.n_seeds for verdict in verdicts)
+    needed = f" (a verdict needs {MIN_SEEDS} seeds, here {'is' if seeds == 1 else 'are'} {seeds})"
+    return (
+        f"Verdicts: {count['better']} better, {count['worse']} worse, {count['no evidence']} no evidence"
+        f"{needed if seeds < MIN_SEEDS else ''}; differences with intervals in verdicts.csv and on the page."
+    )
+
+
+def peak_gigabytes() -> float:
+    """The most memory that this process, or any that it started, had."""
+    import resource
+
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def status_table(states: list[tuple[str, "CellState"]]) -> Table:
+    """A line a cell, its seeds under what they are."""
+    every = ("finished", "missing", "other settings", "damaged")
+    kinds = [kind for kind in every if any(state == kind for _, state in states)]
+    seeds: dict[str, dict[str, list[str]]] = {}
+    for label, state in states:
+        name, _, seed = label.rpartition("-seed")
+        seeds.setdefault(name or label, {}).setdefault(state, []).append(f"seed {seed}" if name else "yes")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_edge=False, header_style="bold")
+    table.add_column("cell", overflow="fold")
+    for kind in kinds:
+        table.add_column(kind, overflow="fold")
+    for name, found in seeds.items():
+        table.add_row(name, *(", ".join(found.get(kind, [])).replace(", seed ", ", ") for kind in kinds))
+    return table
+
+
+def print_forecasts(jobs: "list[Job]", machine: "Machine") -> None:
+    """What each job takes on 1 to 512 GPUs, and the assumptions."""
+    from posmask.study import machines, scaling
+
+    machine.link_rate(2)  # One without links is refused before anything is printed.
+    width = min(console.width, 100)
+    for job in jobs:
+        table = _columns("latents")
+        for name in ("GPUs", "divided by", "a GPU holds", "sent a step", "training", "dearest"):
+            table.add_column(name, justify="left" if name in ("divided by", "dearest") else "right", no_wrap=True)
+        harvest = {n: job.harvest(machine, n) for n in scaling.GPU_COUNTS}
+        fits = next(iter(harvest.values()))
+        times = ", ".join(f"{duration(one.seconds)} on {n}" for n, one in harvest.items())
+        apart = "" if fits.fits else ", more than a GPU has, and posmask cannot split it: harvest as if it were split"
+        print(
+            textwrap.fill(
+                f"{job.name}: {_bytes(fits.bytes_held)} of weights{apart}. Harvest of {job.harvested_tokens:,} "
+                f"tokens: {times} GPUs; {_bytes(job.disk_bytes)} on disk, of the {_bytes(machines.NODE_DISK)} that "
+                f"a machine of {machines.GPUS_A_NODE} has.",
+                width,
+            )
+        )
+        for n_latents in scaling.LATENTS:
+            for one in scaling.forecasts(job, machine, n_latents):
+                table.add_row(
+                    f"{n_latents:,}" if (one.n_gpus, one.design) == (1, "data") else "",
+                    str(one.n_gpus) if one.design == "data" else "",
+                    one.design,
+                    _bytes(sum(one.bytes_held.values())),
+                    _bytes(one.bytes_sent),
+                    duration(one.seconds) if one.possible else "–",
+                    one.limit if one.possible else f"{one.limit}: no",
+                )
+        console.print(table)
+        print()
+    for line in scaling.said(jobs[0], machine):
+        print(textwrap.fill(f"- {line}", width, subsequent_indent="  "))
+
+
+def _bytes(n: float) -> str:
+    """
+    >>> _bytes(9224), _bytes(18.55e12), _bytes(0)
+    ('9.2 kB', '18.6 TB', '0 B')
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 1000:
+            return f"{n:.0f} B" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1000
+    return f"{n:,.1f} TB"
+
+
+def _plan_tables(plan: "planning.Plan") -> list[Table]:
+    """What is harvested, and what each cell takes."""
+    harvest = _columns("harvest", "tokens", "time")
+    for line in plan.lines:
+        if line.stage == "harvest":
+            harvest.add_row(line.what, *_tokens_and_time(line))
+    cells = _columns("cell", "trained on,\ntokens", "\ntime", "encoded,\ntokens", "\ntime")
+    for line in plan.lines:
+        if line.stage == "baselines":
+            cells.add_row(line.what, "", "", *_tokens_and_time(line))
+    trained = {line.what: line for line in plan.lines if line.stage == "training"}
+    asked = {line.what: line for line in plan.lines if line.stage == "evaluation"}
+    for name, line in trained.items():
+        cells.add_row(name, *_tokens_and_time(line), *_tokens_and_time(asked[name]))
+    return [harvest, cells]
+
+
+def _columns(first: str, *others: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_edge=False, header_style="bold")
+    table.add_column(first, no_wrap=True, vertical="bottom")
+    for name in others:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _tokens_and_time(line: "planning.Line") -> tuple[str, str]:
+    return (f"{line.tokens:,}", duration(line.seconds)) if line.tokens or line.seconds else ("", "finished")
+
+
+def print_plan(plan: "planning.Plan", root: Path, gpu: str | None) -> None:
+    """A plan's tables, sums and assumptions.
+
+    Args:
+        gpu: the name of the one that is reckoned with; None: this machine.
+    """
+    if plan.n_finished < plan.n_folders:
+        for table in _plan_tables(plan):
+            console.print(table)
+            console.print()
+    width = min(console.width, 100)
+    for line in _plan_lines(plan, root, gpu):
+        print(textwrap.fill(line, width, subsequent_indent="  " if line.startswith("- ") else ""))
+
+
+def slurm_line(study_file: Path) -> str:
+    """How Slurm starts the processes that train a cell together, see docs/cluster.md."""
+    return (
+        "srun --nodes 2 --ntasks-per-node 1 torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint "
+        f'"$HOSTNAME:29500" -m posmask.cli train {study_file} CELL --by data'
+    )
+
+
+def _plan_lines(plan: "planning.Plan", root: Path, gpu: str | None) -> list[str]:
+    import torch
+
+    finished = (
+        f"{plan.n_folders - 1} cells (each with each seed is one) and the baselines; {plan.n_finished} of "
+        f"{plan.n_folders} folders are finished under {root}"
+    )
+    if plan.n_finished == plan.n_folders:
+        return [f"{finished}: nothing is left to do."]
+    stages = ", ".join(
+        f"{stage} {duration(plan.seconds(stage))}" for stage in ("harvest", "baselines", "training", "evaluation")
+    )
+    threads = torch.get_num_threads()
+    where = f"this machine ({threads} thread{'s' * (threads > 1)})"
+    if gpu is not None:
+        where = f"one {gpu}, its host like {where}"
+    hours = "" if gpu is None else f" That is {plan.seconds() / 3600:.1f} GPU hours, the host's work included."
+    return [
+        f"{finished}.",
+        f"In all {duration(plan.seconds())} on {where}: {stages}.{hours}",
+        f"Disk: {plan.disk_bytes / 1e9:.1f} GB to write. Memory: some {plan.memory_bytes / 1e9:.1f} GB at the peak.",
+        *(f"- {assumption}" for assumption in plan.assumptions),
+    ]

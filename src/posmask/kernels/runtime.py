@@ -1,0 +1,126 @@
+"""Settings of the CPU runtime: precision of products, threads, memory allocator."""
+
+import contextlib
+import ctypes
+import time
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import numba
+import torch
+
+__all__ = [
+    "Precision",
+    "bfloat16_slowdown",
+    "fast_float32",
+    "fast_precision",
+    "float32_stays_float32",
+    "give_back_freed_memory",
+    "keep_freed_memory",
+    "product_rate",
+    "threads",
+]
+
+Precision = Literal["float32", "bfloat16"]
+"""Precision of the products in a model or with a dictionary."""
+
+
+@contextlib.contextmanager
+def fast_float32() -> Iterator[None]:
+    """Let float32 products take oneDNN's kernels where they are still float32 there.
+
+    torch's default takes MKL's, which on AMD processors run at about half the speed. The setting that changes it
+    also permits bfloat16 products on processors with AMX, hence the check of the error, once a process.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if float32_stays_float32() else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@cache
+def keep_freed_memory() -> bool:
+    """Let this process keep freed memory for its next batch; returns whether the C library does so (glibc only).
+
+    By default glibc gives buffers of a batch's size back to the system, and every step pays for having their pages
+    zeroed again: about half of a masked step's time.
+    """
+    try:
+        library = ctypes.CDLL("libc.so.6")
+        settings = ((_M_TRIM_THRESHOLD, 2**31 - 1), (_M_MMAP_THRESHOLD, 2**25), (_M_TOP_PAD, 2**28))
+        return all(library.mallopt(*setting) == 1 for setting in settings)
+    except (OSError, AttributeError):
+        return False
+
+
+def give_back_freed_memory() -> None:
+    """Give what a stage has freed back to the system, before a stage that needs other sizes (glibc only)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+@contextlib.contextmanager
+def threads(n_threads: int) -> Iterator[None]:
+    """Let torch and the backend.compiled loops use so many threads."""
+    before = torch.get_num_threads(), numba.get_num_threads()
+    torch.set_num_threads(n_threads)
+    numba.set_num_threads(min(n_threads, before[1]))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        numba.set_num_threads(before[1])
+
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # from malloc.h; 2**25 is the largest allowed
+
+
+@cache
+def float32_stays_float32() -> bool:
+    """Whether torch's "medium" float32 product errs by less than 1e-5 of its largest entry here."""
+    random = torch.Generator().manual_seed(0)
+    left, right = torch.randn(128, 576, generator=random), torch.randn(576, 256, generator=random)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    product = left @ right
+    torch.set_float32_matmul_precision(before)
+    exact = left.double() @ right.double()
+    return bool((product - exact).abs().max() < 1e-5 * exact.abs().max())
+
+
+def fast_precision(device: str = "cpu") -> Precision:
+    """bfloat16 where the CPU or the device multiplies it natively, else float32.
+
+    Decided by the CPU's features, not by a timing, so that it is the same in every run on one machine.
+    """
+    if device.startswith("cuda"):
+        return "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
+    if device != "cpu":
+        return "float32"
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf8")
+    except OSError:
+        return "float32"
+    return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
+
+
+def bfloat16_slowdown() -> float:
+    """How many times longer a bfloat16 product takes than a float32 product on this CPU; measured in under a second."""
+    return product_rate("float32", n_rows=256) / product_rate("bfloat16", n_rows=256)
+
+
+def product_rate(precision: str, n_rows: int = 2048) -> float:
+    """Floating-point operations per second, the best of five products [n_rows 576] x [576 2304] after a warm-up."""
+    left = torch.ones(n_rows, 576, dtype=getattr(torch, precision))
+    right = torch.ones(2304, 576, dtype=left.dtype)
+    seconds = []
+    with fast_float32():
+        for _ in range(6):
+            started = time.perf_counter()
+            _ = left @ right.T
+            seconds.append(time.perf_counter() - started)
+    return 2 * n_rows * 576 * 2304 / min(seconds[1:])

@@ -1,0 +1,243 @@
+"""Standard sparse probing: labelled datasets, one probe a class against the others, as SAEBench does it.
+
+Two protocols. `saebench` is that of sae-bench 0.6.0 to the letter, its random draws included: negatives are drawn
+anew for every k, and the probe on all features reports its best epoch on the test texts. `default` differs in these
+two alone: one draw serves every k and every source, and the epoch is chosen on training texts set apart.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from posmask.data import embedded, tokens
+from posmask.errors import BadSetting
+from posmask.probing.catalogues import LANGUAGES, sentences_by_language
+from posmask.probing.pooling import PooledTexts
+from posmask.probing.probes import OnFit, ProbeTask, all_feature_correct, k_sparse_correct
+from posmask.probing.saebench_datasets import HUB_DATASETS, cut_to_smallest, read_hub_texts
+from posmask.results.intervals import ratio
+from posmask.results.rows import Measure
+from posmask.seeds import generator
+
+__all__ = [
+    "DATASETS",
+    "SAEBENCH_SEED",
+    "ProbeDataset",
+    "Protocol",
+    "class_names",
+    "dataset_names",
+    "probe_accuracy",
+    "read_probe_dataset",
+]
+
+Protocol = Literal["default", "saebench"]
+SAEBENCH_SEED = 42
+
+DATASETS: dict[str, dict[str, tuple[str, str]]] = {
+    # name: {class: (embedded table, label)}. The roles that SAEBench's datasets play, from the same sources where the
+    # embedded tables have them; they are not the hub's datasets and do not go under their names.
+    "ag_news": {  # fancyzhx/ag_news, without its fourth class
+        "world": ("161_agnews_0", "1"),
+        "sports": ("162_agnews_1", "1"),
+        "business": ("163_agnews_2", "1"),
+    },
+    "github_code": {  # codeparrot/github-code
+        "C": ("158_code_C", "1"),
+        "Python": ("159_code_Python", "1"),
+        "HTML": ("160_code_HTML", "1"),
+    },
+    "amazon_sentiment": {  # canrager/amazon_reviews_mcauley_1and5_sentiment
+        "5_stars": ("157_amazon_5star", "1"),
+        "other": ("157_amazon_5star", "0"),
+    },
+    "occupations_1": {  # LabHC/bias_in_bios: the profession of the person a text speaks about, here from Wikipedia
+        "journalist": ("59_wikidata_occupation_isjournalist", "1"),
+        "athlete": ("60_wikidata_occupation_isathlete", "1"),
+        "actor": ("61_wikidata_occupation_isactor", "1"),
+    },
+    "occupations_2": {
+        "politician": ("62_wikidata_occupation_ispolitician", "1"),
+        "singer": ("63_wikidata_occupation_issinger", "1"),
+        "researcher": ("64_wikidata_occupation_isresearcher", "1"),
+    },
+    "news_class": {  # canrager/amazon_reviews_mcauley_1and5: the closest thing to its product categories
+        "politics": ("97_news_class", "Politics"),
+        "technology": ("97_news_class", "Technology"),
+        "sport": ("97_news_class", "Sport"),
+        "entertainment": ("97_news_class", "Entertainment"),
+    },
+}
+
+
+@dataclass(frozen=True)
+class ProbeDataset:
+    """Texts with one class each; `train` says on which side of the probe's split each stands."""
+
+    name: str
+    classes: tuple[str, ...]
+    texts: tuple[str, ...]
+    label: Int[Tensor, " text"]
+    train: Bool[Tensor, " text"]
+
+
+SENTENCE_LANGUAGE = "sentence_language"  # Helsinki-NLP/europarl: the language of a sentence, here of program messages
+
+
+def dataset_names() -> tuple[str, ...]:
+    """All names that `read_probe_dataset` knows: the embedded roles, then SAEBench's datasets by their hub names."""
+    return (*DATASETS, SENTENCE_LANGUAGE, *HUB_DATASETS)
+
+
+def class_names(name: str) -> tuple[str, ...]:
+    """The classes of a dataset, known without reading it."""
+    if name in HUB_DATASETS:
+        return tuple(HUB_DATASETS[name].classes)
+    return LANGUAGES if name == SENTENCE_LANGUAGE else tuple(DATASETS[name])
+
+
+def read_probe_dataset(
+    name: str, n_train: int, n_test: int, max_characters: int, split: tokens.Measured = "evaluation"
+) -> ProbeDataset:
+    """A dataset with as many texts of every class.
+
+    Args:
+        n_train: how many texts a probe is fitted on, half of them of its class; lowered to what the smallest class
+            has, in the same ratio as `n_test`.
+        n_test: how many it is tested on, likewise.
+        max_characters: texts are cut to this length (far beyond the context).
+        split: of the embedded texts; the hub's datasets have splits of their own, which stay as they are.
+
+    Raises:
+        BadSetting: no such dataset, a class of it is missing, or it has too few texts to probe.
+    """
+    if name in HUB_DATASETS:
+        sides = read_hub_texts(name, n_train, n_test, SAEBENCH_SEED)
+    elif name in DATASETS or name == SENTENCE_LANGUAGE:
+        sides = _embedded_texts(name, n_train // 2, n_test // 2, split)
+    else:
+        raise BadSetting(f"probe dataset {name!r} is unknown: choose from {', '.join(dataset_names())}")
+    rows = [
+        (text[:max_characters], number, is_train)
+        for number, pair in enumerate(sides.values())
+        for is_train, texts in zip((True, False), pair, strict=True)
+        for text in texts
+    ]
+    texts, labels, train = zip(*rows, strict=True)
+    return ProbeDataset(name, tuple(sides), texts, torch.tensor(labels), torch.tensor(train))
+
+
+def _embedded_texts(
+    name: str, n_train: int, n_test: int, split: tokens.Measured
+) -> dict[str, tuple[list[str], list[str]]]:
+    """Each class's (training, test) texts, none of which may train an SAE."""
+    by_class: dict[str, list[str]] = {}
+    if name == SENTENCE_LANGUAGE:
+        by_class = sentences_by_language(split)
+    seen: set[str] = set()
+    for label, (table, target) in DATASETS.get(name, {}).items():
+        texts = tokens.unique_texts((text for text, found in embedded.read_table(table) if found == target), split)
+        by_class[label] = [text for text in texts if tokens.text_key(text) not in seen]
+        seen.update(tokens.text_key(text) for text in texts)
+    for label, texts in by_class.items():
+        if not texts:
+            raise BadSetting(f"{name} has no texts of its class {label!r}: leave the dataset out")
+    n_train, n_test = cut_to_smallest(name, min(map(len, by_class.values())), n_train, n_test)
+    sides = {}
+    for number, (label, texts) in enumerate(by_class.items()):
+        drawn = torch.randperm(len(texts), generator=generator(number, f"probe texts {name}")).tolist()
+        chosen = [texts[index] for index in drawn[: n_train + n_test]]
+        sides[label] = chosen[:n_train], chosen[n_train:]
+    return sides
+
+
+def probe_accuracy(
+    dataset: ProbeDataset,
+    features: PooledTexts,
+    ks: Sequence[int],
+    *,
+    source: Literal["sae", "llm"],
+    pooling: str = "mean",
+    protocol: Protocol = "default",
+    on_all: bool = True,
+    random: torch.Generator | None = None,
+    on_fit: OnFit = lambda *fit: None,
+) -> list[Measure]:
+    """`probe_accuracy`: the share of test texts that probes get right, mean over classes; chance is 0.5.
+
+    For each class, positives are all its texts and negatives as many, drawn evenly from the other classes; training
+    and test sets are exactly balanced. `k=all` is the probe on all features, where `on_all`. One measure a dataset and
+    k, and one for each class of it (`class` in the slice). Intervals by bootstrap over test texts, which one class's
+    positives and another's negatives share.
+
+    Args:
+        features: one row a text, in the dataset's order; texts without kept tokens are left out.
+        random: for the `saebench` protocol: the stream that sae-bench draws from, seeded once a run and handed on
+            from dataset to dataset.
+        on_fit: told of the probes, one a class.
+    """
+    kept = features.n_tokens > 0
+    numbers = range(len(dataset.classes))
+    right: dict[int | str, list[Tensor]] = {}
+    tasks: dict[int | str, list[ProbeTask]] = {}
+    if protocol == "saebench":
+        assert random is not None
+        if on_all:
+            tasks["all"], right["all"] = [], []
+            for number in numbers:
+                tasks["all"].append(_task(dataset, kept, number, random))
+                right["all"].append(all_feature_correct(features, tasks["all"][-1], random, choose_on_test=True))
+        for k in ks:
+            tasks[k] = [_task(dataset, kept, number, random) for number in numbers]
+            right[k] = k_sparse_correct(features, tasks[k], (k,), on_fit)[k]
+    else:
+        streams = [generator(number, f"probe {dataset.name}") for number in numbers]
+        once = [_task(dataset, kept, number, stream) for number, stream in zip(numbers, streams, strict=True)]
+        if on_all:
+            right["all"] = [all_feature_correct(features, *pair) for pair in zip(once, streams, strict=True)]
+        for k, found in k_sparse_correct(features, once, ks, on_fit).items():
+            right[k] = found
+        tasks = dict.fromkeys(right, once)
+    measures = []
+    for k, by_class in right.items():
+        where = {"dataset": dataset.name, "k": k, "source": source, "pooling": pooling, "protocol": protocol}
+        top, bottom = (torch.zeros(len(dataset.texts), dtype=torch.float64) for _ in range(2))
+        for label, task, correct in zip(dataset.classes, tasks[k], by_class, strict=True):
+            top[task.test] += correct.double()
+            bottom[task.test] += 1
+            n_train = len(task.train)
+            measures.append(
+                ratio("probe_accuracy", correct.double(), slice={**where, "train": n_train, "class": label})
+            )
+        # Over all texts that probes may be tested on, so that the units are the same in every cell.
+        tested = ~dataset.train & kept
+        n_train = min(len(task.train) for task in tasks[k])
+        measures.append(ratio("probe_accuracy", top[tested], bottom[tested], slice={**where, "train": n_train}))
+    return measures
+
+
+def _task(dataset: ProbeDataset, kept: Bool[Tensor, " text"], number: int, random: torch.Generator) -> ProbeTask:
+    """One class against the others; draws from `random` as sae-bench's `prepare_probe_data` does, training first."""
+    sides = []
+    for train in (True, False):
+        of_class = [
+            ((dataset.label == other) & (dataset.train == train) & kept).nonzero()[:, 0]
+            for other in range(len(dataset.classes))
+        ]
+        positives = of_class.pop(number)
+        each = math.ceil(len(positives) / len(of_class))
+        negatives = torch.cat([texts[torch.randperm(len(texts), generator=random)[:each]] for texts in of_class])
+        negatives = negatives[torch.randperm(len(negatives), generator=random)[: len(positives)]]
+        drawn = torch.cat([positives[: len(negatives)], negatives])
+        if len(drawn) == 0:
+            raise BadSetting(
+                f"{dataset.name} has no texts with content on both sides of its class {dataset.classes[number]!r}: "
+                "give each class more texts"
+            )
+        drawn = drawn[torch.randperm(len(drawn), generator=random)]
+        sides += [drawn, dataset.label[drawn] == number]
+    return ProbeTask(*sides)

@@ -1,0 +1,121 @@
+"""Probes on order tasks, and the controls that show what else could have given their accuracy.
+
+Chance is 0.5 throughout: where a task has more than two classes there is one probe a class against one other text of
+the same group, so that every probe's texts come in pairs of equal bags of tokens.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from scipy.sparse import csr_matrix
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+
+from posmask.data import tokens
+from posmask.errors import BadSetting
+from posmask.probing.order_tasks import OrderTask, edge_features
+from posmask.probing.pooling import PooledTexts
+from posmask.probing.probes import OnFit, ProbeTask, k_sparse_correct
+from posmask.results.intervals import ratio
+from posmask.results.rows import Measure
+from posmask.seeds import generator
+
+__all__ = ["bag_accuracy", "edge_accuracy", "order_accuracy", "order_tokens", "positives"]
+
+N_PERMUTATIONS = 5
+
+
+def order_tokens(task: OrderTask, tokenizer: tokens.Tokenizer, n_positions: int) -> tokens.Tokens:
+    """A task's texts as tokens, and after them its test texts once more with their tokens in random order."""
+    test = torch.arange(task.n_train_groups * task.n_classes, len(task.texts))
+    return tokens.with_shuffled(tokens.pad(task.texts, tokenizer, n_positions), test, tokenizer)
+
+
+def order_accuracy(
+    task: OrderTask, features: PooledTexts, ks: Sequence[int], pooling: str, on_fit: OnFit = lambda *fit: None
+) -> list[Measure]:
+    """The share of test texts whose order a k-sparse probe tells, mean over classes, and the same for two controls.
+
+    `order_accuracy` is the number. `order_shuffled` is the same probe on test texts whose tokens are shuffled, and
+    `order_permuted` the mean of 5 probes whose training labels were swapped in half of the groups, at random: both must
+    lie at 0.5. Units are test groups.
+
+    Args:
+        features: one row for each text of `order_tokens`.
+        pooling: how they were pooled; stands in the slice.
+        on_fit: told of the probes, one for each of `positives(task)`, and after them the permuted ones.
+    """
+    n_texts = len(task.texts)
+    test = torch.arange(task.n_train_groups, task.n_train_groups + task.n_test_groups)
+    train = torch.arange(task.n_train_groups)
+    probes, permuted = [], []
+    for positive in positives(task):
+        train_pairs, train_label = _pairs(task, train, positive)
+        test_pairs, test_label = _pairs(task, test, positive)
+        shuffled = test_pairs + n_texts - task.n_train_groups * task.n_classes
+        asked = torch.cat([test_pairs, shuffled]), test_label.repeat(2)
+        probes.append(ProbeTask(train_pairs, train_label, *asked))
+        for draw in range(N_PERMUTATIONS):
+            swap = torch.rand(len(train), generator=generator(positive, f"permuted {task.name} {draw}")) < 0.5
+            permuted.append(ProbeTask(train_pairs, train_label ^ swap.repeat_interleave(2), *asked))
+    found = []
+    for k, correct in k_sparse_correct(features, [*probes, *permuted], ks, on_fit).items():
+        by_group = torch.stack([right.double().view(2, -1, 2).mean(2) for right in correct])
+        own, other = by_group[: len(probes)].mean(0), by_group[len(probes) :].mean(0)
+        where = {"task": task.name, "k": k, "pooling": pooling}
+        found += [
+            ratio("order_accuracy", own[0], slice=where),
+            ratio("order_shuffled", own[1], slice=where),
+            ratio("order_permuted", other[0], slice=where),
+        ]
+    return found
+
+
+def positives(task: OrderTask) -> range:
+    """The classes that have a probe of their own."""
+    return range(1, 2) if task.n_classes == 2 else range(task.n_classes)
+
+
+def _pairs(
+    task: OrderTask, groups: Int[Tensor, " group"], positive: int
+) -> tuple[Int[Tensor, " text"], Bool[Tensor, " text"]]:
+    """The positive class's text and one other of each group, group by group, with their labels."""
+    other = (positive + 1 + groups % (task.n_classes - 1)) % task.n_classes
+    first = groups * task.n_classes
+    pairs = torch.stack([first + positive, first + other], 1).flatten()
+    return pairs, torch.tensor([True, False]).repeat(len(groups))
+
+
+def bag_accuracy(task: OrderTask, tokenizer: tokens.Tokenizer) -> list[Measure]:
+    """`order_bag_accuracy`: the same split, K classes, from token counts alone: exactly 1/K, or the task leaks."""
+    rows = tokenizer(list(task.texts), add_special_tokens=False)["input_ids"]
+    text = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
+    counts = csr_matrix((np.ones(len(text)), (text, np.concatenate(rows).astype(np.int64))))
+    counts.sum_duplicates()
+    labels = np.arange(len(rows)) % task.n_classes
+    cut = task.n_train_groups * task.n_classes
+    probe = LogisticRegression(C=1.0, max_iter=1000).fit(counts[:cut], labels[:cut])
+    accuracy = float((probe.predict(counts[cut:]) == labels[cut:]).mean())
+    if abs(accuracy - 1 / task.n_classes) > 1e-9:
+        raise BadSetting(
+            f"a bag of words scores {accuracy} on {task.name}, not exactly 1/{task.n_classes}: its groups do not hold "
+            "equal bags under this tokenizer, leave the task out"
+        )
+    return [Measure("order_bag_accuracy", accuracy, n=task.n_test_groups, slice={"task": task.name})]
+
+
+def edge_accuracy(task: OrderTask, tokenizer: tokens.Tokenizer) -> list[Measure]:
+    """`order_edges`: what the first three and the last three tokens alone tell, in the pairs of `order_accuracy`."""
+    edges = edge_features(task, tokenizer)
+    train = torch.arange(task.n_train_groups)
+    test = torch.arange(task.n_train_groups, task.n_train_groups + task.n_test_groups)
+    right = []
+    for positive in positives(task):
+        train_pairs, train_label = _pairs(task, train, positive)
+        test_pairs, test_label = _pairs(task, test, positive)
+        probe = LogisticRegression(C=1.0, max_iter=1000).fit(edges[train_pairs.numpy()], train_label.numpy())
+        predicted = torch.from_numpy(np.asarray(probe.predict(edges[test_pairs.numpy()]), dtype=bool))
+        right.append((predicted == test_label).double().view(-1, 2).mean(1))
+    return [ratio("order_edges", torch.stack(right).mean(0), slice={"task": task.name})]

@@ -1,0 +1,266 @@
+"""The sparse autoencoder: what a code is, by definition, and the sparse codes that everything else works with.
+
+For a token at position p with vector v:
+
+    x     = (v - center) / scale                                 (constants of the training data, stored here)
+    pre   = (x - decoder_bias) . encoder[j] + encoder_bias[j]    for each latent j
+    code  = rule(M[p] * relu(pre))                               (M: the position mask's openness; see rules.py)
+    x_hat = sum_j code[j] * decoder[j] + decoder_bias            and  v_hat = x_hat * scale + center
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from posmask.errors import BadSetting
+from posmask.kernels import operations, runtime
+from posmask.masks.base import PositionMask
+from posmask.masks.groups import LiveGroup
+from posmask.sae.rules import RuleSettings, make_rule
+from posmask.sae.selection import choose, in_group_order, pieces
+from posmask.seeds import generator
+
+__all__ = ["Codes", "SparseAutoencoder", "check_sizes", "check_table"]
+
+
+@dataclass(frozen=True)
+class Codes:
+    """The active codes of some tokens: pairs of token and latent, those of a token together, tokens in order.
+
+    All values are above 0, and no pair stands twice.
+    """
+
+    token: Int[Tensor, " entry"]
+    latent: Int[Tensor, " entry"]
+    value: Float[Tensor, " entry"]
+    n_tokens: int
+    d_sae: int
+
+    def some(self, which: Bool[Tensor, " token"] | Int[Tensor, " some"]) -> "Codes":
+        """The codes of some of the tokens, chosen by truth or by number (none twice), as `Batch.some` takes them."""
+        numbers = which.nonzero()[:, 0] if which.dtype == torch.bool else which
+        new = torch.full((self.n_tokens,), -1, device=self.token.device)
+        new[numbers] = torch.arange(len(numbers), device=new.device)
+        token = new[self.token]
+        entry = (token >= 0).nonzero()[:, 0]
+        entry = entry[torch.sort(token[entry], stable=True).indices]
+        return Codes(token[entry], self.latent[entry], self.value[entry], len(numbers), self.d_sae)
+
+    def to(self, device: torch.device) -> "Codes":
+        """The same on a device."""
+        token, latent, value = (part.to(device) for part in (self.token, self.latent, self.value))
+        return Codes(token, latent, value, self.n_tokens, self.d_sae)
+
+    def n_active(self) -> Float[Tensor, " token"]:
+        """How many latents are active on each token."""
+        return torch.bincount(self.token, minlength=self.n_tokens).float()
+
+    def dense(self) -> Float[Tensor, "token latent"]:
+        out = self.value.new_zeros(self.n_tokens, self.d_sae)
+        out[self.token, self.latent] = self.value
+        return out
+
+
+class SparseAutoencoder(nn.Module):
+    """A dictionary of latents with an activation rule and a position mask.
+
+    `encoder` and `decoder` hold one row a latent, [latent d_model] both; decoder rows have unit norm.
+    Vectors go in and come out in the model's own units; inside they are centred and scaled so that the mean of
+    |x|^2 is d_model on the training data.
+
+    Args:
+        mask: its d_sae is the dictionary's width, its n_positions the longest position + 1 that can be encoded.
+        seed: decides the initial weights.
+    """
+
+    center: Tensor
+    scale: Tensor
+
+    def __init__(self, d_model: int, rule: RuleSettings, mask: PositionMask, seed: int = 0) -> None:
+        super().__init__()
+        self.rule = make_rule(rule, mask.d_sae)
+        self.rule.nest(mask.support(), mask.n_free)
+        self.mask = mask
+        mask.meet(d_model, seed)
+        rows = torch.randn(mask.d_sae, d_model, generator=generator(seed, "weights"))
+        rows = (rows / rows.norm(dim=1, keepdim=True))[mask.copied_from]
+        self.encoder = nn.Parameter(rows.clone())
+        self.encoder_bias = nn.Parameter(torch.zeros(mask.d_sae))
+        self.decoder = nn.Parameter(rows)
+        self.decoder_bias = nn.Parameter(torch.zeros(d_model))
+        self.register_buffer("center", torch.zeros(d_model))
+        self.register_buffer("scale", torch.ones(()))
+
+    @property
+    def d_sae(self) -> int:
+        return self.encoder.shape[0]
+
+    def latent_parameters(self) -> list[nn.Parameter]:
+        """The parameters that hold a row or a number for each latent."""
+        return [self.encoder, self.encoder_bias, self.decoder, *self.rule.parameters()]
+
+    @property
+    def d_model(self) -> int:
+        return self.encoder.shape[1]
+
+    def normalise(self, vectors: Float[Tensor, "*token d_model"]) -> Float[Tensor, "*token d_model"]:
+        return (vectors.to(self.encoder.dtype) - self.center) / self.scale
+
+    def encode(
+        self,
+        vectors: Float[Tensor, "*token d_model"],
+        position: Int[Tensor, "*token"],
+        *,
+        lift: bool = False,
+        beyond: Literal["refuse", "clamp"] = "refuse",
+    ) -> Float[Tensor, "*token latent"]:
+        """The codes, by definition: dense and differentiable.
+
+        Args:
+            vectors: in the model's units.
+            position: of each token, counted as the mask's `coordinate` says; 0 = BOS.
+            lift: lift the mask, i.e. take every latent as open everywhere.
+            beyond: what to do with positions outside the context that the mask was made for: `clamp` takes the last.
+
+        Raises:
+            BadSetting: a position outside the context.
+        """
+        position = self._checked(position, beyond)
+        x = self.normalise(vectors)
+        routing = self.mask.route(x, position)
+        preactivation = (x - self.decoder_bias) @ self.encoder.T + self.encoder_bias
+        openness = self.mask.table()[routing.place] if self.mask.gates_code() and not lift else None
+        codes = self.rule.codes(preactivation, openness, lambda parameter: parameter)
+        return codes if routing.strength is None else codes * routing.strength[..., None]
+
+    def decode(self, codes: Float[Tensor, "*token latent"]) -> Float[Tensor, "*token d_model"]:
+        """The vectors that codes stand for, in the model's units."""
+        return (codes @ self.decoder + self.decoder_bias) * self.scale + self.center
+
+    def forward(
+        self, vectors: Float[Tensor, "*token d_model"], position: Int[Tensor, "*token"]
+    ) -> Float[Tensor, "*token d_model"]:
+        return self.decode(self.encode(vectors, position))
+
+    @torch.no_grad()
+    def sparse_encode(
+        self,
+        vectors: Float[Tensor, "token d_model"],
+        position: Int[Tensor, " token"],
+        *,
+        lift: bool = False,
+        beyond: Literal["refuse", "clamp"] = "refuse",
+        precision: runtime.Precision = "float32",
+    ) -> Codes:
+        """The same codes as `encode`, found without computing what is closed or zero.
+
+        Computed on the SAE's device; the codes are where the vectors are.
+
+        Args:
+            precision: of the product that chooses the latents; the values are always computed in full.
+        """
+        whence, vectors = vectors.device, vectors.to(self.encoder.device)
+        position = self._checked(position, beyond).to(vectors.device)
+        routing = self.mask.route(self.normalise(vectors) if self.mask.reads_vectors else vectors, position)
+        table = self.mask.table().detach()
+        groups = [_everything(table)] if lift else self.mask.groups()
+        gates = self.mask.gates_code() and not lift
+        softens = gates and not self.mask.is_strict()
+        order, ends = in_group_order(groups, routing.place)
+        inputs = operations.centred(vectors, order, self.center, self.scale, self.decoder_bias.detach())
+        place, choice = routing.place if order is None else routing.place[order], self.rule.choice()
+        if choice is None:
+            token, latent, value = self._encode_blocks(inputs, place, ends, groups, table if gates else None)
+        else:
+            encoder, bias = self.encoder.detach(), self.encoder_bias.detach()
+            found = choose(inputs, place, ends, encoder, bias, groups, table, choice, precision=precision)
+            token, latent, value = found.token, found.latent, found.preactivation
+            if softens:
+                value = value * table[place[token], latent]
+        if order is not None:
+            token = order[token]
+            entry = operations.Grouped(token, len(vectors)).order
+            token, latent, value = token[entry], latent[entry], value[entry]
+        if routing.strength is not None:
+            value = value * routing.strength[token]
+        return Codes(token, latent, value, len(vectors), self.d_sae).to(whence)
+
+    def _encode_blocks(
+        self, inputs: Tensor, place: Tensor, ends: list[int], groups: list[LiveGroup], table: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(token, latent, value) of the active codes, for rules that see all pre-activations of the live latents."""
+        found = [(place[:0], place[:0], inputs.new_zeros(0))]
+        for rows, group in pieces(groups, ends):
+            latents = group.latents
+            with runtime.fast_float32():
+                preactivation = inputs[rows] @ self.encoder[latents].T + self.encoder_bias[latents]
+            openness = table[:, latents][place[rows]] if table is not None and group.gated else None
+            codes = self.rule.codes(preactivation, openness, lambda parameter, latents=latents: parameter[latents])
+            row, column = codes.nonzero(as_tuple=True)
+            numbers = torch.arange(self.d_sae, device=inputs.device)[latents]
+            found.append((row + rows.start, numbers[column], codes[row, column]))
+        token, latent, value = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return token, latent, value
+
+    @torch.no_grad()
+    def sparse_decode(self, codes: Codes) -> Float[Tensor, "token d_model"]:
+        """What `decode` gives for them, where the codes are."""
+        x_hat = self._sums(codes) + self.decoder_bias
+        return (x_hat * self.scale + self.center).to(codes.value.device)
+
+    @torch.no_grad()
+    def share_of(self, codes: Codes) -> Float[Tensor, "token d_model"]:
+        """What these codes alone put into the vectors, without the bias, in the model's units."""
+        return (self._sums(codes) * self.scale).to(codes.value.device)
+
+    def _sums(self, codes: Codes) -> Float[Tensor, "token d_model"]:
+        codes = codes.to(self.decoder.device)
+        return operations.Grouped(codes.token, codes.n_tokens).sum_rows(
+            codes.value, self.decoder.detach(), codes.latent
+        )
+
+    def _checked(self, position: Int[Tensor, "*token"], beyond: str) -> Int[Tensor, "*token"]:
+        longest = self.mask.n_positions - 1
+        if beyond == "clamp":
+            position = position.clamp(max=longest)
+        if position.numel() and (int(position.min()) < 0 or int(position.max()) > longest):
+            raise BadSetting(
+                f"positions {int(position.min())} to {int(position.max())} are not all within the "
+                f"{self.mask.n_positions} positions that this SAE's mask was made for: cut the texts to that length, "
+                'or take the last position for those beyond with beyond = "clamp"'
+            )
+        return position.long()
+
+
+def _everything(table: Tensor) -> LiveGroup:
+    return LiveGroup(torch.arange(len(table), device=table.device), slice(0, table.shape[1]), gated=False)
+
+
+def check_sizes(**sizes: Any) -> None:
+    """
+    Raises:
+        ValueError: a size is not a positive whole number.
+    """
+    for name, size in sizes.items():
+        if type(size) is not int or size < 1:
+            raise ValueError(f"{name} = {size!r} is not a positive whole number")
+
+
+def check_table(d_model: int, d_sae: int, n_positions: int) -> None:
+    """
+    Raises:
+        ValueError: the mask, whose length no tensor may confirm, would be out of proportion to the weights.
+    """
+    limit = max(_ALWAYS_ALLOWED, _MASK_PER_WEIGHT * d_model * d_sae)
+    if n_positions * d_sae > limit:
+        raise ValueError(
+            f"a mask of {n_positions} positions and {d_sae} latents would have more than {limit:,} entries, the most "
+            f"for vectors of {d_model} numbers"
+        )
+
+
+_ALWAYS_ALLOWED = 2**26  # entries of a mask: 256 MiB
+_MASK_PER_WEIGHT = 64  # entries of a mask for each weight of the encoder

@@ -1,0 +1,305 @@
+"""Which latents speak: the encoder's product, only where latents are live, and the choice among its numbers.
+
+The product is made in pieces of some tokens of one live group, and each piece is chosen from while it is still in the
+processor's cache; there is never one of a whole batch. On the CPU the choice is compiled by numba on the user's
+machine; on other devices the same comes from torch operations.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from posmask.kernels import backend, operations, runtime
+from posmask.kernels.cpu_selection import _above_floor, _joined, _largest_of_rows
+from posmask.masks.groups import LiveGroup
+
+__all__ = ["Above", "Choice", "Entries", "LargestOfBatch", "LargestOfToken", "choose", "in_group_order", "pieces"]
+
+
+@dataclass(frozen=True)
+class LargestOfToken:
+    """The k largest positive numbers of each token."""
+
+    k: int
+
+
+@dataclass(frozen=True)
+class LargestOfBatch:
+    """The largest positive numbers of the batch, k times as many as it has tokens.
+
+    `near` is a guess of the least of them, which changes nothing but the time that is needed: the closer from below
+    the better.
+    """
+
+    k: int
+    near: float = 0.0
+
+
+@dataclass(frozen=True)
+class Above:
+    """All numbers above a threshold of at least 0."""
+
+    threshold: float
+
+
+Choice = LargestOfToken | LargestOfBatch | Above
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Chosen pairs of token and latent, those of a token together, tokens in order.
+
+    `preactivation` is x . encoder + bias, above 0, before the gate.
+    """
+
+    token: Tensor  # [entry]
+    latent: Tensor  # [entry]
+    preactivation: Tensor  # [entry]
+
+
+def in_group_order(groups: Sequence[LiveGroup], place: Tensor) -> tuple[Tensor | None, list[int]]:
+    """The order of tokens that puts each live group's together, and where in it each group ends.
+
+    The order is None where tokens stand so already.
+
+    Args:
+        place: [token], each of which is in `positions` of exactly one group.
+    """
+    if len(groups) == 1:
+        return None, [len(place)]
+    positions = torch.cat([group.positions for group in groups])
+    sizes = torch.tensor([len(group.positions) for group in groups], device=place.device)
+    group_of_place = torch.empty_like(positions)
+    group_of_place[positions] = torch.arange(len(groups), device=place.device).repeat_interleave(sizes)
+    group_of_token = group_of_place[place]
+    ends = torch.bincount(group_of_token, minlength=len(groups)).cumsum(0).tolist()
+    if bool((group_of_token[1:] >= group_of_token[:-1]).all()):
+        return None, ends
+    return torch.sort(group_of_token.to(torch.int16), stable=True).indices, ends
+
+
+def pieces(groups: Sequence[LiveGroup], ends: Sequence[int], numbers: int = 2**20) -> Iterator[tuple[slice, LiveGroup]]:
+    """The rows of each group that has any, few enough at a time that a table of them stays in the cache.
+
+    Args:
+        numbers: in that table, a row a token and a column a live latent.
+    """
+    for group, start, end in zip(groups, [0, *ends[:-1]], ends, strict=True):
+        live = group.latents.stop - group.latents.start if isinstance(group.latents, slice) else len(group.latents)
+        step = max(_LEAST_ROWS, numbers // max(live, 1) // 64 * 64)
+        for first in range(start, end, step):
+            yield slice(first, min(end, first + step)), group
+
+
+_LEAST_ROWS = 256  # with fewer the product itself becomes slower
+
+
+def choose(
+    x: Tensor,
+    place: Tensor,
+    ends: Sequence[int],
+    encoder: Tensor,
+    bias: Tensor,
+    groups: Sequence[LiveGroup],
+    openness: Tensor,
+    choice: Choice,
+    *,
+    precision: runtime.Precision = "float32",
+    among: Tensor | None = None,
+) -> Entries:
+    """The entries that `choice` takes by openness * relu(x . encoder + bias), among those live at each token's place.
+
+    Of equal numbers any may be taken, but never more than `choice` allows.
+
+    Args:
+        x: [token d_model] with the decoder bias already taken off; place: [token], a row of `openness`; tokens in
+            the order of groups.
+        ends: where in it each group ends (see `in_group_order`).
+        encoder: [latent d_model]; bias: [latent]; openness: [place latent].
+        groups: which latents are live where; nothing else is computed.
+        among: [latent] bool, to choose among these only.
+    """
+    low = precision == "bfloat16" and x.dtype == torch.float32
+    inputs, weights = (x.bfloat16(), encoder.bfloat16()) if low else (x, encoder)
+    if isinstance(choice, LargestOfToken) and backend.compiled(x):
+        found = _LargestOfTokens(choice.k, len(x), bias)
+    else:
+        found = _Others(choice, len(x), bias)
+    buffer = inputs.new_empty(0)
+    latents, live_bias, gathered = bias, bias, weights
+    last: LiveGroup | None = None
+    with runtime.fast_float32():
+        for rows, group in pieces(groups, ends):
+            if group is not last:
+                latents, gathered = _live_rows(weights, group, among)
+                live_bias, last = bias[latents], group
+            if not len(latents):
+                continue
+            # Rows are rounded up, into the next group's and at the end into the one before, so that the library meets
+            # few shapes: it compiles a kernel for each, and keeps it.
+            n_rows = min(len(inputs), -(-(rows.stop - rows.start) // _ROWS_MULTIPLE) * _ROWS_MULTIPLE)
+            start = min(rows.start, len(inputs) - n_rows)
+            if buffer.numel() < n_rows * len(gathered):
+                buffer = inputs.new_empty(n_rows * len(gathered))
+            product = buffer[: n_rows * len(gathered)].view(n_rows, len(gathered))
+            torch.mm(inputs[start : start + n_rows], gathered.T, out=product)
+            gate = (openness, place[rows]) if group.gated else None
+            found.add(product[rows.start - start :], rows, live_bias, latents, gate)
+    if isinstance(choice, LargestOfBatch) and choice.near > 0 and found.missing:
+        lower = replace(choice, near=0.0)
+        return choose(x, place, ends, encoder, bias, groups, openness, lower, precision=precision, among=among)
+    token, latent, preactivation = found.entries()
+    if low:
+        preactivation = (operations.dot_rows(x, token, encoder, latent) + bias[latent]).clamp(
+            min=torch.finfo(x.dtype).tiny
+        )
+    return Entries(token, latent, preactivation)
+
+
+_ROWS_MULTIPLE = 32
+_COLUMNS_MULTIPLE = 32
+
+
+def _live_rows(weights: Tensor, group: LiveGroup, among: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(numbers of a group's live latents, their rows of the encoder, and some more to round their count up)."""
+    every = torch.arange(len(weights), device=weights.device)
+    latents = every[group.latents]
+    if among is not None:
+        latents = latents[among[latents]]
+    elif isinstance(group.latents, slice):
+        return latents, weights[group.latents]
+    padding = latents.new_zeros(-len(latents) % _COLUMNS_MULTIPLE)
+    return latents, weights.index_select(0, torch.cat([latents, padding]))
+
+
+class _LargestOfTokens:
+    """The k largest of each token, written by compiled loops into one table. Arguments as those of `_Others`."""
+
+    missing = False
+
+    def __init__(self, k: int, n_tokens: int, bias: Tensor) -> None:
+        k = min(k, len(bias))
+        self._latent = np.empty((n_tokens, k), np.int64)
+        self._preactivation = np.empty((n_tokens, k), bias.numpy().dtype)
+        self._count = np.zeros(n_tokens, np.int64)
+
+    def add(
+        self, product: Tensor, rows: slice, bias: Tensor, latents: Tensor, gate: tuple[Tensor, Tensor] | None
+    ) -> None:
+        latent, preactivation, count = self._latent[rows], self._preactivation[rows], self._count[rows]
+        k = min(latent.shape[1], len(bias))
+        _largest_of_rows(*_arrays(product, bias, latents, gate, len(count)), k, latent, preactivation, count)
+
+    def entries(self) -> tuple[Tensor, Tensor, Tensor]:
+        token, latent, preactivation = _joined(self._latent, self._preactivation, self._count)
+        return torch.from_numpy(token), torch.from_numpy(latent), torch.from_numpy(preactivation)
+
+
+class _Others:
+    """What was chosen so far. Tables of a piece have a row a token, and maybe more, and a column a live latent."""
+
+    def __init__(self, choice: Choice, n_tokens: int, bias: Tensor) -> None:
+        self._choice = choice
+        self._wanted = choice.k * n_tokens if isinstance(choice, LargestOfBatch) else None
+        self._floor = choice.threshold if isinstance(choice, Above) else 0.0
+        if isinstance(choice, LargestOfBatch):
+            self._floor = choice.near
+        none = torch.empty(0, dtype=torch.int64, device=bias.device)
+        self._found: list[tuple[Tensor, ...]] = [(none, none, bias.new_empty(0), bias.new_empty(0))]
+
+    def add(
+        self, product: Tensor, rows: slice, bias: Tensor, latents: Tensor, gate: tuple[Tensor, Tensor] | None
+    ) -> None:
+        """
+        Args:
+            bias, latents: [live]; gate: (a table of openness for all latents, the row of it for each token).
+        """
+        n_rows = rows.stop - rows.start
+        if backend.compiled(product):
+            found = _take_above(product, n_rows, bias, latents, gate, self._floor)
+        else:
+            found = _take(product[:n_rows, : len(latents)], bias, latents, gate, self._choice, self._floor)
+        row, *rest = found
+        self._found.append((row + rows.start, *rest))
+        if self._wanted is not None and self._n_found > 2 * self._wanted:
+            self._cut(self._wanted)
+
+    @property
+    def _n_found(self) -> int:
+        return sum(len(part[0]) for part in self._found)
+
+    @property
+    def missing(self) -> bool:
+        """Whether fewer were found than the batch's largest are."""
+        return self._wanted is not None and self._n_found < self._wanted
+
+    def _cut(self, wanted: int) -> None:
+        """Drop all but the largest; nothing smaller can be among the batch's largest any more."""
+        joined = tuple(torch.cat(parts) for parts in zip(*self._found, strict=True))
+        value = joined[3]
+        if len(value) > wanted:
+            self._floor = float(value.kthvalue(len(value) - wanted + 1).values)
+            kept = value > self._floor
+            ties = (value == self._floor).nonzero()[:, 0]
+            kept[ties[: wanted - int(kept.sum())]] = True
+            entry = kept.nonzero()[:, 0]
+            joined = tuple(part.index_select(0, entry) for part in joined)
+        self._found = [joined]
+
+    def entries(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(token, latent, preactivation)."""
+        if self._wanted is not None:
+            self._cut(self._wanted)
+        token, latent, preactivation, _ = (torch.cat(parts) for parts in zip(*self._found, strict=True))
+        return token, latent, preactivation
+
+
+def _take(
+    product: Tensor,
+    bias: Tensor,
+    latents: Tensor,
+    gate: tuple[Tensor, Tensor] | None,
+    choice: Choice,
+    floor: float,
+) -> tuple[Tensor, ...]:
+    """(row, latent, preactivation, value) of what a choice takes: the definition of the compiled loops."""
+    preactivation = product.to(bias.dtype) + bias
+    value = preactivation
+    if gate is not None:
+        value = value * gate[0][gate[1][:, None], latents]
+    if isinstance(choice, LargestOfToken):
+        top = value.topk(min(choice.k, value.shape[1]), dim=1)
+        row, entry = (top.values > 0).nonzero(as_tuple=True)
+        column = top.indices[row, entry]
+    else:
+        row, column = ((value > floor) & (value > 0)).nonzero(as_tuple=True)
+    return row, latents[column], preactivation[row, column], value[row, column]
+
+
+def _take_above(
+    product: Tensor, n_rows: int, bias: Tensor, latents: Tensor, gate: tuple[Tensor, Tensor] | None, floor: float
+) -> tuple[Tensor, ...]:
+    """The same of all above a floor, by compiled loops."""
+    latent = np.empty((n_rows, len(latents)), np.int64)
+    preactivation, value = np.empty(latent.shape, bias.numpy().dtype), np.empty(latent.shape, bias.numpy().dtype)
+    count = np.empty(n_rows, np.int64)
+    arrays = _arrays(product, bias, latents, gate, n_rows)
+    _above_floor(*arrays, value.dtype.type(floor), latent, preactivation, value, count)
+    found = (*_joined(latent, preactivation, count), _joined(latent, value, count)[2])
+    return tuple(torch.from_numpy(array) for array in found)
+
+
+def _arrays(
+    product: Tensor, bias: Tensor, latents: Tensor, gate: tuple[Tensor, Tensor] | None, n_rows: int
+) -> tuple[Any, Any, Any, Any, Any, Any, int]:
+    """What the compiled loops ask for first."""
+    low = product.dtype == torch.bfloat16
+    numbers = product.view(torch.int16).numpy() if low else product.numpy()
+    table, place = gate if gate is not None else (bias.new_empty(0, 0), latents[:0])
+    n_parts = min(n_rows, 8 * numba.get_num_threads())  # each with room of its own
+    return numbers, low, bias.numpy(), latents.numpy(), table.numpy(), place.numpy(), n_parts

@@ -1,0 +1,116 @@
+"""`study.json` in a run folder: which study it belongs to, its baseline, and the identity of each of its folders.
+
+Every reader that joins folders compares them with it, so that results of different settings are never mixed.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from posmask.errors import BadSetting, DamagedFolder
+from posmask.storage.manifest import as_json, identity, read_manifest, replacing
+
+__all__ = [
+    "RECORD_MARK",
+    "STUDY_FILE",
+    "StudyRecord",
+    "check_identity",
+    "check_listed",
+    "misplaced",
+    "read_record",
+    "write_record",
+]
+
+STUDY_FILE = "study.json"
+RECORD_MARK = b'{\n "study": '
+"""How the file begins."""
+
+
+@dataclass(frozen=True)
+class StudyRecord:
+    """What a run folder holds.
+
+    `baseline` is the cell that all others are compared with, None where the study has none. `folders` maps the label
+    of each folder (`baselines`, `CELL-seedN`) to the identity that it must have.
+    """
+
+    study: str
+    baseline: str | None
+    folders: Mapping[str, str]
+
+
+def write_record(root: Path, record: StudyRecord) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    with replacing(root / STUDY_FILE, RECORD_MARK) as beside:
+        beside.write_text(as_json(asdict(record)), encoding="utf8")
+
+
+def read_record(root: Path) -> StudyRecord | None:
+    """The record of a run folder; None where there is none.
+
+    Raises:
+        DamagedFolder: it is not what `write_record` writes.
+    """
+    path = root / STUDY_FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf8"))
+        record = StudyRecord(**values)
+        names = [record.study, *record.folders.keys(), *record.folders.values()]
+        if not all(isinstance(name, str) for name in names) or not isinstance(record.baseline, str | None):
+            raise TypeError("names and identities must be text")
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedFolder(f"{path} cannot be read ({error}): move it away, `posmask run` writes it again") from None
+    return record
+
+
+def check_listed(root: Path, label: str, made_from: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        BadSetting: the run folder no longer belongs to the study that this folder is made for.
+    """
+    record = read_record(root)
+    if record is None or record.folders.get(label) != identity(made_from):
+        raise BadSetting(
+            f"{root} now belongs to a run with other settings than this one, which started first and stops at {label}: "
+            "give each study a folder of its own with --root"
+        )
+
+
+def check_identity(folder: Path, expected: str) -> None:
+    """
+    Raises:
+        BadSetting: a finished folder was made from other settings than expected.
+        DamagedFolder: it is not what was written.
+    """
+    if read_manifest(folder, verify=True)["identity"] != expected:
+        raise BadSetting(
+            f"{folder} was replaced during this run by one that was made from other settings: give each study a folder "
+            "of its own with --root, then run both again"
+        )
+
+
+def misplaced(root: Path) -> list[str]:
+    """Problems of folders that the record lists: swapped, made from other settings, or without a manifest."""
+    record = read_record(root)
+    if record is None:
+        return []
+    problems = []
+    for label, expected in record.folders.items():
+        folder = root / label if label == "baselines" else root / "cells" / label
+        if not folder.exists():
+            continue
+        try:
+            actual = read_manifest(folder)["identity"]
+        except DamagedFolder as error:
+            problems.append(str(error))
+            continue
+        if actual != expected:
+            problems.append(
+                f"{folder} is not the folder that {STUDY_FILE} lists: it was swapped or made from other settings; "
+                "`posmask run` recomputes it"
+            )
+    return problems

@@ -1,0 +1,244 @@
+"""A study on a Ray cluster: shards of vectors, trainings and evaluations are tasks, which Ray gives to its nodes.
+
+Every node must see the study's folder and files under the same paths. A task whose worker or node is lost is given to
+another, which goes on from the shards and checkpoints in the study's folder.
+"""
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from posmask.data.activations import Stored
+from posmask.data.harvest import Contexts, shards_here
+from posmask.data.tokens import Tokens
+from posmask.errors import BadSetting, DegenerateResult, MissingExtra
+from posmask.evaluation.suite import Data
+from posmask.kernels import runtime
+from posmask.progress import progress_bars, shown_by
+from posmask.storage import manifest
+from posmask.study.cell import Place, places_of, state_of, train_cell, untrained
+from posmask.study.engines import make_anew, needs
+from posmask.study.harvests import Source, prepare
+from posmask.study.settings import StudySettings
+
+__all__ = ["Cluster", "connected"]
+
+_RETRIES = 5
+"""How often a task is given to another worker when its own is lost."""
+_LOOK_SECONDS = 1.0
+Stage = Literal["train", "evaluate"]
+
+
+@contextmanager
+def connected(study: StudySettings, n_jobs: int) -> Iterator["Cluster"]:
+    """The cluster that RAY_ADDRESS names or this machine belongs to, else one of this machine alone.
+
+    Args:
+        n_jobs: how many tasks at a time. They share the processors, and on a GPU each has one of its own.
+
+    Raises:
+        MissingExtra: without Ray.
+        BadSetting: the cluster cannot be reached, or has no GPU for a study that asks for one.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise MissingExtra("--engine ray needs a package that is not installed: pip install 'posmask[ray]'") from None
+    address = os.environ.get("RAY_ADDRESS", "")
+    try:
+        if address not in ("", "auto", "local"):
+            host, _, port = address.removeprefix("ray://").rpartition(":")
+            socket.create_connection((host, int(port)), timeout=10).close()  # Ray itself tries for many minutes.
+        ray.init(logging_level=logging.WARNING)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise BadSetting(
+            f"no Ray cluster can be reached at {address or 'this machine'} ({str(error).partition(chr(10))[0]}): "
+            "correct RAY_ADDRESS, or unset it to start one on this machine"
+        ) from None
+    try:
+        yield Cluster(ray, study, n_jobs)
+    finally:
+        ray.shutdown()
+
+
+class Cluster:
+    """An engine; see `engines.Engine`."""
+
+    def __init__(self, ray: Any, study: StudySettings, n_jobs: int) -> None:
+        self._ray = ray
+        self._n_jobs = n_jobs
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        n_gpus = int(study.device.startswith("cuda"))
+        if n_gpus and not any(node.get("GPU", 0) >= 1 for node in nodes):
+            raise BadSetting(
+                f"device = {study.device!r}, but no node of the Ray cluster has a GPU: take cpu, or add one"
+            )
+        n_processors = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
+        if not n_processors:
+            raise BadSetting("no node of the Ray cluster has a processor to give: start nodes with --num-cpus above 0")
+        n_cpus = max(1, min(*n_processors, sum(n_processors) // n_jobs))
+        self._task = ray.remote(num_cpus=n_cpus, num_gpus=n_gpus, max_retries=_RETRIES)
+        self._worker = _Worker(os.getcwd(), n_cpus, self._board(), study)
+
+    def _board(self) -> Any:
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        here = NodeAffinitySchedulingStrategy(self._ray.get_runtime_context().get_node_id(), soft=False)
+        return self._ray.remote(num_cpus=0, scheduling_strategy=here)(_Board).remote()
+
+    def compute(
+        self,
+        tokens: Tokens,
+        wanted: list[Contexts],
+        label: str,
+        stored: Stored,
+        advance: Callable[[int], None],
+    ) -> Iterator[dict[str, Tensor]]:
+        """See `activations.ComputeShards`. No more shards are under way than tasks may run at a time."""
+        compute = self._task(_compute_shard).options(name=f"harvest {label}")
+        everywhere = self._ray.put(tokens)
+        under_way: list[Any] = []
+        for number, contexts in enumerate(wanted):
+            for ahead in wanted[number + len(under_way) : number + self._n_jobs]:
+                under_way.append(compute.remote(self._worker, everywhere, ahead, label, stored))
+            yield self._result(under_way.pop(0), f"harvest {label}")
+            advance(sum(int(tokens.keep[chunk].sum()) for chunk in contexts))
+
+    def make(self, study: StudySettings, todo: list[Place], data: Data, root: Path, say: Callable[[str], None]) -> None:
+        """See `engines.Engine`."""
+        waiting: dict[str, tuple[Place, Stage]] = {
+            place.label: (place, "evaluate" if place.cell is None else "train") for place in todo
+        }
+        running: dict[Any, str] = {}
+        try:
+            with progress_bars() as show:
+                while waiting:
+                    missing = {place.folder for place, _ in waiting.values()}
+                    for label, (place, stage) in waiting.items():
+                        ready = place.start not in missing if stage == "train" else not needs(place, root, missing)
+                        if ready and label not in running.values() and len(running) < self._n_jobs:
+                            task = self._task(_make).options(name=f"{stage} {label}")
+                            running[task.remote(self._worker, root.resolve(), label, stage)] = label
+                    finished, _ = self._ray.wait(list(running), timeout=_LOOK_SECONDS)
+                    for line in self._ray.get(self._worker.board.read.remote()):
+                        show(*line)
+                    for task in finished:
+                        label = running.pop(task)
+                        place, stage = waiting.pop(label)
+                        for line in self._result(task, f"{stage} {label}"):
+                            say(line)
+                        if stage == "train":
+                            waiting[label] = place, "evaluate"
+        finally:
+            for task in running:
+                self._ray.cancel(task, force=True)
+
+    def _result(self, task: Any, what: str) -> Any:
+        """What a task gave.
+
+        Raises:
+            DegenerateResult: its worker was lost again and again. Else what the task raised.
+        """
+        from ray.exceptions import RayError, RayTaskError
+
+        try:
+            return self._ray.get(task)
+        except RayTaskError as error:
+            raise error.cause from None
+        except RayError as error:
+            raise DegenerateResult(
+                f"the workers of {what!r} were lost {_RETRIES + 1} times ({type(error).__name__}): look at their "
+                "nodes' memory, or lower --jobs; what is finished stays, and the same command goes on from there"
+            ) from None
+
+
+class _Board:
+    """Where workers say how far they are."""
+
+    def __init__(self) -> None:
+        self._at: dict[str, tuple[int, str, int]] = {}
+
+    def write(self, label: str, total: int, unit: str, done: int) -> None:
+        self._at[label] = (total, unit, done)
+
+    def read(self) -> list[tuple[str, int, str, int]]:
+        """What is new since the last time."""
+        found, self._at = self._at, {}
+        return [(label, *at) for label, at in found.items()]
+
+
+class _Worker:
+    """What a task must know of the process that asked for it."""
+
+    def __init__(self, folder: str, n_threads: int, board: Any, study: StudySettings) -> None:
+        self.board = board
+        self.study = study
+        self._folder = folder
+        self._n_threads = n_threads
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        os.chdir(self._folder)  # Study files may name what lies beside them.
+        runtime.keep_freed_memory()
+        with runtime.threads(self._n_threads), shown_by(self._tell()):
+            yield
+
+    def _tell(self) -> Callable[[str, int, str, int], None]:
+        last = 0.0
+
+        def tell(label: str, total: int, unit: str, done: int) -> None:
+            nonlocal last
+            if done in (0, total) or time.monotonic() - last >= _LOOK_SECONDS:
+                last = time.monotonic()
+                self.board.write.remote(label, total, unit, done)
+
+        return tell
+
+
+_at_hand: dict[tuple[str, str], Any] = {}
+"""This worker's last model, and the last study's data: each is for many tasks."""
+
+
+def _kept(kind: str, key: str, make: Callable[[], Any]) -> Any:
+    if (kind, key) not in _at_hand:
+        for other in [known for known in _at_hand if known[0] == kind]:
+            del _at_hand[other]
+        _at_hand[kind, key] = make()
+    return _at_hand[kind, key]
+
+
+def _source(study: StudySettings) -> Source:
+    key = f"{study.device} {study.model.model_dump_json()}"
+    return _kept("source", key, lambda: Source(study.model, study.device))
+
+
+def _compute_shard(
+    worker: _Worker, tokens: Tokens, contexts: Contexts, label: str, stored: Stored
+) -> dict[str, Tensor]:
+    with worker.at_work():
+        (shard,) = shards_here(_source(worker.study).loaded, tokens, [contexts], label, stored, lambda n: None)
+        return shard
+
+
+def _make(worker: _Worker, root: Path, label: str, stage: Stage) -> list[str]:
+    """Train a cell as far as the checkpoint at its end, or make the rest of its folder; returns what is to be said."""
+    said: list[str] = []
+    study = worker.study
+    with worker.at_work():
+        source = _source(study)
+        (place,) = (one for one in places_of(study, source, root) if one.label == label)
+        data = _kept("data", f"{root} {study.model_dump_json()}", lambda: prepare(study, source, root))
+        with manifest.claim(place.folder, wait=True):
+            if stage == "evaluate":
+                make_anew(study, place, data, root, said.append)
+            elif state_of(place, verify=True) != "finished":
+                sae, _ = untrained(study, place, data)
+                train_cell(study, place, sae, data, keeps_end=True)
+    return said

@@ -1,0 +1,400 @@
+"""A study's settings, from its TOML file: checked as far as can be without loading a model."""
+
+import difflib
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from posmask import masks
+from posmask.data import sites, texts, tokens
+from posmask.data.activations import Stored
+from posmask.errors import BadSetting, PosmaskError
+from posmask.evaluation.settings import EvaluationSettings
+from posmask.evaluation.suite import growing_name
+from posmask.masks.base import MaskSettings, PositionMask
+from posmask.sae import rules
+from posmask.sae.autoencoder import SparseAutoencoder
+from posmask.sae.files import read_sae
+from posmask.sae.warm_start import started_from
+from posmask.storage.remote import Store
+from posmask.training import trackers
+from posmask.training.settings import TrainingSettings
+
+__all__ = ["CellSettings", "CorpusSettings", "ModelSettings", "StudySettings", "read_study"]
+
+MODEL_CELL = "llm"
+"""What the baselines' rows say in the column `cell`."""
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelSettings(_Settings):
+    """Whose vectors, and from where in it."""
+
+    name: str
+    """`embedded:SmolLM2-135M-Instruct`, a name on the hub, a folder, or a GGUF file (`OWNER/NAME:FILE.gguf`
+    on the hub)."""
+    layer: Annotated[int, Field(gt=0)] | Annotated[float, Field(gt=0, lt=1)]
+    """Vectors are read after this many layers (`hidden_states[layer]`). Below 1: after this share of all layers, for
+    studies that are to carry over to other models."""
+    site: sites.Site = "residual_after"
+    """Where at that layer: the residual stream after or before it, or what its attention or MLP adds to the stream."""
+    sizes: dict[str, int | float | str | bool] | None = None
+    """Numbers of its config.json, for plans where that cannot be reached. No part of any identity."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the model's forward pass and of the stored vectors. auto: bfloat16 where the processor is fast in it."""
+    stored: Stored = "model"
+    """Of the training vectors on disk; those that are measured on always keep the model's precision."""
+
+
+class CorpusSettings(_Settings):
+    """The texts that SAEs are trained on and measured on; see `corpus.split_of` for the wall between the two."""
+
+    tables: tuple[str, ...] = ()
+    """Embedded tables; a quarter of their texts trains, tokens for measuring come from the rest."""
+    texts: str | None = None
+    """In place of tables: a folder or file of .txt, .jsonl or .jsonl.zst, or a dataset on the hub as
+    `hf:OWNER/NAME[:CONFIGURATION][@REVISION]` (see `posmask.data.texts`). Divided as the tables are."""
+    n_texts: int | None = Field(default=None, gt=0)
+    """How many of these are read, from the start, before they are divided. None: all."""
+    n_positions: int = Field(gt=1)
+    """Context length, BOS included."""
+    training_tokens: int = Field(gt=0)
+    """Kept tokens to harvest for training, at least."""
+    heldout_tokens: int = Field(gt=0)
+    """Kept tokens for reconstruction, retention and fidelity, at least."""
+    measured_on: tokens.Measured = "evaluation"
+    """Whose texts metrics, order tasks and probes use. validation: others than any reported number rests on, for
+    choosing recipes and settings."""
+    max_characters: int = Field(default=1000, gt=0)
+    """Texts are cut to this length, so that a few long ones do not make up the corpus."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "CorpusSettings":
+        if bool(self.tables) == bool(self.texts):
+            raise ValueError("corpus needs either tables or texts: give one of the two")
+        if self.n_texts is None and self.texts is not None and self.texts.startswith(texts.HUB_PREFIX):
+            raise ValueError(f"corpus.texts = {self.texts!r} may have no end: say with n_texts how many to read")
+        return self
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """Which texts, cut to what: what is part of a harvest's identity."""
+        return self.model_dump(mode="json", include={"tables", "texts", "n_texts", "max_characters"}, exclude_none=True)
+
+
+class SaeSettings(_Settings):
+    """The unmasked SAE's size; `budget` says what a cell makes of it."""
+
+    d_sae: int = Field(gt=0)
+    rule: SerializeAsAny[rules.RuleSettings]
+
+    @field_validator("rule", mode="before")
+    @classmethod
+    def _known_rule(cls, value: Any) -> Any:
+        return rules.rule_settings(value) if isinstance(value, dict) else value
+
+
+class CellSettings(_Settings):
+    """One row of the study: a mask at a budget."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")
+    mask: SerializeAsAny[MaskSettings]
+    budget: Literal["width", "compute"] = "width"
+    """width: d_sae latents in all. compute: d_sae latents open at each position, as many in all as that takes."""
+    start: str | None = None
+    """Where its weights come from: the name of an open cell, or (with a slash in it) the folder of an SAE that is open
+    everywhere; each latent becomes a copy. None: drawn at random."""
+    steps_share: float = Field(default=1.0, gt=0, le=1)
+    """Its share of `training.n_steps`, counting those of the cell it starts from: there are no free steps."""
+    seeds: tuple[int, ...] | None = Field(default=None, min_length=1)
+    """In place of the study's, for rows that need more of them, or fewer."""
+    decay: bool = False
+    """Whether a copy is trained on without the mask, to see how fast specialisation fades: costs as much again."""
+
+    @property
+    def start_folder(self) -> Path | None:
+        return Path(self.start) if self.start is not None and "/" in self.start else None
+
+    @field_validator("mask", mode="before")
+    @classmethod
+    def _known_kind(cls, value: Any) -> Any:
+        return masks.mask_settings(value) if isinstance(value, dict) else value
+
+
+class QuestionSettings(_Settings):
+    """A comparison to be judged, beside each cell's with the first open one."""
+
+    cell: str
+    against: str
+    """A cell's name, or `CELL + POOLING` for its order probes on another pooling, such as `open + segments8`."""
+
+
+class StudySettings(_Settings):
+    """Everything that decides a study's numbers. The same thing as a TOML file, see `studies/`."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")
+    seeds: tuple[int, ...] = Field(min_length=1)
+    model: ModelSettings
+    corpus: CorpusSettings
+    sae: SaeSettings
+    training: TrainingSettings
+    evaluation: EvaluationSettings
+    cells: tuple[CellSettings, ...] = Field(min_length=1)
+    questions: tuple[QuestionSettings, ...] = ()
+    device: str = "cpu"
+    """Where model and SAEs compute: cpu, cuda, cuda:1, mps. No part of any identity."""
+    track: trackers.Tracker | None = None
+    """A tracker that training curves also go to. No part of any identity."""
+    activations: str | None = None
+    """A URL under which harvested vectors are kept, such as s3://BUCKET/PATH; None: in the study's folder. No part of
+    any identity."""
+    activations_cache_gb: float = Field(default=100.0, gt=0)
+    """How much of them may lie in the study's folder at a time, where they are kept elsewhere."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "StudySettings":
+        names = [cell.name for cell in self.cells]
+        if MODEL_CELL in names:
+            raise ValueError(f"a cell is called {MODEL_CELL!r}, which stands for the model itself: rename it")
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two cells are called {name!r}: give each its own name")
+        self._check_questions(names)
+        self._check_starts()
+        steps = [round(share * self.training.n_steps) for share in self.evaluation.decay_shares]
+        if len(set(steps)) < len(steps) or not any(steps):
+            raise ValueError(
+                f"evaluation.decay_shares = {list(self.evaluation.decay_shares)} of {self.training.n_steps} steps are "
+                f"the steps {steps}: name shares that differ by a step, one of them above 0"
+            )
+        tokens.shift_length(self.corpus.n_positions, self.evaluation.shift_windows)
+        for seeds in (self.seeds, *(cell.seeds for cell in self.cells if cell.seeds)):
+            if len(set(seeds)) < len(seeds):
+                raise ValueError(f"seeds = {list(seeds)} repeats a seed: the same run twice is no second sample")
+        if self.training.batch_tokens > self.corpus.training_tokens:
+            raise ValueError(
+                f"training.batch_tokens = {self.training.batch_tokens:,} is more than corpus.training_tokens = "
+                f"{self.corpus.training_tokens:,}, which would make 0 steps: lower the one or raise the other"
+            )
+        if self.evaluation.retention_positions >= self.corpus.n_positions - 1:
+            raise ValueError(
+                f"evaluation.retention_positions = {self.evaluation.retention_positions} is not below the "
+                f"{self.corpus.n_positions - 1} positions after BOS: retention would be 1 for everything"
+            )
+        if max(self.evaluation.ks) > self.sae.d_sae:
+            raise ValueError(
+                f"evaluation.ks asks for probes on {max(self.evaluation.ks)} latents of sae.d_sae = {self.sae.d_sae}: "
+                "lower it"
+            )
+        return self
+
+    def _check_starts(self) -> None:
+        by_name = {cell.name: cell for cell in self.cells}
+        baseline = by_name.get(self.baseline or "")
+        for cell in self.cells:
+            source = by_name.get(cell.start or "")
+            if baseline is not None and baseline.start_folder != cell.start_folder:
+                raise ValueError(
+                    f"{cell.name} starts from {cell.start or 'scratch'}, but {baseline.name}, with which it would be "
+                    f"compared, from {baseline.start or 'scratch'}: let all start from the same folder, or none, since "
+                    "training tokens count"
+                )
+            if cell.decay and cell.mask.kind == "switch":
+                raise ValueError(f"{cell.name} has decay, but a switch cannot be trained on without its router")
+            if cell.start is None or cell.start_folder:
+                if self.n_steps(cell) < 1:
+                    raise ValueError(f"steps_share = {cell.steps_share} of {cell.name} makes 0 steps: raise it")
+                continue
+            if source is None:
+                raise ValueError(f"{cell.name} starts from {cell.start!r}, which is no cell (a folder needs a slash)")
+            if source.mask.kind != "open" or source.budget != "width" or source.start is not None:
+                raise ValueError(
+                    f"{cell.name} starts from {cell.start}, which is not an open cell of its own: name one that is"
+                )
+            if lacking := sorted(set(self.seeds_of(cell)) - set(self.seeds_of(source))):
+                raise ValueError(
+                    f"{cell.name} starts from {cell.start}, which has no seeds {lacking}: give it those too"
+                )
+            if self.n_steps(cell) < 1:
+                raise ValueError(
+                    f"{cell.name} starts from {cell.start}, which leaves no step of its {self.training.n_steps}: name "
+                    "an open cell with a smaller steps_share"
+                )
+
+    def store(self, root: Path) -> Store | None:
+        """Where vectors are kept, if not in the study's folder `root`."""
+        if self.activations is None:
+            return None
+        return Store(self.activations, root / "activations" / ".store", round(self.activations_cache_gb * 1e9))
+
+    def seeds_of(self, cell: CellSettings) -> tuple[int, ...]:
+        return cell.seeds or self.seeds
+
+    def n_steps(self, cell: CellSettings) -> int:
+        """Steps that a cell itself is trained for."""
+        source = next((other for other in self.cells if other.name == cell.start), None)
+        total = round(cell.steps_share * self.training.n_steps)
+        return total - (self.n_steps(source) if source is not None and source != cell else 0)
+
+    def _check_questions(self, names: list[str]) -> None:
+        baseline = self.baseline
+        asked = {(cell.name, baseline) for cell in self.cells if baseline not in (None, cell.name)}
+        open_cells = {cell.name for cell in self.cells if cell.mask.kind == "open"}
+        pooled = {f"segments{self.evaluation.order_segments}", growing_name(self.corpus.n_positions)}
+        for question in self.questions:
+            sides = question.cell, question.against
+            for side in sides:
+                name, _, pooling = side.partition(" + ")
+                if name not in names:
+                    raise ValueError(f"questions ask about {side!r}, which is no cell: choose from {', '.join(names)}")
+                known = pooled if name in open_cells else {"fair"}
+                if pooling and pooling not in known:
+                    raise ValueError(f"questions ask about {side!r}, but {name} has the poolings {sorted(known)}")
+            one, other = (next(cell for cell in self.cells if cell.name == side.partition(" + ")[0]) for side in sides)
+            if not set(self.seeds_of(one)) & set(self.seeds_of(other)):
+                raise ValueError(
+                    f"questions compare {sides[0]!r} with {sides[1]!r}, which share no seed: give them one"
+                )
+            if sides[0] == sides[1] or sides in asked:
+                raise ValueError(
+                    f"questions ask for {sides[0]!r} against {sides[1]!r} twice, or for nothing: remove it"
+                )
+            asked.add(sides)
+
+    @property
+    def baseline(self) -> str | None:
+        """The cell that every other is compared with: the first open one."""
+        for cell in self.cells:
+            if cell.mask.kind == "open" and cell.budget == "width" and cell.steps_share == 1:
+                return cell.name
+        return None
+
+    def width(self, cell: CellSettings) -> int:
+        """How many latents a cell's SAE has."""
+        if cell.budget == "width":
+            return self.sae.d_sae
+        kind = masks.MASKS[cell.mask.kind]
+        return kind.width_at_equal_compute(cell.mask, self.corpus.n_positions, self.sae.d_sae)
+
+    def make_sae(self, cell: CellSettings, d_model: int, seed: int) -> SparseAutoencoder:
+        mask = self._make_mask(cell, seed)
+        return SparseAutoencoder(d_model, self.sae.rule, mask, seed)
+
+    def _make_mask(self, cell: CellSettings, seed: int) -> PositionMask:
+        return masks.make_mask(cell.mask, self.corpus.n_positions, self.width(cell), seed)
+
+    def start_sae(self, cell: CellSettings, source: SparseAutoencoder, seed: int) -> SparseAutoencoder:
+        """The SAE of a cell that starts from another."""
+        if source.rule.settings.of_codes() != self.sae.rule.of_codes():
+            raise BadSetting(
+                f"{cell.name} would start from an SAE with the rule {source.rule.settings.model_dump()}, but sae.rule "
+                f"is {self.sae.rule.model_dump()}: make them equal"
+            )
+        return started_from(source, self._make_mask(cell, seed), seed, self.sae.rule)
+
+
+def read_study(path: Path, changes: Sequence[str] = ()) -> StudySettings:
+    """The settings in a study file, checked as far as can be without loading anything.
+
+    Args:
+        changes: settings to replace, such as `model.layer=5`; what stands behind = is a TOML value, or bare text.
+
+    Raises:
+        BadSetting: one sentence on the first thing that is wrong.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf8"))
+    except FileNotFoundError:
+        raise BadSetting(
+            f"there is no study file {path}: give the path of a TOML file, such as studies/quick.toml"
+        ) from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise BadSetting(f"{path} is not a readable TOML file ({error}): correct it") from None
+    for change in changes:
+        _apply_change(values, change)
+    try:
+        study = StudySettings.model_validate(values)
+        for cell in study.cells:  # Masks that do not fit are found here, not after the harvest.
+            sae = study.make_sae(cell, d_model=1, seed=study.seeds[0])
+            if cell.start_folder is not None:
+                sae = study.start_sae(cell, read_sae(cell.start_folder), seed=study.seeds[0])
+            elif cell.start is not None:
+                stand_in = CellSettings(name="source", mask=masks.mask_settings({"kind": "open"}))
+                sae = study.start_sae(cell, study.make_sae(stand_in, d_model=1, seed=0), seed=study.seeds[0])
+            if cell.mask.tie and not sae.mask.may_have_copies():
+                raise BadSetting(
+                    f"{cell.name} has tie = {cell.mask.tie}, but its latents are no copies of each other: leave it "
+                    "out, or let the cell start from an open one"
+                )
+    except ValidationError as error:
+        raise BadSetting(f"{path}: {_first_mistake(error)}") from None
+    except PosmaskError as error:
+        raise BadSetting(f"{path}: {error}") from None
+    return study
+
+
+def _apply_change(values: dict[str, Any], change: str) -> None:
+    """Put `table.key=value` into a study's values."""
+    place, equals, text = change.partition("=")
+    *tables, key = place.strip().split(".")
+    for table in tables:
+        values = values.get(table, {})
+        if not isinstance(values, dict):
+            break
+    if not equals or not isinstance(values, dict) or not values:
+        raise BadSetting(f"{change!r} changes no setting: write TABLE.KEY=VALUE, such as model.layer=5")
+    try:
+        values[key] = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        values[key] = text.strip()
+
+
+def _first_mistake(error: ValidationError) -> str:
+    # A misspelt setting is also a missing one: the misspelling says more.
+    mistakes = error.errors(include_url=False)
+    mistake = next((found for found in mistakes if found["type"] == "extra_forbidden"), mistakes[0])
+    place = ".".join(str(part) for part in mistake["loc"])
+    if mistake["type"] == "extra_forbidden":
+        known = _all_fields()
+        close = difflib.get_close_matches(str(mistake["loc"][-1]), known, n=1)
+        return f"{place} is not a setting: {f'did you mean {close[0]}?' if close else 'remove it'}"
+    if mistake["type"] == "missing":
+        return f"{place} is missing: give it a value"
+    if mistake["type"] == "value_error":
+        return (
+            f"{place}: {mistake['msg'].removeprefix('Value error, ')}"
+            if place
+            else mistake["msg"].removeprefix("Value error, ")
+        )
+    return f"{place} = {mistake['input']!r} is not valid ({mistake['msg'].lower()}): correct it"
+
+
+def _all_fields() -> list[str]:
+    found = set(StudySettings.model_fields)
+    for part in (
+        ModelSettings,
+        CorpusSettings,
+        SaeSettings,
+        EvaluationSettings,
+        CellSettings,
+        QuestionSettings,
+        TrainingSettings,
+    ):
+        found |= set(part.model_fields)
+    for part in (*masks.MASKS.values(), *rules.RULES.values()):
+        found |= set(part.Settings.model_fields)
+    return sorted(found)
