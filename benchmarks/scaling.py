@@ -15,17 +15,19 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
+import simulate
 import torch
 import torch.distributed as dist
 
 from posmask.data.activations import Activations, training_batches
 from posmask.data.harvest import harvest
+from posmask.data.sites import LanguageModel
+from posmask.data.tokens import Tokens
 from posmask.masks import make_mask, mask_settings
 from posmask.progress import duration
 from posmask.sae.autoencoder import SparseAutoencoder
 from posmask.sae.rules import rule_settings
-from posmask.study import machines, scaling
-from posmask.study.rates import _Noise, _random_tokens
+from posmask.study import estimate
 from posmask.training.checkpoints import Checkpoints
 from posmask.training.distributed import ByData, ByPosition
 from posmask.training.loop import train
@@ -36,10 +38,27 @@ FOUND, PAGE = ROOT / "benchmarks" / "scaling.json", ROOT / "docs" / "scaling.md"
 D_MODEL, D_SAE, N_SLICES, N_POSITIONS, BATCH, K, N_STEPS = 576, 18432, 8, 128, 4096, 32, 8
 
 
+class Noise(LanguageModel):
+    """Gives random vectors in place of a model's."""
+
+    def __init__(self) -> None:
+        self.random = torch.Generator().manual_seed(0)
+
+    def check_length(self, n_positions: int) -> None:
+        pass
+
+    def vectors(self, ids: torch.Tensor) -> torch.Tensor:
+        return torch.randn(*ids.shape, D_MODEL, generator=self.random)
+
+
 def vectors(folder: Path) -> Activations:
     """Random vectors at every position, twice a batch of them."""
-    tokens = _random_tokens(2 * BATCH // N_POSITIONS + 2, N_POSITIONS, 1000)
-    return harvest(tokens, _Noise(D_MODEL, "float32"), folder, {"noise": True}, "noise")
+    shape = 2 * BATCH // N_POSITIONS + 2, N_POSITIONS
+    position = torch.arange(N_POSITIONS).expand(shape).contiguous()
+    keep = position > 0
+    text = torch.where(keep, torch.arange(shape[0])[:, None], -1)
+    tokens = Tokens(torch.zeros_like(position), position, text, keep, position, position, position)
+    return harvest(tokens, Noise(), folder, {"noise": True}, "noise")
 
 
 def one_of(rank: int, n_processes: int, design: str, folder: Path, out: Path) -> None:
@@ -117,30 +136,27 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def here() -> dict:
-    """This machine's peaks, as tests/test_machines.py measures them and has the shares of them that are reached."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    from test_machines import this_machine
-
+    """This machine's peak rates, on one thread."""
     torch.set_num_threads(1)
-    machine = this_machine()
+    machine = estimate.this_machine(["float32"])
     return {"product_rate": machine.product_rates["float32"], "bandwidth": machine.bandwidth}
 
 
 def reckoned(row: dict, machine: dict) -> float:
     """Processor seconds of a step, without the network, by the formulas that GPUs are reckoned by."""
-    job = scaling.Job("here", D_MODEL, 0, 0, 1, BATCH, BATCH, N_POSITIONS, N_SLICES, K, precision="float32")
-    made = machines.Machine(
-        "here", {"float32": machine["product_rate"]}, machine["bandwidth"], 1e12, "measured", 0.65, 0.9, 0.9,
-        overhead=0.0, transfer=None, links=(1e9, 1e9),
+    job = simulate.Job("here", D_MODEL, 0, 0, 1, BATCH, BATCH, N_POSITIONS, N_SLICES, K, precision="float32")
+    made = simulate.Linked(
+        "here", {"float32": machine["product_rate"]}, machine["bandwidth"], "measured", *estimate.CPU_SHARES,
+        overhead=0.0, transfer=None, memory=1e12, links=(1e9, 1e9),
     )  # fmt: skip
-    parts = scaling.forecast(job, made, row["design"], D_SAE, row["n_processes"]).parts
+    parts = simulate.forecast(job, made, row["design"], D_SAE, row["n_processes"]).parts
     return sum(seconds for name, seconds in parts.items() if name not in ("network", "disk"))
 
 
 def formula(row: dict) -> float:
     if row["design"] == "data":
-        return scaling.bytes_by_data(D_MODEL, D_SAE, BATCH, row["n_processes"])
-    return scaling.bytes_by_position(D_MODEL)
+        return simulate.bytes_by_data(D_MODEL, D_SAE, BATCH, row["n_processes"])
+    return simulate.bytes_by_position(D_MODEL)
 
 
 def traffic(found: dict) -> str:
@@ -167,14 +183,14 @@ def traffic(found: dict) -> str:
     )
 
 
-def stops(machine: machines.Machine) -> str:
+def stops(machine: simulate.Linked) -> str:
     rows = []
-    for name in scaling.MODELS:
-        job = scaling.Job.of_model(name)
-        for n_latents in scaling.LATENTS:
-            line = [name if n_latents == scaling.LATENTS[0] else "", f"{n_latents:,}"]
-            for design in scaling.DESIGNS:
-                first, best, why = scaling.reach(job, machine, design, n_latents)
+    for name in simulate.MODELS:
+        job = simulate.Job.of_model(name)
+        for n_latents in simulate.LATENTS:
+            line = [name if n_latents == simulate.LATENTS[0] else "", f"{n_latents:,}"]
+            for design in simulate.DESIGNS:
+                first, best, why = simulate.reach(job, machine, design, n_latents)
                 if first is None:
                     line.append("none: memory")
                 else:
@@ -183,27 +199,27 @@ def stops(machine: machines.Machine) -> str:
     return table(["model", "latents", "by data", "by latents", "by position (64 groups)"], rows)
 
 
-def harvests(machine: machines.Machine) -> str:
+def harvests(machine: simulate.Linked) -> str:
     rows = []
-    for name in scaling.MODELS:
-        job = scaling.Job.of_model(name)
-        times = [job.harvest(machine, n) for n in scaling.GPU_COUNTS]
+    for name in simulate.MODELS:
+        job = simulate.Job.of_model(name)
+        times = [job.harvest(machine, n) for n in simulate.GPU_COUNTS]
         rows.append(
             [
                 name,
                 f"{times[0].bytes_held / 1e9:.0f} GB{'' if times[0].fits else ', does not fit'}",
                 *(duration(one.seconds) for one in times),
                 f"{job.disk_bytes / 1e12:.1f} TB",
-                f"{scaling.most_latents_of_host(job) / 1e6:.1f} M",
+                f"{simulate.most_latents_of_host(job) / 1e6:.1f} M",
             ]
         )
-    head = ["model", "weights", *(f"{n} GPU{'s' * (n > 1)}" for n in scaling.GPU_COUNTS), "vectors on disk"]
+    head = ["model", "weights", *(f"{n} GPU{'s' * (n > 1)}" for n in simulate.GPU_COUNTS), "vectors on disk"]
     return table([*head, "latents at which the host is full"], rows)
 
 
 def page(text: str, found: dict) -> str:
     """The page with its tables made anew."""
-    machine = machines.GPUS["h100"]
+    machine = simulate.linked_gpu("h100")
     for name, made in (("traffic", traffic(found)), ("stops", stops(machine)), ("harvest", harvests(machine))):
         marks = re.compile(f"(<!-- {name} -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
         text = marks.sub(lambda found, made=made: f"{found[1]}{made}\n{found[2]}", text)

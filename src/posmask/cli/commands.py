@@ -12,7 +12,6 @@ from safetensors import SafetensorError
 from posmask.cli.printing import (
     console,
     peak_gigabytes,
-    print_forecasts,
     print_plan,
     results_table,
     slurm_line,
@@ -221,55 +220,31 @@ def verify(
 
 @app.command("plan")
 def plan_command(
-    study_file: Annotated[
-        Path | None, typer.Argument(help="A study file; --simulate needs none.", show_default=False)
-    ] = None,
+    study_file: StudyFile,
     root: Root = None,
     changes: Changes = None,
     gpu: Annotated[
         str | None,
         typer.Option(
-            help="Reckon with a GPU that is not here: a100, h100, l4 or rtx4090, by its published rates.",
+            help="Estimate for a GPU by its published rates: a100, h100, l4 or rtx4090.",
             show_default=False,
         ),
     ] = None,
-    simulate: Annotated[
-        bool,
-        typer.Option(
-            "--simulate",
-            help="Say what the study's model, or five models up to 70B, would take on 1 to 512 GPUs (h100, or --gpu).",
-        ),
-    ] = False,
 ) -> None:
-    """Say what a study will cost here before it starts: tokens, time, disk and memory, stage by stage.
+    """Estimate what a study costs before it starts: time, tokens, disk and memory, stage by stage.
 
-    Times come from rates that are measured now, in about half a minute, by running a little of everything. What is
-    finished under ROOT costs nothing. Downloads nothing and writes nothing there.
-
-    With --simulate nothing is measured: dictionaries of 65,536 to 16,777,216 latents, trained by data, by latents or
-    by position, where each fits, how long it takes and what is dearest, by published rates (docs/scaling.md).
+    Measures this machine for at most 20 seconds. What is finished under ROOT costs nothing. Downloads nothing and
+    writes nothing.
     """
-    from posmask.errors import BadSetting
-    from posmask.study import machines, planning, scaling
+    from posmask.study import estimate
     from posmask.study.settings import read_study
 
-    if simulate and not (study_file is None and changes):
-        if study_file is None:
-            jobs = [scaling.Job.of_model(name) for name in scaling.MODELS]
-        else:
-            jobs = [scaling.Job.of_study(read_study(study_file, changes or ()))]
-        print_forecasts(jobs, machines.gpu_named(gpu or "h100"))
-        return
-    if study_file is None:
-        raise BadSetting(
-            "plan needs a study file, such as studies/quick.toml; only --simulate, without --set, needs none"
-        )
     settings = read_study(study_file, changes or ())
     root = root or Path("runs") / settings.name
-    machine = None if gpu is None else machines.gpu_named(gpu)
-    print_plan(planning.plan(settings, root, machine=machine), root, None if machine is None else machine.name)
+    machine = None if gpu is None else estimate.gpu_named(gpu)
+    print_plan(estimate.plan(settings, root, gpu=machine), root, None if machine is None else machine.name)
     if machine is not None:
-        print(f"On several, under Slurm, a cell at a time:\n  {slurm_line(study_file)}")
+        print(f"On several GPUs, with Slurm, one cell at a time:\n  {slurm_line(study_file)}")
 
 
 @app.command("report")

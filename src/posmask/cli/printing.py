@@ -14,15 +14,12 @@ from posmask.results.comparisons import MIN_SEEDS, read_verdicts
 from posmask.results.table import ORDER_KS, PROBE_KS, Line
 
 if TYPE_CHECKING:
-    from posmask.study import planning
+    from posmask.study import estimate
     from posmask.study.cell import CellState
-    from posmask.study.machines import Machine
-    from posmask.study.scaling import Job
 
 __all__ = [
     "console",
     "peak_gigabytes",
-    "print_forecasts",
     "print_plan",
     "results_table",
     "slurm_line",
@@ -107,58 +104,7 @@ def status_table(states: list[tuple[str, "CellState"]]) -> Table:
     return table
 
 
-def print_forecasts(jobs: "list[Job]", machine: "Machine") -> None:
-    """What each job takes on 1 to 512 GPUs, and the assumptions."""
-    from posmask.study import machines, scaling
-
-    machine.link_rate(2)  # One without links is refused before anything is printed.
-    width = min(console.width, 100)
-    for job in jobs:
-        table = _columns("latents")
-        for name in ("GPUs", "divided by", "a GPU holds", "sent a step", "training", "dearest"):
-            table.add_column(name, justify="left" if name in ("divided by", "dearest") else "right", no_wrap=True)
-        harvest = {n: job.harvest(machine, n) for n in scaling.GPU_COUNTS}
-        fits = next(iter(harvest.values()))
-        times = ", ".join(f"{duration(one.seconds)} on {n}" for n, one in harvest.items())
-        apart = "" if fits.fits else ", more than a GPU has, and posmask cannot split it: harvest as if it were split"
-        print(
-            textwrap.fill(
-                f"{job.name}: {_bytes(fits.bytes_held)} of weights{apart}. Harvest of {job.harvested_tokens:,} "
-                f"tokens: {times} GPUs; {_bytes(job.disk_bytes)} on disk, of the {_bytes(machines.NODE_DISK)} that "
-                f"a machine of {machines.GPUS_A_NODE} has.",
-                width,
-            )
-        )
-        for n_latents in scaling.LATENTS:
-            for one in scaling.forecasts(job, machine, n_latents):
-                table.add_row(
-                    f"{n_latents:,}" if (one.n_gpus, one.design) == (1, "data") else "",
-                    str(one.n_gpus) if one.design == "data" else "",
-                    one.design,
-                    _bytes(sum(one.bytes_held.values())),
-                    _bytes(one.bytes_sent),
-                    duration(one.seconds) if one.possible else "–",
-                    one.limit if one.possible else f"{one.limit}: no",
-                )
-        console.print(table)
-        print()
-    for line in scaling.said(jobs[0], machine):
-        print(textwrap.fill(f"- {line}", width, subsequent_indent="  "))
-
-
-def _bytes(n: float) -> str:
-    """
-    >>> _bytes(9224), _bytes(18.55e12), _bytes(0)
-    ('9.2 kB', '18.6 TB', '0 B')
-    """
-    for unit in ("B", "kB", "MB", "GB"):
-        if n < 1000:
-            return f"{n:.0f} B" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1000
-    return f"{n:,.1f} TB"
-
-
-def _plan_tables(plan: "planning.Plan") -> list[Table]:
+def _plan_tables(plan: "estimate.Plan") -> list[Table]:
     """What is harvested, and what each cell takes."""
     harvest = _columns("harvest", "tokens", "time")
     for line in plan.lines:
@@ -183,23 +129,44 @@ def _columns(first: str, *others: str) -> Table:
     return table
 
 
-def _tokens_and_time(line: "planning.Line") -> tuple[str, str]:
+def _tokens_and_time(line: "estimate.Line") -> tuple[str, str]:
     return (f"{line.tokens:,}", duration(line.seconds)) if line.tokens or line.seconds else ("", "finished")
 
 
-def print_plan(plan: "planning.Plan", root: Path, gpu: str | None) -> None:
-    """A plan's tables, sums and assumptions.
+def print_plan(plan: "estimate.Plan", root: Path, gpu: str | None) -> None:
+    """Print a plan: what is finished and the total, then the tables, then disk, memory and assumptions.
 
     Args:
-        gpu: the name of the one that is reckoned with; None: this machine.
+        gpu: the name of the GPU that the plan is for; None: this machine.
     """
-    if plan.n_finished < plan.n_folders:
-        for table in _plan_tables(plan):
-            console.print(table)
-            console.print()
     width = min(console.width, 100)
-    for line in _plan_lines(plan, root, gpu):
-        print(textwrap.fill(line, width, subsequent_indent="  " if line.startswith("- ") else ""))
+    finished = f"{plan.n_finished} of {plan.n_folders} folders (cells with each seed, and the baselines) are finished"
+    if plan.n_finished == plan.n_folders:
+        print(textwrap.fill(f"{finished} under {root}: nothing is left to do.", width))
+        return
+    print(textwrap.fill(_total(plan, gpu), width))
+    print(textwrap.fill(f"{finished} under {root}.", width))
+    disk, memory = plan.disk_bytes / 1e9, plan.memory_bytes / 1e9
+    print(f"Disk: {disk:.1f} GB to write. Memory: about {memory:.1f} GB at the peak.\n")
+    for table in _plan_tables(plan):
+        console.print(table)
+        console.print()
+    for assumption in plan.assumptions:
+        print(textwrap.fill(f"- {assumption}", width, subsequent_indent="  "))
+
+
+def _total(plan: "estimate.Plan", gpu: str | None) -> str:
+    import torch
+
+    threads = torch.get_num_threads()
+    where = f"this machine ({threads} thread{'s' * (threads > 1)})"
+    if gpu is not None:
+        where = f"one {gpu}, with a host like {where}"
+    stages = ", ".join(
+        f"{stage} {duration(plan.seconds(stage))}" for stage in ("harvest", "baselines", "training", "evaluation")
+    )
+    hours = "" if gpu is None else f" That is {plan.seconds() / 3600:.1f} GPU hours, the host's work included."
+    return f"In all {duration(plan.seconds())} on {where}: {stages}.{hours}"
 
 
 def slurm_line(study_file: Path) -> str:
@@ -208,28 +175,3 @@ def slurm_line(study_file: Path) -> str:
         "srun --nodes 2 --ntasks-per-node 1 torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint "
         f'"$HOSTNAME:29500" -m posmask.cli train {study_file} CELL --by data'
     )
-
-
-def _plan_lines(plan: "planning.Plan", root: Path, gpu: str | None) -> list[str]:
-    import torch
-
-    finished = (
-        f"{plan.n_folders - 1} cells (each with each seed is one) and the baselines; {plan.n_finished} of "
-        f"{plan.n_folders} folders are finished under {root}"
-    )
-    if plan.n_finished == plan.n_folders:
-        return [f"{finished}: nothing is left to do."]
-    stages = ", ".join(
-        f"{stage} {duration(plan.seconds(stage))}" for stage in ("harvest", "baselines", "training", "evaluation")
-    )
-    threads = torch.get_num_threads()
-    where = f"this machine ({threads} thread{'s' * (threads > 1)})"
-    if gpu is not None:
-        where = f"one {gpu}, its host like {where}"
-    hours = "" if gpu is None else f" That is {plan.seconds() / 3600:.1f} GPU hours, the host's work included."
-    return [
-        f"{finished}.",
-        f"In all {duration(plan.seconds())} on {where}: {stages}.{hours}",
-        f"Disk: {plan.disk_bytes / 1e9:.1f} GB to write. Memory: some {plan.memory_bytes / 1e9:.1f} GB at the peak.",
-        *(f"- {assumption}" for assumption in plan.assumptions),
-    ]

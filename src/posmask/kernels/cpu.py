@@ -1,9 +1,11 @@
 """Loops over active codes, compiled by numba for the CPU."""
 
+from pathlib import Path
+
 import numba
 import numpy as np
 
-__all__ = ["add_weighted_entries", "place_entries"]
+__all__ = ["add_weighted_entries", "loops_are_compiled", "place_entries"]
 
 _FAST = {"contract", "reassoc", "nsz"}  # Sums may be taken in any order; NaN and infinity stay what they are.
 
@@ -161,3 +163,9 @@ def place_entries(row, column, value, row_slot, column_slot, out):  # pragma: no
         y, x = row_slot[row[entry]], column_slot[column[entry]]
         if y >= 0 and x >= 0:
             out[y, x] = value[entry]
+
+
+def loops_are_compiled() -> bool:
+    """Whether numba has compiled this version's loops of a training step on this machine before: it takes some 20 s."""
+    cache = _explain.stats.cache_path
+    return bool(_explain.signatures) or (cache is not None and any(Path(cache).glob("cpu._explain-*.nbi")))

@@ -1,24 +1,19 @@
-"""Forecasts for many GPUs: what is counted is what processes really send, and the page says what was measured."""
+"""The simulation of many GPUs: bytes are those that processes send, and docs/scaling.md holds what was measured."""
 
-import importlib.util
 import json
 import re
+import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from typer.testing import CliRunner
 
 from conftest import D_MODEL, D_SAE, RULES, make_sae
-from posmask.cli.commands import app
 from posmask.data.activations import training_batches
 from posmask.errors import BadSetting
 from posmask.sae.rules import rule_settings
-from posmask.study import machines, scaling
-from posmask.study.machines import Machine
-from posmask.study.scaling import MODELS, Job, forecast, reach
 from posmask.study.settings import read_study
 from posmask.training.checkpoints import Checkpoints
 from posmask.training.distributed import ByData, ByPosition
@@ -26,9 +21,14 @@ from posmask.training.loop import train
 from posmask.training.settings import TrainingSettings
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import scaling  # noqa: E402 (scripts, not a package)
+import simulate  # noqa: E402
+from simulate import MODELS, Job, Linked, forecast, reach  # noqa: E402
+
 JOB = Job("round", 100, 10**9, 2 * 10**9, 10**6, 10**6, 1000, 128, 4, 8, precision="float32")
-ROUND = Machine(
-    "round", {"bfloat16": 1e12, "float32": 1e11}, 1e9, 1e9, "nowhere", 0.5, 0.1, 1.0, 0.0, 1e9, (1e8, 1e7), (1.0, 0.5)
+ROUND = Linked(
+    "round", {"bfloat16": 1e12, "float32": 1e11}, 1e9, "nowhere", 0.5, 0.1, 1.0, 0.0, 1e9, 1e9, (1e8, 1e7), (1.0, 0.5)
 )
 
 
@@ -54,9 +54,9 @@ def test_bytes_of_a_step_are_those_that_a_process_hands_over(activations, tmp_pa
         dist.destroy_process_group()
     steps = {after - before for before, after in pairwise(sent[:4])}  # without points of the curve
     if design == "data":
-        assert steps == {scaling.bytes_by_data(D_MODEL, D_SAE, 240, 1)}
+        assert steps == {simulate.bytes_by_data(D_MODEL, D_SAE, 240, 1)}
     else:
-        assert steps == {scaling.bytes_by_position(D_MODEL)}
+        assert steps == {simulate.bytes_by_position(D_MODEL)}
 
 
 def test_a_forecast_is_what_can_be_reckoned_by_hand():
@@ -120,45 +120,48 @@ def test_a_study_gives_its_model_tokens_batches_and_groups():
     assert job.trained_tokens == 4882 * 4096
     assert job.below == 13 * 77_865_984
     relu = study.sae.model_copy(update={"rule": rule_settings(RULES["relu"])})
-    with pytest.raises(BadSetting, match="k active latents, which the rule relu has not: take topk"):
+    with pytest.raises(BadSetting, match="needs a rule with k active latents, and relu has no k: take topk"):
         Job.of_study(study.model_copy(update={"sae": relu}))
 
 
-def test_the_command_prints_each_model_at_80_columns_and_what_it_assumes():
-    result = CliRunner().invoke(app, ["plan", "--simulate", "--gpu", "a100"], env={"COLUMNS": "80"})
-    assert result.exit_code == 0, result.output
-    assert max(map(len, result.output.splitlines())) <= 80
-    said = " ".join(result.output.split())
+def run_script(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["simulate.py", *words])
+    monkeypatch.setenv("COLUMNS", "80")
+    simulate.main()
+
+
+def test_the_script_prints_each_model_at_80_columns_and_what_it_assumes(capsys, monkeypatch):
+    run_script(monkeypatch, "--gpu", "a100")
+    output = capsys.readouterr().out
+    assert max(map(len, output.splitlines())) <= 80
+    said = " ".join(output.split())
     for words in (*MODELS, "groups: no", "memory: no", "312 TFLOP/s", "Nothing here was measured on a GPU"):
         assert words in said, words
-    assert re.search(r"16,777,216 +1 +data", result.output)
+    assert re.search(r"16,777,216 +1 +data", output)
+
+
+def test_the_script_simulates_a_study(capsys, monkeypatch):
+    run_script(monkeypatch, str(ROOT / "studies" / "gemma-2-2b.toml"))
+    assert "H100 SXM" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["plan"], "plan needs a study file"),
-        (["plan", "--simulate", "--set", "model.layer=3"], "without --set, needs none"),
-        (["plan", "--simulate", "--gpu", "l4"], "the L4 has no link to others whose rate is known: take a100 or h100"),
+        (["--gpu", "l4"], "the links of GPU 'l4' to others are unknown: choose from a100, h100"),
+        (["--gpu", "a1000"], "GPU 'a1000' is not among those whose rates are known"),
+        (["no-such.toml"], "no-such.toml"),
     ],
 )
-def test_what_cannot_be_simulated_is_said(words, message):
-    result = CliRunner().invoke(app, words)
-    assert isinstance(result.exception, BadSetting)
-    assert message in str(result.exception)
-    assert result.output == ""
-
-
-def bench():
-    spec = importlib.util.spec_from_file_location("scaling_bench", ROOT / "benchmarks" / "scaling.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def test_what_cannot_be_simulated_is_reported(capsys, monkeypatch, words, message):
+    with pytest.raises(SystemExit, match=message):
+        run_script(monkeypatch, *words)
+    assert capsys.readouterr().out == ""
 
 
 def test_the_page_says_what_was_measured_and_the_formulas_are_exact():
     found = json.loads((ROOT / "benchmarks" / "scaling.json").read_text(encoding="utf8"))
-    made, rows = bench(), found["runs"]
+    made, rows = scaling, found["runs"]
     assert {(row["design"], row["n_processes"]) for row in rows} == {
         (d, n) for d in ("data", "position") for n in (1, 2, 4)
     }
@@ -169,6 +172,6 @@ def test_the_page_says_what_was_measured_and_the_formulas_are_exact():
     assert set(re.findall(r"<!-- (?!end of )(.+?) -->", text)) == {"traffic", "stops", "harvest"}
 
 
-def test_rates_have_links_where_gpus_stand_in_machines():
-    assert machines.GPUS["h100"].link_rate(8) == pytest.approx(450e9 * 0.65)
-    assert machines.GPUS["h100"].link_rate(9) == pytest.approx(50e9 * 0.9)
+def test_the_link_to_other_machines_is_slower():
+    assert simulate.linked_gpu("h100").link_rate(8) == pytest.approx(450e9 * 0.65)
+    assert simulate.linked_gpu("h100").link_rate(9) == pytest.approx(50e9 * 0.9)

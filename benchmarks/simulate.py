@@ -1,39 +1,70 @@
-"""What harvest, storage and training take on many GPUs that are not here, and where each way of dividing them stops.
+"""Predict what harvest, storage and training take on 1 to 512 GPUs, and where each way to divide the work stops.
 
-All is counts times published rates (`machines.py`); nothing of it is measured on a GPU. What a process holds and hands
-to the others is what `parallel.py` and `training.py` do, but for latents that are sharded, which posmask cannot do.
-docs/scaling.md has the formulas, where the figures stand, and what was checked against runs.
+python benchmarks/simulate.py                          # five models up to 70B
+python benchmarks/simulate.py STUDY.toml --gpu a100    # the model, tokens, batches, k and masks of a study
+
+Dictionaries of 65,536 to 16,777,216 latents, divided by data, by latents or by position. All numbers are counts times
+published rates (`posmask.estimate.GPUS`); nothing is measured on a GPU. What a process holds and sends is what
+`parallel.py` and `training.py` do, except for sharded latents, which posmask does not have. docs/scaling.md has the
+formulas, the sources, and checks against runs.
 """
 
+import argparse
 import math
+import sys
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
+
+from rich.console import Console
+from rich.table import Table
 
 from posmask.data import models
 from posmask.data.activations import bytes_a_token
-from posmask.errors import BadSetting
+from posmask.errors import BadSetting, PosmaskError
 from posmask.kernels import runtime
 from posmask.masks.base import PositionMask
-from posmask.study.machines import DISK_RATE, GPUS_A_NODE, NODE_MEMORY, Machine
-from posmask.study.settings import StudySettings
+from posmask.progress import duration
+from posmask.study import estimate
+from posmask.study.estimate import DISK_RATE, Machine
+from posmask.study.settings import StudySettings, read_study
 from posmask.training import distributed
 
-__all__ = [
-    "DESIGNS",
-    "GPU_COUNTS",
-    "LATENTS",
-    "MODELS",
-    "Design",
-    "Forecast",
-    "Harvest",
-    "Job",
-    "forecast",
-    "forecasts",
-    "most_latents_of_host",
-    "reach",
-    "said",
-]
+GPUS_A_NODE = 8
+NODE_DISK = 8 * 3.84e12  # bytes, and of memory:
+NODE_MEMORY = 2e12
+LINKS = {"a100": (300e9, 25e9), "h100": (450e9, 50e9)}
+"""Bytes per second that one GPU sends in one direction, within a machine of 8 and beyond it."""
+LINK_SHARES = (0.65, 0.9)
+"""The shares of these that are reached (assumed)."""
+
+
+@dataclass(frozen=True)
+class Linked(Machine):
+    """A GPU with `memory` bytes of its own and `links` to others, as in `LINKS`."""
+
+    memory: float = 80e9
+    links: tuple[float, float] = (0.0, 0.0)
+    link_shares: tuple[float, float] = LINK_SHARES
+
+    def link_rate(self, n_gpus: int) -> float:
+        """Bytes per second that each of `n_gpus` sends when all exchange something."""
+        far = n_gpus > GPUS_A_NODE
+        return self.links[far] * self.link_shares[far]
+
+
+def linked_gpu(name: str) -> Linked:
+    """
+    Raises:
+        BadSetting: the rates of the GPU or of its links are unknown.
+    """
+    machine = estimate.gpu_named(name)
+    if name not in LINKS:
+        raise BadSetting(f"the links of GPU {name!r} to others are unknown: choose from {', '.join(LINKS)}")
+    return Linked(**vars(machine), links=LINKS[name])
+
 
 Design = Literal["data", "latents", "position"]
 DESIGNS: tuple[Design, ...] = ("data", "latents", "position")
@@ -109,7 +140,7 @@ class Job:
         """
         asked, rule = study.model, study.sae.rule
         if (k := getattr(rule, "k", None)) is None:
-            raise BadSetting(f"--simulate reckons with k active latents, which the rule {rule.kind} has not: take topk")
+            raise BadSetting(f"the simulation needs a rule with k active latents, and {rule.kind} has no k: take topk")
         layer = asked.layer if isinstance(asked.layer, int) else models.layer_number(asked.name, asked.layer)
         outline = models.load_outline(asked.name, layer, asked.site, asked.sizes)
         below, above = outline.n_parameters()
@@ -180,11 +211,7 @@ class Forecast:
         return self.limit not in ("memory", "groups")
 
 
-def forecast(job: Job, machine: Machine, design: Design, n_latents: int, n_gpus: int) -> Forecast:
-    """
-    Raises:
-        BadSetting: the machine has no known link to others.
-    """
+def forecast(job: Job, machine: Linked, design: Design, n_latents: int, n_gpus: int) -> Forecast:
     d, n, p, tokens = job.d_model, n_latents, n_gpus, job.batch_tokens
     row = _FLOAT * d
     if design == "data":
@@ -265,14 +292,14 @@ def most_latents_of_host(job: Job) -> int:
     return int(NODE_MEMORY / GPUS_A_NODE / host_bytes_by_position(job.d_model, 1))
 
 
-def forecasts(job: Job, machine: Machine, n_latents: int) -> Iterator[Forecast]:
+def forecasts(job: Job, machine: Linked, n_latents: int) -> Iterator[Forecast]:
     """Every design on 1, 8, 64 and 512 GPUs."""
     for n_gpus in GPU_COUNTS:
         for design in DESIGNS:
             yield forecast(job, machine, design, n_latents, n_gpus)
 
 
-def reach(job: Job, machine: Machine, design: Design, n_latents: int) -> tuple[Forecast | None, Forecast, str]:
+def reach(job: Job, machine: Linked, design: Design, n_latents: int) -> tuple[Forecast | None, Forecast, str]:
     """(on the fewest GPUs that can, on the most that pay, what stops it), GPUs in powers of two up to `MOST_GPUS`.
 
     More GPUs pay as long as twice as many are 1.5 times as fast. What stops it is the part that is farthest from
@@ -293,9 +320,8 @@ def reach(job: Job, machine: Machine, design: Design, n_latents: int) -> tuple[F
     return able[0], able[best], why
 
 
-def said(job: Job, machine: Machine) -> list[str]:
-    """What the forecasts rest on, in sentences."""
-    assert machine.links is not None
+def assumptions(job: Job, machine: Linked) -> list[str]:
+    """What the forecasts assume, in sentences."""
     (near, far), (near_share, far_share) = machine.links, machine.link_shares
     whole = host_bytes_by_position(job.d_model, LATENTS[-1])
     return [
@@ -315,3 +341,68 @@ def said(job: Job, machine: Machine) -> list[str]:
         f"at {LATENTS[-1]:,} of {job.name}. A machine with {NODE_MEMORY / 1e12:.0f} TB for {GPUS_A_NODE} stops at "
         f"{most_latents_of_host(job):,}.",
     ]
+
+
+def print_forecasts(jobs: list[Job], machine: Linked) -> None:
+    """Print what each job takes on 1 to 512 GPUs, and the assumptions."""
+    console = Console(highlight=False)
+    width = min(console.width, 100)
+    for job in jobs:
+        harvest = {n: job.harvest(machine, n) for n in GPU_COUNTS}
+        times = ", ".join(f"{duration(one.seconds)} on {n}" for n, one in harvest.items())
+        fits = harvest[1].fits
+        note = "" if fits else ", more than a GPU has, and posmask cannot split it: the times assume a split"
+        summary = (
+            f"{job.name}: {_bytes(harvest[1].bytes_held)} of weights{note}. Harvest of {job.harvested_tokens:,} "
+            f"tokens: {times} GPUs; {_bytes(job.disk_bytes)} on disk, of the {_bytes(NODE_DISK)} in a machine of "
+            f"{GPUS_A_NODE}."
+        )
+        print(textwrap.fill(summary, width))
+        console.print(_table(job, machine))
+        print()
+    for line in assumptions(jobs[0], machine):
+        print(textwrap.fill(f"- {line}", width, subsequent_indent="  "))
+
+
+def _table(job: Job, machine: Linked) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_edge=False, header_style="bold")
+    table.add_column("latents", no_wrap=True)
+    for name in ("GPUs", "divided by", "a GPU holds", "sent a step", "training", "dearest"):
+        table.add_column(name, justify="left" if name in ("divided by", "dearest") else "right", no_wrap=True)
+    for n_latents in LATENTS:
+        for one in forecasts(job, machine, n_latents):
+            table.add_row(
+                f"{n_latents:,}" if (one.n_gpus, one.design) == (1, "data") else "",
+                str(one.n_gpus) if one.design == "data" else "",
+                one.design,
+                _bytes(sum(one.bytes_held.values())),
+                _bytes(one.bytes_sent),
+                duration(one.seconds) if one.possible else "–",
+                one.limit if one.possible else f"{one.limit}: no",
+            )
+    return table
+
+
+def _bytes(n: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 1000:
+            return f"{n:.0f} B" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1000
+    return f"{n:,.1f} TB"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Predict memory, traffic and time on 1 to 512 GPUs.")
+    parser.add_argument("study", nargs="?", type=Path, metavar="STUDY.toml", help="default: five models up to 70B")
+    parser.add_argument("--gpu", default="h100", help=f"one of {', '.join(LINKS)}; default: h100")
+    words = parser.parse_args()
+    try:
+        machine = linked_gpu(words.gpu)
+        jobs = [Job.of_study(read_study(words.study))] if words.study else [Job.of_model(name) for name in MODELS]
+    except (PosmaskError, OSError) as error:
+        sys.exit(f"simulate: {error}")
+    print_forecasts(jobs, machine)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,447 @@
+"""Plans: what is counted, how time scales, the limit on measuring, finished work, GPUs and bad input."""
+
+import contextlib
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from conftest import make_sae, train_on
+from posmask.cli.commands import app
+from posmask.data import models, sites
+from posmask.errors import BadSetting, DegenerateResult
+from posmask.kernels import cpu, runtime
+from posmask.masks import make_mask, mask_settings
+from posmask.progress import progress_bar
+from posmask.storage import manifest
+from posmask.study import cell, estimate, harvests, run
+from posmask.study.estimate import Machine, Rates
+from posmask.study.settings import read_study
+from posmask.training import loop
+from posmask.training.settings import TrainingSettings
+
+GEMMA = Path(__file__).parent.parent / "studies" / "gemma-2-2b.toml"
+ROUND = Machine("round", {"bfloat16": 1e12, "float32": 1e11}, 1e9, "nowhere", 0.5, 0.1, 1.0, 0.0, None)
+NOTHING = replace(ROUND, product_rates={"bfloat16": 1e30, "float32": 1e30}, bandwidth=1e30)
+
+STUDY = """
+name = "tiny"
+seeds = [0, 1]
+[model]
+name = "MODEL"
+layer = 2
+precision = "float32"
+[corpus]
+n_positions = 16
+training_tokens = 1500
+heldout_tokens = 1500
+tables = ["words"]
+[sae]
+d_sae = 32
+rule = { kind = "topk", k = 4 }
+[training]
+n_steps = 20
+batch_tokens = 256
+learning_rate = 5e-3
+[evaluation]
+retention_positions = 4
+shift_texts = 40
+shift_windows = 4
+model_contexts = 8
+order_tasks = ["chronology", "topic_permutation"]
+order_train_groups = 30
+order_test_groups = 10
+order_segments = 4
+probe_datasets = ["ag_news"]
+probe_train = 40
+probe_test = 10
+ks = [1, 5, 20]
+[[cells]]
+name = "open"
+mask = { kind = "open" }
+[[cells]]
+name = "slice"
+mask = { kind = "slice", n_slices = 4 }
+budget = "compute"
+decay = true
+[[cells]]
+name = "half"
+mask = { kind = "open" }
+steps_share = 0.5
+"""
+
+
+def rates(machine=ROUND, below=0.0, above=0.0, **changes):
+    """The host's work is free unless `host` is given."""
+    return Rates(machine, below, above, **{"host": 0.0, **changes})
+
+
+@pytest.fixture
+def study_file(tmp_path, model_folder):
+    path = tmp_path / "tiny.toml"
+    path.write_text(STUDY.replace("MODEL", str(model_folder)))
+    return path
+
+
+@pytest.fixture
+def settings(study_file):
+    return read_study(study_file)
+
+
+def places(settings, root):
+    return cell.places_of(settings, harvests.Source(settings.model), root)
+
+
+def finish(place):
+    with manifest.write_folder(place.folder, place.made_from):
+        pass
+
+
+def tokens_of(plan, stage):
+    return {line.what: line.tokens for line in plan.lines if line.stage == stage}
+
+
+def seconds_of(plan, stage):
+    return {line.what: line.seconds for line in plan.lines if line.stage == stage}
+
+
+def test_tokens_follow_from_the_settings(settings, tmp_path):
+    plan = estimate.plan(settings, tmp_path, rates())
+    # Of three orders of 15 tokens: 2 x (30 + 10) texts and 20 shuffled ones, 6 x (30 + 10) and 60.
+    order, probes = (100 + 300) * 15, 3 * 25 * 15
+    assert tokens_of(plan, "harvest") == {
+        "training texts": 1500, "held-out texts": 1500, "shift design": 40 * 4 * 3, "order tasks": order,
+        "probe datasets": probes,
+    }  # fmt: skip
+    assert tokens_of(plan, "baselines") == {"the model itself": order + probes}
+    steps = 20 * 256
+    assert tokens_of(plan, "training") == {"open": 2 * steps, "slice": 4 * steps, "half": steps}
+    asked = 1500 + 480 + order + probes + 3 * 8 * 16
+    lifted = 1500 + 480 + 1500 * 6  # once lifted, and after 0, 1, 2, 5, 10 and 20 steps without the mask
+    assert tokens_of(plan, "evaluation") == {"open": 2 * asked, "slice": 2 * (asked + lifted), "half": 2 * asked}
+    assert (plan.n_folders, plan.n_finished) == (7, 0)
+
+
+def test_seconds_are_counts_times_rates(settings, tmp_path):
+    plan = estimate.plan(settings, tmp_path, rates(NOTHING, below=0.01, above=0.1))
+    assert seconds_of(plan, "harvest")["shift design"] == pytest.approx(0.01 * 40 * (7 + 10 + 13 + 16))
+    assert seconds_of(plan, "baselines") == {"the model itself": pytest.approx(2 * 8 * 16 * 0.1)}
+    for seconds in seconds_of(plan, "evaluation").values():
+        assert seconds == pytest.approx(2 * 3 * 8 * 16 * 0.1)
+    assert plan.seconds() == pytest.approx(sum(line.seconds for line in plan.lines))
+    assert plan.seconds() == pytest.approx(sum(plan.seconds(stage) for stage in ("harvest", "baselines", "evaluation")))
+
+
+def changed(settings, part, **changes):
+    return settings.model_copy(update={part: getattr(settings, part).model_copy(update=changes)})
+
+
+def test_training_time_follows_steps_tokens_and_open_latents(settings, tmp_path):
+    plan = estimate.plan(settings, tmp_path, rates())
+    once = seconds_of(plan, "training")
+    longer = seconds_of(estimate.plan(changed(settings, "training", n_steps=40), tmp_path, rates()), "training")
+    assert longer == {name: pytest.approx(2 * seconds) for name, seconds in once.items()}
+    assert once["half"] == pytest.approx(once["open"] / 2)
+    wider = seconds_of(estimate.plan(changed(settings, "training", batch_tokens=2560), tmp_path, rates()), "training")
+    assert 8 * once["open"] < wider["open"] < 10 * once["open"]  # All but Adam's part.
+    twice = seconds_of(estimate.plan(settings, tmp_path, rates(factor=2.0)), "training")
+    assert twice["open"] == pytest.approx(2 * once["open"])
+    d_model, step = models.load_outline(settings.model.name, 2).d_model, 0.0
+    for n_live in (32, 128):  # The slice at equal compute: 32 of 128 latents are open; without its mask all are.
+        step += sum(ROUND.step_parts(d_model, 128, n_live, 4, 256, runtime.fast_precision()).values())
+    assert once["slice"] == pytest.approx(2 * 20 * step)
+
+
+def test_evaluation_time_of_the_host_follows_its_work(settings, tmp_path):
+    def host(study):
+        return seconds_of(estimate.plan(study, tmp_path, rates(NOTHING, host=1.0)), "evaluation")
+
+    once = host(settings)
+    assert once["half"] == once["open"]
+    more = host(changed(settings, "evaluation", order_train_groups=60, probe_train=80))
+    assert all(1 < more[name] / once[name] < 2 for name in once)
+    faster = seconds_of(estimate.plan(settings, tmp_path, rates(NOTHING, host=0.5)), "evaluation")
+    assert faster == {name: pytest.approx(seconds / 2) for name, seconds in once.items()}
+
+
+@pytest.mark.parametrize(
+    ("mask", "n_live"),
+    [
+        ({"kind": "open"}, 32),
+        ({"kind": "slice", "n_slices": 4}, 8),
+        ({"kind": "slice", "n_slices": 4, "apply": "gradient"}, 32),
+        ({"kind": "slice", "n_slices": 4, "free_fraction": 0.5}, 20),
+        ({"kind": "importance", "positions_per_latent": 4}, 32),
+    ],
+)
+def test_a_shape_counts_the_latents_that_are_computed(mask, n_live):
+    shape = estimate.shape_of(make_mask(mask_settings(mask), 16, 32))
+    assert shape.d_sae == 32
+    assert shape.n_live == n_live
+
+
+def test_finished_folders_cost_nothing(settings, tmp_path):
+    everything = estimate.plan(settings, tmp_path, rates(below=1.0, above=1.0))
+    own = places(settings, tmp_path)
+    finish(own[0])
+    finish(own[1])  # open, seed 0
+    plan = estimate.plan(settings, tmp_path, rates(below=1.0, above=1.0))
+    assert plan.n_finished == 2
+    assert seconds_of(plan, "baselines") == {"the model itself": 0.0}
+    for stage in ("training", "evaluation"):
+        before, after = seconds_of(everything, stage), seconds_of(plan, stage)
+        assert after == {"open": before["open"] / 2, "slice": before["slice"], "half": before["half"]}
+    assert plan.disk_bytes < everything.disk_bytes
+    for place in own[2:]:
+        finish(place)
+    plan = estimate.plan(settings, tmp_path)  # nothing to be measured
+    assert {(line.tokens, line.seconds) for line in plan.lines} == {(0, 0.0)}
+    assert (plan.n_finished, plan.disk_bytes, plan.memory_bytes) == (7, 0, 0)
+
+
+def test_harvested_vectors_cost_nothing_and_are_counted_as_they_are(settings, tmp_path):
+    shared = {"model": harvests.Source(settings.model).made_from, "n_positions": 16}
+    drawn = {"tables": ["words"], "max_characters": 1000}
+
+    def write(label, kept, **made_from):
+        with manifest.write_folder(tmp_path / "activations" / f"{label}-0", {**shared, **made_from}, kept_tokens=kept):
+            pass
+
+    write("training", 1501, split="training", tokens=1500, **drawn)
+    write("evaluation", 1502, split="evaluation", tokens=1500, **drawn)
+    write("chronology", 777, shuffled_too=True, texts_of=["text"] * 80)
+    write("ag_news", 555, texts_of=["text"] * 60)  # made for other settings
+    plan = estimate.plan(settings, tmp_path, rates(below=1.0))
+    harvest = tokens_of(plan, "harvest")
+    assert (harvest["training texts"], harvest["held-out texts"]) == (0, 0)
+    assert (harvest["order tasks"], harvest["probe datasets"]) == (300 * 15, 75 * 15)
+    assert tokens_of(plan, "baselines") == {"the model itself": 777 + 300 * 15 + 75 * 15}
+    other = settings.model_copy(update={"corpus": settings.corpus.model_copy(update={"heldout_tokens": 1400})})
+    assert tokens_of(estimate.plan(other, tmp_path, rates()), "harvest")["held-out texts"] == 1400
+
+
+def test_vectors_take_the_room_that_a_plan_says(settings, tmp_path, activations):
+    outline = models.load_outline(settings.model.name, 2)
+    sets = estimate._sets(settings, tmp_path, any_finished=False)
+    each = estimate._Costs(settings, outline, sets, rates()).bytes_per_token(sets[0])
+    files = manifest.read_manifest(activations.folder)["files"]
+    assert each * activations.n_tokens == pytest.approx(sum(file["bytes"] for file in files.values()), rel=0.02)
+
+
+def test_an_outline_has_the_sizes_of_the_model(model_folder, causal_lm):
+    outline = models.load_outline(str(model_folder), 2)
+    below, above = outline.n_parameters()
+    layer = sum(parameter.numel() for parameter in causal_lm.model.layers[0].parameters())
+    every = sum(parameter.numel() for parameter in causal_lm.parameters())
+    assert below == 2 * layer
+    assert below + above == every - causal_lm.get_input_embeddings().weight.numel()
+    assert (outline.d_model, outline.n_vocabulary) == (causal_lm.config.hidden_size, causal_lm.config.vocab_size)
+
+
+@pytest.mark.embedded
+def test_the_embedded_model_has_the_sizes_that_are_said_of_it():
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(models.embedded_model_folder())
+    assert {name: getattr(config, name) for name in models._EMBEDDED_SHAPE} == models._EMBEDDED_SHAPE
+
+
+def test_every_stage_is_measured_and_nothing_is_written(settings, tmp_path):
+    root = tmp_path / "none"
+    plan = estimate.plan(settings.model_copy(update={"seeds": (0,)}), root)
+    assert not root.exists()
+    assert all(line.seconds > 0 and math.isfinite(line.seconds) for line in plan.lines)
+    assert not any("The model was not run" in line for line in plan.assumptions)
+
+
+@pytest.mark.parametrize("rule", ['kind = "relu", l1_coefficient = 0.1', 'kind = "batchtopk", k = 4'])
+def test_steps_of_every_rule_can_be_measured(study_file, rule):
+    study_file.write_text(study_file.read_text().replace('kind = "topk", k = 4', rule))
+    settings = read_study(study_file)
+    found = estimate.measure(settings, settings.cells[:2], models.load_outline(settings.model.name, 2))
+    assert found.factor > 0
+    assert not any("not measured" in sentence for sentence in found.assumptions)
+
+
+def test_without_weights_the_models_time_comes_from_its_sizes(settings, tmp_path, model_folder):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(model_folder / "config.json", bare)
+    outline = models.load_outline(str(bare), 2)
+    found = estimate.measure(changed(settings, "model", name=str(bare)), [], outline)
+    below, above = outline.n_parameters()
+    assert found.above / found.below == pytest.approx(1.2 * above / below)
+    assert "The model was not run" in found.assumptions[0]
+
+
+class SlowClock:
+    """Runs ahead by some seconds whenever a model pass or a training step is done."""
+
+    def __init__(self):
+        self.ahead = 0.0
+
+    def __call__(self):
+        return time.perf_counter() + self.ahead
+
+
+@pytest.mark.parametrize(("pass_seconds", "step_seconds"), [(0.0, 1.0), (0.0, 7.0), (3.0, 7.0), (0.5, 0.0)])
+def test_measuring_stops_within_its_budget(settings, monkeypatch, pass_seconds, step_seconds):
+    clock, real_pass, real_train = SlowClock(), sites.LanguageModel.vectors, loop.train
+    n_steps = []
+
+    def slow_pass(self, ids):
+        clock.ahead += pass_seconds * ids.numel() / 32
+        return real_pass(self, ids)
+
+    def slow_train(sae, batches, settings, label, after_step):
+        def slow_step(done):
+            clock.ahead += step_seconds
+            n_steps.append(done)
+            after_step(done)
+
+        return real_train(sae, batches, settings, label, slow_step)
+
+    monkeypatch.setattr(sites.LanguageModel, "vectors", slow_pass)
+    monkeypatch.setattr(loop, "train", slow_train)
+    started = clock()
+    found = estimate.measure(settings, settings.cells * 5, models.load_outline(settings.model.name, 2), clock=clock)
+    # A step that has begun is finished, and of a shape at least two are needed.
+    assert clock() - started < estimate.MEASURING_SECONDS + 2 * step_seconds
+    if step_seconds:
+        assert n_steps
+        assert len(n_steps) < 6 * 15
+        assert math.isfinite(found.factor)
+
+
+def test_on_a_machine_too_slow_for_a_step_only_sizes_count(settings, monkeypatch):
+    monkeypatch.setattr(runtime, "product_rate", lambda precision, n_rows: 1e3)
+    found = estimate.measure(settings, settings.cells, models.load_outline(settings.model.name, 2))
+    assert found.factor == 1.0
+    assert "3 of 3 kinds of training steps were not measured: lack of time." in found.assumptions
+    plan = estimate.plan(settings, Path("none"), found)
+    assert seconds_of(plan, "training")["open"] > 1000
+
+
+def test_steps_are_not_measured_where_their_loops_would_be_compiled_first(settings, monkeypatch):
+    monkeypatch.setattr(cpu, "loops_are_compiled", lambda: False)
+    found = estimate.measure(settings, settings.cells, models.load_outline(settings.model.name, 2))
+    assert found.factor == 1.0
+    assert any("not compiled before the first run" in sentence for sentence in found.assumptions)
+
+
+def test_numbas_cache_tells_whether_loops_are_compiled(activations, tmp_path):
+    settings = TrainingSettings(n_steps=2, batch_tokens=256, learning_rate=5e-3)
+    with contextlib.suppress(DegenerateResult):  # Two steps explain little.
+        train_on(make_sae("open"), activations, settings)
+    assert cpu.loops_are_compiled()
+    code = "from posmask.kernels import cpu; print(cpu.loops_are_compiled())"
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    words = [sys.executable, "-c", code]
+    assert subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+@pytest.mark.slow
+def test_a_plan_is_near_what_training_takes(study_file, texts, tmp_path):
+    """Within a factor of 3: steps of this tiny study take a millisecond, other work on the machine shows."""
+    text = study_file.read_text().replace("n_steps = 20", "n_steps = 300").replace("d_sae = 32", "d_sae = 1024")
+    text = text.replace('"chronology", "topic_permutation"', '"toy_order"').replace('"ag_news"', '"toy"')
+    study_file.write_text(text.replace("decay = true", "").replace("seeds = [0, 1]", "seeds = [0]"))
+    settings = read_study(study_file)
+    planned = estimate.plan(settings, tmp_path / "run").seconds("training")
+    rows = run.run_study(settings, tmp_path / "run", say=lambda text: None)
+    seconds = sum(row.value for row in rows if row.metric == "train_seconds")
+    assert seconds / 3 < planned < 3 * seconds
+
+
+def test_a_bar_within_a_bar_shows_nothing(capsys, monkeypatch):
+    monkeypatch.setattr("posmask.progress._QUIET_SECONDS", 0.0)
+    with progress_bar("outer", 2, "parts") as advance:
+        with progress_bar("inner", 5, "tokens") as inner:
+            inner(5)
+        advance(2)
+    said = capsys.readouterr().err
+    assert "outer: 2 parts" in said
+    assert "inner" not in said
+
+
+@pytest.mark.parametrize(
+    ("given", "instead", "message"),
+    [
+        (
+            'name = "MODEL"',
+            'name = "no/such-model"',
+            "model 'no/such-model' has no config.json of a causal language model",
+        ),
+        ("layer = 2", "layer = 9", "layer = 9 does not exist"),
+        ("n_positions = 16", "n_positions = 100", "more than the 64 positions of the model"),
+    ],
+)
+def test_what_cannot_be_planned_is_said_in_a_sentence(tmp_path, model_folder, given, instead, message):
+    path = tmp_path / "bad.toml"
+    path.write_text(STUDY.replace(given, instead).replace("MODEL", str(model_folder)))
+    with pytest.raises(BadSetting, match=message):
+        estimate.plan(read_study(path), tmp_path, rates())
+
+
+def test_the_command_prints_the_total_first_and_fits_80_columns(study_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(estimate, "measure", lambda *args: rates(below=0.01, assumptions=("Nothing was measured.",)))
+    result = CliRunner(env={"COLUMNS": "80"}).invoke(app, ["plan", str(study_file), "--root", str(tmp_path / "run")])
+    assert result.exit_code == 0, result.output
+    assert max(map(len, result.output.splitlines())) <= 80
+    assert result.output.startswith("In all ")
+    for text in ("training texts", "1,500", "slice", "0 of 7 folders", "GB", "- Nothing was measured."):
+        assert text in result.output
+    for place in places(read_study(study_file), tmp_path / "run"):
+        finish(place)
+    result = CliRunner().invoke(app, ["plan", str(study_file), "--root", str(tmp_path / "run")])
+    assert "7 of 7 folders" in result.output
+    assert "nothing is left to do" in " ".join(result.output.split())
+
+
+def test_machine_formulas_are_operations_and_bytes_over_rates():
+    assert ROUND.pass_seconds(10**9, "bfloat16") == pytest.approx(2e9 / 0.5e12)
+    product, moved, adam = 2 * 100 * 50 / 1e11, 4 * (2 * 50 + 5 * 8 * 100) / 1e9, 4 * 7 * 2 * 400 * 100 / 1e9
+    parts = ROUND.step_parts(100, 400, 50, 8, 1000, "bfloat16")
+    assert sum(parts.values()) == pytest.approx(1000 * (product + moved) + adam)
+    parts = ROUND.step_parts(100, 400, 50, None, 1000, "bfloat16")
+    assert sum(parts.values()) == pytest.approx(1000 * (4 * product + 4 * 2 * 50 / 1e9) + adam)
+
+
+def test_an_unknown_gpu_is_refused_with_those_known():
+    with pytest.raises(BadSetting, match=r"GPU 'a1000' is not among those .*: choose from a100, h100, l4, rtx4090"):
+        estimate.gpu_named("a1000")
+
+
+def test_the_gemma_study_is_planned_for_a_gpu_without_its_model(tmp_path):
+    """Neither the GPU nor the weights, config.json or the hub are needed, and no folder is written."""
+    words = ["plan", str(GEMMA), "--gpu", "a100", "--root", str(tmp_path / "none")]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    said = " ".join(result.output.split())
+    for words in (
+        "on one A100 80 GB SXM", "GPU hours", "0 of 28 folders", "training texts 20,000,000", "312 TFLOP/s",
+        "2,039 GB/s", "40% reached in the model", "assumed, not measured", "Disk: 111.6 GB",
+        "with Slurm, one cell at a time: srun --nodes 2",
+    ):  # fmt: skip
+        assert words in said, words
+    assert not (tmp_path / "none").exists()
+
+
+def test_time_on_a_gpu_comes_from_its_published_rates():
+    settings = read_study(GEMMA)
+    outline = models.load_outline(settings.model.name, 13, settings.model.site, settings.model.sizes)
+    found = estimate.measure(settings, settings.cells, outline, estimate.GPUS["a100"])
+    assert found.below == pytest.approx(2 * 13 * 77_865_984 / (312e12 * 0.4) + 2 * 2304 / 1e9)
+    assert found.factor == 1.0
+
+
+def test_without_a_gpu_named_a_study_for_one_is_refused(tmp_path):
+    with pytest.raises(BadSetting, match="device = 'cuda' is not on this machine"):
+        estimate.plan(read_study(GEMMA), tmp_path)
