@@ -20,7 +20,7 @@ PARTS = {
     "gradients of encoder and decoder": ("_sum_rows", "_count_sort"),
     "Adam": ("_fused_adam_",),
     "clipping": ("_foreach_norm", "_foreach_mul_"),
-    "taking off center and bias, unit decoder rows": ("_centred", "_unit_rows"),
+    "taking off center and bias, unit decoder rows": ("_centered", "_unit_rows"),
 }
 
 

@@ -1,4 +1,4 @@
-"""posmask's activation rules beside the peers' on the same vectors, batches, width, steps and optimiser.
+"""posmask's activation rules beside the peers' on the same vectors, batches, width, steps and optimizer.
 
     quality.py export STUDY_FOLDER VECTORS.safetensors      vectors of a study's harvest, as all take them
     quality.py train VECTORS.safetensors RESULTS.jsonl      posmask's own runs; the peers' are in peers/
@@ -58,11 +58,11 @@ RULES = {
 
 
 def export(root: Path, path: Path) -> None:
-    """Kept vectors of the study's training and held-out texts, centred and scaled, and 600 batches of their rows."""
+    """Kept vectors of the study's training and held-out texts, centered and scaled, and 600 batches of their rows."""
     train, heldout = (
         Activations(next((root / "activations").glob(f"{name}-*"))) for name in ("training", "evaluation")
     )
-    center, scale = train.centre_and_scale
+    center, scale = train.center_and_scale
     train, heldout = (
         torch.cat([(batch.kept().vectors.float() - center) / scale for batch in evaluation_batches(some)])
         for some in (train, heldout)
@@ -91,8 +91,8 @@ def train(run: Run, vectors: Vectors) -> Trained:
         n_steps=run.steps,
         batch_tokens=vectors.batch_tokens,
         learning_rate=run.learning_rate,
-        warmup_share=warm_up_steps(run.steps) / run.steps,
-        decay_share=decay_steps(run.steps) / run.steps,
+        warmup_fraction=warm_up_steps(run.steps) / run.steps,
+        decay_fraction=decay_steps(run.steps) / run.steps,
         dead_after_eligible_tokens=DEAD_AFTER_TOKENS,
     )
 

@@ -70,7 +70,7 @@ def one_of(rank: int, n_processes: int, design: str, folder: Path, out: Path) ->
         sae = SparseAutoencoder(
             D_MODEL, rule_settings({"kind": "topk", "k": K}), make_mask(mask_settings(mask), N_POSITIONS, D_SAE)
         )
-        sae.center, sae.scale = activations.centre_and_scale
+        sae.center, sae.scale = activations.center_and_scale
         together = ByData(sae) if design == "data" else ByPosition(sae, activations.position[activations.keep])
         part = getattr(together, "part", sae)
         settings = TrainingSettings(n_steps=N_STEPS, batch_tokens=BATCH, learning_rate=1e-3)

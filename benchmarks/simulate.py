@@ -157,7 +157,7 @@ class Job:
             study.corpus.n_positions,
             max(_n_groups(mask) for mask in masks),
             k,
-            precision if asked.stored == "model" else asked.stored,
+            precision if asked.storage_dtype == "model" else asked.storage_dtype,
             precision,
             study.training.precision if study.training.precision != "auto" else "bfloat16",
         )

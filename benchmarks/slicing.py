@@ -22,19 +22,19 @@ N_SLICES = 8
 def start(study: StudySettings, activations: Activations, mask: dict, d_sae: int) -> SparseAutoencoder:
     mask_of = make_mask(mask_settings(mask), study.corpus.n_positions, d_sae)
     sae = SparseAutoencoder(activations.d_model, study.sae.rule, mask_of)
-    sae.center, sae.scale = activations.centre_and_scale
+    sae.center, sae.scale = activations.center_and_scale
     return sae
 
 
 def explained_variance(saes: list[SparseAutoencoder], heldout: Activations) -> float:
     """Of held-out tokens, each coded by the SAE of its window (or by the only one)."""
-    mean, _ = heldout.centre_and_scale
+    mean, _ = heldout.center_and_scale
     error = variance = 0.0
     for batch in evaluation_batches(heldout):
         kept = batch.kept()
         window = kept.position.long() * len(saes) // saes[0].mask.n_positions
         for number, sae in enumerate(saes):
-            some = kept.some(window == number)
+            some = kept.select(window == number)
             v_hat = sae.sparse_decode(sae.sparse_encode(some.vectors, some.position))
             error += float((v_hat - some.vectors).double().square().sum())
             variance += float((some.vectors.double() - mean).square().sum())
@@ -63,7 +63,8 @@ def main(study_file: Path, root: Path) -> None:
             sae.decoder_bias.requires_grad_(bias_learns)
             batches = training_batches(training, settings.batch_tokens, settings.n_steps, 0)
             windows = (
-                batch.some(batch.position.long() * N_SLICES // study.corpus.n_positions == number) for batch in batches
+                batch.select(batch.position.long() * N_SLICES // study.corpus.n_positions == number)
+                for batch in batches
             )
             train(sae, windows, settings, f"window {number}")
             separate.append(sae)

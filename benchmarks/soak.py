@@ -54,7 +54,7 @@ def one_round(number: int, model: LanguageModel, folder: Path) -> None:
     vectors = harvest(tokens, model, folder / "vectors", {"round": number}, "soak")
     mask = make_mask(mask_settings(MASKS[number % len(MASKS)]), N_POSITIONS, D_SAE, number)
     sae = SparseAutoencoder(D_MODEL, rule_settings({"kind": "topk", "k": 16}), mask, number)
-    sae.center, sae.scale = vectors.centre_and_scale
+    sae.center, sae.scale = vectors.center_and_scale
     settings = TrainingSettings(n_steps=60, batch_tokens=1024, learning_rate=1e-3)
     checkpoints = Checkpoints(folder / "checkpoints", {"round": number}, every_seconds=1)
     train(sae, training_batches(vectors, 1024, 60, number), settings, "soak", checkpoints=checkpoints)

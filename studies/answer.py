@@ -17,7 +17,7 @@ from posmask.report.reading import read_studies
 from posmask.report.tables import study_table
 from posmask.results.comparisons import Verdict, read_verdicts
 from posmask.results.rows import Row, parse_slice, read_rows, write_rows
-from posmask.results.table import Line, summarise
+from posmask.results.table import Line, summarize
 
 ROOT = Path(__file__).parents[1] / "docs" / "results"
 PAGE = ROOT / "README.md"
@@ -124,7 +124,7 @@ def verdicts(found: list[Verdict]) -> str:
 
 
 def _words(one: Verdict) -> str:
-    text = f"{_number(one.effect)} ({_number(one.low)} to {_number(one.high)})"
+    text = f"{_number(one.effect)} ({_number(one.ci_low)} to {_number(one.ci_high)})"
     return text if one.verdict == "no evidence" else f"**{text} {one.verdict}**"
 
 
@@ -150,7 +150,7 @@ def summary_rows(rows: Iterable[Row]) -> list[Row]:
             slice = f"k={where['k']};pooling={where['pooling']}"
             groups.setdefault((row.cell, row.seed, row.metric, slice), []).append(row)
     return [
-        replace(group[0], slice=slice, value=_mean(group), low=math.nan, high=math.nan, n=len(group))
+        replace(group[0], slice=slice, value=_mean(group), ci_low=math.nan, ci_high=math.nan, n=len(group))
         if slice
         else group[0]
         for (_, _, _, slice), group in groups.items()
@@ -168,7 +168,7 @@ def folders() -> list[Path]:
 def page(text: str) -> str:
     """The page with its tables made anew."""
     for folder in folders():
-        lines = summarise(read_rows(folder / "results.csv.zst"))
+        lines = summarize(read_rows(folder / "results.csv.zst"))
         tables = {"cells": cells(lines), "verdicts": verdicts(read_verdicts(folder / "verdicts.csv"))}
         if folder.name == "full":
             tables |= {"log": log(lines), "strictness": strictness(lines)}

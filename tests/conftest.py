@@ -64,10 +64,10 @@ MASKS = {
 }
 FORWARD_ONLY = ("split", "switch")  # without positions, or with latents that must be silent
 KINDS = [
-    (kind, apply)
+    (kind, gating)
     for kind in MASKS
-    for apply in ("forward", "gradient")
-    if (kind, apply) not in [(other, "gradient") for other in FORWARD_ONLY]
+    for gating in ("forward", "gradient")
+    if (kind, gating) not in [(other, "gradient") for other in FORWARD_ONLY]
 ]
 
 RULES = {
@@ -81,10 +81,10 @@ RULES = {
 
 
 def make_sae(
-    kind, apply="forward", *, rule="topk", d_model=D_MODEL, d_sae=D_SAE, seed=0, dtype=torch.float32, **changes
+    kind, gating="forward", *, rule="topk", d_model=D_MODEL, d_sae=D_SAE, seed=0, dtype=torch.float32, **changes
 ):
     """An SAE as in the midst of training: random (not only initial) parameters, masks that have learned something."""
-    mask = make_mask(mask_settings({**MASKS[kind], "apply": apply, **changes}), N_POSITIONS, d_sae, seed)
+    mask = make_mask(mask_settings({**MASKS[kind], "gating": gating, **changes}), N_POSITIONS, d_sae, seed)
     rule = RULES[rule] if isinstance(rule, str) else rule
     sae = SparseAutoencoder(d_model, rule_settings(rule), mask, seed)
     random = torch.Generator().manual_seed(seed)
@@ -138,10 +138,10 @@ def codes_of(dense):
 
 def train_on(sae, activations, settings, seed=0, after_step=lambda done: None, positions=None):
     """Train on harvested vectors; `positions`: on the tokens of these positions alone."""
-    sae.center, sae.scale = activations.centre_and_scale
+    sae.center, sae.scale = activations.center_and_scale
     batches = training_batches(activations, settings.batch_tokens, settings.n_steps, seed)
     if positions is not None:
-        batches = (batch.some(positions[batch.position.long()]) for batch in batches)
+        batches = (batch.select(positions[batch.position.long()]) for batch in batches)
     return train(sae, batches, settings, "test", after_step)
 
 
@@ -246,8 +246,8 @@ mask = { kind = "open" }
 name = "slice-compute"
 mask = { kind = "slice", n_slices = 4 }
 budget = "compute"
-decay = true
-[[questions]]
+measure_forgetting = true
+[[comparisons]]
 cell = "slice-compute"
 against = "open + segments4"
 """

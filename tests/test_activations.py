@@ -115,7 +115,7 @@ def test_dropped_tokens_change_no_bit(activations, language_model, tokenizer, tm
     model = NanWhereDropped(AutoModelForCausalLM.from_pretrained(tokenizer_folder(language_model)).eval(), 2)
     broken = harvest(tokens, model, tmp_path / "a", {}, "test")
     assert isinstance(broken, Activations)
-    for one, other in zip(activations.centre_and_scale, broken.centre_and_scale, strict=True):
+    for one, other in zip(activations.center_and_scale, broken.center_and_scale, strict=True):
         assert torch.equal(one, other)
     for one, other in zip(training_batches(activations, 64, 50, 0), training_batches(broken, 64, 50, 0), strict=True):
         assert torch.equal(one.vectors, other.vectors)
@@ -152,7 +152,7 @@ def test_vectors_stored_in_fewer_bits_come_back_nearly_the_same(
     assert low.d_model == exact.d_model
     again = harvest(tokens, language_model, tmp_path / "again", {}, "test", stored)
     assert again.made_from == low.made_from != exact.made_from
-    torch.testing.assert_close(low.centre_and_scale[1], exact.centre_and_scale[1], rtol=0.01, atol=0)
+    torch.testing.assert_close(low.center_and_scale[1], exact.center_and_scale[1], rtol=0.01, atol=0)
 
 
 def test_a_harvest_goes_on_from_its_last_shard_and_a_lost_one_alone_is_made_again(

@@ -57,7 +57,7 @@ anything = st.recursive(
 )
 SETTINGS = [
     f"{table}.{key}" for table, keys in tomllib.loads(TEXT).items() if isinstance(keys, dict) for key in keys
-] + ["seeds", "name", "cells", "questions"]
+] + ["seeds", "name", "cells", "comparisons"]
 values = st.one_of(
     st.text(max_size=30),
     st.integers(-(2**70), 2**70).map(str),
@@ -189,8 +189,8 @@ def test_any_row_comes_back_as_it_was(amount, tmp_path):
     path = tmp_path / "rows.csv"
 
     @given(st.lists(st.builds(
-        rows.Row, cell=name, mask=name, budget=name, apply=name, seed=st.integers(), metric=name,
-        slice=name, value=st.floats(), low=st.floats(), high=st.floats(), n=st.integers(),
+        rows.Row, cell=name, mask=name, budget=name, gating=name, seed=st.integers(), metric=name,
+        slice=name, value=st.floats(), ci_low=st.floats(), ci_high=st.floats(), n=st.integers(),
     ), max_size=4))  # fmt: skip
     def one(given_rows):
         rows.write_rows(path, given_rows)
@@ -201,7 +201,7 @@ def test_any_row_comes_back_as_it_was(amount, tmp_path):
 
 @amounts
 def test_any_table_of_results(amount, tmp_path):
-    header = "cell,mask,budget,apply,seed,metric,slice,value,low,high,n\n"
+    header = "cell,mask,budget,gating,seed,metric,slice,value,ci_low,ci_high,n\n"
     line = "open,open,width,forward,0,l0,,1.0,nan,nan,3\n"
 
     @given(st.binary(max_size=120), st.integers(0, len(line)), st.booleans())

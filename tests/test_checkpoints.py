@@ -25,8 +25,8 @@ QUICK = {
     "soft": {"pressure": 0.5, "last_temperature": 0.3, "freeze_at": 0.9},
     "importance": {"n_prunings": 4, "first_pruning": 0.2, "last_pruning": 0.9, "regrow": 0.3},
     "budget": {"memory_steps": 5, "sharpen_to": 0.9},
-    "split": {"first_splitting": 0.3, "last_splitting": 0.8, "watch_steps": 4, "tie": 0.5},
-    "windows": {"tie": 0.5},
+    "split": {"first_splitting": 0.3, "last_splitting": 0.8, "watch_steps": 4, "gradient_sharing": 0.5},
+    "windows": {"gradient_sharing": 0.5},
 }
 MADE_FROM = {"what": "test"}
 
@@ -35,16 +35,16 @@ class _Stopped(Exception):
     pass
 
 
-def make(kind, apply, rule, d_model):
-    tie = {} if apply == "forward" else {"tie": 0.0}
-    mask = make_mask(mask_settings({**MASKS[kind], "apply": apply, **QUICK.get(kind, {}), **tie}), N_POSITIONS, D_SAE)
+def make(kind, gating, rule, d_model):
+    tie = {} if gating == "forward" else {"gradient_sharing": 0.0}
+    mask = make_mask(mask_settings({**MASKS[kind], "gating": gating, **QUICK.get(kind, {}), **tie}), N_POSITIONS, D_SAE)
     return SparseAutoencoder(d_model, rule_settings(RULES[rule]), mask)
 
 
-def trained(activations, kind, apply, rule, folder=None, stop=None, settings=SETTINGS):
+def trained(activations, kind, gating, rule, folder=None, stop=None, settings=SETTINGS):
     """Train from the newest checkpoint in `folder` on; write one after step `stop` and stop behind it."""
-    sae = make(kind, apply, rule, activations.d_model)
-    sae.center, sae.scale = activations.centre_and_scale
+    sae = make(kind, gating, rule, activations.d_model)
+    sae.center, sae.scale = activations.center_and_scale
     checkpoints = None if folder is None else Checkpoints(folder, MADE_FROM)
     behind = 0 if checkpoints is None else checkpoints.done
 
@@ -73,22 +73,22 @@ def assert_same(one, other):
 
 
 @pytest.mark.parametrize(
-    ("kind", "apply", "rule"),
+    ("kind", "gating", "rule"),
     [
-        *((kind, apply, "topk") for kind, apply in KINDS),
+        *((kind, gating, "topk") for kind, gating in KINDS),
         *(("slice", "forward", rule) for rule in RULES if rule != "topk"),
     ],
 )
-def test_stopped_training_goes_on_to_the_same_bits(activations, tmp_path, kind, apply, rule):
-    whole = trained(activations, kind, apply, rule)
+def test_stopped_training_goes_on_to_the_same_bits(activations, tmp_path, kind, gating, rule):
+    whole = trained(activations, kind, gating, rule)
     for stop in (3, 9, 13, 18):  # one after the other, each from the one before
         with pytest.raises(_Stopped):
-            trained(activations, kind, apply, rule, tmp_path, stop)
-    trained(activations, kind, apply, rule, tmp_path, 20)
+            trained(activations, kind, gating, rule, tmp_path, stop)
+    trained(activations, kind, gating, rule, tmp_path, 20)
     assert sorted(int(path.name) for path in tmp_path.iterdir()) == [18, 20]
-    assert_same(trained(activations, kind, apply, rule, tmp_path), whole)  # no step is left
+    assert_same(trained(activations, kind, gating, rule, tmp_path), whole)  # no step is left
     shutil.rmtree(tmp_path / f"{20:09d}")
-    assert_same(trained(activations, kind, apply, rule, tmp_path), whole)
+    assert_same(trained(activations, kind, gating, rule, tmp_path), whole)
 
 
 def test_other_work_and_damaged_checkpoints_are_passed_over(activations, tmp_path, capsys):
@@ -182,7 +182,7 @@ def test_training_that_is_in_vain_stops_and_keeps_the_last_good_checkpoint(
         activations.d_model, rule_settings(RULES[rule] if isinstance(rule, str) else rule),
         make_mask(mask_settings({"kind": "open"}), N_POSITIONS, D_SAE),
     )  # fmt: skip
-    sae.center, sae.scale = activations.centre_and_scale
+    sae.center, sae.scale = activations.center_and_scale
     checkpoints = Checkpoints(tmp_path / "cell", MADE_FROM)
     checkpoints.write(0, {"a": torch.zeros(1)})
     checkpoints.due = lambda at_end: False
@@ -200,7 +200,7 @@ def test_a_state_that_is_not_finite_is_never_kept(activations, tmp_path):
         checkpoints.due = lambda at_end: done in (5, 7)
 
     sae = make("slice", "forward", "topk", activations.d_model)
-    sae.center, sae.scale = activations.centre_and_scale
+    sae.center, sae.scale = activations.center_and_scale
     checkpoints = Checkpoints(tmp_path, MADE_FROM)
     batches = training_batches(activations, 256, 20, 0)
     with pytest.raises(

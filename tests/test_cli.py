@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from posmask.cli.commands import app
 from posmask.cli.printing import results_table, status_table
 from posmask.results.rows import Row
-from posmask.results.table import summarise
+from posmask.results.table import summarize
 
 ROOT = Path(__file__).parent.parent
 
@@ -93,7 +93,7 @@ def test_the_table_keeps_every_number_at_80_columns_and_in_a_log():
         )
     ]
     log = io.StringIO()
-    Console(file=log, width=80).print(results_table(summarise(rows)))
+    Console(file=log, width=80).print(results_table(summarize(rows)))
     assert log.getvalue().count("-.123") == 7
     assert ".000" in log.getvalue()  # retention less its chance
     assert not re.search("\x1b|…", log.getvalue())
@@ -113,8 +113,8 @@ def test_a_damaged_cell_stands_in_the_table_of_states():
         ("posmask ver", ["verify"]),
         ("posmask run --tr", ["--track"]),
         ("posmask export x y --to saelens-", ["saelens-lossy"]),
-        ("posmask train studies/quick.toml half", ["half-free"]),
-        ("posmask train Makefile half", []),
+        ("posmask train-distributed studies/quick.toml half", ["half-free"]),
+        ("posmask train-distributed Makefile half", []),
         ("posmask plan stud", []),  # so that the shell goes on with files
     ],
 )

@@ -134,7 +134,7 @@ def test_training_there_gives_what_training_here_gives(kind, rule, activations, 
     monkeypatch.setattr(backend, "compiled", lambda tensor: False)  # the same operations on both sides
     here, there = (fresh_sae(kind, rule) for _ in range(2))
     expected = train_on(here, activations, SETTINGS)
-    there.center, there.scale = activations.centre_and_scale
+    there.center, there.scale = activations.center_and_scale
     found = train(there.to(THERE), training_batches(activations, 256, SETTINGS.n_steps, 0), SETTINGS, "test")
     assert there.encoder.device == THERE
     assert [point.loss for point in found.curve] == pytest.approx([point.loss for point in expected.curve])
@@ -205,5 +205,5 @@ def test_an_sae_there_is_evaluated_as_here(kind, activations, language_model, to
     values = [[one.value for one in some] for some in (found, expected)]
     assert values[0] == pytest.approx(values[1], rel=1e-3, abs=1e-3, nan_ok=True)
     if kind != "open":
-        decayed = [[one.value for one in suite.decay(sae, data, SETTINGS, 0, "test")] for sae in (here, there)]
+        decayed = [[one.value for one in suite.forgetting(sae, data, SETTINGS, 0, "test")] for sae in (here, there)]
         assert decayed[1] == pytest.approx(decayed[0], rel=1e-2, abs=1e-2, nan_ok=True)

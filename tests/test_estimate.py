@@ -70,11 +70,11 @@ mask = { kind = "open" }
 name = "slice"
 mask = { kind = "slice", n_slices = 4 }
 budget = "compute"
-decay = true
+measure_forgetting = true
 [[cells]]
 name = "half"
 mask = { kind = "open" }
-steps_share = 0.5
+step_fraction = 0.5
 """
 
 
@@ -176,7 +176,7 @@ def test_evaluation_time_of_the_host_follows_its_work(settings, tmp_path):
     [
         ({"kind": "open"}, 32),
         ({"kind": "slice", "n_slices": 4}, 8),
-        ({"kind": "slice", "n_slices": 4, "apply": "gradient"}, 32),
+        ({"kind": "slice", "n_slices": 4, "gating": "gradient"}, 32),
         ({"kind": "slice", "n_slices": 4, "free_fraction": 0.5}, 20),
         ({"kind": "importance", "positions_per_latent": 4}, 32),
     ],
@@ -352,7 +352,7 @@ def test_a_plan_is_near_what_training_takes(study_file, texts, tmp_path):
     """Within a factor of 3: steps of this tiny study take a millisecond, other work on the machine shows."""
     text = study_file.read_text().replace("n_steps = 20", "n_steps = 300").replace("d_sae = 32", "d_sae = 1024")
     text = text.replace('"chronology", "topic_permutation"', '"toy_order"').replace('"ag_news"', '"toy"')
-    study_file.write_text(text.replace("decay = true", "").replace("seeds = [0, 1]", "seeds = [0]"))
+    study_file.write_text(text.replace("measure_forgetting = true", "").replace("seeds = [0, 1]", "seeds = [0]"))
     settings = read_study(study_file)
     planned = estimate.plan(settings, tmp_path / "run").seconds("training")
     rows = run.run_study(settings, tmp_path / "run", say=lambda text: None)

@@ -57,7 +57,7 @@ def test_the_study_runs_on_a_tiny_model_of_the_same_family(gemma, tmp_path):
         f"corpus.texts={tmp_path / 'pile.jsonl'}", "corpus.training_tokens=8000", "corpus.heldout_tokens=8000",
         "sae.d_sae=64", "sae.rule.k=6", "training.n_steps=25", "training.batch_tokens=512",
         "training.learning_rate=1e-2", "evaluation.shift_texts=30", "evaluation.model_contexts=8",
-        "evaluation.order_tasks=[]", "questions=[]", "evaluation.probe_train=40", "evaluation.probe_test=10",
+        "evaluation.order_tasks=[]", "comparisons=[]", "evaluation.probe_train=40", "evaluation.probe_test=10",
     ]  # fmt: skip
     settings = read_study(GEMMA, changes)
     root = tmp_path / "run"

@@ -61,7 +61,7 @@ def test_texts_are_those_that_sae_bench_draws_from_the_same_rows(whole_hub, name
         assert not set(train) & set(test)
 
 
-def labelled(n_class, labels, empty=0):
+def labeled(n_class, labels, empty=0):
     return [{"text": f"{label} {i}", "label": label} for label in labels for i in range(n_class)] + [
         {"text": " ", "label": labels[0]} for _ in range(empty)
     ]
@@ -70,15 +70,15 @@ def labelled(n_class, labels, empty=0):
 @pytest.mark.parametrize("labels", [[0, 1, 2, 3], ["0", "1", "2", "3"], ["World", "Sports", "Business", "Sci/Tech"]])
 def test_labels_may_be_numbers_strings_or_names(stand_in, labels):
     for split in ("train", "test"):
-        write(stand_in / AG_NEWS, split, labelled(40, labels))
+        write(stand_in / AG_NEWS, split, labeled(40, labels))
     found = saebench_datasets.read_hub_texts(AG_NEWS, 40, 10, 0)
     assert list(found) == ["0", "1", "2", "3"]
     assert found["2"][0][0].startswith(str(labels[2]))
 
 
 def test_small_classes_lower_the_sizes_in_the_same_ratio_and_empty_texts_are_dropped(stand_in):
-    write(stand_in / AG_NEWS, "train", [*labelled(200, [0, 1, 2]), *labelled(48, [3], empty=50)])
-    write(stand_in / AG_NEWS, "test", labelled(100, [0, 1, 2, 3]))
+    write(stand_in / AG_NEWS, "train", [*labeled(200, [0, 1, 2]), *labeled(48, [3], empty=50)])
+    write(stand_in / AG_NEWS, "test", labeled(100, [0, 1, 2, 3]))
     found = saebench_datasets.read_hub_texts(AG_NEWS, 4000, 1000, 0)
     assert {(len(train), len(test)) for train, test in found.values()} == {(48, 12)}
     assert all(text.strip() for sides in found.values() for side in sides for text in side)
@@ -96,8 +96,8 @@ def test_biographies_are_half_of_either_gender(whole_hub):
 
 
 def test_missing_classes_and_columns_are_named(stand_in):
-    write(stand_in / AG_NEWS, "train", labelled(40, [0, 1, 2]))
-    write(stand_in / AG_NEWS, "test", labelled(40, [0, 1, 2]))
+    write(stand_in / AG_NEWS, "train", labeled(40, [0, 1, 2]))
+    write(stand_in / AG_NEWS, "test", labeled(40, [0, 1, 2]))
     with pytest.raises(BadSetting, match=r"fancyzhx/ag_news has no texts of class '3' \(Sci/Tech\): leave"):
         saebench_datasets.read_hub_texts(AG_NEWS, 40, 10, 0)
     write(stand_in / "codeparrot/github-code" / "data", "train", [{"code": "x" * 600, "language": "C"}])
@@ -117,8 +117,8 @@ def test_what_cannot_be_read_is_said_in_one_sentence(stand_in, monkeypatch):
         saebench_datasets.read_hub_texts(AG_NEWS, 40, 2, 0)
     with pytest.raises(MissingAsset, match=r"could not be loaded \(.+\): check the network"):
         saebench_datasets.read_hub_texts(AG_NEWS, 40, 10, 0)
-    write(stand_in / AG_NEWS, "train", labelled(1, [0, 1, 2, 3]))
-    write(stand_in / AG_NEWS, "test", labelled(1, [0, 1, 2, 3]))
+    write(stand_in / AG_NEWS, "train", labeled(1, [0, 1, 2, 3]))
+    write(stand_in / AG_NEWS, "test", labeled(1, [0, 1, 2, 3]))
     with pytest.raises(BadSetting, match="has a class of too few texts"):
         saebench_datasets.read_hub_texts(AG_NEWS, 40, 10, 0)
     real = builtins.__import__

@@ -88,12 +88,12 @@ def test_taking_out_every_latent_leaves_the_error_and_taking_out_none_leaves_the
     assert not torch.allclose(found[odd == 1], batch.vectors[odd == 1])
 
 
-def test_specialised_latents_are_those_of_the_window_and_have_equally_active_partners(activations):
+def test_specialized_latents_are_those_of_the_window_and_have_equally_active_partners(activations):
     sae = make_sae("slice", rule={"kind": "topk", "k": D_SAE})
     by_window = WindowMass(N_POSITIONS, 4, D_SAE)
     for batch in evaluation_batches(activations):
         by_window.update(batch.kept(), sae.sparse_encode(batch.kept().vectors, batch.kept().position))
-    special, matched = by_window.specialised(share=0.05)
+    special, matched = by_window.specialized(share=0.05)
     openness = sae.mask.openness()
     for window in range(4):
         assert int(special[window].sum()) == int(matched[window].sum()) >= 1
@@ -107,12 +107,12 @@ def test_partners_are_of_nearest_mass():
     in_first = torch.tensor([1.0, 1.0, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5])
     by_window._mass = torch.stack([mass * in_first, mass * (1 - in_first)])
     by_window._firings = torch.full((8,), 100.0)
-    special, matched = by_window.specialised(share=0.25)
+    special, matched = by_window.specialized(share=0.25)
     assert special[0].nonzero()[:, 0].tolist() == [0, 1]
     assert matched[0].nonzero()[:, 0].tolist() == [2, 4]
     by_window._firings[1:] = 3
     with pytest.raises(DegenerateResult, match="fewer than two latents fire 40 times"):
-        by_window.specialised()
+        by_window.specialized()
 
 
 def test_the_contexts_are_spread_and_their_texts_known(language_model, activations):
@@ -143,11 +143,11 @@ def test_causal_specificity_is_the_planted_effect():
     found = measures(
         causal(losses(clean), losses(clean + 0.3 * inside + 0.1), losses(clean + 0.1 + noise), n_windows, n_positions)
     )
-    assert found[("ablation_effect", "specialised", "inside")].value == pytest.approx(0.4)
-    assert found[("ablation_effect", "specialised", "outside")].value == pytest.approx(0.1)
+    assert found[("ablation_effect", "specialized", "inside")].value == pytest.approx(0.4)
+    assert found[("ablation_effect", "specialized", "outside")].value == pytest.approx(0.1)
     specificity = found[("causal_specificity",)]
     assert specificity.value == pytest.approx(0.3, abs=0.01)
-    assert 0.28 < specificity.low < 0.3 < specificity.high < 0.32
+    assert 0.28 < specificity.ci_low < 0.3 < specificity.ci_high < 0.32
 
 
 def test_vectors_of_the_model_keep_their_width(in_model):

@@ -51,16 +51,16 @@ def test_what_entries_leave_of_a_target_equals_plain_loops(n_parts, either_way):
         torch.testing.assert_close(along[entry], expected)
 
 
-def test_vectors_are_centred_whatever_their_precision_and_memory_order(either_way):
+def test_vectors_are_centered_whatever_their_precision_and_memory_order(either_way):
     random = torch.Generator().manual_seed(0)
     vectors = torch.randn(4, 3, generator=random)
     center, bias = torch.randn(3, generator=random), torch.randn(3, generator=random)
     order = torch.tensor([3, 1, 1, 0])
     for given in (vectors, vectors.T.contiguous().T, vectors.bfloat16(), vectors.double(), vectors.half()):
         expected = (given.float() - center) / 2.5 - bias
-        found = operations.centred(given, None, center, torch.tensor(2.5), bias)
+        found = operations.centered(given, None, center, torch.tensor(2.5), bias)
         torch.testing.assert_close(found, expected)
-        torch.testing.assert_close(operations.centred(given, order, center, torch.tensor(2.5), bias), expected[order])
+        torch.testing.assert_close(operations.centered(given, order, center, torch.tensor(2.5), bias), expected[order])
 
 
 def test_rows_get_unit_norm(either_way):

@@ -35,8 +35,8 @@ def facts_of(coded):
     facts, used = LatentFacts(sae.d_sae), PositionMass(N_POSITIONS, sae.d_sae)
     half = torch.arange(len(batch)) < 150
     for part in (half, ~half):  # as batches come
-        facts.update(batch.some(part), codes.some(part))
-        used.update(batch.some(part), codes.some(part))
+        facts.update(batch.select(part), codes.select(part))
+        used.update(batch.select(part), codes.select(part))
     nothing = torch.zeros(sae.d_sae)
     facts.add_positions(used, nothing, nothing, nothing, "context")
     facts.add_probe("asked", torch.tensor([3, 1]), torch.tensor([0.5, -1.0]))

@@ -34,7 +34,7 @@ def test_slice_opens_block_b_on_positions_of_block_b():
             assert openness[position, latent] == float(position // 4 == latent // 8)
 
 
-def test_contiguous_hard_windows_start_anywhere_and_live_latents_are_neighbours():
+def test_contiguous_hard_windows_start_anywhere_and_live_latents_are_neighbors():
     mask = mask_of("hard", contiguous=True)
     openness = mask.openness()
     assert openness.sum(0).tolist() == [4] * D_SAE
@@ -45,7 +45,7 @@ def test_contiguous_hard_windows_start_anywhere_and_live_latents_are_neighbours(
     assert all(isinstance(group.latents, slice) for group in mask.groups())
 
 
-def test_neighbours_that_share_most_of_their_live_latents_are_computed_together():
+def test_neighbors_that_share_most_of_their_live_latents_are_computed_together():
     mask = make_mask(mask_settings({"kind": "hard", "positions_per_latent": 16, "contiguous": True}), 128, 1024, seed=0)
     groups = mask.groups()
     assert 20 < len(groups) < 60
@@ -65,7 +65,7 @@ def test_hard_opens_exactly_that_many_positions_differently_by_latent():
     assert len(torch.unique(openness, dim=1).T) > D_SAE / 2
 
 
-def test_cohort_neighbours_share_positions_and_every_position_is_equally_open():
+def test_cohort_neighbors_share_positions_and_every_position_is_equally_open():
     openness = mask_of("cohort").openness()
     assert openness.sum(0).tolist() == [4] * D_SAE
     assert openness.sum(1).tolist() == [D_SAE * 4 / N_POSITIONS] * N_POSITIONS
@@ -294,9 +294,12 @@ def test_masks_that_do_not_fit_say_why(values, message):
         ({"kind": "open", "free_fraction": 1.5}, "less than or equal to 1"),
         ({"kind": "open", "free_fraction": -0.1}, "greater than or equal to 0"),
         ({"kind": "open", "leak": 2}, "less than or equal to 1"),
-        ({"kind": "open", "coordinate": "paragraph"}, "'context', 'sentence', 'line' or 'end'"),
+        ({"kind": "open", "position_origin": "paragraph"}, "'context', 'sentence', 'line' or 'end'"),
         ({"kind": "split", "start_latents": 9, "max_latents": 8}, "start_latents = 9 is above max_latents = 8"),
-        ({"kind": "split", "start_latents": 8, "max_latents": 9, "apply": "gradient"}, "unborn latents must be silent"),
+        (
+            {"kind": "split", "start_latents": 8, "max_latents": 9, "gating": "gradient"},
+            "unborn latents must be silent",
+        ),
         ({"kind": "split", "start_latents": 8, "max_latents": 9, "leak": 0.1}, "unborn latents must be silent"),
         ({"kind": "switch", "n_experts": 4, "leak": 0.1}, "switch has no positions"),
         ({"kind": "soft", "low": 0.1, "high": 0.2, "sharpen_from": 0.9}, "sharpen_from, sharpen_to = 0.9, 0.8"),

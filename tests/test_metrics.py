@@ -27,12 +27,12 @@ def test_explained_variance_and_l0_equal_their_formulas():
     reconstruction = batch.vectors + 0.3 * noise
     metric = Reconstruction(N_POSITIONS, 40, batch.vectors.mean(0))
     for part in torch.arange(400).split([150, 250]):  # streaming changes nothing
-        metric.update(batch.some(part), codes.some(part), reconstruction[part])
+        metric.update(batch.select(part), codes.select(part), reconstruction[part])
     v, v_hat, p = batch.vectors.double().numpy(), reconstruction.double().numpy(), batch.position.numpy()
     explained = by_slice(metric.measures(), "explained_variance")
     expected = 1 - ((v - v_hat) ** 2).sum() / ((v - v.mean(0)) ** 2).sum()
     assert explained[()].value == pytest.approx(expected, rel=1e-5)
-    assert explained[()].low < explained[()].value < explained[()].high
+    assert explained[()].ci_low < explained[()].value < explained[()].ci_high
     assert explained[()].n == 400
     for place in range(1, N_POSITIONS):
         at = p == place
@@ -115,8 +115,8 @@ def test_retention_is_1_where_latents_stay_and_chance_where_they_do_not():
     assert stays[1].value == pytest.approx(chance)
     roams = retained(torch.full_like(openness, 0.5), openness > 0)
     assert roams[0].value == pytest.approx(chance, abs=0.01)
-    assert roams[0].low < roams[0].value < roams[0].high
-    # With positions chosen from the data the half-split keeps noise from looking like specialisation.
+    assert roams[0].ci_low < roams[0].value < roams[0].ci_high
+    # With positions chosen from the data the half-split keeps noise from looking like specialization.
     chosen = retained(torch.full_like(openness, 0.5), None)
     assert chosen[0].value == pytest.approx(chance, abs=0.01)
     assert retained(0.8 * openness, None)[0].value == pytest.approx(1.0)
@@ -150,7 +150,7 @@ def test_retention_intervals_cover_the_truth():
     for seed in range(100):
         lifted = mass_of(rate, n_texts=64, seed=seed)
         found = retention(lifted, special_positions(lifted, bound, 4))[0]
-        covered += found.low <= truth <= found.high
+        covered += found.ci_low <= truth <= found.ci_high
     assert covered >= 88
 
 
@@ -159,8 +159,8 @@ def information(rate, **options):
     metric = PositionInformation(*rate.shape, n_texts=200)
     used = PositionMass(*rate.shape)
     for part in torch.arange(len(batch)).split([900, len(batch) - 900]):  # streaming changes nothing
-        metric.update(batch.some(part), codes.some(part))
-        used.update(batch.some(part), codes.some(part))
+        metric.update(batch.select(part), codes.select(part))
+        used.update(batch.select(part), codes.select(part))
     return {measure.metric: measure for measure in metric.measures(used)}
 
 
@@ -169,7 +169,7 @@ def test_position_information_is_that_of_the_planted_rates_and_0_where_there_is_
     assert even["position_information_null"].value > 0.002  # what a finite sample alone gives
     assert abs(even["position_information"].value) < 0.0005
     assert even["position_bound_share"].value == pytest.approx(0.05, abs=0.05)
-    assert even["position_information"].low < 0 < even["position_information"].high
+    assert even["position_information"].ci_low < 0 < even["position_information"].ci_high
 
     rate = torch.full((N_POSITIONS, 50), 0.1)
     rate[1:6] = 0.7
@@ -181,7 +181,7 @@ def test_position_information_is_that_of_the_planted_rates_and_0_where_there_is_
     truth = 1 - entropy(p).mean() / entropy(p.mean())
     bound = information(rate)
     assert bound["position_information"].value == pytest.approx(truth, abs=0.01)
-    assert bound["position_information"].low < truth < bound["position_information"].high
+    assert bound["position_information"].ci_low < truth < bound["position_information"].ci_high
     assert bound["position_bound_share"].value == 1.0
 
 
@@ -213,7 +213,7 @@ def shift_design(activation, *, mask="on"):
     design = ShiftDesign(n_texts, length, n_windows, d_sae)
     for part in torch.randperm(len(text), generator=torch.Generator().manual_seed(0)).split(500):
         value = activation[text[part], token[part], window[part]]
-        design.update(batch.some(part), codes_of(value))
+        design.update(batch.select(part), codes_of(value))
     return {measure.metric.removeprefix("shift_"): measure for measure in design.measures(mask)}
 
 
@@ -243,7 +243,7 @@ def test_what_stands_before_a_whole_piece_does_not_pass_for_position():
         found.append(shift_design(shared)["position"])
     mean = sum(measure.value for measure in found) / 20
     assert abs(mean) < 0.002
-    assert sum(measure.low <= 0 <= measure.high for measure in found) >= 16
+    assert sum(measure.ci_low <= 0 <= measure.ci_high for measure in found) >= 16
 
 
 def test_a_latent_that_always_fires_has_no_say_in_position_information():
@@ -280,4 +280,4 @@ def test_profile_fidelity_is_the_overlap_of_two_distributions():
     assert even.value == pytest.approx(4 / (N_POSITIONS - 1), abs=0.01)
     flat = profile_fidelity(mass_of(torch.full_like(openness, 0.9), 2000), torch.ones_like(openness))[0]
     assert flat.value > 0.97
-    assert np.isfinite([flat.low, flat.high]).all()
+    assert np.isfinite([flat.ci_low, flat.ci_high]).all()

@@ -18,7 +18,7 @@ from posmask.report import write_report
 from posmask.report.reading import read_studies
 from posmask.storage.record import STUDY_FILE, read_record
 from posmask.study import engines
-from posmask.study.run import Source, _begin, places_of, read_start, run_study
+from posmask.study.run import Source, _begin, places_of, read_init, run_study
 from posmask.study.settings import read_study
 
 CHANGED = ["training.learning_rate=0.004"]
@@ -116,17 +116,17 @@ def test_a_run_stops_when_another_with_other_settings_takes_its_root(study_file,
 def test_a_cell_never_starts_from_one_of_other_settings(study_file, tmp_path):
     text = (
         study_file.read_text()
-        .partition("[[questions]]")[0]
-        .replace('name = "open"', 'name = "open"\nsteps_share = 0.5')
+        .partition("[[comparisons]]")[0]
+        .replace('name = "open"', 'name = "open"\nstep_fraction = 0.5')
     )
-    study_file.write_text(text + 'start = "open"\n')
+    study_file.write_text(text + 'init_from = "open"\n')
     root = tmp_path / "run"
     run(study_file, root)
     settings = read_study(study_file, CHANGED)
     places = {place.label: place for place in places_of(settings, Source(settings.model), root)}
     place = places["slice-compute-seed0"]
     with pytest.raises(BadSetting, match="open-seed0 was replaced"):
-        read_start(place.start, 12, place.start_identity)
+        read_init(place.init_folder, 12, place.init_identity)
 
 
 def test_verify_finds_swapped_cells_and_lost_manifests(study_file, tmp_path):
@@ -163,7 +163,7 @@ def test_a_damaged_record_is_reported_and_written_again(study_file, tmp_path):
 
 def test_the_baseline_is_the_same_for_comparisons_and_page(study_file, tmp_path):
     text = study_file.read_text()
-    half = '[[cells]]\nname = "open-half"\nmask = { kind = "open" }\nsteps_share = 0.5\n'
+    half = '[[cells]]\nname = "open-half"\nmask = { kind = "open" }\nstep_fraction = 0.5\n'
     study_file.write_text(text.replace("[[cells]]", f"{half}[[cells]]", 1))
     root = tmp_path / "run"
     run(study_file, root)

@@ -50,7 +50,7 @@ def cell_folder(folder, sae):
         Measure("train_tokens", 819200.0),
         Measure("order_accuracy", 0.625, slice={"task": "chronology", "k": 5, "pooling": "mean"}),
     ]
-    where = {"cell": folder.name, "mask": "slice", "budget": "width", "apply": "forward", "seed": 0}
+    where = {"cell": folder.name, "mask": "slice", "budget": "width", "gating": "forward", "seed": 0}
     write_rows(folder / "rows.csv", [Row.of(measure, **where) for measure in measures])
     return folder
 

@@ -33,7 +33,7 @@ def loss_by_token(sae, vectors, position, frozen):
     if sae.mask.settings.kind == "switch":
         p = ((x - sae.mask.router_bias) @ sae.mask.router.T).softmax(1)
         openness, strength = sae.mask.table()[p.argmax(1)], p.amax(1, keepdim=True)
-    elif sae.mask.settings.apply == "forward":
+    elif sae.mask.settings.gating == "forward":
         openness = sae.mask.openness()[position.long()]
     value, extra = preactivation.clamp(min=0) * openness, 0.0
     if ask.kind == "topk":
@@ -56,13 +56,13 @@ def loss_by_token(sae, vectors, position, frozen):
 
 
 @pytest.mark.parametrize("rule", SMOOTH)
-@pytest.mark.parametrize(("kind", "apply"), KINDS)
-def test_gradients_agree_with_finite_differences(kind, apply, rule):
-    sae = make_sae(kind, apply, rule=rule, dtype=torch.float64)
+@pytest.mark.parametrize(("kind", "gating"), KINDS)
+def test_gradients_agree_with_finite_differences(kind, gating, rule):
+    sae = make_sae(kind, gating, rule=rule, dtype=torch.float64)
     vectors, position = make_vectors(60, dtype=torch.float64)
     fast_gradients(sae, vectors, position)
     frozen = sae.decoder.detach().clone(), sae.decoder_bias.detach().clone()
-    share = sae.mask.openness().detach()[position.long()] if apply == "gradient" else torch.ones(60, D_SAE).double()
+    share = sae.mask.openness().detach()[position.long()] if gating == "gradient" else torch.ones(60, D_SAE).double()
     step = 1e-6
     random = torch.Generator().manual_seed(0)
     for parameter in [*sae.latent_parameters(), sae.decoder_bias]:
@@ -105,7 +105,7 @@ def test_a_jumprelu_threshold_learns_from_the_values_near_it():
     sae = make_sae("slice", rule="jumprelu", dtype=torch.float64)
     vectors, position = make_vectors(80, dtype=torch.float64)
     step = fast_gradients(sae, vectors, position)
-    x = sae.normalise(vectors)
+    x = sae.normalize(vectors)
     value = ((x - sae.decoder_bias) @ sae.encoder.T + sae.encoder_bias).clamp(min=0)
     value = (value * sae.mask.openness()[position.long()]).detach()
     threshold, ask = sae.rule.threshold.detach(), sae.rule.settings
@@ -117,7 +117,7 @@ def test_a_jumprelu_threshold_learns_from_the_values_near_it():
 
 
 def test_penalties_rise_over_their_warm_up():
-    rule = make_sae("open", rule={**RULES["relu"], "penalty_warmup_share": 0.5}).rule
+    rule = make_sae("open", rule={**RULES["relu"], "penalty_warmup_fraction": 0.5}).rule
     penalties = []
     for done in range(10):
         rule.before_step(done, 10)

@@ -24,12 +24,12 @@ mask = { kind = "open" }
 [[cells]]
 name = "half"
 mask = { kind = "open" }
-steps_share = 0.5
+step_fraction = 0.5
 [[cells]]
 name = "started"
 mask = { kind = "slice", n_slices = 4 }
 budget = "compute"
-start = "half"
+init_from = "half"
 """
 HERE = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"}
 

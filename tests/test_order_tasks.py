@@ -10,7 +10,7 @@ import torch
 from conftest import make_texts
 from posmask.data import embedded, models, tokens
 from posmask.errors import BadSetting, NothingToDo
-from posmask.probing import catalogues, order_files, order_probes, order_tasks
+from posmask.probing import catalogs, order_files, order_probes, order_tasks
 from posmask.probing.order_tasks import OrderTask, find_groups, make_order_task
 from posmask.probing.pooling import PooledTexts
 from posmask.storage.manifest import read_manifest
@@ -127,7 +127,7 @@ def test_test_dialogues_are_one_stretch_of_the_films(tasks):
 def test_no_message_is_on_both_sides_in_any_language_and_no_group_holds_a_translation(smollm):
     task = find_groups("language_order", smollm, 128, 1000, 1000)
     number = {}
-    for place, pair in enumerate(catalogues.translations("de").items()):
+    for place, pair in enumerate(catalogs.translations("de").items()):
         number |= {" ".join(text.split()): place for text in pair}
 
     def messages(words):
@@ -281,7 +281,7 @@ def test_every_task_can_be_written(tasks, smollm, tmp_path, monkeypatch):
         assert len({json.loads(line)["label"] for line in lines}) == tasks[name].n_classes
         assert f"## {name}\n\n**{recipe.question}**" in page
     for carrier in {carrier for recipe in order_tasks.ORDER_TASKS.values() for carrier, _ in recipe.sources}:
-        assert f"{carrier.requirement} ({carrier.licence})" in page
+        assert f"{carrier.requirement} ({carrier.license})" in page
 
 
 @pytest.mark.embedded

@@ -73,7 +73,7 @@ def trained(folder, kind, rule, together=None, kept=None, write_at=0, stop=False
     activations = Activations(folder)
     mask = make_mask(mask_settings(MASKS[kind]), N_POSITIONS, D_SAE)
     sae = SparseAutoencoder(D_MODEL, rule_settings(RULES[rule]), mask)
-    sae.center, sae.scale = activations.centre_and_scale
+    sae.center, sae.scale = activations.center_and_scale
     if together is None:
         way, part, mine, rest = None, sae, None, {}
     else:
@@ -188,7 +188,16 @@ def test_a_cell_trained_by_torchrun_is_evaluated_by_a_run_that_trains_nothing(tm
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in make_texts(1200)))
     study_file.write_text(STUDY.replace("MODEL", str(model_folder)).replace("TEXTS", str(tmp_path / "texts.jsonl")))
     command = [sys.executable, "-m"]
-    started = ["torch.distributed.run", "--nproc-per-node", "2", "-m", "posmask.cli", "train", str(study_file), "slice"]
+    started = [
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "posmask.cli",
+        "train-distributed",
+        str(study_file),
+        "slice",
+    ]
     root = ["--root", str(tmp_path / "run")]
     found = subprocess.run([*command, *started, "--by", "position", *root], capture_output=True, text=True, check=True)
     assert "slice with seed 0 is trained. Each process sent" in found.stdout
@@ -198,7 +207,10 @@ def test_a_cell_trained_by_torchrun_is_evaluated_by_a_run_that_trains_nothing(tm
     assert "slice-seed0 goes on from its checkpoint after 20 steps" in found.stdout + found.stderr
     assert (tmp_path / "run" / "cells" / "slice-seed0" / "manifest.json").exists()
     alone = subprocess.run(
-        [*command, "posmask.cli", "train", str(study_file), "slice"], capture_output=True, text=True, check=False
+        [*command, "posmask.cli", "train-distributed", str(study_file), "slice"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert alone.returncode == 2
     assert "is for processes that torchrun starts" in alone.stderr

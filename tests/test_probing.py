@@ -24,7 +24,7 @@ def pooled(rows):
     return features
 
 
-def labelled(n, *, seed=0):
+def labeled(n, *, seed=0):
     random = torch.Generator().manual_seed(seed)
     label = torch.arange(n) % 2 == 0
     features = torch.randn(n, 20, generator=random).clamp(min=0)
@@ -40,8 +40,8 @@ def probe(train, train_label, test, test_label, ks):
 
 
 def test_probes_use_the_features_whose_class_means_differ_most():
-    train, label = labelled(400)
-    test, test_label = labelled(400, seed=1)
+    train, label = labeled(400)
+    test, test_label = labeled(400, seed=1)
     found = probe(train, label, test, test_label, (1, 2, 20))
     assert found[1].float().mean() > 0.9
     assert found[2].float().mean() > found[1].float().mean()
@@ -51,8 +51,8 @@ def test_probes_use_the_features_whose_class_means_differ_most():
 
 
 def test_probes_on_permuted_labels_are_at_chance():
-    train, label = labelled(400)
-    test, test_label = labelled(2000, seed=1)
+    train, label = labeled(400)
+    test, test_label = labeled(2000, seed=1)
     permuted = label[torch.randperm(400, generator=torch.Generator().manual_seed(5))]
     assert abs(float(probe(train, permuted, test, test_label, (5,))[5].float().mean()) - 0.5) < 0.1
 
@@ -66,7 +66,7 @@ def test_constant_features_stop_the_probe():
 
 
 def test_features_that_are_not_finite_stop_the_probe():
-    train, label = labelled(20)
+    train, label = labeled(20)
     for bad in (torch.nan, torch.inf):
         test = train.clone()
         test[3, 5] = bad
@@ -81,7 +81,7 @@ def test_newton_finds_scikit_learns_optimum(k, scale):
     n_texts = (300, 200)
     inputs, target = torch.zeros(2, 300, k, dtype=torch.float64), torch.zeros(2, 300, dtype=torch.float64)
     for number, n in enumerate(n_texts):
-        rows, label = labelled(n, seed=number)
+        rows, label = labeled(n, seed=number)
         inputs[number, :n] = scale * rows[:, 20 - k :].double() if number else scale * rows[:, :k].double()
         target[number, :n] = label.double() * 2 - 1
     weight, intercept = logistic_regression(inputs, target)
@@ -98,7 +98,7 @@ def test_newton_finds_scikit_learns_optimum(k, scale):
 
 
 def test_a_warm_start_changes_no_solution():
-    rows, label = labelled(300)
+    rows, label = labeled(300)
     inputs, target = rows.double()[None], (label.double() * 2 - 1)[None]
     start = logistic_regression(inputs[..., :5], target)
     cold = logistic_regression(inputs, target)
@@ -106,7 +106,7 @@ def test_a_warm_start_changes_no_solution():
 
 
 def test_many_probes_at_once_equal_one_at_a_time():
-    train, label = labelled(300)
+    train, label = labeled(300)
     other = torch.randperm(300, generator=torch.Generator().manual_seed(1)) < 150
     features, texts = pooled(train), torch.arange(300)
     tasks = [ProbeTask(texts[:200], some[:200], texts[200:], some[200:]) for some in (label, other)]
@@ -117,8 +117,8 @@ def test_many_probes_at_once_equal_one_at_a_time():
 
 
 def test_the_probe_on_all_features_never_sees_the_test_texts_by_default():
-    train, label = labelled(400)
-    features = pooled(torch.cat([train, labelled(200, seed=1)[0]]))
+    train, label = labeled(400)
+    features = pooled(torch.cat([train, labeled(200, seed=1)[0]]))
     task = ProbeTask(torch.arange(400), label, 400 + torch.arange(200), torch.arange(200) % 2 == 0)
     right = all_feature_correct(features, task, torch.Generator().manual_seed(0))
     assert right.float().mean() > 0.9
@@ -161,7 +161,7 @@ def test_pooling_equals_a_plain_loop(name, dense):
     rows = batch.vectors if codes is None else codes.dense()
     pooling = Pooling(10, rows.shape[1], **options)
     for part in (batch.text < 4, batch.text >= 4):
-        pooling.update(batch.some(part), None if codes is None else codes.some(part))
+        pooling.update(batch.select(part), None if codes is None else codes.select(part))
     segment = options.get("segment_of_position", torch.zeros(N_POSITIONS, dtype=torch.int64))
     live = options.get("live", torch.ones(N_POSITIONS, rows.shape[1]))
     expected = torch.zeros(10, int(segment.max()) + 1, rows.shape[1])

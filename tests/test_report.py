@@ -88,7 +88,7 @@ def write_cell(root, name, kind, *, seed=0, level=0.8, latents=True, d_sae=D_SAE
             for part in ("position", "content", "interaction")
         ),
     ]
-    found = [Row.of(m, cell=name, mask=kind, budget="width", apply="forward", seed=seed) for m in measures]
+    found = [Row.of(m, cell=name, mask=kind, budget="width", gating="forward", seed=seed) for m in measures]
     made_from = {"cell": {"name": name}, "seed": seed, "note": HOSTILE, "evaluation": {"order_test_groups": 60}}
     with write_folder(root / "cells" / f"{name}-seed{seed}", made_from, versions={"torch": "2"}) as draft:
         write_rows(draft / "rows.csv", found)
@@ -125,7 +125,7 @@ def write_latents(sae, folder):
 
 def write_study(root, cells=(("open", "open"), ("hard", "hard"), ("soft", "soft")), seeds=(0, 1)):
     controls = [Measure(name, 0.5, n=50, slice={"task": HOSTILE}) for name in ("order_bag_accuracy", "order_edges")]
-    rows = [Row.of(m, cell="llm", mask="none", budget="", apply="", seed=0) for m in controls]
+    rows = [Row.of(m, cell="llm", mask="none", budget="", gating="", seed=0) for m in controls]
     for number, (name, kind) in enumerate(cells):
         for seed in seeds:
             rows += write_cell(root, name, kind, seed=seed, level=0.8 - 0.1 * number)
@@ -246,7 +246,7 @@ def expected_difference(root, of):
     if metric in ("explained_variance", "order_accuracy") and ("k=5" in where or not where):
         one, other = (samples(root, name, metric) for name in (cell, "open"))
         found = paired_difference(one, other)
-        return [found.effect, found.low, found.high]
+        return [found.effect, found.ci_low, found.ci_high]
     each = [mean_of_rows(root, f"{cell}@{seed}|{metric}|{where}") for seed in (0, 1)]
     base = [mean_of_rows(root, f"open@{seed}|{metric}|{where}") for seed in (0, 1)]
     apart = [one - two for one, two in zip(each, base, strict=True)]
@@ -269,7 +269,7 @@ def expected_interval(root, of):
         one = samples(root, cell, metric)
         nothing = [{name: Units(0 * u.top, 0 * u.bottom + 1) for name, u in own.items()} for own in one]
         found = paired_difference(one, nothing)
-        return [found.low, found.high]
+        return [found.ci_low, found.ci_high]
     return sorted(mean_of_rows(root, f"{cell}@{seed}|{metric}|{where}") for seed in (0, 1))
 
 
@@ -296,7 +296,7 @@ def test_every_number_of_the_tables_is_a_row_or_a_mean_of_rows(study, page):
                 assert parts["d"] in named["title"]
                 seen["difference"] += 1
             if "intervals reach from" in named.get("title", ""):
-                lows, highs = zip(*((float(row["low"]), float(row["high"])) for row in rows_of(study, of)), strict=True)
+                lows, highs = zip(*((float(row["ci_low"]), float(row["ci_high"])) for row in rows_of(study, of)), strict=True)
                 reach = read(named["title"].split("reach from")[1])
                 assert reach[:2] == pytest.approx([min(lows), max(highs)], abs=0.00051), of
                 seen["range"] += 1
@@ -305,7 +305,7 @@ def test_every_number_of_the_tables_is_a_row_or_a_mean_of_rows(study, page):
             assert float(named["data-value"]) == one.effect
             assert read(parts[""]) == pytest.approx([one.effect], abs=0.00051)
             interval, word, _ = parts["small"].split("; ")
-            assert read(interval) == pytest.approx([one.low, one.high], abs=0.00051)
+            assert read(interval) == pytest.approx([one.ci_low, one.ci_high], abs=0.00051)
             assert word.lstrip("▲▼ ") == one.verdict
             assert read(named["title"])[0] == pytest.approx(one.p_corrected, rel=0.01)
             seen["verdict"] += 1
@@ -476,7 +476,7 @@ def test_what_scripts_compare_is_what_tables_and_verdicts_say(study, page):
         if number is not None:
             assert number[0] == float(named["data-value"])
     assert facts["verdicts"] == [
-        [one.label, one.against, one.column, one.effect, one.low, one.high, one.verdict]
+        [one.label, one.against, one.column, one.effect, one.ci_low, one.ci_high, one.verdict]
         for one in read_verdicts(study / "verdicts.csv")
     ]
     for column, place in facts["compared"].items():

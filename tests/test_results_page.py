@@ -9,7 +9,7 @@ import pytest
 from posmask.report import write_report
 from posmask.results.comparisons import read_verdicts
 from posmask.results.rows import parse_slice, read_rows, write_rows
-from posmask.results.table import summarise
+from posmask.results.table import summarize
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 
@@ -64,7 +64,7 @@ def test_results_are_small_and_their_summaries_are_current(tmp_path):
         write_rows(tmp_path / "summary.csv", answer().summary_rows(rows))
         assert summary.read_bytes() == (tmp_path / "summary.csv").read_bytes()
         assert summary.stat().st_size < 500_000
-        for line, expected in zip(summarise(read_rows(summary)), summarise(rows), strict=True):
+        for line, expected in zip(summarize(read_rows(summary)), summarize(rows), strict=True):
             assert (line.label, line.n_seeds) == (expected.label, expected.n_seeds)
             for part in ("overall", "order", "probing"):
                 assert getattr(line, part) == pytest.approx(getattr(expected, part), abs=1e-12, nan_ok=True)

@@ -11,7 +11,7 @@ from posmask.masks.base import Copies
 from posmask.sae.autoencoder import SparseAutoencoder
 from posmask.sae.files import read_origin, read_sae, write_sae
 from posmask.sae.rules import rule_settings
-from posmask.sae.warm_start import copy_latents_, restate_, started_from
+from posmask.sae.warm_start import copy_latents_, renormalize_, warm_start
 from posmask.storage.manifest import write_folder
 
 
@@ -20,7 +20,7 @@ def test_closed_latents_take_no_place():
     vectors, position = make_vectors(200)
     closed = sae.mask.openness()[position.long()] == 0
     codes = sae.encode(vectors, position)
-    preactivation = ((sae.normalise(vectors) - sae.decoder_bias) @ sae.encoder.T + sae.encoder_bias).relu()
+    preactivation = ((sae.normalize(vectors) - sae.decoder_bias) @ sae.encoder.T + sae.encoder_bias).relu()
     n_candidates = ((preactivation > 0) & ~closed).sum(1)
     assert torch.equal((codes > 0).sum(1), n_candidates.clamp(max=4))
 
@@ -101,16 +101,16 @@ def test_codes_of_some_tokens_stand_in_the_order_asked_for():
     sae = make_sae("hard")
     codes = sae.sparse_encode(*make_vectors(30))
     numbers = torch.tensor([7, 3, 29, 0])
-    assert torch.equal(codes.some(numbers).dense(), codes.dense()[numbers])
+    assert torch.equal(codes.select(numbers).dense(), codes.dense()[numbers])
     chosen = torch.arange(30) % 3 == 0
-    assert torch.equal(codes.some(chosen).dense(), codes.dense()[chosen])
+    assert torch.equal(codes.select(chosen).dense(), codes.dense()[chosen])
     assert torch.equal(codes.n_active(), (codes.dense() > 0).sum(1).float())
 
 
 def test_positions_are_counted_as_the_mask_says():
     """The same SAE, its mask counted from the sentence's start: the codes follow that number, not the context's."""
-    sae = make_sae("slice", coordinate="sentence")
-    assert sae.mask.settings.coordinate == "sentence"
+    sae = make_sae("slice", position_origin="sentence")
+    assert sae.mask.settings.position_origin == "sentence"
     vectors, position = make_vectors(20)
     assert not torch.equal(sae.encode(vectors, position), sae.encode(vectors, (position + 4) % N_POSITIONS))
 
@@ -133,7 +133,7 @@ def test_an_upcycled_sae_does_what_its_source_did(name, rule):
     source = make_sae("open", rule=rule, d_sae=8, dtype=torch.float64)
     source.center += 1
     mask = make_mask(mask_settings(values), N_POSITIONS, d_sae)
-    sae = started_from(source, mask)
+    sae = warm_start(source, mask)
     vectors, position = make_vectors(200, dtype=torch.float64)
     torch.testing.assert_close(sae(vectors, position), source(vectors, position))
     found, expected = sae.sparse_encode(vectors, position), source.sparse_encode(vectors, position)
@@ -152,13 +152,13 @@ def test_a_source_that_does_not_fit_is_refused():
         ({"kind": "split", "start_latents": 10, "max_latents": 24}, 24, "does not open one copy of each"),
     ):
         with pytest.raises(BadSetting, match=message):
-            started_from(source, make_mask(mask_settings(values), N_POSITIONS, d_sae))
+            warm_start(source, make_mask(mask_settings(values), N_POSITIONS, d_sae))
     with pytest.raises(BadSetting, match="multiplies codes by its router's p"):
-        started_from(source, make_mask(mask_settings({"kind": "switch", "n_experts": 4}), N_POSITIONS, 32))
+        warm_start(source, make_mask(mask_settings({"kind": "switch", "n_experts": 4}), N_POSITIONS, 32))
     with pytest.raises(BadSetting, match="has a 'slice' mask: start from one that is open everywhere"):
-        started_from(make_sae("slice"), make_mask(mask_settings(slices), N_POSITIONS, 32))
+        warm_start(make_sae("slice"), make_mask(mask_settings(slices), N_POSITIONS, 32))
     with pytest.raises(BadSetting, match="contexts of 16 positions, not 12"):
-        started_from(source, make_mask(mask_settings(slices), 12, 32))
+        warm_start(source, make_mask(mask_settings(slices), 12, 32))
 
 
 def test_copied_latents_take_all_that_belongs_to_a_latent():
@@ -179,7 +179,7 @@ def test_other_constants_change_nothing_but_the_units_of_codes(rule):
     sae.center, sae.scale = torch.linspace(-1, 2, D_MODEL).double(), torch.tensor(1.5).double()
     vectors, position = make_vectors(60, dtype=torch.float64)
     codes, out = sae.encode(vectors, position).detach(), sae(vectors, position).detach()
-    restate_(sae, torch.linspace(3, 0, D_MODEL).double(), torch.tensor(0.5).double())
+    renormalize_(sae, torch.linspace(3, 0, D_MODEL).double(), torch.tensor(0.5).double())
     torch.testing.assert_close(sae(vectors, position), out)
     torch.testing.assert_close(sae.encode(vectors, position), 3 * codes)
 

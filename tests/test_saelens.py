@@ -38,9 +38,9 @@ def contexts(n_contexts=5, length=N_POSITIONS):
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize(("kind", "apply"), KINDS)
-def test_saelens_gives_our_codes(saelens, rule, kind, apply, tmp_path):
-    sae = scaled(make_sae(kind, apply, rule=rule, free_fraction=0.125))
+@pytest.mark.parametrize(("kind", "gating"), KINDS)
+def test_saelens_gives_our_codes(saelens, rule, kind, gating, tmp_path):
+    sae = scaled(make_sae(kind, gating, rule=rule, free_fraction=0.125))
     theirs = saelens.SAE.load_from_disk(exported(sae, tmp_path))
     assert theirs.cfg.architecture() == "posmask"
     vectors, position = contexts()
@@ -60,7 +60,7 @@ def test_saelens_gives_our_codes(saelens, rule, kind, apply, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("shape", "coordinate", "reason"),
+    ("shape", "position_origin", "reason"),
     [
         ((80, D_MODEL), "context", r"vectors of shape \[80, 12\] have no position axis"),
         ((D_MODEL,), "context", r"vectors of shape \[12\] have no position axis"),
@@ -69,8 +69,8 @@ def test_saelens_gives_our_codes(saelens, rule, kind, apply, tmp_path):
         ((5, N_POSITIONS, D_MODEL), "end", "position is counted from the end, which no shape shows"),
     ],
 )
-def test_unknown_positions_raise(saelens, shape, coordinate, reason, tmp_path):
-    theirs = saelens.SAE.load_from_disk(exported(scaled(make_sae("slice", coordinate=coordinate)), tmp_path))
+def test_unknown_positions_raise(saelens, shape, position_origin, reason, tmp_path):
+    theirs = saelens.SAE.load_from_disk(exported(scaled(make_sae("slice", position_origin=position_origin)), tmp_path))
     vectors = torch.randn(shape)
     for call in (theirs.encode, theirs, theirs.run_with_cache):
         with pytest.raises(BadSetting, match=reason) as caught:
@@ -78,8 +78,8 @@ def test_unknown_positions_raise(saelens, shape, coordinate, reason, tmp_path):
         message = str(caught.value)
         assert "sae.encode(x, positions=p)" in message
         assert "with sae.at(p):" in message
-        assert "with sae.lifted():" in message
-        assert ("[batch, position, d_in] from position 0 on" in message) == (coordinate == "context")
+        assert "with sae.without_mask():" in message
+        assert ("[batch, position, d_in] from position 0 on" in message) == (position_origin == "context")
         assert ("positions=0" in message) == (shape[-2:] == (1, D_MODEL))
 
 
@@ -100,9 +100,9 @@ def test_the_mask_is_lifted_on_request_only(saelens, kind, tmp_path):
     theirs = saelens.SAE.load_from_disk(exported(sae, tmp_path))
     vectors, position = contexts()
     flat = vectors.flatten(0, 1)
-    expected = sae.encode(flat, position.flatten(), lift=True)
-    torch.testing.assert_close(theirs.encode(flat, lift=True), expected, atol=2e-5, rtol=1e-5)
-    with theirs.lifted() as lifted:
+    expected = sae.encode(flat, position.flatten(), use_mask=False)
+    torch.testing.assert_close(theirs.encode(flat, use_mask=False), expected, atol=2e-5, rtol=1e-5)
+    with theirs.without_mask() as lifted:
         torch.testing.assert_close(lifted.encode(flat), expected, atol=2e-5, rtol=1e-5)
         torch.testing.assert_close(lifted(flat), sae.decode(expected), atol=1e-4, rtol=1e-5)
         torch.testing.assert_close(lifted.encode(vectors).flatten(0, 1), expected, atol=2e-5, rtol=1e-5)
@@ -116,7 +116,7 @@ def test_the_mask_is_lifted_on_request_only(saelens, kind, tmp_path):
     ("kind", "changes"),
     [
         ("open", {}),
-        ("slice", {"apply": "gradient"}),
+        ("slice", {"gating": "gradient"}),
         ("slice", {"leak": 1.0}),
         ("slice", {"n_slices": 1}),
         ("switch", {}),
@@ -145,7 +145,7 @@ def test_positions_of_tools_calls_and_positions_beyond(saelens, tmp_path):
     longer, position = contexts(2, N_POSITIONS + 4)
     with pytest.warns(UserWarning, match="positions up to 19 are beyond the mask's last, 15, and count as it"):
         found = theirs.encode(longer)
-    torch.testing.assert_close(found, sae.encode(longer, position, beyond="clamp"), atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(found, sae.encode(longer, position.clamp(max=N_POSITIONS - 1)), atol=2e-5, rtol=1e-5)
     assert torch.equal(theirs.encode(longer), found)
     with pytest.raises(BadSetting, match="position -1 is negative: count from 0"):
         theirs.encode(flat, positions=-1)
@@ -157,7 +157,7 @@ def test_positions_of_tools_calls_and_positions_beyond(saelens, tmp_path):
 
 
 def test_a_mask_that_counts_from_elsewhere_takes_given_positions(saelens, tmp_path):
-    sae = scaled(make_sae("slice", coordinate="sentence"))
+    sae = scaled(make_sae("slice", position_origin="sentence"))
     theirs = saelens.SAE.load_from_disk(exported(sae, tmp_path))
     vectors, position = contexts()
     found = theirs.encode(vectors, positions=position)
@@ -177,7 +177,7 @@ def test_other_precisions_and_folded_norms(saelens, rule, kind, tmp_path):
     assert half.cfg.dtype == "bfloat16"
     assert half.encode(vectors).dtype == torch.bfloat16
     assert torch.equal(half.encode(vectors), moved.encode(vectors))
-    closed = half.encode(vectors)[sae.encode(vectors, position, lift=False) == 0]
+    closed = half.encode(vectors)[sae.encode(vectors, position, use_mask=True) == 0]
     assert float((closed != 0).float().mean()) < 0.05  # The rounding takes a few others, and only near ties.
     exact = saelens.SAE.load_from_disk(folder, dtype="float64")
     codes, rows = exact.encode(vectors), exact.W_dec.detach().clone()
@@ -246,19 +246,19 @@ def test_an_object_without_a_folder_is_what_the_folder_gives(saelens, tmp_path):
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(
-    ("kind", "apply"), [("open", "forward"), ("slice", "forward"), ("slice", "gradient"), ("soft", "forward")]
+    ("kind", "gating"), [("open", "forward"), ("slice", "forward"), ("slice", "gradient"), ("soft", "forward")]
 )
-def test_the_lossy_export_is_the_sae_with_its_mask_lifted(saelens, rule, kind, apply, tmp_path):
-    sae = scaled(make_sae(kind, apply, rule=rule))
+def test_the_lossy_export_is_the_sae_with_its_mask_lifted(saelens, rule, kind, gating, tmp_path):
+    sae = scaled(make_sae(kind, gating, rule=rule))
     folder = exported(sae, tmp_path, lossy=True)
     theirs = saelens.SAE.load_from_disk(folder)
     vectors, position = contexts()
-    expected = sae.encode(vectors, position, lift=True)
+    expected = sae.encode(vectors, position, use_mask=False)
     torch.testing.assert_close(theirs.encode(vectors), expected, atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(theirs(vectors), sae.decode(expected), atol=1e-4, rtol=1e-5)
     assert type(theirs).__module__.startswith("sae_lens.")
     lost = json.loads((folder / "cfg.json").read_text())["metadata"]["posmask_lossy"]
-    gated = kind != "open" and apply == "forward"
+    gated = kind != "open" and gating == "forward"
     assert ("is lifted" in lost) == gated
     assert (folder / "LOSSY.md").exists()
 

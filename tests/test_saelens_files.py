@@ -21,11 +21,11 @@ from test_saelens import ORIGIN, contexts, exported, scaled
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(
-    ("kind", "apply"),
+    ("kind", "gating"),
     [case for case in KINDS if case[0] in ("soft", "importance", "switch") or case == ("slice", "gradient")],
 )
-def test_there_and_back_is_the_same_sae(rule, kind, apply, tmp_path):
-    sae = scaled(make_sae(kind, apply, rule=rule))
+def test_there_and_back_is_the_same_sae(rule, kind, gating, tmp_path):
+    sae = scaled(make_sae(kind, gating, rule=rule))
     import_saelens(exported(sae, tmp_path), tmp_path / "back")
     back = read_sae(tmp_path / "back")
     vectors, position = contexts()

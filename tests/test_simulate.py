@@ -37,7 +37,7 @@ def test_bytes_of_a_step_are_those_that_a_process_hands_over(activations, tmp_pa
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
     try:
         sae = make_sae("slice")
-        sae.center, sae.scale = activations.centre_and_scale
+        sae.center, sae.scale = activations.center_and_scale
         together = ByData(sae) if design == "data" else ByPosition(sae, activations.position)
         settings = TrainingSettings(n_steps=30, batch_tokens=240, learning_rate=5e-3)
         sent = []

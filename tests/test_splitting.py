@@ -8,7 +8,7 @@ from posmask.masks import make_mask, mask_settings
 from posmask.masks.base import Observed
 from posmask.sae.autoencoder import SparseAutoencoder
 from posmask.sae.rules import rule_settings
-from posmask.sae.warm_start import copy_latents_, started_from
+from posmask.sae.warm_start import copy_latents_, warm_start
 from posmask.training.loop import share_gradients_
 from posmask.training.settings import TrainingSettings
 from test_training import write_activations
@@ -175,7 +175,7 @@ def test_planted_positions_are_found(tmp_path, start):
             source.encoder.copy_(rows)
             source.decoder.copy_(rows)
         train_on(source, activations, settings)
-        sae = started_from(source, mask)
+        sae = warm_start(source, mask)
     train_on(sae, activations, settings)
     openness = sae.mask.openness()
     halves = [openness[:, latent] for latent in range(9) if not bool((openness[:, latent] == 1).all())]
@@ -190,8 +190,8 @@ def trained(tie, activations, **mask):
         D_MODEL, rule_settings({"kind": "topk", "k": 4}), make_mask(mask_settings({"kind": "open"}), N_POSITIONS, 8)
     )
     train_on(source, activations, SETTINGS)
-    start = make_mask(mask_settings({"kind": "slice", "n_slices": 4, "tie": tie}), N_POSITIONS, 32)
-    sae = started_from(source, start)
+    start = make_mask(mask_settings({"kind": "slice", "n_slices": 4, "gradient_sharing": tie}), N_POSITIONS, 32)
+    sae = warm_start(source, start)
     train_on(sae, activations, SETTINGS)
     return sae
 
@@ -209,7 +209,7 @@ def test_tied_copies_move_apart_less_and_not_at_all_when_tied_wholly(activations
 
 
 def test_tying_mixes_a_gradient_with_the_mean_over_its_copies_and_leaves_the_rest_alone():
-    sae = split_sae(tie=0.25)
+    sae = split_sae(gradient_sharing=0.25)
     watch(sae)
     copies = sae.mask._split(8)  # each of the 8 latents has one copy then
     for parameter in sae.latent_parameters():

@@ -100,7 +100,7 @@ def test_a_store_gives_the_bits_of_the_disk_with_little_of_them_here(
     same(watched(evaluation_batches(found, 100)), evaluation_batches(local, 100))
     same(watched(training_batches(found, 200, 16, seed=1)), training_batches(local, 200, 16, seed=1))
     assert 3 * shard_bytes < most <= room
-    for one, other in zip(found.centre_and_scale, local.centre_and_scale, strict=True):
+    for one, other in zip(found.center_and_scale, local.center_and_scale, strict=True):
         assert torch.equal(one, other)
     # Another process, another machine: it needs neither model nor tokens, and writes nothing there.
     again = harvest(tokens, None, Store(url, tmp_path / "other", ROOM).folder("vectors"), MADE_FROM, "test")
@@ -261,7 +261,7 @@ def test_too_little_room_for_random_batches_is_said_before_they_are_drawn(tokens
 
 
 def test_urls_and_packages_that_are_not_there_are_said(tmp_path, monkeypatch):
-    with pytest.raises(BadSetting, match=r"activations = 'nowhere://x' is no place that fsspec knows"):
+    with pytest.raises(BadSetting, match=r"activations_url = 'nowhere://x' is no place that fsspec knows"):
         Store("nowhere://x", tmp_path, ROOM)
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(MissingExtra, match=r"gcsfs.*pip install 'posmask\[remote\]' for s3://"):
@@ -274,7 +274,7 @@ def test_a_study_with_its_vectors_in_a_store_has_the_cells_of_one_without(model_
     texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in make_texts(1200)))
     file.write_text(STUDY.replace("MODEL", str(model_folder)).replace("TEXTS", str(texts)))
     plain = read_study(file)
-    stored = read_study(file, [f"activations=memory://{tmp_path.name}", "activations_cache_gb=0.001"])
+    stored = read_study(file, [f"activations_url=memory://{tmp_path.name}", "activations_cache_gb=0.001"])
     roots = tmp_path / "plain", tmp_path / "stored"
     for study, root in zip((plain, stored), roots, strict=True):
         run_study(study, root, say=lambda text: None)

@@ -43,7 +43,7 @@ def run(path, root):
 def test_a_study_runs_from_text_to_results(study_file, tmp_path):
     found, _ = run(study_file, tmp_path / "run")
     with (tmp_path / "run" / "results.csv").open() as file:
-        assert next(csv.reader(file)) == "cell,mask,budget,apply,seed,metric,slice,value,low,high,n".split(",")
+        assert next(csv.reader(file)) == "cell,mask,budget,gating,seed,metric,slice,value,ci_low,ci_high,n".split(",")
     assert repr(rows.read_rows(tmp_path / "run" / "results.csv")) == repr(found)
     metrics = {row.metric for row in found if row.cell == "slice-compute"}
     assert metrics >= {
@@ -106,7 +106,12 @@ def test_a_finished_cell_is_never_made_again_and_a_changed_setting_never_reuses_
 
 
 def test_settings_can_be_replaced_on_the_way_in(study_file):
-    changes = ["training.n_steps=30", "name = other", 'cells=[{name = "open", mask = {kind = "open"}}]', "questions=[]"]
+    changes = [
+        "training.n_steps=30",
+        "name = other",
+        'cells=[{name = "open", mask = {kind = "open"}}]',
+        "comparisons=[]",
+    ]
     changed = read_study(study_file, [*changes, "model.layer=0.5"])
     assert (changed.name, changed.training.n_steps, len(changed.cells), changed.model.layer) == ("other", 30, 1, 0.5)
     assert harvests.Source(changed.model).made_from["layer"] == 2  # of 3
@@ -122,7 +127,11 @@ def test_settings_can_be_replaced_on_the_way_in(study_file):
 
 
 def test_a_row_may_have_seeds_of_its_own_and_is_compared_on_those_both_have(study_file, tmp_path):
-    text = study_file.read_text().replace("decay = true", "seeds = [1]").replace("seeds = [0]", "seeds = [0, 1]", 1)
+    text = (
+        study_file.read_text()
+        .replace("measure_forgetting = true", "seeds = [1]")
+        .replace("seeds = [0]", "seeds = [0, 1]", 1)
+    )
     study_file.write_text(text)
     found, _ = run(study_file, tmp_path / "run")
     seeds = {cell: {row.seed for row in found if row.cell == cell} for cell in ("open", "slice-compute")}
@@ -147,7 +156,7 @@ def test_a_row_may_have_seeds_of_its_own_and_is_compared_on_those_both_have(stud
 def test_recipes_are_chosen_on_texts_that_nothing_reported_rests_on(study_file, tmp_path):
     heldout = []
     for split in ("evaluation", "validation"):
-        settings = read_study(study_file, [f"corpus.measured_on={split}"])
+        settings = read_study(study_file, [f"corpus.eval_split={split}"])
         data = harvests.prepare(settings, harvests.Source(settings.model), tmp_path / "run")
         (task, _), (dataset, _) = data.order["toy_order"], data.probes["toy"]
         assert {split_of(text) for text in (*task.texts[::2], *dataset.texts)} == {split}
@@ -176,8 +185,8 @@ def test_processes_on_one_root_do_the_work_once_between_them(study_file, tmp_pat
 def test_two_jobs_make_what_one_makes(tmp_path):
     two = 'cells=[{name = "open", mask = {kind = "open"}}, {name = "cut", mask = {kind = "slice", n_slices = 8}}]'
     changes = [
-        two, "questions=[]", "corpus.training_tokens=20000", "corpus.heldout_tokens=20000", "training.n_steps=10",
-        "evaluation.decay_shares=[0, 0.5, 1]",
+        two, "comparisons=[]", "corpus.training_tokens=20000", "corpus.heldout_tokens=20000", "training.n_steps=10",
+        "evaluation.forgetting_fractions=[0, 0.5, 1]",
         'evaluation.order_tasks=["chronology"]', 'evaluation.probe_datasets=["ag_news"]', "sae.d_sae=512",
     ]  # fmt: skip
     settings = read_study(Path(__file__).parents[1] / "studies" / "quick.toml", changes)
@@ -340,29 +349,29 @@ STARTED = """
 [[cells]]
 name = "open-half"
 mask = { kind = "open" }
-steps_share = 0.5
+step_fraction = 0.5
 [[cells]]
 name = "upcycled"
 mask = { kind = "slice", n_slices = 4 }
 budget = "compute"
-start = "open-half"
+init_from = "open-half"
 [[cells]]
 name = "split"
 mask = { kind = "split", start_latents = 32, max_latents = 48, n_windows = 4, n_splittings = 1, watch_steps = 3 }
 budget = "compute"
-start = "open-half"
+init_from = "open-half"
 [[cells]]
 name = "switch"
 mask = { kind = "switch", n_experts = 4 }
 budget = "compute"
 [[cells]]
 name = "by-sentence"
-mask = { kind = "budget", mean_openness = 0.25, coordinate = "sentence", free_fraction = 0.25 }
+mask = { kind = "budget", mean_openness = 0.25, position_origin = "sentence", free_fraction = 0.25 }
 """
 
 
 def test_cells_that_start_from_another_take_the_rest_of_its_steps(study_file, tmp_path):
-    study_file.write_text(study_file.read_text().replace("decay = true\n", "") + STARTED)
+    study_file.write_text(study_file.read_text().replace("measure_forgetting = true\n", "") + STARTED)
     root = tmp_path / "run"
     found, _ = run(study_file, root)
     value = {(row.cell, row.metric): row.value for row in found if not row.slice}
@@ -375,7 +384,7 @@ def test_cells_that_start_from_another_take_the_rest_of_its_steps(study_file, tm
     assert value["upcycled", "strictness"] == 1
     assert value["switch", "mean_openness"] == 1
     # What it starts from is part of a cell's identity, and its source is made first.
-    study_file.write_text(study_file.read_text().replace("steps_share = 0.5", "steps_share = 0.4"))
+    study_file.write_text(study_file.read_text().replace("step_fraction = 0.5", "step_fraction = 0.4"))
     settings = read_study(study_file)
     states = dict(study_run.cell_states(settings, root))
     assert {cell for cell, state in states.items() if state == "other settings"} == {
@@ -386,9 +395,9 @@ def test_cells_that_start_from_another_take_the_rest_of_its_steps(study_file, tm
 def test_cells_may_start_from_an_sae_that_a_user_brings(study_file, tmp_path):
     run(study_file, tmp_path / "first")
     brought = tmp_path / "first" / "cells" / "open-seed0"
-    base = study_file.read_text().replace("decay = true\n", "")
-    everywhere = base.replace('{ kind = "open" }', f'{{ kind = "open" }}\nstart = "{brought}"').replace(
-        'budget = "compute"', f'budget = "compute"\nstart = "{brought}"'
+    base = study_file.read_text().replace("measure_forgetting = true\n", "")
+    everywhere = base.replace('{ kind = "open" }', f'{{ kind = "open" }}\ninit_from = "{brought}"').replace(
+        'budget = "compute"', f'budget = "compute"\ninit_from = "{brought}"'
     )
     study_file.write_text(everywhere)
     found, _ = run(study_file, tmp_path / "second")
@@ -416,7 +425,7 @@ def test_cells_may_start_from_an_sae_that_a_user_brings(study_file, tmp_path):
     study_file.write_text(everywhere.replace(str(brought), str(tmp_path / "nowhere")))
     with pytest.raises(BadSetting, match="holds no readable SAE"):
         run(study_file, tmp_path / "third")
-    alone = base.replace('budget = "compute"', f'budget = "compute"\nstart = "{brought}"')
+    alone = base.replace('budget = "compute"', f'budget = "compute"\ninit_from = "{brought}"')
     study_file.write_text(alone)
     with pytest.raises(BadSetting, match="let all start from the same folder, or none"):
         read_study(study_file)
@@ -436,10 +445,10 @@ def test_one_place_of_the_stream_has_two_names(tmp_path):
     ):
         write_sae(make_sae("open"), tmp_path, origin)
         if fits:
-            assert set(study_cell.checked_start(tmp_path, place)) == {"sha256"}
+            assert set(study_cell.checked_init(tmp_path, place)) == {"sha256"}
         else:
             with pytest.raises(BadSetting, match="start from an SAE of the same layer and site"):
-                study_cell.checked_start(tmp_path, place)
+                study_cell.checked_init(tmp_path, place)
 
 
 def test_an_imported_sae_is_evaluated_and_trained_on(study_file, tmp_path):
@@ -463,8 +472,8 @@ def test_an_imported_sae_is_evaluated_and_trained_on(study_file, tmp_path):
     assert len(study_run.evaluate_folder(settings, tmp_path / "first", tmp_path / "imported")) == len(found)
     assert written == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     base = study_file.read_text()
-    text = base.replace("decay = true\n", "")
-    brought = f'start = "{tmp_path / "imported"}"'
+    text = base.replace("measure_forgetting = true\n", "")
+    brought = f'init_from = "{tmp_path / "imported"}"'
     text = text.replace('{ kind = "open" }', f'{{ kind = "open" }}\n{brought}')
     study_file.write_text(text.replace('budget = "compute"', f'budget = "compute"\n{brought}'))
     second, _ = run(study_file, tmp_path / "second")
@@ -483,17 +492,21 @@ METRICS = ("explained_variance", "l0", "order_accuracy", "probe_accuracy", "rete
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('start = "open-half"', 'start = "opne"', "starts from 'opne', which is no cell (a folder needs a slash)"),
-        ('start = "open-half"', 'start = "switch"', "starts from switch, which is not an open cell of its own"),
-        ("steps_share = 0.5", "", "which leaves no step of its 20"),
-        ("steps_share = 0.5", "steps_share = 0.01", "steps_share = 0.01 of open-half makes 0 steps"),
-        ("steps_share = 0.5", "steps_share = 1.5", "steps_share = 1.5 is not valid"),
+        (
+            'init_from = "open-half"',
+            'init_from = "opne"',
+            "starts from 'opne', which is no cell (a folder needs a slash)",
+        ),
+        ('init_from = "open-half"', 'init_from = "switch"', "starts from switch, which is not an open cell of its own"),
+        ("step_fraction = 0.5", "", "which leaves no step of its 20"),
+        ("step_fraction = 0.5", "step_fraction = 0.01", "step_fraction = 0.01 of open-half makes 0 steps"),
+        ("step_fraction = 0.5", "step_fraction = 1.5", "step_fraction = 1.5 is not valid"),
         ("n_slices = 4 }\nbudget", "n_slices = 4, free_fraction = 1.5 }\nbudget", "cells.1.mask"),
         ("mean_openness = 0.25", "mean_openness = 0.01", "would leave a position with no open latent"),
         ("start_latents = 32", "start_latents = 16", "start_latents = 16 is not the 32 latents that are live"),
         (
-            'kind = "slice", n_slices = 4 }\nbudget = "compute"\nstart',
-            'kind = "cohort", n_cohorts = 8, positions_per_latent = 4 }\nbudget = "compute"\nstart',
+            'kind = "slice", n_slices = 4 }\nbudget = "compute"\ninit_from',
+            'kind = "cohort", n_cohorts = 8, positions_per_latent = 4 }\nbudget = "compute"\ninit_from',
             "does not open one copy of each of the 32 latents",
         ),
     ],
@@ -553,7 +566,11 @@ def test_a_new_kind_and_a_new_rule_take_one_class_and_one_entry(study_file, tmp_
         ("k = 4 }", "k = 40 }", "k = 40 is more than the 32 latents"),
         ("n_slices = 4", "n_slices = 17", "n_slices = 17 is more than the 16 positions"),
         ('kind = "slice", n_slices = 4', 'kind = "hard", positions_per_latent = 4', "has no equal-compute form"),
-        ("n_slices = 4", "n_slices = 4, tie = 0.9", "slice-compute has tie = 0.9, but its latents are no copies"),
+        (
+            "n_slices = 4",
+            "n_slices = 4, gradient_sharing = 0.9",
+            "slice-compute has gradient_sharing = 0.9, but its latents are not copies",
+        ),
         ('kind = "slice"', 'kind = "slcie"', "mask kind 'slcie' is unknown: choose one of open, slice"),
         ('name = "slice-compute"', 'name = "open"', "two cells are called 'open'"),
         ('name = "slice-compute"', 'name = "../up"', "cells.1.name = '../up' is not valid"),
@@ -566,20 +583,24 @@ def test_a_new_kind_and_a_new_rule_take_one_class_and_one_entry(study_file, tmp_
         ("learning_rate = 5e-3", "learning_rate = inf", "training.learning_rate = inf is not valid"),
         ('kind = "open"', 'kind = ["open"]', "mask kind ['open'] is unknown"),
         ('name = "open"', 'name = "llm"', "stands for the model itself: rename it"),
-        ('against = "open + segments4"', 'against = "opne"', "questions ask about 'opne', which is no cell"),
+        ('against = "open + segments4"', 'against = "opne"', "comparisons name 'opne', which is no cell"),
         ('"open + segments4"', '"open + segments8"', "open has the poolings ['growing4', 'segments4']"),
         ('"open + segments4"', '"open"', "'slice-compute' against 'open' twice, or for nothing"),
         ("ks = [1, 5, 20]", "ks = [1, 20]", "ks = [1, 20] lacks 1 or 5"),
         ("model_contexts = 8", "model_contexts = 1", "evaluation.model_contexts = 1 is not valid"),
         ("model_contexts = 8", "model_contexts = 6", "gives 4 causal windows less than two contexts each"),
         ("shift_windows = 4", "shift_windows = 8", "8 shift windows leave 1 tokens of 16 positions"),
-        ("shift_windows = 4", "shift_windows = 4\ndecay_shares = [0]", "of 20 steps are the steps [0]"),
-        ("shift_windows = 4", "shift_windows = 4\ndecay_shares = [0, 0.01, 1]", "name shares that differ by a step"),
-        ("decay = true", "seeds = [0, 0]", "repeats a seed"),
-        ("decay = true", "seeds = [1]", "'slice-compute' with 'open + segments4', which share no seed"),
-        ("decay = true", "seeds = []", "cells.1.seeds = [] is not valid"),
+        ("shift_windows = 4", "shift_windows = 4\nforgetting_fractions = [0]", "of 20 steps are the steps [0]"),
+        (
+            "shift_windows = 4",
+            "shift_windows = 4\nforgetting_fractions = [0, 0.01, 1]",
+            "name fractions that differ by a step",
+        ),
+        ("measure_forgetting = true", "seeds = [0, 0]", "repeats a seed"),
+        ("measure_forgetting = true", "seeds = [1]", "'slice-compute' with 'open + segments4', which share no seed"),
+        ("measure_forgetting = true", "seeds = []", "cells.1.seeds = [] is not valid"),
         ("layer = 2", "layer = 1.5", "model.layer"),
-        ('tables = ["words"]', 'tables = ["words"]\nmeasured_on = "training"', "corpus.measured_on = 'training'"),
+        ('tables = ["words"]', 'tables = ["words"]\neval_split = "training"', "corpus.eval_split = 'training'"),
         ("[model]", "[model", "is not a readable TOML file"),
     ],
 )
@@ -627,7 +648,7 @@ def test_old_results_never_stand_beside_new_cells(study_file, tmp_path, monkeypa
 
 
 def test_seeds_are_paired_and_enough_of_them_may_be_judged(study_file, tmp_path):
-    few = study_file.read_text().replace("seeds = [0]", "seeds = [0, 1, 2]").replace("decay = true\n", "")
+    few = study_file.read_text().replace("seeds = [0]", "seeds = [0, 1, 2]").replace("measure_forgetting = true\n", "")
     study_file.write_text(few.replace("n_steps = 20", "n_steps = 60"))
     found, _ = run(study_file, tmp_path / "run")
     said = {
@@ -640,7 +661,7 @@ def test_seeds_are_paired_and_enough_of_them_may_be_judged(study_file, tmp_path)
     by_seed = {(row.cell, row.seed): row.value for row in found if row.metric == "explained_variance" and not row.slice}
     differences = [by_seed["slice-compute", seed] - by_seed["open", seed] for seed in (0, 1, 2)]
     assert verdict.effect == pytest.approx(sum(differences) / 3)
-    assert verdict.low < verdict.effect < verdict.high
+    assert verdict.ci_low < verdict.effect < verdict.ci_high
     decided = "better" if verdict.effect > 0 else "worse"
     assert verdict.verdict == (decided if verdict.p_corrected < LEVEL else "no evidence")
 
@@ -679,7 +700,7 @@ def test_a_study_may_ask_no_probes_and_have_no_open_cell(study_file, tmp_path):
         ('order_tasks = ["toy_order"]', "order_tasks = []"),
         ('probe_datasets = ["toy"]', "probe_datasets = []"),
         ('kind = "open"', 'kind = "hard", positions_per_latent = 4'),
-        ('[[questions]]\ncell = "slice-compute"\nagainst = "open + segments4"\n', ""),
+        ('[[comparisons]]\ncell = "slice-compute"\nagainst = "open + segments4"\n', ""),
     ):
         assert old in text
         text = text.replace(old, new)

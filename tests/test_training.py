@@ -39,14 +39,14 @@ def write_activations(folder, vectors, position, text):
     return Activations(folder)
 
 
-@pytest.mark.parametrize(("kind", "apply"), KINDS)
-def test_training_lowers_the_loss_and_repeats_to_the_last_byte(kind, apply, activations):
-    runs = [train_on(fresh_sae(kind, apply=apply), activations, SETTINGS) for _ in range(2)]
+@pytest.mark.parametrize(("kind", "gating"), KINDS)
+def test_training_lowers_the_loss_and_repeats_to_the_last_byte(kind, gating, activations):
+    runs = [train_on(fresh_sae(kind, gating=gating), activations, SETTINGS) for _ in range(2)]
     first, second = (run.sae.state_dict() for run in runs)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert runs[0].curve == runs[1].curve
     first_point, last_point = runs[0].curve[0], runs[0].curve[-1]
-    closes = kind in ("importance", "budget") and apply == "forward"
+    closes = kind in ("importance", "budget") and gating == "forward"
     assert last_point.explained_variance > (0.2 if closes else first_point.explained_variance + 0.05)
     assert runs[0].n_tokens == 40 * 128
     torch.testing.assert_close(runs[0].sae.decoder.norm(dim=1), torch.ones(D_SAE))
@@ -76,7 +76,7 @@ def test_a_mask_that_stays_as_it_is_has_no_snapshots(activations, tmp_path):
 
 
 def plain_losses(sae, batches, settings, dead):
-    """The losses of a training by autograd, torch's own Adam, its own clipping and a plain normalisation."""
+    """The losses of a training by autograd, torch's own Adam, its own clipping and a plain normalization."""
     parameters = [p for name, p in sae.named_parameters() if "mask." not in name]
     optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate, foreach=False)
     losses = []
@@ -119,7 +119,7 @@ def test_the_loss_curve_is_that_of_plain_autograd_and_adam(kind, rule, precision
         pytest.skip("their products carry bfloat16's rounding: see test_contract.py")
     d_sae, d_model = (768, 96) if precision == "float32" else (1536, 384)  # where bfloat16 is of use
     settings = TrainingSettings(
-        n_steps=12, batch_tokens=1024, learning_rate=1e-3, warmup_share=0, decay_share=0, precision=precision
+        n_steps=12, batch_tokens=1024, learning_rate=1e-3, warmup_fraction=0, decay_fraction=0, precision=precision
     )
     batches = sparse_sums(12, 1024, d_model)
     dead = torch.arange(d_sae) % 7 == 0
@@ -172,7 +172,7 @@ def test_matryoshka_parts_reconstruct_by_themselves(activations):
         sae = fresh_sae("open", rule=RULES[rule])
         train_on(sae, activations, SETTINGS.model_copy(update={"n_steps": 300}))
         batch = activations.batch(activations.keep.nonzero()[:, 0])
-        x = sae.normalise(batch.vectors)
+        x = sae.normalize(batch.vectors)
         codes = sae.encode(batch.vectors, batch.position).detach()
         codes[:, D_SAE // 4 :] = 0
         error = codes @ sae.decoder + sae.decoder_bias - x
@@ -320,8 +320,8 @@ def test_training_on_late_positions_leaves_early_latents_as_they_were(activation
     late = ((activations.position >= 4) & activations.keep).nonzero()[:, 0]
     batch = activations.batch(late)
     some = write_activations(tmp_path / "late", batch.vectors, batch.position, batch.text)
-    for apply in ("forward", "gradient"):
-        sae = fresh_sae("slice", apply=apply)
+    for gating in ("forward", "gradient"):
+        sae = fresh_sae("slice", gating=gating)
         before = sae.encoder.detach().clone()
         train_on(sae, some, SETTINGS.model_copy(update={"aux_k": 0}))
         assert torch.equal(sae.encoder[:8], before[:8])
@@ -374,9 +374,9 @@ def test_frozen_parameters_stay_as_they_are(activations):
 
 def test_a_mask_counts_positions_its_own_way(activations):
     """Trained by sentence, a slice's latents fire in their part of the sentence, wherever that stands."""
-    trained = train_on(fresh_sae("slice", coordinate="end"), activations, SETTINGS)
+    trained = train_on(fresh_sae("slice", position_origin="end"), activations, SETTINGS)
     batch = activations.batch(activations.keep.nonzero()[:, 0])
-    codes = trained.sae.sparse_encode(batch.vectors, batch.counted("end"))
+    codes = trained.sae.sparse_encode(batch.vectors, batch.positions("end"))
     assert torch.equal(batch.end[codes.token].long() // 4, codes.latent // 8)
     assert not torch.equal(batch.end, batch.position)
 

@@ -57,7 +57,7 @@ def test_intervals_cover_the_planted_difference_in_95_of_100_studies(n_seeds, sp
     covered = 0
     for _ in range(1000):
         found = paired_difference(*simulated(random, n_seeds, *spreads, difference=0.1))
-        covered += found.low <= 0.1 <= found.high
+        covered += found.ci_low <= 0.1 <= found.ci_high
     assert 930 <= covered <= 970
 
 
@@ -66,7 +66,7 @@ def test_one_seed_covers_the_drawing_of_texts():
     covered = 0
     for _ in range(1000):
         found = paired_difference(*simulated(random, 1, 0.0, 0.4, 0.4, difference=0.1))
-        covered += found.low <= 0.1 <= found.high
+        covered += found.ci_low <= 0.1 <= found.ci_high
     assert 930 <= covered <= 970
 
 
@@ -107,8 +107,8 @@ def test_a_large_difference_is_found_and_named_by_its_sign():
         cell, other = units_of(simulated(random, 5, 0.02, 0.2, 0.2, difference=difference), "order k=5")
         (found,) = judge({"slice": cell, "open": other}, [Comparison("slice", "open")])
         assert (found.verdict, found.n_seeds, found.n_comparisons) == (verdict, 5, 1)
-        assert found.low < found.effect < found.high
-        assert found.low * found.high > 0
+        assert found.ci_low < found.effect < found.ci_high
+        assert found.ci_low * found.ci_high > 0
 
 
 def test_fewer_than_three_seeds_are_no_evidence_however_large_the_difference():
@@ -127,14 +127,14 @@ def test_pairing_takes_out_what_cells_share():
     cell = [{"task": Units(hard + 0.05 + random.normal(0, 0.01, 50), np.ones(50))} for _ in range(3)]
     other = [{"task": Units(hard.copy(), np.ones(50))} for _ in range(3)]
     found = paired_difference(cell, other)
-    assert found.high - found.low < 0.02
-    assert found.low < 0.05 < found.high
+    assert found.ci_high - found.ci_low < 0.02
+    assert found.ci_low < 0.05 < found.ci_high
 
 
 def test_equal_cells_differ_by_nothing():
     same = [{"task": Units(np.ones(10), np.ones(10))} for _ in range(3)]
     found = paired_difference(same, same)
-    assert (found.effect, found.low, found.high, found.p) == (0, 0, 0, 1)
+    assert (found.effect, found.ci_low, found.ci_high, found.p) == (0, 0, 0, 1)
 
 
 def test_other_poolings_are_asked_for_by_name():

@@ -15,7 +15,7 @@ from posmask.storage.manifest import write_folder
 
 
 def test_importing_loads_nothing_and_every_name_is_there():
-    code = "import sys, posmask; assert 'torch' not in sys.modules; posmask.summarise; sys.exit('torch' in sys.modules)"
+    code = "import sys, posmask; assert 'torch' not in sys.modules; posmask.summarize; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     assert set(posmask.__all__) <= set(dir(posmask))
     assert all(callable(getattr(posmask, name)) for name in posmask.__all__)

@@ -1,7 +1,7 @@
 """The terms of `quality_sae_lens.py` and `quality_dictionary_learning.py`, and what both do alike.
 
 Everyone trains on the same vectors in the same batches and is measured on the same held-out vectors. The file of
-vectors holds `train` [row, d_in] and `heldout` [row, d_in] float32, centred and scaled to a mean squared norm of d_in,
+vectors holds `train` [row, d_in] and `heldout` [row, d_in] float32, centered and scaled to a mean squared norm of d_in,
 and `batches` [step, row number] int32: the rows of `train` of each batch in order.
 """
 

@@ -29,12 +29,12 @@ def make_activations(path: Path, d_sae: int) -> None:
     random = np.random.default_rng(0)
     rate = (0.16 * random.random(d_sae)).astype(np.float32)
     degree = np.where(random.random(d_sae) < 0.01, 3 * random.random(d_sae), 0).astype(np.float32)
-    favourite = random.integers(N_CLASSES, size=d_sae)
+    favorite = random.integers(N_CLASSES, size=d_sae)
     sides = {}
     for side, n_texts in (("train", N_TRAIN), ("test", N_TEST)):
         sides[side] = np.zeros((N_CLASSES, n_texts, d_sae), np.float32)
         for number in range(N_CLASSES):
-            more = 1 + degree * (favourite == number)
+            more = 1 + degree * (favorite == number)
             fires = random.random((n_texts, d_sae), dtype=np.float32) < rate * more
             value = random.random((n_texts, d_sae), dtype=np.float32)
             sides[side][number] = fires * value * value * more

@@ -3,7 +3,7 @@ from .notebook import fit, make_sae, measure, read_vectors
 from .report import write_report
 from .results.comparisons import read_verdicts
 from .results.rows import read_rows
-from .results.table import summarise
+from .results.table import summarize
 from .sae.autoencoder import SparseAutoencoder
 from .sae.files import read_sae, write_sae
 from .study.run import run_study
@@ -21,7 +21,7 @@ __all__ = [
     "read_vectors",
     "read_verdicts",
     "run_study",
-    "summarise",
+    "summarize",
     "write_report",
     "write_sae",
 ]

@@ -96,7 +96,7 @@ def make_sae(
     Example:
         >>> from types import SimpleNamespace
         >>> import torch
-        >>> vectors = SimpleNamespace(d_model=4, centre_and_scale=(torch.zeros(4), torch.ones(())))
+        >>> vectors = SimpleNamespace(d_model=4, center_and_scale=(torch.zeros(4), torch.ones(())))
         >>> mask, rule = {"kind": "slice", "n_slices": 2}, {"kind": "topk", "k": 2}
         >>> make_sae(vectors, 6, mask=mask, rule=rule, budget="compute", n_positions=8).d_sae
         12
@@ -106,7 +106,7 @@ def make_sae(
         d_sae = masks.MASKS[settings.kind].width_at_equal_compute(settings, n_positions, d_sae)
     made = masks.make_mask(settings, n_positions, d_sae, seed)
     sae = SparseAutoencoder(activations.d_model, rules.rule_settings(dict(rule)), made, seed)
-    sae.center, sae.scale = activations.centre_and_scale
+    sae.center, sae.scale = activations.center_and_scale
     return sae
 
 
@@ -144,14 +144,13 @@ def measure(sae: SparseAutoencoder, heldout: Activations, *, retention_positions
     Raises:
         DegenerateResult: the SAE codes nothing or explains nothing.
     """
-    n_positions, coordinate = sae.mask.n_positions, sae.mask.settings.coordinate
-    reconstruction = Reconstruction(n_positions, heldout.n_texts, heldout.centre_and_scale[0])
+    n_positions, position_origin = sae.mask.n_positions, sae.mask.settings.position_origin
+    reconstruction = Reconstruction(n_positions, heldout.n_texts, heldout.center_and_scale[0])
     lifted = PositionMass(n_positions, sae.d_sae)
     for stored in evaluation_batches(heldout):
         batch = stored.kept()
-        position = batch.counted(coordinate)
-        codes = sae.sparse_encode(batch.vectors, position)
+        codes = sae.encode_batch(batch)
         reconstruction.update(batch, codes, sae.sparse_decode(codes))
-        lifted.update(batch, sae.sparse_encode(batch.vectors, position, lift=True), coordinate)
+        lifted.update(batch, sae.encode_batch(batch, use_mask=False), position_origin)
     special = special_positions(lifted, sae.mask.bound_positions(), retention_positions)
     return [*reconstruction.measures(), *mask_measures(sae.mask), *retention(lifted, special)]

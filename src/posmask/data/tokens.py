@@ -19,7 +19,7 @@ from posmask.seeds import generator
 __all__ = [
     "TRAINING_SHARE",
     "VALIDATION_SHARE",
-    "Measured",
+    "EvalSplit",
     "Split",
     "Tokenizer",
     "Tokens",
@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 TRAINING_SHARE = 0.25
-"""Which share of all texts may train an SAE. Small, because labelled texts for evaluation are what is scarce."""
+"""Which share of all texts may train an SAE. Small, because labeled texts for evaluation are what is scarce."""
 VALIDATION_SHARE = 0.2
 """Which share of all texts recipes and settings are chosen on, so that what is reported was not tuned on."""
 
@@ -76,7 +76,7 @@ class Tokens:
 
 
 Split = Literal["training", "validation", "evaluation"]
-Measured = Literal["validation", "evaluation"]
+EvalSplit = Literal["validation", "evaluation"]
 """The splits that metrics and probes may use."""
 
 
@@ -93,7 +93,7 @@ def split_of(text: str) -> Split:
     """Which side of the wall a text stands on, wherever it occurs: decided by its hash alone.
 
     SAEs are trained on one side, metrics and probes use another, so no choice of files can put one text on both.
-    It says nothing about passages that different texts share, such as the licence at the head of source code.
+    It says nothing about passages that different texts share, such as the license at the head of source code.
     """
     place = int(text_key(text)[:8], 16) / 16**8
     if place < TRAINING_SHARE:

@@ -182,10 +182,10 @@ class WindowMass:
         self._mass.view(-1).index_add_(0, window[codes.token] * codes.d_sae + codes.latent, codes.value)
         self._firings += torch.bincount(codes.latent, minlength=codes.d_sae)
 
-    def specialised(self, share: float = 0.05) -> tuple[Bool[Tensor, "window latent"], Bool[Tensor, "window latent"]]:
-        """For each window its most specialised latents, and as many equally active others.
+    def specialized(self, share: float = 0.05) -> tuple[Bool[Tensor, "window latent"], Bool[Tensor, "window latent"]]:
+        """For each window its most specialized latents, and as many equally active others.
 
-        The specialised are the `share` of the latents with at least 40 firings that have the largest part of their
+        The specialized are the `share` of the latents with at least 40 firings that have the largest part of their
         mass in the window. To each, the most active first, comes the unused other latent of nearest log mass.
         """
         counted = (self._firings >= MIN_CAUSAL_FIRINGS).nonzero()[:, 0]
@@ -214,18 +214,18 @@ def without_latents(sae: SparseAutoencoder, chosen: Bool[Tensor, "window latent"
     """Takes the decoder's part of some latents out of the vectors: in context c those of window c mod n_windows."""
 
     def put(batch: Batch, context: Int[Tensor, " token"]) -> Float[Tensor, "token d_model"]:
-        codes = sae.sparse_encode(batch.vectors, batch.counted(sae.mask.settings.coordinate))
+        codes = sae.encode_batch(batch)
         taken = codes.value * chosen[context[codes.token] % len(chosen), codes.latent]
         return batch.vectors.float() - sae.share_of(replace(codes, value=taken))
 
     return put
 
 
-def causal(clean: Losses, specialised: Losses, matched: Losses, n_windows: int, n_positions: int) -> list[Measure]:
-    """The causal test: what happens inside and outside a window when the latents specialised on it are taken out.
+def causal(clean: Losses, specialized: Losses, matched: Losses, n_windows: int, n_positions: int) -> list[Measure]:
+    """The causal test: what happens inside and outside a window when the latents specialized on it are taken out.
 
-    `ablation_effect` = mean rise of the cross-entropy, nats a token, by `latents` (specialised, or as many equally
-    active others) and `at` (inside, outside the window). `causal_specificity` = (inside - outside) of the specialised
+    `ablation_effect` = mean rise of the cross-entropy, nats a token, by `latents` (specialized, or as many equally
+    active others) and `at` (inside, outside the window). `causal_specificity` = (inside - outside) of the specialized
     minus that of the others: above 0 when what was taken out mattered inside its window more than elsewhere.
     Units are contexts, each tried with one window; what is taken out inside a window also reaches later positions
     through attention.
@@ -234,7 +234,7 @@ def causal(clean: Losses, specialised: Losses, matched: Losses, n_windows: int, 
     window = equal_segments(n_positions, n_windows)[:n_predicting]
     inside = window == (torch.arange(n_contexts) % n_windows)[:, None]
     found, effects = [], []
-    for name, ablated in (("specialised", specialised), ("matched", matched)):
+    for name, ablated in (("specialized", specialized), ("matched", matched)):
         rise = ablated.cross_entropy - clean.cross_entropy
         sides = []
         for side, where in (("inside", inside), ("outside", ~inside)):

@@ -60,7 +60,7 @@ class LatentFacts:
         self._arrays: dict[str, np.ndarray] = {}
         self._probes: list[str] = []
         self._probed: list[tuple[Tensor, Tensor]] = []
-        self._coordinate = "context"
+        self._position_origin = "context"
 
     def update(self, batch: Batch, codes: Codes) -> None:
         """Add kept held-out tokens (`batch.kept()`) and their codes."""
@@ -78,7 +78,7 @@ class LatentFacts:
         information: Float[Tensor, " latent"],
         retained: Float[Tensor, " latent"],
         chance: Float[Tensor, " latent"],
-        coordinate: str,
+        position_origin: str,
     ) -> None:
         """
         Args:
@@ -89,7 +89,7 @@ class LatentFacts:
         """
         tokens = used.tokens.sum(0)
         profile = used.mass.sum(0) / tokens.clamp(min=1)[:, None]
-        self._coordinate = coordinate
+        self._position_origin = position_origin
         self._arrays |= {
             "profile": profile.half().numpy(),
             "firings": used.firings.sum((0, 1)).int().numpy(),
@@ -132,7 +132,7 @@ class LatentFacts:
         named = np.unique(np.concatenate([arrays[name].ravel() for name in ("token_id", "promoted", "suppressed")]))
         words: dict[str, Any] = {
             "probes": self._probes,
-            "coordinate": self._coordinate,
+            "position_origin": self._position_origin,
             "n_tokens": int(self._arrays["tokens_by_position"].sum()),
             "n_tokens_searched_for_texts": self._n_tokens,
             "words": {int(one): _word(tokenizer, int(one)) for one in named},
@@ -173,7 +173,7 @@ def strongest_texts(
     own = latent[first]
     rank = np.arange(len(first)) - np.searchsorted(own, own)
     first, own, rank = (part[rank < N_TEXTS] for part in (first, own, rank))
-    # Runs of neighbouring tokens: the same text, in the same context.
+    # Runs of neighboring tokens: the same text, in the same context.
     breaks = (np.diff(text, prepend=-1) != 0) | (np.diff(position.astype(np.int64), prepend=-9) != 1)
     run = np.cumsum(breaks) - 1
     run_start = np.flatnonzero(breaks)

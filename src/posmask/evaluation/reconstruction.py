@@ -35,8 +35,8 @@ class Reconstruction:
 
     def update(self, batch: Batch, codes: Codes, reconstruction: Float[Tensor, "token d_model"]) -> None:
         """Add kept tokens (`batch.kept()`), their codes and what those reconstruct."""
-        centred = batch.vectors.double() - self._mean
-        squares = centred.square().sum(1)
+        centered = batch.vectors.double() - self._mean
+        squares = centered.square().sum(1)
         error = (batch.vectors.double() - reconstruction).square().sum(1)
         active = codes.n_active().double()
         text, position = batch.text.long(), batch.position.long()
@@ -46,7 +46,7 @@ class Reconstruction:
         for name, values in (("error", error), ("squares", squares), ("n", ones)):
             self._by_position[name].index_add_(0, position, values)
         self._active_at.index_add_(0, position, active)
-        self._sum_at.index_add_(0, position, centred)
+        self._sum_at.index_add_(0, position, centered)
 
     def measures(self) -> list[Measure]:
         """

@@ -1,4 +1,4 @@
-"""Whether latents speak where they were specialised: retention with the mask lifted, and profile fidelity."""
+"""Whether latents speak where they were specialized: retention with the mask lifted, and profile fidelity."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from posmask.data.activations import Batch
 from posmask.errors import DegenerateResult
-from posmask.masks.base import Coordinate, PositionMask
+from posmask.masks.base import PositionMask, PositionOrigin
 from posmask.results.intervals import jackknife_interval
 from posmask.results.rows import Measure
 from posmask.sae.autoencoder import Codes
@@ -36,9 +36,9 @@ class PositionMass:
         self.firings: Float[Tensor, "fold position latent"] = torch.zeros(N_FOLDS, n_positions, d_sae)
         self.tokens: Float[Tensor, "fold position"] = torch.zeros(N_FOLDS, n_positions)
 
-    def update(self, batch: Batch, codes: Codes, coordinate: Coordinate = "context") -> None:
+    def update(self, batch: Batch, codes: Codes, position_origin: PositionOrigin = "context") -> None:
         """Add kept tokens (`batch.kept()`) and their codes, at positions counted in that way."""
-        cell = batch.text.long() % N_FOLDS * self.tokens.shape[1] + batch.counted(coordinate).long()
+        cell = batch.text.long() % N_FOLDS * self.tokens.shape[1] + batch.positions(position_origin).long()
         self.tokens.view(-1).index_add_(0, cell, torch.ones(len(cell)))
         entry = cell[codes.token] * codes.d_sae + codes.latent
         self.mass.view(-1).index_add_(0, entry, codes.value)
@@ -62,7 +62,7 @@ class PositionMass:
 
 @dataclass(frozen=True)
 class SpecialPositions:
-    """The positions that each latent is said to have specialised in, for measuring on either half of the texts."""
+    """The positions that each latent is said to have specialized in, for measuring on either half of the texts."""
 
     for_half: tuple[Float[Tensor, "position latent"], Float[Tensor, "position latent"]]
 
@@ -80,7 +80,7 @@ def special_positions(
 
 
 def retention(lifted: PositionMass, special: SpecialPositions, *, after: float | None = None) -> list[Measure]:
-    """`retention` and `retention_chance`: does a latent stay where it was specialised once it may speak anywhere?
+    """`retention` and `retention_chance`: does a latent stay where it was specialized once it may speak anywhere?
 
     retention = mean over latents of (mass at the latent's positions) / (its mass), mask lifted, in [0, 1], measured
     on one half of the texts and on the other, averaged. retention_chance = what that share would be if the latent

@@ -17,8 +17,8 @@ class EvaluationSettings(BaseModel):
 
     retention_positions: int = Field(gt=0)
     """How many top positions stand in for a mask, for latents whose mask binds them to none."""
-    decay_shares: tuple[Annotated[float, Field(ge=0)], ...] = (0, 0.05, 0.1, 0.25, 0.5, 1)
-    """When training goes on without the mask (cells with `decay`): after which shares of its steps to measure."""
+    forgetting_fractions: tuple[Annotated[float, Field(ge=0)], ...] = (0, 0.05, 0.1, 0.25, 0.5, 1)
+    """For cells with `measure_forgetting`: fractions of the steps without mask after which retention is measured."""
     shift_texts: int = Field(default=48, gt=1)
     """Pieces of text in the shift design."""
     shift_windows: int = Field(default=5, ge=4)
@@ -38,7 +38,7 @@ class EvaluationSettings(BaseModel):
     """Training texts a probe, half of them of its class; capped at what the dataset has, with the test texts."""
     probe_test: int = Field(gt=1)
     probe_protocol: datasets.Protocol = "default"
-    """`saebench` repeats sae-bench's two habits that make numbers optimistic or noisy; see docs/metrics.md."""
+    """`saebench` repeats sae-bench's two habits that make numbers optimiztic or noisy; see docs/metrics.md."""
     ks: tuple[Annotated[int, Field(gt=0)], ...] = Field(default=(1, 5, 20, 50), min_length=1)
     """How many latents a probe may use."""
 

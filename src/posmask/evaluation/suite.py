@@ -34,12 +34,12 @@ from posmask.probing.pooling import Pooling
 from posmask.probing.probes import OnFit
 from posmask.progress import progress_bar
 from posmask.results.rows import Measure
-from posmask.sae.autoencoder import Codes, SparseAutoencoder
+from posmask.sae.autoencoder import SparseAutoencoder
 from posmask.sae.warm_start import without_mask
 from posmask.training import loop
 from posmask.training.settings import TrainingSettings
 
-__all__ = ["Data", "baselines", "decay", "evaluate", "growing_name"]
+__all__ = ["Data", "baselines", "evaluate", "forgetting", "growing_name"]
 
 
 @dataclass
@@ -68,10 +68,6 @@ class Data:
         return sum(activations.n_kept for _, activations in [*self.order.values(), *self.probes.values()])
 
 
-def _encode(sae: SparseAutoencoder, batch: Batch, *, lift: bool = False) -> Codes:
-    return sae.sparse_encode(batch.vectors, batch.counted(sae.mask.settings.coordinate), lift=lift)
-
-
 def _kept_batches(activations: Activations, advance: Callable[[int], None]) -> Iterator[Batch]:
     for batch in evaluation_batches(activations):
         kept = batch.kept()
@@ -98,7 +94,7 @@ def evaluate(
         lifted = _position_mass(sae, data, advance) if lifted_too else used
         special = special_positions(lifted, sae.mask.bound_positions().cpu(), data.ask.retention_positions)
         found += retention(lifted, special)
-        facts.add_positions(used, information, *retention_by_latent(lifted, special), sae.mask.settings.coordinate)
+        facts.add_positions(used, information, *retention_by_latent(lifted, special), sae.mask.settings.position_origin)
         del used, lifted, special  # 0.3 GB each for 18,432 latents at 128 positions
         found += _shift(sae, data, advance, lifted_too)
         found += _in_model(sae, to_ablate, data, advance)
@@ -116,24 +112,24 @@ def _heldout(
     sae: SparseAutoencoder, data: Data, facts: LatentFacts, advance: Callable[[int], None]
 ) -> tuple[PositionMass, Float[Tensor, " latent"], WindowMass, list[Measure]]:
     heldout = data.heldout
-    mean, _ = heldout.centre_and_scale
+    mean, _ = heldout.center_and_scale
     reconstruction = Reconstruction(data.n_positions, heldout.n_texts, mean)
-    coordinate = sae.mask.settings.coordinate
+    position_origin = sae.mask.settings.position_origin
     used = PositionMass(data.n_positions, sae.d_sae)
-    in_context = used if coordinate == "context" else PositionMass(data.n_positions, sae.d_sae)
+    in_context = used if position_origin == "context" else PositionMass(data.n_positions, sae.d_sae)
     information = PositionInformation(data.n_positions, sae.d_sae, heldout.n_texts)
     to_ablate = WindowMass(data.n_positions, data.ask.causal_windows, sae.d_sae)
     for batch in _kept_batches(heldout, advance):
-        codes = _encode(sae, batch)
+        codes = sae.encode_batch(batch)
         reconstruction.update(batch, codes, sae.sparse_decode(codes))
-        used.update(batch, codes, coordinate)
+        used.update(batch, codes, position_origin)
         if in_context is not used:
             in_context.update(batch, codes)
         information.update(batch, codes)
         facts.update(batch, codes)
         # Latents are chosen on other texts than they are tried on.
         apart = ~torch.isin(batch.text, data.in_model.texts)
-        to_ablate.update(batch.some(apart), codes.some(apart))
+        to_ablate.update(batch.select(apart), codes.select(apart))
     found = reconstruction.measures() + information.measures(in_context)
     return used, information.by_latent(in_context), to_ablate, found
 
@@ -142,7 +138,7 @@ def _position_mass(sae: SparseAutoencoder, data: Data, advance: Callable[[int], 
     """Where latents speak on the held-out texts when the mask is lifted."""
     lifted = PositionMass(data.n_positions, sae.d_sae)
     for batch in _kept_batches(data.heldout, advance):
-        lifted.update(batch, _encode(sae, batch, lift=True), sae.mask.settings.coordinate)
+        lifted.update(batch, sae.encode_batch(batch, use_mask=False), sae.mask.settings.position_origin)
     return lifted
 
 
@@ -152,7 +148,7 @@ def _shift(sae: SparseAutoencoder, data: Data, advance: Callable[[int], None], l
     for mask in ("on", "lifted") if lifted_too else ("on",):
         design = ShiftDesign(n_texts, tokens.shift_length(data.n_positions, n_windows), n_windows, sae.d_sae)
         for batch in _kept_batches(data.shift, advance):
-            design.update(batch, _encode(sae, batch, lift=mask == "lifted"))
+            design.update(batch, sae.encode_batch(batch, use_mask=mask == "on"))
         found += design.measures(mask)
     return found
 
@@ -161,10 +157,10 @@ def _in_model(
     sae: SparseAutoencoder, to_ablate: WindowMass, data: Data, advance: Callable[[int], None]
 ) -> list[Measure]:
     n_windows = data.ask.causal_windows
-    special, matched = to_ablate.specialised()
+    special, matched = to_ablate.specialized()
 
     def reconstruct(batch: Batch, context: Tensor) -> Tensor:
-        return sae.sparse_decode(_encode(sae, batch))
+        return sae.sparse_decode(sae.encode_batch(batch))
 
     clean, reconstructed, without_special, without_matched = data.in_model.losses(
         [reconstruct, without_latents(sae, special), without_latents(sae, matched)], advance
@@ -241,7 +237,7 @@ def _poolings(sae: SparseAutoencoder, n_texts: int) -> dict[str, Pooling]:
     poolings = {"mean": Pooling(n_texts, sae.d_sae)}
     live = (sae.mask.openness().detach().cpu() > 0).float()
     if sae.mask.gates_code() and not bool((live == 1).all()):
-        poolings["fair"] = Pooling(n_texts, sae.d_sae, live=live, coordinate=sae.mask.settings.coordinate)
+        poolings["fair"] = Pooling(n_texts, sae.d_sae, live=live, position_origin=sae.mask.settings.position_origin)
     return poolings
 
 
@@ -253,18 +249,18 @@ def _pool(
 ) -> None:
     """Encode once, pool in every way. Without an SAE the model's own channels are pooled."""
     for batch in _kept_batches(activations, advance):
-        codes = None if sae is None else _encode(sae, batch)
+        codes = None if sae is None else sae.encode_batch(batch)
         for pooling in poolings.values():
             pooling.update(batch, codes)
 
 
-def decay(sae: SparseAutoencoder, data: Data, settings: TrainingSettings, seed: int, label: str) -> list[Measure]:
-    """`retention` by `after`: how specialisation fades when training goes on without the mask.
+def forgetting(sae: SparseAutoencoder, data: Data, settings: TrainingSettings, seed: int, label: str) -> list[Measure]:
+    """`retention` by `after`: how specialization fades when training goes on without the mask.
 
     A copy of the SAE with every latent open is trained on from fresh Adam moments at the original learning rate,
     warmed up as before and then constant. Latents keep the positions they had at the start.
     """
-    steps = {round(share * settings.n_steps): float(share) for share in data.ask.decay_shares}
+    steps = {round(share * settings.n_steps): float(share) for share in data.ask.forgetting_fractions}
     open_sae = without_mask(sae).to(sae.encoder.device)
     before = _position_mass(open_sae, data, lambda n: None)
     special = special_positions(before, sae.mask.bound_positions().cpu(), data.ask.retention_positions)
@@ -275,7 +271,7 @@ def decay(sae: SparseAutoencoder, data: Data, settings: TrainingSettings, seed: 
             mass = _position_mass(open_sae, data, lambda n: None)
             found.extend(retention(mass, special, after=steps[done]))
 
-    on = settings.model_copy(update={"n_steps": max(steps), "decay_share": 0.0})
+    on = settings.model_copy(update={"n_steps": max(steps), "decay_fraction": 0.0})
     batches = training_batches(data.training, on.batch_tokens, on.n_steps, seed)
     loop.train(open_sae, batches, on, f"{label} without its mask", measure)
     return found

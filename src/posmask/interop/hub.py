@@ -22,7 +22,7 @@ from posmask.interop.saelens_files import (
 from posmask.interop.sites import described
 from posmask.masks import MASKS
 from posmask.results.rows import read_rows
-from posmask.results.table import summarise
+from posmask.results.table import summarize
 from posmask.sae.autoencoder import SparseAutoencoder
 from posmask.sae.files import read_origin, read_sae
 
@@ -178,9 +178,9 @@ def _numbers(cell: Path) -> Iterator[str]:
     yield from ("| metric | value | interval |", "|---|---|---|")
     for row in rows:
         if not row.slice:
-            interval = "" if row.low != row.low else f"{_say(row.low)} to {_say(row.high)}"
+            interval = "" if row.ci_low != row.ci_low else f"{_say(row.ci_low)} to {_say(row.ci_high)}"
             yield f"| {row.metric} | {_say(row.value)} | {interval} |"
-    for line in summarise(rows):
+    for line in summarize(rows):
         for what, accuracies in (("order", line.order), ("probe", line.probing)):
             for k, value in accuracies.items():
                 if value == value:

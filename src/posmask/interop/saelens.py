@@ -9,9 +9,9 @@ Positions come from the shape: input of shape [batch, position, d_in] starts at 
 give them, `encode` raises `BadSetting` unless they are passed: `sae.encode(x, positions=p)`, or `with sae.at(p):`
 around a tool's call. This holds for input [vector, d_in], for a single vector per text ([batch, 1, d_in], as
 generation with a KV cache gives), and for masks that count positions from elsewhere than the context's start. The mask
-is lifted on request only: `sae.encode(x, lift=True)` or `with sae.lifted():`. Positions beyond the mask's context count
-as its last one, with a warning. Special tokens are no exception: at position 0 (BOS) an SAE codes what it was never
-trained on.
+is lifted on request only: `sae.encode(x, use_mask=False)` or `with sae.without_mask():`. Positions beyond the mask's
+context count as its last one, with a warning. Special tokens are no exception: at position 0 (BOS) an SAE codes what it
+was never trained on.
 """
 
 import warnings
@@ -83,7 +83,7 @@ class PosmaskSAE(SAE[PosmaskSAEConfig]):
         if self.device.type != "meta":
             self.rule.to(self.device)
             self.mask.to(self.device)
-        self._context: tuple[Tensor | int | None, bool] = None, False  # positions, and whether the mask is lifted
+        self._context: tuple[Tensor | int | None, bool] = None, True  # positions, and whether the mask is used
         self._warned: set[str] = set()
 
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
@@ -98,42 +98,42 @@ class PosmaskSAE(SAE[PosmaskSAEConfig]):
         Args:
             positions: whole numbers that broadcast to the vectors' shape without its last axis; 0 = BOS.
         """
-        return self._within(positions, lift=False)
+        return self._within(positions, use_mask=True)
 
-    def lifted(self) -> AbstractContextManager["PosmaskSAE"]:
+    def without_mask(self) -> AbstractContextManager["PosmaskSAE"]:
         """A context in which the mask is lifted, i.e. every latent is open everywhere, for calls by tools."""
-        return self._within(None, lift=True)
+        return self._within(None, use_mask=False)
 
     @contextmanager
-    def _within(self, positions: Tensor | int | None, *, lift: bool) -> Iterator["PosmaskSAE"]:
-        before, self._context = self._context, (positions, lift)
+    def _within(self, positions: Tensor | int | None, *, use_mask: bool) -> Iterator["PosmaskSAE"]:
+        before, self._context = self._context, (positions, use_mask)
         try:
             yield self
         finally:
             self._context = before
 
-    def encode(self, x: Tensor, positions: Tensor | int | None = None, *, lift: bool = False) -> Tensor:
+    def encode(self, x: Tensor, positions: Tensor | int | None = None, *, use_mask: bool = True) -> Tensor:
         """The codes, [.., d_sae], of vectors [.., d_in].
 
         Args:
             positions: of the vectors, as `at` takes them; None: those of the context around the call, else from the
                 shape.
-            lift: lift the mask, i.e. take every latent as open everywhere.
+            use_mask: False lifts the mask: every latent counts as open everywhere.
 
         Raises:
             BadSetting: positions that are unknown, negative, not whole or do not fit the vectors.
         """
         sae_in = self.process_sae_in(x)
         if positions is None:
-            positions, lifted = self._context
-            lift = lift or lifted
-        if lift or not self._needs_positions():
+            positions, within = self._context
+            use_mask = use_mask and within
+        if not use_mask or not self._needs_positions():
             place = torch.zeros(sae_in.shape[:-1], dtype=torch.long, device=sae_in.device)  # Any row gives the same.
         else:
             place = self._place(sae_in, positions)
         routing = self.mask.route(sae_in + self.b_dec, place)
         preactivation = self.hook_sae_acts_pre(sae_in @ self.W_enc + self.b_enc)
-        openness = self.mask.table()[routing.place] if self.mask.gates_code() and not lift else None
+        openness = self.mask.table()[routing.place] if self.mask.gates_code() and use_mask else None
         codes = self.rule.codes(preactivation, openness, lambda parameter: parameter)
         if routing.strength is not None:
             codes = codes * routing.strength[..., None]
@@ -142,11 +142,11 @@ class PosmaskSAE(SAE[PosmaskSAEConfig]):
     def decode(self, feature_acts: Tensor) -> Tensor:
         return self.hook_sae_recons(feature_acts @ self.W_dec + self.b_dec)
 
-    def forward(self, x: Tensor, positions: Tensor | int | None = None, *, lift: bool = False) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor | int | None = None, *, use_mask: bool = True) -> Tensor:
         """The reconstructions; arguments as `encode`."""
-        if positions is None and not lift:
+        if positions is None and use_mask:
             return super().forward(x)
-        with self._within(positions, lift=lift):
+        with self._within(positions, use_mask=use_mask):
             return super().forward(x)
 
     def _needs_positions(self) -> bool:
@@ -172,10 +172,10 @@ class PosmaskSAE(SAE[PosmaskSAEConfig]):
         Raises:
             BadSetting: the shape does not give the positions.
         """
-        coordinate = self.mask.settings.coordinate
+        position_origin = self.mask.settings.position_origin
         by_shape, first = ", or give vectors [batch, position, d_in] from position 0 on", ""
-        if coordinate != "context":
-            reason, by_shape = f"a position is counted from the {coordinate}, which no shape shows", ""
+        if position_origin != "context":
+            reason, by_shape = f"a position is counted from the {position_origin}, which no shape shows", ""
         elif x.dim() < 3:
             reason = f"vectors of shape {list(x.shape)} have no position axis"
         elif x.shape[-2] == 1:
@@ -185,7 +185,8 @@ class PosmaskSAE(SAE[PosmaskSAEConfig]):
             return torch.arange(x.shape[-2], device=x.device).expand(x.shape[:-1])
         raise BadSetting(
             f"this SAE's mask needs positions, and {reason}: call sae.encode(x, positions=p){first}, use "
-            f"`with sae.at(p):` around a tool's call{by_shape}; to lift the mask on purpose use `with sae.lifted():`"
+            f"`with sae.at(p):` around a tool's call{by_shape}; to lift the mask on purpose use "
+            "`with sae.without_mask():`"
         )
 
     def _warn(self, what: str, message: str) -> None:

@@ -49,7 +49,7 @@ Form = tuple[dict[str, Any], Tensors]
 
 
 def without_constants(sae: SparseAutoencoder) -> Tensors:
-    """The tensors of an SAE whose vectors are neither centred nor scaled, in SAELens's names and shapes.
+    """The tensors of an SAE whose vectors are neither centered nor scaled, in SAELens's names and shapes.
 
     The products are taken in float64 and rounded once.
     """
@@ -149,7 +149,7 @@ def saelens_form(
 def lossy_saelens_form(
     sae: SparseAutoencoder, origin: Mapping[str, Any] | None = None, model_name: str | None = None
 ) -> Form:
-    """An SAE as one of SAELens's own architectures, its mask lifted: codes are those of `encode(lift=True)`.
+    """An SAE as one of SAELens's own architectures, its mask lifted: codes are those of `encode(use_mask=False)`.
 
     What is lost stands in `metadata.posmask_lossy`.
 
@@ -252,7 +252,7 @@ def read_saelens(source: Path, *, n_positions: int | None = None) -> tuple[Spars
         n_positions: of the contexts it will see; None: `metadata.context_size` of the folder.
 
     Raises:
-        BadSetting: an architecture, a version, a site or a normalisation that cannot be taken over; no context length.
+        BadSetting: an architecture, a version, a site or a normalization that cannot be taken over; no context length.
         DamagedFolder: files are missing, or tensors are missing, misshapen, not finite, or pickled.
     """
     gemma_scope = source if source.name == GEMMA_SCOPE_FILE else source / GEMMA_SCOPE_FILE
@@ -371,9 +371,9 @@ def _rule_of(cfg: Mapping[str, Any]) -> RuleSettings:
         raise BadSetting(
             f"architecture {architecture!r} has no rule here: choose an SAE that is one of {', '.join(_RULES)}"
         )
-    if (normalise := cfg.get("normalize_activations", "none")) != "none":
+    if (normalize := cfg.get("normalize_activations", "none")) != "none":
         raise BadSetting(
-            f"normalize_activations = {normalise!r} is not in the weights: fold it into them with SAELens first"
+            f"normalize_activations = {normalize!r} is not in the weights: fold it into them with SAELens first"
         )
     if (reshape := cfg.get("reshape_activations", "none")) != "none":
         raise BadSetting(

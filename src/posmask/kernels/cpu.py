@@ -11,7 +11,7 @@ _FAST = {"contract", "reassoc", "nsz"}  # Sums may be taken in any order; NaN an
 
 
 @numba.njit(parallel=True, fastmath=_FAST, cache=True)
-def _centred(vectors, order, center, scale, bias, out):  # pragma: no cover (compiled)
+def _centered(vectors, order, center, scale, bias, out):  # pragma: no cover (compiled)
     for row in numba.prange(len(out)):
         vector, to = vectors[order[row] if len(order) else np.int64(row)], out[row]
         for column in range(len(center)):

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from posmask.kernels import backend
-from posmask.kernels.cpu import _centred, _count_sort, _dot_rows, _explain, _sum_rows, _unit_rows
+from posmask.kernels.cpu import _centered, _count_sort, _dot_rows, _explain, _sum_rows, _unit_rows
 
-__all__ = ["Grouped", "centred", "dot_rows", "explain", "unit_rows_"]
+__all__ = ["Grouped", "centered", "dot_rows", "explain", "unit_rows_"]
 
 
-def centred(vectors: Tensor, order: Tensor | None, center: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+def centered(vectors: Tensor, order: Tensor | None, center: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """(vectors - center) / scale - bias, its rows in the order given (None: as they stand).
 
     Args:
@@ -28,7 +28,7 @@ def centred(vectors: Tensor, order: Tensor | None, center: Tensor, scale: Tensor
         out = torch.empty(vectors.shape, dtype=bias.dtype)
         rows = torch.empty(0, dtype=torch.int64) if order is None else order
         given = (vectors.contiguous().numpy(), rows.numpy(), center.contiguous().numpy(), scale.numpy()[()])
-        _centred(*given, bias.numpy(), out.numpy())
+        _centered(*given, bias.numpy(), out.numpy())
         return out
     return ((vectors if order is None else vectors[order]) - center) / scale - bias
 

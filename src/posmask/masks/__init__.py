@@ -32,7 +32,7 @@ MASKS: dict[str, type[PositionMask]] = {
 def mask_settings(values: dict[str, Any]) -> MaskSettings:
     """Settings of the kind that `values["kind"]` names, checked.
 
-    >>> mask_settings({"kind": "slice", "n_slices": 8}).apply
+    >>> mask_settings({"kind": "slice", "n_slices": 8}).gating
     'forward'
     """
     kind = values.get("kind")

@@ -1,8 +1,8 @@
 """PositionMask: how open each latent is at each position of the context. The kinds are in `mask_kinds.py`.
 
-Openness `M[p, j]` lies in [0, 1]: 1 lets latent j speak freely at position p, 0 closes it. With `apply = "forward"`
-the mask multiplies the code, and so the gradient. With `apply = "gradient"` the code is left alone and only the
-gradient that a token at p sends into latent j's own parameters is multiplied: specialised training, unrestricted
+Openness `M[p, j]` lies in [0, 1]: 1 lets latent j speak freely at position p, 0 closes it. With `gating = "forward"`
+the mask multiplies the code, and so the gradient. With `gating = "gradient"` the code is left alone and only the
+gradient that a token at p sends into latent j's own parameters is multiplied: specialized training, unrestricted
 inference.
 """
 
@@ -22,9 +22,9 @@ from posmask.errors import BadSetting
 from posmask.masks.groups import LiveGroup, live_groups
 from posmask.seeds import generator
 
-__all__ = ["Coordinate", "Copies", "MaskSettings", "Observed", "PositionMask", "Routing", "moments"]
+__all__ = ["Copies", "MaskSettings", "Observed", "PositionMask", "PositionOrigin", "Routing", "moments"]
 
-Coordinate = Literal["context", "sentence", "line", "end"]
+PositionOrigin = Literal["context", "sentence", "line", "end"]
 
 
 class MaskSettings(BaseModel):
@@ -33,17 +33,17 @@ class MaskSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     kind: str
-    apply: Literal["forward", "gradient"] = "forward"
+    gating: Literal["forward", "gradient"] = "forward"
     """Whether the mask multiplies the code (and so its gradient), or only the gradient of the latent's parameters."""
     free_fraction: float = Field(default=0.0, ge=0, le=1)
     """The share of all latents, the first ones, that stay open everywhere; the rest follow the kind. Taken to the
     nearest number that leaves the kind equal blocks."""
     leak: float = Field(default=0.0, ge=0, le=1)
     """The least openness: M becomes M + leak * (1 - M). 0 leaves a mask as strict as it is, 1 opens it everywhere."""
-    tie: float = Field(default=0.0, ge=0, le=1)
+    gradient_sharing: float = Field(default=0.0, ge=0, le=1)
     """How much a latent learns together with the other copies of the latent that it was copied from: its gradient
     becomes (1 - tie) times its own plus tie times the mean over the copies. 0: each by itself, 1: they stay equal."""
-    coordinate: Coordinate = "context"
+    position_origin: PositionOrigin = "context"
     """From where positions are counted: the context's start (BOS is 0), the start of the token's sentence or line, or
     the end of its text (the last token is 1). Beyond the context's length the last position stands for all."""
 
@@ -99,7 +99,7 @@ class PositionMask(nn.Module):
     Settings: ClassVar[type[MaskSettings]]
     fixed_openness: Tensor
     copied_from: Int[Tensor, " latent"]
-    """Latents with the same number here are copies of one latent, see `tie`."""
+    """Latents with the same number here are copies of one latent, see `gradient_sharing`."""
     learns: bool = False
     """Whether training should hand `learn` the gradient of the loss with respect to the table."""
     reads_vectors: bool = False
@@ -127,7 +127,7 @@ class PositionMask(nn.Module):
         raise NotImplementedError
 
     def may_have_copies(self) -> bool:
-        """Whether latents are copies of each other, or may become so in training: else `tie` has nothing to act on."""
+        """Whether latents are copies of each other, or may become so; else `gradient_sharing` has no effect."""
         return self.copies_latents or len(self.copied_from.unique()) < self.d_sae
 
     def part(self, latents: Int[Tensor, " some"]) -> "PositionMask":
@@ -193,7 +193,7 @@ class PositionMask(nn.Module):
         return torch.cat([own.new_ones(len(own), self.n_free), own], 1)
 
     def bound_positions(self) -> Bool[Tensor, "position latent"]:
-        """Where each latent was allowed to specialise; all True for latents that the mask binds to no set."""
+        """Where each latent was allowed to specialize; all True for latents that the mask binds to no set."""
         own = self._bound_openness().detach()
         strict = bool(((own == 0) | (own == 1)).all())
         return self.support() if strict else torch.ones_like(self.support())
@@ -203,7 +203,7 @@ class PositionMask(nn.Module):
         return []
 
     def gates_code(self) -> bool:
-        return self.settings.apply == "forward"
+        return self.settings.gating == "forward"
 
     def groups(self) -> list[LiveGroup]:
         """The live groups of the code as it is computed: all latents everywhere where the mask gates only gradients.

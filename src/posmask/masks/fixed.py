@@ -126,7 +126,7 @@ class Windows(PositionMask):
 
     Each entry of `cuts` is one way to cut the context, and equal shares of the latents follow each: [] leaves them
     whole, [24] makes two of each, one open before position 24 and one from it on. One of a latent's windows is live at
-    any position. They start equal and count as copies of each other; with `tie` they learn mostly together.
+    any position. They start equal and are copies of each other; `gradient_sharing` makes them learn together.
     """
 
     class Settings(MaskSettings):
@@ -186,7 +186,7 @@ def _check_positions_per_latent(positions_per_latent: int, n_positions: int) -> 
 class Hard(PositionMask):
     """Each latent open at exactly `positions_per_latent` positions, drawn without replacement (the log's Run 1).
 
-    With `contiguous` they are neighbours: a window whose middle is drawn from all positions, moved inside the context;
+    With `contiguous` they are neighbors: a window whose middle is drawn from all positions, moved inside the context;
     latents stand in the order of their windows.
     """
 
@@ -210,7 +210,7 @@ class Hard(PositionMask):
 
 
 class Cohort(PositionMask):
-    """A structured hard mask: latents of a cohort are neighbours in memory and share one random set of positions.
+    """A structured hard mask: latents of a cohort are neighbors in memory and share one random set of positions.
 
     Every position is open for the same number of cohorts, so that at each position one block of the weights is live.
     """

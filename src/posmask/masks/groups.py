@@ -23,7 +23,7 @@ def live_groups(openness: Float[Tensor, "position latent"]) -> list[LiveGroup]:
     """Positions grouped by their set of live (openness > 0) latents, every position in exactly one group.
 
     Some closed latents are computed, and gated to 0, where that is faster: one group of everything where gathering the
-    weights of scattered live latents would cost more than products with the closed ones; and one group for neighbours
+    weights of scattered live latents would cost more than products with the closed ones; and one group for neighbors
     whose live blocks overlap so much that together they are little more than each.
     """
     live = openness > 0
@@ -55,7 +55,7 @@ _MOST_IN_COMMON = 1.25  # Times as many latents as the least of the merged group
 
 
 def _merged(groups: list[LiveGroup]) -> list[LiveGroup]:
-    """Groups of neighbouring latents, those that overlap widely made one."""
+    """Groups of neighboring latents, those that overlap widely made one."""
     found: list[LiveGroup] = []
     least = 0
     for group in groups:

@@ -31,7 +31,7 @@ class Soft(PositionMask):
 
     The temperature falls geometrically from 1 to `last_temperature` over a stretch of the training; from `freeze_at`
     on the openness is no longer learned. `pressure` times the mean openness is a term of the training loss. As the log
-    had it: neither. Openness within 1e-6 of 0 or 1 is 0 or 1. With `apply = "gradient"` the loss does not depend on
+    had it: neither. Openness within 1e-6 of 0 or 1 is 0 or 1. With `gating = "gradient"` the loss does not depend on
     theta, so that only pressure moves it.
     """
 
@@ -151,7 +151,7 @@ class Importance(PositionMask):
 
 
 class Budget(PositionMask):
-    """Learned strict gates under a budget: each latent finds out whether and where to specialise.
+    """Learned strict gates under a budget: each latent finds out whether and where to specialize.
 
     At each position the same number of bound latents ends open, the share `mean_openness` of them; a latent may be
     open everywhere, at a few positions or at none. The score of a gate is what closing it would cost there: the sum

@@ -30,8 +30,8 @@ class Switch(PositionMask):
 
         @model_validator(mode="after")
         def _sensible(self) -> "Switch.Settings":
-            if self.apply == "gradient" or self.leak or self.coordinate != "context":
-                raise ValueError('switch has no positions: leave out leak and coordinate, and apply = "forward"')
+            if self.gating == "gradient" or self.leak or self.position_origin != "context":
+                raise ValueError('switch has no positions: leave out leak and position_origin, and gating = "forward"')
             return self
 
     settings: Settings

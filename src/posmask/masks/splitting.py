@@ -53,8 +53,8 @@ class Split(PositionMask):
                     f"first_splitting = {self.first_splitting} comes after last_splitting = {self.last_splitting}: "
                     "give shares of the training in order"
                 )
-            if self.apply == "gradient" or self.leak:
-                raise ValueError('split needs apply = "forward" and no leak: unborn latents must be silent')
+            if self.gating == "gradient" or self.leak:
+                raise ValueError('split needs gating = "forward" and no leak: unborn latents must be silent')
             return self
 
     settings: Settings

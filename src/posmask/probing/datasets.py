@@ -1,4 +1,4 @@
-"""Standard sparse probing: labelled datasets, one probe a class against the others, as SAEBench does it.
+"""Standard sparse probing: labeled datasets, one probe a class against the others, as SAEBench does it.
 
 Two protocols. `saebench` is that of sae-bench 0.6.0 to the letter, its random draws included: negatives are drawn
 anew for every k, and the probe on all features reports its best epoch on the test texts. `default` differs in these
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from posmask.data import embedded, tokens
 from posmask.errors import BadSetting
-from posmask.probing.catalogues import LANGUAGES, sentences_by_language
+from posmask.probing.catalogs import LANGUAGES, sentences_by_language
 from posmask.probing.pooling import PooledTexts
 from posmask.probing.probes import OnFit, ProbeTask, all_feature_correct, k_sparse_correct
 from posmask.probing.saebench_datasets import HUB_DATASETS, cut_to_smallest, read_hub_texts
@@ -101,7 +101,7 @@ def class_names(name: str) -> tuple[str, ...]:
 
 
 def read_probe_dataset(
-    name: str, n_train: int, n_test: int, max_characters: int, split: tokens.Measured = "evaluation"
+    name: str, n_train: int, n_test: int, max_characters: int, split: tokens.EvalSplit = "evaluation"
 ) -> ProbeDataset:
     """A dataset with as many texts of every class.
 
@@ -132,7 +132,7 @@ def read_probe_dataset(
 
 
 def _embedded_texts(
-    name: str, n_train: int, n_test: int, split: tokens.Measured
+    name: str, n_train: int, n_test: int, split: tokens.EvalSplit
 ) -> dict[str, tuple[list[str], list[str]]]:
     """Each class's (training, test) texts, none of which may train an SAE."""
     by_class: dict[str, list[str]] = {}

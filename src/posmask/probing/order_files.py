@@ -118,7 +118,7 @@ One file a task, one JSON object a line:
 
 def _section(task: OrderTask) -> str:
     recipe = ORDER_TASKS[task.name]
-    sources = [f"{carrier.requirement} ({carrier.licence}): {what}" for carrier, what in recipe.sources]
+    sources = [f"{carrier.requirement} ({carrier.license}): {what}" for carrier, what in recipe.sources]
     lines = [
         f"**{recipe.question}**",
         inspect.getdoc(recipe.groups) or "",

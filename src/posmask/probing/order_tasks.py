@@ -24,7 +24,7 @@ from scipy.sparse import csr_matrix, hstack
 
 from posmask.data import embedded, tokens
 from posmask.errors import BadSetting, NothingToDo
-from posmask.probing.catalogues import translations
+from posmask.probing.catalogs import translations
 from posmask.seeds import generator
 
 __all__ = ["ORDER_TASKS", "OrderRecipe", "OrderTask", "edge_features", "find_groups", "make_order_task"]
@@ -51,7 +51,7 @@ class OrderRecipe:
     `labels` holds what each class means; `sources` each carrier and what of it is used.
     """
 
-    groups: Callable[[torch.Generator, tokens.Measured], _Groups]
+    groups: Callable[[torch.Generator, tokens.EvalSplit], _Groups]
     question: str
     labels: tuple[str, ...]
     split_by: str
@@ -75,7 +75,7 @@ def _in_rounds(lists: Iterable[list[_Item]]) -> Iterator[_Item]:
     return (item for items in zip_longest(*lists) for item in items if item is not None)
 
 
-def _texts(table: str, split: tokens.Measured, label: str | None = None) -> list[str]:
+def _texts(table: str, split: tokens.EvalSplit, label: str | None = None) -> list[str]:
     return tokens.unique_texts(
         (text for text, found in embedded.read_table(table) if label is None or found == label), split
     )
@@ -101,7 +101,7 @@ def _in_both_orders(start: str, pairs: Iterable[tuple[str, ...]]) -> Iterator[Gr
         yield f"{start} {second} ; {first} ;", f"{start} {first} ; {second} ;"
 
 
-def _articles(random: torch.Generator, split: tokens.Measured) -> tuple[list[list[str]], list[list[str]]]:
+def _articles(random: torch.Generator, split: tokens.EvalSplit) -> tuple[list[list[str]], list[list[str]]]:
     """The whole sentences of news articles, article by article: of those for training, and of those for test.
 
     A sentence ends with a word in lower case and a full stop, so "U.S." and "Sen." end none. Headlines and first
@@ -122,7 +122,7 @@ def _articles(random: torch.Generator, split: tokens.Measured) -> tuple[list[lis
 _LAST_WORD = re.compile(r"[a-z-]+[.!?][\"”]?")
 
 
-def _topic_permutation(random: torch.Generator, split: tokens.Measured) -> _Groups:
+def _topic_permutation(random: torch.Generator, split: tokens.EvalSplit) -> _Groups:
     """The openings of three articles on politics, technology and sport, in each of the 6 orders (K = 6).
 
     No article is in more than one group.
@@ -141,7 +141,7 @@ def _topic_permutation(random: torch.Generator, split: tokens.Measured) -> _Grou
 _TOPICS = ("Politics", "Technology", "Sport")
 
 
-def _contrast_order(random: torch.Generator, split: tokens.Measured) -> _Groups:
+def _contrast_order(random: torch.Generator, split: tokens.EvalSplit) -> _Groups:
     """A review of one good and one bad phrase, "Review: P, but N." or "Review: N, but P.": the last one's polarity.
 
     No phrase is in more than one group, and none of the test phrases lies within a training phrase or around one.
@@ -159,7 +159,7 @@ def _contrast_order(random: torch.Generator, split: tokens.Measured) -> _Groups:
     return groups(0), groups(1)
 
 
-def _chronology(random: torch.Generator, split: tokens.Measured) -> _Groups:
+def _chronology(random: torch.Generator, split: tokens.EvalSplit) -> _Groups:
     """Two people and their years of birth: was the first named one born earlier? At least 20 years lie between.
 
     No person is in more than one group.
@@ -181,7 +181,7 @@ def _chronology(random: torch.Generator, split: tokens.Measured) -> _Groups:
     return groups(train), groups(test)
 
 
-def _agreement_swap(random: torch.Generator, split: tokens.Measured) -> _Groups:
+def _agreement_swap(random: torch.Generator, split: tokens.EvalSplit) -> _Groups:
     """ "They say the N1 near the N2 is old.": swapping a singular with a plural noun breaks the verb's agreement.
 
     No noun is in both splits. A third of the nouns is for validation.
@@ -219,7 +219,7 @@ _PLACES = ("near", "behind", "beside", "above", "below", "beyond", "opposite")
 _STATES = "old new small large famous empty beautiful dirty expensive ugly clean".split()
 
 
-def _bigram_shift(random: torch.Generator, split: tokens.Measured) -> _Groups:
+def _bigram_shift(random: torch.Generator, split: tokens.EvalSplit) -> _Groups:
     """A sentence of a news article, and the same with two adjacent inner words in lower case swapped (SentEval's task).
 
     At most four sentences of an article, no sentence twice, and no article in both splits.
@@ -241,7 +241,7 @@ def _bigram_shift(random: torch.Generator, split: tokens.Measured) -> _Groups:
     return iter(list(groups(train))), groups(test)  # All of the training draws before the first test draw.
 
 
-def _sentence_order(random: torch.Generator, split: tokens.Measured) -> _Groups:
+def _sentence_order(random: torch.Generator, split: tokens.EvalSplit) -> _Groups:
     """Two adjacent sentences of a news article, as they stand there or the other way round.
 
     At most two pairs of an article, no sentence twice, and no article in both splits.
@@ -259,7 +259,7 @@ def _sentence_order(random: torch.Generator, split: tokens.Measured) -> _Groups:
     return groups(train), groups(test)
 
 
-def _dialogue_order(random: torch.Generator, split: tokens.Measured) -> _Groups:
+def _dialogue_order(random: torch.Generator, split: tokens.EvalSplit) -> _Groups:
     """A turn of a film's dialogue and the reply to it, as they were spoken or the other way round.
 
     No turn is used twice. The test pairs are one stretch of the collection, in which the pairs of a film stand
@@ -281,7 +281,7 @@ def _is_turn(text: str) -> bool:
     return 4 <= len(text.split()) <= 30 and text.endswith((".", "!", "?"))
 
 
-def _language_order(random: torch.Generator, split: tokens.Measured) -> _Groups:
+def _language_order(random: torch.Generator, split: tokens.EvalSplit) -> _Groups:
     """A paragraph of English messages and one of German messages, the English first or the German first.
 
     The paragraphs are of about the same number of characters. They are not translations of each other, and no message
@@ -373,7 +373,7 @@ def make_order_task(
     n_positions: int,
     n_train_groups: int,
     n_test_groups: int,
-    split: tokens.Measured = "evaluation",
+    split: tokens.EvalSplit = "evaluation",
     seed: int = 0,
 ) -> OrderTask:
     """Build a task's texts, with exactly as many groups as asked for.
@@ -398,7 +398,7 @@ def find_groups(
     n_positions: int,
     n_train_groups: int,
     n_test_groups: int,
-    split: tokens.Measured = "evaluation",
+    split: tokens.EvalSplit = "evaluation",
     seed: int = 0,
 ) -> OrderTask:
     """Build a task's texts, with as many groups as there are and at most as many as asked for.

@@ -24,7 +24,7 @@ from torch import Tensor
 from posmask.data.activations import Batch
 from posmask.errors import DegenerateResult
 from posmask.kernels import cpu
-from posmask.masks.base import Coordinate
+from posmask.masks.base import PositionOrigin
 from posmask.sae.autoencoder import Codes
 
 __all__ = ["PooledTexts", "Pooling"]
@@ -116,7 +116,7 @@ class Pooling:
         segment_of_position: the segment that each position's tokens are pooled in; None pools all together.
         live: 1 where a latent is open; given, a latent's sum is divided by the number of the text's kept tokens
             (in the segment) at which it was open, instead of by all of them.
-        coordinate: how the positions of `live` are counted.
+        position_origin: how the positions of `live` are counted.
         last_token_only: pool nothing but the last kept token of each text.
     """
 
@@ -127,13 +127,13 @@ class Pooling:
         *,
         segment_of_position: Int[Tensor, " position"] | None = None,
         live: Float[Tensor, "position latent"] | None = None,
-        coordinate: Coordinate = "context",
+        position_origin: PositionOrigin = "context",
         last_token_only: bool = False,
     ) -> None:
         self._segment = segment_of_position
         self._n_segments = 1 if segment_of_position is None else int(segment_of_position.max()) + 1
         self._live = live
-        self._coordinate: Coordinate = coordinate
+        self._position_origin: PositionOrigin = position_origin
         self._last = last_token_only
         self._n_latents = n_features
         self.texts = PooledTexts(n_texts, n_features * self._n_segments)
@@ -151,8 +151,8 @@ class Pooling:
             last = torch.zeros(len(text), dtype=torch.int64).scatter_reduce_(
                 0, inverse, torch.arange(len(inverse)), "amax"
             )
-            batch, inverse = batch.some(last), inverse[last]
-            codes = None if codes is None else codes.some(last)
+            batch, inverse = batch.select(last), inverse[last]
+            codes = None if codes is None else codes.select(last)
         segment = 0 if self._segment is None else self._segment[batch.position.long()]
         place = inverse * self._n_segments + segment
         total = torch.zeros(len(text) * self._n_segments, self._n_latents)
@@ -163,7 +163,7 @@ class Pooling:
         if self._live is None:
             divisor = torch.bincount(place, minlength=len(total))[:, None].float()
         else:
-            at = place * len(self._live) + batch.counted(self._coordinate).long()
+            at = place * len(self._live) + batch.positions(self._position_origin).long()
             tokens_at = torch.bincount(at, minlength=len(total) * len(self._live)).view(len(total), -1)
             divisor = tokens_at.float() @ self._live
         pooled = (total / divisor.clamp(min=1)).view(len(text), -1)

@@ -1,7 +1,7 @@
 """Probes on pooled features, in SAEBench's protocol: k-sparse ones, and one on all features.
 
 k-sparse: features are ranked by |mean(positives) - mean(negatives)| over the training texts, raw, and the probe is L2
-logistic regression (C = 1, intercept, nothing standardised) on the k first: the minimum of
+logistic regression (C = 1, intercept, nothing standardized) on the k first: the minimum of
 
     |w|^2 / 2 + sum over training texts of log(1 + exp(-y (w . f + b)))        y = +1 or -1
 
@@ -149,7 +149,7 @@ def all_feature_correct(
 
     Args:
         choose_on_test: as sae-bench does it: train on all training texts, take the best epoch on the *test* texts (an
-            optimistic number), and stop after 10 epochs without a better one however few steps these are.
+            optimiztic number), and stop after 10 epochs without a better one however few steps these are.
     """
     train, test = features.rows(task.train), features.rows(task.test)
     label = task.train_label.float()

@@ -210,7 +210,7 @@ def _read_europarl(n_texts: int) -> dict[str, list[str]]:
 _LANGUAGES = {".c": "C", ".h": "C", ".py": "Python", ".html": "HTML", ".java": "Java"} | dict.fromkeys(
     (".php", ".php3", ".php4", ".php5", ".phps", ".phpt"), "PHP"
 )
-_LICENCE_CHARACTERS = 150  # Skipped: 50 tokens of 3 characters, where licences stand.
+_LICENSE_CHARACTERS = 150  # Skipped: 50 tokens of 3 characters, where licenses stand.
 _LEAST_CHARACTERS = 534  # That and 128 tokens; shorter files are left out.
 
 
@@ -228,7 +228,7 @@ def _read_code(n_texts: int) -> dict[str, list[str]]:
         _check(dataset, row, "train")
         language = _LANGUAGES.get("." + row["path"].rpartition(".")[2])
         code = row["content"] or ""
-        if language and len(code) > _LEAST_CHARACTERS and (text := code[_LICENCE_CHARACTERS:]).strip():
+        if language and len(code) > _LEAST_CHARACTERS and (text := code[_LICENSE_CHARACTERS:]).strip():
             pools[language].append(text)
             if all(len(pool) > n_texts for pool in pools.values()):
                 break

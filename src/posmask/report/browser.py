@@ -99,7 +99,7 @@ def browser(
             "other_seeds": seeds,
             "texts": stream.name,
             "probes": words["probes"],
-            "coordinate": words["coordinate"],
+            "position_origin": words["position_origin"],
             "tokens": words["n_tokens"],
             "searched": words["n_tokens_searched_for_texts"],
             "identity": cell.manifest["identity"],

@@ -1,7 +1,7 @@
 """The page's pictures, as Vega-Lite charts over the study's own rows.
 
 Where a chart shows many cells, it shows those that the page's reader picked: such a chart carries `usermeta.cells`, its
-values have a field `cell`, and the page replaces the domain of the colour scale.
+values have a field `cell`, and the page replaces the domain of the color scale.
 """
 
 import csv
@@ -23,10 +23,10 @@ from posmask.results.rows import Row
 from posmask.results.table import Line
 from posmask.storage.manifest import check_file, replacing
 
-__all__ = ["COLOURS", "Figure", "as_spec", "figures", "trade_off", "write_figures"]
+__all__ = ["COLORS", "Figure", "as_spec", "figures", "trade_off", "write_figures"]
 
-# Okabe and Ito's colours: distinct for colour-blind readers, on light and dark grounds.
-COLOURS = [
+# Okabe and Ito's colors: distinct for color-blind readers, on light and dark grounds.
+COLORS = [
     "#0072B2",
     "#E69F00",
     "#009E73",
@@ -45,9 +45,9 @@ COLOURS = [
     "#3E6E6B",
 ]
 _MARKS = {
-    "equal width": ("circle", COLOURS[0]),
-    "equal compute": ("square", COLOURS[5]),
-    "pooled by segments": ("triangle-up", COLOURS[2]),
+    "equal width": ("circle", COLORS[0]),
+    "equal compute": ("square", COLORS[5]),
+    "pooled by segments": ("triangle-up", COLORS[2]),
 }
 _MARK = b"written by posmask"  # a comment in each file, by which it is recognized
 _N_LATENT_BINS = 40
@@ -97,8 +97,8 @@ def figures(
     return {name: chart for name, chart in made.items() if chart is not None}
 
 
-def _colour(names: Sequence[str], title: str | None = None) -> alt.Color:
-    scale = alt.Scale(domain=list(names), range=COLOURS)
+def _color(names: Sequence[str], title: str | None = None) -> alt.Color:
+    scale = alt.Scale(domain=list(names), range=COLORS)
     return alt.Color("cell:N", scale=scale, title=title, legend=alt.Legend(symbolLimit=0, columns=1, labelLimit=150))
 
 
@@ -145,8 +145,12 @@ def trade_off(
         for own, axis in zip(of_cell, known, strict=True):
             found = own[place[axis]]
             value[f"range of {axis}"] = "none"
-            if found is not None and math.isfinite(found.low):
-                value |= {f"{axis} low": found.low, f"{axis} high": found.high, f"range of {axis}": found.interval}
+            if found is not None and math.isfinite(found.ci_low):
+                value |= {
+                    f"{axis} low": found.ci_low,
+                    f"{axis} high": found.ci_high,
+                    f"range of {axis}": found.interval,
+                }
         values.append(value)
     if not values:
         return None
@@ -154,9 +158,9 @@ def trade_off(
     _name(values, baselines, _NARROW, " narrow")
     drawn = {value["what"] for value in values}
     shapes = [what for what in _MARKS if what in drawn]
-    forms, colours = zip(*(_MARKS[what] for what in shapes), strict=True)
+    forms, colors = zip(*(_MARKS[what] for what in shapes), strict=True)
     scale_x, scale_y = alt.Scale(zero=False, padding=26), alt.Scale(zero=False, padding=22)
-    colour = alt.Color("what:N", title=None, scale=alt.Scale(domain=shapes, range=list(colours)))
+    color = alt.Color("what:N", title=None, scale=alt.Scale(domain=shapes, range=list(colors)))
     across, up = "explained variance", "order accuracy"
     base = alt.Chart(_data(values)).encode(
         x=alt.X(f"{across}:Q", scale=scale_x, axis=alt.Axis(tickCount=8), title=across),
@@ -170,12 +174,12 @@ def trade_off(
             f"range of {up}:N",
         ],
     )
-    rule = base.mark_rule(strokeWidth=1, strokeOpacity=0.6).encode(color=colour)
+    rule = base.mark_rule(strokeWidth=1, strokeOpacity=0.6).encode(color=color)
     sideways = rule.encode(x=alt.X(f"{across} low:Q", title=across), x2=f"{across} high:Q")
     upright = rule.encode(y=alt.Y(f"{up} low:Q", title=f"{up}, k = {k}"), y2=f"{up} high:Q")
     marks = base.mark_point(size=80, filled=True, opacity=1).encode(
         shape=alt.Shape("what:N", title=None, scale=alt.Scale(domain=shapes, range=list(forms))),
-        color=colour,
+        color=color,
     )
     left = base.mark_text(align="right", dx=-9, dy=-7, fontSize=11).encode(text="left:N")
     right = base.mark_text(align="left", dx=9, dy=-7, fontSize=11).encode(text="right:N")
@@ -251,7 +255,7 @@ def _by_position(numbers: Numbers, cells: Sequence[str], metric: str, title: str
         .encode(
             x=alt.X("position:Q", title="position in the context", scale=alt.Scale(nice=False)),
             y=alt.Y("value:Q", scale=alt.Scale(zero=False), title=title),
-            color=_colour(cells),
+            color=_color(cells),
             tooltip=["cell:N", "position:Q", alt.Tooltip("value:Q", format=".3f")],
         )
     )
@@ -279,7 +283,7 @@ def _decay(numbers: Numbers, cells: Sequence[str]) -> Figure | None:
                 axis=alt.Axis(format="%", tickCount=5),
             ),
             y=alt.Y("value:Q", title="retention", scale=alt.Scale(zero=False)),
-            color=_colour(list(dict.fromkeys(value["cell"] for value in values))),
+            color=_color(list(dict.fromkeys(value["cell"] for value in values))),
             strokeDash=alt.StrokeDash(
                 "what:N",
                 sort=["retention", "chance"],
@@ -320,7 +324,7 @@ def _shift_split(numbers: Numbers, cells: Sequence[str]) -> Figure | None:
                 "part:N",
                 title=None,
                 legend=alt.Legend(orient="top"),
-                scale=alt.Scale(domain=parts, range=[COLOURS[5], COLOURS[1], COLOURS[4]]),
+                scale=alt.Scale(domain=parts, range=[COLORS[5], COLORS[1], COLORS[4]]),
             ),
             order="order:Q",
             tooltip=["line:N", "part:N", alt.Tooltip("share:Q", format=".4f")],
@@ -369,7 +373,7 @@ def _strictness(lines: Sequence[Line], baselines: Sequence[str]) -> Figure | Non
             .encode(
                 x=alt.X("openness:Q", scale=alt.Scale(domain=[0, 1]), title="mean openness: 0 strict, 1 open"),
                 y=alt.Y("value:Q", scale=alt.Scale(zero=False), title=title),
-                color=alt.Color("family:N", scale=alt.Scale(domain=list(families), range=COLOURS)),
+                color=alt.Color("family:N", scale=alt.Scale(domain=list(families), range=COLORS)),
                 tooltip=["cell:N", alt.Tooltip("openness:Q", format=".3f"), alt.Tooltip("value:Q", format=".3f")],
             )
         )
@@ -410,7 +414,7 @@ def _training(told: list[dict[str, Any]]) -> Figure | None:
         .encode(
             x=alt.X("tokens:Q", title="training tokens", axis=alt.Axis(format="~s")),
             y=alt.Y("explained variance:Q"),
-            color=_colour(list(dict.fromkeys(value["cell"] for value in values))),
+            color=_color(list(dict.fromkeys(value["cell"] for value in values))),
             tooltip=["cell:N", "tokens:Q", alt.Tooltip("explained variance:Q", format=".3f")],
         )
     )
@@ -433,14 +437,14 @@ def _learned(told: list[dict[str, Any]], masks: dict[str, np.ndarray]) -> Figure
             {"cell": cell, "openness": round(float(edge) + 0.025, 3), "share": round(float(count / counts.sum()), 5)}
             for edge, count in zip(edges, counts, strict=False)
         ]
-    colour = _colour(list(masks))
+    color = _color(list(masks))
     over = (
         alt.Chart(_data(path))
         .mark_line(strokeWidth=1.5)
         .encode(
             x=alt.X("tokens:Q", title="training tokens", axis=alt.Axis(format="~s")),
             y=alt.Y("openness:Q", title="mean openness", scale=alt.Scale(domain=[0, 1])),
-            color=colour,
+            color=color,
             tooltip=["cell:N", "tokens:Q", alt.Tooltip("openness:Q", format=".3f")],
         )
         .properties(width=270, height=180)
@@ -451,7 +455,7 @@ def _learned(told: list[dict[str, Any]], masks: dict[str, np.ndarray]) -> Figure
         .encode(
             x=alt.X("openness:Q", title="openness of a latent at a position, after training"),
             y=alt.Y("share:Q", title="share of latents x positions", axis=alt.Axis(format="%")),
-            color=colour,
+            color=color,
             tooltip=["cell:N", "openness:Q", alt.Tooltip("share:Q", format=".1%")],
         )
         .properties(width=270, height=180)
@@ -473,7 +477,7 @@ def _snapshots(learned: Sequence[CellFolder], warnings: list[str]) -> Figure | N
             warnings.append(f"the mask of {cell.label} during training cannot be read ({str(error)[:120]}).")
             continue
         moments = max(moments, len(tokens))
-        order = _by_centre(openness[-1])
+        order = _by_center(openness[-1])
         for number, (one, seen) in enumerate(zip(openness, tokens.tolist(), strict=True), start=1):
             for (latents, position), value in np.ndenumerate(_binned(one[:, order], *_SNAPSHOT_BINS)):
                 values.append(
@@ -529,7 +533,7 @@ def _mask_pictures(masks: dict[str, np.ndarray]) -> Figure | None:
     """How open latents are at each position after training, ordered by where they are open; binned means."""
     values = []
     for cell, openness in masks.items():
-        picture = _binned(openness[:, _by_centre(openness)], _N_LATENT_BINS, _N_POSITION_BINS)
+        picture = _binned(openness[:, _by_center(openness)], _N_LATENT_BINS, _N_POSITION_BINS)
         for (latent_bin, position_bin), value in np.ndenumerate(picture):
             values.append(
                 {
@@ -570,11 +574,11 @@ def _openness(cell: CellFolder, warnings: list[str]) -> np.ndarray | None:
         return None
 
 
-def _by_centre(openness: np.ndarray) -> np.ndarray:
-    """The latents in the order of their centre of openness."""
+def _by_center(openness: np.ndarray) -> np.ndarray:
+    """The latents in the order of their center of openness."""
     positions = np.arange(openness.shape[0])[:, None]
-    centre = (openness * positions).sum(0) / np.maximum(openness.sum(0), 1e-9)
-    return np.argsort(centre, kind="stable")
+    center = (openness * positions).sum(0) / np.maximum(openness.sum(0), 1e-9)
+    return np.argsort(center, kind="stable")
 
 
 def _binned(ordered: np.ndarray, n_latent_bins: int, n_position_bins: int) -> np.ndarray:
@@ -606,7 +610,7 @@ def _cost(numbers: Numbers, cells: Sequence[str]) -> Figure | None:
                 "what:N",
                 title=None,
                 legend=alt.Legend(orient="top"),
-                scale=alt.Scale(domain=known, range=[COLOURS[0], COLOURS[4]][: len(known)]),
+                scale=alt.Scale(domain=known, range=[COLORS[0], COLORS[4]][: len(known)]),
             ),
             order=alt.Order("what:N", sort="descending"),
             tooltip=[

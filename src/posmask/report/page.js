@@ -113,11 +113,11 @@ function adapted(spec, holder) {
   if (spec.usermeta?.cells) {
     spec.data.values = spec.data.values.filter(value => cells.includes(value.cell));
     if (spec.usermeta.step) spec.height = spec.usermeta.step * Math.max(1, new Set(spec.data.values.map(value => value[spec.encoding.y.field])).size);
-    const colour = spec.encoding.color;
-    if (colour?.field === "cell") {
-      colour.scale.domain = cells; colour.scale.range = cells.map((_, place) => facts.colours[place % facts.colours.length]);
-      if (cells.length > 14) colour.legend = null;
-      else if (holder.clientWidth < 560) colour.legend = { ...colour.legend, orient: "bottom", columns: 2 };
+    const color = spec.encoding.color;
+    if (color?.field === "cell") {
+      color.scale.domain = cells; color.scale.range = cells.map((_, place) => facts.colors[place % facts.colors.length]);
+      if (cells.length > 14) color.legend = null;
+      else if (holder.clientWidth < 560) color.legend = { ...color.legend, orient: "bottom", columns: 2 };
     }
   }
   if (holder.clientWidth < 560 && spec.encoding?.color?.legend !== null && spec.encoding?.color?.field !== "cell") {
@@ -178,23 +178,23 @@ theme.setAttribute("aria-pressed", dark.matches);
 const ROW = 30;
 function ranges(open) { // where openness is at least half of its largest
   let most = 0; for (let p = 1; p < open.length; p++) most = Math.max(most, open[p]);
-  if (!most) return { text: "nowhere", centre: NaN };
+  if (!most) return { text: "nowhere", center: NaN };
   const found = []; let sum = 0, weight = 0;
   for (let p = 1; p < open.length; p++) {
     sum += p * open[p]; weight += open[p];
     if (open[p] * 2 >= most) { const last = found.at(-1); if (last && last[1] === p - 1) last[1] = p; else found.push([p, p]); }
   }
-  const centre = sum / weight;
-  if (found.length === 1 && found[0][0] === 1 && found[0][1] === open.length - 1) return { text: "everywhere", centre };
+  const center = sum / weight;
+  if (found.length === 1 && found[0][0] === 1 && found[0][1] === open.length - 1) return { text: "everywhere", center };
   const text = found.slice(0, 3).map(([from, to]) => from === to ? from : from + "–" + to).join(", ");
-  return { text: found.length > 3 ? text + " … (" + found.length + " parts)" : text, centre };
+  return { text: found.length > 3 ? text + " … (" + found.length + " parts)" : text, center };
 }
 const COLUMNS = [
   ["latent", "latent", (b, i) => b.latent[i], value => String(value)],
   ["firing rate", "rate", (b, i) => b.firings[i] / b.tokens, value => value >= .001 ? (100 * value).toFixed(2) + " %" : value ? (1e6 * value).toFixed(0) + " ppm" : "0"],
   ["position information", "information", (b, i) => b.position_information[i], value => digits(value)],
   ["retention − chance", "retention", (b, i) => b.retention[i] - b.retention_chance[i], value => digits(value)],
-  ["open at", "where", (b, i) => ranges(row(b.openness, i)).centre, (value, b, i) => ranges(row(b.openness, i)).text],
+  ["open at", "where", (b, i) => ranges(row(b.openness, i)).center, (value, b, i) => ranges(row(b.openness, i)).text],
   ["probe weight", "weight", null, value => value ? (value > 0 ? "+" : "−") + Math.abs(value).toPrecision(2) : "–"],
   ["copies here", "twins", (b, i) => b.twins ? b.twins[i] : NaN, value => Number.isFinite(value) ? String(value) : "–"],
   ["nearest elsewhere", "elsewhere", (b, i) => b.near_cosine?.width ? row(b.near_cosine, i)[0] : NaN, value => digits(value, 2)],
@@ -328,7 +328,7 @@ class Browser {
     svg.append(draw("path", { d: bars, fill: "var(--bar)" }), draw("path", { d: line, fill: "none", stroke: "var(--heat)", "stroke-width": 2 }), draw("path", { d: `M${left} ${base}H${width - 6}`, stroke: "var(--line)" }));
     for (let p = 0; p < n; p += Math.max(4, 2 ** Math.ceil(Math.log2(n * 28 / width)))) svg.append(draw("text", { x: x(p), y: base + 13, "text-anchor": "middle" }, p));
     svg.append(draw("text", { x: left - 4, y: 16, "text-anchor": "end" }, "1"), draw("text", { x: left - 4, y: base, "text-anchor": "end" }, "0"));
-    return [svg, make("p", { class: "note" }, `Bars: mean activation at a position, the highest ${b.highest[at].toPrecision(3)}; line: openness. Positions are counted from ${FROM[b.coordinate]}.`)];
+    return [svg, make("p", { class: "note" }, `Bars: mean activation at a position, the highest ${b.highest[at].toPrecision(3)}; line: openness. Positions are counted from ${FROM[b.position_origin]}.`)];
   }
   strongest(at) {
     const b = this.block, per = b.text_start.width, width = b.text_value.width / per, made = [];
@@ -345,7 +345,7 @@ class Browser {
       }
       made.push(line);
     }
-    return made.length ? [...made, make("p", { class: "note" }, `Of the first ${b.searched.toLocaleString("en")} held-out tokens, at most one place a text. Colour: activation; outlined: the strongest token; below: positions.`)] : [make("p", { class: "note" }, "It was silent on all of them.")];
+    return made.length ? [...made, make("p", { class: "note" }, `Of the first ${b.searched.toLocaleString("en")} held-out tokens, at most one place a text. Color: activation; outlined: the strongest token; below: positions.`)] : [make("p", { class: "note" }, "It was silent on all of them.")];
   }
   wordList(ids, logits, at) {
     return make("ul", { class: "words" }, ...[...row(ids, at)].map((word, place) => make("li", {}, make("bdi", {}, this.block.words[word]), make("small", {}, (logits[at * logits.width + place] > 0 ? "+" : "") + logits[at * logits.width + place].toFixed(1).replace("-", "−")))));

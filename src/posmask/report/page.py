@@ -99,10 +99,10 @@ def _page(studies: Sequence[Study], n_latents: int | None) -> tuple[dict[str, An
             for label, found in numbers.items()
         },
         "verdicts": [
-            [one.label, one.against, one.column, one.effect, one.low, one.high, one.verdict]
+            [one.label, one.against, one.column, one.effect, one.ci_low, one.ci_high, one.verdict]
             for study in studies
             for one in study.verdicts
-            if all(map(math.isfinite, (one.effect, one.low, one.high)))
+            if all(map(math.isfinite, (one.effect, one.ci_low, one.ci_high)))
         ],
         "compared": {
             "explained_variance": 1,
@@ -114,7 +114,7 @@ def _page(studies: Sequence[Study], n_latents: int | None) -> tuple[dict[str, An
         "baselines": _baselines(studies),
         "picked": _picked(studies, cells),
         "latents": browsed.cells,
-        "colours": figures.COLOURS,
+        "colors": figures.COLORS,
     }
     blocks = {"page": _zipped(json.dumps(facts, allow_nan=False))}
     for name, chart in charts.items():

@@ -11,7 +11,7 @@ from posmask.errors import DegenerateResult
 from posmask.report.reading import MODEL_CELL, Numbers, Study
 from posmask.results.comparisons import Difference, paired_difference, sample_of
 from posmask.results.rows import Row, Units, parse_slice
-from posmask.results.table import Line, summarise
+from posmask.results.table import Line, summarize
 
 __all__ = ["COLUMNS", "Number", "StudyTable", "capped", "missing", "number", "signed", "study_table", "verdict_lines"]
 
@@ -62,8 +62,8 @@ class Number:
 
     value: float
     of: str
-    low: float = math.nan
-    high: float = math.nan
+    ci_low: float = math.nan
+    ci_high: float = math.nan
     about: str = ""
     difference: str = ""
     digits: int = 3
@@ -74,7 +74,7 @@ class Number:
 
     @property
     def interval(self) -> str:
-        return "" if math.isnan(self.low) else f"{number(self.low)} to {number(self.high)}"
+        return "" if math.isnan(self.ci_low) else f"{number(self.ci_low)} to {number(self.ci_high)}"
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def study_table(study: Study) -> StudyTable:
     baseline = study.baseline
     found: dict[str, list[Number | None]] = {}
     lines = []
-    for line in summarise(study.rows):
+    for line in summarize(study.rows):
         cell = _cell_of(line, study)
         label = line.label
         if line.mask == "none" and cell != MODEL_CELL:  # of one of two studies
@@ -159,9 +159,9 @@ def _number(
         nothing = [{name: Units(0 * one.top, 0 * one.bottom + 1) for name, one in own.items()} for own in samples]
         interval = _paired(samples, nothing)
         if interval is not None and abs(interval.effect - value) < 1e-6:
-            low, high, how = interval.low, interval.high, "95 % interval over texts and seeds"
-    if math.isnan(low) and len(rows) == 1 and math.isfinite(rows[0].low) and not column.less:
-        low, high, how = rows[0].low, rows[0].high, "95 % interval over texts"
+            low, high, how = interval.ci_low, interval.ci_high, "95 % interval over texts and seeds"
+    if math.isnan(low) and len(rows) == 1 and math.isfinite(rows[0].ci_low) and not column.less:
+        low, high, how = rows[0].ci_low, rows[0].ci_high, "95 % interval over texts"
     if math.isnan(low) and len(seeds) > 1 and column.metric != "d_sae":
         by_seed = _by_seed(column, cell, where, numbers)
         low, high, how = min(by_seed.values()), max(by_seed.values()), "from seed to seed"
@@ -208,7 +208,7 @@ def _difference(
     if shared and all(one and one.keys() == two.keys() for one, two in zip(own, other, strict=True)):
         found = _paired(own, other)
         if found is not None:
-            return f"{signed(found.effect)} ({signed(found.low)} to {signed(found.high)})"
+            return f"{signed(found.effect)} ({signed(found.ci_low)} to {signed(found.ci_high)})"
     where = {**dict(column.where), "pooling": pooling} if column.is_probing else {}
     base_where = {**where, "pooling": "mean"} if where else {}
     one, two = _by_seed(column, cell, where, numbers), _by_seed(column, baseline, base_where, numbers)
@@ -325,7 +325,7 @@ def _of_rows(rows: list[Row], slice: str) -> Number | None:
     values = [row.value for row in rows if not math.isnan(row.value)]
     if not values:
         return None
-    low, high = min(row.low for row in rows), max(row.high for row in rows)
+    low, high = min(row.ci_low for row in rows), max(row.ci_high for row in rows)
     what = "95 % interval" if len(rows) == 1 else f"{len(rows)} seeds, whose 95 % intervals reach from"
     about = f"{what} {number(low)} to {number(high)}, n = {rows[0].n:,}" if math.isfinite(low) else f"n = {rows[0].n:,}"
     pooling = parse_slice(rows[0].slice).get("pooling")

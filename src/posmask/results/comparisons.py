@@ -55,8 +55,8 @@ class Difference:
     """A mean difference over seeds with its 95 % interval and two-sided p value, not corrected."""
 
     effect: float
-    low: float
-    high: float
+    ci_low: float
+    ci_high: float
     p: float
     n_seeds: int
 
@@ -144,8 +144,8 @@ class Verdict:
     against: str
     column: str
     effect: float
-    low: float
-    high: float
+    ci_low: float
+    ci_high: float
     p_corrected: float
     n_seeds: int
     n_comparisons: int
@@ -206,8 +206,8 @@ def judge(units: Mapping[str, Mapping[int, Mapping[str, Units]]], comparisons: S
             comparison.against,
             column,
             found.effect,
-            found.low,
-            found.high,
+            found.ci_low,
+            found.ci_high,
             p,
             found.n_seeds,
             len(differences),

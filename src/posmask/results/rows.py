@@ -54,8 +54,8 @@ class Measure:
 
     metric: str
     value: float
-    low: float = math.nan
-    high: float = math.nan
+    ci_low: float = math.nan
+    ci_high: float = math.nan
     n: int = 0
     slice: Mapping[str, object] | None = None
     units: Units | None = None
@@ -68,28 +68,28 @@ class Row:
     cell: str
     mask: str
     budget: str
-    apply: str
+    gating: str
     seed: int
     metric: str
     slice: str
     value: float
-    low: float
-    high: float
+    ci_low: float
+    ci_high: float
     n: int
 
     @classmethod
-    def of(cls, measure: Measure, *, cell: str, mask: str, budget: str, apply: str, seed: int) -> "Row":
+    def of(cls, measure: Measure, *, cell: str, mask: str, budget: str, gating: str, seed: int) -> "Row":
         return cls(
             cell=cell,
             mask=mask,
             budget=budget,
-            apply=apply,
+            gating=gating,
             seed=seed,
             metric=measure.metric,
             slice=slice_text(measure.slice or {}),
             value=float(measure.value),
-            low=float(measure.low),
-            high=float(measure.high),
+            ci_low=float(measure.ci_low),
+            ci_high=float(measure.ci_high),
             n=int(measure.n),
         )
 

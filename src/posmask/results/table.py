@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from posmask.results.rows import Row, parse_slice
 
-__all__ = ["ORDER_KS", "PROBE_KS", "Line", "summarise"]
+__all__ = ["ORDER_KS", "PROBE_KS", "Line", "summarize"]
 
 ORDER_KS = (1, 5, 20)
 PROBE_KS = (1, 5)
@@ -25,7 +25,7 @@ class Line:
     pooling: str
     mask: str
     budget: str
-    apply: str
+    gating: str
     n_seeds: int
     overall: dict[str, float]
     order: dict[int, float]
@@ -37,7 +37,7 @@ def _mean(values: Iterable[float]) -> float:
     return sum(found) / len(found) if found else math.nan
 
 
-def summarise(rows: Sequence[Row]) -> list[Line]:
+def summarize(rows: Sequence[Row]) -> list[Line]:
     """Cells in their order, then their other poolings, then the model's own channels."""
     names = list(dict.fromkeys(row.cell for row in rows))
     lines, pooled_lines, model_lines = [], [], []
@@ -71,7 +71,7 @@ def summarise(rows: Sequence[Row]) -> list[Line]:
                 pooling=pooling,
                 mask=own[0].mask,
                 budget=own[0].budget,
-                apply=own[0].apply,
+                gating=own[0].gating,
                 n_seeds=len({row.seed for row in own}),
                 overall=defaultdict(lambda: math.nan, overall),
                 order={k: accuracy("order_accuracy", k, pooling) for k in ORDER_KS},

@@ -9,7 +9,7 @@ For a token at position p with vector v:
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from posmask.errors import BadSetting
 from posmask.kernels import operations, runtime
-from posmask.masks.base import PositionMask
+from posmask.masks.base import PositionMask, PositionOrigin
 from posmask.masks.groups import LiveGroup
 from posmask.sae.rules import RuleSettings, make_rule
 from posmask.sae.selection import choose, in_group_order, pieces
 from posmask.seeds import generator
 
-__all__ = ["Codes", "SparseAutoencoder", "check_sizes", "check_table"]
+__all__ = ["Codes", "PositionedVectors", "SparseAutoencoder", "check_sizes", "check_table"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Codes:
     n_tokens: int
     d_sae: int
 
-    def some(self, which: Bool[Tensor, " token"] | Int[Tensor, " some"]) -> "Codes":
+    def select(self, which: Bool[Tensor, " token"] | Int[Tensor, " some"]) -> "Codes":
         """The codes of some of the tokens, chosen by truth or by number (none twice), as `Batch.some` takes them."""
         numbers = which.nonzero()[:, 0] if which.dtype == torch.bool else which
         new = torch.full((self.n_tokens,), -1, device=self.token.device)
@@ -64,11 +64,21 @@ class Codes:
         return out
 
 
+@runtime_checkable
+class PositionedVectors(Protocol):
+    """Vectors that know their positions, such as `data.activations.Batch`."""
+
+    @property
+    def vectors(self) -> Tensor: ...
+
+    def positions(self, position_origin: PositionOrigin) -> Tensor: ...
+
+
 class SparseAutoencoder(nn.Module):
     """A dictionary of latents with an activation rule and a position mask.
 
     `encoder` and `decoder` hold one row a latent, [latent d_model] both; decoder rows have unit norm.
-    Vectors go in and come out in the model's own units; inside they are centred and scaled so that the mean of
+    Vectors go in and come out in the model's own units; inside they are centered and scaled so that the mean of
     |x|^2 is d_model on the training data.
 
     Args:
@@ -106,7 +116,7 @@ class SparseAutoencoder(nn.Module):
     def d_model(self) -> int:
         return self.encoder.shape[1]
 
-    def normalise(self, vectors: Float[Tensor, "*token d_model"]) -> Float[Tensor, "*token d_model"]:
+    def normalize(self, vectors: Float[Tensor, "*token d_model"]) -> Float[Tensor, "*token d_model"]:
         return (vectors.to(self.encoder.dtype) - self.center) / self.scale
 
     def encode(
@@ -114,25 +124,23 @@ class SparseAutoencoder(nn.Module):
         vectors: Float[Tensor, "*token d_model"],
         position: Int[Tensor, "*token"],
         *,
-        lift: bool = False,
-        beyond: Literal["refuse", "clamp"] = "refuse",
+        use_mask: bool = True,
     ) -> Float[Tensor, "*token latent"]:
         """The codes, by definition: dense and differentiable.
 
         Args:
             vectors: in the model's units.
-            position: of each token, counted as the mask's `coordinate` says; 0 = BOS.
-            lift: lift the mask, i.e. take every latent as open everywhere.
-            beyond: what to do with positions outside the context that the mask was made for: `clamp` takes the last.
+            position: of each token, counted as the mask's `position_origin` says; 0 = BOS.
+            use_mask: False lifts the mask: every latent counts as open everywhere.
 
         Raises:
             BadSetting: a position outside the context.
         """
-        position = self._checked(position, beyond)
-        x = self.normalise(vectors)
+        position = self._checked(position)
+        x = self.normalize(vectors)
         routing = self.mask.route(x, position)
         preactivation = (x - self.decoder_bias) @ self.encoder.T + self.encoder_bias
-        openness = self.mask.table()[routing.place] if self.mask.gates_code() and not lift else None
+        openness = self.mask.table()[routing.place] if self.mask.gates_code() and use_mask else None
         codes = self.rule.codes(preactivation, openness, lambda parameter: parameter)
         return codes if routing.strength is None else codes * routing.strength[..., None]
 
@@ -151,8 +159,7 @@ class SparseAutoencoder(nn.Module):
         vectors: Float[Tensor, "token d_model"],
         position: Int[Tensor, " token"],
         *,
-        lift: bool = False,
-        beyond: Literal["refuse", "clamp"] = "refuse",
+        use_mask: bool = True,
         precision: runtime.Precision = "float32",
     ) -> Codes:
         """The same codes as `encode`, found without computing what is closed or zero.
@@ -163,14 +170,14 @@ class SparseAutoencoder(nn.Module):
             precision: of the product that chooses the latents; the values are always computed in full.
         """
         whence, vectors = vectors.device, vectors.to(self.encoder.device)
-        position = self._checked(position, beyond).to(vectors.device)
-        routing = self.mask.route(self.normalise(vectors) if self.mask.reads_vectors else vectors, position)
+        position = self._checked(position).to(vectors.device)
+        routing = self.mask.route(self.normalize(vectors) if self.mask.reads_vectors else vectors, position)
         table = self.mask.table().detach()
-        groups = [_everything(table)] if lift else self.mask.groups()
-        gates = self.mask.gates_code() and not lift
+        groups = self.mask.groups() if use_mask else [_everything(table)]
+        gates = self.mask.gates_code() and use_mask
         softens = gates and not self.mask.is_strict()
         order, ends = in_group_order(groups, routing.place)
-        inputs = operations.centred(vectors, order, self.center, self.scale, self.decoder_bias.detach())
+        inputs = operations.centered(vectors, order, self.center, self.scale, self.decoder_bias.detach())
         place, choice = routing.place if order is None else routing.place[order], self.rule.choice()
         if choice is None:
             token, latent, value = self._encode_blocks(inputs, place, ends, groups, table if gates else None)
@@ -205,6 +212,11 @@ class SparseAutoencoder(nn.Module):
         token, latent, value = (torch.cat(parts) for parts in zip(*found, strict=True))
         return token, latent, value
 
+    def encode_batch(self, batch: PositionedVectors, *, use_mask: bool = True) -> Codes:
+        """`sparse_encode` of a batch, with its positions counted from the mask's origin."""
+        position = batch.positions(self.mask.settings.position_origin)
+        return self.sparse_encode(batch.vectors, position, use_mask=use_mask)
+
     @torch.no_grad()
     def sparse_decode(self, codes: Codes) -> Float[Tensor, "token d_model"]:
         """What `decode` gives for them, where the codes are."""
@@ -222,15 +234,12 @@ class SparseAutoencoder(nn.Module):
             codes.value, self.decoder.detach(), codes.latent
         )
 
-    def _checked(self, position: Int[Tensor, "*token"], beyond: str) -> Int[Tensor, "*token"]:
+    def _checked(self, position: Int[Tensor, "*token"]) -> Int[Tensor, "*token"]:
         longest = self.mask.n_positions - 1
-        if beyond == "clamp":
-            position = position.clamp(max=longest)
         if position.numel() and (int(position.min()) < 0 or int(position.max()) > longest):
             raise BadSetting(
                 f"positions {int(position.min())} to {int(position.max())} are not all within the "
-                f"{self.mask.n_positions} positions that this SAE's mask was made for: cut the texts to that length, "
-                'or take the last position for those beyond with beyond = "clamp"'
+                f"{self.mask.n_positions} positions that this SAE's mask was made for: cut the texts to that length"
             )
         return position.long()
 

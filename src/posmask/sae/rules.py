@@ -127,30 +127,30 @@ def gated(preactivation: Tensor, openness: Tensor | None) -> Tensor:
     return preactivation.relu() if openness is None else preactivation.relu() * openness
 
 
-class _Penalised(RuleSettings):
+class _Penalized(RuleSettings):
     only_for_training = frozenset(
-        {"penalty_warmup_share", "l1_coefficient", "l0_coefficient", "bandwidth", "initial_threshold"}
+        {"penalty_warmup_fraction", "l1_coefficient", "l0_coefficient", "bandwidth", "initial_threshold"}
     )
-    penalty_warmup_share: float = Field(default=0.05, ge=0, le=1)
+    penalty_warmup_fraction: float = Field(default=0.05, ge=0, le=1)
     """The penalty rises linearly from 0 over this share of the steps."""
 
 
 class _WithPenalty(ActivationRule):
-    settings: _Penalised
+    settings: _Penalized
 
-    def __init__(self, settings: _Penalised, d_sae: int) -> None:
+    def __init__(self, settings: _Penalized, d_sae: int) -> None:
         super().__init__(settings, d_sae)
         self._warmth = 1.0
 
     def before_step(self, done: int, n_steps: int) -> None:
-        rising = self.settings.penalty_warmup_share * n_steps
+        rising = self.settings.penalty_warmup_fraction * n_steps
         self._warmth = min(1.0, (done + 1) / rising) if rising else 1.0
 
 
 class ReLU(_WithPenalty):
     """All positive pre-activations; an L1 penalty keeps them few (Bricken et al. 2023)."""
 
-    class Settings(_Penalised):
+    class Settings(_Penalized):
         kind: Literal["relu"] = "relu"
         l1_coefficient: float = Field(ge=0)
 
@@ -349,7 +349,7 @@ class JumpReLU(_WithPenalty):
     Unlike there, the penalty's estimated gradient goes to the pre-activations too, not to the threshold alone.
     """
 
-    class Settings(_Penalised):
+    class Settings(_Penalized):
         kind: Literal["jumprelu"] = "jumprelu"
         l0_coefficient: float = Field(ge=0)
         bandwidth: float = Field(default=2.0, gt=0)
@@ -382,10 +382,10 @@ class JumpReLU(_WithPenalty):
 class Gated(_WithPenalty):
     """Whether a latent speaks and how loudly are two paths of one encoder (Rajamanoharan et al. 2024, 2404.16014).
 
-    The paper's magnitude bias b_mag is m + e^r b_gate here: the same functions, another start of the optimiser.
+    The paper's magnitude bias b_mag is m + e^r b_gate here: the same functions, another start of the optimizer.
     """
 
-    class Settings(_Penalised):
+    class Settings(_Penalized):
         kind: Literal["gated"] = "gated"
         l1_coefficient: float = Field(ge=0)
 

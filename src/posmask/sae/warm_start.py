@@ -10,7 +10,7 @@ from posmask.masks.base import Copies, PositionMask
 from posmask.sae.autoencoder import SparseAutoencoder
 from posmask.sae.rules import RuleSettings
 
-__all__ = ["copy_latents_", "restate_", "started_from", "without_mask"]
+__all__ = ["copy_latents_", "renormalize_", "warm_start", "without_mask"]
 
 
 def copy_latents_(sae: SparseAutoencoder, copies: Copies) -> None:
@@ -23,7 +23,7 @@ def copy_latents_(sae: SparseAutoencoder, copies: Copies) -> None:
 
 def without_mask(sae: SparseAutoencoder) -> SparseAutoencoder:
     """A copy of an SAE, every latent open everywhere."""
-    settings = mask_settings({"kind": "open", "coordinate": sae.mask.settings.coordinate})
+    settings = mask_settings({"kind": "open", "position_origin": sae.mask.settings.position_origin})
     mask = make_mask(settings, sae.mask.n_positions, sae.d_sae)
     copy = SparseAutoencoder(sae.d_model, sae.rule.settings, mask)
     own = copy.state_dict()
@@ -31,7 +31,7 @@ def without_mask(sae: SparseAutoencoder) -> SparseAutoencoder:
     return copy
 
 
-def restate_(sae: SparseAutoencoder, center: Float[Tensor, " d_model"], scale: Float[Tensor, ""]) -> None:
+def renormalize_(sae: SparseAutoencoder, center: Float[Tensor, " d_model"], scale: Float[Tensor, ""]) -> None:
     """Give an SAE without a router other constants, and parameters with which it does what it did.
 
     Codes become sae.scale / scale times as large. So an SAE from elsewhere is trained on in the units of this data.
@@ -44,7 +44,7 @@ def restate_(sae: SparseAutoencoder, center: Float[Tensor, " d_model"], scale: F
     sae.center, sae.scale = center.clone(), scale.clone()
 
 
-def started_from(
+def warm_start(
     source: SparseAutoencoder, mask: PositionMask, seed: int = 0, rule: RuleSettings | None = None
 ) -> SparseAutoencoder:
     """An SAE with this mask whose latents are copies of an unmasked SAE's.
@@ -71,7 +71,7 @@ def started_from(
         )
     if mask.settings.kind == "switch":
         raise BadSetting(
-            "a switch multiplies codes by its router's p, so it cannot do what an SAE did: leave out start"
+            "a switch multiplies codes by its router's p, so it cannot do what an SAE did: leave out init_from"
         )
     latent = torch.arange(mask.d_sae)
     live = mask.live() > 0

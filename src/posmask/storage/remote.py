@@ -62,12 +62,12 @@ class Store:
             self._fs, root = fsspec.core.url_to_fs(url)
         except ImportError as error:
             raise MissingExtra(
-                f"activations = {url!r} needs a package that is not installed ({error}): pip install 'posmask[remote]' "
-                "for s3://, or the package that it names"
+                f"activations_url = {url!r} needs a package that is not installed ({error}): "
+                "pip install 'posmask[remote]' for s3://, or the package that it names"
             ) from None
         except ValueError as error:
             raise BadSetting(
-                f"activations = {url!r} is no place that fsspec knows ({error}): write s3://BUCKET/PATH or the like"
+                f"activations_url = {url!r} is no place that fsspec knows ({error}): write s3://BUCKET/PATH or the like"
             ) from None
         self.url = url.rstrip("/")
         self._root = root.rstrip("/")

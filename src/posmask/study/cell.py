@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from posmask.data.activations import training_batches
 from posmask.errors import BadSetting, DamagedFolder
-from posmask.evaluation.suite import Data, baselines, decay, evaluate
+from posmask.evaluation.suite import Data, baselines, evaluate, forgetting
 from posmask.interop import saebench, sites
 from posmask.kernels import runtime
 from posmask.probing import datasets
@@ -17,7 +17,7 @@ from posmask.results import rows
 from posmask.sae.autoencoder import SparseAutoencoder
 from posmask.sae.files import WEIGHTS_FILE, read_origin, read_sae, write_sae
 from posmask.sae.rules import make_rule
-from posmask.sae.warm_start import restate_
+from posmask.sae.warm_start import renormalize_
 from posmask.storage import manifest
 from posmask.storage.record import check_identity
 from posmask.study.harvests import Source, texts_identity
@@ -34,10 +34,10 @@ __all__ = [
     "UNITS_FILE",
     "CellState",
     "Place",
-    "checked_start",
+    "checked_init",
     "fill",
     "places_of",
-    "read_start",
+    "read_init",
     "results_origin",
     "rows_in",
     "state_of",
@@ -62,8 +62,8 @@ class Place:
     seed: int
     folder: Path
     made_from: dict[str, Any]
-    start: Path | None = None  # the folder of the SAE that the cell starts from
-    start_identity: str | None = None  # of that folder, where it is a cell of the study
+    init_folder: Path | None = None  # the folder of the SAE that the cell starts from
+    init_identity: str | None = None  # of that folder, where it is a cell of the study
 
     @property
     def label(self) -> str:
@@ -99,21 +99,21 @@ def places_of(study: StudySettings, source: Source, root: Path) -> list[Place]:
     for cell in study.cells:
         for seed in study.seeds_of(cell):
             made_from = made_from_of(cell, seed)
-            start, start_identity = cell.start_folder, None
+            start, init_identity = cell.init_folder, None
             if start is not None:
-                made_from["start"] = checked_start(start, source.made_from)
-            elif cell.start is not None:
+                made_from["init_from"] = checked_init(start, source.made_from)
+            elif cell.init_from is not None:
                 # A cell is recomputed when the cell that it starts from is.
-                origin = by_name[cell.start]
-                start = root / "cells" / f"{cell.start}-seed{seed}"
-                start_identity = manifest.identity(made_from_of(origin, seed))
-                made_from["start"] = origin.model_dump(mode="json", exclude={"decay", "seeds"})
+                origin = by_name[cell.init_from]
+                start = root / "cells" / f"{cell.init_from}-seed{seed}"
+                init_identity = manifest.identity(made_from_of(origin, seed))
+                made_from["init_from"] = origin.model_dump(mode="json", exclude={"measure_forgetting", "seeds"})
             folder = root / "cells" / f"{cell.name}-seed{seed}"
-            places.append(Place(cell, seed, folder, made_from, start, start_identity))
+            places.append(Place(cell, seed, folder, made_from, start, init_identity))
     return places
 
 
-def checked_start(folder: Path, model_made_from: dict[str, Any]) -> dict[str, Any]:
+def checked_init(folder: Path, model_made_from: dict[str, Any]) -> dict[str, Any]:
     """The identity of an SAE that a user brings.
 
     Raises:
@@ -157,15 +157,15 @@ def state_of(place: Place, *, verify: bool = False) -> CellState:
 def untrained(study: StudySettings, place: Place, data: Data) -> tuple[SparseAutoencoder, int]:
     """A cell's SAE before its training, and the tokens that the SAE it starts from was trained on."""
     assert place.cell is not None
-    if place.start is None:
+    if place.init_folder is None:
         sae = study.make_sae(place.cell, data.training.d_model, place.seed)
-        sae.center, sae.scale = data.training.centre_and_scale
+        sae.center, sae.scale = data.training.center_and_scale
         return sae.to(study.device), 0
-    started = read_start(place.start, data.training.d_model, place.start_identity)
-    origin = read_origin(place.start)
+    started = read_init(place.init_folder, data.training.d_model, place.init_identity)
+    origin = read_origin(place.init_folder)
     if "imported" in origin:  # Else with the constants that its weights were made for.
-        restate_(started, *data.training.centre_and_scale)
-    sae = study.start_sae(place.cell, started, place.seed)
+        renormalize_(started, *data.training.center_and_scale)
+    sae = study.init_sae(place.cell, started, place.seed)
     return sae.to(study.device), origin.get("training_tokens", 0)
 
 
@@ -174,7 +174,7 @@ def train_cell(
     place: Place,
     sae: SparseAutoencoder,
     data: Data,
-    together: distributed.Together | None = None,
+    together: distributed.Distributed | None = None,
     *,
     keeps_end: bool = False,
 ) -> loop.Trained:
@@ -185,7 +185,7 @@ def train_cell(
     """
     assert place.cell is not None
     settings = study.training.model_copy(update={"n_steps": study.n_steps(place.cell)})
-    taken = round(place.cell.steps_share * study.training.n_steps) - settings.n_steps  # by the cell it starts from
+    taken = round(place.cell.step_fraction * study.training.n_steps) - settings.n_steps  # by the cell it starts from
     checkpoints = Checkpoints(place.checkpoints, place.made_from, CHECKPOINT_SECONDS, keeps_end=keeps_end)
     batches = training_batches(
         data.training,
@@ -205,7 +205,7 @@ def train_cell(
             place.label,
             on_point=write,
             checkpoints=checkpoints,
-            together=together or loop.Alone(),
+            together=together or loop.SingleProcess(),
         )
 
 
@@ -219,7 +219,7 @@ def fill(study: StudySettings, place: Place, data: Data, baseline: list[rows.Row
     with manifest.write_folder(place.folder, place.made_from, **_manifest_facts(study, place)) as draft:
         if cell is None:
             found = baselines(data)
-            columns = {"mask": "none", "budget": "", "apply": ""}
+            columns = {"mask": "none", "budget": "", "gating": ""}
             name = MODEL_CELL
         else:
             sae, before = untrained(study, place, data)
@@ -251,11 +251,11 @@ def fill(study: StudySettings, place: Place, data: Data, baseline: list[rows.Row
                 rows.Measure("d_sae", sae.d_sae, n=1),
                 *measured,
             ]
-            if cell.decay:
-                found += decay(sae, data, study.training, place.seed, place.label)
+            if cell.measure_forgetting:
+                found += forgetting(sae, data, study.training, place.seed, place.label)
             if study.evaluation.probe_datasets:
                 write_saebench(draft / SAEBENCH_FILE, study, place, found, baseline)
-            columns = {"mask": cell.mask.kind, "budget": cell.budget, "apply": cell.mask.apply}
+            columns = {"mask": cell.mask.kind, "budget": cell.budget, "gating": cell.mask.gating}
             name = cell.name
         (draft / "settings.json").write_text(manifest.as_json(place.made_from), encoding="utf8")
         rows.write_rows(
@@ -277,7 +277,7 @@ def _manifest_facts(study: StudySettings, place: Place) -> dict[str, Any]:
     return facts
 
 
-def read_start(folder: Path, d_model: int, identity: str | None = None) -> SparseAutoencoder:
+def read_init(folder: Path, d_model: int, identity: str | None = None) -> SparseAutoencoder:
     """The SAE that a cell starts from.
 
     Args:

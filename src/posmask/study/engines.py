@@ -66,7 +66,7 @@ class Local:
 
 def needs(place: Place, root: Path, missing: set[Path]) -> bool:
     """Whether a folder cannot be filled yet because others are missing: the baselines, or what it starts from."""
-    return (place.cell is not None and root / BASELINES in missing) or place.start in missing
+    return (place.cell is not None and root / BASELINES in missing) or place.init_folder in missing
 
 
 def make_anew(study: StudySettings, place: Place, data: Data, root: Path, say: Callable[[str], None]) -> None:
@@ -88,7 +88,7 @@ def make_anew(study: StudySettings, place: Place, data: Data, root: Path, say: C
 
 def _share(study: StudySettings, todo: list[Place], data: Data, root: Path, say: Callable[[str], None]) -> None:
     """Make what is missing, each folder in one process alone, until all of them are there."""
-    waiting = sorted(todo, key=lambda place: place.start is not None)  # what others start from comes first
+    waiting = sorted(todo, key=lambda place: place.init_folder is not None)  # what others start from comes first
     while waiting:
         for place in list(waiting):
             if needs(place, root, {other.folder for other in waiting}):

@@ -226,7 +226,7 @@ def _model_seconds(study: StudySettings, outline: sites.LanguageModel, left: Cal
 def _step_factors(
     study: StudySettings, cell: CellSettings, d_model: int, machine: Machine, caution: float, left: Callable[[], float]
 ) -> list[float]:
-    """Measured over calculated seconds of training steps; none if `caution` times these exceed the time left."""
+    """EvalSplit over calculated seconds of training steps; none if `caution` times these exceed the time left."""
     shape = shape_of(_mask(study, cell))
     sizes = [min(n, study.training.batch_tokens) for n in _STEP_TOKENS]
     calculated = {n: _step_seconds(study, shape, d_model, machine, n) for n in sizes}
@@ -324,7 +324,7 @@ class _Set:
 _TRAINING, _HELDOUT, _SHIFT = "training texts", "held-out texts", "shift design"
 _ORDER, _PROBES = "order tasks", "probe datasets"
 _TOKENS_PER_TEXT = {
-    # Measured with the embedded model's tokenizer in contexts of 512, texts cut to 1,000 characters.
+    # EvalSplit with the embedded model's tokenizer in contexts of 512, texts cut to 1,000 characters.
     "topic_permutation": 53, "contrast_order": 21, "chronology": 32, "agreement_swap": 10, "bigram_shift": 30,
     "language_order": 69, "sentence_order": 54, "dialogue_order": 30, "ag_news": 56, "github_code": 312,
     "amazon_sentiment": 174, "occupations_1": 115, "occupations_2": 118, "news_class": 56, "sentence_language": 21,
@@ -387,14 +387,14 @@ def _sets(study: StudySettings, root: Path, *, any_finished: bool) -> list[_Set]
         return None
 
     sets = []
-    splits = (_TRAINING, "training", texts.training_tokens), (_HELDOUT, texts.measured_on, texts.heldout_tokens)
+    splits = (_TRAINING, "training", texts.training_tokens), (_HELDOUT, texts.eval_split, texts.heldout_tokens)
     for kind, split, n_tokens in splits:
         kept = kept_of(split, split=split, tokens=n_tokens, **texts.source)
         n_contexts = -(-n_tokens // (n_positions - 1))
         sets.append(_Set(kind, kept or n_tokens, n_contexts * n_positions, 0, 0, kept is not None))
     n_pieces, n_windows = evaluation.shift_texts, evaluation.shift_windows
     length = shift_length(n_positions, n_windows)
-    kept = kept_of("shift", shift=[n_pieces, n_windows], split=texts.measured_on, **texts.source)
+    kept = kept_of("shift", shift=[n_pieces, n_windows], split=texts.eval_split, **texts.source)
     stored = n_pieces * sum(1 + (window + 2) * length for window in range(n_windows))
     sets.append(_Set(_SHIFT, n_pieces * n_windows * length, stored, 0, 0, kept is not None))
     order = evaluation.order_train_groups + evaluation.order_test_groups, evaluation.order_test_groups, True
@@ -425,7 +425,9 @@ class _Costs:
         self._study, self._outline, self._sets, self._rates = study, outline, sets, rates
         self._n_probed = sum(one.kept for one in sets if one.n_classes)
         self._n_in_model = study.evaluation.model_contexts * study.corpus.n_positions
-        self._decay_steps = {round(share * study.training.n_steps) for share in study.evaluation.decay_shares}
+        self._forgetting_steps = {
+            round(share * study.training.n_steps) for share in study.evaluation.forgetting_fractions
+        }
 
     def harvest(self, kind: str, missing: list[_Set]) -> Line:
         own = [one for one in missing if one.kind == kind]
@@ -441,7 +443,7 @@ class _Costs:
     def training(self, cell: CellSettings, n_left: int) -> Line:
         shape = shape_of(_mask(self._study, cell))
         trainings = [(shape, self._study.n_steps(cell))]
-        trainings += [(Shape(shape.d_sae, shape.d_sae), max(self._decay_steps))] if cell.decay else []
+        trainings += [(Shape(shape.d_sae, shape.d_sae), max(self._forgetting_steps))] if cell.measure_forgetting else []
         tokens = self._study.training.batch_tokens * sum(n_steps for _, n_steps in trainings)
         machine, batch, d_model = self._rates.machine, self._study.training.batch_tokens, self._outline.d_model
         seconds = sum(n * _step_seconds(self._study, one, d_model, machine, batch) for one, n in trainings)
@@ -460,7 +462,7 @@ class _Costs:
         masked = mask.gates_code() and not is_open
         heldout, shift = (one.kept for one in self._sets if one.kind in (_HELDOUT, _SHIFT))
         n_encoded = heldout + shift + self._n_probed + 3 * self._n_in_model
-        n_lifted = (heldout + shift) * masked + heldout * len(self._decay_steps | {0}) * cell.decay
+        n_lifted = (heldout + shift) * masked + heldout * len(self._forgetting_steps | {0}) * cell.measure_forgetting
         widths = [d_sae, d_sae] if masked else [d_sae]  # pooled by mean, and where a latent is open
         segments = self._study.evaluation.order_segments, int(growing_segments(n_positions)[-1]) + 1
         seconds = self._probing([*widths, *(n * d_sae for n in segments if is_open)], widths)
@@ -489,7 +491,7 @@ class _Costs:
 
     def bytes_per_token(self, one: _Set) -> int:
         """On disk, with the fields that say which token it is."""
-        stored = self._study.model.stored if one.kind == _TRAINING else "model"
+        stored = self._study.model.storage_dtype if one.kind == _TRAINING else "model"
         return bytes_a_token(self._outline.d_model, _model_precision(self._study) if stored == "model" else stored)
 
     def memory_bytes(self, width: int) -> int:

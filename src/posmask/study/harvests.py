@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from posmask.data import embedded, models, sites
-from posmask.data.activations import Activations, Stored, finished_activations
+from posmask.data.activations import Activations, StorageDtype, finished_activations
 from posmask.data.harvest import ComputeShards, harvest
 from posmask.data.texts import content_of, read_texts
 from posmask.data.tokens import TRAINING_SHARE, VALIDATION_SHARE, Split, Tokens, pack, pad, shifted, unique_texts
@@ -81,9 +81,9 @@ def prepare(study: StudySettings, source: Source, root: Path, compute: ComputeSh
     store = study.store(root)
 
     def harvested(
-        label: str, what: dict[str, Any], tokens: Callable[[], Tokens], stored: Stored = "model"
+        label: str, what: dict[str, Any], tokens: Callable[[], Tokens], storage_dtype: StorageDtype = "model"
     ) -> Activations:
-        made_from = {**shared, **what, "stored": stored}
+        made_from = {**shared, **what, "stored": storage_dtype}
         place = root / "activations" / f"{label}-{manifest.identity(made_from)}"
         folder = place if store is None else store.folder(place.name)
 
@@ -98,7 +98,7 @@ def prepare(study: StudySettings, source: Source, root: Path, compute: ComputeSh
             found = there()
             if found is None:
                 here = source.loaded if compute is None else None
-                found = harvest(tokens(), here, folder, made_from, label, stored, compute)
+                found = harvest(tokens(), here, folder, made_from, label, storage_dtype, compute)
             return found
 
     @cache
@@ -113,37 +113,37 @@ def prepare(study: StudySettings, source: Source, root: Path, compute: ComputeSh
         return lambda: pack(texts(split), source.tokenizer, n_positions, n_tokens)
 
     settings = study.corpus.source
-    measured_on = study.corpus.measured_on
+    eval_split = study.corpus.eval_split
     ask = study.evaluation
-    splits: tuple[tuple[Split, int, Stored], ...] = (
-        ("training", study.corpus.training_tokens, study.model.stored),
-        (measured_on, study.corpus.heldout_tokens, "model"),
+    splits: tuple[tuple[Split, int, StorageDtype], ...] = (
+        ("training", study.corpus.training_tokens, study.model.storage_dtype),
+        (eval_split, study.corpus.heldout_tokens, "model"),
     )
     sets = {
-        split: harvested(split, {"split": split, "tokens": n_tokens, **settings}, packed(split, n_tokens), stored)
-        for split, n_tokens, stored in splits
+        split: harvested(split, {"split": split, "tokens": n_tokens, **settings}, packed(split, n_tokens), dtype)
+        for split, n_tokens, dtype in splits
     }
     runtime.give_back_freed_memory()
     n_pieces, n_windows = ask.shift_texts, ask.shift_windows
     shift = harvested(
         "shift",
-        {"shift": [n_pieces, n_windows], "split": measured_on, **settings},
-        lambda: shifted(texts(measured_on), source.tokenizer, n_positions, n_pieces, n_windows),
+        {"shift": [n_pieces, n_windows], "split": eval_split, **settings},
+        lambda: shifted(texts(eval_split), source.tokenizer, n_positions, n_pieces, n_windows),
     )
     tasks, datasets = {}, {}
     for name in ask.order_tasks:
         task = make_order_task(
-            name, source.tokenizer, n_positions, ask.order_train_groups, ask.order_test_groups, measured_on
+            name, source.tokenizer, n_positions, ask.order_train_groups, ask.order_test_groups, eval_split
         )
         tokens = partial(order_tokens, task, source.tokenizer, n_positions)
         tasks[name] = task, harvested(name, {"shuffled_too": True, "texts_of": list(task.texts)}, tokens)
     for name in ask.probe_datasets:
-        dataset = read_probe_dataset(name, ask.probe_train, ask.probe_test, study.corpus.max_characters, measured_on)
+        dataset = read_probe_dataset(name, ask.probe_train, ask.probe_test, study.corpus.max_characters, eval_split)
         tokens = partial(pad, dataset.texts, source.tokenizer, n_positions)
         datasets[name] = dataset, harvested(name, {"texts_of": list(dataset.texts)}, tokens)
     return Data(
         sets["training"],
-        sets[measured_on],
+        sets[eval_split],
         shift,
         tasks,
         datasets,

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from posmask.data.activations import Stored
+from posmask.data.activations import StorageDtype
 from posmask.data.harvest import Contexts, shards_here
 from posmask.data.tokens import Tokens
 from posmask.errors import BadSetting, DegenerateResult, MissingExtra
@@ -98,7 +98,7 @@ class Cluster:
         tokens: Tokens,
         wanted: list[Contexts],
         label: str,
-        stored: Stored,
+        storage_dtype: StorageDtype,
         advance: Callable[[int], None],
     ) -> Iterator[dict[str, Tensor]]:
         """See `activations.ComputeShards`. No more shards are under way than tasks may run at a time."""
@@ -107,7 +107,7 @@ class Cluster:
         under_way: list[Any] = []
         for number, contexts in enumerate(wanted):
             for ahead in wanted[number + len(under_way) : number + self._n_jobs]:
-                under_way.append(compute.remote(self._worker, everywhere, ahead, label, stored))
+                under_way.append(compute.remote(self._worker, everywhere, ahead, label, storage_dtype))
             yield self._result(under_way.pop(0), f"harvest {label}")
             advance(sum(int(tokens.keep[chunk].sum()) for chunk in contexts))
 
@@ -122,7 +122,9 @@ class Cluster:
                 while waiting:
                     missing = {place.folder for place, _ in waiting.values()}
                     for label, (place, stage) in waiting.items():
-                        ready = place.start not in missing if stage == "train" else not needs(place, root, missing)
+                        ready = (
+                            place.init_folder not in missing if stage == "train" else not needs(place, root, missing)
+                        )
                         if ready and label not in running.values() and len(running) < self._n_jobs:
                             task = self._task(_make).options(name=f"{stage} {label}")
                             running[task.remote(self._worker, root.resolve(), label, stage)] = label
@@ -220,10 +222,10 @@ def _source(study: StudySettings) -> Source:
 
 
 def _compute_shard(
-    worker: _Worker, tokens: Tokens, contexts: Contexts, label: str, stored: Stored
+    worker: _Worker, tokens: Tokens, contexts: Contexts, label: str, storage_dtype: StorageDtype
 ) -> dict[str, Tensor]:
     with worker.at_work():
-        (shard,) = shards_here(_source(worker.study).loaded, tokens, [contexts], label, stored, lambda n: None)
+        (shard,) = shards_here(_source(worker.study).loaded, tokens, [contexts], label, storage_dtype, lambda n: None)
         return shard
 
 

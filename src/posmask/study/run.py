@@ -20,10 +20,10 @@ from posmask.study.cell import (
     UNITS_FILE,
     CellState,
     Place,
-    checked_start,
+    checked_init,
     fill,
     places_of,
-    read_start,
+    read_init,
     results_origin,
     rows_in,
     state_of,
@@ -153,13 +153,13 @@ def _verdicts(study: StudySettings, places: list[Place]) -> list[comparisons.Ver
             units.setdefault(place.cell.name, {})[place.seed] = rows.read_units(place.folder / UNITS_FILE)
     baseline = study.baseline
     asked = [comparisons.Comparison(cell.name, baseline) for cell in study.cells if baseline not in (None, cell.name)]
-    asked += [comparisons.Comparison(question.cell, question.against) for question in study.questions]
+    asked += [comparisons.Comparison(comparison.cell, comparison.against) for comparison in study.comparisons]
     return comparisons.judge(units, asked)
 
 
 def train_together(
     study: StudySettings, root: Path, cell: str, seed: int, by: Literal["data", "position"]
-) -> distributed.Together | None:
+) -> distributed.Distributed | None:
     """Train one cell in all processes that torch.distributed has connected, and leave it for `run_study` to evaluate.
 
     Args:
@@ -212,7 +212,7 @@ def evaluate_folder(
             f"the SAE in {folder} is for contexts of {sae.mask.n_positions} positions, the study's have {n_positions}: "
             f"set corpus.n_positions, or import it with --n-positions {n_positions}"
         )
-    made_from = {**results_origin(study, source), "sae": checked_start(folder, source.made_from)}
+    made_from = {**results_origin(study, source), "sae": checked_init(folder, source.made_from)}
     name = folder.resolve().name
     place = Place(None, 0, root / "evaluated" / name, made_from)
     baseline = places_of(study, source, root)[0]
@@ -227,7 +227,7 @@ def evaluate_folder(
         if one is baseline:
             fill(study, one, data, [])
             continue
-        sae = read_start(folder, data.training.d_model).to(study.device)
+        sae = read_init(folder, data.training.d_model).to(study.device)
         with manifest.write_folder(place.folder, made_from) as draft:
             found, facts = evaluate(sae, None, data, name)
             facts.write(draft, data.tokenizer)
@@ -235,7 +235,7 @@ def evaluate_folder(
                 llm = rows_in(baseline.folder, manifest.identity(baseline.made_from))
                 write_saebench(draft / SAEBENCH_FILE, study, place, found, llm)
             mask = sae.mask.settings
-            columns = {"cell": name, "mask": mask.kind, "budget": "", "apply": mask.apply, "seed": 0}
+            columns = {"cell": name, "mask": mask.kind, "budget": "", "gating": mask.gating, "seed": 0}
             rows.write_rows(draft / "rows.csv", [rows.Row.of(measure, **columns) for measure in found])
             rows.write_units(draft / UNITS_FILE, found)
     return [row for one in (place, baseline) for row in rows_in(one.folder, manifest.identity(one.made_from))]

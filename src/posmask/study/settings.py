@@ -18,7 +18,7 @@ from pydantic import (
 
 from posmask import masks
 from posmask.data import sites, texts, tokens
-from posmask.data.activations import Stored
+from posmask.data.activations import StorageDtype
 from posmask.errors import BadSetting, PosmaskError
 from posmask.evaluation.settings import EvaluationSettings
 from posmask.evaluation.suite import growing_name
@@ -26,7 +26,7 @@ from posmask.masks.base import MaskSettings, PositionMask
 from posmask.sae import rules
 from posmask.sae.autoencoder import SparseAutoencoder
 from posmask.sae.files import read_sae
-from posmask.sae.warm_start import started_from
+from posmask.sae.warm_start import warm_start
 from posmask.storage.remote import Store
 from posmask.training import trackers
 from posmask.training.settings import TrainingSettings
@@ -56,7 +56,7 @@ class ModelSettings(_Settings):
     """Numbers of its config.json, for plans where that cannot be reached. No part of any identity."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the model's forward pass and of the stored vectors. auto: bfloat16 where the processor is fast in it."""
-    stored: Stored = "model"
+    storage_dtype: StorageDtype = "model"
     """Of the training vectors on disk; those that are measured on always keep the model's precision."""
 
 
@@ -76,7 +76,7 @@ class CorpusSettings(_Settings):
     """Kept tokens to harvest for training, at least."""
     heldout_tokens: int = Field(gt=0)
     """Kept tokens for reconstruction, retention and fidelity, at least."""
-    measured_on: tokens.Measured = "evaluation"
+    eval_split: tokens.EvalSplit = "evaluation"
     """Whose texts metrics, order tasks and probes use. validation: others than any reported number rests on, for
     choosing recipes and settings."""
     max_characters: int = Field(default=1000, gt=0)
@@ -115,19 +115,19 @@ class CellSettings(_Settings):
     mask: SerializeAsAny[MaskSettings]
     budget: Literal["width", "compute"] = "width"
     """width: d_sae latents in all. compute: d_sae latents open at each position, as many in all as that takes."""
-    start: str | None = None
+    init_from: str | None = None
     """Where its weights come from: the name of an open cell, or (with a slash in it) the folder of an SAE that is open
     everywhere; each latent becomes a copy. None: drawn at random."""
-    steps_share: float = Field(default=1.0, gt=0, le=1)
+    step_fraction: float = Field(default=1.0, gt=0, le=1)
     """Its share of `training.n_steps`, counting those of the cell it starts from: there are no free steps."""
     seeds: tuple[int, ...] | None = Field(default=None, min_length=1)
     """In place of the study's, for rows that need more of them, or fewer."""
-    decay: bool = False
-    """Whether a copy is trained on without the mask, to see how fast specialisation fades: costs as much again."""
+    measure_forgetting: bool = False
+    """Whether a copy is trained on without the mask, to see how fast specialization fades: costs as much again."""
 
     @property
-    def start_folder(self) -> Path | None:
-        return Path(self.start) if self.start is not None and "/" in self.start else None
+    def init_folder(self) -> Path | None:
+        return Path(self.init_from) if self.init_from is not None and "/" in self.init_from else None
 
     @field_validator("mask", mode="before")
     @classmethod
@@ -135,7 +135,7 @@ class CellSettings(_Settings):
         return masks.mask_settings(value) if isinstance(value, dict) else value
 
 
-class QuestionSettings(_Settings):
+class ComparisonSettings(_Settings):
     """A comparison to be judged, beside each cell's with the first open one."""
 
     cell: str
@@ -154,12 +154,12 @@ class StudySettings(_Settings):
     training: TrainingSettings
     evaluation: EvaluationSettings
     cells: tuple[CellSettings, ...] = Field(min_length=1)
-    questions: tuple[QuestionSettings, ...] = ()
+    comparisons: tuple[ComparisonSettings, ...] = ()
     device: str = "cpu"
     """Where model and SAEs compute: cpu, cuda, cuda:1, mps. No part of any identity."""
     track: trackers.Tracker | None = None
     """A tracker that training curves also go to. No part of any identity."""
-    activations: str | None = None
+    activations_url: str | None = None
     """A URL under which harvested vectors are kept, such as s3://BUCKET/PATH; None: in the study's folder. No part of
     any identity."""
     activations_cache_gb: float = Field(default=100.0, gt=0)
@@ -173,13 +173,14 @@ class StudySettings(_Settings):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two cells are called {name!r}: give each its own name")
-        self._check_questions(names)
+        self._check_comparisons(names)
         self._check_starts()
-        steps = [round(share * self.training.n_steps) for share in self.evaluation.decay_shares]
+        steps = [round(share * self.training.n_steps) for share in self.evaluation.forgetting_fractions]
         if len(set(steps)) < len(steps) or not any(steps):
             raise ValueError(
-                f"evaluation.decay_shares = {list(self.evaluation.decay_shares)} of {self.training.n_steps} steps are "
-                f"the steps {steps}: name shares that differ by a step, one of them above 0"
+                f"evaluation.forgetting_fractions = {list(self.evaluation.forgetting_fractions)} of "
+                f"{self.training.n_steps} steps are the steps {steps}: name fractions that differ by a step, one of "
+                "them above 0"
             )
         tokens.shift_length(self.corpus.n_positions, self.evaluation.shift_windows)
         for seeds in (self.seeds, *(cell.seeds for cell in self.cells if cell.seeds)):
@@ -206,80 +207,82 @@ class StudySettings(_Settings):
         by_name = {cell.name: cell for cell in self.cells}
         baseline = by_name.get(self.baseline or "")
         for cell in self.cells:
-            source = by_name.get(cell.start or "")
-            if baseline is not None and baseline.start_folder != cell.start_folder:
+            source = by_name.get(cell.init_from or "")
+            if baseline is not None and baseline.init_folder != cell.init_folder:
                 raise ValueError(
-                    f"{cell.name} starts from {cell.start or 'scratch'}, but {baseline.name}, with which it would be "
-                    f"compared, from {baseline.start or 'scratch'}: let all start from the same folder, or none, since "
-                    "training tokens count"
+                    f"{cell.name} starts from {cell.init_from or 'scratch'}, but its baseline {baseline.name} from "
+                    f"{baseline.init_from or 'scratch'}: let all start from the same folder, or none, since training "
+                    "tokens count"
                 )
-            if cell.decay and cell.mask.kind == "switch":
-                raise ValueError(f"{cell.name} has decay, but a switch cannot be trained on without its router")
-            if cell.start is None or cell.start_folder:
+            if cell.measure_forgetting and cell.mask.kind == "switch":
+                raise ValueError(
+                    f"{cell.name} has measure_forgetting, but a switch cannot be trained on without its router"
+                )
+            if cell.init_from is None or cell.init_folder:
                 if self.n_steps(cell) < 1:
-                    raise ValueError(f"steps_share = {cell.steps_share} of {cell.name} makes 0 steps: raise it")
+                    raise ValueError(f"step_fraction = {cell.step_fraction} of {cell.name} makes 0 steps: raise it")
                 continue
             if source is None:
-                raise ValueError(f"{cell.name} starts from {cell.start!r}, which is no cell (a folder needs a slash)")
-            if source.mask.kind != "open" or source.budget != "width" or source.start is not None:
                 raise ValueError(
-                    f"{cell.name} starts from {cell.start}, which is not an open cell of its own: name one that is"
+                    f"{cell.name} starts from {cell.init_from!r}, which is no cell (a folder needs a slash)"
+                )
+            if source.mask.kind != "open" or source.budget != "width" or source.init_from is not None:
+                raise ValueError(
+                    f"{cell.name} starts from {cell.init_from}, which is not an open cell of its own: name one that is"
                 )
             if lacking := sorted(set(self.seeds_of(cell)) - set(self.seeds_of(source))):
                 raise ValueError(
-                    f"{cell.name} starts from {cell.start}, which has no seeds {lacking}: give it those too"
+                    f"{cell.name} starts from {cell.init_from}, which has no seeds {lacking}: give it those too"
                 )
             if self.n_steps(cell) < 1:
                 raise ValueError(
-                    f"{cell.name} starts from {cell.start}, which leaves no step of its {self.training.n_steps}: name "
-                    "an open cell with a smaller steps_share"
+                    f"{cell.name} starts from {cell.init_from}, which leaves no step of its {self.training.n_steps}: "
+                    "name an open cell with a smaller step_fraction"
                 )
 
     def store(self, root: Path) -> Store | None:
         """Where vectors are kept, if not in the study's folder `root`."""
-        if self.activations is None:
+        if self.activations_url is None:
             return None
-        return Store(self.activations, root / "activations" / ".store", round(self.activations_cache_gb * 1e9))
+        return Store(self.activations_url, root / "activations" / ".store", round(self.activations_cache_gb * 1e9))
 
     def seeds_of(self, cell: CellSettings) -> tuple[int, ...]:
         return cell.seeds or self.seeds
 
     def n_steps(self, cell: CellSettings) -> int:
         """Steps that a cell itself is trained for."""
-        source = next((other for other in self.cells if other.name == cell.start), None)
-        total = round(cell.steps_share * self.training.n_steps)
+        source = next((other for other in self.cells if other.name == cell.init_from), None)
+        total = round(cell.step_fraction * self.training.n_steps)
         return total - (self.n_steps(source) if source is not None and source != cell else 0)
 
-    def _check_questions(self, names: list[str]) -> None:
+    def _check_comparisons(self, names: list[str]) -> None:
         baseline = self.baseline
         asked = {(cell.name, baseline) for cell in self.cells if baseline not in (None, cell.name)}
         open_cells = {cell.name for cell in self.cells if cell.mask.kind == "open"}
         pooled = {f"segments{self.evaluation.order_segments}", growing_name(self.corpus.n_positions)}
-        for question in self.questions:
-            sides = question.cell, question.against
+        for comparison in self.comparisons:
+            sides = comparison.cell, comparison.against
             for side in sides:
                 name, _, pooling = side.partition(" + ")
                 if name not in names:
-                    raise ValueError(f"questions ask about {side!r}, which is no cell: choose from {', '.join(names)}")
+                    raise ValueError(f"comparisons name {side!r}, which is no cell: choose from {', '.join(names)}")
                 known = pooled if name in open_cells else {"fair"}
                 if pooling and pooling not in known:
-                    raise ValueError(f"questions ask about {side!r}, but {name} has the poolings {sorted(known)}")
+                    raise ValueError(f"comparisons name {side!r}, but {name} has the poolings {sorted(known)}")
             one, other = (next(cell for cell in self.cells if cell.name == side.partition(" + ")[0]) for side in sides)
             if not set(self.seeds_of(one)) & set(self.seeds_of(other)):
                 raise ValueError(
-                    f"questions compare {sides[0]!r} with {sides[1]!r}, which share no seed: give them one"
+                    f"comparisons compare {sides[0]!r} with {sides[1]!r}, which share no seed: give them one"
                 )
             if sides[0] == sides[1] or sides in asked:
-                raise ValueError(
-                    f"questions ask for {sides[0]!r} against {sides[1]!r} twice, or for nothing: remove it"
-                )
+                raise ValueError(f"comparisons list {sides[0]!r} against {sides[1]!r} twice, or for nothing: remove it")
             asked.add(sides)
 
     @property
     def baseline(self) -> str | None:
         """The cell that every other is compared with: the first open one."""
         for cell in self.cells:
-            if cell.mask.kind == "open" and cell.budget == "width" and cell.steps_share == 1:
+            if cell.mask.kind == "open" and cell.budget == "width" and cell.step_fraction == 1:
                 return cell.name
         return None
 
@@ -297,14 +300,14 @@ class StudySettings(_Settings):
     def _make_mask(self, cell: CellSettings, seed: int) -> PositionMask:
         return masks.make_mask(cell.mask, self.corpus.n_positions, self.width(cell), seed)
 
-    def start_sae(self, cell: CellSettings, source: SparseAutoencoder, seed: int) -> SparseAutoencoder:
+    def init_sae(self, cell: CellSettings, source: SparseAutoencoder, seed: int) -> SparseAutoencoder:
         """The SAE of a cell that starts from another."""
         if source.rule.settings.of_codes() != self.sae.rule.of_codes():
             raise BadSetting(
                 f"{cell.name} would start from an SAE with the rule {source.rule.settings.model_dump()}, but sae.rule "
                 f"is {self.sae.rule.model_dump()}: make them equal"
             )
-        return started_from(source, self._make_mask(cell, seed), seed, self.sae.rule)
+        return warm_start(source, self._make_mask(cell, seed), seed, self.sae.rule)
 
 
 def read_study(path: Path, changes: Sequence[str] = ()) -> StudySettings:
@@ -330,15 +333,15 @@ def read_study(path: Path, changes: Sequence[str] = ()) -> StudySettings:
         study = StudySettings.model_validate(values)
         for cell in study.cells:  # Masks that do not fit are found here, not after the harvest.
             sae = study.make_sae(cell, d_model=1, seed=study.seeds[0])
-            if cell.start_folder is not None:
-                sae = study.start_sae(cell, read_sae(cell.start_folder), seed=study.seeds[0])
-            elif cell.start is not None:
+            if cell.init_folder is not None:
+                sae = study.init_sae(cell, read_sae(cell.init_folder), seed=study.seeds[0])
+            elif cell.init_from is not None:
                 stand_in = CellSettings(name="source", mask=masks.mask_settings({"kind": "open"}))
-                sae = study.start_sae(cell, study.make_sae(stand_in, d_model=1, seed=0), seed=study.seeds[0])
-            if cell.mask.tie and not sae.mask.may_have_copies():
+                sae = study.init_sae(cell, study.make_sae(stand_in, d_model=1, seed=0), seed=study.seeds[0])
+            if cell.mask.gradient_sharing and not sae.mask.may_have_copies():
                 raise BadSetting(
-                    f"{cell.name} has tie = {cell.mask.tie}, but its latents are no copies of each other: leave it "
-                    "out, or let the cell start from an open one"
+                    f"{cell.name} has gradient_sharing = {cell.mask.gradient_sharing}, but its latents are not "
+                    "copies of each other: leave it out, or let the cell start from an open one"
                 )
     except ValidationError as error:
         raise BadSetting(f"{path}: {_first_mistake(error)}") from None
@@ -391,7 +394,7 @@ def _all_fields() -> list[str]:
         SaeSettings,
         EvaluationSettings,
         CellSettings,
-        QuestionSettings,
+        ComparisonSettings,
         TrainingSettings,
     ):
         found |= set(part.model_fields)

@@ -1,7 +1,7 @@
 """One SAE trained by several processes, which torch.distributed has connected.
 
 By data: each process has the whole SAE and a part of every batch, and gradients are summed. By position, for strict
-masks: each owns some groups of positions with the latents that are open there, their gradients and their optimiser's
+masks: each owns some groups of positions with the latents that are open there, their gradients and their optimizer's
 moments, and sees the tokens at these positions; the decoder bias is all they share. Either way the numbers are those
 of one process with the same batches, up to the order of sums.
 """
@@ -18,13 +18,13 @@ from posmask.errors import BadSetting
 from posmask.masks.base import PositionMask
 from posmask.sae.autoencoder import Codes, SparseAutoencoder
 from posmask.sae.selection import LargestOfToken
-from posmask.training.loop import Alone, rows_of_latents
+from posmask.training.loop import SingleProcess, rows_of_latents
 from posmask.training.reference_loss import StepLoss
 
-__all__ = ["ByData", "ByPosition", "Together", "position_groups", "why_undivided"]
+__all__ = ["ByData", "ByPosition", "Distributed", "position_groups", "why_undivided"]
 
 
-class Together(Alone):
+class Distributed(SingleProcess):
     """What both ways share.
 
     `bytes_sent` counts what this process handed to the others, once for each sum or exchange: what the network carries
@@ -71,7 +71,7 @@ def _one_hot(place: int, length: int, value: int, device: torch.device) -> Int[T
     return found
 
 
-class ByData(Together):
+class ByData(Distributed):
     """Each process sees every so many-th token of a batch; `sae` must be equal in all of them.
 
     Raises:
@@ -112,7 +112,7 @@ class ByData(Together):
         return replace(step, fired=fired, place=place, codes=codes, residual=torch.cat(residuals))
 
 
-class ByPosition(Together):
+class ByPosition(Distributed):
     """Each process owns groups of positions and the latents that are open there.
 
     Attributes:
@@ -214,7 +214,7 @@ def _owners(
 
 def why_undivided(mask: PositionMask) -> str | None:
     """Why a mask's latents cannot be owned by positions; None where they can."""
-    if not (mask.learns or mask.watches or mask.copies_latents or mask.reads_vectors or mask.settings.tie):
+    if not (mask.learns or mask.watches or mask.copies_latents or mask.reads_vectors or mask.settings.gradient_sharing):
         return None
     return (
         f"a {mask.settings.kind} mask that changes in training, or ties latents, cannot be divided by position: take "

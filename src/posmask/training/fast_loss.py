@@ -10,7 +10,7 @@ rules that revive them. With nested parts the first term is its mean over the pa
 Codes that must reconstruct the vector through a rule's gate add |gate_codes . decoder + decoder_bias - x|^2 with the
 decoder taken as constant; a router adds its penalty.
 
-Under `apply = "gradient"` codes are not gated. What a token at position p sends into latent j's encoder row, encoder
+Under `gating = "gradient"` codes are not gated. What a token at position p sends into latent j's encoder row, encoder
 bias, decoder row and rule parameters is multiplied by M[p, j]; the decoder bias, which belongs to no latent, gets all
 of its gradient.
 """
@@ -54,11 +54,11 @@ def fast_gradients(
         details: whether codes and residual are wanted, which not every step of a training needs.
     """
     with torch.enable_grad():
-        routing = sae.mask.route(sae.normalise(vectors) if sae.mask.reads_vectors else vectors, position)
+        routing = sae.mask.route(sae.normalize(vectors) if sae.mask.reads_vectors else vectors, position)
     order, ends = in_group_order(sae.mask.groups(), routing.place)
     work = _Work(
         sae,
-        inputs=operations.centred(vectors, order, sae.center, sae.scale, sae.decoder_bias.detach()),
+        inputs=operations.centered(vectors, order, sae.center, sae.scale, sae.decoder_bias.detach()),
         place=_in_order(routing.place, order),
         ends=ends,
         strength=None if routing.strength is None else _in_order(routing.strength.detach(), order),

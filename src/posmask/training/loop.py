@@ -22,7 +22,7 @@ from posmask.training.checkpoints import Checkpoints
 from posmask.training.curve import CurvePoint, MaskSnapshots
 from posmask.training.settings import TrainingSettings, product_precision
 
-__all__ = ["Alone", "Trained", "rows_of_latents", "train"]
+__all__ = ["SingleProcess", "Trained", "rows_of_latents", "train"]
 
 _CURVE_EVERY = 10
 _DIVERGED = 1000
@@ -40,7 +40,7 @@ class Trained:
     seconds: float
 
 
-class Alone:
+class SingleProcess:
     """What a training step asks of the processes that train together: here there is one.
 
     `parallel.py` has the others. Each of them sees a part of every batch, and owns all latents or some.
@@ -74,7 +74,7 @@ class Alone:
         return state
 
 
-_ALONE = Alone()
+_ALONE = SingleProcess()
 
 
 class DeadLatents:
@@ -105,7 +105,7 @@ def train(
     after_step: Callable[[int], None] = lambda done: None,
     checkpoints: Checkpoints | None = None,
     on_point: Callable[[CurvePoint], None] = lambda point: None,
-    together: Alone = _ALONE,
+    together: SingleProcess = _ALONE,
 ) -> Trained:
     """Train `sae` in place, on its device. Parameters that require no gradient stay as they are.
 
@@ -163,7 +163,7 @@ def train(
             step = fast_loss.fast_gradients(
                 sae,
                 batch.vectors,
-                batch.counted(sae.mask.settings.coordinate),
+                batch.positions(sae.mask.settings.position_origin),
                 dead=deaths.dead,
                 aux_k=settings.aux_k,
                 precision=precision,
@@ -180,7 +180,7 @@ def train(
                 sae.mask.learn(step.openness_gradient)
             if sae.mask.watches:
                 sae.mask.observe(_observed(sae, step))
-            if sae.mask.settings.tie:
+            if sae.mask.settings.gradient_sharing:
                 share_gradients_(sae)
             if settings.max_gradient_norm is not None:
                 together.clip_(sae, own, settings.max_gradient_norm)
@@ -303,7 +303,7 @@ def _restore_(
 
 def share_gradients_(sae: SparseAutoencoder) -> None:
     """Mix each latent's gradient with the mean over the copies of the latent that it was copied from."""
-    tie = sae.mask.settings.tie
+    tie = sae.mask.settings.gradient_sharing
     origin, copy_of = sae.mask.copied_from.to(sae.encoder.device).unique(return_inverse=True)
     if len(origin) == sae.d_sae:
         return
@@ -335,7 +335,7 @@ def _copy_moments_(optimizer: torch.optim.Adam, sae: SparseAutoencoder, copies: 
 
 def _rate_factor(done: int, settings: TrainingSettings) -> float:
     """What the learning rate is multiplied by at the step after `done` steps."""
-    warmup, decay = settings.warmup_share * settings.n_steps, settings.decay_share * settings.n_steps
+    warmup, decay = settings.warmup_fraction * settings.n_steps, settings.decay_fraction * settings.n_steps
     rising = (done + 1) / warmup if warmup else 1.0
     falling = (settings.n_steps - done) / decay if decay else 1.0
     return max(0.0, min(1.0, rising, falling))
@@ -349,11 +349,11 @@ def _point(
     settings: TrainingSettings,
     learning_rate: float,
     n_dead: int,
-    together: Alone,
+    together: SingleProcess,
 ) -> CurvePoint:
     n = len(batch)
     with torch.no_grad():
-        squares = float(sae.normalise(batch.vectors).square().sum())
+        squares = float(sae.normalize(batch.vectors).square().sum())
         openness = sae.mask.openness()
     squares, lost, auxiliary, n_active = together.totals(
         squares, step.reconstruction * n, step.auxiliary * n, float(step.n_active)

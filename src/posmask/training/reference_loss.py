@@ -100,7 +100,7 @@ def plain_gradients(
         loss_tokens: take the loss as the sum over tokens divided by this, instead of by their number: for the part of a
             batch that falls to one of several SAEs.
     """
-    x = sae.normalise(vectors)
+    x = sae.normalize(vectors)
     n = loss_tokens or len(x)
     routing = sae.mask.route(x, position)
     table = sae.mask.table().detach().clone().requires_grad_(sae.mask.learns)

@@ -19,9 +19,9 @@ class TrainingSettings(BaseModel):
     batch_tokens: int = Field(gt=0)
     learning_rate: float = Field(gt=0)
     """Of Adam (betas 0.9 and 0.999), after warm-up and before decay."""
-    warmup_share: float = Field(default=0.05, ge=0, le=1)
+    warmup_fraction: float = Field(default=0.05, ge=0, le=1)
     """The learning rate rises linearly from 0 over this share of the steps."""
-    decay_share: float = Field(default=0.3, ge=0, le=1)
+    decay_fraction: float = Field(default=0.3, ge=0, le=1)
     """It falls linearly to 0 over this share, the last."""
     max_gradient_norm: float | None = Field(default=1.0, gt=0)
     """The gradient of all parameters but the mask's together is scaled down to this norm, as it nearly always is with

@@ -15,7 +15,7 @@ _MARKED_UP = re.compile(r"[{}<>\[\]%$`*_|\n]|https?:")  # Placeholders, HTML, Ma
 _SHORTEST, _LONGEST = 5, 60  # Words.
 
 
-def sentences_by_language(split: tokens.Measured) -> dict[str, list[str]]:
+def sentences_by_language(split: tokens.EvalSplit) -> dict[str, list[str]]:
     """One split's sentences of each of `LANGUAGES`, each once.
 
     A text that stands in two languages (untranslated, or the same in both) is in neither.

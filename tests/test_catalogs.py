@@ -3,7 +3,7 @@ from collections import Counter
 import pytest
 
 from posmask.data import embedded, tokens
-from posmask.probing import catalogues
+from posmask.probing import catalogs
 
 ENGLISH = {
     "a/1": "The lamp is on now, {name}.",
@@ -28,27 +28,25 @@ GERMAN = {
 
 @pytest.fixture
 def messages(monkeypatch):
-    catalogue = {"en": ENGLISH, "de": GERMAN}
-    monkeypatch.setattr(embedded, "read_messages", lambda language: catalogue.get(language, {}))
+    catalog = {"en": ENGLISH, "de": GERMAN}
+    monkeypatch.setattr(embedded, "read_messages", lambda language: catalog.get(language, {}))
     monkeypatch.setattr(tokens, "split_of", lambda text: "training" if "restart" in text else "evaluation")
 
 
 def test_sentences_are_whole_once_of_one_language_and_never_trained_on(messages):
-    found = catalogues.sentences_by_language("evaluation")
+    found = catalogs.sentences_by_language("evaluation")
     assert list(found) == ["en", "fr", "de", "es", "nl"]
     assert found["en"] == ["The lamp does not answer at all.", "This is said in English only."]
     assert found["de"] == ["Die Lampe antwortet leider gar nicht.", "Diese Lampe hier antwortet gar nicht."]
 
 
 def test_a_translation_stands_on_neither_side_twice(messages):
-    assert catalogues.translations("de") == {
-        "The lamp does not answer at all.": "Die Lampe antwortet leider gar nicht."
-    }
+    assert catalogs.translations("de") == {"The lamp does not answer at all.": "Die Lampe antwortet leider gar nicht."}
 
 
 @pytest.mark.embedded
 def test_the_embedded_sentences_are_in_their_languages():
-    found = catalogues.sentences_by_language("evaluation")
+    found = catalogs.sentences_by_language("evaluation")
     commonest = {"en": "the", "fr": "de", "de": "die", "es": "de", "nl": "de"}
     for language, sentences in found.items():
         assert len(sentences) > 1100
