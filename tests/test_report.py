@@ -296,7 +296,9 @@ def test_every_number_of_the_tables_is_a_row_or_a_mean_of_rows(study, page):
                 assert parts["d"] in named["title"]
                 seen["difference"] += 1
             if "intervals reach from" in named.get("title", ""):
-                lows, highs = zip(*((float(row["ci_low"]), float(row["ci_high"])) for row in rows_of(study, of)), strict=True)
+                lows, highs = zip(
+                    *((float(row["ci_low"]), float(row["ci_high"])) for row in rows_of(study, of)), strict=True
+                )
                 reach = read(named["title"].split("reach from")[1])
                 assert reach[:2] == pytest.approx([min(lows), max(highs)], abs=0.00051), of
                 seen["range"] += 1

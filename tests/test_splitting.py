@@ -74,7 +74,7 @@ def test_gains_equal_brute_force_least_squares():
     seen = watch(sae, n_tokens=600)
     gains, _ = sae.mask.gains()
     assert gains.shape == (7, 32)
-    window = seen.place * 8 // N_POSITIONS
+    window = seen.mask_row * 8 // N_POSITIONS
     compared = 0
     for latent in range(8):
         entries = (seen.latent == latent).nonzero()[:, 0]

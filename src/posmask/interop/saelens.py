@@ -133,7 +133,7 @@ class PosmaskSAE(SAE[PosmaskSAEConfig]):
             place = self._place(sae_in, positions)
         routing = self.mask.route(sae_in + self.b_dec, place)
         preactivation = self.hook_sae_acts_pre(sae_in @ self.W_enc + self.b_enc)
-        openness = self.mask.table()[routing.place] if self.mask.gates_code() and use_mask else None
+        openness = self.mask.table()[routing.mask_row] if self.mask.gates_code() and use_mask else None
         codes = self.rule.codes(preactivation, openness, lambda parameter: parameter)
         if routing.strength is not None:
             codes = codes * routing.strength[..., None]

@@ -55,7 +55,7 @@ class Routing:
     `strength` multiplies the token's codes after the activation rule; `penalty` is a term of the training loss.
     """
 
-    place: Int[Tensor, "*token"]
+    mask_row: Int[Tensor, "*token"]
     strength: Float[Tensor, "*token"] | None = None
     penalty: Float[Tensor, ""] | None = None
 
@@ -67,7 +67,7 @@ class Observed:
     `residual` is x - x_hat in the SAE's units; entries are those of `Codes`.
     """
 
-    place: Int[Tensor, " token"]
+    mask_row: Int[Tensor, " token"]
     token: Int[Tensor, " entry"]
     latent: Int[Tensor, " entry"]
     value: Float[Tensor, " entry"]

@@ -98,10 +98,10 @@ class Band(PositionMask):
                 f"the {self.n_bound or self.d_sae} latents they divide: raise it"
             )
         inside = window[:, None] == torch.arange(n_windows)
-        place = torch.arange(self.n_positions)[:, None]
+        mask_row = torch.arange(self.n_positions)[:, None]
         first = inside.int().argmax(0)
         last = first + inside.sum(0) - 1
-        away = torch.maximum(first - place, place - last).clamp(min=0)
+        away = torch.maximum(first - mask_row, mask_row - last).clamp(min=0)
         falls_over = self.settings.smoothness * inside.sum(0)
         by_window = inside.float() if not self.settings.smoothness else (1 - away / (1 + falls_over)).clamp(min=0)
         self._fix(by_window[:, _blocks(self.n_bound, n_windows)])
@@ -153,10 +153,10 @@ class Windows(PositionMask):
                 f"the context, and latents be a multiple of {n_windows}"
             )
         per_window = self.n_bound // n_windows
-        place = torch.arange(self.n_positions)
+        mask_row = torch.arange(self.n_positions)
         openness = []
         for number, one in enumerate(ask.cuts):
-            window = torch.searchsorted(torch.tensor(one, dtype=torch.long), place, right=True)
+            window = torch.searchsorted(torch.tensor(one, dtype=torch.long), mask_row, right=True)
             first = self.n_free + sum(len(other) + 1 for other in ask.cuts[:number]) * per_window
             own = torch.arange(first, first + per_window)
             if self.gates_code():  # else all windows of a latent would speak at once, and alike

@@ -199,7 +199,7 @@ class Budget(PositionMask):
         along = operations.dot_rows(seen.residual, seen.token, seen.decoder, seen.latent)
         cost = seen.value.square() + 2 * seen.value * along
         bound = seen.latent >= self.n_free
-        gate = seen.place[seen.token[bound]] * self.n_bound + seen.latent[bound] - self.n_free
+        gate = seen.mask_row[seen.token[bound]] * self.n_bound + seen.latent[bound] - self.n_free
         fresh = torch.zeros_like(self.score)
         fresh.view(-1).index_add_(0, gate, cost[bound])
         self.score.lerp_(fresh, 1 / self.settings.memory_steps)

@@ -117,7 +117,7 @@ class Split(PositionMask):
             self.squares = seen.residual.new_zeros(n_pairs)
         bound = seen.latent >= self.n_free
         token, latent, value = seen.token[bound], seen.latent[bound] - self.n_free, seen.value[bound]
-        pairs = operations.Grouped(pair_of[self._window[seen.place[token]], latent], len(self.squares))
+        pairs = operations.Grouped(pair_of[self._window[seen.mask_row[token]], latent], len(self.squares))
         self.towards += pairs.sum_rows(value, seen.residual, token)
         self.squares += pairs.sum(value.square())
 

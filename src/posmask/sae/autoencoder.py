@@ -140,7 +140,7 @@ class SparseAutoencoder(nn.Module):
         x = self.normalize(vectors)
         routing = self.mask.route(x, position)
         preactivation = (x - self.decoder_bias) @ self.encoder.T + self.encoder_bias
-        openness = self.mask.table()[routing.place] if self.mask.gates_code() and use_mask else None
+        openness = self.mask.table()[routing.mask_row] if self.mask.gates_code() and use_mask else None
         codes = self.rule.codes(preactivation, openness, lambda parameter: parameter)
         return codes if routing.strength is None else codes * routing.strength[..., None]
 
@@ -176,17 +176,17 @@ class SparseAutoencoder(nn.Module):
         groups = self.mask.groups() if use_mask else [_everything(table)]
         gates = self.mask.gates_code() and use_mask
         softens = gates and not self.mask.is_strict()
-        order, ends = in_group_order(groups, routing.place)
+        order, ends = in_group_order(groups, routing.mask_row)
         inputs = operations.centered(vectors, order, self.center, self.scale, self.decoder_bias.detach())
-        place, choice = routing.place if order is None else routing.place[order], self.rule.choice()
+        mask_row, choice = routing.mask_row if order is None else routing.mask_row[order], self.rule.choice()
         if choice is None:
-            token, latent, value = self._encode_blocks(inputs, place, ends, groups, table if gates else None)
+            token, latent, value = self._encode_blocks(inputs, mask_row, ends, groups, table if gates else None)
         else:
             encoder, bias = self.encoder.detach(), self.encoder_bias.detach()
-            found = choose(inputs, place, ends, encoder, bias, groups, table, choice, precision=precision)
+            found = choose(inputs, mask_row, ends, encoder, bias, groups, table, choice, precision=precision)
             token, latent, value = found.token, found.latent, found.preactivation
             if softens:
-                value = value * table[place[token], latent]
+                value = value * table[mask_row[token], latent]
         if order is not None:
             token = order[token]
             entry = operations.Grouped(token, len(vectors)).order
@@ -196,15 +196,15 @@ class SparseAutoencoder(nn.Module):
         return Codes(token, latent, value, len(vectors), self.d_sae).to(whence)
 
     def _encode_blocks(
-        self, inputs: Tensor, place: Tensor, ends: list[int], groups: list[LiveGroup], table: Tensor | None
+        self, inputs: Tensor, mask_row: Tensor, ends: list[int], groups: list[LiveGroup], table: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(token, latent, value) of the active codes, for rules that see all pre-activations of the live latents."""
-        found = [(place[:0], place[:0], inputs.new_zeros(0))]
+        found = [(mask_row[:0], mask_row[:0], inputs.new_zeros(0))]
         for rows, group in pieces(groups, ends):
             latents = group.latents
             with runtime.fast_float32():
                 preactivation = inputs[rows] @ self.encoder[latents].T + self.encoder_bias[latents]
-            openness = table[:, latents][place[rows]] if table is not None and group.gated else None
+            openness = table[:, latents][mask_row[rows]] if table is not None and group.gated else None
             codes = self.rule.codes(preactivation, openness, lambda parameter, latents=latents: parameter[latents])
             row, column = codes.nonzero(as_tuple=True)
             numbers = torch.arange(self.d_sae, device=inputs.device)[latents]

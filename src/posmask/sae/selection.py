@@ -62,7 +62,7 @@ class Entries:
     preactivation: Tensor  # [entry]
 
 
-def in_group_order(groups: Sequence[LiveGroup], place: Tensor) -> tuple[Tensor | None, list[int]]:
+def in_group_order(groups: Sequence[LiveGroup], mask_row: Tensor) -> tuple[Tensor | None, list[int]]:
     """The order of tokens that puts each live group's together, and where in it each group ends.
 
     The order is None where tokens stand so already.
@@ -71,12 +71,12 @@ def in_group_order(groups: Sequence[LiveGroup], place: Tensor) -> tuple[Tensor |
         place: [token], each of which is in `positions` of exactly one group.
     """
     if len(groups) == 1:
-        return None, [len(place)]
+        return None, [len(mask_row)]
     positions = torch.cat([group.positions for group in groups])
-    sizes = torch.tensor([len(group.positions) for group in groups], device=place.device)
+    sizes = torch.tensor([len(group.positions) for group in groups], device=mask_row.device)
     group_of_place = torch.empty_like(positions)
-    group_of_place[positions] = torch.arange(len(groups), device=place.device).repeat_interleave(sizes)
-    group_of_token = group_of_place[place]
+    group_of_place[positions] = torch.arange(len(groups), device=mask_row.device).repeat_interleave(sizes)
+    group_of_token = group_of_place[mask_row]
     ends = torch.bincount(group_of_token, minlength=len(groups)).cumsum(0).tolist()
     if bool((group_of_token[1:] >= group_of_token[:-1]).all()):
         return None, ends
@@ -101,7 +101,7 @@ _LEAST_ROWS = 256  # with fewer the product itself becomes slower
 
 def choose(
     x: Tensor,
-    place: Tensor,
+    mask_row: Tensor,
     ends: Sequence[int],
     encoder: Tensor,
     bias: Tensor,
@@ -148,11 +148,11 @@ def choose(
                 buffer = inputs.new_empty(n_rows * len(gathered))
             product = buffer[: n_rows * len(gathered)].view(n_rows, len(gathered))
             torch.mm(inputs[start : start + n_rows], gathered.T, out=product)
-            gate = (openness, place[rows]) if group.gated else None
+            gate = (openness, mask_row[rows]) if group.gated else None
             found.add(product[rows.start - start :], rows, live_bias, latents, gate)
     if isinstance(choice, LargestOfBatch) and choice.near > 0 and found.missing:
         lower = replace(choice, near=0.0)
-        return choose(x, place, ends, encoder, bias, groups, openness, lower, precision=precision, among=among)
+        return choose(x, mask_row, ends, encoder, bias, groups, openness, lower, precision=precision, among=among)
     token, latent, preactivation = found.entries()
     if low:
         preactivation = (operations.dot_rows(x, token, encoder, latent) + bias[latent]).clamp(
@@ -300,6 +300,6 @@ def _arrays(
     """What the compiled loops ask for first."""
     low = product.dtype == torch.bfloat16
     numbers = product.view(torch.int16).numpy() if low else product.numpy()
-    table, place = gate if gate is not None else (bias.new_empty(0, 0), latents[:0])
+    table, mask_row = gate if gate is not None else (bias.new_empty(0, 0), latents[:0])
     n_parts = min(n_rows, 8 * numba.get_num_threads())  # each with room of its own
-    return numbers, low, bias.numpy(), latents.numpy(), table.numpy(), place.numpy(), n_parts
+    return numbers, low, bias.numpy(), latents.numpy(), table.numpy(), mask_row.numpy(), n_parts

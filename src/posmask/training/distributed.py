@@ -65,9 +65,9 @@ class Distributed(SingleProcess):
         return self.totals(float(whether and self.leads))[0] > 0
 
 
-def _one_hot(place: int, length: int, value: int, device: torch.device) -> Int[Tensor, " place"]:
+def _one_hot(mask_row: int, length: int, value: int, device: torch.device) -> Int[Tensor, " place"]:
     found = torch.zeros(length, dtype=torch.int64, device=device)
-    found[place] = value
+    found[mask_row] = value
     return found
 
 
@@ -97,9 +97,9 @@ class ByData(Distributed):
         flat = self._sum_(torch.cat([gradient.reshape(-1) for gradient in gradients]))
         for gradient, whole in zip(gradients, flat.split([one.numel() for one in gradients]), strict=True):
             gradient.copy_(whole.view_as(gradient))
-        fired, place = self._sum_(step.fired.to(torch.uint8)) > 0, torch.cat(self._all(step.place))
+        fired, mask_row = self._sum_(step.fired.to(torch.uint8)) > 0, torch.cat(self._all(step.mask_row))
         if not sae.mask.watches:
-            return replace(step, fired=fired, place=place, codes=None, residual=None)
+            return replace(step, fired=fired, mask_row=mask_row, codes=None, residual=None)
         codes = step.codes
         assert codes is not None
         assert step.residual is not None
@@ -108,8 +108,8 @@ class ByData(Distributed):
         token, latent, value = (
             torch.cat(self._all(part)) for part in (codes.token + before, codes.latent, codes.value)
         )
-        codes = Codes(token, latent, value, len(place), codes.d_sae)
-        return replace(step, fired=fired, place=place, codes=codes, residual=torch.cat(residuals))
+        codes = Codes(token, latent, value, len(mask_row), codes.d_sae)
+        return replace(step, fired=fired, mask_row=mask_row, codes=codes, residual=torch.cat(residuals))
 
 
 class ByPosition(Distributed):

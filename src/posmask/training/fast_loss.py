@@ -55,11 +55,11 @@ def fast_gradients(
     """
     with torch.enable_grad():
         routing = sae.mask.route(sae.normalize(vectors) if sae.mask.reads_vectors else vectors, position)
-    order, ends = in_group_order(sae.mask.groups(), routing.place)
+    order, ends = in_group_order(sae.mask.groups(), routing.mask_row)
     work = _Work(
         sae,
         inputs=operations.centered(vectors, order, sae.center, sae.scale, sae.decoder_bias.detach()),
-        place=_in_order(routing.place, order),
+        mask_row=_in_order(routing.mask_row, order),
         ends=ends,
         strength=None if routing.strength is None else _in_order(routing.strength.detach(), order),
         loss_tokens=loss_tokens or len(vectors),
@@ -90,14 +90,14 @@ class _Work:
         self,
         sae: SparseAutoencoder,
         inputs: Tensor,
-        place: Tensor,
+        mask_row: Tensor,
         ends: list[int],
         strength: Tensor | None,
         loss_tokens: int,
     ) -> None:
         self.sae = sae
         self.inputs = inputs  # x - decoder_bias
-        self.place = place
+        self.mask_row = mask_row
         self.ends = ends  # where in the order of tokens each live group ends
         self.strength = strength
         self.loss_tokens = loss_tokens
@@ -122,7 +122,7 @@ def _as_they_came(found: StepLoss, order: Tensor) -> StepLoss:
     return replace(
         found,
         codes=codes,
-        place=found.place[back],
+        mask_row=found.mask_row[back],
         residual=None if found.residual is None else found.residual[back],
         strength=None if found.strength is None else found.strength[back],
     )
@@ -155,7 +155,7 @@ def _through_entries(work: _Work, dead: Tensor | None, aux_k: int, precision: ru
         len(value),
         float((value if strength is None else value / strength[chosen.token]).min()) if len(value) else 0.0,
         Codes(chosen.token, chosen.latent, value, n, sae.d_sae),
-        work.place,
+        work.mask_row,
         residual,
         strength,
         work.table_gradient,
@@ -181,7 +181,7 @@ def _choose(work: _Work, choice: Choice, precision: runtime.Precision, among: Te
     sae = work.sae
     found = choose(
         work.inputs,
-        work.place,
+        work.mask_row,
         work.ends,
         sae.encoder.detach(),
         sae.encoder_bias.detach(),
@@ -193,7 +193,7 @@ def _choose(work: _Work, choice: Choice, precision: runtime.Precision, among: Te
     )
     openness = None
     if not (sae.mask.gates_code() and sae.mask.is_strict()):
-        openness = work.table[work.place[found.token], found.latent]
+        openness = work.table[work.mask_row[found.token], found.latent]
     value = found.preactivation
     if sae.mask.gates_code() and openness is not None:
         value = value * openness
@@ -229,7 +229,7 @@ class _ParameterGradients:
             work.strength_gradient.index_add_(0, token, pulled * chosen.value / work.strength[token])
             pulled = pulled * work.strength[token]
         if work.table_gradient is not None:
-            index = work.place[token] * sae.d_sae + latent
+            index = work.mask_row[token] * sae.d_sae + latent
             work.table_gradient.view(-1).index_add_(0, index, pulled * chosen.preactivation)
         value, masked = chosen.value, pulled
         if chosen.openness is not None:
@@ -265,7 +265,7 @@ def _through_blocks(work: _Work, precision: runtime.Precision, details: bool) ->
     unmasked_bias = torch.zeros_like(sae.encoder_bias)
     n_active_of = torch.zeros(sae.d_sae, dtype=torch.int64, device=residual.device)
     every = torch.arange(sae.d_sae, device=residual.device)
-    found = [(work.place[:0], work.place[:0], residual.new_zeros(0))]
+    found = [(work.mask_row[:0], work.mask_row[:0], residual.new_zeros(0))]
 
     def product(left: Tensor, right: Tensor) -> Tensor:
         return (left.bfloat16() @ right if low else left @ right).to(residual.dtype)
@@ -276,7 +276,7 @@ def _through_blocks(work: _Work, precision: runtime.Precision, details: bool) ->
         ungated = not mask.learns and (not mask.gates_code() or not group.gated)
         openness_here = None
         if not ungated or not mask.gates_code():
-            openness_here = work.table[:, latents][work.place[rows]]
+            openness_here = work.table[:, latents][work.mask_row[rows]]
         share = None if mask.gates_code() else openness_here
         with runtime.fast_float32():
             preactivation = product(inputs[rows], encoder_here.T).add_(sae.encoder_bias[latents]).requires_grad_()
@@ -311,7 +311,7 @@ def _through_blocks(work: _Work, precision: runtime.Precision, details: bool) ->
         _add_at(sae.encoder_bias.grad, latents, masked.sum(0))
         _add_at(unmasked_bias, latents, masked.sum(0) if share is None else preactivation.grad.sum(0))
         if work.table_gradient is not None and gate is not None and gate.grad is not None:
-            work.table_gradient.index_put_((work.place[rows, None], every[latents]), gate.grad, accumulate=True)
+            work.table_gradient.index_put_((work.mask_row[rows, None], every[latents]), gate.grad, accumulate=True)
         assert sae.decoder_bias.grad is not None
         sae.decoder_bias.grad += output_gradient.sum(0)
         residual[rows] = -error
@@ -333,7 +333,7 @@ def _through_blocks(work: _Work, precision: runtime.Precision, details: bool) ->
         int(n_active_of.sum()),
         0.0,
         codes,
-        work.place,
+        work.mask_row,
         residual,
         work.strength,
         work.table_gradient,

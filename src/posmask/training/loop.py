@@ -90,7 +90,7 @@ class DeadLatents:
 
     def update(self, sae: SparseAutoencoder, step: reference_loss.StepLoss) -> None:
         live = sae.mask.live()
-        eligible = torch.bincount(step.place, minlength=len(live)).to(live.dtype) @ live
+        eligible = torch.bincount(step.mask_row, minlength=len(live)).to(live.dtype) @ live
         self.eligible_since_fired = torch.where(step.fired, 0.0, self.eligible_since_fired + eligible)
 
     def copy_(self, copies: Copies) -> None:
@@ -288,9 +288,9 @@ def _restore_(
     known = set(sae.state_dict())
     with torch.no_grad():
         for name, tensor in state.items():
-            kind, _, place = name.partition(".")
-            owner, _, own = place.rpartition(".")
-            if kind == "sae" and place not in known:
+            kind, _, mask_row = name.partition(".")
+            owner, _, own = mask_row.rpartition(".")
+            if kind == "sae" and mask_row not in known:
                 setattr(sae.get_submodule(owner), own, tensor.to(sae.encoder.device))
             elif kind == "adam":
                 optimizer.state[sae.get_parameter(owner)][own] = tensor.to(sae.encoder.device)
@@ -322,7 +322,7 @@ def _observed(sae: SparseAutoencoder, step: reference_loss.StepLoss) -> Observed
     codes = step.codes
     assert codes is not None
     assert step.residual is not None
-    return Observed(step.place, codes.token, codes.latent, codes.value, step.residual, sae.decoder.detach())
+    return Observed(step.mask_row, codes.token, codes.latent, codes.value, step.residual, sae.decoder.detach())
 
 
 def _copy_moments_(optimizer: torch.optim.Adam, sae: SparseAutoencoder, copies: Copies) -> None:

@@ -33,7 +33,7 @@ class StepLoss:
     n_active: int
     least: float
     codes: Codes | None
-    place: Int[Tensor, " token"]
+    mask_row: Int[Tensor, " token"]
     residual: Float[Tensor, "token d_model"] | None
     strength: Float[Tensor, " token"] | None
     openness_gradient: Float[Tensor, "place latent"] | None
@@ -104,7 +104,7 @@ def plain_gradients(
     n = loss_tokens or len(x)
     routing = sae.mask.route(x, position)
     table = sae.mask.table().detach().clone().requires_grad_(sae.mask.learns)
-    rows = table[routing.place]
+    rows = table[routing.mask_row]
     if sae.mask.gates_code():
         share, openness = torch.ones_like(rows), rows
     else:  # Exactly 1, with the gradient that the gate would get.
@@ -151,7 +151,7 @@ def plain_gradients(
         len(token),
         float(coded.codes.detach()[token, latent].min()) if len(token) else 0.0,
         Codes(token, latent, codes.detach()[token, latent], len(x), sae.d_sae),
-        routing.place,
+        routing.mask_row,
         -error.detach(),
         None if routing.strength is None else routing.strength.detach(),
         table.grad,
