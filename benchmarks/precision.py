@@ -21,7 +21,8 @@ from posmask.kernels.runtime import Precision
 from posmask.masks import make_mask, mask_settings
 from posmask.sae.autoencoder import SparseAutoencoder
 from posmask.storage import manifest
-from posmask.study.settings import StudySettings, read_study
+from posmask.study.settings import StudySettings
+from posmask.study.study_file import read_study
 from posmask.training.loop import train
 
 N_TOKENS = {"training": 120_000, "evaluation": 30_000}

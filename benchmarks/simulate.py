@@ -28,8 +28,10 @@ from posmask.kernels import runtime
 from posmask.masks.base import PositionMask
 from posmask.progress import duration
 from posmask.study import estimate
+from posmask.study.cell import make_sae
 from posmask.study.estimate import DISK_RATE, Machine
-from posmask.study.settings import StudySettings, read_study
+from posmask.study.settings import StudySettings
+from posmask.study.study_file import read_study
 from posmask.training import distributed
 
 GPUS_A_NODE = 8
@@ -145,7 +147,7 @@ class Job:
         outline = models.load_outline(asked.name, layer, asked.site, asked.sizes)
         below, above = outline.n_parameters()
         precision = "float32" if asked.precision == "float32" else "bfloat16"
-        masks = [study.make_sae(cell, d_model=1, seed=study.seeds[0]).mask for cell in study.cells]
+        masks = [make_sae(study, cell, 1, study.seeds[0]).mask for cell in study.cells]
         return cls(
             asked.name,
             outline.d_model,

@@ -13,7 +13,8 @@ from posmask.data.activations import Activations, evaluation_batches, training_b
 from posmask.kernels import runtime
 from posmask.masks import make_mask, mask_settings
 from posmask.sae.autoencoder import SparseAutoencoder
-from posmask.study.settings import StudySettings, read_study
+from posmask.study.settings import StudySettings
+from posmask.study.study_file import read_study
 from posmask.training.loop import train
 
 N_SLICES = 8

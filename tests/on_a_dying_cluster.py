@@ -16,7 +16,7 @@ import psutil
 from ray.cluster_utils import Cluster
 
 from posmask.study import run
-from posmask.study.settings import read_study
+from posmask.study.study_file import read_study
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import posmask
 from posmask.masks import MASKS
-from posmask.study.settings import read_study
+from posmask.study.study_file import read_study
 
 LAYERS = [
     {"errors", "seeds"},

@@ -26,7 +26,7 @@ from posmask.sae.autoencoder import SparseAutoencoder
 from posmask.sae.files import read_sae, write_sae
 from posmask.sae.rules import rule_settings
 from posmask.storage.manifest import read_manifest, write_folder
-from posmask.study.settings import read_study
+from posmask.study.study_file import read_study
 
 sys.path.insert(0, str(Path(__file__).parent / "reliability"))
 import contextlib

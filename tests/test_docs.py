@@ -25,7 +25,7 @@ from posmask import masks
 from posmask.cli.commands import app
 from posmask.cli.printing import slurm_line
 from posmask.results.rows import read_rows
-from posmask.study.settings import read_study
+from posmask.study.study_file import read_study
 from test_wheel import STUDY
 
 ROOT = Path(__file__).parents[1]

@@ -23,7 +23,7 @@ from posmask.progress import progress_bar
 from posmask.storage import manifest
 from posmask.study import cell, estimate, harvests, run
 from posmask.study.estimate import Machine, Rates
-from posmask.study.settings import read_study
+from posmask.study.study_file import read_study
 from posmask.training import loop
 from posmask.training.settings import TrainingSettings
 
@@ -96,7 +96,7 @@ def settings(study_file):
 
 
 def places(settings, root):
-    return cell.places_of(settings, harvests.Source(settings.model), root)
+    return cell.targets_of(settings, harvests.Source(settings.model), root)
 
 
 def finish(place):
@@ -207,17 +207,18 @@ def test_finished_folders_cost_nothing(settings, tmp_path):
 
 
 def test_harvested_vectors_cost_nothing_and_are_counted_as_they_are(settings, tmp_path):
-    shared = {"model": harvests.Source(settings.model).made_from, "n_positions": 16}
-    drawn = {"tables": ["words"], "max_characters": 1000}
+    def declared(study):
+        model, texts = harvests.Source(study.model).made_from, harvests.texts_identity(study)
+        return {item.label: item for item in harvests.harvests(study, model, texts)}
 
-    def write(label, kept, **made_from):
-        with manifest.write_folder(tmp_path / "activations" / f"{label}-0", {**shared, **made_from}, kept_tokens=kept):
+    def write(item, kept):
+        with manifest.write_folder(item.folder(tmp_path), item.made_from, kept_tokens=kept):
             pass
 
-    write("training", 1501, split="training", tokens=1500, **drawn)
-    write("evaluation", 1502, split="evaluation", tokens=1500, **drawn)
-    write("chronology", 777, shuffled_too=True, texts_of=["text"] * 80)
-    write("ag_news", 555, texts_of=["text"] * 60)  # made for other settings
+    items, other_groups = declared(settings), declared(changed(settings, "evaluation", probe_train=80))
+    for label, kept in (("training", 1501), ("evaluation", 1502), ("chronology", 777)):
+        write(items[label], kept)
+    write(other_groups["ag_news"], 555)  # harvested for other settings
     plan = estimate.plan(settings, tmp_path, rates(below=1.0))
     harvest = tokens_of(plan, "harvest")
     assert (harvest["training texts"], harvest["held-out texts"]) == (0, 0)
@@ -229,7 +230,7 @@ def test_harvested_vectors_cost_nothing_and_are_counted_as_they_are(settings, tm
 
 def test_vectors_take_the_room_that_a_plan_says(settings, tmp_path, activations):
     outline = models.load_outline(settings.model.name, 2)
-    sets = estimate._sets(settings, tmp_path, any_finished=False)
+    sets = estimate._sets(settings, tmp_path)
     each = estimate._Costs(settings, outline, sets, rates()).bytes_per_token(sets[0])
     files = manifest.read_manifest(activations.folder)["files"]
     assert each * activations.n_tokens == pytest.approx(sum(file["bytes"] for file in files.values()), rel=0.02)

@@ -13,7 +13,7 @@ from posmask import report
 from posmask.probing import saebench_datasets
 from posmask.results import rows
 from posmask.study import run
-from posmask.study.settings import read_study
+from posmask.study.study_file import read_study
 from test_hub import stand_in, whole_hub  # noqa: F401 (fixtures)
 
 GEMMA = Path(__file__).parent.parent / "studies" / "gemma-2-2b.toml"

@@ -18,8 +18,10 @@ from posmask.report import write_report
 from posmask.report.reading import read_studies
 from posmask.storage.record import STUDY_FILE, read_record
 from posmask.study import engines
-from posmask.study.run import Source, _begin, places_of, read_init, run_study
-from posmask.study.settings import read_study
+from posmask.study.cell import read_init, targets_of
+from posmask.study.harvests import Source
+from posmask.study.run import _begin, run_study
+from posmask.study.study_file import read_study
 
 CHANGED = ["training.learning_rate=0.004"]
 
@@ -103,8 +105,8 @@ def test_a_run_stops_when_another_with_other_settings_takes_its_root(study_file,
         calls.append(place.label)
         if len(calls) == 1:
             changed = read_study(study_file, CHANGED)
-            places = places_of(changed, Source(changed.model), root)
-            _begin(changed, places, root, anew=True)
+            targets = targets_of(changed, Source(changed.model), root)
+            _begin(changed, targets, root, recompute=True)
 
     monkeypatch.setattr(engines, "fill", taken_over)
     with pytest.raises(BadSetting, match=r"now belongs to a run with other settings .* --root"):
@@ -123,10 +125,10 @@ def test_a_cell_never_starts_from_one_of_other_settings(study_file, tmp_path):
     root = tmp_path / "run"
     run(study_file, root)
     settings = read_study(study_file, CHANGED)
-    places = {place.label: place for place in places_of(settings, Source(settings.model), root)}
-    place = places["slice-compute-seed0"]
+    targets = {target.label: target for target in targets_of(settings, Source(settings.model), root)}
+    target = targets["slice-compute-seed0"]
     with pytest.raises(BadSetting, match="open-seed0 was replaced"):
-        read_init(place.init_folder, 12, place.init_identity)
+        read_init(target.init_folder, 12, target.init_identity)
 
 
 def test_verify_finds_swapped_cells_and_lost_manifests(study_file, tmp_path):

@@ -14,7 +14,7 @@ import pytest
 from conftest import make_texts
 from posmask.errors import MissingExtra
 from posmask.study import ray_engine
-from posmask.study.settings import read_study
+from posmask.study.study_file import read_study
 from test_parallel import STUDY
 
 MORE_CELLS = """

@@ -14,7 +14,7 @@ from conftest import D_MODEL, D_SAE, RULES, make_sae
 from posmask.data.activations import training_batches
 from posmask.errors import BadSetting
 from posmask.sae.rules import rule_settings
-from posmask.study.settings import read_study
+from posmask.study.study_file import read_study
 from posmask.training.checkpoints import Checkpoints
 from posmask.training.distributed import ByData, ByPosition
 from posmask.training.loop import train

@@ -18,7 +18,7 @@ from posmask.storage import remote
 from posmask.storage.manifest import identity, sealed_manifest
 from posmask.storage.remote import Store
 from posmask.study.run import cell_states, run_study
-from posmask.study.settings import read_study
+from posmask.study.study_file import read_study
 from test_parallel import STUDY
 
 MADE_FROM = {"what": "test"}

@@ -29,7 +29,8 @@ from posmask.storage.manifest import damage_under, identity, read_manifest
 from posmask.study import cell as study_cell
 from posmask.study import engines, harvests
 from posmask.study import run as study_run
-from posmask.study.settings import read_study
+from posmask.study.cell import make_sae as make_sae_of_cell
+from posmask.study.study_file import read_study
 
 SECONDS = ("train_seconds", "evaluate_seconds")  # What a clock says, and nothing else, differs between equal runs.
 
@@ -205,7 +206,7 @@ def test_layers_and_seeds_never_share_a_record(study_file):
     identities = [
         identity(place.made_from)
         for some in (settings, other_layer, other_seed)
-        for place in study_cell.places_of(some, harvests.Source(some.model), study_file.parent)
+        for place in study_cell.targets_of(some, harvests.Source(some.model), study_file.parent)
         if place.cell is not None
     ]
     assert len(set(identities)) == 6
@@ -734,7 +735,7 @@ def test_latents_to_ablate_are_chosen_on_other_texts_than_they_are_tried_on(stud
 
     monkeypatch.setattr(WindowMass, "update", spy)
     monkeypatch.setattr(suite, "without_latents", spy_replace)
-    sae = settings.make_sae(settings.cells[0], 12, 0)
+    sae = make_sae_of_cell(settings, settings.cells[0], 12, 0)
     train_on(sae, data.training, settings.training)
     suite.evaluate(sae, torch.zeros(32).bool(), data, "test")
     assert len(chosen_on) > 20
@@ -745,7 +746,7 @@ def test_latents_to_ablate_are_chosen_on_other_texts_than_they_are_tried_on(stud
 def test_an_untrained_sae_gets_no_numbers(study_file, tmp_path):
     settings = read_study(study_file)
     data = harvests.prepare(settings, harvests.Source(settings.model), tmp_path)
-    sae = settings.make_sae(settings.cells[0], 12, 0)
+    sae = make_sae_of_cell(settings, settings.cells[0], 12, 0)
     with torch.no_grad():
         sae.encoder.zero_()
     with pytest.raises(PosmaskError, match="the SAE codes 0 latents a token"):

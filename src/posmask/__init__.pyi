@@ -7,7 +7,7 @@ from .results.table import summarize
 from .sae.autoencoder import SparseAutoencoder
 from .sae.files import read_sae, write_sae
 from .study.run import run_study
-from .study.settings import read_study
+from .study.study_file import read_study
 
 __all__ = [
     "PosmaskError",

@@ -18,7 +18,7 @@ from tiny_study import STUDY, put_toy_texts
 
 from posmask.data import harvest
 from posmask.study import run
-from posmask.study.settings import read_study
+from posmask.study.study_file import read_study
 from posmask.training import loop
 
 # The helpers of a run import this file again, so that what stands here holds for them too.

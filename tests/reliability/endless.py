@@ -10,7 +10,7 @@ from pathlib import Path
 from tiny_study import STUDY, put_toy_texts
 
 from posmask.study import engines, run
-from posmask.study.settings import read_study
+from posmask.study.study_file import read_study
 
 MODEL, ROOT = Path(sys.argv[1]), Path(sys.argv[2])
 put_toy_texts()

@@ -45,7 +45,8 @@ from posmask.report import write_report
 from posmask.storage import manifest as storage_manifest
 from posmask.study import cell, harvests
 from posmask.study.run import run_study
-from posmask.study.settings import StudySettings, read_study
+from posmask.study.settings import StudySettings
+from posmask.study.study_file import read_study
 from posmask.training import checkpoints
 
 IMPORTED_BEFORE_FORKS = sklearn.linear_model, transformers.models.llama.modeling_llama
@@ -236,7 +237,7 @@ def _evaluation_stops():
 
 
 def _evaluate_baselines(settings: StudySettings, root: Path) -> None:
-    places = cell.places_of(settings, harvests.Source(settings.model), root)
+    places = cell.targets_of(settings, harvests.Source(settings.model), root)
     data = harvests.prepare(settings, harvests.Source(settings.model), root)
     cell.fill(settings, places[0], data, [])
 
@@ -245,7 +246,7 @@ def _train_only(settings: StudySettings, root: Path) -> None:
     """Every cell as far as the checkpoint at the end of its training."""
     source = harvests.Source(settings.model)
     data = harvests.prepare(settings, source, root)
-    for place in cell.places_of(settings, source, root)[1:]:
+    for place in cell.targets_of(settings, source, root)[1:]:
         try:
             with _evaluation_stops():
                 cell.fill(settings, place, data, [])

@@ -111,7 +111,7 @@ def run(
     """
     from posmask import report
     from posmask.study import run
-    from posmask.study.settings import read_study
+    from posmask.study.study_file import read_study
 
     started = time.perf_counter()
     settings = read_study(study_file, [*(changes or ()), *([f"track={track}"] if track else [])])
@@ -159,7 +159,7 @@ def train_distributed(
 
     from posmask.errors import BadSetting
     from posmask.study import run
-    from posmask.study.settings import read_study
+    from posmask.study.study_file import read_study
 
     if "WORLD_SIZE" not in os.environ:
         raise BadSetting(
@@ -187,7 +187,7 @@ def train_distributed(
 def status(study_file: StudyFile, root: Root = None, changes: Changes = None) -> None:
     """Show which of a study's folders are finished, missing, or made from other settings."""
     from posmask.study import run
-    from posmask.study.settings import read_study
+    from posmask.study.study_file import read_study
 
     settings = read_study(study_file, changes or ())
     root = root or Path("runs") / settings.name
@@ -237,7 +237,7 @@ def plan_command(
     writes nothing.
     """
     from posmask.study import estimate
-    from posmask.study.settings import read_study
+    from posmask.study.study_file import read_study
 
     settings = read_study(study_file, changes or ())
     root = root or Path("runs") / settings.name
@@ -356,7 +356,7 @@ def evaluate_command(
     only training knows, such as dead latents, nothing is said.
     """
     from posmask.study import run
-    from posmask.study.settings import read_study
+    from posmask.study.study_file import read_study
 
     settings = read_study(study_file, changes or ())
     root = root or Path("runs") / settings.name

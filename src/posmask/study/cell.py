@@ -1,26 +1,28 @@
-"""One cell: its place in a run folder, what it is made from, and its making: train one SAE, evaluate it, write it."""
+"""One cell of a study: what its folder must be made from, its SAE, its training, and its evaluation to a folder."""
 
 import importlib.metadata
 import time
-import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from posmask import masks
 from posmask.data.activations import training_batches
 from posmask.errors import BadSetting, DamagedFolder
 from posmask.evaluation.suite import Data, baselines, evaluate, forgetting
-from posmask.interop import saebench, sites
+from posmask.interop import sites
 from posmask.kernels import runtime
-from posmask.probing import datasets
+from posmask.masks.base import PositionMask
 from posmask.results import rows
 from posmask.sae.autoencoder import SparseAutoencoder
 from posmask.sae.files import WEIGHTS_FILE, read_origin, read_sae, write_sae
 from posmask.sae.rules import make_rule
-from posmask.sae.warm_start import renormalize_
-from posmask.storage import manifest
+from posmask.sae.warm_start import renormalize_, warm_start
+from posmask.storage import layout, manifest
 from posmask.storage.record import check_identity
 from posmask.study.harvests import Source, texts_identity
+from posmask.study.saebench_file import write_saebench
 from posmask.study.settings import MODEL_CELL, CellSettings, StudySettings
 from posmask.training import distributed, loop
 from posmask.training.checkpoints import Checkpoints
@@ -29,55 +31,61 @@ from posmask.training.settings import product_precision
 from posmask.training.trackers import curve_writer
 
 __all__ = [
-    "BASELINES",
-    "SAEBENCH_FILE",
-    "UNITS_FILE",
     "CellState",
-    "Place",
+    "Target",
+    "baselines_of",
+    "check_buildable",
     "checked_init",
+    "evaluate_to_folder",
     "fill",
-    "places_of",
+    "make_sae",
     "read_init",
     "results_origin",
     "rows_in",
     "state_of",
+    "targets_of",
     "train_cell",
     "untrained",
-    "write_saebench",
 ]
 
-BASELINES = "baselines"
-UNITS_FILE = "units.safetensors"
-SAEBENCH_FILE = "saebench.json"
-_SNAPSHOTS_FILE = "snapshots.safetensors"
-_CHECKPOINTS = "checkpoints"
 CHECKPOINT_SECONDS = 90.0
 
 
-@dataclass(frozen=True)
-class Place:
-    """A cell's folder and what it must have been made from."""
+# What a folder must be made from
 
-    cell: CellSettings | None  # None: the baselines
+
+@dataclass(frozen=True)
+class Target:
+    """A folder that a study makes: where it is and what it must be made from.
+
+    `cell` is None for the baselines and for SAEs that the study did not train. `init_folder` holds the SAE that the
+    cell starts from; `init_identity` is the identity of that folder if it is a cell of the study.
+    """
+
+    cell: CellSettings | None
     seed: int
+    root: Path
     folder: Path
     made_from: dict[str, Any]
-    init_folder: Path | None = None  # the folder of the SAE that the cell starts from
-    init_identity: str | None = None  # of that folder, where it is a cell of the study
+    init_folder: Path | None = None
+    init_identity: str | None = None
 
     @property
     def label(self) -> str:
         return self.folder.name
 
     @property
+    def identity(self) -> str:
+        return manifest.identity(self.made_from)
+
+    @property
     def checkpoints(self) -> Path:
-        """Where its training stands, as long as it is not finished."""
-        root = self.folder.parents[0 if self.cell is None else 1]
-        return root / _CHECKPOINTS / self.label
+        """The folder of its checkpoints while it is being trained."""
+        return layout.checkpoints_folder(self.root, self.label)
 
 
 def results_origin(study: StudySettings, source: Source) -> dict[str, Any]:
-    """What every result of a study was made from."""
+    """The part of every identity that all results of a study share."""
     return {
         "model": source.made_from,
         "texts": texts_identity(study),
@@ -86,38 +94,45 @@ def results_origin(study: StudySettings, source: Source) -> dict[str, Any]:
     }
 
 
-def places_of(study: StudySettings, source: Source, root: Path) -> list[Place]:
+def baselines_of(target: Target) -> Target:
+    """The baselines that belong to a cell."""
+    made_from = {key: target.made_from[key] for key in ("model", "texts", "corpus", "evaluation")}
+    return Target(None, 0, target.root, layout.cell_folder(target.root, layout.BASELINES), made_from)
+
+
+def targets_of(study: StudySettings, source: Source, root: Path) -> list[Target]:
+    """The baselines and every cell with every seed, in the order of the study file."""
     shared = results_origin(study, source)
     training_part = study.model_dump(mode="json", include={"sae", "training"})
     by_name = {cell.name: cell for cell in study.cells}
 
     def made_from_of(cell: CellSettings, seed: int) -> dict[str, Any]:
-        own = cell.model_dump(mode="json", exclude={"seeds"})
-        return {**shared, **training_part, "cell": own, "seed": seed}
+        cell_part = cell.model_dump(mode="json", exclude={"seeds"})
+        return {**shared, **training_part, "cell": cell_part, "seed": seed}
 
-    places = [Place(None, 0, root / BASELINES, shared)]
-    for cell in study.cells:
-        for seed in study.seeds_of(cell):
-            made_from = made_from_of(cell, seed)
-            start, init_identity = cell.init_folder, None
-            if start is not None:
-                made_from["init_from"] = checked_init(start, source.made_from)
-            elif cell.init_from is not None:
-                # A cell is recomputed when the cell that it starts from is.
-                origin = by_name[cell.init_from]
-                start = root / "cells" / f"{cell.init_from}-seed{seed}"
-                init_identity = manifest.identity(made_from_of(origin, seed))
-                made_from["init_from"] = origin.model_dump(mode="json", exclude={"measure_forgetting", "seeds"})
-            folder = root / "cells" / f"{cell.name}-seed{seed}"
-            places.append(Place(cell, seed, folder, made_from, start, init_identity))
-    return places
+    def target_of(cell: CellSettings, seed: int) -> Target:
+        made_from = made_from_of(cell, seed)
+        init_folder, init_identity = cell.init_folder, None
+        if init_folder is not None:
+            made_from["init_from"] = checked_init(init_folder, source.made_from)
+        elif cell.init_from is not None:
+            # A cell is recomputed when the cell that it starts from is.
+            origin = by_name[cell.init_from]
+            init_folder = layout.cell_folder(root, layout.cell_label(cell.init_from, seed))
+            init_identity = manifest.identity(made_from_of(origin, seed))
+            made_from["init_from"] = origin.model_dump(mode="json", exclude={"measure_forgetting", "seeds"})
+        folder = layout.cell_folder(root, layout.cell_label(cell.name, seed))
+        return Target(cell, seed, root, folder, made_from, init_folder, init_identity)
+
+    baselines_target = Target(None, 0, root, layout.cell_folder(root, layout.BASELINES), shared)
+    return [baselines_target, *(target_of(cell, seed) for cell in study.cells for seed in study.seeds_of(cell))]
 
 
-def checked_init(folder: Path, model_made_from: dict[str, Any]) -> dict[str, Any]:
-    """The identity of an SAE that a user brings.
+def checked_init(folder: Path, model_made_from: Mapping[str, Any]) -> dict[str, Any]:
+    """The identity of an SAE from outside the study.
 
     Raises:
-        BadSetting: it says that it was trained on another model, layer or site.
+        BadSetting: its origin names another model, layer or site.
     """
     origin = read_origin(folder)
     weights = model_made_from["weights"]
@@ -140,148 +155,82 @@ def checked_init(folder: Path, model_made_from: dict[str, Any]) -> dict[str, Any
 CellState = Literal["finished", "missing", "other settings", "damaged"]
 
 
-def state_of(place: Place, *, verify: bool = False) -> CellState:
-    """
+def state_of(target: Target, *, verify: bool = False) -> CellState:
+    """The state of a target's folder.
+
     Args:
-        verify: read every file of a finished folder, too.
+        verify: also compare every file with its checksum.
     """
     try:
-        if manifest.finished(place.folder, place.made_from):
-            manifest.read_manifest(place.folder, verify=verify)
+        if manifest.finished(target.folder, target.made_from):
+            manifest.read_manifest(target.folder, verify=verify)
             return "finished"
     except DamagedFolder:
         return "damaged"
-    return "other settings" if place.folder.exists() else "missing"
+    return "other settings" if target.folder.exists() else "missing"
 
 
-def untrained(study: StudySettings, place: Place, data: Data) -> tuple[SparseAutoencoder, int]:
-    """A cell's SAE before its training, and the tokens that the SAE it starts from was trained on."""
-    assert place.cell is not None
-    if place.init_folder is None:
-        sae = study.make_sae(place.cell, data.training.d_model, place.seed)
-        sae.center, sae.scale = data.training.center_and_scale
-        return sae.to(study.device), 0
-    started = read_init(place.init_folder, data.training.d_model, place.init_identity)
-    origin = read_origin(place.init_folder)
-    if "imported" in origin:  # Else with the constants that its weights were made for.
-        renormalize_(started, *data.training.center_and_scale)
-    sae = study.init_sae(place.cell, started, place.seed)
-    return sae.to(study.device), origin.get("training_tokens", 0)
+def rows_in(target: Target) -> list[rows.Row]:
+    """The rows of a finished target.
 
-
-def train_cell(
-    study: StudySettings,
-    place: Place,
-    sae: SparseAutoencoder,
-    data: Data,
-    together: distributed.Distributed | None = None,
-    *,
-    keeps_end: bool = False,
-) -> loop.Trained:
-    """Train a cell's SAE, or with others this process's part of it, from its last checkpoint on.
-
-    Args:
-        keeps_end: leave a checkpoint after the last step in any case, for another process to evaluate from.
+    Raises:
+        BadSetting: the folder was made from other settings.
+        DamagedFolder: a file differs from its checksum.
     """
-    assert place.cell is not None
-    settings = study.training.model_copy(update={"n_steps": study.n_steps(place.cell)})
-    taken = round(place.cell.step_fraction * study.training.n_steps) - settings.n_steps  # by the cell it starts from
-    checkpoints = Checkpoints(place.checkpoints, place.made_from, CHECKPOINT_SECONDS, keeps_end=keeps_end)
-    batches = training_batches(
-        data.training,
-        settings.batch_tokens,
-        settings.n_steps - checkpoints.done,
-        place.seed,
-        after=taken + checkpoints.done,
-        mine=None if together is None else together.mine,
-    )
-    root = place.folder.parents[1]
-    track = study.track if together is None or together.leads else None
-    with curve_writer(track, root, study.name, place.label, place.made_from) as write:
-        return loop.train(
-            sae,
-            batches,
-            settings,
-            place.label,
-            on_point=write,
-            checkpoints=checkpoints,
-            together=together or loop.SingleProcess(),
+    check_identity(target.folder, target.identity)
+    return rows.read_rows(target.folder / layout.ROWS_FILE)
+
+
+# The SAE of a cell
+
+
+def make_sae(study: StudySettings, cell: CellSettings, d_model: int, seed: int) -> SparseAutoencoder:
+    """The SAE of a cell that starts from random weights."""
+    return SparseAutoencoder(d_model, study.sae.rule, _make_mask(study, cell, seed), seed)
+
+
+def _make_mask(study: StudySettings, cell: CellSettings, seed: int) -> PositionMask:
+    return masks.make_mask(cell.mask, study.corpus.n_positions, study.width(cell), seed)
+
+
+def _init_sae(study: StudySettings, cell: CellSettings, source: SparseAutoencoder, seed: int) -> SparseAutoencoder:
+    """The SAE of a cell that starts from another SAE."""
+    if source.rule.settings.of_codes() != study.sae.rule.of_codes():
+        raise BadSetting(
+            f"{cell.name} would start from an SAE with the rule {source.rule.settings.model_dump()}, but sae.rule "
+            f"is {study.sae.rule.model_dump()}: make them equal"
         )
+    return warm_start(source, _make_mask(study, cell, seed), seed, study.sae.rule)
 
 
-def fill(study: StudySettings, place: Place, data: Data, baseline: list[rows.Row]) -> None:
-    """Fill one folder.
+def check_buildable(study: StudySettings, cell: CellSettings) -> None:
+    """Build a cell's SAE for vectors of one number, so that a mask that does not fit is found before the harvest.
 
-    Args:
-        baseline: the rows of the baselines, which come first.
+    Raises:
+        PosmaskError: mask, rule, sizes and starting SAE do not fit together.
     """
-    cell = place.cell
-    with manifest.write_folder(place.folder, place.made_from, **_manifest_facts(study, place)) as draft:
-        if cell is None:
-            found = baselines(data)
-            columns = {"mask": "none", "budget": "", "gating": ""}
-            name = MODEL_CELL
-        else:
-            sae, before = untrained(study, place, data)
-            trained = train_cell(study, place, sae, data)
-            runtime.give_back_freed_memory()
-            write_curve(draft / "curve.csv", trained.curve)
-            trained.snapshots.write(draft / _SNAPSHOTS_FILE, study.training.batch_tokens)
-            n_tokens = before + trained.n_tokens
-            model_made_from = place.made_from["model"]
-            write_sae(
-                sae,
-                draft,
-                {
-                    "model": study.model.name,
-                    "weights": model_made_from["weights"],
-                    "layer": model_made_from["layer"],
-                    "site": study.model.site,
-                    "training_tokens": n_tokens,
-                },
-            )
-            started = time.perf_counter()
-            measured, facts = evaluate(sae, trained.dead, data, place.label)
-            evaluate_seconds = time.perf_counter() - started
-            facts.write(draft, data.tokenizer)
-            found = [
-                rows.Measure("train_seconds", trained.seconds, n=1),
-                rows.Measure("evaluate_seconds", evaluate_seconds, n=1),
-                rows.Measure("train_tokens", n_tokens, n=1),
-                rows.Measure("d_sae", sae.d_sae, n=1),
-                *measured,
-            ]
-            if cell.measure_forgetting:
-                found += forgetting(sae, data, study.training, place.seed, place.label)
-            if study.evaluation.probe_datasets:
-                write_saebench(draft / SAEBENCH_FILE, study, place, found, baseline)
-            columns = {"mask": cell.mask.kind, "budget": cell.budget, "gating": cell.mask.gating}
-            name = cell.name
-        (draft / "settings.json").write_text(manifest.as_json(place.made_from), encoding="utf8")
-        rows.write_rows(
-            draft / "rows.csv",
-            [rows.Row.of(measure, cell=name, seed=place.seed, **columns) for measure in found],
+    seed = study.seeds[0]
+    sae = make_sae(study, cell, 1, seed)
+    if cell.init_folder is not None:
+        sae = _init_sae(study, cell, read_sae(cell.init_folder), seed)
+    elif cell.init_from is not None:
+        open_cell = CellSettings(name="source", mask=masks.mask_settings({"kind": "open"}))
+        sae = _init_sae(study, cell, make_sae(study, open_cell, 1, 0), seed)
+    if cell.mask.gradient_sharing and not sae.mask.may_have_copies():
+        raise BadSetting(
+            f"{cell.name} has gradient_sharing = {cell.mask.gradient_sharing}, but its latents are not copies of each "
+            "other: leave it out, or let the cell start from an open one"
         )
-        rows.write_units(draft / UNITS_FILE, found)
-    runtime.give_back_freed_memory()
-
-
-def _manifest_facts(study: StudySettings, place: Place) -> dict[str, Any]:
-    """What the manifest records beside the identity: package versions and, for cells, the precision of training."""
-    facts: dict[str, Any] = {
-        "versions": {name: importlib.metadata.version(name) for name in ("posmask", "torch", "transformers", "numpy")}
-    }
-    if place.cell is not None:
-        rule = make_rule(study.sae.rule, study.width(place.cell))
-        facts["training_precision"] = product_precision(study.training, rule, study.device)
-    return facts
 
 
 def read_init(folder: Path, d_model: int, identity: str | None = None) -> SparseAutoencoder:
     """The SAE that a cell starts from.
 
     Args:
-        identity: that the folder must have; None for an SAE from outside the study.
+        identity: the identity that the folder must have; None for an SAE from outside the study.
+
+    Raises:
+        BadSetting: the identity differs, or the SAE is for vectors of another size.
     """
     if identity is not None:
         check_identity(folder, identity)
@@ -291,63 +240,151 @@ def read_init(folder: Path, d_model: int, identity: str | None = None) -> Sparse
     return sae
 
 
-def write_saebench(
-    path: Path, study: StudySettings, place: Place, found: list[rows.Measure], baseline: list[rows.Row]
-) -> None:
-    """SAEBench's own evaluation file, with the same SAE's probe accuracies."""
-    ask = study.evaluation
-    llm, sae = (
-        {
-            (where["dataset"], where["class"], "all" if where["k"] == "all" else int(where["k"])): value
-            for metric, where, value in some
-            if metric == "probe_accuracy" and "class" in where and where["pooling"] == "mean"
-        }
-        for some in (
-            [(row.metric, rows.parse_slice(row.slice), row.value) for row in baseline],
-            [(one.metric, rows.parse_slice(rows.slice_text(one.slice or {})), one.value) for one in found],
-        )
-    )
-    config = saebench.EvalConfig(
-        random_seed=datasets.SAEBENCH_SEED,
-        dataset_names=ask.probe_datasets,
-        probe_train_set_size=ask.probe_train,
-        probe_test_set_size=ask.probe_test,
-        context_length=study.corpus.n_positions,
-        llm_dtype=place.made_from["model"]["precision"],
-        model_name=study.model.name,
-        k_values=ask.ks,
-    )
-    identity = manifest.identity(place.made_from)
-    sizes = [
-        (where, row.n)
-        for row in baseline
-        if row.metric == "probe_accuracy" and "class" not in (where := rows.parse_slice(row.slice))
-    ]
-    output = saebench.eval_output(
-        llm,
-        sae,
-        config,
-        eval_id=str(uuid.uuid5(uuid.NAMESPACE_URL, identity)),
-        epoch_milliseconds=round(time.time() * 1000),
-        sae_name=f"posmask {study.name} {place.label}",
-        sae_id=None,
-        # Sizes as asked stand above; the texts that probes had, here.
-        sae_config={
-            "identity": identity,
-            "probe_protocol": ask.probe_protocol,
-            "probe_texts": {where["dataset"]: [int(where["train"]), n] for where, n in sizes},
-            **place.made_from,
-        },
-    )
-    saebench.write_eval_output(path, output)
+def untrained(study: StudySettings, target: Target, data: Data) -> tuple[SparseAutoencoder, int]:
+    """A cell's SAE before its training, and the number of tokens that the SAE it starts from was trained on."""
+    assert target.cell is not None
+    if target.init_folder is None:
+        sae = make_sae(study, target.cell, data.training.d_model, target.seed)
+        sae.center, sae.scale = data.training.center_and_scale
+        return sae.to(study.device), 0
+    source = read_init(target.init_folder, data.training.d_model, target.init_identity)
+    origin = read_origin(target.init_folder)
+    if "imported" in origin:  # Its constants are not those of these vectors.
+        renormalize_(source, *data.training.center_and_scale)
+    sae = _init_sae(study, target.cell, source, target.seed)
+    return sae.to(study.device), origin.get("training_tokens", 0)
 
 
-def rows_in(folder: Path, identity: str) -> list[rows.Row]:
-    """The rows of a finished folder with this identity.
+# Training and evaluation
 
-    Raises:
-        BadSetting: it was made from other settings.
-        DamagedFolder: it is not what was written.
+
+def train_cell(
+    study: StudySettings,
+    target: Target,
+    sae: SparseAutoencoder,
+    data: Data,
+    together: distributed.Distributed | None = None,
+    *,
+    keeps_end: bool = False,
+) -> loop.Trained:
+    """Train a cell's SAE, or this process's part of it, from its last checkpoint on.
+
+    Args:
+        keeps_end: leave a checkpoint after the last step, for another process to evaluate from.
     """
-    check_identity(folder, identity)
-    return rows.read_rows(folder / "rows.csv")
+    assert target.cell is not None
+    settings = study.training.model_copy(update={"n_steps": study.n_steps(target.cell)})
+    n_steps_of_source = round(target.cell.step_fraction * study.training.n_steps) - settings.n_steps
+    checkpoints = Checkpoints(target.checkpoints, target.made_from, CHECKPOINT_SECONDS, keeps_end=keeps_end)
+    batches = training_batches(
+        data.training,
+        settings.batch_tokens,
+        settings.n_steps - checkpoints.done,
+        target.seed,
+        after=n_steps_of_source + checkpoints.done,
+        mine=None if together is None else together.mine,
+    )
+    track = study.track if together is None or together.leads else None
+    with curve_writer(track, target.root, study.name, target.label, target.made_from) as write:
+        return loop.train(
+            sae,
+            batches,
+            settings,
+            target.label,
+            on_point=write,
+            checkpoints=checkpoints,
+            together=together or loop.SingleProcess(),
+        )
+
+
+def fill(study: StudySettings, target: Target, data: Data, baseline: list[rows.Row]) -> None:
+    """Make the folder of the baselines, or train a cell, evaluate it and write its folder.
+
+    Args:
+        baseline: the rows of the baselines; empty for the baselines themselves.
+    """
+    with manifest.write_folder(target.folder, target.made_from, **_manifest_facts(study, target)) as draft:
+        (draft / layout.SETTINGS_FILE).write_text(manifest.as_json(target.made_from), encoding="utf8")
+        if target.cell is None:
+            columns = {"cell": MODEL_CELL, "mask": "none", "budget": "", "gating": "", "seed": 0}
+            _write_measures(draft, baselines(data), columns)
+        else:
+            _train_and_evaluate(study, target, target.cell, data, baseline, draft)
+    runtime.give_back_freed_memory()
+
+
+def _train_and_evaluate(
+    study: StudySettings, target: Target, cell: CellSettings, data: Data, baseline: list[rows.Row], draft: Path
+) -> None:
+    sae, n_tokens_before = untrained(study, target, data)
+    trained = train_cell(study, target, sae, data)
+    runtime.give_back_freed_memory()
+    write_curve(draft / layout.CURVE_FILE, trained.curve)
+    trained.snapshots.write(draft / layout.SNAPSHOTS_FILE, study.training.batch_tokens)
+    n_tokens = n_tokens_before + trained.n_tokens
+    model = target.made_from["model"]
+    origin = {
+        "model": study.model.name,
+        "weights": model["weights"],
+        "layer": model["layer"],
+        "site": study.model.site,
+        "training_tokens": n_tokens,
+    }
+    write_sae(sae, draft, origin)
+    columns = {"cell": cell.name, "budget": cell.budget, "seed": target.seed}
+    evaluate_to_folder(study, target, sae, data, baseline, draft, columns, trained=trained, n_tokens=n_tokens)
+
+
+def evaluate_to_folder(
+    study: StudySettings,
+    target: Target,
+    sae: SparseAutoencoder,
+    data: Data,
+    baseline: list[rows.Row],
+    draft: Path,
+    columns: Mapping[str, Any],
+    *,
+    trained: loop.Trained | None = None,
+    n_tokens: int = 0,
+) -> None:
+    """Evaluate an SAE and write its rows, units, latents and SAEBench file.
+
+    Args:
+        columns: of its rows: cell, budget and seed.
+        trained: its training, if the study trained it on `n_tokens` in all.
+    """
+    started = time.perf_counter()
+    measures, latents = evaluate(sae, None if trained is None else trained.dead, data, target.label)
+    evaluate_seconds = time.perf_counter() - started
+    latents.write(draft, data.tokenizer)
+    if trained is not None:
+        measures = [
+            rows.Measure("train_seconds", trained.seconds, n=1),
+            rows.Measure("evaluate_seconds", evaluate_seconds, n=1),
+            rows.Measure("train_tokens", n_tokens, n=1),
+            rows.Measure("d_sae", sae.d_sae, n=1),
+            *measures,
+        ]
+    if target.cell is not None and target.cell.measure_forgetting:
+        measures += forgetting(sae, data, study.training, target.seed, target.label)
+    if study.evaluation.probe_datasets:
+        path = draft / layout.SAEBENCH_FILE
+        write_saebench(path, study, target.label, target.made_from, measures, baseline)
+    mask = sae.mask.settings
+    _write_measures(draft, measures, {**columns, "mask": mask.kind, "gating": mask.gating})
+
+
+def _write_measures(draft: Path, measures: list[rows.Measure], columns: Mapping[str, Any]) -> None:
+    table = [rows.Row.of(measure, **columns) for measure in measures]
+    rows.write_rows(draft / layout.ROWS_FILE, table)
+    rows.write_units(draft / layout.UNITS_FILE, measures)
+
+
+def _manifest_facts(study: StudySettings, target: Target) -> dict[str, Any]:
+    """Facts in the manifest that are not part of the identity: package versions and the precision of training."""
+    packages = ("posmask", "torch", "transformers", "numpy")
+    facts: dict[str, Any] = {"versions": {name: importlib.metadata.version(name) for name in packages}}
+    if target.cell is not None:
+        rule = make_rule(study.sae.rule, study.width(target.cell))
+        facts["training_precision"] = product_precision(study.training, rule, study.device)
+    return facts

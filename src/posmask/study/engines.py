@@ -1,6 +1,6 @@
-"""Where a study's cells are made: in this process, or shared with others on this machine. `on_ray` has the clusters.
+"""Engines: where the cells of a study are made. `Local` uses processes on this machine, `ray_engine` a cluster.
 
-An engine gives `compute`, which computes vectors, and `make`, which fills the folders of cells.
+An engine has `compute`, which computes vectors, and `make`, which makes the folders of cells.
 """
 
 import ctypes
@@ -21,14 +21,17 @@ import torch
 from posmask.data.harvest import ComputeShards
 from posmask.evaluation.suite import Data
 from posmask.kernels import runtime
-from posmask.results import rows
-from posmask.storage import manifest
-from posmask.storage.record import check_listed, read_record
-from posmask.study.cell import BASELINES, Place, fill, places_of, rows_in, state_of
+from posmask.storage import layout, manifest
+from posmask.storage.record import check_listed
+from posmask.study.cell import Target, baselines_of, fill, rows_in, state_of, targets_of
 from posmask.study.harvests import Source, prepare
 from posmask.study.settings import StudySettings
 
 __all__ = ["Engine", "Local", "make_anew", "needs"]
+
+
+Say = Callable[[str], None]
+"""Reports one line to the user."""
 
 
 class Engine(Protocol):
@@ -38,7 +41,7 @@ class Engine(Protocol):
     def compute(self) -> ComputeShards | None:
         """Computes vectors; None: this process does."""
 
-    def make(self, study: StudySettings, todo: list[Place], data: Data, root: Path, say: Callable[[str], None]) -> None:
+    def make(self, study: StudySettings, todo: list[Target], data: Data, root: Path, say: Say) -> None:
         """Fill all these folders."""
 
 
@@ -55,49 +58,47 @@ class Local:
     def __init__(self, n_jobs: int = 1) -> None:
         self._n_jobs = n_jobs
 
-    def make(self, study: StudySettings, todo: list[Place], data: Data, root: Path, say: Callable[[str], None]) -> None:
+    def make(self, study: StudySettings, todo: list[Target], data: Data, root: Path, say: Say) -> None:
         if self._n_jobs > 1:
-            say(f"{self._n_jobs} processes share the cells; what the others say goes to {root / 'jobs'}.")
+            say(f"{self._n_jobs} processes share the cells; what the others say goes to {layout.jobs_folder(root)}.")
         n_threads = max(1, torch.get_num_threads() // self._n_jobs)
         # Set even where it stays: torch multiplies otherwise with one thread that was set than with one it found.
         with _helpers(study, root, self._n_jobs - 1, n_threads), runtime.threads(n_threads):
             _share(study, todo, data, root, say)
 
 
-def needs(place: Place, root: Path, missing: set[Path]) -> bool:
+def needs(target: Target, root: Path, missing: set[Path]) -> bool:
     """Whether a folder cannot be filled yet because others are missing: the baselines, or what it starts from."""
-    return (place.cell is not None and root / BASELINES in missing) or place.init_folder in missing
+    return (
+        target.cell is not None and layout.cell_folder(root, layout.BASELINES) in missing
+    ) or target.init_folder in missing
 
 
-def make_anew(study: StudySettings, place: Place, data: Data, root: Path, say: Callable[[str], None]) -> None:
-    """Fill one folder unless it is finished; whoever calls holds its claim. What stands in its place is set aside."""
-    check_listed(root, place.label, place.made_from)
-    state = state_of(place, verify=True)
+def make_anew(study: StudySettings, target: Target, data: Data, root: Path, say: Say) -> None:
+    """Fill one folder unless it is finished; whoever calls holds its claim. What stands in its target is set aside."""
+    check_listed(root, target.label, target.made_from)
+    state = state_of(target, verify=True)
     if state in ("other settings", "damaged"):
-        moved = manifest.set_aside(place.folder, root / "stale")
+        moved = manifest.set_aside(target.folder, layout.stale_folder(root))
         why = "was made from other settings" if state == "other settings" else "is damaged"
-        say(f"{place.label} {why}: moved to {moved}.")
+        say(f"{target.label} {why}: moved to {moved}.")
     if state != "finished":
-        baseline: list[rows.Row] = []
-        if place.cell is not None:
-            record = read_record(root)
-            assert record is not None
-            baseline = rows_in(root / BASELINES, record.folders[BASELINES])
-        fill(study, place, data, baseline)
+        baseline = [] if target.cell is None else rows_in(baselines_of(target))
+        fill(study, target, data, baseline)
 
 
-def _share(study: StudySettings, todo: list[Place], data: Data, root: Path, say: Callable[[str], None]) -> None:
+def _share(study: StudySettings, todo: list[Target], data: Data, root: Path, say: Say) -> None:
     """Make what is missing, each folder in one process alone, until all of them are there."""
-    waiting = sorted(todo, key=lambda place: place.init_folder is not None)  # what others start from comes first
+    waiting = sorted(todo, key=lambda target: target.init_folder is not None)  # what others start from comes first
     while waiting:
-        for place in list(waiting):
-            if needs(place, root, {other.folder for other in waiting}):
+        for target in list(waiting):
+            if needs(target, root, {other.folder for other in waiting}):
                 continue  # Another process is at what this one needs.
-            with manifest.claim(place.folder, wait=False) as mine:
+            with manifest.claim(target.folder, wait=False) as mine:
                 if not mine:
                     continue
-                make_anew(study, place, data, root, say)
-            waiting.remove(place)
+                make_anew(study, target, data, root, say)
+            waiting.remove(target)
             break
         else:
             time.sleep(1)
@@ -107,10 +108,10 @@ def _share(study: StudySettings, todo: list[Place], data: Data, root: Path, say:
 def _helpers(study: StudySettings, root: Path, n_helpers: int, n_threads: int) -> Iterator[None]:
     """Other processes that run this study's cells as long as this one does."""
     if n_helpers:
-        (root / "jobs").mkdir(parents=True, exist_ok=True)
+        layout.jobs_folder(root).mkdir(parents=True, exist_ok=True)
     spawn = multiprocessing.get_context("spawn")
     helpers = [
-        spawn.Process(target=_help, args=(study, root, n_threads, root / "jobs" / f"{number}.log"), daemon=True)
+        spawn.Process(target=_help, args=(study, root, n_threads, layout.job_log(root, number)), daemon=True)
         for number in range(2, 2 + n_helpers)
     ]
     for helper in helpers:
@@ -146,5 +147,5 @@ def _help(study: StudySettings, root: Path, n_threads: int, log: Path) -> None:
     with log.open("a", buffering=1) as file, redirect_stdout(file), redirect_stderr(file), runtime.threads(n_threads):
         runtime.keep_freed_memory()
         source = Source(study.model, study.device)
-        todo = [place for place in places_of(study, source, root) if state_of(place, verify=True) != "finished"]
+        todo = [target for target in targets_of(study, source, root) if state_of(target, verify=True) != "finished"]
         _share(study, todo, prepare(study, source, root), root, print)

@@ -14,14 +14,14 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
 from posmask.data import models, sites
 from posmask.data.activations import Batch, bytes_a_token
 from posmask.data.tokens import growing_segments, shift_length
-from posmask.errors import BadSetting, DegenerateResult
+from posmask.errors import BadSetting, DamagedFolder, DegenerateResult
 from posmask.kernels import cpu, runtime
 from posmask.masks.base import PositionMask
 from posmask.probing import datasets
@@ -29,8 +29,9 @@ from posmask.probing.order_tasks import ORDER_TASKS
 from posmask.progress import announce, shown_by
 from posmask.sae.rules import make_rule
 from posmask.seeds import generator
-from posmask.storage import manifest as storage_manifest
-from posmask.study.harvests import Source
+from posmask.storage import layout, manifest
+from posmask.study.cell import make_sae
+from posmask.study.harvests import Harvest, HarvestKind, Source, harvests, texts_identity
 from posmask.study.run import cell_states
 from posmask.study.settings import CellSettings, StudySettings
 from posmask.training import loop
@@ -226,7 +227,7 @@ def _model_seconds(study: StudySettings, outline: sites.LanguageModel, left: Cal
 def _step_factors(
     study: StudySettings, cell: CellSettings, d_model: int, machine: Machine, caution: float, left: Callable[[], float]
 ) -> list[float]:
-    """EvalSplit over calculated seconds of training steps; none if `caution` times these exceed the time left."""
+    """Measured over calculated seconds of training steps; none if `caution` times these exceed the time left."""
     shape = shape_of(_mask(study, cell))
     sizes = [min(n, study.training.batch_tokens) for n in _STEP_TOKENS]
     calculated = {n: _step_seconds(study, shape, d_model, machine, n) for n in sizes}
@@ -244,7 +245,7 @@ def _step_factors(
             yield batch
 
     settings = study.training.model_copy(update={"batch_tokens": n_tokens})
-    sae = study.make_sae(cell, d_model, study.seeds[0]).to(study.device)
+    sae = make_sae(study, cell, d_model, study.seeds[0]).to(study.device)
     with contextlib.suppress(DegenerateResult):  # After a few steps on noise an SAE may explain nothing.
         loop.train(sae, batches(), settings, "plan", lambda done: moments.append(left()))
     return [(before - after) / calculated[n_tokens] for before, after in pairwise(moments[1:])]
@@ -252,7 +253,7 @@ def _step_factors(
 
 def _mask(study: StudySettings, cell: CellSettings) -> PositionMask:
     """As it is before training."""
-    return study.make_sae(cell, 1, study.seeds[0]).mask
+    return make_sae(study, cell, 1, study.seeds[0]).mask
 
 
 def _step_seconds(study: StudySettings, shape: Shape, d_model: int, machine: Machine, n_tokens: int) -> float:
@@ -323,8 +324,11 @@ class _Set:
 
 _TRAINING, _HELDOUT, _SHIFT = "training texts", "held-out texts", "shift design"
 _ORDER, _PROBES = "order tasks", "probe datasets"
+_KINDS: dict[HarvestKind, str] = {
+    "training": _TRAINING, "heldout": _HELDOUT, "shift": _SHIFT, "order": _ORDER, "probes": _PROBES,
+}  # fmt: skip
 _TOKENS_PER_TEXT = {
-    # EvalSplit with the embedded model's tokenizer in contexts of 512, texts cut to 1,000 characters.
+    # Measured with the embedded model's tokenizer in contexts of 512, texts cut to 1,000 characters.
     "topic_permutation": 53, "contrast_order": 21, "chronology": 32, "agreement_swap": 10, "bigram_shift": 30,
     "language_order": 69, "sentence_order": 54, "dialogue_order": 30, "ag_news": 56, "github_code": 312,
     "amazon_sentiment": 174, "occupations_1": 115, "occupations_2": 118, "news_class": 56, "sentence_language": 21,
@@ -351,7 +355,7 @@ def plan(study: StudySettings, root: Path, rates: Rates | None = None, gpu: Mach
     (_, baselines), *states = cell_states(study, root)
     left = Counter(label.rpartition("-seed")[0] for label, state in states if state != "finished")
     n_left = left.total() + (baselines != "finished")
-    sets = _sets(study, root, any_finished=n_left <= len(states))
+    sets = _sets(study, root)
     missing = [one for one in sets if n_left and not one.finished]
     cells = [cell for cell in study.cells if left[cell.name]]
     if rates is None and n_left:
@@ -372,50 +376,45 @@ def plan(study: StudySettings, root: Path, rates: Rates | None = None, gpu: Mach
     return Plan(tuple(lines), 1 + len(states), 1 + len(states) - n_left, disk_bytes, memory_bytes, assumptions)
 
 
-def _sets(study: StudySettings, root: Path, *, any_finished: bool) -> list[_Set]:
-    """What a study harvests: kept tokens as counted where it is finished, else from settings and `_TOKENS_PER_TEXT`."""
-    texts, evaluation, n_positions = study.corpus, study.evaluation, study.corpus.n_positions
-    manifests = list(_manifests(root))
-    shared = {"n_positions": n_positions, "model": Source(study.model, study.device).made_from} if manifests else {}
+def _sets(study: StudySettings, root: Path) -> list[_Set]:
+    """What a study harvests: kept tokens as counted where it is finished, else from settings and `_TOKENS_PER_TEXT`.
 
-    def kept_of(name: str, n_texts: int = 0, **wanted: Any) -> int | None:
-        """Of the finished folder, if any. Which texts tasks get is not known here: their number has to do."""
-        for label, kept, made_from in manifests:
-            fits = label == name and {**shared, **wanted}.items() <= made_from.items()
-            if fits and (any_finished or len(made_from.get("texts_of", [])) == n_texts):
-                return kept
+    The model is looked up only if there are finished harvests to compare with.
+    """
+    model, texts = {}, {}
+    if layout.activations_folder(root).is_dir():
+        model, texts = Source(study.model, study.device).made_from, texts_identity(study)
+    return [_set(study, item, _finished_tokens(item.folder(root))) for item in harvests(study, model, texts)]
+
+
+def _finished_tokens(folder: Path) -> int | None:
+    """Kept tokens of a finished harvest; None if there is none."""
+    try:
+        return manifest.read_manifest(folder)["kept_tokens"]
+    except DamagedFolder:
         return None
 
-    sets = []
-    splits = (_TRAINING, "training", texts.training_tokens), (_HELDOUT, texts.eval_split, texts.heldout_tokens)
-    for kind, split, n_tokens in splits:
-        kept = kept_of(split, split=split, tokens=n_tokens, **texts.source)
+
+def _set(study: StudySettings, item: Harvest, kept: int | None) -> _Set:
+    corpus, evaluation, n_positions = study.corpus, study.evaluation, study.corpus.n_positions
+    kind, finished = _KINDS[item.kind], kept is not None
+    if item.kind in ("training", "heldout"):
+        n_tokens = corpus.training_tokens if item.kind == "training" else corpus.heldout_tokens
         n_contexts = -(-n_tokens // (n_positions - 1))
-        sets.append(_Set(kind, kept or n_tokens, n_contexts * n_positions, 0, 0, kept is not None))
-    n_pieces, n_windows = evaluation.shift_texts, evaluation.shift_windows
-    length = shift_length(n_positions, n_windows)
-    kept = kept_of("shift", shift=[n_pieces, n_windows], split=texts.eval_split, **texts.source)
-    stored = n_pieces * sum(1 + (window + 2) * length for window in range(n_windows))
-    sets.append(_Set(_SHIFT, n_pieces * n_windows * length, stored, 0, 0, kept is not None))
-    order = evaluation.order_train_groups + evaluation.order_test_groups, evaluation.order_test_groups, True
-    probes = evaluation.probe_train // 2 + evaluation.probe_test // 2, 0, False
-    tasks = [(_ORDER, name, len(ORDER_TASKS[name].labels), *order) for name in evaluation.order_tasks]
-    tasks += [(_PROBES, name, len(datasets.class_names(name)), *probes) for name in evaluation.probe_datasets]
-    for kind, name, n_classes, n_each, n_shuffled, shuffled_too in tasks:
-        wanted = {"shuffled_too": True} if shuffled_too else {}
-        kept = kept_of(name, n_classes * n_each, **wanted) if sets[1].finished else None
-        n_texts = n_classes * (n_each + n_shuffled)
-        guess = kept or n_texts * min(_TOKENS_PER_TEXT.get(name, n_positions), n_positions - 1)
-        sets.append(_Set(kind, guess, n_texts + guess, n_texts, n_classes, kept is not None))
-    return sets
-
-
-def _manifests(root: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    """(label, kept tokens, origin) of the finished folders of vectors."""
-    for path in sorted((root / "activations").glob(f"*/{storage_manifest.MANIFEST}")):
-        manifest = storage_manifest.read_manifest(path.parent)
-        if storage_manifest.finished(path.parent, manifest["made_from"]):  # false if an older version wrote it
-            yield path.parent.name.rpartition("-")[0], manifest["kept_tokens"], manifest["made_from"]
+        return _Set(kind, kept or n_tokens, n_contexts * n_positions, 0, 0, finished)
+    if item.kind == "shift":
+        n_texts, n_windows = evaluation.shift_texts, evaluation.shift_windows
+        length = shift_length(n_positions, n_windows)
+        stored = n_texts * sum(1 + (window + 2) * length for window in range(n_windows))
+        return _Set(kind, n_texts * n_windows * length, stored, 0, 0, finished)
+    if item.kind == "order":
+        n_classes = len(ORDER_TASKS[item.label].labels)
+        n_texts = n_classes * (evaluation.order_train_groups + 2 * evaluation.order_test_groups)
+    else:
+        n_classes = len(datasets.class_names(item.label))
+        n_texts = n_classes * (evaluation.probe_train // 2 + evaluation.probe_test // 2)
+    kept = kept or n_texts * min(_TOKENS_PER_TEXT.get(item.label, n_positions), n_positions - 1)
+    return _Set(kind, kept, n_texts + kept, n_texts, n_classes, finished)
 
 
 class _Costs:

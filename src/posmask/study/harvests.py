@@ -1,10 +1,16 @@
-"""The model and the texts of a study, and everything that all its cells share: vectors, harvested once."""
+"""Harvests of a study: the declarative list of vector sets that all cells share, and its execution.
+
+`harvests` lists what is needed without reading a text or loading the model. `prepare` executes the list; estimates
+print it.
+"""
 
 import contextlib
-from collections.abc import Callable
-from functools import cache, cached_property, partial
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from posmask.data import embedded, models, sites
 from posmask.data.activations import Activations, StorageDtype, finished_activations
@@ -14,18 +20,21 @@ from posmask.data.tokens import TRAINING_SHARE, VALIDATION_SHARE, Split, Tokens,
 from posmask.errors import DamagedFolder
 from posmask.evaluation.suite import Data
 from posmask.kernels import runtime
-from posmask.probing.datasets import read_probe_dataset
+from posmask.probing.datasets import ProbeDataset, read_probe_dataset
 from posmask.probing.order_probes import order_tokens
-from posmask.probing.order_tasks import make_order_task
+from posmask.probing.order_tasks import OrderTask, make_order_task
 from posmask.progress import announce
-from posmask.storage import manifest
+from posmask.storage import layout, manifest
+from posmask.storage.remote import Store
 from posmask.study.settings import ModelSettings, StudySettings
 
-__all__ = ["Source", "prepare", "texts_identity"]
+__all__ = ["Harvest", "HarvestKind", "Source", "harvests", "prepare", "texts_identity"]
+
+HarvestKind = Literal["training", "heldout", "shift", "order", "probes"]
 
 
 class Source:
-    """The model a study reads vectors from, loaded only when something must be harvested."""
+    """The model that a study reads vectors from, loaded only when something must be harvested."""
 
     def __init__(self, settings: ModelSettings, device: str = "cpu") -> None:
         precision = runtime.fast_precision(device) if settings.precision == "auto" else settings.precision
@@ -35,15 +44,16 @@ class Source:
 
     @cached_property
     def layer(self) -> int:
+        """The number of the layer, from 1."""
         return models.layer_number(self._settings.name, self._settings.layer)
 
     @cached_property
     def made_from(self) -> dict[str, Any]:
+        """The part of every identity that belongs to the model: weights, layer, site and precision."""
         return {
             "weights": models.weights_identity(self._settings.name),
             "layer": self.layer,
             "precision": self._precision,
-            # Named only where it is not what all folders were made from before there was a choice.
             **({} if self._settings.site == "residual_after" else {"site": self._settings.site}),
         }
 
@@ -58,97 +68,162 @@ class Source:
 
 
 def texts_identity(study: StudySettings) -> dict[str, Any]:
+    """The part of every identity that belongs to the texts: checksums of their packages or files, and the split."""
     carriers = {
         carrier.package: carrier.wheel_sha256 for carrier in embedded.CARRIERS if carrier != embedded.MODEL_CARRIER
     }
     shares = [TRAINING_SHARE, VALIDATION_SHARE]
-    own = study.corpus.texts
-    return {"carriers": carriers, "shares": shares} | ({} if own is None else {"own": content_of(own)})
+    texts = study.corpus.texts
+    return {"carriers": carriers, "shares": shares} | ({} if texts is None else {"own": content_of(texts)})
+
+
+@dataclass(frozen=True)
+class Harvest:
+    """One set of vectors, declared by the settings that decide it."""
+
+    kind: HarvestKind
+    label: str
+    """The split's name, `shift`, or the name of the order task or probe dataset."""
+    made_from: Mapping[str, Any]
+    storage_dtype: StorageDtype = "model"
+
+    def folder(self, root: Path) -> Path:
+        return layout.activations_folder(root) / f"{self.label}-{manifest.identity(self.made_from)}"
+
+
+def harvests(study: StudySettings, model: Mapping[str, Any], texts: Mapping[str, Any]) -> list[Harvest]:
+    """Every set of vectors that a study needs, in the order of execution.
+
+    Args:
+        model: `Source.made_from`.
+        texts: `texts_identity`.
+    """
+    corpus, evaluation = study.corpus, study.evaluation
+    shared = {"model": model, "texts": texts, "n_positions": corpus.n_positions}
+    split: dict[str, Any] = {"split": corpus.eval_split}
+
+    def declare(
+        kind: HarvestKind, label: str, settings: Mapping[str, Any], storage_dtype: StorageDtype = "model"
+    ) -> Harvest:
+        return Harvest(kind, label, {**shared, **settings, "stored": storage_dtype}, storage_dtype)
+
+    training = {"split": "training", "tokens": corpus.training_tokens, **corpus.source}
+    heldout = {"tokens": corpus.heldout_tokens, **split, **corpus.source}
+    shift = {"shift": [evaluation.shift_texts, evaluation.shift_windows], **split, **corpus.source}
+    order = {"groups": [evaluation.order_train_groups, evaluation.order_test_groups], **split}
+    probes = {"probe_texts": [evaluation.probe_train, evaluation.probe_test], **split}
+    probes["max_characters"] = corpus.max_characters
+    return [
+        declare("training", "training", training, study.model.storage_dtype),
+        declare("heldout", corpus.eval_split, heldout),
+        declare("shift", "shift", shift),
+        *(declare("order", name, {"order_task": name, **order}) for name in evaluation.order_tasks),
+        *(declare("probes", name, {"probe_dataset": name, **probes}) for name in evaluation.probe_datasets),
+    ]
 
 
 def prepare(study: StudySettings, source: Source, root: Path, compute: ComputeShards | None = None) -> Data:
-    """Harvest what is missing: training, held-out, order and probe texts, each into a folder of its own.
+    """Harvest what is missing and return everything that cells train on and are evaluated with.
 
     Args:
-        compute: computes vectors elsewhere; None: here.
+        compute: computes vectors on other machines; None: this process does.
     """
-    n_positions = study.corpus.n_positions
-    shared = {
-        "model": source.made_from,
-        "texts": texts_identity(study),
-        "n_positions": n_positions,
-    }
-    store = study.store(root)
+    vectors = _Vectors(study, source, root, compute)
+    by_kind: dict[HarvestKind, list[Harvest]] = {}
+    for item in harvests(study, source.made_from, texts_identity(study)):
+        by_kind.setdefault(item.kind, []).append(item)
+    (training,), (heldout,), (shift,) = (by_kind[kind] for kind in ("training", "heldout", "shift"))
+    training_vectors = vectors.packed(training, "training", study.corpus.training_tokens)
+    heldout_vectors = vectors.packed(heldout, study.corpus.eval_split, study.corpus.heldout_tokens)
+    runtime.give_back_freed_memory()
+    return Data(
+        training_vectors,
+        heldout_vectors,
+        vectors.shifted(shift),
+        {item.label: vectors.order_task(item) for item in by_kind.get("order", [])},
+        {item.label: vectors.probe_dataset(item) for item in by_kind.get("probes", [])},
+        source.tokenizer,
+        study.corpus.n_positions,
+        study.evaluation,
+        lambda: source.loaded,
+    )
 
-    def harvested(
-        label: str, what: dict[str, Any], tokens: Callable[[], Tokens], storage_dtype: StorageDtype = "model"
-    ) -> Activations:
-        made_from = {**shared, **what, "stored": storage_dtype}
-        place = root / "activations" / f"{label}-{manifest.identity(made_from)}"
-        folder = place if store is None else store.folder(place.name)
 
-        def there() -> Activations | None:
-            with contextlib.suppress(DamagedFolder):  # Then `harvest` says so, and mends it.
+class _Vectors:
+    """Finds or harvests the vectors of a study's harvests."""
+
+    def __init__(self, study: StudySettings, source: Source, root: Path, compute: ComputeShards | None) -> None:
+        self._study, self._source, self._root, self._compute = study, source, root, compute
+        self._n_positions = study.corpus.n_positions
+        self._store = _remote_store(study, root)
+        self._texts = cache(self._read_texts)
+
+    def packed(self, item: Harvest, split: Split, n_tokens: int) -> Activations:
+        return self._find(item, lambda: pack(self._texts(split), self._source.tokenizer, self._n_positions, n_tokens))
+
+    def shifted(self, item: Harvest) -> Activations:
+        split, evaluation = self._study.corpus.eval_split, self._study.evaluation
+        n_texts, n_windows = evaluation.shift_texts, evaluation.shift_windows
+        return self._find(
+            item, lambda: shifted(self._texts(split), self._source.tokenizer, self._n_positions, n_texts, n_windows)
+        )
+
+    def order_task(self, item: Harvest) -> tuple[OrderTask, Activations]:
+        evaluation, tokenizer = self._study.evaluation, self._source.tokenizer
+        n_train, n_test = evaluation.order_train_groups, evaluation.order_test_groups
+        split = self._study.corpus.eval_split
+        task = make_order_task(item.label, tokenizer, self._n_positions, n_train, n_test, split)
+        return task, self._find(item, lambda: order_tokens(task, tokenizer, self._n_positions), task.texts)
+
+    def probe_dataset(self, item: Harvest) -> tuple[ProbeDataset, Activations]:
+        evaluation, corpus = self._study.evaluation, self._study.corpus
+        n_train, n_test = evaluation.probe_train, evaluation.probe_test
+        dataset = read_probe_dataset(item.label, n_train, n_test, corpus.max_characters, corpus.eval_split)
+        tokenizer = self._source.tokenizer
+        return dataset, self._find(item, lambda: pad(dataset.texts, tokenizer, self._n_positions), dataset.texts)
+
+    def _read_texts(self, split: Split) -> list[str]:
+        corpus = self._study.corpus
+        announce(f"Reading the {split} texts of {corpus.texts or f'{len(corpus.tables)} tables'}.")
+        table_texts = (text for name in corpus.tables for text, _ in embedded.read_table(name))
+        every_text = table_texts if corpus.texts is None else read_texts(corpus.texts, corpus.n_texts)
+        return [text[: corpus.max_characters] for text in unique_texts(every_text, split)]
+
+    def _find(self, item: Harvest, tokens: Callable[[], Tokens], texts: Sequence[str] = ()) -> Activations:
+        """The vectors of a harvest, which are harvested first if they are not finished.
+
+        Args:
+            texts: of a task or dataset, whose content is compared too: a dataset on the hub may change.
+        """
+        made_from = {**item.made_from, **({"texts_sha256": _texts_sha256(texts)} if texts else {})}
+        local = item.folder(self._root)
+        folder = local if self._store is None else self._store.folder(local.name)
+
+        def finished() -> Activations | None:
+            with contextlib.suppress(DamagedFolder):  # `harvest` reports and repairs it.
                 return finished_activations(folder, made_from)
             return None
 
-        if (found := there()) is not None:
-            return found
-        with manifest.claim(place, wait=True):  # Another process may have made it meanwhile.
-            found = there()
-            if found is None:
-                here = source.loaded if compute is None else None
-                found = harvest(tokens(), here, folder, made_from, label, storage_dtype, compute)
-            return found
+        if (activations := finished()) is not None:
+            return activations
+        with manifest.claim(local, wait=True):
+            activations = finished()  # Another process may have harvested it in the meantime.
+            if activations is None:
+                model = self._source.loaded if self._compute is None else None
+                activations = harvest(tokens(), model, folder, made_from, item.label, item.storage_dtype, self._compute)
+            return activations
 
-    @cache
-    def texts(split: Split) -> list[str]:
-        tables, own = study.corpus.tables, study.corpus.texts
-        announce(f"Reading the {split} texts of {own or f'{len(tables)} tables'}.")
-        every = (text for name in tables for text, _ in embedded.read_table(name))
-        found = unique_texts(every if own is None else read_texts(own, study.corpus.n_texts), split)
-        return [text[: study.corpus.max_characters] for text in found]
 
-    def packed(split: Split, n_tokens: int) -> Callable[[], Tokens]:
-        return lambda: pack(texts(split), source.tokenizer, n_positions, n_tokens)
+def _remote_store(study: StudySettings, root: Path) -> Store | None:
+    """The store that `activations_url` names, with its local cache under `root`; None: vectors stay under `root`."""
+    if study.activations_url is None:
+        return None
+    cache_bytes = round(study.activations_cache_gb * 1e9)
+    return Store(study.activations_url, layout.activations_folder(root) / ".store", cache_bytes)
 
-    settings = study.corpus.source
-    eval_split = study.corpus.eval_split
-    ask = study.evaluation
-    splits: tuple[tuple[Split, int, StorageDtype], ...] = (
-        ("training", study.corpus.training_tokens, study.model.storage_dtype),
-        (eval_split, study.corpus.heldout_tokens, "model"),
-    )
-    sets = {
-        split: harvested(split, {"split": split, "tokens": n_tokens, **settings}, packed(split, n_tokens), dtype)
-        for split, n_tokens, dtype in splits
-    }
-    runtime.give_back_freed_memory()
-    n_pieces, n_windows = ask.shift_texts, ask.shift_windows
-    shift = harvested(
-        "shift",
-        {"shift": [n_pieces, n_windows], "split": eval_split, **settings},
-        lambda: shifted(texts(eval_split), source.tokenizer, n_positions, n_pieces, n_windows),
-    )
-    tasks, datasets = {}, {}
-    for name in ask.order_tasks:
-        task = make_order_task(
-            name, source.tokenizer, n_positions, ask.order_train_groups, ask.order_test_groups, eval_split
-        )
-        tokens = partial(order_tokens, task, source.tokenizer, n_positions)
-        tasks[name] = task, harvested(name, {"shuffled_too": True, "texts_of": list(task.texts)}, tokens)
-    for name in ask.probe_datasets:
-        dataset = read_probe_dataset(name, ask.probe_train, ask.probe_test, study.corpus.max_characters, eval_split)
-        tokens = partial(pad, dataset.texts, source.tokenizer, n_positions)
-        datasets[name] = dataset, harvested(name, {"texts_of": list(dataset.texts)}, tokens)
-    return Data(
-        sets["training"],
-        sets[eval_split],
-        shift,
-        tasks,
-        datasets,
-        source.tokenizer,
-        n_positions,
-        ask,
-        lambda: source.loaded,
-    )
+
+def _texts_sha256(texts: Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(hashlib.sha256(text.encode()).digest())
+    return digest.hexdigest()

@@ -23,7 +23,7 @@ from posmask.evaluation.suite import Data
 from posmask.kernels import runtime
 from posmask.progress import progress_bars, shown_by
 from posmask.storage import manifest
-from posmask.study.cell import Place, places_of, state_of, train_cell, untrained
+from posmask.study.cell import Target, state_of, targets_of, train_cell, untrained
 from posmask.study.engines import make_anew, needs
 from posmask.study.harvests import Source, prepare
 from posmask.study.settings import StudySettings
@@ -111,19 +111,21 @@ class Cluster:
             yield self._result(under_way.pop(0), f"harvest {label}")
             advance(sum(int(tokens.keep[chunk].sum()) for chunk in contexts))
 
-    def make(self, study: StudySettings, todo: list[Place], data: Data, root: Path, say: Callable[[str], None]) -> None:
+    def make(
+        self, study: StudySettings, todo: list[Target], data: Data, root: Path, say: Callable[[str], None]
+    ) -> None:
         """See `engines.Engine`."""
-        waiting: dict[str, tuple[Place, Stage]] = {
-            place.label: (place, "evaluate" if place.cell is None else "train") for place in todo
+        waiting: dict[str, tuple[Target, Stage]] = {
+            target.label: (target, "evaluate" if target.cell is None else "train") for target in todo
         }
         running: dict[Any, str] = {}
         try:
             with progress_bars() as show:
                 while waiting:
-                    missing = {place.folder for place, _ in waiting.values()}
-                    for label, (place, stage) in waiting.items():
+                    missing = {target.folder for target, _ in waiting.values()}
+                    for label, (target, stage) in waiting.items():
                         ready = (
-                            place.init_folder not in missing if stage == "train" else not needs(place, root, missing)
+                            target.init_folder not in missing if stage == "train" else not needs(target, root, missing)
                         )
                         if ready and label not in running.values() and len(running) < self._n_jobs:
                             task = self._task(_make).options(name=f"{stage} {label}")
@@ -133,11 +135,11 @@ class Cluster:
                         show(*line)
                     for task in finished:
                         label = running.pop(task)
-                        place, stage = waiting.pop(label)
+                        target, stage = waiting.pop(label)
                         for line in self._result(task, f"{stage} {label}"):
                             say(line)
                         if stage == "train":
-                            waiting[label] = place, "evaluate"
+                            waiting[label] = target, "evaluate"
         finally:
             for task in running:
                 self._ray.cancel(task, force=True)
@@ -235,12 +237,12 @@ def _make(worker: _Worker, root: Path, label: str, stage: Stage) -> list[str]:
     study = worker.study
     with worker.at_work():
         source = _source(study)
-        (place,) = (one for one in places_of(study, source, root) if one.label == label)
+        (target,) = (one for one in targets_of(study, source, root) if one.label == label)
         data = _kept("data", f"{root} {study.model_dump_json()}", lambda: prepare(study, source, root))
-        with manifest.claim(place.folder, wait=True):
+        with manifest.claim(target.folder, wait=True):
             if stage == "evaluate":
-                make_anew(study, place, data, root, said.append)
-            elif state_of(place, verify=True) != "finished":
-                sae, _ = untrained(study, place, data)
-                train_cell(study, place, sae, data, keeps_end=True)
+                make_anew(study, target, data, root, said.append)
+            elif state_of(target, verify=True) != "finished":
+                sae, _ = untrained(study, target, data)
+                train_cell(study, target, sae, data, keeps_end=True)
     return said

@@ -1,4 +1,4 @@
-"""A study: settings x cells x seeds -> run folders -> one results table. Does only what is missing."""
+"""Carry out a study: make the folders that are missing and join their rows into one results table."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -7,29 +7,25 @@ from typing import Literal
 
 from posmask.data import models
 from posmask.errors import BadSetting, DamagedFolder
-from posmask.evaluation.suite import evaluate
 from posmask.kernels import runtime
 from posmask.results import comparisons, rows
 from posmask.sae.files import read_sae
-from posmask.storage import manifest
-from posmask.storage.record import RECORD_MARK, STUDY_FILE, StudyRecord, read_record, write_record
-from posmask.study import engines, ray_engine
+from posmask.storage import layout, manifest
+from posmask.storage.record import RECORD_MARK, StudyRecord, read_record, write_record
+from posmask.study import engines
 from posmask.study.cell import (
-    BASELINES,
-    SAEBENCH_FILE,
-    UNITS_FILE,
     CellState,
-    Place,
+    Target,
     checked_init,
+    evaluate_to_folder,
     fill,
-    places_of,
     read_init,
     results_origin,
     rows_in,
     state_of,
+    targets_of,
     train_cell,
     untrained,
-    write_saebench,
 )
 from posmask.study.harvests import Source, prepare
 from posmask.study.settings import StudySettings
@@ -39,26 +35,24 @@ from posmask.training.trackers import check_tracker
 
 __all__ = ["cell_states", "evaluate_folder", "run_study", "train_together"]
 
-RESULTS_FILE = "results.csv"
-VERDICTS_FILE = "verdicts.csv"
 _OUTPUTS = {
-    RESULTS_FILE: (rows.header_of(rows.Row),),
-    VERDICTS_FILE: (rows.header_of(comparisons.Verdict),),
-    "report.html": manifest.PAGE_MARKS,
-    STUDY_FILE: (RECORD_MARK,),
+    layout.RESULTS_FILE: (rows.header_of(rows.Row),),
+    layout.VERDICTS_FILE: (rows.header_of(comparisons.Verdict),),
+    layout.REPORT_FILE: manifest.PAGE_MARKS,
+    layout.STUDY_FILE: (RECORD_MARK,),
 }
-"""What a study's folder holds beside its cells, and by what each file is recognized."""
+"""Files that a run writes beside its folders, and the marks by which it recognizes its own."""
 
 
 def cell_states(study: StudySettings, root: Path) -> list[tuple[str, CellState]]:
-    """For the baselines and each cell: whether its folder is finished, missing, or made from other settings.
+    """The label and state of the baselines and of each cell.
 
-    Where there is no folder yet the model is not asked for, which may be out of reach.
+    If the root does not exist the model is not looked up, so this works without access to it.
     """
     if not root.exists():
-        labels = [f"{cell.name}-seed{seed}" for cell in study.cells for seed in study.seeds_of(cell)]
-        return [(label, "missing") for label in (BASELINES, *labels)]
-    return [(place.label, state_of(place)) for place in places_of(study, Source(study.model, study.device), root)]
+        labels = [layout.cell_label(cell.name, seed) for cell in study.cells for seed in study.seeds_of(cell)]
+        return [(label, "missing") for label in (layout.BASELINES, *labels)]
+    return [(target.label, state_of(target)) for target in targets_of(study, Source(study.model, study.device), root)]
 
 
 def run_study(
@@ -68,16 +62,17 @@ def run_study(
     n_jobs: int = 1,
     engine: Literal["local", "ray"] = "local",
 ) -> list[rows.Row]:
-    """Do what is missing under `root` and write `results.csv` there; returns its rows.
+    """Make what is missing under `root`, write `results.csv` and `verdicts.csv` there, and return the rows.
 
-    A finished folder is never made again. One that was made from other settings is moved to `root/stale`.
+    A finished folder is never recomputed. A folder that was made from other settings is moved to `root/stale`.
 
     Args:
-        n_jobs: how many cells are made at a time, by processes that share the processors' threads.
-        engine: local: this machine's processes. ray: tasks on a cluster, see `on_ray`.
+        n_jobs: how many cells are made at a time, by processes that share the CPU's threads.
+        engine: local: processes on this machine. ray: tasks on a cluster, see `ray_engine`.
 
     Raises:
-        BadSetting: something that posmask did not write is in the way; nothing is changed then.
+        BadSetting: a file or folder that posmask did not write is in the way; nothing is changed then. Or another run
+            with other settings uses the same root.
     """
     for name, marks in _OUTPUTS.items():
         manifest.check_file(root / name, *marks)
@@ -87,28 +82,39 @@ def run_study(
     check_tracker(study.track)
     _warn_of_slow_precision(study, say)
     source = Source(study.model, study.device)
-    places = places_of(study, source, root)
-    todo = [place for place in places if state_of(place, verify=True) != "finished"]
-    if len(todo) < len(places):
-        say(f"{len(places) - len(todo)} of {len(places)} folders are finished and stay as they are.")
-    for place in todo:
-        manifest.check_aside(place.folder)
-        check_checkpoints(place.checkpoints)
+    targets = targets_of(study, source, root)
+    todo = [target for target in targets if state_of(target, verify=True) != "finished"]
+    if len(todo) < len(targets):
+        say(f"{len(targets) - len(todo)} of {len(targets)} folders are finished and stay as they are.")
+    for target in todo:
+        manifest.check_aside(target.folder)
+        check_checkpoints(target.checkpoints)
     if todo:
-        where = nullcontext(engines.Local(n_jobs)) if engine == "local" else ray_engine.connected(study, n_jobs)
-        with where as made_by:
-            data = prepare(study, source, root, made_by.compute)  # What cannot be prepared has moved nothing yet.
-            _begin(study, places, root, anew=True)
+        with _engine(engine, study, n_jobs) as made_by:
+            data = prepare(study, source, root, made_by.compute)  # If this fails, existing results are untouched.
+            _begin(study, targets, root, recompute=True)
             made_by.make(study, todo, data, root, say)
     else:
-        _begin(study, places, root, anew=False)
-    for place in places:
-        remove_checkpoints(place.checkpoints)
-    results = [row for place in places for row in rows_in(place.folder, manifest.identity(place.made_from))]
-    with manifest.replacing(root / RESULTS_FILE, *_OUTPUTS[RESULTS_FILE]) as beside:
-        rows.write_rows(beside, results)
-    with manifest.replacing(root / VERDICTS_FILE, *_OUTPUTS[VERDICTS_FILE]) as beside:
-        comparisons.write_verdicts(beside, _verdicts(study, places))
+        _begin(study, targets, root, recompute=False)
+    for target in targets:
+        remove_checkpoints(target.checkpoints)
+    return _join_results(study, targets, root)
+
+
+def _engine(engine: Literal["local", "ray"], study: StudySettings, n_jobs: int):
+    if engine == "local":
+        return nullcontext(engines.Local(n_jobs))
+    from posmask.study import ray_engine
+
+    return ray_engine.connected(study, n_jobs)
+
+
+def _join_results(study: StudySettings, targets: list[Target], root: Path) -> list[rows.Row]:
+    results = [row for target in targets for row in rows_in(target)]
+    with manifest.replacing(root / layout.RESULTS_FILE, *_OUTPUTS[layout.RESULTS_FILE]) as draft:
+        rows.write_rows(draft, results)
+    with manifest.replacing(root / layout.VERDICTS_FILE, *_OUTPUTS[layout.VERDICTS_FILE]) as draft:
+        comparisons.write_verdicts(draft, _verdicts(study, targets))
     return results
 
 
@@ -124,37 +130,35 @@ def _warn_of_slow_precision(study: StudySettings, say: Callable[[str], None]) ->
     )
 
 
-def _begin(study: StudySettings, places: list[Place], root: Path, *, anew: bool) -> None:
-    """Let the run folder belong to this study; results that would not match its cells are removed.
+def _begin(study: StudySettings, targets: list[Target], root: Path, *, recompute: bool) -> None:
+    """Record that the run folder belongs to this study, and remove results that would not match its cells.
 
     Args:
-        anew: whether cells will be made.
+        recompute: whether cells will be made.
     """
-    record = StudyRecord(
-        study.name, study.baseline, {place.label: manifest.identity(place.made_from) for place in places}
-    )
-    with manifest.claim(root / "cells" / STUDY_FILE, wait=True):  # Several processes may begin the same study.
+    record = StudyRecord(study.name, study.baseline, {target.label: target.identity for target in targets})
+    with manifest.claim(layout.cells_folder(root) / layout.STUDY_FILE, wait=True):  # Several processes may begin it.
         try:
             changed = read_record(root) != record
         except DamagedFolder:
             changed = True
-        if anew or changed:
-            for name in (RESULTS_FILE, VERDICTS_FILE, "report.html"):
+        if recompute or changed:
+            for name in (layout.RESULTS_FILE, layout.VERDICTS_FILE, layout.REPORT_FILE):
                 manifest.remove_file(root / name, *_OUTPUTS[name])
         if changed:
             write_record(root, record)
 
 
-def _verdicts(study: StudySettings, places: list[Place]) -> list[comparisons.Verdict]:
-    """Each cell against the first open one, then the study's own questions."""
+def _verdicts(study: StudySettings, targets: list[Target]) -> list[comparisons.Verdict]:
+    """Each cell against the baseline, then the comparisons that the study lists."""
     units: dict[str, dict[int, dict[str, rows.Units]]] = {}
-    for place in places:
-        if place.cell is not None:
-            units.setdefault(place.cell.name, {})[place.seed] = rows.read_units(place.folder / UNITS_FILE)
+    for target in targets:
+        if target.cell is not None:
+            units.setdefault(target.cell.name, {})[target.seed] = rows.read_units(target.folder / layout.UNITS_FILE)
     baseline = study.baseline
-    asked = [comparisons.Comparison(cell.name, baseline) for cell in study.cells if baseline not in (None, cell.name)]
-    asked += [comparisons.Comparison(comparison.cell, comparison.against) for comparison in study.comparisons]
-    return comparisons.judge(units, asked)
+    pairs = [(cell.name, baseline) for cell in study.cells if baseline is not None and cell.name != baseline]
+    pairs += [(comparison.cell, comparison.against) for comparison in study.comparisons]
+    return comparisons.judge(units, [comparisons.Comparison(*pair) for pair in pairs])
 
 
 def train_together(
@@ -163,46 +167,47 @@ def train_together(
     """Train one cell in all processes that torch.distributed has connected, and leave it for `run_study` to evaluate.
 
     Args:
-        by: what is divided among the processes; see `parallel`.
+        by: what is divided among the processes; see `training.distributed`.
 
     Returns:
-        How they were together; None where the cell was finished already.
+        The strategy, with its traffic; None if the cell is finished already.
 
     Raises:
-        BadSetting: no such cell, or one that cannot be divided so.
+        BadSetting: no such cell, or one that cannot be divided in this way.
     """
     source = Source(study.model, study.device)
-    place = next((one for one in places_of(study, source, root) if one.label == f"{cell}-seed{seed}"), None)
-    if place is None or place.cell is None:
-        known = ", ".join(one.name for one in study.cells)
+    label = layout.cell_label(cell, seed)
+    target = next((target for target in targets_of(study, source, root) if target.label == label), None)
+    if target is None or target.cell is None:
+        known = ", ".join(other.name for other in study.cells)
         raise BadSetting(f"{study.name} has no cell {cell!r} with seed {seed}: choose from {known}, and its seeds")
-    if state_of(place) == "finished":
+    if state_of(target) == "finished":
         return None
-    check_checkpoints(place.checkpoints)
+    check_checkpoints(target.checkpoints)
     data = prepare(study, source, root)
-    whole, _ = untrained(study, place, data)
+    sae, _ = untrained(study, target, data)
     if by == "data":
-        together = distributed.ByData(whole)
-        train_cell(study, place, whole, data, together, keeps_end=True)
+        strategy = distributed.ByData(sae)
+        train_cell(study, target, sae, data, strategy, keeps_end=True)
     else:
-        together = distributed.ByPosition(whole, data.training.position[data.training.keep])
-        train_cell(study, place, together.part, data, together, keeps_end=True)
-    return together
+        strategy = distributed.ByPosition(sae, data.training.position[data.training.keep])
+        train_cell(study, target, strategy.part, data, strategy, keeps_end=True)
+    return strategy
 
 
 def evaluate_folder(
     study: StudySettings, root: Path, folder: Path, say: Callable[[str], None] = print
 ) -> list[rows.Row]:
-    """Ask an SAE that the study did not train what it asks its cells, on the same texts; returns its rows.
+    """Evaluate an SAE that the study did not train as it evaluates its cells, on the same texts.
 
-    They go to `root/evaluated/NAME`, NAME being the folder's. The baselines are made if they are missing; of training,
-    and of what was dead at its end, nothing is said.
+    Rows are written to `root/evaluated/NAME`, where NAME is the folder's name. The baselines are made if they are
+    missing. There are no rows about training or about latents that were dead at its end.
 
     Returns:
         The SAE's rows, then those of the baselines.
 
     Raises:
-        BadSetting: the SAE is of another model or layer, or of contexts of another length.
+        BadSetting: the SAE is of another model, layer or site, or of contexts of another length.
     """
     runtime.keep_freed_memory()
     source = Source(study.model, study.device)
@@ -214,28 +219,22 @@ def evaluate_folder(
         )
     made_from = {**results_origin(study, source), "sae": checked_init(folder, source.made_from)}
     name = folder.resolve().name
-    place = Place(None, 0, root / "evaluated" / name, made_from)
-    baseline = places_of(study, source, root)[0]
-    missing = [one for one in (baseline, place) if state_of(one) != "finished"]
-    for one in missing:
-        manifest.check_aside(one.folder)
-    data = prepare(study, source, root) if missing else None
-    for one in missing:
-        assert data is not None
-        if one.folder.exists():
-            say(f"{one.label} was made from other settings: moved to {manifest.set_aside(one.folder, root / 'stale')}.")
-        if one is baseline:
-            fill(study, one, data, [])
-            continue
-        sae = read_init(folder, data.training.d_model).to(study.device)
-        with manifest.write_folder(place.folder, made_from) as draft:
-            found, facts = evaluate(sae, None, data, name)
-            facts.write(draft, data.tokenizer)
-            if study.evaluation.probe_datasets:
-                llm = rows_in(baseline.folder, manifest.identity(baseline.made_from))
-                write_saebench(draft / SAEBENCH_FILE, study, place, found, llm)
-            mask = sae.mask.settings
-            columns = {"cell": name, "mask": mask.kind, "budget": "", "gating": mask.gating, "seed": 0}
-            rows.write_rows(draft / "rows.csv", [rows.Row.of(measure, **columns) for measure in found])
-            rows.write_units(draft / UNITS_FILE, found)
-    return [row for one in (place, baseline) for row in rows_in(one.folder, manifest.identity(one.made_from))]
+    target = Target(None, 0, root, layout.evaluated_folder(root, name), made_from)
+    baseline = targets_of(study, source, root)[0]
+    missing = [item for item in (baseline, target) if state_of(item) != "finished"]
+    for item in missing:
+        manifest.check_aside(item.folder)
+    if missing:
+        data = prepare(study, source, root)
+        for item in missing:
+            if item.folder.exists():
+                moved = manifest.set_aside(item.folder, layout.stale_folder(root))
+                say(f"{item.label} was made from other settings: moved to {moved}.")
+        if baseline in missing:
+            fill(study, baseline, data, [])
+        if target in missing:
+            sae = read_init(folder, data.training.d_model).to(study.device)
+            with manifest.write_folder(target.folder, made_from) as draft:
+                columns = {"cell": name, "budget": "", "seed": 0}
+                evaluate_to_folder(study, target, sae, data, rows_in(baseline), draft, columns)
+    return [*rows_in(target), *rows_in(baseline)]

@@ -1,8 +1,5 @@
-"""A study's settings, from its TOML file: checked as far as can be without loading a model."""
+"""Settings of a study: data, with the rules that relate them. `study_file` reads them, `cell` builds SAEs from them."""
 
-import difflib
-import tomllib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,7 +8,6 @@ from pydantic import (
     ConfigDict,
     Field,
     SerializeAsAny,
-    ValidationError,
     field_validator,
     model_validator,
 )
@@ -19,19 +15,22 @@ from pydantic import (
 from posmask import masks
 from posmask.data import sites, texts, tokens
 from posmask.data.activations import StorageDtype
-from posmask.errors import BadSetting, PosmaskError
 from posmask.evaluation.settings import EvaluationSettings
 from posmask.evaluation.suite import growing_name
-from posmask.masks.base import MaskSettings, PositionMask
+from posmask.masks.base import MaskSettings
 from posmask.sae import rules
-from posmask.sae.autoencoder import SparseAutoencoder
-from posmask.sae.files import read_sae
-from posmask.sae.warm_start import warm_start
-from posmask.storage.remote import Store
 from posmask.training import trackers
 from posmask.training.settings import TrainingSettings
 
-__all__ = ["CellSettings", "CorpusSettings", "ModelSettings", "StudySettings", "read_study"]
+__all__ = [
+    "MODEL_CELL",
+    "CellSettings",
+    "ComparisonSettings",
+    "CorpusSettings",
+    "ModelSettings",
+    "SaeSettings",
+    "StudySettings",
+]
 
 MODEL_CELL = "llm"
 """What the baselines' rows say in the column `cell`."""
@@ -240,12 +239,6 @@ class StudySettings(_Settings):
                     "name an open cell with a smaller step_fraction"
                 )
 
-    def store(self, root: Path) -> Store | None:
-        """Where vectors are kept, if not in the study's folder `root`."""
-        if self.activations_url is None:
-            return None
-        return Store(self.activations_url, root / "activations" / ".store", round(self.activations_cache_gb * 1e9))
-
     def seeds_of(self, cell: CellSettings) -> tuple[int, ...]:
         return cell.seeds or self.seeds
 
@@ -292,112 +285,3 @@ class StudySettings(_Settings):
             return self.sae.d_sae
         kind = masks.MASKS[cell.mask.kind]
         return kind.width_at_equal_compute(cell.mask, self.corpus.n_positions, self.sae.d_sae)
-
-    def make_sae(self, cell: CellSettings, d_model: int, seed: int) -> SparseAutoencoder:
-        mask = self._make_mask(cell, seed)
-        return SparseAutoencoder(d_model, self.sae.rule, mask, seed)
-
-    def _make_mask(self, cell: CellSettings, seed: int) -> PositionMask:
-        return masks.make_mask(cell.mask, self.corpus.n_positions, self.width(cell), seed)
-
-    def init_sae(self, cell: CellSettings, source: SparseAutoencoder, seed: int) -> SparseAutoencoder:
-        """The SAE of a cell that starts from another."""
-        if source.rule.settings.of_codes() != self.sae.rule.of_codes():
-            raise BadSetting(
-                f"{cell.name} would start from an SAE with the rule {source.rule.settings.model_dump()}, but sae.rule "
-                f"is {self.sae.rule.model_dump()}: make them equal"
-            )
-        return warm_start(source, self._make_mask(cell, seed), seed, self.sae.rule)
-
-
-def read_study(path: Path, changes: Sequence[str] = ()) -> StudySettings:
-    """The settings in a study file, checked as far as can be without loading anything.
-
-    Args:
-        changes: settings to replace, such as `model.layer=5`; what stands behind = is a TOML value, or bare text.
-
-    Raises:
-        BadSetting: one sentence on the first thing that is wrong.
-    """
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf8"))
-    except FileNotFoundError:
-        raise BadSetting(
-            f"there is no study file {path}: give the path of a TOML file, such as studies/quick.toml"
-        ) from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise BadSetting(f"{path} is not a readable TOML file ({error}): correct it") from None
-    for change in changes:
-        _apply_change(values, change)
-    try:
-        study = StudySettings.model_validate(values)
-        for cell in study.cells:  # Masks that do not fit are found here, not after the harvest.
-            sae = study.make_sae(cell, d_model=1, seed=study.seeds[0])
-            if cell.init_folder is not None:
-                sae = study.init_sae(cell, read_sae(cell.init_folder), seed=study.seeds[0])
-            elif cell.init_from is not None:
-                stand_in = CellSettings(name="source", mask=masks.mask_settings({"kind": "open"}))
-                sae = study.init_sae(cell, study.make_sae(stand_in, d_model=1, seed=0), seed=study.seeds[0])
-            if cell.mask.gradient_sharing and not sae.mask.may_have_copies():
-                raise BadSetting(
-                    f"{cell.name} has gradient_sharing = {cell.mask.gradient_sharing}, but its latents are not "
-                    "copies of each other: leave it out, or let the cell start from an open one"
-                )
-    except ValidationError as error:
-        raise BadSetting(f"{path}: {_first_mistake(error)}") from None
-    except PosmaskError as error:
-        raise BadSetting(f"{path}: {error}") from None
-    return study
-
-
-def _apply_change(values: dict[str, Any], change: str) -> None:
-    """Put `table.key=value` into a study's values."""
-    place, equals, text = change.partition("=")
-    *tables, key = place.strip().split(".")
-    for table in tables:
-        values = values.get(table, {})
-        if not isinstance(values, dict):
-            break
-    if not equals or not isinstance(values, dict) or not values:
-        raise BadSetting(f"{change!r} changes no setting: write TABLE.KEY=VALUE, such as model.layer=5")
-    try:
-        values[key] = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        values[key] = text.strip()
-
-
-def _first_mistake(error: ValidationError) -> str:
-    # A misspelt setting is also a missing one: the misspelling says more.
-    mistakes = error.errors(include_url=False)
-    mistake = next((found for found in mistakes if found["type"] == "extra_forbidden"), mistakes[0])
-    place = ".".join(str(part) for part in mistake["loc"])
-    if mistake["type"] == "extra_forbidden":
-        known = _all_fields()
-        close = difflib.get_close_matches(str(mistake["loc"][-1]), known, n=1)
-        return f"{place} is not a setting: {f'did you mean {close[0]}?' if close else 'remove it'}"
-    if mistake["type"] == "missing":
-        return f"{place} is missing: give it a value"
-    if mistake["type"] == "value_error":
-        return (
-            f"{place}: {mistake['msg'].removeprefix('Value error, ')}"
-            if place
-            else mistake["msg"].removeprefix("Value error, ")
-        )
-    return f"{place} = {mistake['input']!r} is not valid ({mistake['msg'].lower()}): correct it"
-
-
-def _all_fields() -> list[str]:
-    found = set(StudySettings.model_fields)
-    for part in (
-        ModelSettings,
-        CorpusSettings,
-        SaeSettings,
-        EvaluationSettings,
-        CellSettings,
-        ComparisonSettings,
-        TrainingSettings,
-    ):
-        found |= set(part.model_fields)
-    for part in (*masks.MASKS.values(), *rules.RULES.values()):
-        found |= set(part.Settings.model_fields)
-    return sorted(found)

@@ -1,0 +1,110 @@
+"""Layout of a run folder: the name of every file and folder, and the label of a cell.
+
+ROOT/
+  study.json, results.csv, verdicts.csv, report.html
+  baselines/, cells/CELL-seedN/, evaluated/NAME/     one finished folder each
+  activations/, checkpoints/CELL-seedN/, jobs/N.log, stale/
+"""
+
+from pathlib import Path
+
+__all__ = [
+    "BASELINES",
+    "CURVE_FILE",
+    "OPENNESS_FILE",
+    "REPORT_FILE",
+    "RESULTS_FILE",
+    "ROWS_FILE",
+    "SAEBENCH_FILE",
+    "SETTINGS_FILE",
+    "SNAPSHOTS_FILE",
+    "STUDY_FILE",
+    "UNITS_FILE",
+    "VERDICTS_FILE",
+    "activations_folder",
+    "cell_folder",
+    "cell_label",
+    "cells_folder",
+    "checkpoints_folder",
+    "evaluated_folder",
+    "job_log",
+    "jobs_folder",
+    "parse_cell_label",
+    "stale_folder",
+]
+
+STUDY_FILE = "study.json"
+RESULTS_FILE = "results.csv"
+VERDICTS_FILE = "verdicts.csv"
+REPORT_FILE = "report.html"
+BASELINES = "baselines"
+"""Label and folder of the model's own results."""
+
+ROWS_FILE = "rows.csv"
+UNITS_FILE = "units.safetensors"
+SETTINGS_FILE = "settings.json"
+CURVE_FILE = "curve.csv"
+SNAPSHOTS_FILE = "snapshots.safetensors"
+SAEBENCH_FILE = "saebench.json"
+OPENNESS_FILE = "openness.safetensors"
+
+
+def cell_label(cell: str, seed: int) -> str:
+    """
+    >>> cell_label("slice", 0)
+    'slice-seed0'
+    """
+    return f"{cell}-seed{seed}"
+
+
+def parse_cell_label(label: str) -> tuple[str, int]:
+    """The inverse of `cell_label`.
+
+    Raises:
+        ValueError: the label is not of that form.
+
+    >>> parse_cell_label("slice-seed0")
+    ('slice', 0)
+    """
+    cell, separator, seed = label.rpartition("-seed")
+    if not separator or not seed.isdecimal():
+        raise ValueError(f"{label!r} is not the label of a cell, such as slice-seed0")
+    return cell, int(seed)
+
+
+def cells_folder(root: Path) -> Path:
+    return root / "cells"
+
+
+def cell_folder(root: Path, label: str) -> Path:
+    """The finished folder of a label: a cell's, or the baselines'."""
+    return root / label if label == BASELINES else cells_folder(root) / label
+
+
+def checkpoints_folder(root: Path, label: str) -> Path:
+    """The checkpoints of a training that is not finished."""
+    return root / "checkpoints" / label
+
+
+def activations_folder(root: Path) -> Path:
+    """The harvested vectors, one folder per set."""
+    return root / "activations"
+
+
+def evaluated_folder(root: Path, name: str) -> Path:
+    """The results of an SAE that the study did not train."""
+    return root / "evaluated" / name
+
+
+def stale_folder(root: Path) -> Path:
+    """Folders of other settings that a run moved out of the way."""
+    return root / "stale"
+
+
+def jobs_folder(root: Path) -> Path:
+    return root / "jobs"
+
+
+def job_log(root: Path, number: int) -> Path:
+    """The output of a helper process of `run --jobs`."""
+    return jobs_folder(root) / f"{number}.log"

@@ -1,0 +1,72 @@
+"""The declared harvests of a study: identities without texts, and texts that change under a declared name."""
+
+from dataclasses import replace
+
+import pytest
+
+from posmask.data import embedded
+from posmask.probing import order_tasks
+from posmask.study import harvests
+from posmask.study.harvests import Source, prepare, texts_identity
+from posmask.study.run import cell_states, run_study
+from posmask.study.study_file import read_study
+
+
+def declared(study):
+    return harvests.harvests(study, Source(study.model).made_from, texts_identity(study))
+
+
+def test_declaring_and_comparing_needs_no_text(study_file, tmp_path, monkeypatch):
+    study = read_study(study_file)
+    run_study(study, tmp_path / "run", say=lambda line: None)
+
+    def forbidden(*args, **kwargs):
+        raise AssertionError("a text was read to learn an identity")
+
+    for module, name in ((embedded, "read_table"), (harvests, "make_order_task"), (harvests, "read_probe_dataset")):
+        monkeypatch.setattr(module, name, forbidden)
+    items = declared(study)
+    assert [item.kind for item in items] == ["training", "heldout", "shift", "order", "probes"]
+    assert all((item.folder(tmp_path / "run") / "manifest.json").is_file() for item in items)
+    assert {state for _, state in cell_states(study, tmp_path / "run")} == {"finished"}
+    run_study(study, tmp_path / "run", say=lambda line: None)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "corpus.training_tokens=1400", "corpus.heldout_tokens=1400", "evaluation.shift_texts=39",
+        "evaluation.order_train_groups=29", "evaluation.probe_train=38", "corpus.eval_split=validation",
+        "corpus.max_characters=900", "corpus.n_positions=15", "model.layer=1",
+    ],
+)  # fmt: skip
+def test_every_setting_that_decides_vectors_is_in_an_identity(study_file, change):
+    folders = [
+        {item.folder(study_file.parent) for item in declared(read_study(study_file, changes))}
+        for changes in ([], [change])
+    ]
+    assert folders[0] != folders[1]
+
+
+def test_vectors_are_harvested_again_when_a_dataset_has_other_texts(study_file, tmp_path, monkeypatch):
+    study = read_study(study_file)
+    source = Source(study.model)
+    before = prepare(study, source, tmp_path / "run").probes["toy"][1]
+    kept = before.position[before.keep].clone()
+    read = harvests.read_probe_dataset
+
+    def with_other_texts(*args):
+        dataset = read(*args)
+        return replace(dataset, texts=(*dataset.texts[1:], dataset.texts[0]))
+
+    monkeypatch.setattr(harvests, "read_probe_dataset", with_other_texts)
+    after = prepare(study, source, tmp_path / "run").probes["toy"][1]
+    assert after.made_from["texts_sha256"] != before.made_from["texts_sha256"]
+    assert len(after.position[after.keep]) == len(kept)
+
+
+def test_order_tasks_are_harvested_as_declared(study_file, tmp_path):
+    study = read_study(study_file)
+    task, vectors = prepare(study, Source(study.model), tmp_path / "run").order["toy_order"]
+    assert isinstance(task, order_tasks.OrderTask)
+    assert vectors.made_from["groups"] == [30, 10]
