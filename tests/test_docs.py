@@ -42,10 +42,10 @@ def examples(page):
 
 EXAMPLES = {
     ("README.md", "make run     # sets everything up"): "CI runs `make test`; `make run` was timed by hand",
-    ("README.md", "                                expl.   CE  ret.− order"): "what `make run` printed",
-    ("README.md", "runs/quick/"): "a tree of files",
     ("README.md", "import posmask"): "test_the_readme_way_in_from_python",
-    ("README.md", "src/posmask/"): "a tree of files",
+    ("docs/architecture.md", "src/posmask/"): "a tree of files",
+    ("docs/quick-study.md", "                                expl.    CE  ret.− order"): "what `make run` prints",
+    ("docs/quick-study.md", "runs/quick/"): "a tree of files",
     ("docs/index.md", "make run"): "timed by hand, as the README says",
     ("docs/cluster.md", "posmask run STUDY.toml --engine ray"): "tests/test_on_ray.py runs it on a cluster of its own",
     ("docs/cluster.md", "torchrun --nproc-per-node 4"): "test_several_processes_train_a_cell_that_a_run_evaluates",

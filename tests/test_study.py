@@ -521,7 +521,7 @@ def test_starts_that_make_no_sense_are_refused_before_any_work(study_file, old, 
 
 
 def test_a_new_kind_and_a_new_rule_take_one_class_and_one_entry(study_file, tmp_path, monkeypatch):
-    """As the README says; nothing else knows of them, and a study, its table and its page take them."""
+    """As docs/architecture.md says; a study, its table and its page need no other change."""
 
     class Odd(PositionMask):
         class Settings(MaskSettings):
