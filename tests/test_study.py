@@ -366,7 +366,7 @@ mask = { kind = "switch", n_experts = 4 }
 budget = "compute"
 [[cells]]
 name = "by-sentence"
-mask = { kind = "budget", mean_openness = 0.25, position_origin = "sentence", free_fraction = 0.25 }
+mask = { kind = "soft", low = 0.3, high = 0.7, position_origin = "sentence", free_fraction = 0.25 }
 """
 
 
@@ -502,7 +502,7 @@ METRICS = ("explained_variance", "l0", "order_accuracy", "probe_accuracy", "rete
         ("step_fraction = 0.5", "step_fraction = 0.01", "step_fraction = 0.01 of open-half makes 0 steps"),
         ("step_fraction = 0.5", "step_fraction = 1.5", "step_fraction = 1.5 is not valid"),
         ("n_slices = 4 }\nbudget", "n_slices = 4, free_fraction = 1.5 }\nbudget", "cells.1.mask"),
-        ("mean_openness = 0.25", "mean_openness = 0.01", "would leave a position with no open latent"),
+        ("low = 0.3", "low = 0.8", "low = 0.8 is above high = 0.7"),
         ("start_latents = 32", "start_latents = 16", "start_latents = 16 is not the 32 latents that are live"),
         (
             'kind = "slice", n_slices = 4 }\nbudget = "compute"\ninit_from',

@@ -72,7 +72,6 @@ class Observed:
     latent: Int[Tensor, " entry"]
     value: Float[Tensor, " entry"]
     residual: Float[Tensor, "token d_model"]
-    decoder: Float[Tensor, "latent d_model"]
 
 
 @dataclass(frozen=True)
