@@ -220,6 +220,18 @@ def test_importance_regrows_closed_positions_between_prunings():
     assert mask.openness().sum(0).tolist() == [4.0] * D_SAE
 
 
+@pytest.mark.parametrize("kind", MASKS)
+def test_only_masks_that_learn_or_split_change_in_training(kind):
+    assert mask_of(kind).changes_in_training == (kind in ("soft", "importance", "split"))
+
+
+def test_lifting_matters_where_the_mask_closes_codes():
+    assert mask_of("slice").lifting_matters()
+    assert not mask_of("slice", gating="gradient").lifting_matters()
+    assert not mask_of("slice", leak=1.0).lifting_matters()
+    assert not mask_of("open").lifting_matters()
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

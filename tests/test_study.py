@@ -566,6 +566,7 @@ def test_a_new_kind_and_a_new_rule_take_one_class_and_one_entry(study_file, tmp_
         ("k = 4 }", "k = 40 }", "k = 40 is more than the 32 latents"),
         ("n_slices = 4", "n_slices = 17", "n_slices = 17 is more than the 16 positions"),
         ('kind = "slice", n_slices = 4', 'kind = "hard", positions_per_latent = 4', "has no equal-compute form"),
+        ('"slice", n_slices = 4', '"switch", n_experts = 4', "a 'switch' mask cannot be trained on without its router"),
         (
             "n_slices = 4",
             "n_slices = 4, gradient_sharing = 0.9",
