@@ -39,7 +39,6 @@ MASKS = (
     {"kind": "open"},
     {"kind": "slice", "n_slices": 8},
     {"kind": "importance", "positions_per_latent": 8},
-    {"kind": "budget", "mean_openness": 0.25},
     {"kind": "soft", "low": 0.3, "high": 0.7},
     {"kind": "split", "start_latents": 512, "max_latents": D_SAE},
 )

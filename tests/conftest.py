@@ -57,7 +57,6 @@ MASKS = {
     "soft": {"kind": "soft", "low": 0.3, "high": 0.7},
     "importance": {"kind": "importance", "positions_per_latent": 4},
     "band": {"kind": "band", "growth": 1.5},
-    "budget": {"kind": "budget", "mean_openness": 0.25},
     "split": {"kind": "split", "start_latents": 8, "max_latents": 32, "n_windows": 4, "n_splittings": 3},
     "switch": {"kind": "switch", "n_experts": 4},
     "windows": {"kind": "windows", "cuts": [[], [6], [3, 6], [9]]},
@@ -112,7 +111,7 @@ def grow(sae, n_steps=10):
             latent = (torch.rand(live.shape, generator=random) * live).argmax(1)
             value = torch.rand(1000, generator=random)
             residual = torch.randn(200, sae.d_model, generator=random)
-            mask.observe(Observed(place, token, latent, value, residual, sae.decoder.detach()))
+            mask.observe(Observed(place, token, latent, value, residual))
         mask.after_step(done + 1, n_steps)
 
 

@@ -24,7 +24,6 @@ SETTINGS = TrainingSettings(
 QUICK = {
     "soft": {"pressure": 0.5, "last_temperature": 0.3, "freeze_at": 0.9},
     "importance": {"n_prunings": 4, "first_pruning": 0.2, "last_pruning": 0.9, "regrow": 0.3},
-    "budget": {"memory_steps": 5, "sharpen_to": 0.9},
     "split": {"first_splitting": 0.3, "last_splitting": 0.8, "watch_steps": 4, "gradient_sharing": 0.5},
     "windows": {"gradient_sharing": 0.5},
 }

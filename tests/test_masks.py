@@ -2,12 +2,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from conftest import D_SAE, MASKS, N_POSITIONS, make_sae
+from conftest import D_SAE, MASKS, N_POSITIONS
 from posmask import masks
 from posmask.errors import BadSetting
 from posmask.evaluation.retention import mask_measures
-from posmask.masks import fixed, learned, make_mask, mask_settings, splitting
-from posmask.masks.base import Observed
+from posmask.masks import fixed, make_mask, mask_settings, splitting
 from posmask.masks.groups import live_groups
 
 
@@ -134,13 +133,6 @@ def test_width_at_equal_compute_leaves_as_many_latents_open_as_unmasked(values, 
     assert abs(mask.n_free / found - settings.free_fraction) < 0.1
 
 
-def test_a_budget_keeps_as_many_latents_at_each_position_as_unmasked():
-    settings = mask_settings({"kind": "budget", "mean_openness": 0.125})
-    assert learned.Budget.width_at_equal_compute(settings, N_POSITIONS, 32) == 256
-    mask = make_sae("budget").mask
-    assert mask.openness().sum(1).tolist() == [8.0] * N_POSITIONS
-
-
 @pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize("fraction", [0.0, 0.25, 1.0])
 def test_free_latents_are_open_everywhere_and_the_rest_follows_the_kind(kind, fraction):
@@ -152,7 +144,7 @@ def test_free_latents_are_open_everywhere_and_the_rest_follows_the_kind(kind, fr
     assert bool(mask.bound_positions()[:, : mask.n_free].all())
     if 0 < mask.n_free < D_SAE:
         bound = mask.table()[:, mask.n_free :].detach()
-        assert kind in ("open", "importance", "budget") or bool((bound != 1).any())
+        assert kind in ("open", "importance") or bool((bound != 1).any())
 
 
 @pytest.mark.parametrize("kind", ["slice", "hard", "cohort", "band", "importance"])
@@ -228,30 +220,16 @@ def test_importance_regrows_closed_positions_between_prunings():
     assert mask.openness().sum(0).tolist() == [4.0] * D_SAE
 
 
-def test_a_budget_keeps_the_gates_whose_closing_would_cost_most():
-    """The score is the rise of the squared error when a code is taken away, summed over the gate's tokens."""
-    mask = mask_of("budget", memory_steps=1)
-    random = torch.Generator().manual_seed(0)
-    decoder = torch.nn.functional.normalize(torch.randn(D_SAE, 6, generator=random), dim=1)
-    place = torch.randint(N_POSITIONS, (50,), generator=random)
-    token = torch.arange(50).repeat_interleave(3)
-    latent = torch.randint(D_SAE, (150,), generator=random)
-    value, residual = torch.rand(150, generator=random), torch.randn(50, 6, generator=random)
-    mask.observe(Observed(place, token, latent, value, residual, decoder))
-    expected = torch.zeros(N_POSITIONS, D_SAE)
-    for t, j, z in zip(token.tolist(), latent.tolist(), value.tolist(), strict=True):
-        without = residual[t] + z * decoder[j]
-        expected[place[t], j] += float(without.square().sum() - residual[t].square().sum())
-    torch.testing.assert_close(mask.score, expected, rtol=1e-4, atol=1e-5)
-    for done in range(1, 101):
-        mask.before_step(done - 1, 100)
-        mask.after_step(done, 100)
-        if done == 30:  # on the way, the mean openness at each position is the budget of the moment
-            budget = 0.25 ** ((0.3 - 0.1) / 0.5)
-            assert mask.openness().mean(1).tolist() == pytest.approx([budget] * N_POSITIONS, abs=1e-3)
-    best = torch.zeros(N_POSITIONS, D_SAE).scatter_(1, mask.score.topk(8, dim=1).indices, 1.0)
-    assert torch.equal(mask.openness(), best)
-    assert not mask.watches
+@pytest.mark.parametrize("kind", MASKS)
+def test_only_masks_that_learn_or_split_change_in_training(kind):
+    assert mask_of(kind).changes_in_training == (kind in ("soft", "importance", "split"))
+
+
+def test_lifting_matters_where_the_mask_closes_codes():
+    assert mask_of("slice").lifting_matters()
+    assert not mask_of("slice", gating="gradient").lifting_matters()
+    assert not mask_of("slice", leak=1.0).lifting_matters()
+    assert not mask_of("open").lifting_matters()
 
 
 @pytest.mark.parametrize(
@@ -262,7 +240,6 @@ def test_a_budget_keeps_the_gates_whose_closing_would_cost_most():
         ({"kind": "hard", "positions_per_latent": 20}, "20 is more than the 16 positions"),
         ({"kind": "cohort", "n_cohorts": 5, "positions_per_latent": 4}, "must be a multiple"),
         ({"kind": "soft", "low": 0.7, "high": 0.3}, "low = 0.7 is above high = 0.3"),
-        ({"kind": "budget", "mean_openness": 0.01}, "would leave a position with no open latent"),
         ({"kind": "band", "growth": 1}, None),
         ({"kind": "split", "start_latents": 8, "max_latents": 30}, "max_latents = 30 is not the 32 latents"),
         (
@@ -303,7 +280,10 @@ def test_masks_that_do_not_fit_say_why(values, message):
         ({"kind": "split", "start_latents": 8, "max_latents": 9, "leak": 0.1}, "unborn latents must be silent"),
         ({"kind": "switch", "n_experts": 4, "leak": 0.1}, "switch has no positions"),
         ({"kind": "soft", "low": 0.1, "high": 0.2, "sharpen_from": 0.9}, "sharpen_from, sharpen_to = 0.9, 0.8"),
-        ({"kind": "budget", "mean_openness": 0.5, "sharpen_to": 0.1}, "sharpen_from, sharpen_to = 0.1, 0.1"),
+        (
+            {"kind": "soft", "low": 0.1, "high": 0.2, "sharpen_from": 0.1, "sharpen_to": 0.1},
+            "sharpen_from, sharpen_to = 0.1, 0.1",
+        ),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(values, message):

@@ -104,7 +104,7 @@ CASES = {
         ("position", "slice", "jumprelu"),
     ],
     4: [
-        ("data", "budget", "topk"),
+        ("data", "split", "topk"),
         ("data", "importance", "relu"),
         ("position", "slice", "topk"),
         ("position", "slice", "gated"),

@@ -15,6 +15,7 @@ import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -24,11 +25,13 @@ from safetensors.numpy import load_file
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from conftest import D_SAE, N_POSITIONS, batch_of, make_sae, make_vectors
+from conftest import D_SAE, MASKS, N_POSITIONS, batch_of, make_sae, make_vectors
+from posmask import masks
 from posmask.cli.commands import app
 from posmask.errors import BadSetting, DamagedFolder
 from posmask.evaluation.latents import LatentFacts
 from posmask.evaluation.retention import PositionMass
+from posmask.masks.learned import Soft
 from posmask.report import page as page_module
 from posmask.report import page_server, write_paper_figures, write_report, write_report_folder
 from posmask.report.browser import shown_word
@@ -97,7 +100,7 @@ def write_cell(root, name, kind, *, seed=0, level=0.8, latents=True, d_sae=D_SAE
         (draft / "curve.csv").write_text(curve)
         sae = make_sae(kind, d_sae=d_sae, seed=seed)
         write_sae(sae, draft)
-        if kind == "soft":
+        if sae.mask.changes_in_training:
             moments = torch.randint(256, (8, N_POSITIONS, d_sae), dtype=torch.uint8)
             save_file({"openness": moments, "tokens": torch.arange(8) * 25 + 25}, draft / "snapshots.safetensors")
         if latents:
@@ -566,23 +569,19 @@ def test_what_cannot_be_read_is_left_out_and_said(root):
         assert said.replace("`", "") in page.replace("`", ""), said
 
 
-def test_learned_masks_without_snapshots_are_named(tmp_path):
-    write_cell(tmp_path, "soft", "soft", latents=False)
-    cell = tmp_path / "cells" / "soft-seed0"
-    manifest = json.loads((cell / "manifest.json").read_text())
-    (cell / "snapshots.safetensors").unlink()
-    files = {name: entry for name, entry in manifest["files"].items() if name != "snapshots.safetensors"}
-    with write_folder(
-        tmp_path / "cells" / "soft-seed1", manifest["made_from"]
-    ) as draft:  # as one of an earlier version
-        for name in files:
-            shutil.copy2(cell / name, draft / name)
-    shutil.rmtree(cell)
+def test_a_kind_of_mask_that_the_report_does_not_know_is_drawn_by_its_snapshots(tmp_path, monkeypatch):
+    class Wavy(Soft):
+        class Settings(Soft.Settings):
+            kind: Literal["wavy"] = "wavy"
+
+    monkeypatch.setitem(masks.MASKS, "wavy", Wavy)
+    monkeypatch.setitem(MASKS, "wavy", {**MASKS["soft"], "kind": "wavy"})
+    for cell, kind in (("open", "open"), ("one", "wavy")):
+        write_cell(tmp_path, cell, kind, latents=False)
     page = write_report(tmp_path)
-    text = page.read_text(encoding="utf8")
-    assert "How learned masks changed in training was not recorded for soft: only" in text
-    assert "block-chart-snapshots" not in text
-    assert "block-chart-learned" in text
+    assert {value["cell"] for value in values_of(page, "snapshots")} == {"one"}
+    path, _ = values_of(page, "learned")
+    assert {value["cell"] for value in path} == {"one"}
 
 
 def test_a_study_without_cells_or_results_still_has_a_page(root, tmp_path):

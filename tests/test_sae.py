@@ -1,13 +1,16 @@
 import json
+from typing import Literal
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import D_MODEL, N_POSITIONS, RULES, make_sae, make_vectors
+from posmask import masks
 from posmask.errors import BadSetting, DamagedFolder
 from posmask.masks import make_mask, mask_settings
 from posmask.masks.base import Copies
+from posmask.masks.router import Switch
 from posmask.sae.autoencoder import SparseAutoencoder
 from posmask.sae.files import read_origin, read_sae, write_sae
 from posmask.sae.rules import rule_settings
@@ -182,6 +185,21 @@ def test_other_constants_change_nothing_but_the_units_of_codes(rule):
     renormalize_(sae, torch.linspace(3, 0, D_MODEL).double(), torch.tensor(0.5).double())
     torch.testing.assert_close(sae(vectors, position), out)
     torch.testing.assert_close(sae.encode(vectors, position), 3 * codes)
+
+
+def test_a_router_of_another_kind_is_saved_and_not_warm_started(tmp_path, monkeypatch):
+    class Experts(Switch):
+        class Settings(Switch.Settings):
+            kind: Literal["experts"] = "experts"
+
+    monkeypatch.setitem(masks.MASKS, "experts", Experts)
+    mask = make_mask(mask_settings({"kind": "experts", "n_experts": 4}), N_POSITIONS, 32)
+    sae = SparseAutoencoder(D_MODEL, rule_settings(RULES["topk"]), mask)
+    write_sae(sae, tmp_path)
+    vectors, position = make_vectors(60)
+    assert torch.equal(read_sae(tmp_path).encode(vectors, position), sae.encode(vectors, position))
+    with pytest.raises(BadSetting, match="multiplies codes by its router's p"):
+        warm_start(make_sae("open", d_sae=8), mask)
 
 
 def test_an_sae_overwrites_only_an_sae(tmp_path):

@@ -367,7 +367,7 @@ mask = { kind = "switch", n_experts = 4 }
 budget = "compute"
 [[cells]]
 name = "by-sentence"
-mask = { kind = "budget", mean_openness = 0.25, position_origin = "sentence", free_fraction = 0.25 }
+mask = { kind = "soft", low = 0.3, high = 0.7, position_origin = "sentence", free_fraction = 0.25 }
 """
 
 
@@ -503,7 +503,7 @@ METRICS = ("explained_variance", "l0", "order_accuracy", "probe_accuracy", "rete
         ("step_fraction = 0.5", "step_fraction = 0.01", "step_fraction = 0.01 of open-half makes 0 steps"),
         ("step_fraction = 0.5", "step_fraction = 1.5", "step_fraction = 1.5 is not valid"),
         ("n_slices = 4 }\nbudget", "n_slices = 4, free_fraction = 1.5 }\nbudget", "cells.1.mask"),
-        ("mean_openness = 0.25", "mean_openness = 0.01", "would leave a position with no open latent"),
+        ("low = 0.3", "low = 0.8", "low = 0.8 is above high = 0.7"),
         ("start_latents = 32", "start_latents = 16", "start_latents = 16 is not the 32 latents that are live"),
         (
             'kind = "slice", n_slices = 4 }\nbudget = "compute"\ninit_from',
@@ -567,6 +567,7 @@ def test_a_new_kind_and_a_new_rule_take_one_class_and_one_entry(study_file, tmp_
         ("k = 4 }", "k = 40 }", "k = 40 is more than the 32 latents"),
         ("n_slices = 4", "n_slices = 17", "n_slices = 17 is more than the 16 positions"),
         ('kind = "slice", n_slices = 4', 'kind = "hard", positions_per_latent = 4', "has no equal-compute form"),
+        ('"slice", n_slices = 4', '"switch", n_experts = 4', "a 'switch' mask cannot be trained on without its router"),
         (
             "n_slices = 4",
             "n_slices = 4, gradient_sharing = 0.9",

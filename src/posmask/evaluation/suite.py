@@ -85,7 +85,7 @@ def evaluate(
     """
     facts = LatentFacts(sae.d_sae)
     in_model = data.in_model  # Loads the model, if it is not there yet, before the bar starts.
-    lifted_too = _lifting_matters(sae)
+    lifted_too = sae.mask.lifting_matters()
     n_tokens = (data.heldout.n_kept + data.shift.n_kept) * (2 if lifted_too else 1) + data.n_probed_tokens
     with progress_bar(f"evaluate {label}", n_tokens + 3 * in_model.n_tokens, "tokens") as advance:
         used, information, to_ablate, found = _heldout(sae, data, facts, advance)
@@ -102,10 +102,6 @@ def evaluate(
         found += _topics(sae, data, facts, advance)
     facts.add_effects(*vocabulary_effects(sae, data.load_model()))
     return found, facts
-
-
-def _lifting_matters(sae: SparseAutoencoder) -> bool:
-    return sae.mask.gates_code() and not bool((sae.mask.table() == 1).all())
 
 
 def _heldout(

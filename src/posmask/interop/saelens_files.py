@@ -177,11 +177,10 @@ def lossy_saelens_form(
     else:  # jumprelu's threshold of each latent, or batchtopk's of all
         architecture = "jumprelu"
         own["threshold"] = tensors["rule.threshold"].expand(sae.d_sae).contiguous()
-    gates = mask.gates_code() and not bool((mask.table() == 1).all())
     lost = (
         f"the position mask ({mask.settings.kind}) is lifted: every latent is open everywhere, so codes and "
         "reconstructions are not those of the SAE that was trained and measured"
-        if gates
+        if mask.lifting_matters()
         else "nothing: every latent's code is open everywhere in the SAE that was trained, too"
     )
     metadata = _metadata(sae, origin or {}, model_name) | {"posmask_lossy": lost}

@@ -8,7 +8,7 @@ from typing import Any
 from posmask.errors import BadSetting
 from posmask.masks.base import MaskSettings, PositionMask
 from posmask.masks.fixed import Band, Cohort, Hard, Open, Slice, Windows
-from posmask.masks.learned import Budget, Importance, Soft
+from posmask.masks.learned import Importance, Soft
 from posmask.masks.router import Switch
 from posmask.masks.splitting import Split
 
@@ -22,7 +22,6 @@ MASKS: dict[str, type[PositionMask]] = {
     "band": Band,
     "soft": Soft,
     "importance": Importance,
-    "budget": Budget,
     "split": Split,
     "switch": Switch,
     "windows": Windows,

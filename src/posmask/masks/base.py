@@ -72,7 +72,6 @@ class Observed:
     latent: Int[Tensor, " entry"]
     value: Float[Tensor, " entry"]
     residual: Float[Tensor, "token d_model"]
-    decoder: Float[Tensor, "latent d_model"]
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ class PositionMask(nn.Module):
     """Latents with the same number here are copies of one latent, see `gradient_sharing`."""
     learns: bool = False
     """Whether training should hand `learn` the gradient of the loss with respect to the table."""
-    reads_vectors: bool = False
+    reads_vectors: ClassVar[bool] = False
     """Whether `route` looks at the vectors, and not at positions alone."""
     watches: bool = False
     """Whether training should show `observe` the step's codes and residual."""
@@ -125,6 +124,19 @@ class PositionMask(nn.Module):
     def _start(self, random: torch.Generator) -> None:
         """Set the bound latents' openness at step 0."""
         raise NotImplementedError
+
+    @property
+    def changes_in_training(self) -> bool:
+        """Whether further training steps may change the openness."""
+        return self.learns or self.watches or self.copies_latents
+
+    def is_open(self) -> bool:
+        """Whether every latent is fully open everywhere."""
+        return bool((self.table() == 1).all())
+
+    def lifting_matters(self) -> bool:
+        """Whether codes without the mask may differ from those with it."""
+        return self.gates_code() and not self.is_open()
 
     def may_have_copies(self) -> bool:
         """Whether latents are copies of each other, or may become so; else `gradient_sharing` has no effect."""

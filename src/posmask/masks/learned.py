@@ -1,7 +1,6 @@
-"""Masks that training changes: soft, importance, budget."""
+"""Masks that training changes by gradients: soft, importance."""
 
 import math
-from fractions import Fraction
 from typing import Literal
 
 import torch
@@ -10,8 +9,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from posmask.errors import BadSetting
-from posmask.kernels import operations
-from posmask.masks.base import MaskSettings, Observed, PositionMask, moments
+from posmask.masks.base import MaskSettings, PositionMask, moments
 from posmask.masks.fixed import _check_positions_per_latent
 
 
@@ -148,91 +146,3 @@ class Importance(PositionMask):
         self.saliency *= 0.5
         self.tie.copy_(self.tie.roll(1, dims=0))  # other positions regrow next time
         self._changed()
-
-
-class Budget(PositionMask):
-    """Learned strict gates under a budget: each latent finds out whether and where to specialize.
-
-    At each position the same number of bound latents ends open, the share `mean_openness` of them; a latent may be
-    open everywhere, at a few positions or at none. The score of a gate is what closing it would cost there: the sum
-    over its tokens of |r + z d|^2 - |r|^2 = z^2 |d|^2 + 2 z r.d (residual r, code z, decoder row d), which is the exact
-    rise of the error with the rest held fixed, as a running mean over some `memory_steps` steps. Gates are
-
-        M[p, j] = sigma((log score[p, j] - shift[p]) / temperature),
-
-    shift[p] such that their mean at p is the budget of the moment. From `sharpen_from` to `sharpen_to` (shares of the
-    steps) that budget falls geometrically from 1 to `mean_openness` and the temperature to `last_temperature`; then
-    each position keeps its best gates, at openness 1, and the rest is closed.
-    """
-
-    class Settings(MaskSettings):
-        kind: Literal["budget"] = "budget"
-        mean_openness: float = Field(gt=0, le=1)
-        first_temperature: float = Field(default=1.0, gt=0)
-        last_temperature: float = Field(default=0.05, gt=0)
-        sharpen_from: float = Field(default=0.1, ge=0, lt=1)
-        sharpen_to: float = Field(default=0.6, gt=0, le=1)
-        memory_steps: int = Field(default=50, gt=0)
-
-        @model_validator(mode="after")
-        def _in_order(self) -> "Budget.Settings":
-            _check_order("sharpen_from, sharpen_to", self.sharpen_from, self.sharpen_to)
-            return self
-
-    settings: Settings
-    score: Tensor
-
-    def _start(self, random: torch.Generator) -> None:
-        self._n_kept = round(self.settings.mean_openness * self.n_bound)
-        if self.n_bound and not self._n_kept:
-            raise BadSetting(
-                f"mean_openness = {self.settings.mean_openness} of {self.n_bound} latents would leave a position with "
-                "no open latent: raise it, or the number of latents"
-            )
-        self._fix(torch.ones(self.n_positions, self.n_bound))
-        # Ties between gates that never acted are broken at random.
-        score = 1e-12 * (1 + torch.rand(self.n_positions, self.n_bound, generator=random))
-        self.register_buffer("score", score, persistent=False)
-        self.watches = True
-
-    def observe(self, seen: Observed) -> None:
-        along = operations.dot_rows(seen.residual, seen.token, seen.decoder, seen.latent)
-        cost = seen.value.square() + 2 * seen.value * along
-        bound = seen.latent >= self.n_free
-        gate = seen.mask_row[seen.token[bound]] * self.n_bound + seen.latent[bound] - self.n_free
-        fresh = torch.zeros_like(self.score)
-        fresh.view(-1).index_add_(0, gate, cost[bound])
-        self.score.lerp_(fresh, 1 / self.settings.memory_steps)
-
-    def before_step(self, done: int, n_steps: int) -> None:
-        self.watches = done < self.settings.sharpen_to * n_steps
-
-    def after_step(self, done: int, n_steps: int) -> None:
-        ask = self.settings
-        if done < ask.sharpen_from * n_steps or not self.watches or not self.n_bound:
-            return
-        if done >= ask.sharpen_to * n_steps:
-            self.watches = False
-            kept = self.score.topk(self._n_kept, dim=1).indices
-            self.fixed_openness.zero_().scatter_(1, kept, 1.0)
-        else:
-            when = done, n_steps
-            budget = _temperature(*when, 1.0, ask.mean_openness, ask.sharpen_from, ask.sharpen_to)
-            warmth = _temperature(*when, ask.first_temperature, ask.last_temperature, ask.sharpen_from, ask.sharpen_to)
-            self.fixed_openness.copy_(_with_mean(self.score.clamp(min=1e-12).log() / warmth, min(budget, 0.999)))
-        self._changed()
-
-    @classmethod
-    def growth(cls, settings: MaskSettings, n_positions: int) -> Fraction:
-        assert isinstance(settings, cls.Settings)
-        return 1 / Fraction(settings.mean_openness).limit_denominator(10**6)
-
-
-def _with_mean(logit: Float[Tensor, "row gate"], mean: float) -> Float[Tensor, "row gate"]:
-    """sigma(logit - shift), each row's shift such that its mean is `mean`; found by halving the interval."""
-    low, high = logit.amin(1, keepdim=True) - 20, logit.amax(1, keepdim=True) + 20
-    for _ in range(40):
-        middle = (low + high) / 2
-        too_open = torch.sigmoid(logit - middle).mean(1, keepdim=True) > mean
-        low, high = torch.where(too_open, middle, low), torch.where(too_open, high, middle)
-    return torch.sigmoid(logit - (low + high) / 2)

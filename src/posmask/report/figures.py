@@ -56,7 +56,6 @@ _SNAPSHOT_BINS = (24, 16)  # latents, positions
 _SNAPSHOTS_FILE = "snapshots.safetensors"
 _STEP = 17  # pixels a bar
 _NARROW = 270  # pixels that a phone leaves for marks
-_LEARNED = ("soft", "importance", "budget", "split")
 Figure = alt.TopLevelMixin
 
 
@@ -78,7 +77,7 @@ def figures(
         openness = _openness(cell, warnings)
         if openness is not None:
             masks[cell.cell] = openness
-    learned = {row.cell for row in rows if row.mask in _LEARNED}
+    learned = {cell.cell for cell in pictured if (cell.path / _SNAPSHOTS_FILE).is_file()}
     told = _curves(pictured, warnings)
     made: dict[str, Figure | None] = {
         "trade-off": trade_off(named, in_tables, 5, baselines),
@@ -465,11 +464,8 @@ def _learned(told: list[dict[str, Any]], masks: dict[str, np.ndarray]) -> Figure
 
 def _snapshots(learned: Sequence[CellFolder], warnings: list[str]) -> Figure | None:
     """How open the same latents were at eight moments of training, in the order of where they are open at its end."""
-    values, moments, without = [], 0, []
+    values, moments = [], 0
     for cell in learned:
-        if not (cell.path / _SNAPSHOTS_FILE).is_file():
-            without.append(cell.cell)
-            continue
         try:
             found = load_file(cell.path / _SNAPSHOTS_FILE)
             openness, tokens = found["openness"] / 255, found["tokens"]
@@ -490,11 +486,6 @@ def _snapshots(learned: Sequence[CellFolder], warnings: list[str]) -> Figure | N
                         "openness": round(float(value), 2),
                     }
                 )
-    if without:
-        warnings.append(
-            f"How learned masks changed in training was not recorded for {', '.join(without[:4])}"
-            f"{' …' if len(without) > 4 else ''}: only cells trained anew have that picture."
-        )
     if not values:
         return None
     return (

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from posmask.errors import BadSetting, DamagedFolder
-from posmask.masks import make_mask, mask_settings
+from posmask.masks import MASKS, make_mask, mask_settings
+from posmask.masks.base import PositionMask
 from posmask.sae.autoencoder import SparseAutoencoder, check_sizes, check_table
 from posmask.sae.rules import rule_settings
 from posmask.storage.manifest import MANIFEST, check_file, read_manifest
@@ -67,8 +68,9 @@ def read_sae(folder: Path, *, verify: bool = False) -> SparseAutoencoder:
     try:
         description = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf8"))
         tensors = load_file(folder / WEIGHTS_FILE)
-        _check_sizes(description, tensors)
-        mask = make_mask(mask_settings(description["mask"]), description["n_positions"], description["d_sae"])
+        settings = mask_settings(description["mask"])
+        _check_sizes(description, tensors, MASKS[settings.kind])
+        mask = make_mask(settings, description["n_positions"], description["d_sae"])
         sae = SparseAutoencoder(description["d_model"], rule_settings(description["rule"]), mask)
         sae.load_state_dict(tensors)
         if (flaw := flaw_of(sae)) is not None:
@@ -78,7 +80,7 @@ def read_sae(folder: Path, *, verify: bool = False) -> SparseAutoencoder:
     return sae
 
 
-def _check_sizes(description: Any, tensors: Mapping[str, Tensor]) -> None:
+def _check_sizes(description: Any, tensors: Mapping[str, Tensor], kind: type[PositionMask]) -> None:
     """That a description asks for no larger an SAE than its tensors make, before any is made.
 
     Raises:
@@ -89,7 +91,7 @@ def _check_sizes(description: Any, tensors: Mapping[str, Tensor]) -> None:
     found: dict[str, int] = dict(zip(("d_sae", "d_model"), tensors["encoder"].shape, strict=True))
     tables = [tensors[name] for name in ("mask.fixed_openness", "mask.theta") if name in tensors]
     found["n_positions"] = len(tables[0])
-    if description["mask"]["kind"] == "switch":  # Its table has a row for each expert.
+    if kind.reads_vectors:  # a router, whose table has a row per expert
         found["n_positions"] = said["n_positions"]
     if said != found:
         raise ValueError(f"its description asks for {said}, its tensors are of {found}")

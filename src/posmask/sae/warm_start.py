@@ -69,9 +69,10 @@ def warm_start(
             f"the SAE to start from was trained on contexts of {source.mask.n_positions} positions, not "
             f"{mask.n_positions}: harvest at that length, or start from another"
         )
-    if mask.settings.kind == "switch":
+    if mask.reads_vectors:
         raise BadSetting(
-            "a switch multiplies codes by its router's p, so it cannot do what an SAE did: leave out init_from"
+            f"a {mask.settings.kind!r} mask multiplies codes by its router's p, so it cannot do what an SAE did: leave "
+            "out init_from"
         )
     latent = torch.arange(mask.d_sae)
     live = mask.live() > 0

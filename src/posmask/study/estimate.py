@@ -457,7 +457,7 @@ class _Costs:
     def evaluation(self, cell: CellSettings, n_left: int) -> Line:
         mask, rates = _mask(self._study, cell), self._rates
         n_positions, d_sae, shape = self._study.corpus.n_positions, mask.d_sae, shape_of(mask)
-        is_open = not (mask.learns or mask.watches or mask.copies_latents) and bool((mask.table() == 1).all())
+        is_open = mask.is_open() and not mask.changes_in_training
         masked = mask.gates_code() and not is_open
         heldout, shift = (one.kept for one in self._sets if one.kind in (_HELDOUT, _SHIFT))
         n_encoded = heldout + shift + self._n_probed + 3 * self._n_in_model

@@ -213,9 +213,10 @@ class StudySettings(_Settings):
                     f"{baseline.init_from or 'scratch'}: let all start from the same folder, or none, since training "
                     "tokens count"
                 )
-            if cell.measure_forgetting and cell.mask.kind == "switch":
+            if cell.measure_forgetting and masks.MASKS[cell.mask.kind].reads_vectors:
                 raise ValueError(
-                    f"{cell.name} has measure_forgetting, but a switch cannot be trained on without its router"
+                    f"{cell.name} has measure_forgetting, but a {cell.mask.kind!r} mask cannot be trained on without "
+                    "its router"
                 )
             if cell.init_from is None or cell.init_folder:
                 if self.n_steps(cell) < 1:

@@ -39,8 +39,7 @@ class MaskSnapshots:
     """
 
     def __init__(self, mask: PositionMask, n_steps: int) -> None:
-        changes = mask.learns or mask.watches or mask.copies_latents
-        self._moments = set(moments(0.0, 1.0, _N_SNAPSHOTS, n_steps)) if changes else set()
+        self._moments = set(moments(0.0, 1.0, _N_SNAPSHOTS, n_steps)) if mask.changes_in_training else set()
         self.latents = torch.linspace(0, mask.d_sae - 1, min(mask.d_sae, _SNAPSHOT_LATENTS)).round().long()
         self.by_step: dict[int, UInt8[Tensor, "position latent"]] = {}
 

@@ -214,7 +214,7 @@ def _owners(
 
 def why_undivided(mask: PositionMask) -> str | None:
     """Why a mask's latents cannot be owned by positions; None where they can."""
-    if not (mask.learns or mask.watches or mask.copies_latents or mask.reads_vectors or mask.settings.gradient_sharing):
+    if not (mask.changes_in_training or mask.reads_vectors or mask.settings.gradient_sharing):
         return None
     return (
         f"a {mask.settings.kind} mask that changes in training, or ties latents, cannot be divided by position: take "

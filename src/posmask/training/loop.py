@@ -179,7 +179,7 @@ def train(
             if step.openness_gradient is not None:
                 sae.mask.learn(step.openness_gradient)
             if sae.mask.watches:
-                sae.mask.observe(_observed(sae, step))
+                sae.mask.observe(_observed(step))
             if sae.mask.settings.gradient_sharing:
                 share_gradients_(sae)
             if settings.max_gradient_norm is not None:
@@ -318,11 +318,11 @@ def share_gradients_(sae: SparseAutoencoder) -> None:
         rows.mul_(1 - tie).add_(mean[copy_of], alpha=tie)
 
 
-def _observed(sae: SparseAutoencoder, step: reference_loss.StepLoss) -> Observed:
+def _observed(step: reference_loss.StepLoss) -> Observed:
     codes = step.codes
     assert codes is not None
     assert step.residual is not None
-    return Observed(step.mask_row, codes.token, codes.latent, codes.value, step.residual, sae.decoder.detach())
+    return Observed(step.mask_row, codes.token, codes.latent, codes.value, step.residual)
 
 
 def _copy_moments_(optimizer: torch.optim.Adam, sae: SparseAutoencoder, copies: Copies) -> None:
