@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from posmask.data.activations import training_batches
 from posmask.errors import BadSetting, DamagedFolder
-from posmask.evaluation.suite import Data, baselines, evaluate, forgetting
+from posmask.evaluation.suite import EvaluationData, baselines, evaluate, forgetting
 from posmask.interop import saebench, sites
 from posmask.kernels import runtime
 from posmask.probing import datasets
@@ -154,7 +154,7 @@ def state_of(place: Place, *, verify: bool = False) -> CellState:
     return "other settings" if place.folder.exists() else "missing"
 
 
-def untrained(study: StudySettings, place: Place, data: Data) -> tuple[SparseAutoencoder, int]:
+def untrained(study: StudySettings, place: Place, data: EvaluationData) -> tuple[SparseAutoencoder, int]:
     """A cell's SAE before its training, and the tokens that the SAE it starts from was trained on."""
     assert place.cell is not None
     if place.init_folder is None:
@@ -173,7 +173,7 @@ def train_cell(
     study: StudySettings,
     place: Place,
     sae: SparseAutoencoder,
-    data: Data,
+    data: EvaluationData,
     together: distributed.Distributed | None = None,
     *,
     keeps_end: bool = False,
@@ -209,7 +209,7 @@ def train_cell(
         )
 
 
-def fill(study: StudySettings, place: Place, data: Data, baseline: list[rows.Row]) -> None:
+def fill(study: StudySettings, place: Place, data: EvaluationData, baseline: list[rows.Row]) -> None:
     """Fill one folder.
 
     Args:

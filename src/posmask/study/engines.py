@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 
 from posmask.data.harvest import ComputeShards
-from posmask.evaluation.suite import Data
+from posmask.evaluation.suite import EvaluationData
 from posmask.kernels import runtime
 from posmask.results import rows
 from posmask.storage import manifest
@@ -38,7 +38,9 @@ class Engine(Protocol):
     def compute(self) -> ComputeShards | None:
         """Computes vectors; None: this process does."""
 
-    def make(self, study: StudySettings, todo: list[Place], data: Data, root: Path, say: Callable[[str], None]) -> None:
+    def make(
+        self, study: StudySettings, todo: list[Place], data: EvaluationData, root: Path, say: Callable[[str], None]
+    ) -> None:
         """Fill all these folders."""
 
 
@@ -55,7 +57,9 @@ class Local:
     def __init__(self, n_jobs: int = 1) -> None:
         self._n_jobs = n_jobs
 
-    def make(self, study: StudySettings, todo: list[Place], data: Data, root: Path, say: Callable[[str], None]) -> None:
+    def make(
+        self, study: StudySettings, todo: list[Place], data: EvaluationData, root: Path, say: Callable[[str], None]
+    ) -> None:
         if self._n_jobs > 1:
             say(f"{self._n_jobs} processes share the cells; what the others say goes to {root / 'jobs'}.")
         n_threads = max(1, torch.get_num_threads() // self._n_jobs)
@@ -69,7 +73,7 @@ def needs(place: Place, root: Path, missing: set[Path]) -> bool:
     return (place.cell is not None and root / BASELINES in missing) or place.init_folder in missing
 
 
-def make_anew(study: StudySettings, place: Place, data: Data, root: Path, say: Callable[[str], None]) -> None:
+def make_anew(study: StudySettings, place: Place, data: EvaluationData, root: Path, say: Callable[[str], None]) -> None:
     """Fill one folder unless it is finished; whoever calls holds its claim. What stands in its place is set aside."""
     check_listed(root, place.label, place.made_from)
     state = state_of(place, verify=True)
@@ -86,7 +90,9 @@ def make_anew(study: StudySettings, place: Place, data: Data, root: Path, say: C
         fill(study, place, data, baseline)
 
 
-def _share(study: StudySettings, todo: list[Place], data: Data, root: Path, say: Callable[[str], None]) -> None:
+def _share(
+    study: StudySettings, todo: list[Place], data: EvaluationData, root: Path, say: Callable[[str], None]
+) -> None:
     """Make what is missing, each folder in one process alone, until all of them are there."""
     waiting = sorted(todo, key=lambda place: place.init_folder is not None)  # what others start from comes first
     while waiting:

@@ -12,7 +12,7 @@ from posmask.data.harvest import ComputeShards, harvest
 from posmask.data.texts import content_of, read_texts
 from posmask.data.tokens import TRAINING_SHARE, VALIDATION_SHARE, Split, Tokens, pack, pad, shifted, unique_texts
 from posmask.errors import DamagedFolder
-from posmask.evaluation.suite import Data
+from posmask.evaluation.suite import EvaluationData
 from posmask.kernels import runtime
 from posmask.probing.datasets import read_probe_dataset
 from posmask.probing.order_probes import order_tokens
@@ -66,7 +66,7 @@ def texts_identity(study: StudySettings) -> dict[str, Any]:
     return {"carriers": carriers, "shares": shares} | ({} if own is None else {"own": content_of(own)})
 
 
-def prepare(study: StudySettings, source: Source, root: Path, compute: ComputeShards | None = None) -> Data:
+def prepare(study: StudySettings, source: Source, root: Path, compute: ComputeShards | None = None) -> EvaluationData:
     """Harvest what is missing: training, held-out, order and probe texts, each into a folder of its own.
 
     Args:
@@ -141,7 +141,7 @@ def prepare(study: StudySettings, source: Source, root: Path, compute: ComputeSh
         dataset = read_probe_dataset(name, ask.probe_train, ask.probe_test, study.corpus.max_characters, eval_split)
         tokens = partial(pad, dataset.texts, source.tokenizer, n_positions)
         datasets[name] = dataset, harvested(name, {"texts_of": list(dataset.texts)}, tokens)
-    return Data(
+    return EvaluationData(
         sets["training"],
         sets[eval_split],
         shift,

@@ -19,7 +19,7 @@ from posmask.data.activations import StorageDtype
 from posmask.data.harvest import Contexts, shards_here
 from posmask.data.tokens import Tokens
 from posmask.errors import BadSetting, DegenerateResult, MissingExtra
-from posmask.evaluation.suite import Data
+from posmask.evaluation.suite import EvaluationData
 from posmask.kernels import runtime
 from posmask.progress import progress_bars, shown_by
 from posmask.storage import manifest
@@ -111,7 +111,9 @@ class Cluster:
             yield self._result(under_way.pop(0), f"harvest {label}")
             advance(sum(int(tokens.keep[chunk].sum()) for chunk in contexts))
 
-    def make(self, study: StudySettings, todo: list[Place], data: Data, root: Path, say: Callable[[str], None]) -> None:
+    def make(
+        self, study: StudySettings, todo: list[Place], data: EvaluationData, root: Path, say: Callable[[str], None]
+    ) -> None:
         """See `engines.Engine`."""
         waiting: dict[str, tuple[Place, Stage]] = {
             place.label: (place, "evaluate" if place.cell is None else "train") for place in todo
