@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from posmask.data import models
-from posmask.data.activations import bytes_a_token
+from posmask.data.activations import bytes_per_token
 from posmask.errors import BadSetting, PosmaskError
 from posmask.kernels import runtime
 from posmask.masks.base import PositionMask
@@ -167,12 +167,12 @@ class Job:
     @property
     def disk_bytes(self) -> int:
         """The training vectors."""
-        return self.harvested_tokens * bytes_a_token(self.d_model, self.stored)
+        return self.harvested_tokens * bytes_per_token(self.d_model, self.stored)
 
     def harvest(self, machine: Machine, n_gpus: int) -> "Harvest":
         """Each GPU holds the whole model and takes a share of the contexts."""
         a_token = machine.pass_seconds(self.below, self.model_precision)
-        written = bytes_a_token(self.d_model, self.stored) / DISK_RATE
+        written = bytes_per_token(self.d_model, self.stored) / DISK_RATE
         held = {"float32": 4, "bfloat16": 2}[self.model_precision] * self.weights
         return Harvest(held, held <= machine.memory, self.harvested_tokens * (a_token + written) / n_gpus)
 
@@ -223,7 +223,7 @@ def forecast(job: Job, machine: Linked, design: Design, n_latents: int, n_gpus: 
     elif design == "latents":
         owned, live, here, active = n / p, n / p, float(tokens), job.k / p
         found, whole = _FLOAT * job.k * tokens, row * tokens
-        spread = bytes_a_token(d, job.stored) * tokens / p
+        spread = bytes_per_token(d, job.stored) * tokens / p
         sent = 0.0 if p == 1 else spread + found + whole
         carried = (p - 1) * spread + (p - 1) / p * found + _ring(whole, p)
     else:
@@ -244,7 +244,7 @@ def forecast(job: Job, machine: Linked, design: Design, n_latents: int, n_gpus: 
     parts = machine.step_parts(d, owned, live, active, here, job.precision)
     parts |= {
         "host": parts["host"] * read / here,
-        "disk": read * bytes_a_token(d, job.stored) / DISK_RATE,
+        "disk": read * bytes_per_token(d, job.stored) / DISK_RATE,
         "network": carried / machine.link_rate(p) if p > 1 else 0.0,
     }
     seconds = sum(parts.values()) * job.trained_tokens / tokens

@@ -20,7 +20,7 @@ def test_packed_contexts_start_with_bos_and_hold_the_texts_in_a_row(tokenizer):
 
 
 def test_packing_stops_at_what_there_is(tokenizer):
-    with pytest.raises(NothingToDo, match="500 kept tokens were asked for, but the 2 texts have"):
+    with pytest.raises(NothingToDo, match="500 kept tokens are needed, but the 2 texts have"):
         pack(make_texts(2), tokenizer, 16, 500)
     with pytest.raises(NothingToDo, match="but the 0 texts have 0"):
         pack([], tokenizer, 16, 1)
@@ -101,7 +101,7 @@ def test_the_shift_design_draws_from_all_texts(tokenizer):
 
 
 def test_the_shift_design_says_when_it_cannot_be(tokenizer):
-    with pytest.raises(NothingToDo, match=r"8 texts of 3 tokens, .* 5 texts give 5"):
+    with pytest.raises(NothingToDo, match=r"needs 8 texts of 3 tokens .* 5 texts give 5"):
         shifted(make_texts(5), tokenizer, 16, n_texts=8, n_windows=4)
     with pytest.raises(BadSetting, match="9 shift windows leave 1 tokens of 16 positions"):
         shifted(make_texts(60), tokenizer, 16, n_texts=8, n_windows=9)

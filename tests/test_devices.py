@@ -190,11 +190,13 @@ def test_a_model_there_takes_and_gives_vectors_here(site, other_device):
 def test_an_sae_there_is_evaluated_as_here(kind, activations, language_model, tokenizer, tmp_path, other_device):
     tokens = shifted(make_texts(200, n_words=5), tokenizer, N_POSITIONS, 20, 4)
     shift = harvest(tokens, language_model, tmp_path / "shift", {}, "shift")
-    ask = settings.EvaluationSettings(
+    evaluation_settings = settings.EvaluationSettings(
         retention_positions=4, shift_texts=20, shift_windows=4, model_contexts=8, order_tasks=(), order_train_groups=1,
         order_test_groups=2, probe_datasets=(), probe_train=2, probe_test=2,
     )  # fmt: skip
-    data = suite.Data(activations, activations, shift, {}, {}, tokenizer, N_POSITIONS, ask, lambda: language_model)
+    data = suite.EvaluationData(
+        activations, activations, shift, {}, {}, tokenizer, N_POSITIONS, evaluation_settings, lambda: language_model
+    )
     here = fresh_sae(kind, "topk")
     train_on(here, activations, SETTINGS)
     there = copy.deepcopy(here).to(THERE)

@@ -138,12 +138,12 @@ def test_a_layer_may_be_a_share_of_the_depth(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("gpu", "device = 'gpu' is no device that posmask runs on: write cpu, cuda, cuda:1 or mps"),
-        ("meta", "device = 'meta' is no device"),
+        ("gpu", "device = 'gpu' is not a device that posmask runs on: use cpu, cuda, cuda:1 or mps"),
+        ("meta", "device = 'meta' is not a device"),
         ("cuda:99", "device = 'cuda:99' is not on this machine"),
     ],
 )
-def test_devices_that_are_not_there_are_said_in_a_sentence(name, message):
+def test_unavailable_devices_raise_one_sentence(name, message):
     check_device("cpu")
     with pytest.raises(BadSetting, match=message):
         load_model("never looked at", 1, "float32", device=name)
@@ -198,7 +198,9 @@ def hub():
         ("no/such", 4, {}, "the hub has no model of that name that you may read): check the name"),
         ("no/such", 4, {"HF_HUB_OFFLINE": "1"}, "switched off by HF_HUB_OFFLINE): connect once to download it"),
         # huggingface_hub asks again and again, for half a minute.
-        pytest.param("no/such", 1, {"HF_ENDPOINT": "http://127.0.0.1:9"}, "out of reach", marks=pytest.mark.slow),
+        pytest.param(
+            "no/such", 1, {"HF_ENDPOINT": "http://127.0.0.1:9"}, "the hub is unavailable", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_what_the_hub_refuses_is_said_with_what_to_do(hub, tmp_path, name, n_loads, setting, message):
@@ -254,7 +256,10 @@ def test_a_gguf_file_is_read_from_a_folder_and_from_the_hub_alike(whole_hub, tmp
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("none.gguf", r"^there is no GGUF file none\.gguf: give the path of one, OWNER/NAME:FILE\.gguf on the hub"),
+        (
+            "none.gguf",
+            r"^GGUF file none\.gguf does not exist: give the path of a file, OWNER/NAME:FILE\.gguf on the hub",
+        ),
         ("user/tiny:none.gguf", r"^user/tiny on the hub has no file none\.gguf: choose a model in the format"),
         (
             "user/none:tiny.gguf",
@@ -263,7 +268,7 @@ def test_a_gguf_file_is_read_from_a_folder_and_from_the_hub_alike(whole_hub, tmp
         ("user/gated:tiny.gguf", r"^model 'user/gated:tiny\.gguf' cannot be loaded \(it is gated\): accept its terms"),
     ],
 )
-def test_a_gguf_file_that_is_not_there_is_said_in_a_sentence(whole_hub, name, message):  # noqa: F811
+def test_a_missing_gguf_file_raises_one_sentence(whole_hub, name, message):  # noqa: F811
     whole_hub.files["user/tiny"] = {}
     with pytest.raises(BadSetting, match=message):
         load_model(name, 1, "float32")

@@ -10,7 +10,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from posmask.data.models import convert_gguf, load_model
+from posmask.data.gguf import convert_gguf
+from posmask.data.models import load_model
 from posmask.errors import BadSetting, MissingAsset
 from reliability.gguf_model import write_tiny_gguf
 from test_model import GROUPED, IDS, TINY

@@ -65,13 +65,13 @@ def test_a_dataset_that_is_not_there_is_said_in_a_sentence(monkeypatch):
 @pytest.mark.parametrize("line", ["{", '{"content": "x"}', '["text"]', '{"text": 3}'])
 def test_a_line_without_a_text_is_named(tmp_path, line):
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n' + line)
-    with pytest.raises(BadSetting, match=r'line 2 of .*a\.jsonl is no JSON object with a text in "text"'):
+    with pytest.raises(BadSetting, match=r'line 2 of .*a\.jsonl is not a JSON object with a text in "text"'):
         list(texts.read_texts(str(tmp_path)))
 
 
 def test_a_folder_without_texts_is_refused(tmp_path):
     for source in (tmp_path, tmp_path / "none.txt"):
-        with pytest.raises(BadSetting, match=r"is no file or folder with \.txt, \.jsonl, \.jsonl\.zst in it"):
+        with pytest.raises(BadSetting, match=r"is not a file or folder with \.txt, \.jsonl, \.jsonl\.zst in it"):
             list(texts.read_texts(str(source)))
 
 

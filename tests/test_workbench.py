@@ -58,7 +58,7 @@ def test_vectors_are_read_once_and_other_texts_are_never_taken_for_them(model_fo
     assert (tmp_path / "v" / "manifest.json").stat().st_mtime_ns == written
     other = posmask.read_vectors(make_texts(40, seed=5), **options)
     assert not torch.equal(other.token_id[:300], first.token_id[:300])
-    with pytest.raises(NothingToDo, match="ask for fewer, or name more texts"):
+    with pytest.raises(NothingToDo, match="reduce the number of tokens, or add texts"):
         posmask.read_vectors(make_texts(4), **{**options, "folder": tmp_path / "few", "n_tokens": 5000})
 
 

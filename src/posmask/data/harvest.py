@@ -25,12 +25,14 @@ _TOKENS_PER_FORWARD = 4096
 _TOKENS_PER_SHARD = 65536
 
 Contexts = list[Int[Tensor, " _"]]
-"""The numbers of the contexts of one shard, in pieces that the model sees together."""
+"""Indices of the contexts of one shard, in chunks that run through the model together."""
 ComputeShards = Callable[
     [Tokens, list[Contexts], str, StorageDtype, Callable[[int], None]], Iterator[dict[str, Tensor]]
 ]
-"""Computes shards, wherever it does so, in the order asked for: takes tokens, contexts of each shard, label, precision
-and what is to be told how many more kept tokens are done; gives what each file holds."""
+"""Computes the tensors of shards, in this process or elsewhere, and yields them in the given order.
+
+Takes the tokens, the contexts of each shard, a label, the precision on disk, and a callback that receives the number of
+kept tokens finished since its last call."""
 
 
 def harvest(
@@ -42,44 +44,45 @@ def harvest(
     storage_dtype: StorageDtype = "model",
     compute: ComputeShards | None = None,
 ) -> Activations:
-    """Run the model over the tokens and write their vectors, unless `folder` already holds them.
+    """Run the model over the tokens and write their vectors, unless `folder` already has them.
 
-    Shards that an earlier call wrote before it was stopped are not computed again; of a damaged folder only those
-    that are lost.
+    Shards that an interrupted call wrote are not recomputed. In a damaged folder only the damaged shards are.
 
     Args:
-        stored: the vectors' precision in the folder; as int8 they come back as float32.
+        model: may be None if the folder is known to be finished or `compute` is given.
+        folder: on disk or in a remote store.
         made_from: identity of model, layer, precision and tokens.
-        model: may be None when the folder is known to be finished, or `compute` is given.
-        compute: computes shards elsewhere; None: here, by `model`.
+        label: name of the texts, for the progress bar and messages.
+        storage_dtype: precision of the vectors in the folder; int8 vectors are read back as float32.
+        compute: computes shards elsewhere; None computes them in this process with `model`.
 
     Raises:
         NothingToDo: no token is kept.
         DegenerateResult: the model gave NaN or infinite vectors.
-        BadSetting: `folder` holds something that posmask did not write.
+        BadSetting: `folder` contains files that posmask did not write.
     """
     made_from = {**made_from, "stored": storage_dtype}
-    wanted = {f"shard-{number:05d}.safetensors": contexts for number, contexts in enumerate(_shards(tokens))}
+    shards = {f"shard-{number:05d}.safetensors": contexts for number, contexts in enumerate(_shards(tokens))}
     try:
-        if (found := finished_activations(folder, made_from)) is not None:
-            return found
+        if (activations := finished_activations(folder, made_from)) is not None:
+            return activations
     except DamagedFolder as error:
         announce(f"{error}.")
         if isinstance(folder, StoredFolder):
             folder.unfinish()
         else:
-            take_apart(folder, MANIFEST, *wanted)
+            take_apart(folder, MANIFEST, *shards)
     if tokens.n_kept == 0:
         raise NothingToDo(f"none of the {tokens.keep.numel():,} tokens of {label} is kept: give texts with content")
     if compute is None:
         assert model is not None
         compute = partial(shards_here, model)
     with (
-        _parts(folder, made_from, kept_tokens=tokens.n_kept) as (there, add),
+        _parts(folder, made_from, kept_tokens=tokens.n_kept) as (is_written, add),
         progress_bar(f"harvest {label}", tokens.n_kept, "tokens") as advance,
     ):
-        missing = {name: contexts for name, contexts in wanted.items() if not there(name)}
-        advance(sum(int(tokens.keep[chunk].sum()) for name in wanted.keys() - missing for chunk in wanted[name]))
+        missing = {name: contexts for name, contexts in shards.items() if not is_written(name)}
+        advance(sum(int(tokens.keep[chunk].sum()) for name in shards.keys() - missing for chunk in shards[name]))
         computed = compute(tokens, list(missing.values()), label, storage_dtype, advance)
         for name, shard in zip(missing, computed, strict=True):
             add(name, shard)
@@ -90,7 +93,7 @@ def harvest(
 def _parts(
     folder: Path | StoredFolder, made_from: Mapping[str, Any], **facts: Any
 ) -> Iterator[tuple[Callable[[str], bool], Callable[[str, dict[str, Tensor]], None]]]:
-    """Yields (whether a shard is there already, put one there); the folder is finished at the end."""
+    """Yield (function that checks whether a shard is written, function that writes it), then finish the folder."""
     if isinstance(folder, Path):
         with write_in_parts(folder, made_from, **facts) as parts:
             yield parts.__contains__, lambda name, shard: parts.add(name, lambda path: save_file(shard, path))
@@ -107,16 +110,21 @@ def _parts(
 def shards_here(
     model: LanguageModel,
     tokens: Tokens,
-    wanted: list[Contexts],
+    shards: list[Contexts],
     label: str,
     storage_dtype: StorageDtype,
     advance: Callable[[int], None],
 ) -> Iterator[dict[str, Tensor]]:
-    """`ComputeShards` of this process: runs the model."""
+    """Run the model in this process: `ComputeShards` after its first argument.
+
+    Raises:
+        BadSetting: contexts are longer than the model allows.
+        DegenerateResult: the model gave NaN or infinite vectors.
+    """
     model.check_length(tokens.id.shape[1])
-    for contexts in wanted:
-        found = [_harvested(tokens, chunk, model, label, storage_dtype, advance) for chunk in contexts]
-        yield {name: torch.cat([one[name] for one in found]) for name in found[0]}
+    for contexts in shards:
+        chunks = [_harvested(tokens, chunk, model, label, storage_dtype, advance) for chunk in contexts]
+        yield {name: torch.cat([fields[name] for fields in chunks]) for name in chunks[0]}
 
 
 def _harvested(
@@ -127,29 +135,29 @@ def _harvested(
     storage_dtype: StorageDtype,
     advance: Callable[[int], None],
 ) -> dict[str, Tensor]:
-    """The fields of a few contexts' tokens, as they are stored."""
+    """The stored fields of the tokens of one chunk of contexts, by name."""
     length = int(_stored_length(tokens.keep[chunk]).max())
     vectors = model.vectors(tokens.id[chunk, :length])
     keep = tokens.keep[chunk, :length]
     if not bool(torch.isfinite(vectors[keep]).all()):
         raise DegenerateResult(f"the model gave NaN or infinite vectors for {label}: use precision float32")
-    there = torch.arange(length) < _stored_length(keep)[:, None]
+    is_stored = torch.arange(length) < _stored_length(keep)[:, None]
     counts = torch.int16 if tokens.id.shape[1] < 2**15 else torch.int32
     advance(int(keep.sum()))
     return {
-        **_as_stored(vectors[there], storage_dtype),
-        "token_id": tokens.id[chunk, :length][there].to(torch.int32),
-        "text": tokens.text[chunk, :length][there].to(torch.int32),
-        "keep": keep[there],
+        **_as_stored(vectors[is_stored], storage_dtype),
+        "token_id": tokens.id[chunk, :length][is_stored].to(torch.int32),
+        "text": tokens.text[chunk, :length][is_stored].to(torch.int32),
+        "keep": keep[is_stored],
         **{
-            name: getattr(tokens, name)[chunk, :length][there].to(counts)
+            name: getattr(tokens, name)[chunk, :length][is_stored].to(counts)
             for name in ("position", "sentence", "line", "end")
         },
     }
 
 
 def _shards(tokens: Tokens) -> Iterator[Contexts]:
-    """The contexts of each shard, known before any is computed, so that each can be computed by itself."""
+    """The contexts of each shard. They depend on the tokens alone, so each shard can be computed separately."""
     chunks: list[Tensor] = []
     n_tokens = 0
     for chunk in _forward_chunks(tokens):
@@ -165,18 +173,18 @@ def _shards(tokens: Tokens) -> Iterator[Contexts]:
 def _as_stored(vectors: Float[Tensor, "token d_model"], storage_dtype: StorageDtype) -> dict[str, Tensor]:
     if storage_dtype == "int8":
         scale = (vectors.float().abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
-        whole = (vectors.float() / scale[:, None]).round().to(torch.int8)
-        return {"vectors": whole, "scale": scale}
+        rounded = (vectors.float() / scale[:, None]).round().to(torch.int8)
+        return {"vectors": rounded, "scale": scale}
     return {"vectors": vectors if storage_dtype == "model" else vectors.to(getattr(torch, storage_dtype))}
 
 
 def _stored_length(keep: Bool[Tensor, "context position"]) -> Int[Tensor, " context"]:
-    """Position of each context's last kept token + 1; at least 1."""
+    """Position of the last kept token of each context + 1; at least 1."""
     return (keep * torch.arange(1, keep.shape[1] + 1)).amax(1).clamp(min=1)
 
 
 def _forward_chunks(tokens: Tokens) -> Iterator[Int[Tensor, " context"]]:
-    """Contexts of similar length together, so that little padding is computed."""
+    """Group contexts of similar length, so that little padding is computed."""
     length = _stored_length(tokens.keep)
     order = torch.sort(length, stable=True).indices
     start = 0

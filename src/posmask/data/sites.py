@@ -1,4 +1,4 @@
-"""Run a causal language model to a site, or continue from replaced vectors there."""
+"""Run a causal language model up to a site, or continue from replaced vectors at the site."""
 
 import contextlib
 from typing import Any, Literal
@@ -16,23 +16,27 @@ Site = Literal["residual_after", "residual_before", "attention", "mlp"]
 
 
 class LanguageModel:
-    """A loaded model, for reading vectors at one site of it and for running it on from others.
+    """A loaded model that reads vectors at one site and continues from replaced vectors there.
 
-    Knows no family of models: layers are what the decoder holds in one list, and the sublayers of a layer are found by
-    adding up (see `_sublayers`).
+    Independent of model families: the layers are the decoder's only list of that length, and the sublayers of a layer
+    are the two modules whose outputs add up to its effect (see `_sublayers`).
 
     Args:
-        layer: the number of a layer, from 1.
-        site: where at that layer. `residual_after`: the residual stream after it, `hidden_states[layer]` of
-            transformers and `blocks.{layer - 1}.hook_resid_post` of TransformerLens; after the last layer, before the
-            final norm, which `hidden_states` already has there. `residual_before`: the same before it,
-            `hidden_states[layer - 1]`. `attention`, `mlp`: what that sublayer adds to the residual stream, so behind a
-            norm that follows it.
+        model: of transformers.
+        layer: number of the layer, from 1.
+        site: where in the layer. `residual_after`: the residual stream after the layer, `hidden_states[layer]` of
+            transformers and `blocks.{layer - 1}.hook_resid_post` of TransformerLens; after the last layer it is taken
+            before the final norm, unlike in `hidden_states`. `residual_before`: the residual stream before the layer,
+            `hidden_states[layer - 1]`. `attention`, `mlp`: the sublayer's contribution to the residual stream, after a
+            norm that follows the sublayer.
+
+    Raises:
+        BadSetting: the layer does not exist, or the decoder does not have its layers in one list.
     """
 
     def __init__(self, model: Any, layer: int, site: Site = "residual_after") -> None:
         self._model = model
-        self._body = model.get_decoder()  # without the head, whose product costs as much as several layers
+        self._body = model.get_decoder()  # without the head, which costs as much as several layers
         self._config = model.config.get_text_config()
         layers = _decoder_layers(self._body, self._config.num_hidden_layers)
         if not 1 <= layer <= len(layers):
@@ -47,8 +51,8 @@ class LanguageModel:
         self._replacement: Tensor | None = None
         self._layer = layers[layer - 1]
         self._below = list(layers)[: layer - (site == "residual_before")]
-        # What need not run where the vectors are given: a sublayer's lie beside the stream, which still has to come.
-        self._spared = self._below if site.startswith("residual") else []
+        # Replaced vectors of a sublayer do not replace the residual stream, so the layers below still have to run.
+        self._skipped = self._below if site.startswith("residual") else []
         self._is_hooked = site.startswith("residual")
         if site == "residual_after":
             self._layer.register_forward_hook(self._at_output)
@@ -79,12 +83,12 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device that the model computes on."""
         return next(self._body.parameters()).device
 
     @torch.no_grad()
     def direct_logits(self, rows: Float[Tensor, "row d_model"]) -> Float[Tensor, "row vocabulary"]:
-        """What the model's final norm and head make of directions, less what they make of a vector of zeros."""
+        """The logits that the final norm and head give to directions, minus the logits of a vector of zeros."""
         sizes = [self.d_model]
         norms = [
             child
@@ -92,35 +96,37 @@ class LanguageModel:
             if [list(parameter.shape) for parameter in child.parameters()][:1] == [sizes]
         ]
         head = self._model.get_output_embeddings()
-        both = torch.cat([torch.zeros_like(rows[:1]), rows]).to(head.weight)
-        for norm in norms[-1:]:  # Few models have none.
-            both = norm(both)
+        inputs = torch.cat([torch.zeros_like(rows[:1]), rows]).to(head.weight)
+        for norm in norms[-1:]:  # Some models have no final norm.
+            inputs = norm(inputs)
         with fast_float32():
-            logits = head(both).float()
+            logits = head(inputs).float()
         return logits[1:] - logits[:1]
 
     @property
     def n_vocabulary(self) -> int:
+        """Number of token ids in the model's vocabulary."""
         return int(self._config.vocab_size)
 
     def n_parameters(self) -> tuple[int, int]:
-        """By how many numbers a token is multiplied to read its vector, and to go on from it to the logits.
+        """Parameters that multiply a token's vector up to the site, and from the site to the logits.
 
-        Embeddings are looked up and count as none.
+        Embeddings are looked up and do not count.
         """
-        below, spared = (
+        below, skipped = (
             sum(parameter.numel() for block in blocks for parameter in block.parameters())
-            for blocks in (self._below, self._spared)
+            for blocks in (self._below, self._skipped)
         )
-        every = sum(parameter.numel() for parameter in self._body.parameters())
+        total = sum(parameter.numel() for parameter in self._body.parameters())
         head = self._model.get_output_embeddings()
-        above = every - spared - self._body.get_input_embeddings().weight.numel()
+        above = total - skipped - self._body.get_input_embeddings().weight.numel()
         return below, above + (0 if head is None else head.weight.numel())
 
     def check_length(self, n_positions: int) -> None:
-        """
+        """Raise an error if contexts of `n_positions` tokens are longer than the model supports.
+
         Raises:
-            BadSetting: contexts of that length are longer than the model was made for.
+            BadSetting: they are longer than the configuration's `max_position_embeddings`.
         """
         if self._longest is not None and n_positions > self._longest:
             raise BadSetting(
@@ -129,7 +135,11 @@ class LanguageModel:
 
     @torch.inference_mode()
     def vectors(self, ids: Int[Tensor, "context position"]) -> Float[Tensor, "context position d_model"]:
-        """The vectors at the site, in its precision, on the CPU. Later positions do not affect earlier ones."""
+        """The vectors at the site, in the model's precision, on the CPU. Later positions do not affect earlier ones.
+
+        Args:
+            ids: token ids, without padding on the left.
+        """
         ids = ids.to(self.device)
         with contextlib.suppress(_Stop), fast_float32():
             self._hook_sublayer(ids)
@@ -142,22 +152,22 @@ class LanguageModel:
     def logits(
         self, ids: Int[Tensor, "context position"], vectors: Float[Tensor, "context position d_model"]
     ) -> Float[Tensor, "context position vocabulary"]:
-        """Next-token logits when `vectors` stand at the site, on the model's device.
+        """Next-token logits with `vectors` in place of the vectors at the site, on the model's device.
 
-        Layers below do not run where the site is the residual stream.
+        If the site is the residual stream, the layers below it do not run.
         """
         ids = ids.to(self.device)
         with fast_float32():
             self._hook_sublayer(ids)
             self._replacement = vectors.to(self.device)
-            for block in self._spared:
+            for block in self._skipped:
                 block.forward = _pass_on
             try:
                 return self._model(input_ids=ids, use_cache=False).logits
             finally:
                 self._replacement = None
-                for block in self._spared:
-                    del block.forward  # the instance's; the class's own shows again
+                for block in self._skipped:
+                    del block.forward  # removes the instance attribute, so that the class's method applies again
 
 
 def _pass_on(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -165,7 +175,7 @@ def _pass_on(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 class _Stop(Exception):
-    """Raised by the hook: nothing after the layer needs computing."""
+    """Raised by a hook to stop the forward pass after the site."""
 
 
 def _decoder_layers(body: nn.Module, n_layers: int) -> nn.ModuleList:
@@ -176,12 +186,12 @@ def _decoder_layers(body: nn.Module, n_layers: int) -> nn.ModuleList:
 
 
 def _sublayers(body: nn.Module, layer: nn.Module, ids: Int[Tensor, "context position"]) -> tuple[nn.Module, nn.Module]:
-    """(attention, MLP) of a layer: the two parts whose outputs, added to what goes in, give what comes out.
+    """(attention, MLP) of a layer: the two modules whose outputs add up to the layer's output minus its input.
 
-    Where norms follow the sublayers, these are the parts that fit. Attention is computed first in every family known.
+    If norms follow the sublayers, the modules are these norms. Attention runs before the MLP in all known families.
 
     Raises:
-        BadSetting: no two parts add up, as where a sublayer adds the stream itself.
+        BadSetting: no two modules add up, for example because a sublayer adds the residual stream itself.
     """
     stream: list[Tensor] = []
     parts: list[tuple[nn.Module, Tensor]] = []
@@ -203,22 +213,22 @@ def _sublayers(body: nn.Module, layer: nn.Module, ids: Int[Tensor, "context posi
         body(input_ids=ids, use_cache=False)
     for hook in hooks:
         hook.remove()
-    before, after = (some.float() for some in stream)
+    before, after = (vectors.float() for vectors in stream)
     added = after - before
     misses = {
-        (one, other): float((parts[one][1].float() + parts[other][1].float() - added).norm() / added.norm())
-        for one in range(len(parts))
-        for other in range(one + 1, len(parts))
+        (i, j): float((parts[i][1].float() + parts[j][1].float() - added).norm() / added.norm())
+        for i in range(len(parts))
+        for j in range(i + 1, len(parts))
     }
-    found = min(misses, key=misses.__getitem__, default=None)
-    if found is None or not misses[found] < _ROUNDING:
+    best = min(misses, key=misses.__getitem__, default=None)
+    if best is None or not misses[best] < _MAX_MISS:
         raise BadSetting(
-            f"{type(layer).__name__} is not the sum of what goes in and of two of its parts, so posmask cannot tell "
+            f"{type(layer).__name__} is not the sum of its input and of two of its parts, so posmask cannot identify "
             "its sublayers: read residual_after or residual_before"
         )
-    return parts[found[0]][0], parts[found[1]][0]
+    return parts[best[0]][0], parts[best[1]][0]
 
 
-_ROUNDING = (
-    0.2  # The stream may be much longer than what a layer adds, and is rounded as a whole; wrong parts miss by 1.
-)
+# The stream's norm may far exceed that of a layer's contribution, and rounding errors scale with the stream. Wrong
+# parts miss by about 1.
+_MAX_MISS = 0.2

@@ -1,4 +1,4 @@
-"""Training texts that a user brings: files, a folder of them, or a dataset on the Hugging Face hub."""
+"""Read training texts from files, from a folder, or from a dataset on the Hugging Face hub."""
 
 import io
 import json
@@ -19,25 +19,30 @@ _ENDINGS = (".txt", ".jsonl", ".jsonl.zst")
 
 
 def read_texts(source: str, n_texts: int | None = None) -> Iterator[str]:
-    """The texts of a source, in order.
+    """Read the texts of a source in order.
 
     Args:
-        source: a file or folder: each `.txt` is one text, each line of a `.jsonl` (or `.jsonl.zst`) one text in its
-            field `text`; a folder's files in the order of their names. Or `hf:OWNER/NAME`, perhaps with
-            `:CONFIGURATION` and `@REVISION`, in that order: the column `text` of the split `train`, as a stream.
-        n_texts: so many from the start; None: all.
+        source: a file or folder, or a dataset on the hub. A `.txt` file is one text. Each line of a `.jsonl` or
+            `.jsonl.zst` file is a JSON object with a text in its field `text`. The files of a folder are read in the
+            order of their names. `hf:OWNER/NAME`, optionally followed by `:CONFIGURATION` and then `@REVISION`, is
+            the column `text` of the split `train`, read as a stream.
+        n_texts: maximum number of texts; None reads all.
 
     Raises:
-        BadSetting: no such file, no files of these kinds, or a line without a text.
-        MissingAsset: the hub cannot be reached, or has no such dataset.
+        BadSetting: the file does not exist or has another ending, or a line has no text.
+        MissingAsset: the hub is unavailable, or has no such dataset.
         MissingExtra: the package `datasets` is not installed.
     """
-    found = _from_hub(source) if source.startswith(HUB_PREFIX) else _from_files(source)
-    return islice(found, n_texts)
+    texts = _from_hub(source) if source.startswith(HUB_PREFIX) else _from_files(source)
+    return islice(texts, n_texts)
 
 
 def content_of(source: str) -> dict[str, str]:
-    """What changes when the texts do: the files' checksums; of a dataset on the hub its name, with what pins it."""
+    """The identity of a source's texts: checksums of its files, or a hub dataset's name, configuration and revision.
+
+    Raises:
+        BadSetting: the file or folder does not exist or has no files of these kinds.
+    """
     if source.startswith(HUB_PREFIX):
         return {"hub": source.removeprefix(HUB_PREFIX)}
     return {path.name: file_sha256(path) for path in _files(source)}
@@ -49,7 +54,7 @@ def _files(source: str) -> list[Path]:
     files = [file for file in files if file.is_file() and file.name.endswith(_ENDINGS)]
     if not files:
         raise BadSetting(
-            f"corpus.texts = {source!r} is no file or folder with {', '.join(_ENDINGS)} in it: give one, or "
+            f"corpus.texts = {source!r} is not a file or folder with {', '.join(_ENDINGS)} in it: give one, or "
             f"{HUB_PREFIX}OWNER/NAME for a dataset on the hub"
         )
     return files
@@ -74,7 +79,7 @@ def _text_of(line: str, path: Path, number: int) -> str:
     except (json.JSONDecodeError, KeyError, TypeError):
         text = None
     if not isinstance(text, str):
-        raise BadSetting(f'line {number} of {path} is no JSON object with a text in "text": correct or remove it')
+        raise BadSetting(f'line {number} of {path} is not a JSON object with a text in "text": correct or remove it')
     return text
 
 
@@ -84,12 +89,21 @@ def _from_hub(source: str) -> Iterator[str]:
     options = {"name": configuration or None, "revision": revision or None}
     for row in load_from_hub(path, split="train", streaming=True, **options):
         if "text" not in row:
-            raise BadSetting(f"{path} has the columns {', '.join(row)}, none of them text: name a dataset that has one")
+            raise BadSetting(f"{path} has the columns {', '.join(row)}, not text: name a dataset with this column")
         yield row["text"]
 
 
 def load_from_hub(path: str, **options: Any) -> Any:
-    """`datasets.load_dataset`: the only door to the hub's datasets."""
+    """Call `datasets.load_dataset`. All reads of hub datasets go through this function.
+
+    Args:
+        path: name of the dataset on the hub.
+        options: further arguments of `load_dataset`.
+
+    Raises:
+        MissingAsset: the hub is unavailable, or has no such dataset.
+        MissingExtra: the package `datasets` is not installed.
+    """
     try:
         from datasets import load_dataset
     except ImportError:

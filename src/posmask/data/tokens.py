@@ -1,6 +1,6 @@
-"""Texts -> Tokens: ids, positions, which text each token came from, and which tokens count.
+"""Turn texts into contexts of tokens with their positions, source texts and a mask of the tokens that are kept.
 
-`keep` is decided here, once, and carried from then on: False for BOS, EOS and padding.
+`keep` is set in this module only: False for BOS, EOS and padding. Every later stage uses it as it is.
 """
 
 import hashlib
@@ -36,14 +36,14 @@ __all__ = [
 ]
 
 TRAINING_SHARE = 0.25
-"""Which share of all texts may train an SAE. Small, because labeled texts for evaluation are what is scarce."""
+"""Fraction of all texts that SAEs may train on. It is small because labeled texts for evaluation are scarce."""
 VALIDATION_SHARE = 0.2
-"""Which share of all texts recipes and settings are chosen on, so that what is reported was not tuned on."""
+"""Fraction of all texts that settings are chosen on, so that reported numbers come from texts not used for tuning."""
 
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What is needed of a Hugging Face tokenizer."""
+    """The part of a Hugging Face tokenizer that posmask uses."""
 
     bos_token_id: int | None
     eos_token_id: int | None
@@ -55,11 +55,17 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokens in contexts of equal length, position 0 = BOS. Dropped tokens (`keep` False) still stand in their place.
+    """Tokens in contexts of equal length that start with BOS. Tokens that are not kept stay in their positions.
 
-    `text` numbers the text that a token came from, -1 for BOS and padding. `sentence`, `line` and `end` are the other
-    ways to count positions: the token's number in its sentence, in its line, and from its text's last kept token in
-    this context backwards, all from 1; 0 for tokens that are not kept.
+    Args:
+        id: token ids.
+        position: 0 for BOS, then 1, 2, ...
+        text: index of the text that the token came from; -1 for BOS and padding.
+        keep: whether the token counts in training and metrics.
+        sentence: position in the sentence, from 1; 0 for tokens that are not kept.
+        line: position in the line, from 1; 0 for tokens that are not kept.
+        end: position counted backward from the last kept token of the text in this context, from 1; 0 for tokens that
+            are not kept.
     """
 
     id: Int[Tensor, "context position"]
@@ -72,6 +78,7 @@ class Tokens:
 
     @property
     def n_kept(self) -> int:
+        """Number of kept tokens."""
         return int(self.keep.sum())
 
 
@@ -81,33 +88,33 @@ EvalSplit = Literal["validation", "evaluation"]
 
 
 def text_key(text: str) -> str:
-    """What two texts that count as the same have in common: SHA-256 of their beginnings.
+    """A hash that is equal for texts that count as the same.
 
-    Lower case, white space collapsed, the first 200 characters of that: so a text that one table cuts off and another
-    does not is the same text, as long as neither is shorter than that.
+    SHA-256 of the first 200 characters in lower case with white space collapsed. A truncated copy of a text therefore
+    counts as the same text, unless it is shorter than 200 characters.
     """
     return hashlib.sha256(" ".join(text[:1000].lower().split())[:200].encode()).hexdigest()
 
 
 def split_of(text: str) -> Split:
-    """Which side of the wall a text stands on, wherever it occurs: decided by its hash alone.
+    """The split of a text, determined by `text_key` alone.
 
-    SAEs are trained on one side, metrics and probes use another, so no choice of files can put one text on both.
-    It says nothing about passages that different texts share, such as the license at the head of source code.
+    SAEs train on one split, metrics and probes use another, so no choice of files puts a text into both. Different
+    texts may still share passages, such as the license at the head of source code.
     """
-    place = int(text_key(text)[:8], 16) / 16**8
-    if place < TRAINING_SHARE:
+    fraction = int(text_key(text)[:8], 16) / 16**8
+    if fraction < TRAINING_SHARE:
         return "training"
-    return "validation" if place < TRAINING_SHARE + VALIDATION_SHARE else "evaluation"
+    return "validation" if fraction < TRAINING_SHARE + VALIDATION_SHARE else "evaluation"
 
 
 def unique_texts(texts: Iterable[str], split: Split) -> list[str]:
-    """The non-empty texts of one split, each once, in order."""
-    found: dict[str, str] = {}
+    """The non-empty texts of one split in order, without duplicates by `text_key`."""
+    by_key: dict[str, str] = {}
     for text in texts:
         if text.strip() and split_of(text) == split:
-            found.setdefault(text_key(text), text)
-    return list(found.values())
+            by_key.setdefault(text_key(text), text)
+    return list(by_key.values())
 
 
 def _token_ids(texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:
@@ -115,7 +122,7 @@ def _token_ids(texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:
 
 
 def _special_ids(tokenizer: Tokenizer) -> tuple[int, int]:
-    """(BOS, EOS); a tokenizer without one of them uses the other in its place."""
+    """(BOS, EOS). A tokenizer that lacks one of them uses the other for both."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     if bos is None and eos is None:
         raise NothingToDo("the tokenizer has neither a BOS nor an EOS token: set one, since contexts start with BOS")
@@ -128,7 +135,7 @@ def _tokens(
     keep: Bool[Tensor, "context position"],
     tokenizer: Tokenizer,
 ) -> Tokens:
-    """Tokens with every way of counting their positions."""
+    """Build `Tokens` with the positions in sentence, in line and from the end."""
     position = torch.arange(ids.shape[1]).expand(len(ids), -1).contiguous()
     new_sentence, new_line = _starts(ids, text, keep, tokenizer)
     since = [position - torch.where(new, position, 0).cummax(1).values + 1 for new in (new_sentence, new_line)]
@@ -145,10 +152,11 @@ def _starts(
     keep: Bool[Tensor, "context position"],
     tokenizer: Tokenizer,
 ) -> tuple[Bool[Tensor, "context position"], Bool[Tensor, "context position"]]:
-    """Where sentences and where lines begin.
+    """The tokens that start a sentence, and those that start a line.
 
-    A line begins with a text and after a token with a newline in it. A sentence begins there too, and with a token
-    that starts with a space after one that ends in . ! ? or …, perhaps followed by quotes or brackets.
+    A line starts with a text and after a token that contains a newline. A sentence starts at the same tokens, and at
+    a token that begins with a space if the token before it ends in . ! ? or …, optionally followed by quotes or
+    brackets.
     """
     unique, inverse = ids.unique(return_inverse=True)
     words = [str(word) for word in tokenizer.convert_ids_to_tokens(unique.tolist())]
@@ -164,13 +172,17 @@ def _starts(
 
 
 def pack(texts: list[str], tokenizer: Tokenizer, n_positions: int, kept_tokens: int, *, seed: int = 0) -> Tokens:
-    """Texts in random order, ended by EOS, cut into contexts of BOS and n_positions - 1 tokens.
+    """Concatenate texts in random order, separated by EOS, and cut them into contexts.
+
+    Each context is BOS followed by n_positions - 1 tokens.
 
     Args:
+        n_positions: tokens per context.
         kept_tokens: stop at the first context with which at least this many tokens are kept.
+        seed: of the order of the texts.
 
     Raises:
-        NothingToDo: the texts do not have that many tokens.
+        NothingToDo: the texts have fewer tokens than `kept_tokens`.
     """
     bos, eos = _special_ids(tokenizer)
     order = torch.randperm(len(texts), generator=generator(seed, "text order")).tolist()
@@ -192,8 +204,8 @@ def pack(texts: list[str], tokenizer: Tokenizer, n_positions: int, kept_tokens: 
     n_kept = keep.sum(1).cumsum(0)
     if len(n_kept) == 0 or int(n_kept[-1]) < kept_tokens:
         raise NothingToDo(
-            f"{kept_tokens:,} kept tokens were asked for, but the {len(texts):,} texts have "
-            f"{int(n_kept[-1]) if len(n_kept) else 0:,}: ask for fewer, or name more texts"
+            f"{kept_tokens:,} kept tokens are needed, but the {len(texts):,} texts have "
+            f"{int(n_kept[-1]) if len(n_kept) else 0:,}: reduce the number of tokens, or add texts"
         )
     n_contexts = int(torch.searchsorted(n_kept, kept_tokens)) + 1
     contexts, keep = contexts[:n_contexts], keep[:n_contexts]
@@ -206,9 +218,12 @@ def pack(texts: list[str], tokenizer: Tokenizer, n_positions: int, kept_tokens: 
 
 
 def pad(texts: Sequence[str], tokenizer: Tokenizer, n_positions: int) -> Tokens:
-    """One text a context: BOS, the text cut to what fits, then padding (EOS ids that are not kept).
+    """Put each text into a context of its own: BOS, the truncated text, then padding (EOS ids that are not kept).
 
-    Context i holds text i. Tokens of the text that happen to be BOS or EOS are not kept.
+    Context i holds text i. BOS and EOS tokens within a text are not kept.
+
+    Args:
+        n_positions: tokens per context.
     """
     bos, eos = _special_ids(tokenizer)
     ids = torch.full((len(texts), n_positions), eos, dtype=torch.int64)
@@ -222,9 +237,11 @@ def pad(texts: Sequence[str], tokenizer: Tokenizer, n_positions: int) -> Tokens:
 
 
 def with_shuffled(tokens: Tokens, contexts: Int[Tensor, " chosen"], tokenizer: Tokenizer, *, seed: int = 0) -> Tokens:
-    """The same contexts, and after them copies of some whose kept tokens stand in random order.
+    """Append copies of some contexts with their kept tokens in random order.
 
-    The copies' texts are numbered on from the last text.
+    Args:
+        contexts: indices of the contexts to copy. Copy i has text index `tokens.text.max() + 1 + i`.
+        seed: of the random order.
     """
     random = generator(seed, "shuffled tokens")
     ids = tokens.id[contexts].clone()
@@ -245,20 +262,27 @@ def with_shuffled(tokens: Tokens, contexts: Int[Tensor, " chosen"], tokenizer: T
 def shifted(
     texts: list[str], tokenizer: Tokenizer, n_positions: int, n_texts: int, n_windows: int, *, seed: int = 0
 ) -> Tokens:
-    """The shift design: the beginnings of `n_texts` texts, each seen once in each of `n_windows` equal windows.
+    """Build the shift design: the beginnings of `n_texts` texts, each placed once in each of `n_windows` windows.
 
-    A context is BOS, then other text ended by EOS, then the piece, which fills its window; only the piece is kept,
-    numbered as its text. The context after BOS is cut into n_windows + 1 stretches of `shift_length` tokens, the first
-    of which is never a window, so that every piece has other text before it. Texts come in random order, without their
-    BOS and EOS; those too short for a piece stand before others.
+    A context is BOS, other text that ends with EOS, and the piece, which fills its window. Only the piece is kept, and
+    `text` is the index of the piece. The context after BOS is divided into n_windows + 1 stretches of `shift_length`
+    tokens. The first stretch is not a window, so every piece has other text before it. Texts are drawn in random order
+    without their BOS and EOS; texts too short for a piece serve as the other text.
+
+    Args:
+        n_positions: tokens per context.
+        n_texts: number of pieces.
+        n_windows: windows per piece, so n_texts * n_windows contexts.
+        seed: of the order of the texts.
 
     Raises:
+        BadSetting: a window has fewer than two tokens.
         NothingToDo: too few texts are long enough.
     """
     bos, eos = _special_ids(tokenizer)
     length = shift_length(n_positions, n_windows)
     pieces: list[list[int]] = []
-    before: list[int] = []
+    preceding: list[int] = []
     per_piece = length * n_windows
     order = torch.randperm(len(texts), generator=generator(seed, "shift texts")).tolist()
     for start in range(0, len(order), 256):
@@ -266,30 +290,30 @@ def shifted(
             row = [token for token in row if token not in (bos, eos)]
             if len(pieces) < n_texts and len(row) >= length:
                 pieces.append(row[:length])
-            elif len(before) < n_texts * per_piece:
-                before += row
-        if len(pieces) == n_texts and len(before) >= n_texts * per_piece:
+            elif len(preceding) < n_texts * per_piece:
+                preceding += row
+        if len(pieces) == n_texts and len(preceding) >= n_texts * per_piece:
             break
-    if len(pieces) < n_texts or len(before) < n_texts * per_piece:
+    if len(pieces) < n_texts or len(preceding) < n_texts * per_piece:
         raise NothingToDo(
-            f"{n_texts} texts of {length} tokens, with {n_texts * per_piece:,} tokens to stand before them, were asked "
-            f"for, but {len(texts):,} texts give {len(pieces)} and {len(before):,}: ask for fewer, or name more texts"
+            f"the shift design needs {n_texts} texts of {length} tokens and {n_texts * per_piece:,} tokens before "
+            f"them, but {len(texts):,} texts give {len(pieces)} and {len(preceding):,}: lower shift_texts, or add texts"
         )
     ids = torch.full((n_texts * n_windows, n_positions), eos, dtype=torch.int64)
     ids[:, 0] = bos
     text = torch.full_like(ids, -1)
     for number, piece in enumerate(pieces):
-        own = torch.tensor(before[number * per_piece : (number + 1) * per_piece])
+        context = torch.tensor(preceding[number * per_piece : (number + 1) * per_piece])
         for window in range(n_windows):
             row, first = number * n_windows + window, 1 + (window + 1) * length
-            ids[row, 1 : first - 1] = own[: first - 2]
+            ids[row, 1 : first - 1] = context[: first - 2]
             ids[row, first : first + length] = torch.tensor(piece)
             text[row, first : first + length] = number
     return _tokens(ids, text, text >= 0, tokenizer)
 
 
 def shift_length(n_positions: int, n_windows: int) -> int:
-    """How many tokens a window of the shift design has.
+    """Tokens per window of the shift design.
 
     Raises:
         BadSetting: fewer than two.
@@ -297,18 +321,19 @@ def shift_length(n_positions: int, n_windows: int) -> int:
     length = (n_positions - 1) // (n_windows + 1)
     if length < 2:
         raise BadSetting(
-            f"{n_windows} shift windows leave {length} tokens of {n_positions} positions to each: ask for fewer"
+            f"{n_windows} shift windows leave {length} tokens of {n_positions} positions to each, but 2 are needed: "
+            "lower shift_windows"
         )
     return length
 
 
 def equal_segments(n_positions: int, n_segments: int) -> Int[Tensor, " position"]:
-    """The segment of each position, all of equal length."""
+    """The segment of each position, for segments of equal length."""
     return torch.arange(n_positions) * n_segments // n_positions
 
 
 def growing_segments(n_positions: int) -> Int[Tensor, " position"]:
-    """The segment of each position, each twice as long as the one before: 1, 2-3, 4-7, ...
+    """The segment of each position, for segments that double in length: positions 1, 2-3, 4-7, ...
 
     >>> growing_segments(10).tolist()
     [0, 0, 1, 1, 2, 2, 2, 2, 3, 3]

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from posmask import masks
 from posmask.data.activations import training_batches
 from posmask.errors import BadSetting, DamagedFolder
-from posmask.evaluation.suite import Data, baselines, evaluate, forgetting
+from posmask.evaluation.suite import EvaluationData, baselines, evaluate, forgetting
 from posmask.interop import sites
 from posmask.kernels import runtime
 from posmask.masks.base import PositionMask
@@ -240,7 +240,7 @@ def read_init(folder: Path, d_model: int, identity: str | None = None) -> Sparse
     return sae
 
 
-def untrained(study: StudySettings, target: Target, data: Data) -> tuple[SparseAutoencoder, int]:
+def untrained(study: StudySettings, target: Target, data: EvaluationData) -> tuple[SparseAutoencoder, int]:
     """A cell's SAE before its training, and the number of tokens that the SAE it starts from was trained on."""
     assert target.cell is not None
     if target.init_folder is None:
@@ -262,7 +262,7 @@ def train_cell(
     study: StudySettings,
     target: Target,
     sae: SparseAutoencoder,
-    data: Data,
+    data: EvaluationData,
     together: distributed.Distributed | None = None,
     *,
     keeps_end: bool = False,
@@ -297,7 +297,7 @@ def train_cell(
         )
 
 
-def fill(study: StudySettings, target: Target, data: Data, baseline: list[rows.Row]) -> None:
+def fill(study: StudySettings, target: Target, data: EvaluationData, baseline: list[rows.Row]) -> None:
     """Make the folder of the baselines, or train a cell, evaluate it and write its folder.
 
     Args:
@@ -314,7 +314,12 @@ def fill(study: StudySettings, target: Target, data: Data, baseline: list[rows.R
 
 
 def _train_and_evaluate(
-    study: StudySettings, target: Target, cell: CellSettings, data: Data, baseline: list[rows.Row], draft: Path
+    study: StudySettings,
+    target: Target,
+    cell: CellSettings,
+    data: EvaluationData,
+    baseline: list[rows.Row],
+    draft: Path,
 ) -> None:
     sae, n_tokens_before = untrained(study, target, data)
     trained = train_cell(study, target, sae, data)
@@ -339,7 +344,7 @@ def evaluate_to_folder(
     study: StudySettings,
     target: Target,
     sae: SparseAutoencoder,
-    data: Data,
+    data: EvaluationData,
     baseline: list[rows.Row],
     draft: Path,
     columns: Mapping[str, Any],

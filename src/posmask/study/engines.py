@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 
 from posmask.data.harvest import ComputeShards
-from posmask.evaluation.suite import Data
+from posmask.evaluation.suite import EvaluationData
 from posmask.kernels import runtime
 from posmask.storage import layout, manifest
 from posmask.storage.record import check_listed
@@ -41,7 +41,7 @@ class Engine(Protocol):
     def compute(self) -> ComputeShards | None:
         """Computes vectors; None: this process does."""
 
-    def make(self, study: StudySettings, todo: list[Target], data: Data, root: Path, say: Say) -> None:
+    def make(self, study: StudySettings, todo: list[Target], data: EvaluationData, root: Path, say: Say) -> None:
         """Fill all these folders."""
 
 
@@ -58,7 +58,7 @@ class Local:
     def __init__(self, n_jobs: int = 1) -> None:
         self._n_jobs = n_jobs
 
-    def make(self, study: StudySettings, todo: list[Target], data: Data, root: Path, say: Say) -> None:
+    def make(self, study: StudySettings, todo: list[Target], data: EvaluationData, root: Path, say: Say) -> None:
         if self._n_jobs > 1:
             say(f"{self._n_jobs} processes share the cells; what the others say goes to {layout.jobs_folder(root)}.")
         n_threads = max(1, torch.get_num_threads() // self._n_jobs)
@@ -74,7 +74,7 @@ def needs(target: Target, root: Path, missing: set[Path]) -> bool:
     ) or target.init_folder in missing
 
 
-def make_anew(study: StudySettings, target: Target, data: Data, root: Path, say: Say) -> None:
+def make_anew(study: StudySettings, target: Target, data: EvaluationData, root: Path, say: Say) -> None:
     """Fill one folder unless it is finished; whoever calls holds its claim. What stands in its target is set aside."""
     check_listed(root, target.label, target.made_from)
     state = state_of(target, verify=True)
@@ -87,7 +87,7 @@ def make_anew(study: StudySettings, target: Target, data: Data, root: Path, say:
         fill(study, target, data, baseline)
 
 
-def _share(study: StudySettings, todo: list[Target], data: Data, root: Path, say: Say) -> None:
+def _share(study: StudySettings, todo: list[Target], data: EvaluationData, root: Path, say: Say) -> None:
     """Make what is missing, each folder in one process alone, until all of them are there."""
     waiting = sorted(todo, key=lambda target: target.init_folder is not None)  # what others start from comes first
     while waiting:

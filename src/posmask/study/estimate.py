@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from posmask.data import models, sites
-from posmask.data.activations import Batch, bytes_a_token
+from posmask.data.activations import Batch, bytes_per_token
 from posmask.data.tokens import growing_segments, shift_length
 from posmask.errors import BadSetting, DamagedFolder, DegenerateResult
 from posmask.kernels import cpu, runtime
@@ -491,7 +491,7 @@ class _Costs:
     def bytes_per_token(self, one: _Set) -> int:
         """On disk, with the fields that say which token it is."""
         stored = self._study.model.storage_dtype if one.kind == _TRAINING else "model"
-        return bytes_a_token(self._outline.d_model, _model_precision(self._study) if stored == "model" else stored)
+        return bytes_per_token(self._outline.d_model, _model_precision(self._study) if stored == "model" else stored)
 
     def memory_bytes(self, width: int) -> int:
         """The program, the model, all vectors (files mapped into memory), logits, and the widest cell's own."""

@@ -18,7 +18,7 @@ from posmask.data.harvest import ComputeShards, harvest
 from posmask.data.texts import content_of, read_texts
 from posmask.data.tokens import TRAINING_SHARE, VALIDATION_SHARE, Split, Tokens, pack, pad, shifted, unique_texts
 from posmask.errors import DamagedFolder
-from posmask.evaluation.suite import Data
+from posmask.evaluation.suite import EvaluationData
 from posmask.kernels import runtime
 from posmask.probing.datasets import ProbeDataset, read_probe_dataset
 from posmask.probing.order_probes import order_tokens
@@ -122,7 +122,7 @@ def harvests(study: StudySettings, model: Mapping[str, Any], texts: Mapping[str,
     ]
 
 
-def prepare(study: StudySettings, source: Source, root: Path, compute: ComputeShards | None = None) -> Data:
+def prepare(study: StudySettings, source: Source, root: Path, compute: ComputeShards | None = None) -> EvaluationData:
     """Harvest what is missing and return everything that cells train on and are evaluated with.
 
     Args:
@@ -136,7 +136,7 @@ def prepare(study: StudySettings, source: Source, root: Path, compute: ComputeSh
     training_vectors = vectors.packed(training, "training", study.corpus.training_tokens)
     heldout_vectors = vectors.packed(heldout, study.corpus.eval_split, study.corpus.heldout_tokens)
     runtime.give_back_freed_memory()
-    return Data(
+    return EvaluationData(
         training_vectors,
         heldout_vectors,
         vectors.shifted(shift),

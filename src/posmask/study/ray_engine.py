@@ -19,7 +19,7 @@ from posmask.data.activations import StorageDtype
 from posmask.data.harvest import Contexts, shards_here
 from posmask.data.tokens import Tokens
 from posmask.errors import BadSetting, DegenerateResult, MissingExtra
-from posmask.evaluation.suite import Data
+from posmask.evaluation.suite import EvaluationData
 from posmask.kernels import runtime
 from posmask.progress import progress_bars, shown_by
 from posmask.storage import manifest
@@ -112,7 +112,7 @@ class Cluster:
             advance(sum(int(tokens.keep[chunk].sum()) for chunk in contexts))
 
     def make(
-        self, study: StudySettings, todo: list[Target], data: Data, root: Path, say: Callable[[str], None]
+        self, study: StudySettings, todo: list[Target], data: EvaluationData, root: Path, say: Callable[[str], None]
     ) -> None:
         """See `engines.Engine`."""
         waiting: dict[str, tuple[Target, Stage]] = {
