@@ -21,6 +21,7 @@ import torch
 from posmask.data.harvest import ComputeShards
 from posmask.evaluation.suite import Data
 from posmask.kernels import runtime
+from posmask.progress import cell_finished
 from posmask.results import rows
 from posmask.storage import manifest
 from posmask.storage.record import check_listed, read_record
@@ -98,6 +99,7 @@ def _share(study: StudySettings, todo: list[Place], data: Data, root: Path, say:
                     continue
                 make_anew(study, place, data, root, say)
             waiting.remove(place)
+            cell_finished()
             break
         else:
             time.sleep(1)

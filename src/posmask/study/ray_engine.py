@@ -21,7 +21,7 @@ from posmask.data.tokens import Tokens
 from posmask.errors import BadSetting, DegenerateResult, MissingExtra
 from posmask.evaluation.suite import Data
 from posmask.kernels import runtime
-from posmask.progress import progress_bars, shown_by
+from posmask.progress import cell_finished, progress_bars, shown_by
 from posmask.storage import manifest
 from posmask.study.cell import Place, places_of, state_of, train_cell, untrained
 from posmask.study.engines import make_anew, needs
@@ -138,6 +138,8 @@ class Cluster:
                             say(line)
                         if stage == "train":
                             waiting[label] = place, "evaluate"
+                        else:
+                            cell_finished()
         finally:
             for task in running:
                 self._ray.cancel(task, force=True)

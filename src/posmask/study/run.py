@@ -9,6 +9,7 @@ from posmask.data import models
 from posmask.errors import BadSetting, DamagedFolder
 from posmask.evaluation.suite import evaluate
 from posmask.kernels import runtime
+from posmask.progress import study_progress
 from posmask.results import comparisons, rows
 from posmask.sae.files import read_sae
 from posmask.storage import manifest
@@ -96,7 +97,8 @@ def run_study(
         check_checkpoints(place.checkpoints)
     if todo:
         where = nullcontext(engines.Local(n_jobs)) if engine == "local" else ray_engine.connected(study, n_jobs)
-        with where as made_by:
+        progress = study_progress(study.name, len(places), len(places) - len(todo))
+        with where as made_by, progress:
             data = prepare(study, source, root, made_by.compute)  # What cannot be prepared has moved nothing yet.
             _begin(study, places, root, anew=True)
             made_by.make(study, todo, data, root, say)
