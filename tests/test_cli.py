@@ -1,4 +1,6 @@
+import importlib.metadata
 import io
+import json
 import os
 import re
 import shutil
@@ -13,8 +15,11 @@ from typer.testing import CliRunner
 
 from posmask.cli.commands import app
 from posmask.cli.printing import results_table, status_table
+from posmask.errors import BadSetting, DamagedFolder, NothingToDo
 from posmask.results.rows import Row
 from posmask.results.table import summarize
+from posmask.storage.manifest import write_folder
+from posmask.storage.record import StudyRecord, write_record
 
 ROOT = Path(__file__).parent.parent
 
@@ -27,32 +32,148 @@ def posmask(*words):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("words", "code", "message"),
     [
-        (("run", "studies/none.toml"), "posmask: there is no study file studies/none.toml"),
-        (("plan", "studies/none.toml"), "posmask: there is no study file studies/none.toml"),
-        (("status", "README.md"), "posmask: README.md is not a readable TOML file"),
-        (("report", "studies"), "posmask: studies holds neither results.csv nor cells"),
-        (("run", "studies/quick.toml", "--root", "Makefile/run"), "Not a directory: 'Makefile/run"),
+        (("run", "studies/none.toml"), 2, "posmask: there is no study file studies/none.toml"),
+        (("plan", "studies/none.toml"), 2, "posmask: there is no study file studies/none.toml"),
+        (("status", "README.md"), 2, "posmask: README.md is not a readable TOML file"),
+        (("report", "studies"), 3, "posmask: studies holds neither results.csv nor cells"),
+        (("run", "studies/quick.toml", "--root", "Makefile/run"), 1, "Not a directory: 'Makefile/run"),
         (
             ("order-tasks", "--tokenizer", "no/such/model", "--out", "x"),
+            2,
             "posmask: model 'no/such/model' cannot be loaded",
         ),
         (
             ("order-tasks", "--tokenizer", "x", "--out", "x", "--train-groups", "0"),
+            2,
             "Invalid value for '--train-groups'",
         ),
-        (("export", "studies", "x", "--to", "gguf"), "Invalid value for '--to'"),
-        (("import", "studies", "x"), "posmask: studies holds no cfg.json"),
-        (("fly",), "No such command 'fly'"),
+        (("export", "studies", "x", "--to", "gguf"), 2, "Invalid value for '--to'"),
+        (("import", "studies", "x"), 3, "posmask: studies holds no cfg.json"),
+        (("verify", "studies"), 2, "posmask: studies is not a study's folder"),
+        (("fly",), 2, "No such command 'fly'"),
     ],
 )
-def test_mistakes_are_one_sentence_and_exit_code_2(words, message, monkeypatch):
+def test_an_error_is_one_sentence_and_its_exit_code(words, code, message, monkeypatch):
     monkeypatch.chdir(ROOT)
     result = posmask(*words)
-    assert result.returncode == 2
+    assert (result.returncode, result.stderr.count("Traceback")) == (code, 0), result.stderr
     assert message in result.stderr
-    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        ("NothingToDo('x')", 1),
+        ("DegenerateResult('x')", 1),
+        ("MissingAsset('x')", 1),
+        ("MissingExtra('x')", 1),
+        ("OSError(28, 'No space left on device')", 1),
+        ("MemoryError()", 1),
+        ("BadSetting('x')", 2),
+        ("DamagedFolder('x')", 3),
+    ],
+)
+def test_each_kind_of_error_has_its_exit_code(error, code):
+    program = f"""
+from posmask.cli import commands
+from posmask.errors import *
+def app():
+    raise {error}
+commands.app = app
+commands.main()
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr.count("\n")) == (code, 1), result.stderr
+    assert result.stderr.startswith("posmask: ")
+
+
+def test_verbose_prints_the_traceback_of_an_error_of_posmask():
+    result = posmask("status", "none.toml", "--verbose")
+    assert result.returncode == 2
+    assert result.stderr.startswith("Traceback")
+    assert result.stderr.splitlines()[-1].startswith("posmask: there is no study file none.toml")
+
+
+def test_help_shows_defaults_groups_and_exit_codes():
+    runner = CliRunner(env={"COLUMNS": "100"})
+    text = runner.invoke(app, ["-h"]).output
+    assert text == runner.invoke(app, ["--help"]).output
+    for panel in ("Studies", "Results", "SAEs", "Installation"):
+        assert f"─ {panel} ─" in text
+    assert re.search(r"Exit codes: 0 .* 1 .* 2 .* 3 ", " ".join(text.split()))
+    for command, default in (
+        ("run", "runs/NAME of the study"),
+        ("report", "report.html in DIR, or report/ with --all"),
+        ("export", "the model that it was trained on"),
+        ("import", "the length that its files state"),
+    ):
+        text = " ".join(re.sub("│", " ", runner.invoke(app, [command, "-h"]).output).split())
+        assert f"[default: ({default})]" in text
+
+
+def test_version_is_the_installed_one():
+    assert CliRunner().invoke(app, ["--version"]).output == f"posmask {importlib.metadata.version('posmask')}\n"
+
+
+def test_help_imports_nothing_heavy():
+    program = """
+import sys
+from typer.testing import CliRunner
+from posmask.cli.commands import app
+assert CliRunner().invoke(app, ["run", "--help"]).exit_code == 0
+print([name for name in ("torch", "numpy", "scipy", "transformers", "numba", "rich.progress") if name in sys.modules])
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout == "[]\n"
+
+
+def test_the_core_imports_no_optional_part():
+    optional = ("ray", "fsspec", "s3fs", "tenacity", "sae_lens", "datasets", "wandb", "tensorboard")
+    program = f"""
+import sys
+import posmask.study.run
+from posmask.cli.commands import app
+import torch.distributed
+print([name for name in {optional} if name in sys.modules], torch.distributed.is_initialized())
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout == "[] False\n"
+
+
+def test_status_as_json(study_file, tmp_path):
+    root = tmp_path / "run"
+    result = CliRunner().invoke(app, ["status", str(study_file), "--root", str(root), "--json"])
+    status = json.loads(result.stdout)
+    assert status.keys() == {"study", "root", "finished", "cells"}
+    assert (status["root"], status["finished"]) == (str(root), 0)
+    assert status["cells"][:2] == [
+        {"label": "baselines", "state": "missing"},
+        {"label": "open-seed0", "state": "missing"},
+    ]
+
+
+def test_doctor_as_json(monkeypatch, tmp_path):
+    monkeypatch.setenv("POSMASK_CACHE", str(tmp_path))
+    report = json.loads(CliRunner().invoke(app, ["doctor", "--json"]).stdout)
+    assert report["versions"]["posmask"] == importlib.metadata.version("posmask")
+    assert report["precision"] in ("float32", "bfloat16")
+    assert report["cache"] == str(tmp_path)
+    assert report["gflops"].keys() == {"float32", "bfloat16"}
+    assert {download["cached"] for download in report["downloads"]} == {False}
+
+
+def test_verify_refuses_what_is_no_study_and_an_unfinished_one(tmp_path):
+    with write_folder(tmp_path / "run" / "cells" / "open-seed0", {}):
+        pass
+    with pytest.raises(BadSetting, match="is not a study's folder"):
+        CliRunner().invoke(app, ["verify", str(tmp_path)], catch_exceptions=False)
+    with pytest.raises(DamagedFolder, match=r"has no study\.json"):
+        CliRunner().invoke(app, ["verify", str(tmp_path / "run")], catch_exceptions=False)
+    write_record(tmp_path / "new", StudyRecord("new", None, {}))
+    with pytest.raises(NothingToDo, match="holds no finished folder"):
+        CliRunner().invoke(app, ["verify", str(tmp_path / "new")], catch_exceptions=False)
 
 
 @pytest.mark.parametrize("command", [info.name or info.callback.__name__ for info in app.registered_commands])

@@ -213,4 +213,4 @@ def test_a_cell_trained_by_torchrun_is_evaluated_by_a_run_that_trains_nothing(tm
         check=False,
     )
     assert alone.returncode == 2
-    assert "is for processes that torchrun starts" in alone.stderr
+    assert "needs processes started by torchrun" in alone.stderr

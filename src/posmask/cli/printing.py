@@ -1,16 +1,16 @@
-"""What the command line prints: tables that fit 80 columns, without color, in a log file as well."""
+"""Tables and lines of the command line. They fit 80 columns and are readable in a log file."""
 
 import sys
 import textwrap
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from posmask.progress import duration
-from posmask.results.comparisons import MIN_SEEDS, read_verdicts
 from posmask.results.table import ORDER_KS, PROBE_KS, Line
 
 if TYPE_CHECKING:
@@ -19,14 +19,16 @@ if TYPE_CHECKING:
 
 __all__ = [
     "console",
-    "peak_gigabytes",
+    "plan_values",
     "print_plan",
     "results_table",
+    "run_summary",
     "slurm_line",
     "status_table",
     "verdict_line",
 ]
 
+_STAGES = ("harvest", "baselines", "training", "evaluation")
 _OVERALL = ("explained_variance", "ce_recovered", "retention_gain")
 console = Console()
 
@@ -41,21 +43,21 @@ def _number(value: float) -> str:
 
 
 def results_table(lines: list[Line]) -> Table:
-    """A study's table, see `summary.summarize`."""
+    """Return the results table of a study; `lines` come from `results.table.summarize`."""
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False, header_style="bold")
     table.add_column("cell", overflow="fold")  # A long name takes two lines; numbers are never cut.
     table.add_column("budget", no_wrap=True)
-    heads = [
+    headings = [
         "expl.\nvar.",
         "CE\nrec.",
         "ret.−\nchance",
         *(f"order\nk={k}" for k in ORDER_KS),
         *(f"probe\nk={k}" for k in PROBE_KS),
     ]
-    for name in heads:
+    for name in headings:
         table.add_column(name, justify="right", no_wrap=True)
     for line in lines:
-        # A cell's own numbers stand once, on its first line.
+        # Numbers that do not depend on the pooling are shown once, on the cell's first line.
         overall = ["" if line.pooling != "mean" else _number(line.overall[name]) for name in _OVERALL]
         numbers = [
             *line.order.values(),
@@ -66,21 +68,32 @@ def results_table(lines: list[Line]) -> Table:
 
 
 def verdict_line(path: Path) -> str:
-    """How many of a study's comparisons are decided; `path` is its verdicts.csv."""
+    """Count the verdicts of a study's comparisons; `path` is its verdicts.csv."""
+    from posmask.results.comparisons import MIN_SEEDS, read_verdicts
+
     verdicts = read_verdicts(path)
     if not verdicts:
-        return "Verdicts: none, as the study has no open cell to compare with and asks no questions."
+        return "Verdicts: none, because the study has neither an open cell as baseline nor comparisons."
     count = Counter(verdict.verdict for verdict in verdicts)
     seeds = min(verdict.n_seeds for verdict in verdicts)
-    needed = f" (a verdict needs {MIN_SEEDS} seeds, here {'is' if seeds == 1 else 'are'} {seeds})"
+    needed = f" (a verdict needs {MIN_SEEDS} seeds, this study has {seeds})"
     return (
         f"Verdicts: {count['better']} better, {count['worse']} worse, {count['no evidence']} no evidence"
         f"{needed if seeds < MIN_SEEDS else ''}; differences with intervals in verdicts.csv and on the page."
     )
 
 
-def peak_gigabytes() -> float:
-    """The most memory that this process, or any that it started, had."""
+def run_summary(seconds: float, n_jobs: int) -> str:
+    """Explain the columns of the results table and report the peak memory and the duration of the run."""
+    per_process = " per process" if n_jobs > 1 else ""
+    return (
+        "Order and probing: accuracy of probes on k latents (chance 0.5), mean over tasks. "
+        f"Peak memory {_peak_gigabytes():.1f} GB{per_process}, {duration(seconds)}."
+    )
+
+
+def _peak_gigabytes() -> float:
+    """Peak memory of this process or of any that it started, whichever is higher."""
     import resource
 
     peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
@@ -88,9 +101,9 @@ def peak_gigabytes() -> float:
 
 
 def status_table(states: list[tuple[str, "CellState"]]) -> Table:
-    """A line a cell, its seeds under what they are."""
-    every = ("finished", "missing", "other settings", "damaged")
-    kinds = [kind for kind in every if any(state == kind for _, state in states)]
+    """Return a table with one row per cell and one column per state, which lists the seeds in that state."""
+    all_kinds = ("finished", "missing", "other settings", "damaged")
+    kinds = [kind for kind in all_kinds if any(state == kind for _, state in states)]
     seeds: dict[str, dict[str, list[str]]] = {}
     for label, state in states:
         name, _, seed = label.rpartition("-seed")
@@ -99,13 +112,13 @@ def status_table(states: list[tuple[str, "CellState"]]) -> Table:
     table.add_column("cell", overflow="fold")
     for kind in kinds:
         table.add_column(kind, overflow="fold")
-    for name, found in seeds.items():
-        table.add_row(name, *(", ".join(found.get(kind, [])).replace(", seed ", ", ") for kind in kinds))
+    for name, by_kind in seeds.items():
+        table.add_row(name, *(", ".join(by_kind.get(kind, [])).replace(", seed ", ", ") for kind in kinds))
     return table
 
 
 def _plan_tables(plan: "estimate.Plan") -> list[Table]:
-    """What is harvested, and what each cell takes."""
+    """Return the table of harvests and the table of cells."""
     harvest = _columns("harvest", "tokens", "time")
     for line in plan.lines:
         if line.stage == "harvest":
@@ -115,9 +128,9 @@ def _plan_tables(plan: "estimate.Plan") -> list[Table]:
         if line.stage == "baselines":
             cells.add_row(line.what, "", "", *_tokens_and_time(line))
     trained = {line.what: line for line in plan.lines if line.stage == "training"}
-    asked = {line.what: line for line in plan.lines if line.stage == "evaluation"}
+    evaluated = {line.what: line for line in plan.lines if line.stage == "evaluation"}
     for name, line in trained.items():
-        cells.add_row(name, *_tokens_and_time(line), *_tokens_and_time(asked[name]))
+        cells.add_row(name, *_tokens_and_time(line), *_tokens_and_time(evaluated[name]))
     return [harvest, cells]
 
 
@@ -133,11 +146,25 @@ def _tokens_and_time(line: "estimate.Line") -> tuple[str, str]:
     return (f"{line.tokens:,}", duration(line.seconds)) if line.tokens or line.seconds else ("", "finished")
 
 
+def plan_values(plan: "estimate.Plan") -> dict[str, Any]:
+    """Return a plan as values for JSON: seconds in total and per stage, bytes, and one entry per line of the tables."""
+    return {
+        "seconds": plan.seconds(),
+        "stages": {stage: plan.seconds(stage) for stage in _STAGES},
+        "finished": plan.n_finished,
+        "folders": plan.n_folders,
+        "disk_bytes": plan.disk_bytes,
+        "memory_bytes": plan.memory_bytes,
+        "lines": [asdict(line) for line in plan.lines],
+        "assumptions": list(plan.assumptions),
+    }
+
+
 def print_plan(plan: "estimate.Plan", root: Path, gpu: str | None) -> None:
     """Print a plan: what is finished and the total, then the tables, then disk, memory and assumptions.
 
     Args:
-        gpu: the name of the GPU that the plan is for; None: this machine.
+        gpu: name of the GPU that the plan is for; None for this machine.
     """
     width = min(console.width, 100)
     finished = f"{plan.n_finished} of {plan.n_folders} folders (cells with each seed, and the baselines) are finished"
@@ -162,15 +189,13 @@ def _total(plan: "estimate.Plan", gpu: str | None) -> str:
     where = f"this machine ({threads} thread{'s' * (threads > 1)})"
     if gpu is not None:
         where = f"one {gpu}, with a host like {where}"
-    stages = ", ".join(
-        f"{stage} {duration(plan.seconds(stage))}" for stage in ("harvest", "baselines", "training", "evaluation")
-    )
+    stages = ", ".join(f"{stage} {duration(plan.seconds(stage))}" for stage in _STAGES)
     hours = "" if gpu is None else f" That is {plan.seconds() / 3600:.1f} GPU hours, the host's work included."
     return f"In all {duration(plan.seconds())} on {where}: {stages}.{hours}"
 
 
 def slurm_line(study_file: Path) -> str:
-    """How Slurm starts the processes that train a cell together, see docs/cluster.md."""
+    """Return the Slurm command that trains one cell in several processes; see docs/cluster.md."""
     return (
         "srun --nodes 2 --ntasks-per-node 1 torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint "
         f'"$HOSTNAME:29500" -m posmask.cli train-distributed {study_file} CELL --by data'

@@ -1,6 +1,7 @@
-"""Serves the folder of a page with all latents, to this machine alone."""
+"""Serves a report page, to this machine alone."""
 
 import http.server
+import os
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -42,15 +43,28 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-def page_server(folder: Path, port: int = 0) -> http.server.ThreadingHTTPServer:
-    """A server of the folder's page, bound to 127.0.0.1; `serve_forever` starts it.
+class _PageHandler(_Handler):
+    """Serves one self-contained page, and no file beside it."""
+
+    def translate_path(self, path: str) -> str:
+        return self.directory if path.partition("?")[0] == "/" else os.path.join(self.directory, "none")
+
+
+def page_server(page: Path, port: int = 0) -> http.server.ThreadingHTTPServer:
+    """Return a server of a report page, bound to 127.0.0.1; `serve_forever` starts it.
 
     Args:
-        port: 0 takes any that is free.
+        page: folder that `posmask report --all` wrote, or a self-contained HTML file, which is served alone.
+        port: 0 takes any free port.
 
     Raises:
-        DamagedFolder: the folder holds no page.
+        DamagedFolder: `page` is neither.
     """
-    if not (folder / "index.html").is_file():
-        raise DamagedFolder(f"{folder} holds no index.html: `posmask report DIR --all` writes it")
-    return http.server.ThreadingHTTPServer(("127.0.0.1", port), partial(_Handler, directory=str(folder)))
+    is_file = page.is_file() and page.suffix == ".html"
+    if not is_file and not (page / "index.html").is_file():
+        raise DamagedFolder(
+            f"{page} is no page: `posmask report DIR` writes report.html, `posmask report DIR --all` a folder with all "
+            "latents"
+        )
+    handler = _PageHandler if is_file else _Handler
+    return http.server.ThreadingHTTPServer(("127.0.0.1", port), partial(handler, directory=str(page)))

@@ -21,6 +21,7 @@ import torch
 from posmask.data.harvest import ComputeShards
 from posmask.evaluation.suite import EvaluationData
 from posmask.kernels import runtime
+from posmask.progress import cell_finished
 from posmask.storage import layout, manifest
 from posmask.storage.record import check_listed
 from posmask.study.cell import Target, baselines_of, fill, rows_in, state_of, targets_of
@@ -99,6 +100,7 @@ def _share(study: StudySettings, todo: list[Target], data: EvaluationData, root:
                     continue
                 make_anew(study, target, data, root, say)
             waiting.remove(target)
+            cell_finished()
             break
         else:
             time.sleep(1)

@@ -21,7 +21,7 @@ from posmask.data.tokens import Tokens
 from posmask.errors import BadSetting, DegenerateResult, MissingExtra
 from posmask.evaluation.suite import EvaluationData
 from posmask.kernels import runtime
-from posmask.progress import progress_bars, shown_by
+from posmask.progress import cell_finished, progress_bars, shown_by
 from posmask.storage import manifest
 from posmask.study.cell import Target, state_of, targets_of, train_cell, untrained
 from posmask.study.engines import make_anew, needs
@@ -140,6 +140,8 @@ class Cluster:
                             say(line)
                         if stage == "train":
                             waiting[label] = target, "evaluate"
+                        else:
+                            cell_finished()
         finally:
             for task in running:
                 self._ray.cancel(task, force=True)

@@ -8,6 +8,7 @@ from typing import Literal
 from posmask.data import models
 from posmask.errors import BadSetting, DamagedFolder
 from posmask.kernels import runtime
+from posmask.progress import study_progress
 from posmask.results import comparisons, rows
 from posmask.sae.files import read_sae
 from posmask.storage import layout, manifest
@@ -90,7 +91,8 @@ def run_study(
         manifest.check_aside(target.folder)
         check_checkpoints(target.checkpoints)
     if todo:
-        with _engine(engine, study, n_jobs) as made_by:
+        progress = study_progress(study.name, len(targets), len(targets) - len(todo))
+        with _engine(engine, study, n_jobs) as made_by, progress:
             data = prepare(study, source, root, made_by.compute)  # If this fails, existing results are untouched.
             _begin(study, targets, root, recompute=True)
             made_by.make(study, todo, data, root, say)

@@ -1,0 +1,112 @@
+"""Options and arguments that several commands share, and the decorator that registers a command."""
+
+import functools
+import inspect
+import sys
+import tomllib
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from posmask.errors import PosmaskError
+
+__all__ = [
+    "CellFolder",
+    "Changes",
+    "Json",
+    "ModelName",
+    "Panel",
+    "Root",
+    "StudyFile",
+    "complete_cell_names",
+    "registered",
+]
+
+Panel = Literal["Studies", "Results", "SAEs", "Installation"]
+"""Headings under which `posmask --help` groups the commands."""
+
+StudyFile = Annotated[
+    Path, typer.Argument(metavar="STUDY", help="Study file, such as studies/quick.toml.", show_default=False)
+]
+Root = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Run folder of the study.", show_default="runs/NAME of the study")
+]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="TABLE.KEY=VALUE",
+        help="Replace a setting of the study file, such as model.layer=5. Can be given several times.",
+        show_default=False,
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+CellFolder = Annotated[
+    Path,
+    typer.Argument(metavar="CELL", help="Folder of a cell, such as runs/quick/cells/slice-seed0.", show_default=False),
+]
+ModelName = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Name of the model in TransformerLens, which SAELens uses.",
+        show_default="the model that it was trained on",
+    ),
+]
+_Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress on standard error.")]
+_Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print the traceback of an error of posmask.")]
+
+
+def complete_cell_names(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Names of cells for shell completion, read from the TOML file alone because settings.py imports torch."""
+    try:
+        cells = tomllib.loads(Path(ctx.params["study_file"]).read_text(encoding="utf8"))["cells"]
+        return [cell["name"] for cell in cells if cell["name"].startswith(incomplete)]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def registered(app: typer.Typer, name: str, panel: Panel) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorate a function as the command `name` of `app`, with the options --quiet and --verbose added to its own."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def command(*, quiet: bool, verbose: bool, **arguments: object) -> None:
+            with _silence() if quiet else nullcontext(), _tracebacks() if verbose else nullcontext():
+                function(**arguments)
+
+        extra = {"quiet": _Quiet, "verbose": _Verbose}
+        signature = inspect.signature(function)
+        parameters = [
+            *signature.parameters.values(),
+            *(
+                inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind)
+                for key, kind in extra.items()
+            ),
+        ]
+        command.__signature__ = signature.replace(parameters=parameters)  # pyright: ignore[reportAttributeAccessIssue]
+        command.__annotations__ = {**function.__annotations__, **extra}
+        return app.command(name, rich_help_panel=panel)(command)
+
+    return register
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    from posmask.progress import no_progress
+
+    with no_progress():
+        yield
+
+
+@contextmanager
+def _tracebacks() -> Iterator[None]:
+    try:
+        yield
+    except (PosmaskError, OSError):
+        traceback.print_exc(file=sys.stderr)
+        raise
