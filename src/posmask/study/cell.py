@@ -174,7 +174,7 @@ def train_cell(
     place: Place,
     sae: SparseAutoencoder,
     data: Data,
-    together: distributed.Distributed | None = None,
+    processes: distributed.Distributed | None = None,
     *,
     keeps_end: bool = False,
 ) -> loop.Trained:
@@ -193,10 +193,10 @@ def train_cell(
         settings.n_steps - checkpoints.done,
         place.seed,
         after=taken + checkpoints.done,
-        mine=None if together is None else together.mine,
+        mine=None if processes is None else processes.token_indices,
     )
     root = place.folder.parents[1]
-    track = study.track if together is None or together.leads else None
+    track = study.track if processes is None or processes.leads else None
     with curve_writer(track, root, study.name, place.label, place.made_from) as write:
         return loop.train(
             sae,
@@ -205,7 +205,7 @@ def train_cell(
             place.label,
             on_point=write,
             checkpoints=checkpoints,
-            together=together or loop.SingleProcess(),
+            processes=processes,
         )
 
 

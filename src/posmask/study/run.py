@@ -186,7 +186,7 @@ def train_together(
         train_cell(study, place, whole, data, together, keeps_end=True)
     else:
         together = distributed.ByPosition(whole, data.training.position[data.training.keep])
-        train_cell(study, place, together.part, data, together, keeps_end=True)
+        train_cell(study, place, together.local_sae, data, together, keeps_end=True)
     return together
 
 
