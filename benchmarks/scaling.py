@@ -72,7 +72,7 @@ def one_of(rank: int, n_processes: int, design: str, folder: Path, out: Path) ->
         )
         sae.center, sae.scale = activations.center_and_scale
         together = ByData(sae) if design == "data" else ByPosition(sae, activations.position[activations.keep])
-        part = getattr(together, "part", sae)
+        part = getattr(together, "local_sae", sae)
         settings = TrainingSettings(n_steps=N_STEPS, batch_tokens=BATCH, learning_rate=1e-3)
         sent, spent, clock = [], [], []
 
@@ -81,9 +81,9 @@ def one_of(rank: int, n_processes: int, design: str, folder: Path, out: Path) ->
             spent.append(time.process_time())
             clock.append(time.perf_counter())
 
-        batches = training_batches(activations, BATCH, N_STEPS, 0, mine=together.mine)
+        batches = training_batches(activations, BATCH, N_STEPS, 0, mine=together.token_indices)
         checkpoints = Checkpoints(Path(f"{out}-checkpoints"), {"what": design}, every_seconds=1e9)
-        train(part, batches, settings, design, after_step, checkpoints, together=together)
+        train(part, batches, settings, design, after_step, checkpoints, processes=together)
         quiet = range(1, N_STEPS - 1)  # the first and last step put a point on the curve
         found = {
             "rank": rank,

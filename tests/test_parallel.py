@@ -78,7 +78,7 @@ def trained(folder, kind, rule, together=None, kept=None, write_at=0, stop=False
         way, part, mine, rest = None, sae, None, {}
     else:
         way = ByData(sae) if together == "data" else ByPosition(sae, activations.position[activations.keep])
-        part, mine, rest = getattr(way, "part", sae), way.mine, {"together": way}
+        part, mine, rest = getattr(way, "local_sae", sae), way.token_indices, {"processes": way}
     checkpoints = None if kept is None else Checkpoints(Path(kept), {"what": kind})
     behind = 0 if checkpoints is None else checkpoints.done
 
@@ -92,7 +92,7 @@ def trained(folder, kind, rule, together=None, kept=None, write_at=0, stop=False
         activations, SETTINGS.batch_tokens, SETTINGS.n_steps - behind, 0, after=behind, mine=mine
     )
     curve = train(part, batches, SETTINGS, "test", after_step, checkpoints, **rest).curve
-    return curve, way.join_() if together == "position" else sae, getattr(way, "bytes_sent", 0)
+    return curve, way.merge_() if together == "position" else sae, getattr(way, "bytes_sent", 0)
 
 
 CASES = {

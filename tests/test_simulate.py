@@ -42,13 +42,13 @@ def test_bytes_of_a_step_are_those_that_a_process_hands_over(activations, tmp_pa
         settings = TrainingSettings(n_steps=30, batch_tokens=240, learning_rate=5e-3)
         sent = []
         train(
-            getattr(together, "part", sae),
+            getattr(together, "local_sae", sae),
             training_batches(activations, 240, 30, 0),
             settings,
             "test",
             lambda done: sent.append(together.bytes_sent),
             Checkpoints(tmp_path / "kept", {"what": design}),
-            together=together,
+            processes=together,
         )
     finally:
         dist.destroy_process_group()

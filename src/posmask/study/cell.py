@@ -263,7 +263,7 @@ def train_cell(
     target: Target,
     sae: SparseAutoencoder,
     data: EvaluationData,
-    together: distributed.Distributed | None = None,
+    processes: distributed.Distributed | None = None,
     *,
     keeps_end: bool = False,
 ) -> loop.Trained:
@@ -282,9 +282,9 @@ def train_cell(
         settings.n_steps - checkpoints.done,
         target.seed,
         after=n_steps_of_source + checkpoints.done,
-        mine=None if together is None else together.mine,
+        mine=None if processes is None else processes.token_indices,
     )
-    track = study.track if together is None or together.leads else None
+    track = study.track if processes is None or processes.leads else None
     with curve_writer(track, target.root, study.name, target.label, target.made_from) as write:
         return loop.train(
             sae,
@@ -293,7 +293,7 @@ def train_cell(
             target.label,
             on_point=write,
             checkpoints=checkpoints,
-            together=together or loop.SingleProcess(),
+            processes=processes,
         )
 
 

@@ -193,7 +193,7 @@ def train_together(
         train_cell(study, target, sae, data, strategy, keeps_end=True)
     else:
         strategy = distributed.ByPosition(sae, data.training.position[data.training.keep])
-        train_cell(study, target, strategy.part, data, strategy, keeps_end=True)
+        train_cell(study, target, strategy.local_sae, data, strategy, keeps_end=True)
     return strategy
 
 
