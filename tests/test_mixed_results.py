@@ -38,14 +38,14 @@ def test_the_report_excludes_cells_of_other_settings_and_names_them(study_file, 
     root = tmp_path / "run"
     run(study_file, root)
     old = {row.value for row in read_studies([root])[0].rows if row.cell == "slice-compute"}
-    make_anew = engines.make_anew
+    make_target = engines.make_target
 
     def killed_at_the_second_cell(settings, place, *args):
         if place.label == "slice-compute-seed0":
             raise Killed
-        make_anew(settings, place, *args)
+        make_target(settings, place, *args)
 
-    monkeypatch.setattr(engines, "make_anew", killed_at_the_second_cell)
+    monkeypatch.setattr(engines, "make_target", killed_at_the_second_cell)
     with pytest.raises(Killed):
         run(study_file, root, CHANGED)
     (read,) = read_studies([root])

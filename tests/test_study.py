@@ -496,7 +496,7 @@ METRICS = ("explained_variance", "l0", "order_accuracy", "probe_accuracy", "rete
         (
             'init_from = "open-half"',
             'init_from = "opne"',
-            "starts from 'opne', which is no cell (a folder needs a slash)",
+            "starts from 'opne', which is not a cell (a folder needs a slash)",
         ),
         ('init_from = "open-half"', 'init_from = "switch"', "starts from switch, which is not an open cell of its own"),
         ("step_fraction = 0.5", "", "which leaves no step of its 20"),
@@ -585,7 +585,7 @@ def test_a_new_kind_and_a_new_rule_take_one_class_and_one_entry(study_file, tmp_
         ("learning_rate = 5e-3", "learning_rate = inf", "training.learning_rate = inf is not valid"),
         ('kind = "open"', 'kind = ["open"]', "mask kind ['open'] is unknown"),
         ('name = "open"', 'name = "llm"', "stands for the model itself: rename it"),
-        ('against = "open + segments4"', 'against = "opne"', "comparisons name 'opne', which is no cell"),
+        ('against = "open + segments4"', 'against = "opne"', "comparisons name 'opne', which is not a cell"),
         ('"open + segments4"', '"open + segments8"', "open has the poolings ['growing4', 'segments4']"),
         ('"open + segments4"', '"open"', "'slice-compute' against 'open' twice, or for nothing"),
         ("ks = [1, 5, 20]", "ks = [1, 20]", "ks = [1, 20] lacks 1 or 5"),

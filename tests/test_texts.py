@@ -80,7 +80,7 @@ def test_a_folder_without_texts_is_refused(tmp_path):
     [
         ({}, "either tables or texts"),
         ({"tables": ["a"], "texts": "b"}, "either tables or texts"),
-        ({"texts": "hf:a/b"}, "may have no end: say with n_texts how many to read"),
+        ({"texts": "hf:a/b"}, "may be unlimited: set n_texts to the number of texts to read"),
     ],
 )
 def test_a_corpus_has_one_source(given, message):

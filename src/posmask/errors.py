@@ -1,4 +1,4 @@
-"""The errors a caller would catch. Each message gives the value, the rule it breaks, and the remedy."""
+"""Errors that a caller may want to catch. Each message gives the value, the rule that it breaks, and the remedy."""
 
 __all__ = [
     "BadSetting",

@@ -1,7 +1,7 @@
-"""The whole path by hand, for notebooks and scripts: texts -> vectors -> SAE -> training -> measures.
+"""The steps of a study as functions for notebooks and scripts: texts -> vectors -> SAE -> training -> measures.
 
-The same functions that studies are made of, with fewer words: a study adds seeds, order and standard probing, the
-model run on from reconstructions, verdicts and the page. All of this is to be had from `import posmask`.
+`import posmask` exports them. A study adds seeds, order and standard probing, metrics inside the model, comparisons and
+the report page.
 """
 
 import contextlib

@@ -28,7 +28,7 @@ from posmask.study.cell import Target, baselines_of, fill, rows_in, state_of, ta
 from posmask.study.harvests import Source, prepare
 from posmask.study.settings import StudySettings
 
-__all__ = ["Engine", "Local", "make_anew", "needs"]
+__all__ = ["Engine", "Local", "make_target", "needs"]
 
 
 Say = Callable[[str], None]
@@ -36,21 +36,21 @@ Say = Callable[[str], None]
 
 
 class Engine(Protocol):
-    """Where the work is done. Results do not depend on it."""
+    """Where cells are made. Results do not depend on it."""
 
     @property
     def compute(self) -> ComputeShards | None:
-        """Computes vectors; None: this process does."""
+        """Computes vectors; None: this process computes them."""
 
     def make(self, study: StudySettings, todo: list[Target], data: EvaluationData, root: Path, say: Say) -> None:
-        """Fill all these folders."""
+        """Make all these folders."""
 
 
 class Local:
     """This machine.
 
     Args:
-        n_jobs: how many processes share the cells, and the processor's threads. What the others say goes to
+        n_jobs: how many processes share the cells and the CPU's threads. The helpers write their output to
             `root/jobs`.
     """
 
@@ -61,22 +61,22 @@ class Local:
 
     def make(self, study: StudySettings, todo: list[Target], data: EvaluationData, root: Path, say: Say) -> None:
         if self._n_jobs > 1:
-            say(f"{self._n_jobs} processes share the cells; what the others say goes to {layout.jobs_folder(root)}.")
+            say(f"{self._n_jobs} processes share the cells; helpers write their output to {layout.jobs_folder(root)}.")
         n_threads = max(1, torch.get_num_threads() // self._n_jobs)
-        # Set even where it stays: torch multiplies otherwise with one thread that was set than with one it found.
+        # Set explicitly even if unchanged: torch multiplies differently with one thread set than with one detected.
         with _helpers(study, root, self._n_jobs - 1, n_threads), runtime.threads(n_threads):
             _share(study, todo, data, root, say)
 
 
 def needs(target: Target, root: Path, missing: set[Path]) -> bool:
-    """Whether a folder cannot be filled yet because others are missing: the baselines, or what it starts from."""
+    """Whether a folder must wait for others: the baselines, or the cell that it starts from."""
     return (
         target.cell is not None and layout.cell_folder(root, layout.BASELINES) in missing
     ) or target.init_folder in missing
 
 
-def make_anew(study: StudySettings, target: Target, data: EvaluationData, root: Path, say: Say) -> None:
-    """Fill one folder unless it is finished; whoever calls holds its claim. What stands in its target is set aside."""
+def make_target(study: StudySettings, target: Target, data: EvaluationData, root: Path, say: Say) -> None:
+    """Make one folder unless it is finished; the caller holds its claim. A stale folder is moved out of the way."""
     check_listed(root, target.label, target.made_from)
     state = state_of(target, verify=True)
     if state in ("other settings", "damaged"):
@@ -89,16 +89,16 @@ def make_anew(study: StudySettings, target: Target, data: EvaluationData, root: 
 
 
 def _share(study: StudySettings, todo: list[Target], data: EvaluationData, root: Path, say: Say) -> None:
-    """Make what is missing, each folder in one process alone, until all of them are there."""
-    waiting = sorted(todo, key=lambda target: target.init_folder is not None)  # what others start from comes first
+    """Make the missing folders, each in one process, until all are finished."""
+    waiting = sorted(todo, key=lambda target: target.init_folder is not None)  # cells that others start from come first
     while waiting:
         for target in list(waiting):
             if needs(target, root, {other.folder for other in waiting}):
-                continue  # Another process is at what this one needs.
+                continue  # Another process is making the folder that this one needs.
             with manifest.claim(target.folder, wait=False) as mine:
                 if not mine:
                     continue
-                make_anew(study, target, data, root, say)
+                make_target(study, target, data, root, say)
             waiting.remove(target)
             cell_finished()
             break
@@ -108,7 +108,7 @@ def _share(study: StudySettings, todo: list[Target], data: EvaluationData, root:
 
 @contextmanager
 def _helpers(study: StudySettings, root: Path, n_helpers: int, n_threads: int) -> Iterator[None]:
-    """Other processes that run this study's cells as long as this one does."""
+    """Helper processes that make cells of this study while the block runs."""
     if n_helpers:
         layout.jobs_folder(root).mkdir(parents=True, exist_ok=True)
     spawn = multiprocessing.get_context("spawn")
@@ -127,9 +127,9 @@ def _helpers(study: StudySettings, root: Path, n_helpers: int, n_threads: int) -
 
 
 def _end_with_parent() -> None:
-    """Let this process end when its parent does, however that ends.
+    """End this process when its parent ends, for whatever reason.
 
-    On Linux the kernel sees to it, even while a compiled loop holds the interpreter; elsewhere a thread does.
+    On Linux the kernel does so, even while a compiled loop holds the interpreter; elsewhere a thread does.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None

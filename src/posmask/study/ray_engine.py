@@ -24,7 +24,7 @@ from posmask.kernels import runtime
 from posmask.progress import cell_finished, progress_bars, shown_by
 from posmask.storage import manifest
 from posmask.study.cell import Target, state_of, targets_of, train_cell, untrained
-from posmask.study.engines import make_anew, needs
+from posmask.study.engines import make_target, needs
 from posmask.study.harvests import Source, prepare
 from posmask.study.settings import StudySettings
 
@@ -243,7 +243,7 @@ def _make(worker: _Worker, root: Path, label: str, stage: Stage) -> list[str]:
         data = _kept("data", f"{root} {study.model_dump_json()}", lambda: prepare(study, source, root))
         with manifest.claim(target.folder, wait=True):
             if stage == "evaluate":
-                make_anew(study, target, data, root, said.append)
+                make_target(study, target, data, root, said.append)
             elif state_of(target, verify=True) != "finished":
                 sae, _ = untrained(study, target, data)
                 train_cell(study, target, sae, data, keeps_end=True)

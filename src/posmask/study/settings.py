@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 MODEL_CELL = "llm"
-"""What the baselines' rows say in the column `cell`."""
+"""Value of the column `cell` in the rows of the baselines."""
 
 
 class _Settings(BaseModel):
@@ -41,52 +41,54 @@ class _Settings(BaseModel):
 
 
 class ModelSettings(_Settings):
-    """Whose vectors, and from where in it."""
+    """The language model and the site whose vectors SAEs are trained on."""
 
     name: str
     """`embedded:SmolLM2-135M-Instruct`, a name on the hub, a folder, or a GGUF file (`OWNER/NAME:FILE.gguf`
     on the hub)."""
     layer: Annotated[int, Field(gt=0)] | Annotated[float, Field(gt=0, lt=1)]
-    """Vectors are read after this many layers (`hidden_states[layer]`). Below 1: after this share of all layers, for
-    studies that are to carry over to other models."""
+    """Vectors are read after this many layers (`hidden_states[layer]`). A number below 1 is a fraction of the model's
+    depth, for studies that are used with several models."""
     site: sites.Site = "residual_after"
-    """Where at that layer: the residual stream after or before it, or what its attention or MLP adds to the stream."""
+    """Site at that layer: the residual stream after or before it, or the output of its attention or MLP."""
     sizes: dict[str, int | float | str | bool] | None = None
-    """Numbers of its config.json, for plans where that cannot be reached. No part of any identity."""
+    """Entries of the model's config.json, for plans without access to it. Not part of any identity."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the model's forward pass and of the stored vectors. auto: bfloat16 where the processor is fast in it."""
+    """Precision of the forward pass and of stored vectors. auto: bfloat16 if the CPU or GPU multiplies it natively."""
     storage_dtype: StorageDtype = "model"
-    """Of the training vectors on disk; those that are measured on always keep the model's precision."""
+    """Data type of training vectors on disk; vectors for evaluation keep the model's precision."""
 
 
 class CorpusSettings(_Settings):
-    """The texts that SAEs are trained on and measured on; see `corpus.split_of` for the wall between the two."""
+    """The texts for training and for evaluation; `data.tokens.split_of` divides them so that no text is in both."""
 
     tables: tuple[str, ...] = ()
-    """Embedded tables; a quarter of their texts trains, tokens for measuring come from the rest."""
+    """Embedded tables. A quarter of their texts is for training, the rest for evaluation."""
     texts: str | None = None
-    """In place of tables: a folder or file of .txt, .jsonl or .jsonl.zst, or a dataset on the hub as
-    `hf:OWNER/NAME[:CONFIGURATION][@REVISION]` (see `posmask.data.texts`). Divided as the tables are."""
+    """Instead of tables: a folder or file of .txt, .jsonl or .jsonl.zst, or a dataset on the hub as
+    `hf:OWNER/NAME[:CONFIGURATION][@REVISION]` (see `posmask.data.texts`). Divided like the tables."""
     n_texts: int | None = Field(default=None, gt=0)
-    """How many of these are read, from the start, before they are divided. None: all."""
+    """How many of these texts are read, from the start, before they are divided. None: all."""
     n_positions: int = Field(gt=1)
-    """Context length, BOS included."""
+    """Context length in tokens, including BOS."""
     training_tokens: int = Field(gt=0)
-    """Kept tokens to harvest for training, at least."""
+    """Minimum number of kept tokens to harvest for training."""
     heldout_tokens: int = Field(gt=0)
-    """Kept tokens for reconstruction, retention and fidelity, at least."""
+    """Minimum number of kept tokens for reconstruction, retention and fidelity."""
     eval_split: tokens.EvalSplit = "evaluation"
-    """Whose texts metrics, order tasks and probes use. validation: others than any reported number rests on, for
-    choosing recipes and settings."""
+    """The split that metrics, order tasks and probes use. validation: for choosing settings; it shares no text with the
+    split of reported numbers."""
     max_characters: int = Field(default=1000, gt=0)
-    """Texts are cut to this length, so that a few long ones do not make up the corpus."""
+    """Texts are cut to this many characters, so that a few long texts do not dominate the corpus."""
 
     @model_validator(mode="after")
     def _one_source(self) -> "CorpusSettings":
         if bool(self.tables) == bool(self.texts):
             raise ValueError("corpus needs either tables or texts: give one of the two")
         if self.n_texts is None and self.texts is not None and self.texts.startswith(texts.HUB_PREFIX):
-            raise ValueError(f"corpus.texts = {self.texts!r} may have no end: say with n_texts how many to read")
+            raise ValueError(
+                f"corpus.texts = {self.texts!r} may be unlimited: set n_texts to the number of texts to read"
+            )
         return self
 
     @property
@@ -96,7 +98,7 @@ class CorpusSettings(_Settings):
 
 
 class SaeSettings(_Settings):
-    """The unmasked SAE's size; `budget` says what a cell makes of it."""
+    """Size and rule of the unmasked SAE; a cell's `budget` decides how many latents it has."""
 
     d_sae: int = Field(gt=0)
     rule: SerializeAsAny[rules.RuleSettings]
@@ -108,21 +110,21 @@ class SaeSettings(_Settings):
 
 
 class CellSettings(_Settings):
-    """One row of the study: a mask at a budget."""
+    """One cell of the study: a mask at a budget, trained with every seed."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")
     mask: SerializeAsAny[MaskSettings]
     budget: Literal["width", "compute"] = "width"
-    """width: d_sae latents in all. compute: d_sae latents open at each position, as many in all as that takes."""
+    """width: d_sae latents in total. compute: d_sae latents open at each position, and as many in total as needed."""
     init_from: str | None = None
-    """Where its weights come from: the name of an open cell, or (with a slash in it) the folder of an SAE that is open
-    everywhere; each latent becomes a copy. None: drawn at random."""
+    """The SAE that the cell starts from: the name of an open cell, or the folder of an unmasked SAE (a path with a
+    slash). Each latent is a copy of one of its latents. None: random weights."""
     step_fraction: float = Field(default=1.0, gt=0, le=1)
-    """Its share of `training.n_steps`, counting those of the cell it starts from: there are no free steps."""
+    """Fraction of `training.n_steps`, including the steps of the cell that it starts from."""
     seeds: tuple[int, ...] | None = Field(default=None, min_length=1)
-    """In place of the study's, for rows that need more of them, or fewer."""
+    """Seeds of this cell, if they differ from the study's."""
     measure_forgetting: bool = False
-    """Whether a copy is trained on without the mask, to see how fast specialization fades: costs as much again."""
+    """Whether to continue training a copy without the mask and measure retention; doubles the cost of training."""
 
     @property
     def init_folder(self) -> Path | None:
@@ -135,7 +137,7 @@ class CellSettings(_Settings):
 
 
 class ComparisonSettings(_Settings):
-    """A comparison to be judged, beside each cell's with the first open one."""
+    """A comparison in addition to that of each cell with the baseline."""
 
     cell: str
     against: str
@@ -143,7 +145,7 @@ class ComparisonSettings(_Settings):
 
 
 class StudySettings(_Settings):
-    """Everything that decides a study's numbers. The same thing as a TOML file, see `studies/`."""
+    """All settings of a study; the Python form of a TOML file in `studies/`."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")
     seeds: tuple[int, ...] = Field(min_length=1)
@@ -155,14 +157,14 @@ class StudySettings(_Settings):
     cells: tuple[CellSettings, ...] = Field(min_length=1)
     comparisons: tuple[ComparisonSettings, ...] = ()
     device: str = "cpu"
-    """Where model and SAEs compute: cpu, cuda, cuda:1, mps. No part of any identity."""
+    """Device of the model and the SAEs: cpu, cuda, cuda:1, mps. Not part of any identity."""
     track: trackers.Tracker | None = None
-    """A tracker that training curves also go to. No part of any identity."""
+    """Tracker that receives training curves, too. Not part of any identity."""
     activations_url: str | None = None
-    """A URL under which harvested vectors are kept, such as s3://BUCKET/PATH; None: in the study's folder. No part of
-    any identity."""
+    """URL under which harvested vectors are stored, such as s3://BUCKET/PATH. None: in the run folder. Not part of any
+    identity."""
     activations_cache_gb: float = Field(default=100.0, gt=0)
-    """How much of them may lie in the study's folder at a time, where they are kept elsewhere."""
+    """Limit of the local cache of these vectors, in GB."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> "StudySettings":
@@ -184,7 +186,7 @@ class StudySettings(_Settings):
         tokens.shift_length(self.corpus.n_positions, self.evaluation.shift_windows)
         for seeds in (self.seeds, *(cell.seeds for cell in self.cells if cell.seeds)):
             if len(set(seeds)) < len(seeds):
-                raise ValueError(f"seeds = {list(seeds)} repeats a seed: the same run twice is no second sample")
+                raise ValueError(f"seeds = {list(seeds)} repeats a seed: a repeated run is not a second sample")
         if self.training.batch_tokens > self.corpus.training_tokens:
             raise ValueError(
                 f"training.batch_tokens = {self.training.batch_tokens:,} is more than corpus.training_tokens = "
@@ -224,7 +226,7 @@ class StudySettings(_Settings):
                 continue
             if source is None:
                 raise ValueError(
-                    f"{cell.name} starts from {cell.init_from!r}, which is no cell (a folder needs a slash)"
+                    f"{cell.name} starts from {cell.init_from!r}, which is not a cell (a folder needs a slash)"
                 )
             if source.mask.kind != "open" or source.budget != "width" or source.init_from is not None:
                 raise ValueError(
@@ -244,7 +246,7 @@ class StudySettings(_Settings):
         return cell.seeds or self.seeds
 
     def n_steps(self, cell: CellSettings) -> int:
-        """Steps that a cell itself is trained for."""
+        """Number of steps that a cell is trained for, without those of the cell that it starts from."""
         source = next((other for other in self.cells if other.name == cell.init_from), None)
         total = round(cell.step_fraction * self.training.n_steps)
         return total - (self.n_steps(source) if source is not None and source != cell else 0)
@@ -259,7 +261,7 @@ class StudySettings(_Settings):
             for side in sides:
                 name, _, pooling = side.partition(" + ")
                 if name not in names:
-                    raise ValueError(f"comparisons name {side!r}, which is no cell: choose from {', '.join(names)}")
+                    raise ValueError(f"comparisons name {side!r}, which is not a cell: choose from {', '.join(names)}")
                 known = pooled if name in open_cells else {"fair"}
                 if pooling and pooling not in known:
                     raise ValueError(f"comparisons name {side!r}, but {name} has the poolings {sorted(known)}")
@@ -274,14 +276,14 @@ class StudySettings(_Settings):
 
     @property
     def baseline(self) -> str | None:
-        """The cell that every other is compared with: the first open one."""
+        """The cell that every other cell is compared with: the first open cell at full width with all steps."""
         for cell in self.cells:
             if cell.mask.kind == "open" and cell.budget == "width" and cell.step_fraction == 1:
                 return cell.name
         return None
 
     def width(self, cell: CellSettings) -> int:
-        """How many latents a cell's SAE has."""
+        """Number of latents of a cell's SAE."""
         if cell.budget == "width":
             return self.sae.d_sae
         kind = masks.MASKS[cell.mask.kind]
