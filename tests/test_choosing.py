@@ -98,9 +98,9 @@ def test_the_batch_is_cut_while_it_is_searched(monkeypatch):
     monkeypatch.setattr(selection, "_LEAST_ROWS", 64)
     value = table(5000, n_tokens=2000)
     cuts = []
-    plain = selection._Others._cut
+    plain = selection._Candidates._cut
     monkeypatch.setattr(
-        selection._Others, "_cut", lambda self, wanted: cuts.append(self._n_found) or plain(self, wanted)
+        selection._Candidates, "_cut", lambda self, wanted: cuts.append(self._n_entries) or plain(self, wanted)
     )
     x, place = value, torch.zeros(2000, dtype=torch.int64)
     groups = [LiveGroup(torch.tensor([0]), slice(0, 5000), gated=False)]

@@ -1,5 +1,8 @@
 """Errors that a caller may want to catch. Each message gives the value, the rule that it breaks, and the remedy."""
 
+import difflib
+from collections.abc import Iterable
+
 __all__ = [
     "BadSetting",
     "DamagedFolder",
@@ -8,6 +11,7 @@ __all__ = [
     "MissingExtra",
     "NothingToDo",
     "PosmaskError",
+    "unknown_kind",
 ]
 
 
@@ -40,3 +44,15 @@ class MissingAsset(PosmaskError):
 
 class MissingExtra(PosmaskError):
     """A package that only an optional part of posmask needs is not installed."""
+
+
+def unknown_kind(what: str, kind: object, known: Iterable[str]) -> BadSetting:
+    """The error for a `kind` that is not in a registry; it lists the known kinds and the closest of them.
+
+    >>> str(unknown_kind("mask kind", "opne", ["open", "slice"]))
+    "mask kind 'opne' is unknown: choose one of open, slice (did you mean 'open'?)"
+    """
+    known = list(known)
+    close = difflib.get_close_matches(str(kind), known, n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    return BadSetting(f"{what} {kind!r} is unknown: choose one of {', '.join(known)}{hint}")

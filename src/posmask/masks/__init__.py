@@ -1,11 +1,11 @@
-"""The kinds of position mask.
+"""The registry of position masks by kind.
 
-To add one: write one subclass of `PositionMask` with its `Settings` and `_start`, and add it to `MASKS`.
+To add a kind, write one subclass of `PositionMask` with its `Settings` and `_start`, and add it to `MASKS`.
 """
 
 from typing import Any
 
-from posmask.errors import BadSetting
+from posmask.errors import unknown_kind
 from posmask.masks.base import MaskSettings, PositionMask
 from posmask.masks.fixed import Band, Cohort, Hard, Open, Slice, Windows
 from posmask.masks.learned import Importance, Soft
@@ -29,19 +29,23 @@ MASKS: dict[str, type[PositionMask]] = {
 
 
 def mask_settings(values: dict[str, Any]) -> MaskSettings:
-    """Settings of the kind that `values["kind"]` names, checked.
+    """Validated settings of the kind `values["kind"]`.
 
     >>> mask_settings({"kind": "slice", "n_slices": 8}).gating
     'forward'
+
+    Raises:
+        BadSetting: the kind is unknown.
+        ValidationError: a setting is invalid.
     """
     kind = values.get("kind")
     if not isinstance(kind, str) or kind not in MASKS:
-        raise BadSetting(f"mask kind {kind!r} is unknown: choose one of {', '.join(MASKS)}")
+        raise unknown_kind("mask kind", kind, MASKS)
     return MASKS[kind].Settings(**values)
 
 
 def make_mask(settings: MaskSettings, n_positions: int, d_sae: int, seed: int = 0) -> PositionMask:
-    """A mask of the kind that its settings name.
+    """A mask of the kind `settings.kind`.
 
     Raises:
         BadSetting: the settings do not fit the context length or the number of latents.

@@ -1,9 +1,9 @@
-"""PositionMask: how open each latent is at each position of the context. The kinds are in `mask_kinds.py`.
+"""Base class of position masks: how open each latent is at each position of the context.
 
-Openness `M[p, j]` lies in [0, 1]: 1 lets latent j speak freely at position p, 0 closes it. With `gating = "forward"`
-the mask multiplies the code, and so the gradient. With `gating = "gradient"` the code is left alone and only the
-gradient that a token at p sends into latent j's own parameters is multiplied: specialized training, unrestricted
-inference.
+Openness `M[p, j]` is in [0, 1]: 1 leaves latent j unrestricted at position p, 0 closes it. With `gating = "forward"`
+the mask multiplies the code, and therefore its gradient. With `gating = "gradient"` the code is unchanged and the mask
+multiplies only the gradient that a token at p sends into latent j's own parameters: training is specialized, inference
+is unrestricted.
 """
 
 import copy
@@ -28,7 +28,7 @@ PositionOrigin = Literal["context", "sentence", "line", "end"]
 
 
 class MaskSettings(BaseModel):
-    """What every kind of mask has in common; each kind's own `Settings` adds its fields."""
+    """Settings that all kinds of mask share; the `Settings` of each kind adds its fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -36,23 +36,26 @@ class MaskSettings(BaseModel):
     gating: Literal["forward", "gradient"] = "forward"
     """Whether the mask multiplies the code (and so its gradient), or only the gradient of the latent's parameters."""
     free_fraction: float = Field(default=0.0, ge=0, le=1)
-    """The share of all latents, the first ones, that stay open everywhere; the rest follow the kind. Taken to the
-    nearest number that leaves the kind equal blocks."""
+    """Share of the latents, the first ones, that stay open everywhere; the rest follow the kind. Rounded to the nearest
+    number of latents that leaves blocks of equal size."""
     leak: float = Field(default=0.0, ge=0, le=1)
-    """The least openness: M becomes M + leak * (1 - M). 0 leaves a mask as strict as it is, 1 opens it everywhere."""
+    """Minimum openness: M becomes M + leak * (1 - M). 0 does not change the mask, 1 opens it everywhere."""
     gradient_sharing: float = Field(default=0.0, ge=0, le=1)
-    """How much a latent learns together with the other copies of the latent that it was copied from: its gradient
-    becomes (1 - tie) times its own plus tie times the mean over the copies. 0: each by itself, 1: they stay equal."""
+    """How much the copies of one latent learn together: the gradient of each becomes (1 - gradient_sharing) times its
+    gradient plus gradient_sharing times the mean over the copies. 0: independent, 1: the copies stay equal."""
     position_origin: PositionOrigin = "context"
-    """From where positions are counted: the context's start (BOS is 0), the start of the token's sentence or line, or
-    the end of its text (the last token is 1). Beyond the context's length the last position stands for all."""
+    """Where positions are counted from: the start of the context (BOS is 0), the start of the token's sentence or line,
+    or the end of its text (the last token is 1). Larger positions count as the last position of the context."""
 
 
 @dataclass(frozen=True)
 class Routing:
-    """Which row of the mask's table each token takes.
+    """The row of the mask's table for each token.
 
-    `strength` multiplies the token's codes after the activation rule; `penalty` is a term of the training loss.
+    Attributes:
+        mask_row: row of the table, per token.
+        strength: multiplies the token's codes after the activation rule; None for 1.
+        penalty: a term of the training loss; None for 0.
     """
 
     mask_row: Int[Tensor, "*token"]
@@ -62,9 +65,12 @@ class Routing:
 
 @dataclass(frozen=True)
 class Observed:
-    """What a step of training shows to masks that watch: the active codes and what was left to explain.
+    """The active codes and the residual of a training step, for masks that watch.
 
-    `residual` is x - x_hat in the SAE's units; entries are those of `Codes`.
+    Attributes:
+        mask_row: row of the mask's table, per token.
+        token, latent, value: the entries of the step's `Codes`.
+        residual: x - x_hat in the SAE's units.
     """
 
     mask_row: Int[Tensor, " token"]
@@ -76,37 +82,38 @@ class Observed:
 
 @dataclass(frozen=True)
 class Copies:
-    """Latents that a mask wants to become copies of others, with all that training knows of them."""
+    """Latents `target` that become copies of the latents `source`, optimizer state included."""
 
     source: Int[Tensor, " copy"]
     target: Int[Tensor, " copy"]
 
 
 class PositionMask(nn.Module):
-    """How open each latent is at each position. Abstract: the kinds are in `mask_kinds.py`.
+    """How open each latent is at each position. Abstract; `MASKS` lists the kinds.
 
-    A kind decides over the bound latents, those after the first `n_free`, in `_start` and `_bound_openness`. Whatever
-    its training changes from step to step is a buffer, so that checkpoints hold it: persistent where the trained SAE
-    needs it too, else not. What follows from the number of steps done is set in `before_step`.
+    A kind defines the openness of the bound latents, those after the first `n_free`, in `_start` and `_bound_openness`.
+    State that training changes is a buffer, so that checkpoints contain it; it is persistent if the trained SAE needs
+    it. State that follows from the number of finished steps is set in `before_step`.
 
     Args:
-        n_positions: length of the context, position 0 (BOS) included.
+        settings: an instance of the kind's `Settings`.
+        n_positions: length of the context, including position 0 (BOS).
         d_sae: number of latents.
-        seed: decides whatever the kind draws at random.
+        seed: seed of all random choices of the kind.
     """
 
     Settings: ClassVar[type[MaskSettings]]
     fixed_openness: Tensor
     copied_from: Int[Tensor, " latent"]
-    """Latents with the same number here are copies of one latent, see `gradient_sharing`."""
+    """Latents with equal values are copies of one latent, see `gradient_sharing`."""
     learns: bool = False
-    """Whether training should hand `learn` the gradient of the loss with respect to the table."""
+    """Whether training calls `learn` with the gradient of the loss with respect to the table."""
     reads_vectors: ClassVar[bool] = False
-    """Whether `route` looks at the vectors, and not at positions alone."""
+    """Whether `route` reads the vectors (a router), not only positions."""
     watches: bool = False
-    """Whether training should show `observe` the step's codes and residual."""
+    """Whether training calls `observe` with the step's codes and residual."""
     copies_latents: ClassVar[bool] = False
-    """Whether `after_step` may ask for latents to become copies of others."""
+    """Whether `after_step` may return copies."""
 
     def __init__(self, settings: MaskSettings, n_positions: int, d_sae: int, seed: int = 0) -> None:
         super().__init__()
@@ -122,7 +129,7 @@ class PositionMask(nn.Module):
         self._start(generator(seed, f"mask {settings.kind}"))
 
     def _start(self, random: torch.Generator) -> None:
-        """Set the bound latents' openness at step 0."""
+        """Set the openness of the bound latents before training."""
         raise NotImplementedError
 
     @property
@@ -139,11 +146,11 @@ class PositionMask(nn.Module):
         return self.gates_code() and not self.is_open()
 
     def may_have_copies(self) -> bool:
-        """Whether latents are copies of each other, or may become so; else `gradient_sharing` has no effect."""
+        """Whether latents are or may become copies of each other; otherwise `gradient_sharing` has no effect."""
         return self.copies_latents or len(self.copied_from.unique()) < self.d_sae
 
-    def part(self, latents: Int[Tensor, " some"]) -> "PositionMask":
-        """The same mask for some of its latents. Of a mask whose openness is fixed, without free latents."""
+    def part(self, latents: Int[Tensor, " selected"]) -> "PositionMask":
+        """The mask of a subset of the latents, for masks with fixed openness and no free latents."""
         part = copy.deepcopy(self)
         part.d_sae = part.n_bound = len(latents)
         part.fixed_openness = self.fixed_openness[:, latents].clone()
@@ -152,20 +159,20 @@ class PositionMask(nn.Module):
         return part
 
     def meet(self, d_model: int, seed: int) -> None:
-        """Called once by the SAE that the mask belongs to, before training or loading."""
+        """Create what depends on the size of the vectors; the SAE calls it once, before training or loading."""
 
-    def _fix(self, openness: Float[Tensor, "place bound"]) -> None:
+    def _fix(self, openness: Float[Tensor, "row bound"]) -> None:
         self.register_buffer("fixed_openness", openness.to(torch.get_default_dtype()))
 
-    def _bound_openness(self) -> Float[Tensor, "place bound"]:
+    def _bound_openness(self) -> Float[Tensor, "row bound"]:
         """M of the bound latents before the leak, differentiable where the kind has parameters."""
         return self.fixed_openness
 
-    def table(self) -> Float[Tensor, "place latent"]:
-        """What codes are multiplied by, a row for each place that `route` may send a token to."""
+    def table(self) -> Float[Tensor, "row latent"]:
+        """What codes are multiplied by, one row per value of `Routing.mask_row`."""
         bound = self._bound_openness()
         if self.settings.leak:
-            bound = bound + self.settings.leak * (1 - bound)  # Where M is 1 it stays exactly 1.
+            bound = bound + self.settings.leak * (1 - bound)  # keeps an M of 1 at exactly 1
         if not self.n_free:
             return bound
         return torch.cat([bound.new_ones(len(bound), self.n_free), bound], 1)
@@ -175,50 +182,52 @@ class PositionMask(nn.Module):
         return self.table()
 
     def route(self, x: Float[Tensor, "*token d_model"], position: Int[Tensor, "*token"]) -> Routing:
-        """Each token's row of the table: its position.
+        """The row of the table for each token: its position.
 
         Args:
-            x: in the SAE's units; anything where `reads_vectors` is False.
+            x: vectors in the SAE's units; ignored unless `reads_vectors`.
+            position: position of each token, counted from the mask's `position_origin`.
         """
         return Routing(position.long())
 
-    def learn(self, gradient: Float[Tensor, "place latent"]) -> None:
-        """Take in dL/dM of one batch (what the gate receives, or would receive if it were applied)."""
+    def learn(self, gradient: Float[Tensor, "row latent"]) -> None:
+        """Process dL/dM of one batch: the gradient that the gate receives, or would receive if it were applied."""
         self._learn(gradient[:, self.n_free :] * (1 - self.settings.leak))
 
-    def _learn(self, gradient: Float[Tensor, "place bound"]) -> None:
+    def _learn(self, gradient: Float[Tensor, "row bound"]) -> None:
         raise NotImplementedError
 
     def observe(self, seen: Observed) -> None:
-        """Take in one batch's codes and residual."""
+        """Process the codes and the residual of one batch."""
         raise NotImplementedError
 
     def before_step(self, done: int, n_steps: int) -> None:
-        """Called before each of `n_steps` training steps, `done` of which are behind us."""
+        """Prepare a training step; called before each of `n_steps` steps, after `done` finished steps."""
 
     def after_step(self, done: int, n_steps: int) -> Copies | None:
-        """Called after each of `n_steps` training steps, `done` of which are behind us."""
+        """Update the mask; called after each of `n_steps` steps, when `done` are finished."""
 
-    def support(self) -> Bool[Tensor, "place latent"]:
-        """Where latents may speak, leaks aside."""
-        own = self._bound_openness().detach() > 0
-        return torch.cat([own.new_ones(len(own), self.n_free), own], 1)
+    def support(self) -> Bool[Tensor, "row latent"]:
+        """Where latents are open, without the leak."""
+        bound = self._bound_openness().detach() > 0
+        return torch.cat([bound.new_ones(len(bound), self.n_free), bound], 1)
 
     def bound_positions(self) -> Bool[Tensor, "position latent"]:
-        """Where each latent was allowed to specialize; all True for latents that the mask binds to no set."""
-        own = self._bound_openness().detach()
-        strict = bool(((own == 0) | (own == 1)).all())
+        """The positions that the mask binds each latent to; all True for latents bound to no set of positions."""
+        bound = self._bound_openness().detach()
+        strict = bool(((bound == 0) | (bound == 1)).all())
         return self.support() if strict else torch.ones_like(self.support())
 
     def openness_parameters(self) -> list[nn.Parameter]:
-        """Parameters that training gives a learning rate of their own."""
+        """Parameters that train with `mask_learning_rate`."""
         return []
 
     def gates_code(self) -> bool:
+        """Whether the mask multiplies codes, not only gradients."""
         return self.settings.gating == "forward"
 
     def groups(self) -> list[LiveGroup]:
-        """The live groups of the code as it is computed: all latents everywhere where the mask gates only gradients.
+        """The live groups of the codes; all latents everywhere if the mask gates only gradients.
 
         Cached until the openness changes.
         """
@@ -228,14 +237,14 @@ class PositionMask(nn.Module):
         return self._groups
 
     def is_strict(self) -> bool:
-        """Whether M is 0 or 1 everywhere, so that a latent that may speak is not softened. Cached like `groups`."""
+        """Whether M is 0 or 1 everywhere. Cached like `groups`."""
         if self._strict is None:
             table = self.table().detach()
             self._strict = bool(((table == 0) | (table == 1)).all())
         return self._strict
 
-    def live(self) -> Float[Tensor, "place latent"]:
-        """1 where the latent's code may be above 0, else 0. Cached like `groups`."""
+    def live(self) -> Float[Tensor, "row latent"]:
+        """1 where the code of a latent may be above 0, else 0. Cached like `groups`."""
         if self._live is None:
             table = self.table().detach()
             self._live = (table > 0).to(table.dtype) if self.gates_code() else torch.ones_like(table)
@@ -256,17 +265,17 @@ class PositionMask(nn.Module):
 
     @classmethod
     def n_blocks(cls, settings: MaskSettings, n_positions: int) -> int:
-        """How many blocks of equal size the kind makes of its bound latents."""
+        """Number of blocks of equal size that the kind divides its bound latents into."""
         return 1
 
     @classmethod
     def growth(cls, settings: MaskSettings, n_positions: int) -> Fraction | None:
-        """Bound latents for each one that is open at any position; None where that differs between positions."""
+        """Number of bound latents per bound latent open at a position; None if that differs between positions."""
         return None
 
     @classmethod
     def free_latents(cls, settings: MaskSettings, n_positions: int, d_sae: int) -> int:
-        """`free_fraction` of `d_sae`, to the nearest number that leaves blocks of equal size."""
+        """`free_fraction` of `d_sae`, rounded to the nearest number that leaves blocks of equal size."""
         if settings.free_fraction in (0, 1):
             return d_sae * int(settings.free_fraction)
         wanted, n_blocks = settings.free_fraction * d_sae, cls.n_blocks(settings, n_positions)
@@ -275,12 +284,12 @@ class PositionMask(nn.Module):
 
     @classmethod
     def width_at_equal_compute(cls, settings: MaskSettings, n_positions: int, d_live: int) -> int:
-        """How many latents leave exactly `d_live` of them open at each position.
+        """The number of latents of which exactly `d_live` are open at each position.
 
-        With free latents: n_free + growth * (d_live - n_free), n_free being `free_fraction` of that.
+        With free latents: n_free + growth * (d_live - n_free), where n_free is `free_fraction` of that.
 
         Raises:
-            BadSetting: there is no such number.
+            BadSetting: no such number exists.
         """
         growth = cls.growth(settings, n_positions)
         if growth is None:
@@ -301,6 +310,6 @@ class PositionMask(nn.Module):
 
 
 def moments(first: float, last: float, count: int, n_steps: int) -> Iterator[int]:
-    """`count` steps of a training, evenly spaced between two shares of it; at least 1, at most the last."""
+    """`count` training steps, evenly spaced between two shares of the training, clamped to 1 .. n_steps."""
     for share in torch.linspace(first, last, count).tolist():
         yield min(n_steps, max(1, round(share * n_steps)))

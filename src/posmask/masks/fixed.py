@@ -13,12 +13,12 @@ from posmask.masks.base import MaskSettings, PositionMask
 
 
 def _blocks(n_items: int, n_blocks: int) -> Int[Tensor, " item"]:
-    """The block of each item, all of equal size or one apart."""
+    """The block of each item; block sizes differ by at most 1."""
     return torch.arange(n_items) * n_blocks // n_items
 
 
 class Open(PositionMask):
-    """Every latent open everywhere: the baseline, equal to no mask bit for bit."""
+    """Every latent is open everywhere: the baseline, bit for bit equal to no mask."""
 
     class Settings(MaskSettings):
         kind: Literal["open"] = "open"
@@ -32,12 +32,12 @@ class Open(PositionMask):
 
 
 class Slice(PositionMask):
-    """Static slicing: contiguous latent block b is open exactly on contiguous position block b."""
+    """Static slicing: the contiguous latent block b is open on the contiguous position block b only."""
 
     class Settings(MaskSettings):
         kind: Literal["slice"] = "slice"
         n_slices: int = Field(gt=0)
-        """Number of blocks; block b covers positions b*T/n .. (b+1)*T/n, rounded down, and latents likewise."""
+        """Number of blocks. Block b covers positions b*T/n to (b+1)*T/n, rounded down, and latents likewise."""
 
     settings: Settings
 
@@ -45,8 +45,8 @@ class Slice(PositionMask):
         n_slices = self.settings.n_slices
         if n_slices > self.n_positions or 0 < self.n_bound < n_slices:
             raise BadSetting(
-                f"n_slices = {n_slices} is more than the {self.n_positions} positions or {self.n_bound} latents it "
-                "divides: choose fewer slices"
+                f"n_slices = {n_slices} is more than the {self.n_positions} positions or {self.n_bound} latents that "
+                "they divide: choose fewer slices"
             )
         slices = _blocks(self.n_positions, n_slices)[:, None] == _blocks(self.n_bound, n_slices)
         self._fix(slices.float())
@@ -62,24 +62,24 @@ class Slice(PositionMask):
 
 
 class Band(PositionMask):
-    """Windows that grow with position: 1 (with BOS), 2 and 3 have one each, later ones share, `growth` times as many
-    from one window to the next.
+    """Windows of positions that grow with position: contiguous latent block b is open on window b.
 
-    Contiguous latent block b is open on window b. Published SAEs have latents of their own for the first positions and
-    ranges for later ones. With `smoothness` the openness falls in a straight line to 0 on both sides of the window,
-    over that many times its width.
+    Positions 1 (with BOS), 2 and 3 have one window each; each later window is `growth` times as wide as the one before.
+    In published SAEs, too, there are latents for single early positions and for ranges of later ones.
     """
 
     class Settings(MaskSettings):
         kind: Literal["band"] = "band"
         growth: float = Field(default=1.5, ge=1)
+        """Ratio of the widths of consecutive windows after position 3."""
         smoothness: float = Field(default=0.0, ge=0)
+        """On both sides of a window the openness falls linearly to 0 over this many times its width. 0: strict."""
 
     settings: Settings
 
     @classmethod
     def windows(cls, settings: "Band.Settings", n_positions: int) -> Int[Tensor, " position"]:
-        """The window of each position; a last one of less than half its width joins the one before."""
+        """The window of each position; a last window cut to less than half its width joins the one before."""
         starts, width, first = [], 1.0, 2
         while first < n_positions:
             size = int(width)
@@ -95,18 +95,21 @@ class Band(PositionMask):
         if n_windows > (self.n_bound or self.d_sae):
             raise BadSetting(
                 f"growth = {self.settings.growth} makes {n_windows} windows of {self.n_positions} positions, more than "
-                f"the {self.n_bound or self.d_sae} latents they divide: raise it"
+                f"the {self.n_bound or self.d_sae} latents that they divide: raise it"
             )
         inside = window[:, None] == torch.arange(n_windows)
         mask_row = torch.arange(self.n_positions)[:, None]
         first = inside.int().argmax(0)
         last = first + inside.sum(0) - 1
-        away = torch.maximum(first - mask_row, mask_row - last).clamp(min=0)
-        falls_over = self.settings.smoothness * inside.sum(0)
-        by_window = inside.float() if not self.settings.smoothness else (1 - away / (1 + falls_over)).clamp(min=0)
+        distance = torch.maximum(first - mask_row, mask_row - last).clamp(min=0)
+        width_of_fall = self.settings.smoothness * inside.sum(0)
+        by_window = (
+            inside.float() if not self.settings.smoothness else (1 - distance / (1 + width_of_fall)).clamp(min=0)
+        )
         self._fix(by_window[:, _blocks(self.n_bound, n_windows)])
 
     def bound_positions(self) -> Bool[Tensor, "position latent"]:
+        """The window of each latent, without its smooth sides."""
         bound = self.fixed_openness == 1
         return torch.cat([bound.new_ones(len(bound), self.n_free), bound], 1)
 
@@ -122,52 +125,54 @@ class Band(PositionMask):
 
 
 class Windows(PositionMask):
-    """Latents cut into windows of positions at several scales at once.
+    """Latents divided into windows of positions at several scales.
 
-    Each entry of `cuts` is one way to cut the context, and equal shares of the latents follow each: [] leaves them
-    whole, [24] makes two of each, one open before position 24 and one from it on. One of a latent's windows is live at
-    any position. They start equal and are copies of each other; `gradient_sharing` makes them learn together.
+    The windows of a latent are copies of each other and start equal; one of them is live at any position.
+    `gradient_sharing` makes them learn together.
     """
 
     class Settings(MaskSettings):
         kind: Literal["windows"] = "windows"
         cuts: tuple[tuple[Annotated[int, Field(gt=0)], ...], ...] = Field(min_length=1)
+        """Ways to cut the context, each followed by an equal share of the latents: [] does not cut, [24] makes two
+        copies of a latent, open before position 24 and from it on."""
 
         @model_validator(mode="after")
         def _in_order(self) -> "Windows.Settings":
-            for one in self.cuts:
-                if list(one) != sorted(set(one)):
-                    raise ValueError(f"cuts = {list(one)} are not in order: give growing positions")
+            for cut in self.cuts:
+                if list(cut) != sorted(set(cut)):
+                    raise ValueError(f"cuts = {list(cut)} are not in order: give growing positions")
             return self
 
     settings: Settings
 
     def _start(self, random: torch.Generator) -> None:
-        ask = self.settings
-        n_windows = self.n_blocks(ask, self.n_positions)
-        last = max((one[-1] for one in ask.cuts if one), default=0)
+        cuts = self.settings.cuts
+        n_windows = self.n_blocks(self.settings, self.n_positions)
+        last = max((cut[-1] for cut in cuts if cut), default=0)
         if last >= self.n_positions or self.n_bound % n_windows:
             raise BadSetting(
-                f"cuts = {[list(one) for one in ask.cuts]} make {n_windows} windows, the last from position {last}, "
-                f"which do not divide {self.n_positions} positions and {self.n_bound} latents: cuts must lie within "
-                f"the context, and latents be a multiple of {n_windows}"
+                f"cuts = {[list(cut) for cut in cuts]} make {n_windows} windows, the last from position {last}, "
+                f"which do not divide {self.n_positions} positions and {self.n_bound} latents: choose cuts within "
+                f"the context and a multiple of {n_windows} latents"
             )
         per_window = self.n_bound // n_windows
         mask_row = torch.arange(self.n_positions)
         openness = []
-        for number, one in enumerate(ask.cuts):
-            window = torch.searchsorted(torch.tensor(one, dtype=torch.long), mask_row, right=True)
-            first = self.n_free + sum(len(other) + 1 for other in ask.cuts[:number]) * per_window
-            own = torch.arange(first, first + per_window)
-            if self.gates_code():  # else all windows of a latent would speak at once, and alike
-                self.copied_from[first : first + (len(one) + 1) * per_window] = own.repeat(len(one) + 1)
-            openness.append((window[:, None] == torch.arange(len(one) + 1)).repeat_interleave(per_window, dim=1))
+        first = self.n_free
+        for cut in cuts:
+            window = torch.searchsorted(torch.tensor(cut, dtype=torch.long), mask_row, right=True)
+            stop = first + (len(cut) + 1) * per_window
+            if self.gates_code():  # else all copies would fire at the same tokens with equal codes
+                self.copied_from[first:stop] = torch.arange(first, first + per_window).repeat(len(cut) + 1)
+            openness.append((window[:, None] == torch.arange(len(cut) + 1)).repeat_interleave(per_window, dim=1))
+            first = stop
         self._fix(torch.cat(openness, 1).float())
 
     @classmethod
     def n_blocks(cls, settings: MaskSettings, n_positions: int) -> int:
         assert isinstance(settings, cls.Settings)
-        return sum(len(one) + 1 for one in settings.cuts)
+        return sum(len(cut) + 1 for cut in settings.cuts)
 
     @classmethod
     def growth(cls, settings: MaskSettings, n_positions: int) -> Fraction:
@@ -179,21 +184,19 @@ def _check_positions_per_latent(positions_per_latent: int, n_positions: int) -> 
     if positions_per_latent > n_positions:
         raise BadSetting(
             f"positions_per_latent = {positions_per_latent} is more than the {n_positions} positions of the context: "
-            "choose at most that many"
+            f"choose at most {n_positions}"
         )
 
 
 class Hard(PositionMask):
-    """Each latent open at exactly `positions_per_latent` positions, drawn without replacement (the log's Run 1).
-
-    With `contiguous` they are neighbors: a window whose middle is drawn from all positions, moved inside the context;
-    latents stand in the order of their windows.
-    """
+    """Each latent is open at exactly `positions_per_latent` random positions, drawn without replacement."""
 
     class Settings(MaskSettings):
         kind: Literal["hard"] = "hard"
         positions_per_latent: int = Field(gt=0)
         contiguous: bool = False
+        """Whether the positions of a latent form a window. Its middle is drawn from all positions, then it is moved
+        inside the context; latents are sorted by window."""
 
     settings: Settings
 
@@ -210,9 +213,9 @@ class Hard(PositionMask):
 
 
 class Cohort(PositionMask):
-    """A structured hard mask: latents of a cohort are neighbors in memory and share one random set of positions.
+    """A structured hard mask: the latents of a cohort are contiguous and share one random set of positions.
 
-    Every position is open for the same number of cohorts, so that at each position one block of the weights is live.
+    Every position is open for the same number of cohorts.
     """
 
     class Settings(MaskSettings):
@@ -233,7 +236,7 @@ class Cohort(PositionMask):
             )
         cohorts = torch.zeros(self.n_positions, n_cohorts)
         for cohort in range(n_cohorts):
-            # The positions used least so far, ties at random: usage stays level, and no position comes twice.
+            # The least used positions, ties at random: usage stays equal, and no position is drawn twice.
             order = cohorts.sum(1) + torch.rand(self.n_positions, generator=random)
             cohorts[order.topk(n_open, largest=False).indices, cohort] = 1.0
         self._fix(cohorts.repeat_interleave(self.n_bound // n_cohorts, dim=1))

@@ -1,4 +1,4 @@
-"""Groups of positions with the same live latents: what makes strict masks cheap."""
+"""Groups of positions with the same live latents, which make strict masks fast to compute."""
 
 from dataclasses import dataclass
 
@@ -11,20 +11,20 @@ __all__ = ["LiveGroup", "live_groups"]
 
 @dataclass(frozen=True)
 class LiveGroup:
-    """Positions at which the same latents are live, so that one dense product serves all their tokens."""
+    """Positions with the same live latents, whose tokens share one dense product."""
 
     positions: Int[Tensor, " position"]
     latents: slice | Int[Tensor, " live"]
     gated: bool
-    """Whether openness differs from 1 among these latents at these positions, so that codes must be multiplied."""
+    """Whether some openness among these latents at these positions differs from 1."""
 
 
 def live_groups(openness: Float[Tensor, "position latent"]) -> list[LiveGroup]:
-    """Positions grouped by their set of live (openness > 0) latents, every position in exactly one group.
+    """Group positions by their set of live (openness > 0) latents; each position is in exactly one group.
 
-    Some closed latents are computed, and gated to 0, where that is faster: one group of everything where gathering the
-    weights of scattered live latents would cost more than products with the closed ones; and one group for neighbors
-    whose live blocks overlap so much that together they are little more than each.
+    Some closed latents are computed and gated to 0 where that is faster. There is a single group if gathering the
+    weights of scattered live latents would cost more than products with the closed ones. Neighbors whose live blocks
+    overlap so much that their union is little larger than each of them form one group.
     """
     live = openness > 0
     n_positions, d_sae = openness.shape
@@ -43,33 +43,33 @@ def live_groups(openness: Float[Tensor, "position latent"]) -> list[LiveGroup]:
         groups.append(LiveGroup(positions, block, gated))
         n_live.append(len(latents))
     n_closed = d_sae - sum(len(group.positions) * n for group, n in zip(groups, n_live, strict=True)) / n_positions
-    if scattered * _TOKENS_A_GATHERED_ROW > _TOKENS_A_BATCH * n_closed:
+    if scattered * _GATHER_COST > _BATCH_TOKENS * n_closed:
         return [LiveGroup(torch.arange(n_positions, device=openness.device), slice(0, d_sae), gated=True)]
     groups = sorted(groups, key=lambda group: int(group.positions[0]))
     return _merged(groups) if all(isinstance(group.latents, slice) for group in groups) else groups
 
 
-_TOKENS_A_GATHERED_ROW = 40  # Gathering a latent's weights takes about as long as their products with so many tokens,
-_TOKENS_A_BATCH = 4096  # of which a batch has so many, more or less.
-_MOST_IN_COMMON = 1.25  # Times as many latents as the least of the merged groups has.
+_GATHER_COST = 40  # Gathering the weights of a latent takes about as long as their products with this many tokens.
+_BATCH_TOKENS = 4096  # a typical batch
+_LARGEST_UNION = 1.25  # of merged groups, relative to the smallest of them
 
 
 def _merged(groups: list[LiveGroup]) -> list[LiveGroup]:
-    """Groups of neighboring latents, those that overlap widely made one."""
-    found: list[LiveGroup] = []
+    """Groups of contiguous latents in which consecutive groups with a large overlap are merged."""
+    merged: list[LiveGroup] = []
     least = 0
     for group in groups:
-        here = group.latents
-        assert isinstance(here, slice)
-        if found:
-            before = found[-1].latents
-            assert isinstance(before, slice)
-            start, stop = min(before.start, here.start), max(before.stop, here.stop)
-            smaller = min(least, here.stop - here.start)
-            if stop - start <= _MOST_IN_COMMON * smaller:
-                positions = torch.cat([found[-1].positions, group.positions])
-                found[-1], least = LiveGroup(positions, slice(start, stop), gated=True), smaller
+        block = group.latents
+        assert isinstance(block, slice)
+        if merged:
+            previous = merged[-1].latents
+            assert isinstance(previous, slice)
+            start, stop = min(previous.start, block.start), max(previous.stop, block.stop)
+            smaller = min(least, block.stop - block.start)
+            if stop - start <= _LARGEST_UNION * smaller:
+                positions = torch.cat([merged[-1].positions, group.positions])
+                merged[-1], least = LiveGroup(positions, slice(start, stop), gated=True), smaller
                 continue
-        found.append(group)
-        least = here.stop - here.start
-    return found
+        merged.append(group)
+        least = block.stop - block.start
+    return merged

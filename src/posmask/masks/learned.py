@@ -1,4 +1,4 @@
-"""Masks that training changes by gradients: soft, importance."""
+"""Masks that learn from the gradient of the loss with respect to the openness: soft, importance."""
 
 import math
 from typing import Literal
@@ -14,9 +14,9 @@ from posmask.masks.fixed import _check_positions_per_latent
 
 
 def _temperature(done: int, n_steps: int, first: float, last: float, start: float, end: float) -> float:
-    """Geometrically from `first` to `last` between two shares of the training."""
-    way = min(1.0, max(0.0, (done / n_steps - start) / (end - start)))
-    return first * (last / first) ** way
+    """Geometric interpolation from `first` to `last` between two shares of the training."""
+    fraction = min(1.0, max(0.0, (done / n_steps - start) / (end - start)))
+    return first * (last / first) ** fraction
 
 
 def _check_order(names: str, *shares: float) -> None:
@@ -25,12 +25,10 @@ def _check_order(names: str, *shares: float) -> None:
 
 
 class Soft(PositionMask):
-    """Learned openness sigma(theta / temperature), initial values uniform in [low, high] (the log's Runs 2 and 3).
+    """Learned openness sigma(theta / temperature), with initial values uniform in [low, high].
 
-    The temperature falls geometrically from 1 to `last_temperature` over a stretch of the training; from `freeze_at`
-    on the openness is no longer learned. `pressure` times the mean openness is a term of the training loss. As the log
-    had it: neither. Openness within 1e-6 of 0 or 1 is 0 or 1. With `gating = "gradient"` the loss does not depend on
-    theta, so that only pressure moves it.
+    Openness within 1e-6 of 0 or 1 is 0 or 1. With `gating = "gradient"` the loss does not depend on theta, so only
+    `pressure` changes it.
     """
 
     class Settings(MaskSettings):
@@ -38,12 +36,15 @@ class Soft(PositionMask):
         low: float = Field(gt=0, lt=1)
         high: float = Field(gt=0, lt=1)
         pressure: float = Field(default=0.0, ge=0)
-        """In units of the loss, |x|^2 of which is d_model in the mean, for openness 1 against 0."""
+        """Coefficient of the mean openness in the training loss, in which the mean of |x|^2 is d_model."""
         last_temperature: float = Field(default=1.0, gt=0, le=1)
+        """The temperature falls geometrically from 1 to this between `sharpen_from` and `sharpen_to`."""
         sharpen_from: float = Field(default=0.2, ge=0, lt=1)
+        """Share of the training steps."""
         sharpen_to: float = Field(default=0.8, gt=0, le=1)
+        """Share of the training steps."""
         freeze_at: float = Field(default=1.0, gt=0, le=1)
-        """Shares of the training's steps."""
+        """Share of the training steps after which the openness is not learned."""
 
         @model_validator(mode="after")
         def _in_order(self) -> "Soft.Settings":
@@ -56,7 +57,9 @@ class Soft(PositionMask):
     def _start(self, random: torch.Generator) -> None:
         low, high = self.settings.low, self.settings.high
         if low > high:
-            raise BadSetting(f"low = {low} is above high = {high}: openness starts uniform between them")
+            raise BadSetting(
+                f"low = {low} is above high = {high}: initial openness is uniform between them, so swap them"
+            )
         drawn = low + (high - low) * torch.rand(self.n_positions, self.n_bound, generator=random)
         self.theta = nn.Parameter(torch.logit(drawn))
         self.register_buffer("temperature", torch.ones(()))
@@ -68,13 +71,18 @@ class Soft(PositionMask):
         return torch.where(openness > 1 - 1e-6, 1.0, openness)
 
     def before_step(self, done: int, n_steps: int) -> None:
-        ask = self.settings
-        self.temperature.fill_(_temperature(done, n_steps, 1.0, ask.last_temperature, ask.sharpen_from, ask.sharpen_to))
-        self.learns = done < ask.freeze_at * n_steps
+        """Set the temperature, and stop learning at `freeze_at`."""
+        settings = self.settings
+        temperature = _temperature(
+            done, n_steps, 1.0, settings.last_temperature, settings.sharpen_from, settings.sharpen_to
+        )
+        self.temperature.fill_(temperature)
+        self.learns = done < settings.freeze_at * n_steps
         self._changed()
 
     def after_step(self, done: int, n_steps: int) -> None:
-        self._changed()  # theta has moved
+        """Drop what is cached, because the optimizer has changed theta."""
+        self._changed()
 
     def openness_parameters(self) -> list[nn.Parameter]:
         return [self.theta]
@@ -85,21 +93,24 @@ class Soft(PositionMask):
 
 
 class Importance(PositionMask):
-    """Learned from gradients: starts open, ends strict at each latent's most important positions (the log's Run 4).
+    """Learned from gradients: starts open and ends strict at the most important positions of each latent.
 
-    Saliency |M * dL/dM| is summed over batches. At `n_prunings` moments, evenly spaced over the training from
-    `first_pruning` to `last_pruning` (shares of its steps), each latent keeps its most salient positions; how many
-    falls geometrically from all of them to `positions_per_latent`. Saliency is halved at each pruning. At all prunings
-    but the last, the share `regrow` of the kept positions, the least salient, is swapped for closed ones at random.
+    Saliency |M * dL/dM| is summed over batches and halved at each pruning. At a pruning each latent keeps its most
+    salient positions; their number falls geometrically from all positions to `positions_per_latent`.
     """
 
     class Settings(MaskSettings):
         kind: Literal["importance"] = "importance"
         positions_per_latent: int = Field(gt=0)
         n_prunings: int = Field(default=8, gt=0)
+        """Number of prunings, evenly spaced from `first_pruning` to `last_pruning`."""
         first_pruning: float = Field(default=0.15, gt=0, lt=1)
+        """Share of the training steps."""
         last_pruning: float = Field(default=0.6, gt=0, le=1)
+        """Share of the training steps."""
         regrow: float = Field(default=0.0, ge=0, lt=1)
+        """At all prunings but the last, this share of the kept positions, the least salient, is replaced by random
+        closed positions."""
 
     settings: Settings
     saliency: Tensor
@@ -110,11 +121,11 @@ class Importance(PositionMask):
         if self.settings.first_pruning > self.settings.last_pruning:
             raise BadSetting(
                 f"first_pruning = {self.settings.first_pruning} comes after last_pruning = "
-                f"{self.settings.last_pruning}: give shares of the training in order"
+                f"{self.settings.last_pruning}: swap them"
             )
         self._fix(torch.ones(self.n_positions, self.n_bound))
         self.register_buffer("saliency", torch.zeros(self.n_positions, self.n_bound), persistent=False)
-        # Decides between positions of equal saliency, which otherwise all latents would settle alike, and regrowth.
+        # Breaks ties in saliency, which all latents would otherwise break alike, and draws what regrows.
         self.register_buffer("tie", torch.rand(self.n_positions, self.n_bound, generator=random), persistent=False)
         self.learns = True
 
@@ -122,13 +133,16 @@ class Importance(PositionMask):
         self.saliency += (self.fixed_openness * gradient).abs()
 
     def pruning_steps(self, n_steps: int) -> list[int]:
-        ask = self.settings
-        return list(moments(ask.first_pruning, ask.last_pruning, ask.n_prunings, n_steps))
+        """The steps after which the mask is pruned."""
+        settings = self.settings
+        return list(moments(settings.first_pruning, settings.last_pruning, settings.n_prunings, n_steps))
 
     def before_step(self, done: int, n_steps: int) -> None:
+        """Stop learning after the last pruning."""
         self.learns = done < self.pruning_steps(n_steps)[-1]
 
     def after_step(self, done: int, n_steps: int) -> None:
+        """Prune if it is time."""
         n_prunings = self.settings.n_prunings
         for number, step in enumerate(self.pruning_steps(n_steps), start=1):
             if step == done:
@@ -140,9 +154,9 @@ class Importance(PositionMask):
     def _keep(self, n_open: int, n_new: int = 0) -> None:
         ranked = (self.saliency + 1e-12 * self.tie).masked_fill(self.fixed_openness == 0, -1.0)
         kept = ranked.topk(n_open, dim=0).indices
-        now = torch.zeros_like(self.fixed_openness).scatter_(0, kept, 1.0)
-        closed = self.tie.masked_fill(now > 0, -1.0)
-        self.fixed_openness.copy_(now.scatter_(0, closed.topk(n_new, dim=0).indices, 1.0))
+        openness = torch.zeros_like(self.fixed_openness).scatter_(0, kept, 1.0)
+        closed = self.tie.masked_fill(openness > 0, -1.0)
+        self.fixed_openness.copy_(openness.scatter_(0, closed.topk(n_new, dim=0).indices, 1.0))
         self.saliency *= 0.5
-        self.tie.copy_(self.tie.roll(1, dims=0))  # other positions regrow next time
+        self.tie.copy_(self.tie.roll(1, dims=0))  # so that other positions regrow next time
         self._changed()

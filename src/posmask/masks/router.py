@@ -1,4 +1,4 @@
-"""A learned router instead of positions: a mixture of experts, as a comparison."""
+"""A learned router instead of positions: a mixture of experts, as a baseline."""
 
 from fractions import Fraction
 from typing import Literal
@@ -15,23 +15,24 @@ from posmask.seeds import generator
 
 
 class Switch(PositionMask):
-    """A rival without positions: a learned router sends each token to one of `n_experts` blocks of latents.
+    """A baseline without positions: a learned router sends each token to one of `n_experts` blocks of latents.
 
     Switch SAE (arXiv 2410.08201): p(x) = softmax(W (x - b)), the expert is the argmax, and its codes are multiplied by
     its p. The load is balanced by `balance` * N * sum over experts of (share of tokens) * (mean p), a term of the loss
-    that is `balance` when all experts are used alike. Under equal compute it has as many latents as `slice`, so what it
-    lacks of slice's gain is owed to position. To the metrics its latents are open everywhere.
+    that equals `balance` when all experts are used equally. At equal compute it has as many latents as `slice`, so the
+    difference between the two is due to position. In the metrics its latents count as open everywhere.
     """
 
     class Settings(MaskSettings):
         kind: Literal["switch"] = "switch"
         n_experts: int = Field(gt=0)
         balance: float = Field(default=3.0, ge=0)
+        """Coefficient of the balancing term."""
 
         @model_validator(mode="after")
         def _sensible(self) -> "Switch.Settings":
             if self.gating == "gradient" or self.leak or self.position_origin != "context":
-                raise ValueError('switch has no positions: leave out leak and position_origin, and gating = "forward"')
+                raise ValueError('switch has no positions: leave out leak, position_origin and gating = "gradient"')
             return self
 
     settings: Settings
@@ -41,26 +42,31 @@ class Switch(PositionMask):
         n_experts = self.settings.n_experts
         if n_experts > (self.n_bound or self.d_sae):
             raise BadSetting(
-                f"n_experts = {n_experts} is more than the {self.n_bound or self.d_sae} latents it divides: lower it"
+                f"n_experts = {n_experts} is more than the {self.n_bound or self.d_sae} latents that they divide: "
+                "lower it"
             )
         self._fix((torch.arange(n_experts)[:, None] == _blocks(self.n_bound, n_experts)).float())
 
     def meet(self, d_model: int, seed: int) -> None:
-        random = torch.randn(self.settings.n_experts, d_model, generator=generator(seed, "router"))
-        self.router = nn.Parameter(random / d_model**0.5)
+        """Create the router."""
+        weights = torch.randn(self.settings.n_experts, d_model, generator=generator(seed, "router"))
+        self.router = nn.Parameter(weights / d_model**0.5)
         self.router_bias = nn.Parameter(torch.zeros(d_model))
 
     def route(self, x: Float[Tensor, "*token d_model"], position: Int[Tensor, "*token"]) -> Routing:
+        """The expert of each token as its row of the table, with its probability and the balancing term."""
         p = ((x - self.router_bias) @ self.router.T).softmax(-1)
         strength, expert = p.max(-1)
-        each = p.reshape(-1, p.shape[-1]).mean(0)  # one token alone, too
-        used = torch.bincount(expert.flatten(), minlength=p.shape[-1]) / expert.numel()
-        return Routing(expert, strength, self.settings.balance * p.shape[-1] * (used * each).sum())
+        mean_p = p.reshape(-1, p.shape[-1]).mean(0)  # a single token has no dimension to average over
+        load = torch.bincount(expert.flatten(), minlength=p.shape[-1]) / expert.numel()
+        return Routing(expert, strength, self.settings.balance * p.shape[-1] * (load * mean_p).sum())
 
     def openness(self) -> Float[Tensor, "position latent"]:
+        """1 everywhere: the router does not depend on positions."""
         return torch.ones(self.n_positions, self.d_sae, dtype=self.fixed_openness.dtype)
 
     def bound_positions(self) -> Bool[Tensor, "position latent"]:
+        """All True: no latent is bound to positions."""
         return torch.ones(self.n_positions, self.d_sae, dtype=torch.bool)
 
     @classmethod

@@ -1,8 +1,8 @@
-"""The sparse autoencoder: what a code is, by definition, and the sparse codes that everything else works with.
+"""The sparse autoencoder: the definition of a code, and sparse codes, which everything else uses.
 
 For a token at position p with vector v:
 
-    x     = (v - center) / scale                                 (constants of the training data, stored here)
+    x     = (v - center) / scale                                 (constants of the training data, stored in the SAE)
     pre   = (x - decoder_bias) . encoder[j] + encoder_bias[j]    for each latent j
     code  = rule(M[p] * relu(pre))                               (M: the position mask's openness; see rules.py)
     x_hat = sum_j code[j] * decoder[j] + decoder_bias            and  v_hat = x_hat * scale + center
@@ -28,9 +28,9 @@ __all__ = ["Codes", "PositionedVectors", "SparseAutoencoder", "check_sizes", "ch
 
 @dataclass(frozen=True)
 class Codes:
-    """The active codes of some tokens: pairs of token and latent, those of a token together, tokens in order.
+    """The active codes of a batch, as entries of token, latent and value.
 
-    All values are above 0, and no pair stands twice.
+    Entries are sorted by token. All values are above 0, and no pair of token and latent occurs twice.
     """
 
     token: Int[Tensor, " entry"]
@@ -39,26 +39,31 @@ class Codes:
     n_tokens: int
     d_sae: int
 
-    def select(self, which: Bool[Tensor, " token"] | Int[Tensor, " some"]) -> "Codes":
-        """The codes of some of the tokens, chosen by truth or by number (none twice), as `Batch.some` takes them."""
-        numbers = which.nonzero()[:, 0] if which.dtype == torch.bool else which
-        new = torch.full((self.n_tokens,), -1, device=self.token.device)
-        new[numbers] = torch.arange(len(numbers), device=new.device)
-        token = new[self.token]
+    def select(self, which: Bool[Tensor, " token"] | Int[Tensor, " selected"]) -> "Codes":
+        """The codes of a subset of the tokens, in the order of `Batch.select`.
+
+        Args:
+            which: a boolean per token, or token indices without repetitions.
+        """
+        indices = which.nonzero()[:, 0] if which.dtype == torch.bool else which
+        new_token = torch.full((self.n_tokens,), -1, device=self.token.device)
+        new_token[indices] = torch.arange(len(indices), device=new_token.device)
+        token = new_token[self.token]
         entry = (token >= 0).nonzero()[:, 0]
         entry = entry[torch.sort(token[entry], stable=True).indices]
-        return Codes(token[entry], self.latent[entry], self.value[entry], len(numbers), self.d_sae)
+        return Codes(token[entry], self.latent[entry], self.value[entry], len(indices), self.d_sae)
 
     def to(self, device: torch.device) -> "Codes":
-        """The same on a device."""
+        """The codes on `device`."""
         token, latent, value = (part.to(device) for part in (self.token, self.latent, self.value))
         return Codes(token, latent, value, self.n_tokens, self.d_sae)
 
     def n_active(self) -> Float[Tensor, " token"]:
-        """How many latents are active on each token."""
+        """Number of active latents per token."""
         return torch.bincount(self.token, minlength=self.n_tokens).float()
 
     def dense(self) -> Float[Tensor, "token latent"]:
+        """The codes as a dense matrix."""
         out = self.value.new_zeros(self.n_tokens, self.d_sae)
         out[self.token, self.latent] = self.value
         return out
@@ -66,24 +71,29 @@ class Codes:
 
 @runtime_checkable
 class PositionedVectors(Protocol):
-    """Vectors that know their positions, such as `data.activations.Batch`."""
+    """Vectors with their positions, such as `data.activations.Batch`."""
 
     @property
-    def vectors(self) -> Tensor: ...
+    def vectors(self) -> Tensor:
+        """Vectors in the model's units, [token d_model]."""
+        ...
 
-    def positions(self, position_origin: PositionOrigin) -> Tensor: ...
+    def positions(self, position_origin: PositionOrigin) -> Tensor:
+        """Position of each token counted from the origin, [token]."""
+        ...
 
 
 class SparseAutoencoder(nn.Module):
     """A dictionary of latents with an activation rule and a position mask.
 
-    `encoder` and `decoder` hold one row a latent, [latent d_model] both; decoder rows have unit norm.
-    Vectors go in and come out in the model's own units; inside they are centered and scaled so that the mean of
-    |x|^2 is d_model on the training data.
+    `encoder` and `decoder` have one row per latent, [latent d_model]; decoder rows have unit norm.
+    Inputs and outputs are in the model's units. Internally vectors are centered and scaled so that the mean of |x|^2 is
+    d_model on the training data.
 
     Args:
-        mask: its d_sae is the dictionary's width, its n_positions the longest position + 1 that can be encoded.
-        seed: decides the initial weights.
+        rule: settings of the activation rule.
+        mask: sets the number of latents (d_sae) and the number of positions that can be encoded (n_positions).
+        seed: seed of the initial weights.
     """
 
     center: Tensor
@@ -106,17 +116,20 @@ class SparseAutoencoder(nn.Module):
 
     @property
     def d_sae(self) -> int:
+        """Number of latents."""
         return self.encoder.shape[0]
 
     def latent_parameters(self) -> list[nn.Parameter]:
-        """The parameters that hold a row or a number for each latent."""
+        """The parameters whose first dimension is the latent."""
         return [self.encoder, self.encoder_bias, self.decoder, *self.rule.parameters()]
 
     @property
     def d_model(self) -> int:
+        """Size of a vector."""
         return self.encoder.shape[1]
 
     def normalize(self, vectors: Float[Tensor, "*token d_model"]) -> Float[Tensor, "*token d_model"]:
+        """Vectors in the SAE's units: (vectors - center) / scale."""
         return (vectors.to(self.encoder.dtype) - self.center) / self.scale
 
     def encode(
@@ -126,15 +139,15 @@ class SparseAutoencoder(nn.Module):
         *,
         use_mask: bool = True,
     ) -> Float[Tensor, "*token latent"]:
-        """The codes, by definition: dense and differentiable.
+        """The codes by their definition: dense and differentiable.
 
         Args:
             vectors: in the model's units.
-            position: of each token, counted as the mask's `position_origin` says; 0 = BOS.
-            use_mask: False lifts the mask: every latent counts as open everywhere.
+            position: position of each token, counted from the mask's `position_origin`; 0 is BOS.
+            use_mask: False treats every latent as open everywhere.
 
         Raises:
-            BadSetting: a position outside the context.
+            BadSetting: a position is outside the context.
         """
         position = self._checked(position)
         x = self.normalize(vectors)
@@ -145,12 +158,13 @@ class SparseAutoencoder(nn.Module):
         return codes if routing.strength is None else codes * routing.strength[..., None]
 
     def decode(self, codes: Float[Tensor, "*token latent"]) -> Float[Tensor, "*token d_model"]:
-        """The vectors that codes stand for, in the model's units."""
+        """The reconstructions of codes, in the model's units."""
         return (codes @ self.decoder + self.decoder_bias) * self.scale + self.center
 
     def forward(
         self, vectors: Float[Tensor, "*token d_model"], position: Int[Tensor, "*token"]
     ) -> Float[Tensor, "*token d_model"]:
+        """The reconstructions of vectors, in the model's units."""
         return self.decode(self.encode(vectors, position))
 
     @torch.no_grad()
@@ -162,14 +176,20 @@ class SparseAutoencoder(nn.Module):
         use_mask: bool = True,
         precision: runtime.Precision = "float32",
     ) -> Codes:
-        """The same codes as `encode`, found without computing what is closed or zero.
+        """The codes of `encode`, computed without closed latents and without zeros.
 
-        Computed on the SAE's device; the codes are where the vectors are.
+        They are computed on the SAE's device and returned on the device of the vectors.
 
         Args:
-            precision: of the product that chooses the latents; the values are always computed in full.
+            vectors: in the model's units.
+            position: position of each token, counted from the mask's `position_origin`; 0 is BOS.
+            use_mask: False treats every latent as open everywhere.
+            precision: of the product that chooses the latents; values are always computed in full precision.
+
+        Raises:
+            BadSetting: a position is outside the context.
         """
-        whence, vectors = vectors.device, vectors.to(self.encoder.device)
+        device, vectors = vectors.device, vectors.to(self.encoder.device)
         position = self._checked(position).to(vectors.device)
         routing = self.mask.route(self.normalize(vectors) if self.mask.reads_vectors else vectors, position)
         table = self.mask.table().detach()
@@ -183,8 +203,8 @@ class SparseAutoencoder(nn.Module):
             token, latent, value = self._encode_blocks(inputs, mask_row, ends, groups, table if gates else None)
         else:
             encoder, bias = self.encoder.detach(), self.encoder_bias.detach()
-            found = choose(inputs, mask_row, ends, encoder, bias, groups, table, choice, precision=precision)
-            token, latent, value = found.token, found.latent, found.preactivation
+            chosen = choose(inputs, mask_row, ends, encoder, bias, groups, table, choice, precision=precision)
+            token, latent, value = chosen.token, chosen.latent, chosen.preactivation
             if softens:
                 value = value * table[mask_row[token], latent]
         if order is not None:
@@ -193,13 +213,13 @@ class SparseAutoencoder(nn.Module):
             token, latent, value = token[entry], latent[entry], value[entry]
         if routing.strength is not None:
             value = value * routing.strength[token]
-        return Codes(token, latent, value, len(vectors), self.d_sae).to(whence)
+        return Codes(token, latent, value, len(vectors), self.d_sae).to(device)
 
     def _encode_blocks(
         self, inputs: Tensor, mask_row: Tensor, ends: list[int], groups: list[LiveGroup], table: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(token, latent, value) of the active codes, for rules that see all pre-activations of the live latents."""
-        found = [(mask_row[:0], mask_row[:0], inputs.new_zeros(0))]
+        """(token, latent, value) of the active codes, for rules that need all pre-activations of the live latents."""
+        entries = [(mask_row[:0], mask_row[:0], inputs.new_zeros(0))]
         for rows, group in pieces(groups, ends):
             latents = group.latents
             with runtime.fast_float32():
@@ -207,25 +227,25 @@ class SparseAutoencoder(nn.Module):
             openness = table[:, latents][mask_row[rows]] if table is not None and group.gated else None
             codes = self.rule.codes(preactivation, openness, lambda parameter, latents=latents: parameter[latents])
             row, column = codes.nonzero(as_tuple=True)
-            numbers = torch.arange(self.d_sae, device=inputs.device)[latents]
-            found.append((row + rows.start, numbers[column], codes[row, column]))
-        token, latent, value = (torch.cat(parts) for parts in zip(*found, strict=True))
+            live = torch.arange(self.d_sae, device=inputs.device)[latents]
+            entries.append((row + rows.start, live[column], codes[row, column]))
+        token, latent, value = (torch.cat(parts) for parts in zip(*entries, strict=True))
         return token, latent, value
 
     def encode_batch(self, batch: PositionedVectors, *, use_mask: bool = True) -> Codes:
-        """`sparse_encode` of a batch, with its positions counted from the mask's origin."""
+        """`sparse_encode` of a batch, with positions counted from the mask's origin."""
         position = batch.positions(self.mask.settings.position_origin)
         return self.sparse_encode(batch.vectors, position, use_mask=use_mask)
 
     @torch.no_grad()
     def sparse_decode(self, codes: Codes) -> Float[Tensor, "token d_model"]:
-        """What `decode` gives for them, where the codes are."""
+        """`decode` of sparse codes, on the device of the codes."""
         x_hat = self._sums(codes) + self.decoder_bias
         return (x_hat * self.scale + self.center).to(codes.value.device)
 
     @torch.no_grad()
     def share_of(self, codes: Codes) -> Float[Tensor, "token d_model"]:
-        """What these codes alone put into the vectors, without the bias, in the model's units."""
+        """The contribution of these codes to the reconstruction, without the bias, in the model's units."""
         return (self._sums(codes) * self.scale).to(codes.value.device)
 
     def _sums(self, codes: Codes) -> Float[Tensor, "token d_model"]:
@@ -239,7 +259,7 @@ class SparseAutoencoder(nn.Module):
         if position.numel() and (int(position.min()) < 0 or int(position.max()) > longest):
             raise BadSetting(
                 f"positions {int(position.min())} to {int(position.max())} are not all within the "
-                f"{self.mask.n_positions} positions that this SAE's mask was made for: cut the texts to that length"
+                f"{self.mask.n_positions} positions of this SAE's mask: cut the texts to that length"
             )
         return position.long()
 
@@ -249,9 +269,10 @@ def _everything(table: Tensor) -> LiveGroup:
 
 
 def check_sizes(**sizes: Any) -> None:
-    """
+    """Check that sizes are positive integers.
+
     Raises:
-        ValueError: a size is not a positive whole number.
+        ValueError: a size is not a positive integer.
     """
     for name, size in sizes.items():
         if type(size) is not int or size < 1:
@@ -259,9 +280,12 @@ def check_sizes(**sizes: Any) -> None:
 
 
 def check_table(d_model: int, d_sae: int, n_positions: int) -> None:
-    """
+    """Check that a mask's table has a plausible size for the weights, before it is allocated.
+
+    A description's `n_positions` is not always confirmed by a tensor.
+
     Raises:
-        ValueError: the mask, whose length no tensor may confirm, would be out of proportion to the weights.
+        ValueError: the table would be too large.
     """
     limit = max(_ALWAYS_ALLOWED, _MASK_PER_WEIGHT * d_model * d_sae)
     if n_positions * d_sae > limit:

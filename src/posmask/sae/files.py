@@ -24,23 +24,24 @@ OPENNESS_FILE = "openness.safetensors"
 
 
 def write_sae(sae: SparseAutoencoder, folder: Path, origin: Mapping[str, Any] | None = None) -> None:
-    """Write weights, mask tensors and constants as safetensors, and what they mean as JSON beside them.
+    """Write weights, mask tensors and constants as safetensors, and their description as JSON.
 
     Args:
-        origin: what the SAE was trained on: name (`model`), `weights`, `layer` and `site` of the model,
-            `training_tokens`.
+        sae: the SAE to write.
+        folder: is created if it does not exist.
+        origin: what the SAE was trained on: `model` (name), `weights`, `layer`, `site`, `training_tokens`.
 
     Raises:
-        BadSetting: the folder is a finished one, or holds files of these names that are not an SAE of posmask's.
+        BadSetting: the folder has a manifest, or files of these names that posmask did not write.
     """
     if (folder / MANIFEST).exists():
-        raise BadSetting(f"{folder} is finished, its {MANIFEST} says what it holds: choose another folder")
+        raise BadSetting(f"{folder} is finished, because it has a {MANIFEST}: choose another folder")
     marks = {WEIGHTS_FILE: b'"encoder":', OPENNESS_FILE: b'"openness":', SETTINGS_FILE: b'"d_sae":'}
     for name, mark in marks.items():
         check_file(folder / name, mark)
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in sae.state_dict().items()}, folder / WEIGHTS_FILE)
-    # What the mask ended as, whatever its kind keeps: for those who only want to look.
+    # The final openness, whatever buffers the kind has, for readers without posmask.
     save_file({"openness": sae.mask.openness().detach().contiguous()}, folder / OPENNESS_FILE)
     description = {
         "d_model": sae.d_model,
@@ -54,14 +55,16 @@ def write_sae(sae: SparseAutoencoder, folder: Path, origin: Mapping[str, Any] | 
 
 
 def read_sae(folder: Path, *, verify: bool = False) -> SparseAutoencoder:
-    """The SAE that `write_sae` wrote, with the same codes to the last bit.
+    """Read an SAE that `write_sae` wrote; its codes are equal bit for bit.
 
     Args:
-        verify: also compare the folder's files with its manifest, if it has one: an SAE that a user brings may not.
+        folder: the folder of the SAE.
+        verify: also compare the folder's files with its manifest, if it has one.
 
     Raises:
-        DamagedFolder: a file is missing, or its tensors are not those that its description asks for, are not finite or
-            make no sense.
+        BadSetting: the kind of its mask or rule is unknown.
+        DamagedFolder: a file is missing, or its tensors do not match the description, are not finite or are out of
+            range.
     """
     if verify and (folder / MANIFEST).exists():
         read_manifest(folder, verify=True)
@@ -81,25 +84,25 @@ def read_sae(folder: Path, *, verify: bool = False) -> SparseAutoencoder:
 
 
 def _check_sizes(description: Any, tensors: Mapping[str, Tensor], kind: type[PositionMask]) -> None:
-    """That a description asks for no larger an SAE than its tensors make, before any is made.
+    """Check, before anything is allocated, that the sizes in a description are those of its tensors.
 
     Raises:
-        ValueError: it does.
+        ValueError: they differ, or the mask's table would be too large.
     """
-    said = {name: description[name] for name in ("d_sae", "d_model", "n_positions")}
-    check_sizes(**said)
-    found: dict[str, int] = dict(zip(("d_sae", "d_model"), tensors["encoder"].shape, strict=True))
+    described = {name: description[name] for name in ("d_sae", "d_model", "n_positions")}
+    check_sizes(**described)
+    actual: dict[str, int] = dict(zip(("d_sae", "d_model"), tensors["encoder"].shape, strict=True))
     tables = [tensors[name] for name in ("mask.fixed_openness", "mask.theta") if name in tensors]
-    found["n_positions"] = len(tables[0])
+    actual["n_positions"] = len(tables[0])
     if kind.reads_vectors:  # a router, whose table has a row per expert
-        found["n_positions"] = said["n_positions"]
-    if said != found:
-        raise ValueError(f"its description asks for {said}, its tensors are of {found}")
-    check_table(said["d_model"], said["d_sae"], said["n_positions"])
+        actual["n_positions"] = described["n_positions"]
+    if described != actual:
+        raise ValueError(f"its description has the sizes {described}, its tensors {actual}")
+    check_table(described["d_model"], described["d_sae"], described["n_positions"])
 
 
 def flaw_of(sae: SparseAutoencoder) -> str | None:
-    """What makes an SAE's numbers useless; None: nothing does."""
+    """Why an SAE is unusable (NaN or infinite numbers, scale or openness out of range); None if it is usable."""
     for name, tensor in sae.state_dict().items():
         if not bool(tensor.isfinite().all()):
             return f"{name} holds NaN or infinite numbers"
@@ -112,10 +115,10 @@ def flaw_of(sae: SparseAutoencoder) -> str | None:
 
 
 def read_origin(folder: Path) -> dict[str, Any]:
-    """What `write_sae` was told of the SAE's training; empty where it was told nothing.
+    """The `origin` that was passed to `write_sae`; may be empty.
 
     Raises:
-        DamagedFolder: there is no readable description.
+        DamagedFolder: the description is missing or unreadable.
     """
     try:
         return dict(json.loads((folder / SETTINGS_FILE).read_text(encoding="utf8"))["origin"])

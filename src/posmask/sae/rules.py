@@ -1,4 +1,4 @@
-"""Activation rules: how gated pre-activations become codes, and what a rule adds to the training loss.
+"""Activation rules: how gated pre-activations become codes, and the terms that they add to the training loss.
 
 With pre = (x - decoder_bias) . encoder[j] + encoder_bias[j], and M the openness at the token's position:
 
@@ -10,9 +10,9 @@ With pre = (x - decoder_bias) . encoder[j] + encoder_bias[j], and M the openness
     gated       code = M relu(e^r pre + m) where pre > 0                        + l1_coefficient sum_j M relu(pre), and
                                                                                   those must reconstruct the vector too
 
-The gate acts before a rule selects, so a closed latent never takes one of the k places.
+The gate acts before the rule selects, so a closed latent is never one of the k.
 
-To add a rule: write one subclass of `ActivationRule` with its `Settings`, and add it to `RULES`.
+To add a rule, write one subclass of `ActivationRule` with its `Settings`, and add it to `RULES`.
 """
 
 from collections.abc import Callable
@@ -25,36 +25,38 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from posmask.errors import BadSetting
+from posmask.errors import BadSetting, unknown_kind
 from posmask.sae.selection import Above, Choice, LargestOfBatch, LargestOfToken
 
 __all__ = ["RULES", "ActivationRule", "Coded", "RuleSettings", "Take", "TopK", "make_rule", "rule_settings"]
 
 Take = Callable[[Tensor], Tensor]
-"""Takes a parameter of all latents, [latent], to those of the columns at hand, [token live] or [live]."""
+"""Selects the values of the live latents, [live] or [token live], from a parameter of all latents, [latent]."""
 
 
 class RuleSettings(BaseModel):
-    """What decides a rule; each rule's own `Settings` adds its fields."""
+    """Base of the settings of a rule; the `Settings` of each rule adds its fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     only_for_training: ClassVar[frozenset[str]] = frozenset()
-    """Fields that do not decide what codes a trained SAE has."""
+    """Fields that do not affect the codes of a trained SAE."""
 
     kind: str
 
     def of_codes(self) -> dict[str, Any]:
-        """What decides the codes of a trained SAE, beside its parameters."""
+        """The fields that affect the codes of a trained SAE."""
         return self.model_dump(exclude=set(self.only_for_training))
 
 
 @dataclass(frozen=True)
 class Coded:
-    """Codes of some tokens as training sees them.
+    """Codes in training, with what the rule adds to the loss.
 
-    `penalty` is the rule's own term of the loss, summed over the tokens. `through_gate` are codes that must
-    reconstruct the vectors too, through a decoder taken as constant.
+    Attributes:
+        codes: differentiable codes.
+        penalty: the rule's term of the loss, summed over tokens; None for 0.
+        through_gate: codes whose reconstruction error, with the decoder held constant, is a term of the loss, too.
     """
 
     codes: Float[Tensor, "token live"]
@@ -63,30 +65,31 @@ class Coded:
 
 
 class ActivationRule(nn.Module):
-    """How gated pre-activations become codes. Abstract: see the rules below.
+    """How gated pre-activations become codes. Abstract; `RULES` lists the rules.
 
-    Functions get some tokens and the live latents at them: `preactivation` before relu, their `openness`, None for 1
-    everywhere, and `take` for the rule's own parameters.
+    Methods that compute codes take the `preactivation` of the live latents before relu, their `openness` (None for 1
+    everywhere), and `take`, which selects the live latents from a parameter of the rule.
 
     Args:
-        d_sae: number of latents; tensors that hold something for each have it as their first dimension.
+        settings: an instance of the rule's `Settings`.
+        d_sae: number of latents, the first dimension of parameters and buffers with a value per latent.
     """
 
     Settings: ClassVar[type[RuleSettings]]
     revives: ClassVar[bool] = False
-    """Whether dead latents are revived by an auxiliary loss of their own."""
+    """Whether dead latents are revived by an auxiliary loss (AuxK)."""
     compares_latents: ClassVar[bool] = False
-    """Whether latents' values are held against one another, so that all of them must be on one scale."""
+    """Whether the values of latents are compared with each other, so that all must have one scale."""
     level: Tensor | None
-    """For rules with nested parts, the first part that each latent belongs to, [latent]."""
+    """For rules with nested parts, the first part that contains each latent, [latent]."""
 
     def __init__(self, settings: RuleSettings, d_sae: int) -> None:
         super().__init__()
         self.settings = settings
         self.register_buffer("level", None)
 
-    def nest(self, support: Bool[Tensor, "place latent"], n_free: int) -> None:
-        """Called once with where latents may speak, for rules that divide them into parts."""
+    def nest(self, support: Bool[Tensor, "row latent"], n_free: int) -> None:
+        """Divide the latents into nested parts, given where the mask opens them; called once."""
 
     def codes(
         self,
@@ -94,7 +97,7 @@ class ActivationRule(nn.Module):
         openness: Float[Tensor, "*token live"] | None,
         take: Take,
     ) -> Float[Tensor, "*token live"]:
-        """The codes at inference, each token by itself."""
+        """The codes at inference; each token is independent of the others."""
         raise NotImplementedError
 
     def training_codes(
@@ -107,23 +110,24 @@ class ActivationRule(nn.Module):
         """Make codes `factor` times as large, given pre-activations `factor` times as large.
 
         Args:
-            factor: the same for all latents where the rule compares them.
+            factor: the same for all latents if the rule compares them.
         """
 
     def choice(self) -> Choice | None:
-        """How `codes` can be had by choosing among gated pre-activations; None where that does not give them."""
+        """The choice among gated pre-activations that gives `codes`; None if no choice does."""
 
     def training_choice(self) -> Choice | None:
-        """The same of `training_codes`, where few codes are active from the start; else None."""
+        """The choice that gives `training_codes` if few codes are active from the start of training; otherwise None."""
 
     def before_step(self, done: int, n_steps: int) -> None:
-        """Called before each of `n_steps` training steps, `done` of which are behind us."""
+        """Prepare a training step; called before each of `n_steps` steps, after `done` finished steps."""
 
     def after_step(self, least: float) -> None:
-        """Called after each step with its least active code, 0 where `training_choice` is None."""
+        """Update the rule; called after each step with its smallest active code, 0 if `training_choice` is None."""
 
 
 def gated(preactivation: Tensor, openness: Tensor | None) -> Tensor:
+    """openness * relu(preactivation)."""
     return preactivation.relu() if openness is None else preactivation.relu() * openness
 
 
@@ -132,7 +136,7 @@ class _Penalized(RuleSettings):
         {"penalty_warmup_fraction", "l1_coefficient", "l0_coefficient", "bandwidth", "initial_threshold"}
     )
     penalty_warmup_fraction: float = Field(default=0.05, ge=0, le=1)
-    """The penalty rises linearly from 0 over this share of the steps."""
+    """Share of the steps over which the penalty rises linearly from 0."""
 
 
 class _WithPenalty(ActivationRule):
@@ -140,19 +144,21 @@ class _WithPenalty(ActivationRule):
 
     def __init__(self, settings: _Penalized, d_sae: int) -> None:
         super().__init__(settings, d_sae)
-        self._warmth = 1.0
+        self._penalty_factor = 1.0
 
     def before_step(self, done: int, n_steps: int) -> None:
-        rising = self.settings.penalty_warmup_fraction * n_steps
-        self._warmth = min(1.0, (done + 1) / rising) if rising else 1.0
+        """Warm up the penalty."""
+        warmup_steps = self.settings.penalty_warmup_fraction * n_steps
+        self._penalty_factor = min(1.0, (done + 1) / warmup_steps) if warmup_steps else 1.0
 
 
 class ReLU(_WithPenalty):
-    """All positive pre-activations; an L1 penalty keeps them few (Bricken et al. 2023)."""
+    """All positive pre-activations, with an L1 penalty (Bricken et al. 2023)."""
 
     class Settings(_Penalized):
         kind: Literal["relu"] = "relu"
         l1_coefficient: float = Field(ge=0)
+        """Coefficient of the sum of codes."""
 
     settings: Settings
 
@@ -161,7 +167,7 @@ class ReLU(_WithPenalty):
 
     def training_codes(self, preactivation: Tensor, openness: Tensor | None, take: Take) -> Coded:
         codes = gated(preactivation, openness)
-        return Coded(codes, self._warmth * self.settings.l1_coefficient * codes.sum())
+        return Coded(codes, self._penalty_factor * self.settings.l1_coefficient * codes.sum())
 
     def choice(self) -> Choice:
         return Above(0.0)
@@ -173,7 +179,7 @@ class TopK(ActivationRule):
     class Settings(RuleSettings):
         kind: Literal["topk"] = "topk"
         k: int = Field(gt=0)
-        """How many latents may be active on a token."""
+        """Maximum number of active latents per token."""
 
     settings: Settings
     revives = True
@@ -182,12 +188,12 @@ class TopK(ActivationRule):
     def __init__(self, settings: Settings, d_sae: int) -> None:
         super().__init__(settings, d_sae)
         if settings.k > d_sae:
-            raise BadSetting(f"k = {settings.k} is more than the {d_sae} latents there are: lower k or raise d_sae")
+            raise BadSetting(f"k = {settings.k} is more than the {d_sae} latents: lower k or raise d_sae")
 
     def codes(self, preactivation: Tensor, openness: Tensor | None, take: Take) -> Tensor:
         value = gated(preactivation, openness)
         top = value.topk(min(self.settings.k, value.shape[-1]), dim=-1)
-        # Where fewer than k are positive the rest is chosen arbitrarily: it must send no gradient either.
+        # If fewer than k are positive, topk fills up with zeros, which must send no gradient.
         return torch.zeros_like(value).scatter(-1, top.indices, top.values * (top.values > 0))
 
     def choice(self) -> Choice:
@@ -200,8 +206,8 @@ class TopK(ActivationRule):
 class BatchTopK(TopK):
     """The k B largest gated pre-activations of a batch of B tokens (Bussmann et al. 2024, arXiv 2412.06410).
 
-    At inference each token stands alone: all above a threshold, the running mean over training batches of the least
-    code that was active.
+    At inference tokens are independent: all pre-activations above a threshold are active. The threshold is the running
+    mean over training batches of the smallest active code.
     """
 
     class Settings(TopK.Settings):
@@ -209,7 +215,7 @@ class BatchTopK(TopK):
 
         kind: Literal["batchtopk"] = "batchtopk"  # type: ignore[assignment]
         threshold_rate: float = Field(default=0.02, gt=0, le=1)
-        """Share of the newest batch in the running mean."""
+        """Weight of the newest batch in the running mean."""
 
     settings: Settings
     threshold: Tensor
@@ -217,7 +223,7 @@ class BatchTopK(TopK):
     def __init__(self, settings: Settings, d_sae: int) -> None:
         super().__init__(settings, d_sae)
         self.register_buffer("threshold", torch.zeros(()))
-        self._least = 0.0  # of the last step's codes
+        self._least = 0.0  # smallest active code of the last step
 
     @property
     def _by_batch(self) -> bool:
@@ -257,17 +263,17 @@ class BatchTopK(TopK):
 class Matryoshka(BatchTopK):
     """Nested dictionaries: the first parts of the latents must reconstruct the vector alone (arXiv 2503.17547).
 
-    The loss is the mean over the parts of |x - x_hat from the part's codes|^2, x_hat = x_hat of all being the last. A
-    part is a share of the latents that one set of positions is open for, so each slice of a mask is nested in itself;
-    latents whose set few others have are put together, and so are the free ones.
+    The loss is the mean over the parts of |x - x_hat|^2, where x_hat uses the codes of the part; the last part is all
+    latents. Parts are taken within each set of latents with the same open positions, so each slice of a mask is nested
+    in itself. The free latents form one set, and so do the latents that share their positions with few others.
     """
 
     class Settings(BatchTopK.Settings):
         kind: Literal["matryoshka"] = "matryoshka"  # type: ignore[assignment]
         select: Literal["token", "batch"] = "batch"
-        """Whether codes are chosen as by topk or as by batchtopk."""
+        """Whether codes are chosen per token, as by topk, or per batch, as by batchtopk."""
         parts: tuple[float, ...] = (0.0625, 0.125, 0.25, 0.5, 1.0)
-        """The share of the latents in each part, growing to 1."""
+        """Share of the latents in each part, increasing to 1."""
 
         @field_validator("parts")
         @classmethod
@@ -289,24 +295,26 @@ class Matryoshka(BatchTopK):
         return self.settings.select == "batch"
 
     def nest(self, support: Tensor, n_free: int) -> None:
+        """Assign each latent to the first part that contains it."""
         parts = self.settings.parts
         is_free = torch.arange(support.shape[1]) < n_free
         _, sets, counts = torch.unique(
             torch.cat([is_free[None], support]), dim=1, return_inverse=True, return_counts=True
         )
         sets = torch.where(counts[sets] < 2 * len(parts), -1, sets)
-        for one in sets.unique():
-            members = (sets == one).nonzero()[:, 0]
+        for number in sets.unique():
+            members = (sets == number).nonzero()[:, 0]
             share = (torch.arange(len(members)) + 1) / len(members)
             self.level[members] = torch.searchsorted(torch.tensor(parts), share).clamp(max=len(parts) - 1)
 
     @property
     def n_parts(self) -> int:
+        """Number of nested parts."""
         return len(self.settings.parts)
 
 
 class _Jump(Function):
-    """value where it is above threshold; the threshold learns from the values within half a bandwidth of it."""
+    """value where it exceeds threshold; the threshold learns from values within half a bandwidth of it."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
@@ -323,7 +331,7 @@ class _Jump(Function):
 
 
 class _Count(Function):
-    """1 where value is above threshold; both learn from the values within half a bandwidth of it."""
+    """1 where value exceeds threshold; both learn from values within half a bandwidth of it."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
@@ -340,21 +348,24 @@ class _Count(Function):
 
 
 def _near(value: Tensor, threshold: Tensor, bandwidth: float) -> Bool[Tensor, "token live"]:
-    return ((value - threshold).abs() < bandwidth / 2) & (value > 0)  # A closed latent is at 0 and sends nothing.
+    return ((value - threshold).abs() < bandwidth / 2) & (value > 0)  # a closed latent, at 0, sends no gradient
 
 
 class JumpReLU(_WithPenalty):
     """Gated pre-activations above a learned threshold of each latent (Rajamanoharan et al. 2024, arXiv 2407.14435).
 
-    Unlike there, the penalty's estimated gradient goes to the pre-activations too, not to the threshold alone.
+    Unlike in the paper, the estimated gradient of the penalty reaches the pre-activations, not only the threshold.
     """
 
     class Settings(_Penalized):
         kind: Literal["jumprelu"] = "jumprelu"
         l0_coefficient: float = Field(ge=0)
+        """Coefficient of the number of active codes."""
         bandwidth: float = Field(default=2.0, gt=0)
-        """In units of codes, like `initial_threshold`: vectors are scaled to a mean |x|^2 of d_model."""
+        """Width of the window of the straight-through estimator, in units of codes (vectors have a mean |x|^2 of
+        d_model)."""
         initial_threshold: float = Field(default=0.5, gt=0)
+        """In units of codes."""
 
     settings: Settings
 
@@ -370,7 +381,7 @@ class JumpReLU(_WithPenalty):
         value, threshold = gated(preactivation, openness), take(self.threshold).expand_as(preactivation)
         codes = _Jump.apply(value, threshold, self.settings.bandwidth)
         active = _Count.apply(value, threshold, self.settings.bandwidth)
-        return Coded(codes, self._warmth * self.settings.l0_coefficient * active.sum())
+        return Coded(codes, self._penalty_factor * self.settings.l0_coefficient * active.sum())
 
     def rescale_(self, factor: Tensor) -> None:
         self.threshold.data.mul_(factor)
@@ -380,14 +391,15 @@ class JumpReLU(_WithPenalty):
 
 
 class Gated(_WithPenalty):
-    """Whether a latent speaks and how loudly are two paths of one encoder (Rajamanoharan et al. 2024, 2404.16014).
+    """Whether a latent fires and its magnitude are two paths of one encoder (Rajamanoharan et al. 2024, 2404.16014).
 
-    The paper's magnitude bias b_mag is m + e^r b_gate here: the same functions, another start of the optimizer.
+    The magnitude bias b_mag of the paper is m + e^r b_gate: the same functions with another initialization.
     """
 
     class Settings(_Penalized):
         kind: Literal["gated"] = "gated"
         l1_coefficient: float = Field(ge=0)
+        """Coefficient of the sum of gates."""
 
     settings: Settings
 
@@ -397,12 +409,12 @@ class Gated(_WithPenalty):
         self.magnitude_bias = nn.Parameter(torch.zeros(d_sae))
 
     def codes(self, preactivation: Tensor, openness: Tensor | None, take: Take) -> Tensor:
-        loudness = take(self.magnitude).exp() * preactivation + take(self.magnitude_bias)
-        return gated(loudness, openness) * (preactivation > 0)
+        magnitude = take(self.magnitude).exp() * preactivation + take(self.magnitude_bias)
+        return gated(magnitude, openness) * (preactivation > 0)
 
     def training_codes(self, preactivation: Tensor, openness: Tensor | None, take: Take) -> Coded:
         gate = gated(preactivation, openness)
-        penalty = self._warmth * self.settings.l1_coefficient * gate.sum()
+        penalty = self._penalty_factor * self.settings.l1_coefficient * gate.sum()
         return Coded(self.codes(preactivation, openness, take), penalty, gate)
 
     def rescale_(self, factor: Tensor) -> None:
@@ -420,17 +432,22 @@ RULES: dict[str, type[ActivationRule]] = {
 
 
 def rule_settings(values: dict[str, Any]) -> RuleSettings:
-    """Settings of the activation rule that `values["kind"]` names, checked."""
+    """Validated settings of the activation rule `values["kind"]`.
+
+    Raises:
+        BadSetting: the kind is unknown.
+        ValidationError: a setting is invalid.
+    """
     kind = values.get("kind")
     if not isinstance(kind, str) or kind not in RULES:
-        raise BadSetting(f"activation rule {kind!r} is unknown: choose one of {', '.join(RULES)}")
+        raise unknown_kind("activation rule", kind, RULES)
     return RULES[kind].Settings(**values)
 
 
 def make_rule(settings: RuleSettings, d_sae: int) -> ActivationRule:
-    """The rule that settings name, for that many latents.
+    """The rule `settings.kind` for `d_sae` latents.
 
     Raises:
-        BadSetting: it needs more latents.
+        BadSetting: the rule needs more latents.
     """
     return RULES[settings.kind](settings, d_sae)

@@ -1,8 +1,8 @@
-"""Which latents speak: the encoder's product, only where latents are live, and the choice among its numbers.
+"""Selection of the active latents: the encoder's product for live latents only, and the choice among its values.
 
-The product is made in pieces of some tokens of one live group, and each piece is chosen from while it is still in the
-processor's cache; there is never one of a whole batch. On the CPU the choice is compiled by numba on the user's
-machine; on other devices the same comes from torch operations.
+The product is computed in pieces, each for tokens of one live group and small enough to stay in the processor's cache
+until the choice is made; the product of a whole batch never exists. On the CPU the choice is compiled by numba; on
+other devices it uses torch operations.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,26 +23,23 @@ __all__ = ["Above", "Choice", "Entries", "LargestOfBatch", "LargestOfToken", "ch
 
 @dataclass(frozen=True)
 class LargestOfToken:
-    """The k largest positive numbers of each token."""
+    """The k largest positive values of each token."""
 
     k: int
 
 
 @dataclass(frozen=True)
 class LargestOfBatch:
-    """The largest positive numbers of the batch, k times as many as it has tokens.
-
-    `near` is a guess of the least of them, which changes nothing but the time that is needed: the closer from below
-    the better.
-    """
+    """The k * n_tokens largest positive values of the batch."""
 
     k: int
     near: float = 0.0
+    """A guess of the smallest chosen value. It affects only the time: the closer from below, the faster."""
 
 
 @dataclass(frozen=True)
 class Above:
-    """All numbers above a threshold of at least 0."""
+    """All values above a threshold of at least 0."""
 
     threshold: float
 
@@ -52,31 +49,30 @@ Choice = LargestOfToken | LargestOfBatch | Above
 
 @dataclass(frozen=True)
 class Entries:
-    """Chosen pairs of token and latent, those of a token together, tokens in order.
+    """Chosen pairs of token and latent, sorted by token; every tensor is [entry]."""
 
-    `preactivation` is x . encoder + bias, above 0, before the gate.
-    """
-
-    token: Tensor  # [entry]
-    latent: Tensor  # [entry]
-    preactivation: Tensor  # [entry]
+    token: Tensor
+    latent: Tensor
+    preactivation: Tensor
+    """x . encoder + bias, above 0, before the gate."""
 
 
 def in_group_order(groups: Sequence[LiveGroup], mask_row: Tensor) -> tuple[Tensor | None, list[int]]:
-    """The order of tokens that puts each live group's together, and where in it each group ends.
+    """The order that sorts tokens by live group, and the end of each group in it.
 
-    The order is None where tokens stand so already.
+    The order is None if tokens are sorted already.
 
     Args:
-        place: [token], each of which is in `positions` of exactly one group.
+        groups: live groups; each row of the mask's table is in the `positions` of exactly one.
+        mask_row: row of the mask's table, [token].
     """
     if len(groups) == 1:
         return None, [len(mask_row)]
     positions = torch.cat([group.positions for group in groups])
     sizes = torch.tensor([len(group.positions) for group in groups], device=mask_row.device)
-    group_of_place = torch.empty_like(positions)
-    group_of_place[positions] = torch.arange(len(groups), device=mask_row.device).repeat_interleave(sizes)
-    group_of_token = group_of_place[mask_row]
+    group_of_row = torch.empty_like(positions)
+    group_of_row[positions] = torch.arange(len(groups), device=mask_row.device).repeat_interleave(sizes)
+    group_of_token = group_of_row[mask_row]
     ends = torch.bincount(group_of_token, minlength=len(groups)).cumsum(0).tolist()
     if bool((group_of_token[1:] >= group_of_token[:-1]).all()):
         return None, ends
@@ -84,10 +80,12 @@ def in_group_order(groups: Sequence[LiveGroup], mask_row: Tensor) -> tuple[Tenso
 
 
 def pieces(groups: Sequence[LiveGroup], ends: Sequence[int], numbers: int = 2**20) -> Iterator[tuple[slice, LiveGroup]]:
-    """The rows of each group that has any, few enough at a time that a table of them stays in the cache.
+    """Slices of tokens of one group each, so small that their product with the live latents stays in the cache.
 
     Args:
-        numbers: in that table, a row a token and a column a live latent.
+        groups: live groups.
+        ends: end of each group's tokens (see `in_group_order`).
+        numbers: number of values of a product, [token live].
     """
     for group, start, end in zip(groups, [0, *ends[:-1]], ends, strict=True):
         live = group.latents.stop - group.latents.start if isinstance(group.latents, slice) else len(group.latents)
@@ -96,7 +94,7 @@ def pieces(groups: Sequence[LiveGroup], ends: Sequence[int], numbers: int = 2**2
             yield slice(first, min(end, first + step)), group
 
 
-_LEAST_ROWS = 256  # with fewer the product itself becomes slower
+_LEAST_ROWS = 256  # with fewer tokens the product is slower
 
 
 def choose(
@@ -112,24 +110,28 @@ def choose(
     precision: runtime.Precision = "float32",
     among: Tensor | None = None,
 ) -> Entries:
-    """The entries that `choice` takes by openness * relu(x . encoder + bias), among those live at each token's place.
+    """The entries that `choice` selects by openness * relu(x . encoder + bias) among the live latents of each token.
 
-    Of equal numbers any may be taken, but never more than `choice` allows.
+    Ties are broken arbitrarily; there are never more entries than `choice` allows.
 
     Args:
-        x: [token d_model] with the decoder bias already taken off; place: [token], a row of `openness`; tokens in
-            the order of groups.
-        ends: where in it each group ends (see `in_group_order`).
-        encoder: [latent d_model]; bias: [latent]; openness: [place latent].
-        groups: which latents are live where; nothing else is computed.
-        among: [latent] bool, to choose among these only.
+        x: vectors minus the decoder bias, [token d_model], sorted by group.
+        mask_row: row of `openness`, [token].
+        ends: end of each group's tokens (see `in_group_order`).
+        encoder: [latent d_model].
+        bias: [latent].
+        groups: live groups; only their latents are computed.
+        openness: [row latent].
+        choice: what to choose.
+        precision: of the product; with bfloat16 the pre-activations of the chosen entries are recomputed in full.
+        among: the latents to choose among, [latent] bool; None for all.
     """
     low = precision == "bfloat16" and x.dtype == torch.float32
     inputs, weights = (x.bfloat16(), encoder.bfloat16()) if low else (x, encoder)
     if isinstance(choice, LargestOfToken) and backend.compiled(x):
-        found = _LargestOfTokens(choice.k, len(x), bias)
+        candidates = _LargestOfTokens(choice.k, len(x), bias)
     else:
-        found = _Others(choice, len(x), bias)
+        candidates = _Candidates(choice, len(x), bias)
     buffer = inputs.new_empty(0)
     latents, live_bias, gathered = bias, bias, weights
     last: LiveGroup | None = None
@@ -140,8 +142,8 @@ def choose(
                 live_bias, last = bias[latents], group
             if not len(latents):
                 continue
-            # Rows are rounded up, into the next group's and at the end into the one before, so that the library meets
-            # few shapes: it compiles a kernel for each, and keeps it.
+            # The number of rows is rounded up, with rows of the next group or, at the end, of the one before: oneDNN
+            # compiles and keeps a kernel per shape, so there should be few shapes.
             n_rows = min(len(inputs), -(-(rows.stop - rows.start) // _ROWS_MULTIPLE) * _ROWS_MULTIPLE)
             start = min(rows.start, len(inputs) - n_rows)
             if buffer.numel() < n_rows * len(gathered):
@@ -149,11 +151,11 @@ def choose(
             product = buffer[: n_rows * len(gathered)].view(n_rows, len(gathered))
             torch.mm(inputs[start : start + n_rows], gathered.T, out=product)
             gate = (openness, mask_row[rows]) if group.gated else None
-            found.add(product[rows.start - start :], rows, live_bias, latents, gate)
-    if isinstance(choice, LargestOfBatch) and choice.near > 0 and found.missing:
+            candidates.add(product[rows.start - start :], rows, live_bias, latents, gate)
+    if isinstance(choice, LargestOfBatch) and choice.near > 0 and candidates.missing:
         lower = replace(choice, near=0.0)
         return choose(x, mask_row, ends, encoder, bias, groups, openness, lower, precision=precision, among=among)
-    token, latent, preactivation = found.entries()
+    token, latent, preactivation = candidates.entries()
     if low:
         preactivation = (operations.dot_rows(x, token, encoder, latent) + bias[latent]).clamp(
             min=torch.finfo(x.dtype).tiny
@@ -166,9 +168,8 @@ _COLUMNS_MULTIPLE = 32
 
 
 def _live_rows(weights: Tensor, group: LiveGroup, among: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(numbers of a group's live latents, their rows of the encoder, and some more to round their count up)."""
-    every = torch.arange(len(weights), device=weights.device)
-    latents = every[group.latents]
+    """(indices of a group's live latents, their rows of the encoder padded to a multiple of `_COLUMNS_MULTIPLE`)."""
+    latents = torch.arange(len(weights), device=weights.device)[group.latents]
     if among is not None:
         latents = latents[among[latents]]
     elif isinstance(group.latents, slice):
@@ -178,7 +179,7 @@ def _live_rows(weights: Tensor, group: LiveGroup, among: Tensor | None) -> tuple
 
 
 class _LargestOfTokens:
-    """The k largest of each token, written by compiled loops into one table. Arguments as those of `_Others`."""
+    """The k largest values of each token, written by compiled loops into one table per batch."""
 
     missing = False
 
@@ -191,17 +192,19 @@ class _LargestOfTokens:
     def add(
         self, product: Tensor, rows: slice, bias: Tensor, latents: Tensor, gate: tuple[Tensor, Tensor] | None
     ) -> None:
+        """Choose from a piece; arguments as in `_Candidates.add`."""
         latent, preactivation, count = self._latent[rows], self._preactivation[rows], self._count[rows]
         k = min(latent.shape[1], len(bias))
         _largest_of_rows(*_arrays(product, bias, latents, gate, len(count)), k, latent, preactivation, count)
 
     def entries(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(token, latent, preactivation)."""
         token, latent, preactivation = _joined(self._latent, self._preactivation, self._count)
         return torch.from_numpy(token), torch.from_numpy(latent), torch.from_numpy(preactivation)
 
 
-class _Others:
-    """What was chosen so far. Tables of a piece have a row a token, and maybe more, and a column a live latent."""
+class _Candidates:
+    """The entries chosen so far, for every choice and device."""
 
     def __init__(self, choice: Choice, n_tokens: int, bias: Tensor) -> None:
         self._choice = choice
@@ -210,37 +213,42 @@ class _Others:
         if isinstance(choice, LargestOfBatch):
             self._floor = choice.near
         none = torch.empty(0, dtype=torch.int64, device=bias.device)
-        self._found: list[tuple[Tensor, ...]] = [(none, none, bias.new_empty(0), bias.new_empty(0))]
+        self._entries: list[tuple[Tensor, ...]] = [(none, none, bias.new_empty(0), bias.new_empty(0))]
 
     def add(
         self, product: Tensor, rows: slice, bias: Tensor, latents: Tensor, gate: tuple[Tensor, Tensor] | None
     ) -> None:
-        """
+        """Choose from a piece.
+
         Args:
-            bias, latents: [live]; gate: (a table of openness for all latents, the row of it for each token).
+            product: x . encoder of the live latents, [token live]; may have more rows and columns.
+            rows: the tokens of the piece.
+            bias: [live].
+            latents: indices of the live latents, [live].
+            gate: (openness of all latents by row of the mask's table, that row per token); None if ungated.
         """
         n_rows = rows.stop - rows.start
         if backend.compiled(product):
-            found = _take_above(product, n_rows, bias, latents, gate, self._floor)
+            entries = _take_above(product, n_rows, bias, latents, gate, self._floor)
         else:
-            found = _take(product[:n_rows, : len(latents)], bias, latents, gate, self._choice, self._floor)
-        row, *rest = found
-        self._found.append((row + rows.start, *rest))
-        if self._wanted is not None and self._n_found > 2 * self._wanted:
+            entries = _take(product[:n_rows, : len(latents)], bias, latents, gate, self._choice, self._floor)
+        row, *rest = entries
+        self._entries.append((row + rows.start, *rest))
+        if self._wanted is not None and self._n_entries > 2 * self._wanted:
             self._cut(self._wanted)
 
     @property
-    def _n_found(self) -> int:
-        return sum(len(part[0]) for part in self._found)
+    def _n_entries(self) -> int:
+        return sum(len(part[0]) for part in self._entries)
 
     @property
     def missing(self) -> bool:
-        """Whether fewer were found than the batch's largest are."""
-        return self._wanted is not None and self._n_found < self._wanted
+        """Whether there are fewer entries than wanted."""
+        return self._wanted is not None and self._n_entries < self._wanted
 
     def _cut(self, wanted: int) -> None:
-        """Drop all but the largest; nothing smaller can be among the batch's largest any more."""
-        joined = tuple(torch.cat(parts) for parts in zip(*self._found, strict=True))
+        """Drop all but the largest entries; smaller ones cannot be among the largest of the batch."""
+        joined = tuple(torch.cat(parts) for parts in zip(*self._entries, strict=True))
         value = joined[3]
         if len(value) > wanted:
             self._floor = float(value.kthvalue(len(value) - wanted + 1).values)
@@ -249,13 +257,13 @@ class _Others:
             kept[ties[: wanted - int(kept.sum())]] = True
             entry = kept.nonzero()[:, 0]
             joined = tuple(part.index_select(0, entry) for part in joined)
-        self._found = [joined]
+        self._entries = [joined]
 
     def entries(self) -> tuple[Tensor, Tensor, Tensor]:
         """(token, latent, preactivation)."""
         if self._wanted is not None:
             self._cut(self._wanted)
-        token, latent, preactivation, _ = (torch.cat(parts) for parts in zip(*self._found, strict=True))
+        token, latent, preactivation, _ = (torch.cat(parts) for parts in zip(*self._entries, strict=True))
         return token, latent, preactivation
 
 
@@ -267,7 +275,7 @@ def _take(
     choice: Choice,
     floor: float,
 ) -> tuple[Tensor, ...]:
-    """(row, latent, preactivation, value) of what a choice takes: the definition of the compiled loops."""
+    """(row, latent, preactivation, value) of the chosen entries: the definition of the compiled loops."""
     preactivation = product.to(bias.dtype) + bias
     value = preactivation
     if gate is not None:
@@ -284,22 +292,23 @@ def _take(
 def _take_above(
     product: Tensor, n_rows: int, bias: Tensor, latents: Tensor, gate: tuple[Tensor, Tensor] | None, floor: float
 ) -> tuple[Tensor, ...]:
-    """The same of all above a floor, by compiled loops."""
+    """`_take` of all values above a floor, by compiled loops."""
     latent = np.empty((n_rows, len(latents)), np.int64)
     preactivation, value = np.empty(latent.shape, bias.numpy().dtype), np.empty(latent.shape, bias.numpy().dtype)
     count = np.empty(n_rows, np.int64)
-    arrays = _arrays(product, bias, latents, gate, n_rows)
-    _above_floor(*arrays, value.dtype.type(floor), latent, preactivation, value, count)
-    found = (*_joined(latent, preactivation, count), _joined(latent, value, count)[2])
-    return tuple(torch.from_numpy(array) for array in found)
+    _above_floor(
+        *_arrays(product, bias, latents, gate, n_rows), value.dtype.type(floor), latent, preactivation, value, count
+    )
+    arrays = (*_joined(latent, preactivation, count), _joined(latent, value, count)[2])
+    return tuple(torch.from_numpy(array) for array in arrays)
 
 
 def _arrays(
     product: Tensor, bias: Tensor, latents: Tensor, gate: tuple[Tensor, Tensor] | None, n_rows: int
 ) -> tuple[Any, Any, Any, Any, Any, Any, int]:
-    """What the compiled loops ask for first."""
+    """The first arguments of the compiled loops."""
     low = product.dtype == torch.bfloat16
     numbers = product.view(torch.int16).numpy() if low else product.numpy()
     table, mask_row = gate if gate is not None else (bias.new_empty(0, 0), latents[:0])
-    n_parts = min(n_rows, 8 * numba.get_num_threads())  # each with room of its own
+    n_parts = min(n_rows, 8 * numba.get_num_threads())  # each with its own buffer
     return numbers, low, bias.numpy(), latents.numpy(), table.numpy(), mask_row.numpy(), n_parts
