@@ -81,7 +81,7 @@ def their_folder(folder, name="standard", *, unit=True, metadata=None, drop=(), 
 def test_an_imported_sae_does_what_saelens_does_with_it(saelens, name, unit, subtracts, tmp_path):
     folder = their_folder(tmp_path / "theirs", name, unit=unit, apply_b_dec_to_input=subtracts)
     if name == "topk" and not unit:
-        with pytest.raises(BadSetting, match=r"norms from \d\.\d+ to \d\.\d+ that topk does not reckon with"):
+        with pytest.raises(BadSetting, match=r"norms from \d\.\d+ to \d\.\d+ that topk does not account for"):
             import_saelens(folder, tmp_path / "ours")
         return
     theirs, ours = saelens.SAE.load_from_disk(folder), import_saelens(folder, tmp_path / "ours")
@@ -263,7 +263,7 @@ def test_a_zero_decoder_row_becomes_a_latent_that_never_fires(saelens, name, tmp
     weights["W_dec"][[0, 5]] = 0
     save_file(weights, folder / "sae_weights.safetensors")
     if name == "topk":  # There it may take one of the k places.
-        refused(folder, BadSetting, "norms from 0 to 1 that topk does not reckon with")
+        refused(folder, BadSetting, "norms from 0 to 1 that topk does not account for")
         return
     theirs, ours = saelens.SAE.load_from_disk(folder), import_saelens(folder, tmp_path / "ours")
     vectors, position = contexts()
@@ -289,7 +289,7 @@ def test_a_zero_decoder_row_of_an_sae_with_a_mask(rule, tmp_path):
     weights["W_dec"][5] = 0
     save_file(weights, folder / "sae_weights.safetensors")
     if rule in ("topk", "batchtopk", "matryoshka"):
-        refused(folder, BadSetting, f"norms from 0 to 2.5 that {rule} does not reckon with")
+        refused(folder, BadSetting, f"norms from 0 to 2.5 that {rule} does not account for")
         return
     vectors, position = contexts()
     expected = sae.encode(vectors, position).detach()
@@ -399,7 +399,7 @@ def test_an_npz_that_unpacks_to_much_more_than_its_size_is_refused(tmp_path):
     assert path.stat().st_size < 100_000
     refused(path.parent, DamagedFolder, r"unpack to 52,\d+,\d+ bytes, more than 8 times", n_positions=16)
     zeros_npz(path, scope_shapes(4, 8), claimed=scope_shapes(10**6, 10**6))
-    refused(path.parent, DamagedFolder, r"W_enc is said to have the shape \[1000000, 1000000\]", n_positions=16)
+    refused(path.parent, DamagedFolder, r"W_enc has the shape \[1000000, 1000000\] in its header", n_positions=16)
     shapes = scope_shapes(12, 32)
     zeros_npz(path, {**shapes, "W_enc": (12, 31)})
     refused(path.parent, DamagedFolder, r"W_enc has the shape \[12, 31\], not \[12, 32\]", n_positions=16)

@@ -158,7 +158,7 @@ def test_a_store_that_fails_for_a_while_is_asked_again_and_that_is_said(
         len([line for line in said if "could not write vectors/shard-00000.safetensors (OSError: the line" in line])
         == 2
     )
-    assert "try 3 of 6" in said[1]
+    assert "number 3 of 6" in said[1]
     store._fs = Failing(store._fs, "get_file", 1)
     same(evaluation_batches(found), evaluation_batches(local))
 
@@ -178,7 +178,7 @@ def test_a_store_that_fails_for_good_ends_in_a_sentence_and_what_it_has_is_kept(
         return add(folder, *given)
 
     monkeypatch.setattr(remote.StoredFolder, "add", until_the_fourth)
-    with pytest.raises(MissingAsset, match=r"could not write vectors/shard-00003.* check the address, your rights"):
+    with pytest.raises(MissingAsset, match=r"could not write vectors/shard-00003.* check the address, your permissions"):
         harvest(tokens, language_model, store.folder("vectors"), MADE_FROM, "test")
     assert lying(tmp_path / "cache") == []
     assert store.folder("vectors").manifest() is None
@@ -215,7 +215,7 @@ def test_a_damaged_shard_is_found_and_only_that_is_made_anew(
         path.unlink()
     if damage == "flipped":  # Its size tells nothing, so it is found when it comes.
         with pytest.raises(
-            DamagedFolder, match=r"shard-00002.safetensors is missing or not what was written .* removed"
+            DamagedFolder, match=r"shard-00002.safetensors is missing or damaged .* removed"
         ):
             list(evaluation_batches(Activations(store.folder("vectors"))))
     with pytest.raises(DamagedFolder, match=r"shard-00002.safetensors missing or not of the size"):
@@ -261,7 +261,7 @@ def test_too_little_room_for_random_batches_is_said_before_they_are_drawn(tokens
 
 
 def test_urls_and_packages_that_are_not_there_are_said(tmp_path, monkeypatch):
-    with pytest.raises(BadSetting, match=r"activations_url = 'nowhere://x' is no place that fsspec knows"):
+    with pytest.raises(BadSetting, match=r"activations_url = 'nowhere://x' is not a URL that fsspec knows"):
         Store("nowhere://x", tmp_path, ROOM)
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(MissingExtra, match=r"gcsfs.*pip install 'posmask\[remote\]' for s3://"):

@@ -1,7 +1,8 @@
-"""SAEs on the Hugging Face hub: a cell with its numbers goes there, in SAELens's layout, and comes back as one of ours.
+"""Upload SAEs with their results to the Hugging Face hub in SAELens's layout, and download SAEs from it.
 
-A repository holds one folder a cell (cfg.json, sae_weights.safetensors, rows.csv) and a README.md with a section each.
-Only safetensors are read. Tokens are huggingface_hub's business (`hf auth login`, or HF_TOKEN) and are never shown.
+A repository holds one folder per cell (cfg.json, sae_weights.safetensors, rows.csv) and a README.md with a section per
+cell. Only safetensors are read. huggingface_hub manages access tokens (`hf auth login`, or HF_TOKEN); they are never
+printed.
 """
 
 import inspect
@@ -35,15 +36,17 @@ CARD_FILE = "README.md"
 def from_pretrained(
     repo: str, folder: str | None = None, *, n_positions: int | None = None, revision: str | None = None
 ) -> SparseAutoencoder:
-    """The SAE in a repository on the hub: one that `push` put there, or any that `read_saelens` reads.
+    """Download an SAE from a repository on the hub: one uploaded by `push`, or any that `read_saelens` reads.
 
     Args:
-        folder: in the repository; None: its only one.
-        n_positions: as `read_saelens` takes it.
+        repo: USER/NAME.
+        folder: folder of the SAE in the repository; None if it holds only one SAE.
+        n_positions: tokens per context; see `read_saelens`.
+        revision: branch, tag or commit; None for the main branch.
 
     Raises:
-        BadSetting: the repository's name is none, or it holds several SAEs and `folder` is None.
-        MissingAsset: there is no such repository or file, it may not be read, or the hub is out of reach.
+        BadSetting: `repo` is not a repository's name, or it holds several SAEs and `folder` is None.
+        MissingAsset: the repository or file does not exist or is not readable, or the hub is unreachable.
     """
     import huggingface_hub as hub
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -71,20 +74,27 @@ def from_pretrained(
 
 
 def _only_folder(repo: str, files: list[str]) -> str:
-    found = sorted(path.rpartition("/")[0] for path in files if path.endswith((f"/{CFG_FILE}", f"/{GEMMA_SCOPE_FILE}")))
-    if len(found) != 1:
-        some = f"{', '.join(found[:5])}{', ..' if len(found) > 5 else ''}"
-        raise BadSetting(f"{repo} holds {len(found)} SAEs{f' ({some})' if found else ''}: name a folder that holds one")
-    return found[0]
+    endings = f"/{CFG_FILE}", f"/{GEMMA_SCOPE_FILE}"
+    folders = sorted(path.rpartition("/")[0] for path in files if path.endswith(endings))
+    if len(folders) != 1:
+        names = f" ({', '.join(folders[:5])}{', ..' if len(folders) > 5 else ''})" if folders else ""
+        raise BadSetting(f"{repo} holds {len(folders)} SAEs{names}: name a folder that holds one")
+    return folders[0]
 
 
 def push(cell: Path, repo: str, *, private: bool = False, model_name: str | None = None) -> str:
-    """Put a cell's SAE and its numbers into a repository, which is made if need be; returns its address.
+    """Upload a cell's SAE and its results to a repository, which is created if it does not exist.
 
-    The cell's folder there has the name of its folder here; one of that name is replaced, others stay.
+    The folder in the repository has the name of the cell's folder and replaces one of that name; others stay.
 
     Args:
-        model_name: of the model as SAELens calls it; None: what the SAE's origin says.
+        cell: folder of the cell.
+        repo: USER/NAME.
+        private: create a new repository as private.
+        model_name: name of the model in TransformerLens; None for the name in the SAE's origin.
+
+    Returns:
+        The address of the repository.
 
     Raises:
         DamagedFolder: the cell holds no SAE, or its files differ from its manifest.
@@ -94,8 +104,8 @@ def push(cell: Path, repo: str, *, private: bool = False, model_name: str | None
     from huggingface_hub.errors import EntryNotFoundError
 
     name = cell.resolve().name
-    with tempfile.TemporaryDirectory() as place:
-        staged = Path(place) / name
+    with tempfile.TemporaryDirectory() as staging:
+        staged = Path(staging) / name
         cfg = export_saelens(cell, staged, model_name=model_name)
         if (cell / ROWS_FILE).is_file():
             (staged / ROWS_FILE).write_bytes((cell / ROWS_FILE).read_bytes())
@@ -107,18 +117,18 @@ def push(cell: Path, repo: str, *, private: bool = False, model_name: str | None
             except EntryNotFoundError:
                 card = ""
             card = model_card(cell, repo, name, cfg["metadata"].get("model_name"), card)
-            (Path(place) / CARD_FILE).write_text(card, encoding="utf8")
+            (Path(staging) / CARD_FILE).write_text(card, encoding="utf8")
             files = [CARD_FILE, *(f"{name}/{file}" for file in (CFG_FILE, SAELENS_WEIGHTS_FILE, ROWS_FILE))]
             with _unwrapped():
                 api.upload_folder(
-                    repo_id=repo, folder_path=place, allow_patterns=files, commit_message=f"posmask: {name}"
+                    repo_id=repo, folder_path=staging, allow_patterns=files, commit_message=f"posmask: {name}"
                 )
     return address
 
 
 @contextmanager
 def _unwrapped() -> Iterator[None]:
-    """Raise what went wrong with a large file, which huggingface_hub hides in a RuntimeError."""
+    """Raise the cause of a failed upload of a large file, which huggingface_hub wraps in a RuntimeError."""
     try:
         yield
     except RuntimeError as error:
@@ -126,15 +136,19 @@ def _unwrapped() -> Iterator[None]:
 
 
 def model_card(cell: Path, repo: str, name: str, model_name: str | None = None, card: str = "") -> str:
-    """A repository's README.md with a section on this cell.
+    """Return the text of a repository's README.md with a section on this cell.
 
     Args:
-        card: what stands there now; a section of the same name is replaced, the rest stays.
+        cell: folder of the cell.
+        repo: USER/NAME.
+        name: the cell's folder in the repository.
+        model_name: name of the model in TransformerLens, if known.
+        card: present text of README.md; a section of the same name is replaced, the rest stays.
     """
     section = f"<!-- posmask {name} -->\n{_section(cell, repo, name, model_name)}<!-- end {name} -->\n"
     old = re.compile(rf"<!-- posmask {re.escape(name)} -->.*?<!-- end {re.escape(name)} -->\n", re.DOTALL)
     if old.search(card):
-        return old.sub(lambda found: section, card)
+        return old.sub(lambda match: section, card)
     if card:
         return f"{card.rstrip()}\n\n{section}"
     base = f"base_model: {model_name}\n" if model_name else ""
@@ -145,8 +159,8 @@ def model_card(cell: Path, repo: str, name: str, model_name: str | None = None, 
 def _section(cell: Path, repo: str, name: str, model_name: str | None) -> str:
     sae, origin = read_sae(cell), read_origin(cell)
     mask = sae.mask.settings
-    what = (inspect.getdoc(MASKS[mask.kind]) or "").partition("\n\n")[0].replace("\n", " ")
-    own = {key: value for key, value in mask.model_dump(mode="json").items() if key != "kind"}
+    description = (inspect.getdoc(MASKS[mask.kind]) or "").partition("\n\n")[0].replace("\n", " ")
+    mask_settings = {key: value for key, value in mask.model_dump(mode="json").items() if key != "kind"}
     site = f", {described(origin['layer'], origin.get('site', 'residual_after'))}" if "layer" in origin else ""
     tokens = f", trained on {origin['training_tokens']:,} tokens" if "training_tokens" in origin else ""
     lines = [
@@ -154,10 +168,10 @@ def _section(cell: Path, repo: str, name: str, model_name: str | None) -> str:
         "",
         f"{sae.d_sae:,} latents on vectors of {sae.d_model:,} numbers from {model_name or 'a model'}{site}{tokens}.",
         "",
-        f"- mask: `{mask.kind}`. {what} Settings: `{own}`; {sae.mask.n_positions} positions, 0 = BOS.",
+        f"- mask: `{mask.kind}`. {description} Settings: `{mask_settings}`; {sae.mask.n_positions} positions, 0 = BOS.",
         f"- rule: `{sae.rule.settings.model_dump(mode='json')}`",
         "",
-        *_numbers(cell),
+        *_results(cell),
         "```python",
         "from posmask.interop.hub import from_pretrained",
         f'sae = from_pretrained("{repo}", "{name}")  # sae.encode(vectors, position)',
@@ -170,35 +184,35 @@ def _section(cell: Path, repo: str, name: str, model_name: str | None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _numbers(cell: Path) -> Iterator[str]:
-    """A table of what the cell's rows say of it as a whole; rows.csv has every slice."""
+def _results(cell: Path) -> Iterator[str]:
+    """Yield the lines of a table of the cell's overall results; rows.csv has them per slice too."""
     if not (cell / ROWS_FILE).is_file():
         return
     rows = read_rows(cell / ROWS_FILE)
     yield from ("| metric | value | interval |", "|---|---|---|")
     for row in rows:
         if not row.slice:
-            interval = "" if row.ci_low != row.ci_low else f"{_say(row.ci_low)} to {_say(row.ci_high)}"
-            yield f"| {row.metric} | {_say(row.value)} | {interval} |"
+            interval = "" if row.ci_low != row.ci_low else f"{_rounded(row.ci_low)} to {_rounded(row.ci_high)}"
+            yield f"| {row.metric} | {_rounded(row.value)} | {interval} |"
     for line in summarize(rows):
-        for what, accuracies in (("order", line.order), ("probe", line.probing)):
+        for family, accuracies in (("order", line.order), ("probe", line.probing)):
             for k, value in accuracies.items():
                 if value == value:
-                    yield f"| {what} accuracy, k = {k}, {line.pooling} pooling | {_say(value)} | |"
+                    yield f"| {family} accuracy, k = {k}, {line.pooling} pooling | {_rounded(value)} | |"
     yield from (
         "",
-        "All of them by position, task and text: `rows.csv`; what they mean: posmask's `docs/metrics.md`.",
+        "`rows.csv` has all results by position, task and text; posmask's `docs/metrics.md` defines the metrics.",
         "",
     )
 
 
-def _say(value: float) -> str:
+def _rounded(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 @contextmanager
-def _hub_errors(repo: str, what: str) -> Iterator[None]:
-    """Say in one sentence what huggingface_hub's errors mean here, and what to do."""
+def _hub_errors(repo: str, action: str) -> Iterator[None]:
+    """Raise errors of huggingface_hub as errors of posmask, with a remedy."""
     from huggingface_hub import errors
 
     log_in = "log in with `hf auth login` or set HF_TOKEN"
@@ -218,17 +232,17 @@ def _hub_errors(repo: str, what: str) -> Iterator[None]:
         code = error.response.status_code
         if code in (401, 403):
             remedy = f"{log_in}, with a token that may"
-            raise MissingAsset(f"the hub does not let you {what} {repo} (status {code}): {remedy}") from None
-        raise MissingAsset(f"the hub answered with status {code} when asked to {what} {repo}: try later") from None
+            raise MissingAsset(f"the hub does not let you {action} {repo} (status {code}): {remedy}") from None
+        raise MissingAsset(f"the hub answered with status {code} when asked to {action} {repo}: try later") from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError, _network_error()):
         raise MissingAsset(
-            f"the hub could not be reached to {what} {repo}, and the cache does not help: check the network, "
+            f"the hub could not be reached to {action} {repo}, and the cache does not help: check the network, "
             "HF_ENDPOINT and HF_HUB_OFFLINE"
         ) from None
 
 
 def _network_error() -> type[Exception]:
-    """What the HTTP library under huggingface_hub raises, of whichever name and version."""
+    """Return the base error of the HTTP library that this version of huggingface_hub uses."""
     from huggingface_hub import errors
 
     return errors.HTTPError  # pyright: ignore[reportPrivateImportUsage]

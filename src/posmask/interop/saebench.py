@@ -1,6 +1,6 @@
-"""Probe accuracies -> the file that SAEBench writes for its sparse probing evaluation, field for field.
+"""Write probe accuracies in the file format of SAEBench's sparse probing evaluation, field for field.
 
-Source: sae-bench 0.6.0, evals/sparse_probing/{main,eval_config,eval_output}.py. That package is not needed.
+Source: sae-bench 0.6.0, evals/sparse_probing/{main,eval_config,eval_output}.py. The package is not needed.
 """
 
 import json
@@ -18,31 +18,39 @@ from posmask.storage.manifest import check_file
 __all__ = ["KS", "Accuracies", "EvalConfig", "eval_file_name", "eval_output", "write_eval_output"]
 
 KS = (1, 2, 5, 10, 20, 50, 100)
-"""The k for which SAEBench's format has fields. Other k stand in posmask's own rows alone."""
+"""The k for which SAEBench's format has fields. Other k are only in the rows of posmask."""
 
 Accuracies = Mapping[tuple[str, str, int | str], float]
 """(dataset, class, k) -> test accuracy of that class's probe; k is "all" for the probe on every feature."""
 
 
 class EvalConfig(BaseModel):
-    """SAEBench's `eval_config`: its names, its order and its defaults."""
+    """SAEBench's `eval_config`, with its names, order and defaults."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     random_seed: int = 42
+    """Seed of the choice of texts."""
     dataset_names: tuple[str, ...] = tuple(HUB_DATASETS)
+    """Data sets, by their names on the hub."""
     probe_train_set_size: int = 4000
-    """Texts a probe is fitted on, half of them of its class."""
+    """Texts per probe for training, half of them of its class."""
     probe_test_set_size: int = 1000
+    """Texts per probe for the test, half of them of its class."""
     context_length: int = 128
-    """Tokens, BOS among them."""
+    """Tokens per text, including BOS."""
     sae_batch_size: int = Field(default=125, gt=0)
+    """Texts per batch of the SAE."""
     llm_batch_size: int | None = None
+    """Texts per batch of the model; None if SAEBench chooses it."""
     llm_dtype: str = ""
+    """Number format of the model, such as bfloat16."""
     model_name: str = ""
+    """Name of the model in TransformerLens."""
     k_values: tuple[int, ...] = (1, 2, 5)
+    """Numbers of latents per probe."""
     lower_vram_usage: bool = False
-    """SAEBench then leaves out the probe on every latent."""
+    """Whether SAEBench omits the probe on all latents."""
 
 
 def eval_output(
@@ -58,25 +66,28 @@ def eval_output(
     sae_lens_version: str | None = None,
     commit: str = "Unknown",
 ) -> dict[str, Any]:
-    """What SAEBench would write: each accuracy's mean over classes a dataset, then over datasets, unweighted.
+    """Return SAEBench's output: each accuracy is a mean over the classes of a dataset, then over datasets, unweighted.
 
     Args:
-        llm: of the model's channels: every dataset and k of `config`, and "all".
-        sae: of the latents: the same, but it may lack "all".
-        sae_name: stands as `sae_lens_release_id`, `sae_id` as `sae_lens_id`: so SAEBench names an SAE that it is
-            handed as an object.
-        sae_config: stands as `sae_cfg_dict`.
-        sae_lens_version: of the SAELens that ran; None where none did.
-        commit: of the SAEBench that ran; "Unknown" where none did.
+        llm: accuracies of probes on the model's channels, for each dataset and k of `config`, and "all".
+        sae: accuracies of probes on latents, for the same; "all" may be missing.
+        config: settings of the evaluation.
+        eval_id: identifier of the evaluation.
+        epoch_milliseconds: time of the evaluation in milliseconds since 1970.
+        sae_name: value of `sae_lens_release_id`, as SAEBench fills it for an SAE that is passed as an object.
+        sae_config: value of `sae_cfg_dict`.
+        sae_id: value of `sae_lens_id`, as SAEBench fills it for an SAE that is passed as an object.
+        sae_lens_version: version of SAELens that ran; None if none did.
+        commit: commit of SAEBench that ran; "Unknown" if none did.
 
     Raises:
-        BadSetting: an accuracy is missing or out of range, or the time is not one SAEBench reads.
+        BadSetting: an accuracy is missing or out of range, or SAEBench cannot read the time.
     """
     if not 0 <= epoch_milliseconds <= 9_999_999_999_999:
         raise BadSetting(f"{epoch_milliseconds} is not a time in milliseconds since 1970: multiply seconds by 1000")
     classes = _by_metric(llm, "llm", config), _by_metric(sae, "sae", config)
     per_dataset = [
-        {name: {metric: _mean(found) for metric, found in source[name].items()} for name in config.dataset_names}
+        {name: {metric: _mean(by_class) for metric, by_class in source[name].items()} for name in config.dataset_names}
         for source in classes
     ]
     return {
@@ -108,17 +119,17 @@ def eval_output(
 
 
 def write_eval_output(path: Path, output: Mapping[str, Any]) -> None:
-    """Write what `eval_output` returned, laid out as SAEBench lays it out.
+    """Write the result of `eval_output` with SAEBench's indentation.
 
     Raises:
-        BadSetting: a file is there that is not such an evaluation.
+        BadSetting: a file that is not such an evaluation exists.
     """
     check_file(path, b'"eval_type_id":')
     path.write_text(json.dumps(output, indent=2, default=str), encoding="utf8")
 
 
 def eval_file_name(sae_name: str, sae_id: str = "custom_sae") -> str:
-    """The name under which SAEBench looks for a finished evaluation.
+    """Return the file name under which SAEBench looks for a finished evaluation.
 
     >>> eval_file_name("me/sae")
     'me_sae_custom_sae_eval_results.json'
@@ -135,30 +146,30 @@ def _fields(source: str) -> dict[str, float | None]:
 
 
 def _by_metric(accuracies: Accuracies, source: str, config: EvalConfig) -> dict[str, dict[str, dict[str, float]]]:
-    """dataset -> metric -> class -> accuracy, for the k that have fields."""
-    found: dict[str, dict[str, dict[str, float]]] = {name: {} for name in config.dataset_names}
+    """Return a map dataset -> metric -> class -> accuracy, for each k that has fields."""
+    by_dataset: dict[str, dict[str, dict[str, float]]] = {name: {} for name in config.dataset_names}
     for (name, label, k), accuracy in accuracies.items():
         if not (math.isfinite(accuracy) and 0 <= accuracy <= 1):
             raise BadSetting(
                 f"{source} accuracy {accuracy} of {name}, class {label!r}, k {k} lies outside 0 to 1: give shares"
             )
-        if name not in found:
+        if name not in by_dataset:
             raise BadSetting(f"{source} accuracies of {name} are not of the dataset_names: add it, or leave them out")
         if k == "all" or k in KS:
-            found[name].setdefault(_metric(source, k), {})[label] = accuracy
+            by_dataset[name].setdefault(_metric(source, k), {})[label] = accuracy
     has_all = source == "llm" or any(k == "all" for _, _, k in accuracies)
     wanted = {_metric(source, k) for k in (*config.k_values, *(("all",) if has_all else ())) if k == "all" or k in KS}
-    for name, metrics in found.items():
+    for name, metrics in by_dataset.items():
         if set(metrics) != wanted:
             odd = ", ".join(sorted(wanted ^ set(metrics)))
             raise BadSetting(f"{source} accuracies of {name} and k_values differ in {odd}: give both the same k")
         if len({frozenset(labels) for labels in metrics.values()}) > 1:
             raise BadSetting(f"{source} accuracies of {name} have other classes for other k: give all classes every k")
-    return found
+    return by_dataset
 
 
-def _mean(found: Mapping[str, float]) -> float:
-    return sum(found.values()) / len(found)
+def _mean(by_class: Mapping[str, float]) -> float:
+    return sum(by_class.values()) / len(by_class)
 
 
 def _over_datasets(datasets: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

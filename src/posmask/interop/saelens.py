@@ -1,17 +1,17 @@
-"""Our SAEs as SAELens's: importing this module registers the architecture `posmask` with SAELens.
+"""SAEs with position masks in SAELens: importing this module registers the architecture `posmask`.
 
     import posmask.interop.saelens
     from sae_lens import SAE
 
-    sae = SAE.load_from_disk("folder that `posmask export CELL --to saelens` wrote")
+    sae = SAE.load_from_disk("exported")  # written by `posmask export CELL exported --to saelens`
 
-Positions come from the shape: input of shape [batch, position, d_in] starts at position 0. Where the shape does not
-give them, `encode` raises `BadSetting` unless they are passed: `sae.encode(x, positions=p)`, or `with sae.at(p):`
-around a tool's call. This holds for input [vector, d_in], for a single vector per text ([batch, 1, d_in], as
-generation with a KV cache gives), and for masks that count positions from elsewhere than the context's start. The mask
-is lifted on request only: `sae.encode(x, use_mask=False)` or `with sae.without_mask():`. Positions beyond the mask's
-context count as its last one, with a warning. Special tokens are no exception: at position 0 (BOS) an SAE codes what it
-was never trained on.
+Positions come from the shape: input of shape [batch, position, d_in] starts at position 0. If the shape does not
+determine them, `encode` raises `BadSetting` unless they are passed: `sae.encode(x, positions=p)`, or `with sae.at(p):`
+around a tool's call. This holds for input [vector, d_in], for a single vector per text ([batch, 1, d_in], as in
+generation with a KV cache), and for masks that do not count positions from the start of the context. The mask is
+lifted on request only: `sae.encode(x, use_mask=False)` or `with sae.without_mask():`. Positions beyond the mask's
+context count as its last one, with a warning. Special tokens are encoded as well, although an SAE was not trained at
+position 0 (BOS).
 """
 
 import warnings
@@ -24,14 +24,16 @@ import torch
 from torch import Tensor, nn
 
 from posmask.errors import BadSetting, MissingExtra
-from posmask.interop.saelens_files import ARCHITECTURE, Form, saelens_form
+from posmask.interop.saelens_files import ARCHITECTURE, saelens_form
 from posmask.masks import make_mask, mask_settings
 from posmask.sae.autoencoder import SparseAutoencoder
 from posmask.sae.rules import make_rule, rule_settings
 
 try:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # SAELens's and TransformerLens's, of one another
+        warnings.simplefilter(
+            "ignore", DeprecationWarning
+        )  # SAELens and TransformerLens use deprecated parts of each other.
         from sae_lens import SAE, SAEConfig, register_sae_class
         from sae_lens.registry import SAE_CLASS_REGISTRY
 except ImportError as error:
@@ -39,19 +41,23 @@ except ImportError as error:
 
 __all__ = ["PosmaskSAE", "PosmaskSAEConfig", "as_saelens"]
 
-_WHOLE = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
+_INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 
 
 @dataclass
 class PosmaskSAEConfig(SAEConfig):
-    """SAELens's settings, and ours: what a posmask SAE's rule and mask are made from."""
+    """Settings of SAELens, and those of a posmask SAE's rule and mask."""
 
     n_positions: int = 0
+    """Tokens per context, including BOS."""
     rule: dict[str, Any] = field(default_factory=dict)
+    """Settings of the rule, see `posmask.sae.rules`."""
     mask: dict[str, Any] = field(default_factory=dict)
+    """Settings of the mask, see `posmask.masks`."""
 
     @classmethod
     def architecture(cls) -> str:
+        """Return the name under which SAELens knows this class."""
         return ARCHITECTURE
 
     def __post_init__(self) -> None:
@@ -64,18 +70,20 @@ class PosmaskSAEConfig(SAEConfig):
 
 
 class PosmaskSAE(SAE[PosmaskSAEConfig]):
-    """A posmask SAE with SAELens's parameters, [d_in, d_sae] and [d_sae, d_in], in the model's own units.
+    """SAE with a position mask and SAELens's parameters W_enc [d_in, d_sae] and W_dec [d_sae, d_in].
 
-    Codes and reconstructions equal those of the `SparseAutoencoder` it was made from, to rounding.
+    Inputs are in the model's units. Codes and reconstructions equal those of the original `SparseAutoencoder` up to
+    rounding.
     """
 
     b_enc: nn.Parameter
 
     def initialize_weights(self) -> None:
+        """Create the parameters, the rule and the mask."""
         super().initialize_weights()
         cfg = self.cfg
         self.b_enc = nn.Parameter(torch.zeros(cfg.d_sae, dtype=self.dtype, device=self.device))
-        # These two look at what they draw, which the loader's meta device does not hold.
+        # Made on the CPU: they inspect their values, which tensors on the loader's meta device do not have.
         self.rule = make_rule(rule_settings(cfg.rule), cfg.d_sae).to(dtype=self.dtype)
         self.mask = make_mask(mask_settings(cfg.mask), cfg.n_positions, cfg.d_sae)
         self.mask.meet(cfg.d_in, 0)
@@ -87,21 +95,21 @@ class PosmaskSAE(SAE[PosmaskSAEConfig]):
         self._warned: set[str] = set()
 
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
-        """Give whole numbers back their type: the loader makes all tensors floats."""
+        """Restore the type of integer tensors, which the loader converts to floats."""
         for name, tensor in self.state_dict().items():
             if name in state_dict and not tensor.is_floating_point():
                 state_dict[name] = state_dict[name].to(tensor.dtype)
 
     def at(self, positions: Tensor | int) -> AbstractContextManager["PosmaskSAE"]:
-        """A context in which vectors without positions are at these, for calls by tools that pass none.
+        """Set the positions of vectors within a context, for tools that do not pass any.
 
         Args:
-            positions: whole numbers that broadcast to the vectors' shape without its last axis; 0 = BOS.
+            positions: integers that broadcast to the vectors' shape without its last axis; 0 is BOS.
         """
         return self._within(positions, use_mask=True)
 
     def without_mask(self) -> AbstractContextManager["PosmaskSAE"]:
-        """A context in which the mask is lifted, i.e. every latent is open everywhere, for calls by tools."""
+        """Lift the mask within a context: every latent is open at every position."""
         return self._within(None, use_mask=False)
 
     @contextmanager
@@ -113,25 +121,26 @@ class PosmaskSAE(SAE[PosmaskSAEConfig]):
             self._context = before
 
     def encode(self, x: Tensor, positions: Tensor | int | None = None, *, use_mask: bool = True) -> Tensor:
-        """The codes, [.., d_sae], of vectors [.., d_in].
+        """Return the codes, [.., d_sae], of vectors [.., d_in].
 
         Args:
-            positions: of the vectors, as `at` takes them; None: those of the context around the call, else from the
-                shape.
-            use_mask: False lifts the mask: every latent counts as open everywhere.
+            x: vectors in the model's units.
+            positions: positions of the vectors, see `at`; None takes those of the surrounding `with sae.at(..)`, else
+                those that the shape determines.
+            use_mask: False lifts the mask: every latent is open at every position.
 
         Raises:
-            BadSetting: positions that are unknown, negative, not whole or do not fit the vectors.
+            BadSetting: positions are unknown, negative, not integers or do not fit the vectors.
         """
         sae_in = self.process_sae_in(x)
         if positions is None:
             positions, within = self._context
             use_mask = use_mask and within
         if not use_mask or not self._needs_positions():
-            place = torch.zeros(sae_in.shape[:-1], dtype=torch.long, device=sae_in.device)  # Any row gives the same.
+            mask_rows = torch.zeros(sae_in.shape[:-1], dtype=torch.long, device=sae_in.device)  # All rows are equal.
         else:
-            place = self._place(sae_in, positions)
-        routing = self.mask.route(sae_in + self.b_dec, place)
+            mask_rows = self._mask_rows(sae_in, positions)
+        routing = self.mask.route(sae_in + self.b_dec, mask_rows)
         preactivation = self.hook_sae_acts_pre(sae_in @ self.W_enc + self.b_enc)
         openness = self.mask.table()[routing.mask_row] if self.mask.gates_code() and use_mask else None
         codes = self.rule.codes(preactivation, openness, lambda parameter: parameter)
@@ -140,37 +149,38 @@ class PosmaskSAE(SAE[PosmaskSAEConfig]):
         return self.hook_sae_acts_post(codes)
 
     def decode(self, feature_acts: Tensor) -> Tensor:
+        """Return the reconstructions, [.., d_in], of codes [.., d_sae]."""
         return self.hook_sae_recons(feature_acts @ self.W_dec + self.b_dec)
 
     def forward(self, x: Tensor, positions: Tensor | int | None = None, *, use_mask: bool = True) -> Tensor:
-        """The reconstructions; arguments as `encode`."""
+        """Return the reconstructions of vectors; for the arguments see `encode`."""
         if positions is None and use_mask:
             return super().forward(x)
         with self._within(positions, use_mask=use_mask):
             return super().forward(x)
 
     def _needs_positions(self) -> bool:
-        """Whether codes depend on the position."""
+        """Return whether codes depend on the position."""
         table = self.mask.table()
         return self.mask.gates_code() and not self.mask.reads_vectors and bool((table != table[:1]).any())
 
-    def _place(self, x: Tensor, positions: Tensor | int | None) -> Tensor:
-        """Each vector's row of the mask."""
-        place = self._from_shape(x) if positions is None else _given(positions, x)
-        if place.numel() and int(place.min()) < 0:
-            raise BadSetting(f"position {int(place.min())} is negative: count from 0, which is BOS")
+    def _mask_rows(self, x: Tensor, positions: Tensor | int | None) -> Tensor:
+        """Return the row of the mask's table for each vector."""
+        rows = self._from_shape(x) if positions is None else _broadcast(positions, x)
+        if rows.numel() and int(rows.min()) < 0:
+            raise BadSetting(f"position {int(rows.min())} is negative: count from 0, which is BOS")
         last = self.mask.n_positions - 1
-        if place.numel() and int(place.max()) > last:
+        if rows.numel() and int(rows.max()) > last:
             self._warn(
-                "beyond", f"positions up to {int(place.max())} are beyond the mask's last, {last}, and count as it"
+                "beyond", f"positions up to {int(rows.max())} are beyond the mask's last, {last}, and count as it"
             )
-        return place.clamp(max=last)
+        return rows.clamp(max=last)
 
     def _from_shape(self, x: Tensor) -> Tensor:
-        """Positions 0, 1, .. along the last axis but one.
+        """Return positions 0, 1, .. along the second-to-last axis.
 
         Raises:
-            BadSetting: the shape does not give the positions.
+            BadSetting: the shape does not determine the positions.
         """
         position_origin = self.mask.settings.position_origin
         by_shape, first = ", or give vectors [batch, position, d_in] from position 0 on", ""
@@ -189,24 +199,25 @@ class PosmaskSAE(SAE[PosmaskSAEConfig]):
             "`with sae.without_mask():`"
         )
 
-    def _warn(self, what: str, message: str) -> None:
-        if what not in self._warned:
-            self._warned.add(what)
+    def _warn(self, key: str, message: str) -> None:
+        if key not in self._warned:
+            self._warned.add(key)
             warnings.warn(message, UserWarning, stacklevel=4)
 
     @torch.no_grad()
     def fold_W_dec_norm(self) -> None:
-        """Make decoder rows of norm 1 and codes so much larger that reconstructions stay.
+        """Scale decoder rows to norm 1, and codes inversely so that reconstructions stay the same.
 
         Raises:
-            NotImplementedError: rows differ in norm, and the rule compares latents: it would choose others.
+            NotImplementedError: rows differ in norm, and the rule compares latents, so it would choose others.
         """
         norms = self.get_W_dec_norm()
         if self.rule.compares_latents:
             mean = norms.float().mean()
             if bool(((norms / mean - 1).abs() > 0.01).any()):
                 raise NotImplementedError(
-                    f"decoder rows of unlike norms cannot be folded under {self.cfg.rule['kind']}"
+                    f"decoder rows have norms from {float(norms.min()):.3g} to {float(norms.max()):.3g}, so folding "
+                    f"them would change which latents {self.cfg.rule['kind']} chooses: keep the norms"
                 )
             norms = mean.to(norms.dtype).expand_as(norms)
         self.W_dec.data.div_(norms[:, None])
@@ -215,16 +226,16 @@ class PosmaskSAE(SAE[PosmaskSAEConfig]):
         self.rule.rescale_(norms)
 
 
-def _given(positions: Tensor | int, x: Tensor) -> Tensor:
-    """Positions that were passed, in the vectors' shape without its last axis."""
-    given = torch.as_tensor(positions, device=x.device)
-    if given.dtype not in _WHOLE:
-        raise BadSetting(f"positions of type {given.dtype} are not whole numbers: count from 0, which is BOS")
+def _broadcast(positions: Tensor | int, x: Tensor) -> Tensor:
+    """Return positions in the vectors' shape without its last axis."""
+    positions = torch.as_tensor(positions, device=x.device)
+    if positions.dtype not in _INTEGERS:
+        raise BadSetting(f"positions of type {positions.dtype} are not whole numbers: count from 0, which is BOS")
     try:
-        return given.long().expand(x.shape[:-1])
+        return positions.long().expand(x.shape[:-1])
     except RuntimeError:
         raise BadSetting(
-            f"positions of shape {list(given.shape)} do not fit vectors {list(x.shape)}: "
+            f"positions of shape {list(positions.shape)} do not fit vectors {list(x.shape)}: "
             f"give whole numbers that broadcast to {list(x.shape[:-1])}"
         ) from None
 
@@ -232,12 +243,12 @@ def _given(positions: Tensor | int, x: Tensor) -> Tensor:
 def as_saelens(
     sae: SparseAutoencoder, origin: dict[str, Any] | None = None, model_name: str | None = None
 ) -> PosmaskSAE:
-    """SAELens's object of an SAE, as `SAE.load_from_disk` gives it, without a folder; arguments as `saelens_form`."""
-    form: Form = saelens_form(sae, origin, model_name)
-    theirs = PosmaskSAE(PosmaskSAEConfig.from_dict(form[0]))
-    theirs.load_state_dict(form[1])
-    return theirs
+    """Convert an SAE to SAELens's class without writing a folder; for the arguments see `saelens_form`."""
+    cfg, tensors = saelens_form(sae, origin, model_name)
+    converted = PosmaskSAE(PosmaskSAEConfig.from_dict(cfg))
+    converted.load_state_dict(tensors)
+    return converted
 
 
-if ARCHITECTURE not in SAE_CLASS_REGISTRY:  # The module may be loaded anew.
+if ARCHITECTURE not in SAE_CLASS_REGISTRY:  # A reload of this module must not register it twice.
     register_sae_class(ARCHITECTURE, PosmaskSAE, PosmaskSAEConfig)

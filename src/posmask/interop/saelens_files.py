@@ -1,7 +1,7 @@
-"""SAELens's folders: our SAE -> cfg.json and sae_weights.safetensors, and such a folder -> an open SAE of ours.
+"""Export SAEs as SAELens folders (cfg.json and sae_weights.safetensors) and import SAELens and GemmaScope SAEs.
 
-Neither needs SAELens. Its tensors are in the model's own units: with W_dec = scale * decoder and
-b_dec = scale * decoder_bias + center, and W_enc = encoder / scale, codes stay what they were, so no constants remain.
+Neither needs SAELens. SAELens's tensors are in the model's units: W_dec = scale * decoder,
+b_dec = scale * decoder_bias + center and W_enc = encoder / scale keep the codes and need no centering or scaling.
 Source: sae-lens 6.54.12, saes/*.py and loading/pretrained_sae_loaders.py.
 """
 
@@ -45,13 +45,13 @@ _EMBEDDED_ON_THE_HUB = {"embedded:SmolLM2-135M-Instruct": "HuggingFaceTB/SmolLM2
 
 Tensors = dict[str, Tensor]
 Form = tuple[dict[str, Any], Tensors]
-"""What stands in cfg.json, and the tensors by their names in the weights file."""
+"""Content of cfg.json, and the tensors by their names in the weights file."""
 
 
 def without_constants(sae: SparseAutoencoder) -> Tensors:
-    """The tensors of an SAE whose vectors are neither centered nor scaled, in SAELens's names and shapes.
+    """Return an SAE's tensors for vectors that are neither centered nor scaled, in SAELens's names and shapes.
 
-    The products are taken in float64 and rounded once.
+    Products are computed in float64 and rounded once.
     """
     wide = {name: tensor.detach().double() for name, tensor in sae.state_dict().items() if tensor.is_floating_point()}
     scale, center = wide["scale"], wide["center"]
@@ -64,13 +64,13 @@ def without_constants(sae: SparseAutoencoder) -> Tensors:
     if sae.mask.reads_vectors:
         tensors["mask.router"] = wide["mask.router"] / scale
         tensors["mask.router_bias"] = wide["mask.router_bias"] * scale + center
-    own = {name: tensor for name, tensor in sae.state_dict().items() if name.startswith(("rule.", "mask."))}
+    kept = {name: tensor for name, tensor in sae.state_dict().items() if name.startswith(("rule.", "mask."))}
     narrow = {name: tensor.to(sae.encoder.dtype) for name, tensor in tensors.items()}
-    return {name: tensor.detach().contiguous() for name, tensor in (own | narrow).items()}
+    return {name: tensor.detach().contiguous() for name, tensor in (kept | narrow).items()}
 
 
 def _fill_(sae: SparseAutoencoder, tensors: Tensors, scale: float) -> None:
-    """The inverse of `without_constants`, with decoder rows of norm 1 and the center in the decoder's bias.
+    """Fill an SAE with the inverse of `without_constants`: decoder rows of norm 1, center in the decoder's bias.
 
     A decoder row of zeros becomes any unit row, and its latent never fires: the reconstruction is the same.
     """
@@ -99,7 +99,7 @@ def _fill_(sae: SparseAutoencoder, tensors: Tensors, scale: float) -> None:
 
 def _metadata(sae: SparseAutoencoder, origin: Mapping[str, Any], model_name: str | None) -> dict[str, Any]:
     name = model_name or origin.get("model")
-    found: dict[str, Any] = {
+    metadata: dict[str, Any] = {
         "sae_lens_version": SAELENS_VERSION,
         "sae_lens_training_version": None,
         "context_size": sae.mask.n_positions,
@@ -108,10 +108,10 @@ def _metadata(sae: SparseAutoencoder, origin: Mapping[str, Any], model_name: str
         "training_tokens": origin.get("training_tokens"),
     }
     if name is not None:
-        found["model_name"] = _EMBEDDED_ON_THE_HUB.get(name, name)
+        metadata["model_name"] = _EMBEDDED_ON_THE_HUB.get(name, name)
     if "layer" in origin:
-        found["hook_name"] = hook_name(origin["layer"], origin.get("site", "residual_after"))
-    return found
+        metadata["hook_name"] = hook_name(origin["layer"], origin.get("site", "residual_after"))
+    return metadata
 
 
 def _base(sae: SparseAutoencoder, architecture: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,11 +131,12 @@ def _base(sae: SparseAutoencoder, architecture: str, metadata: Mapping[str, Any]
 def saelens_form(
     sae: SparseAutoencoder, origin: Mapping[str, Any] | None = None, model_name: str | None = None
 ) -> Form:
-    """An SAE with its mask as SAELens's architecture `posmask`, which `posmask.interop.saelens` registers.
+    """Convert an SAE with its mask to SAELens's architecture `posmask`, registered by `posmask.interop.saelens`.
 
     Args:
-        origin: as `write_sae` takes it.
-        model_name: of the model as SAELens calls it; None: what the origin says.
+        sae: the SAE.
+        origin: facts about its training, see `write_sae`.
+        model_name: name of the model in TransformerLens; None for the name in `origin`.
     """
     cfg = _base(sae, ARCHITECTURE, _metadata(sae, origin or {}, model_name))
     cfg |= {
@@ -149,12 +150,12 @@ def saelens_form(
 def lossy_saelens_form(
     sae: SparseAutoencoder, origin: Mapping[str, Any] | None = None, model_name: str | None = None
 ) -> Form:
-    """An SAE as one of SAELens's own architectures, its mask lifted: codes are those of `encode(use_mask=False)`.
+    """Convert an SAE to a built-in architecture of SAELens with its mask lifted, as `encode(use_mask=False)`.
 
-    What is lost stands in `metadata.posmask_lossy`.
+    `metadata.posmask_lossy` describes the loss. For the arguments see `saelens_form`.
 
     Raises:
-        BadSetting: a switch, whose router has no place there.
+        BadSetting: the mask is a router, which these architectures cannot represent.
     """
     mask = sae.mask
     if mask.reads_vectors:
@@ -163,20 +164,20 @@ def lossy_saelens_form(
             "place: export it as saelens"
         )
     tensors = without_constants(sae)
-    kind, own = sae.rule.settings.kind, {name: tensors[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+    kind, exported = sae.rule.settings.kind, {name: tensors[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
     extra: dict[str, Any] = {}
     if kind == "gated":
-        gate, loudness = own.pop("b_enc"), tensors["rule.magnitude"]
-        magnitude = tensors["rule.magnitude_bias"] + loudness.exp() * gate
-        own |= {"b_gate": gate, "r_mag": loudness, "b_mag": magnitude}
+        gate, log_ratio = exported.pop("b_enc"), tensors["rule.magnitude"]
+        magnitude = tensors["rule.magnitude_bias"] + log_ratio.exp() * gate
+        exported |= {"b_gate": gate, "r_mag": log_ratio, "b_mag": magnitude}
         architecture = "gated"
     elif kind == "relu":
         architecture = "standard"
     elif isinstance(choice := sae.rule.choice(), LargestOfToken):
         architecture, extra = "topk", {"k": choice.k, "rescale_acts_by_decoder_norm": False}
-    else:  # jumprelu's threshold of each latent, or batchtopk's of all
+    else:  # jumprelu has one threshold per latent, batchtopk one for all
         architecture = "jumprelu"
-        own["threshold"] = tensors["rule.threshold"].expand(sae.d_sae).contiguous()
+        exported["threshold"] = tensors["rule.threshold"].expand(sae.d_sae).contiguous()
     lost = (
         f"the position mask ({mask.settings.kind}) is lifted: every latent is open everywhere, so codes and "
         "reconstructions are not those of the SAE that was trained and measured"
@@ -184,14 +185,23 @@ def lossy_saelens_form(
         else "nothing: every latent's code is open everywhere in the SAE that was trained, too"
     )
     metadata = _metadata(sae, origin or {}, model_name) | {"posmask_lossy": lost}
-    return _base(sae, architecture, metadata) | extra, own
+    return _base(sae, architecture, metadata) | extra, exported
 
 
 def export_saelens(cell: Path, folder: Path, *, lossy: bool = False, model_name: str | None = None) -> dict[str, Any]:
-    """Write the SAE in a cell's folder as a SAELens folder; returns what stands in its cfg.json.
+    """Write the SAE of a cell as a SAELens folder.
+
+    Args:
+        cell: folder of the cell.
+        folder: folder to write.
+        lossy: lift the mask, see `lossy_saelens_form`.
+        model_name: name of the model in TransformerLens; None for the name in the SAE's origin.
+
+    Returns:
+        The content of its cfg.json.
 
     Raises:
-        BadSetting: the folder exists and is not empty, or as `lossy_saelens_form`.
+        BadSetting: the folder exists and is not empty, or the mask cannot be lifted.
         DamagedFolder: the cell holds no SAE, or its files differ from its manifest.
     """
     sae, origin = read_sae(cell, verify=True), read_origin(cell)
@@ -228,10 +238,11 @@ _OUR_NAMES = {
 
 
 def import_saelens(source: Path, folder: Path, *, n_positions: int | None = None) -> SparseAutoencoder:
-    """Write what `read_saelens` returns as a folder of ours, and return it.
+    """Convert an SAE with `read_saelens`, write it as a folder of posmask, and return it.
 
     Raises:
-        BadSetting: the folder exists and is not empty; or as `read_saelens`, as DamagedFolder.
+        BadSetting: the folder exists and is not empty, or `read_saelens` raises it.
+        DamagedFolder: `read_saelens` raises it.
     """
     _must_be_new(folder)
     sae, origin = read_saelens(source, n_positions=n_positions)
@@ -241,17 +252,18 @@ def import_saelens(source: Path, folder: Path, *, n_positions: int | None = None
 
 
 def read_saelens(source: Path, *, n_positions: int | None = None) -> tuple[SparseAutoencoder, dict[str, Any]]:
-    """The SAE in a SAELens folder, or in GemmaScope's params.npz, as one of ours, and its origin.
+    """Read the SAE in a SAELens folder or in GemmaScope's params.npz, and its origin.
 
-    One of ours comes back with its mask. Others are open everywhere. Reconstructions stay what they were; codes too
-    where all decoder rows have one norm, else they take it on, as by SAELens's `fold_W_dec_norm`. Coefficients that
-    only training knows are 0.
+    An SAE of architecture `posmask` keeps its mask; others are open at every position. Reconstructions stay the same.
+    Codes stay the same if all decoder rows have one norm; otherwise they are multiplied by the norms, as SAELens's
+    `fold_W_dec_norm` does. Coefficients that only matter in training are 0.
 
     Args:
-        n_positions: of the contexts it will see; None: `metadata.context_size` of the folder.
+        source: the folder, or the params.npz.
+        n_positions: tokens per context; None for `metadata.context_size` of the folder.
 
     Raises:
-        BadSetting: an architecture, a version, a site or a normalization that cannot be taken over; no context length.
+        BadSetting: the architecture, version, site or normalization is not supported, or the context length is unknown.
         DamagedFolder: files are missing, or tensors are missing, misshapen, not finite, or pickled.
     """
     gemma_scope = source if source.name == GEMMA_SCOPE_FILE else source / GEMMA_SCOPE_FILE
@@ -263,7 +275,7 @@ def read_saelens(source: Path, *, n_positions: int | None = None) -> tuple[Spars
         tensors = weights.read()
         _check_finite(tensors)
         _check_unknown(cfg, tensors, _names(cfg, sae).values())
-        if "b_mag" in tensors:  # SAELens adds it to e^r (x W), we add ours to e^r (x W + b_gate).
+        if "b_mag" in tensors:  # SAELens: e^r (x W) + b_mag; posmask: e^r (x W + b_gate) + b_mag.
             tensors["b_mag"] -= tensors["r_mag"].exp() * tensors["b_gate"]
         tensors = {_OUR_NAMES.get(name, name): tensor for name, tensor in tensors.items()}
         if not cfg.get("apply_b_dec_to_input", True):
@@ -304,7 +316,7 @@ def _read_folder(source: Path) -> tuple[dict[str, Any], WeightsFile]:
 
 
 def _read_gemma_scope(path: Path) -> tuple[dict[str, Any], WeightsFile]:
-    """GemmaScope keeps five arrays and no settings: JumpReLU on vectors as they come; its folders say the site."""
+    """Read GemmaScope's five arrays. It has no settings: the rule is JumpReLU, the folder names give the site."""
     weights = npz_file(path)
     cfg: dict[str, Any] = {"architecture": "jumprelu", "apply_b_dec_to_input": False, "metadata": {}}
     if (hook := gemma_scope_hook(path)) is not None:
@@ -316,11 +328,11 @@ def _read_gemma_scope(path: Path) -> tuple[dict[str, Any], WeightsFile]:
 
 
 def _unfilled(cfg: Mapping[str, Any], context_size: Any, shapes: Mapping[str, tuple[int, ...]]) -> SparseAutoencoder:
-    """An SAE of the sizes that the settings ask for, once the weights are known to have these sizes.
+    """Make an SAE of the sizes in the settings, after checking that the weights have these sizes.
 
     Raises:
-        BadSetting, ValueError: settings that are not possible.
-        DamagedFolder: weights of another shape.
+        BadSetting, ValueError: the settings are not possible.
+        DamagedFolder: weights have another shape.
     """
     rule = _rule_of(cfg)
     ours = cfg["architecture"] == ARCHITECTURE
@@ -341,9 +353,9 @@ def _unfilled(cfg: Mapping[str, Any], context_size: Any, shapes: Mapping[str, tu
 
 
 def _names(cfg: Mapping[str, Any], sae: SparseAutoencoder) -> dict[str, str]:
-    """The tensors that a folder of this architecture holds: our names without constants -> its names."""
-    own = [name for name in sae.state_dict() if name.startswith(("rule.", "mask."))]
-    wanted = ["W_enc", "b_enc", "W_dec", "b_dec", *own]
+    """Map the names of `without_constants` to the tensors that a folder of this architecture holds."""
+    kept = [name for name in sae.state_dict() if name.startswith(("rule.", "mask."))]
+    wanted = ["W_enc", "b_enc", "W_dec", "b_dec", *kept]
     if cfg["architecture"] == ARCHITECTURE:
         return {name: name for name in wanted}
     theirs = {ours: name for name, ours in _OUR_NAMES.items() if name != "b_gate" or cfg["architecture"] == "gated"}
@@ -382,22 +394,22 @@ def _rule_of(cfg: Mapping[str, Any]) -> RuleSettings:
 
 
 def _origin(cfg: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """What the SAE was trained on, as far as it says.
+    """Return the model, site and number of tokens that an SAE was trained on, as far as its settings state them.
 
     Raises:
-        BadSetting: vectors that posmask does not read, or a transcoder.
+        BadSetting: it was trained on vectors that posmask does not read, or is a transcoder.
     """
     origin: dict[str, Any] = {}
     if metadata.get("training_tokens"):
         origin["training_tokens"] = int(metadata["training_tokens"])
     if metadata.get("model_name"):
         origin["model"] = metadata["model_name"]
-    said = {**cfg, **metadata}
+    stated = {**cfg, **metadata}
     for name, reason in _NOT_AN_SAE_OF_A_SITE.items():
-        if said.get(name) is not None and said[name] != said.get("hook_name"):
-            raise BadSetting(f"{name} = {said[name]!r}: {reason}, which posmask does not read: choose another SAE")
-    if said.get("hook_name") is not None:
-        origin["layer"], origin["site"] = layer_and_site(said["hook_name"])
+        if stated.get(name) is not None and stated[name] != stated.get("hook_name"):
+            raise BadSetting(f"{name} = {stated[name]!r}: {reason}, which posmask does not read: choose another SAE")
+    if stated.get("hook_name") is not None:
+        origin["layer"], origin["site"] = layer_and_site(stated["hook_name"])
     return origin
 
 
@@ -415,13 +427,13 @@ def _check_finite(tensors: Tensors) -> None:
 
 
 def _check_unknown(cfg: Mapping[str, Any], tensors: Tensors, names: Iterable[str]) -> None:
-    """Drop what changes nothing.
+    """Drop tensors without effect and refuse unknown ones.
 
     Raises:
         BadSetting: there are tensors that the architecture does not have.
     """
     if "scaling_factor" in tensors and bool((tensors["scaling_factor"] == 1).all()):
-        del tensors["scaling_factor"]  # SAELens wrote it for a while, and drops it where it is 1.
+        del tensors["scaling_factor"]  # Some versions of SAELens write it; it has no effect if it is 1.
     if unknown := sorted(tensors.keys() - set(names)):
         raise BadSetting(
             f"an SAE of architecture {cfg['architecture']!r} has no tensor {', '.join(unknown[:3])}, so this one "
@@ -430,18 +442,18 @@ def _check_unknown(cfg: Mapping[str, Any], tensors: Tensors, names: Iterable[str
 
 
 def _scale(cfg: Mapping[str, Any], decoder: Tensor, rule: RuleSettings) -> float:
-    """What the vectors are divided by: the norm of the decoder rows where they share one, so that codes stay."""
+    """Return the divisor of the vectors: the norm of the decoder rows if they share one, which keeps the codes."""
     norms, compares = decoder.norm(dim=1), RULES[rule.kind].compares_latents
     if cfg.get("rescale_acts_by_decoder_norm"):
         return 1.0
-    # A latent without a decoder row is no matter to the others, unless it could take the place of one.
+    # A latent whose decoder row is zero only matters if it could be chosen instead of another.
     counted = norms if compares else norms[norms > 0]
     if len(counted) and bool(((counted / counted.mean() - 1).abs() < 1e-3).all()):
         return float(counted.mean())
     if compares:
         raise BadSetting(
             f"decoder rows have norms from {float(norms.min()):.3g} to {float(norms.max()):.3g} that {rule.kind} does "
-            "not reckon with (rescale_acts_by_decoder_norm is off), so with rows of norm 1 other latents would be "
+            "not account for (rescale_acts_by_decoder_norm is off), so with rows of norm 1 other latents would be "
             "chosen: choose another SAE"
         )
     return 1.0

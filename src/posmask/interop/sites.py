@@ -1,4 +1,4 @@
-"""Sites of a model in the names of TransformerLens (which SAELens uses) and of GemmaScope's repositories."""
+"""Translate sites of a model from and to the names of TransformerLens (used by SAELens) and GemmaScope."""
 
 import re
 from pathlib import Path
@@ -23,7 +23,7 @@ _WORDS = {
 
 
 def hook_name(layer: int, site: str) -> str:
-    """TransformerLens's name of a site; its blocks count from 0.
+    """Return TransformerLens's name of a site, whose blocks count from 0.
 
     Raises:
         BadSetting: as `canonical`.
@@ -33,26 +33,26 @@ def hook_name(layer: int, site: str) -> str:
 
 
 def layer_and_site(hook: Any) -> tuple[int, str]:
-    """The inverse of `hook_name`, in canonical form.
+    """Return the layer and site of TransformerLens's name, in canonical form; the inverse of `hook_name`.
 
     Raises:
-        BadSetting: vectors that posmask does not read, such as single attention heads.
+        BadSetting: the name is of vectors that posmask does not read, such as single attention heads.
     """
-    found = re.fullmatch(r"blocks\.([0-9]{1,4})\.(\w+)", hook) if isinstance(hook, str) else None
-    sites = [site for site, name in _HOOKS.items() if found and name == found[2]]
-    if not found or not sites:
+    match = re.fullmatch(r"blocks\.([0-9]{1,4})\.(\w+)", hook) if isinstance(hook, str) else None
+    sites = [site for site, name in _HOOKS.items() if match and name == match[2]]
+    if not match or not sites:
         raise BadSetting(
             f"hook_name = {hook!r} is not a site that posmask reads: choose an SAE of one of "
             f"{', '.join(_HOOKS.values())}"
         )
-    return canonical(int(found[1]) + 1, sites[0])
+    return canonical(int(match[1]) + 1, sites[0])
 
 
 def canonical(layer: Any, site: Any) -> tuple[int, str]:
-    """One name per place: the residual stream before layer n + 1 is the residual stream after layer n.
+    """Return the one name per site: the residual stream before layer n + 1 is the residual stream after layer n.
 
     Raises:
-        BadSetting: no such place exists in any model.
+        BadSetting: no model has such a site.
     """
     _check(layer, site)
     return (layer - 1, "residual_after") if site == "residual_before" and layer > 1 else (layer, site)
@@ -67,7 +67,7 @@ def _check(layer: Any, site: Any) -> None:
 
 
 def described(layer: int, site: str) -> str:
-    """A place in words, such as "the MLP output of layer 2".
+    """Describe a site in words, such as "the MLP output of layer 2".
 
     Raises:
         BadSetting: as `canonical`.
@@ -77,13 +77,13 @@ def described(layer: int, site: str) -> str:
 
 
 def gemma_scope_hook(path: Path) -> str | None:
-    """The hook of the SAE in a GemmaScope file, from the names of its folders; None where they do not say it.
+    """Return the hook of the SAE in a GemmaScope file, taken from the names of its folders; None if they lack it.
 
-    The repositories gemma-scope-2b-pt-res, -mlp, -att and -transcoders have folders of the same names and files of the
-    same arrays, so only the name of the repository tells them apart.
+    The repositories gemma-scope-2b-pt-res, -mlp, -att and -transcoders have the same folder names and arrays, so only
+    the name of the repository tells them apart.
 
     Raises:
-        BadSetting: the folders say that it is a transcoder or reads single attention heads.
+        BadSetting: the name is that of transcoders or of SAEs of single attention heads.
     """
     for parts in (path.absolute().parts, path.parent.resolve().parts):
         for part in reversed(parts):
@@ -102,5 +102,5 @@ def _hook_of(kind: str, repository: str, parts: tuple[str, ...]) -> str | None:
         )
     if "embedding" in parts:
         return "hook_embed"
-    layers = [found[1] for part in parts if (found := re.fullmatch(r"layer_([0-9]+)", part))]
+    layers = [match[1] for part in parts if (match := re.fullmatch(r"layer_([0-9]+)", part))]
     return f"blocks.{layers[-1]}.{_HOOKS['residual_after' if kind == 'res' else 'mlp']}" if layers else None

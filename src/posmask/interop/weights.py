@@ -1,4 +1,4 @@
-"""Files of tensors that others wrote: shapes come from their headers, before any tensor is loaded."""
+"""Read weights files of other tools. Shapes come from the headers, before any tensor is loaded."""
 
 import math
 import zipfile
@@ -24,13 +24,13 @@ _ALWAYS_ALLOWED = 2**20  # bytes
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """A readable file of tensors and their shapes."""
+    """A readable weights file and the shapes of its tensors."""
 
     path: Path
     shapes: Mapping[str, tuple[int, ...]]
 
     def read(self) -> Tensors:
-        """The tensors in float64."""
+        """Load all tensors in float64."""
         if self.path.suffix == ".npz":
             with np.load(self.path, allow_pickle=False) as arrays:
                 tensors = {name: torch.from_numpy(arrays[name]) for name in self.shapes}
@@ -40,9 +40,10 @@ class WeightsFile:
 
 
 def safetensors_file(path: Path) -> WeightsFile:
-    """
+    """Read the header of a safetensors file.
+
     Raises:
-        DamagedFolder: not a whole safetensors file.
+        DamagedFolder: it is not a complete safetensors file.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -53,28 +54,31 @@ def safetensors_file(path: Path) -> WeightsFile:
 
 
 def npz_file(path: Path) -> WeightsFile:
-    """
+    """Read the headers of the arrays in an npz file.
+
     Raises:
-        DamagedFolder: not an npz file of numbers, or one that unpacks to much more than its size.
+        DamagedFolder: it is not an npz file of numbers, or it unpacks to much more than its size.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
-            unpacked, limit = sum(one.file_size for one in members), _LARGEST_EXPANSION * path.stat().st_size
+            unpacked, limit = sum(member.file_size for member in members), _LARGEST_EXPANSION * path.stat().st_size
             if unpacked > limit + _ALWAYS_ALLOWED:
                 raise ValueError(
                     f"its arrays unpack to {unpacked:,} bytes, more than {_LARGEST_EXPANSION} times its size"
                 )
-            return WeightsFile(path, {one.filename.removesuffix(".npy"): _shape(archive, one) for one in members})
-    except Exception as error:  # numpy and zipfile raise what they will
+            return WeightsFile(
+                path, {member.filename.removesuffix(".npy"): _shape(archive, member) for member in members}
+            )
+    except Exception as error:  # numpy and zipfile raise errors of many kinds.
         raise DamagedFolder(f"{path} cannot be read ({error}): fetch GemmaScope's own {path.name} again") from None
 
 
 def _shape(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> tuple[int, ...]:
-    """The shape of an array, from its header.
+    """Read the shape of an array from its header.
 
     Raises:
-        ValueError: it does not hold numbers, or not as many as its header says.
+        ValueError: it does not hold numbers, or fewer than its header states.
     """
     headers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     name = member.filename.removesuffix(".npy")
@@ -83,5 +87,5 @@ def _shape(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> tuple[int, ...]
     if dtype.kind not in "fiu":
         raise ValueError(f"{name} holds {'pickled objects, which are never read' if dtype.hasobject else dtype}")
     if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize > member.file_size:
-        raise ValueError(f"{name} is said to have the shape {list(shape)}, but has {member.file_size:,} bytes")
+        raise ValueError(f"{name} has the shape {list(shape)} in its header, but only {member.file_size:,} bytes")
     return shape

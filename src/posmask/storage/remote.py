@@ -1,8 +1,8 @@
-"""Harvested vectors in a store that fsspec reaches: s3://, gs://, a network disk, another machine.
+"""Store harvested activations behind fsspec: s3://, gs://, a network disk, another machine.
 
-A folder there holds what a local one does, and for each shard a second file with its tokens' fields alone, so that a
-process knows all tokens without having all vectors. Shards come here when they are read, are compared with their
-checksums, and lie in a local folder of bounded size, of which the longest unused goes first.
+A stored folder has the files of a local one and, per shard, a second file with the fields of its tokens, so that a
+process can read all tokens without downloading all activations. Shards are downloaded when they are read, compared with
+their checksums, and cached in a local folder of bounded size; the least recently used are removed first.
 """
 
 import contextlib
@@ -35,23 +35,24 @@ __all__ = ["Shards", "Store", "StoredFolder"]
 
 _TRIES = 6
 _FIRST_WAIT, _LONGEST_WAIT = 1.0, 30.0  # seconds between tries, doubling
-_SLOW_SECONDS = 10.0  # of one transfer, after which it is said
+_SLOW_SECONDS = 10.0  # per transfer, after which it is reported
 _TOKENS = ".tokens.safetensors"
 _SHARD_NAME = re.compile(r"shard-\d+(\.tokens)?\.safetensors", re.ASCII)
-"""What a folder may list beside its manifest: names come from a store that others may write to."""
+"""File names that a manifest may list; others are refused, because others may write to the store."""
 _PERMANENT = (FileNotFoundError, PermissionError, NotImplementedError)
 
 
 class Store:
-    """A place under a URL, and the local folder in which what is read from it lies.
+    """Remote storage under a URL, with a local cache.
 
     Args:
-        cache: the local folder; its files are this class's own.
-        cache_bytes: how much may lie there. Processes that share it count together.
+        url: address, such as s3://BUCKET/PATH.
+        cache: local folder, which only this class writes to.
+        cache_bytes: maximum size of the cache in bytes; processes that share it count together.
 
     Raises:
-        BadSetting: no such kind of URL.
-        MissingExtra: a package that this kind needs is not installed.
+        BadSetting: fsspec does not know this kind of URL.
+        MissingExtra: a package that this kind of URL needs is not installed.
     """
 
     def __init__(self, url: str, cache: Path, cache_bytes: int) -> None:
@@ -67,7 +68,7 @@ class Store:
             ) from None
         except ValueError as error:
             raise BadSetting(
-                f"activations_url = {url!r} is no place that fsspec knows ({error}): write s3://BUCKET/PATH or the like"
+                f"activations_url = {url!r} is not a URL that fsspec knows ({error}): write s3://BUCKET/PATH"
             ) from None
         self.url = url.rstrip("/")
         self._root = root.rstrip("/")
@@ -75,74 +76,82 @@ class Store:
         self.cache_bytes = cache_bytes
 
     def folder(self, name: str) -> "StoredFolder":
+        """Return a folder of the store, which need not exist."""
         return StoredFolder(self, name)
 
     def read(self, name: str, target: Path) -> None:
-        """Bring a file here.
+        """Download a file to `target`.
 
         Raises:
-            FileNotFoundError: there is none.
-            MissingAsset: the store failed in every try.
+            FileNotFoundError: the store has no such file.
+            MissingAsset: every attempt failed.
         """
-        self._tried(f"read {name}", lambda: self._fs.get_file(f"{self._root}/{name}", str(target)))
+        self._retry(f"read {name}", lambda: self._fs.get_file(f"{self._root}/{name}", str(target)))
 
     def write(self, name: str, source: Path) -> None:
+        """Upload the file `source`.
+
+        Raises:
+            MissingAsset: every attempt failed.
+        """
+
         def put() -> None:
             self._fs.makedirs(f"{self._root}/{name}".rpartition("/")[0], exist_ok=True)
             self._fs.put_file(str(source), f"{self._root}/{name}")
 
-        self._tried(f"write {name}", put)
+        self._retry(f"write {name}", put)
 
     def sizes(self, folder: str) -> dict[str, int]:
-        """The shards of a folder and their bytes; none where there is no folder."""
+        """Return the sizes of a folder's shards in bytes; empty if the folder does not exist."""
 
         def look() -> dict[str, int]:
             self._fs.invalidate_cache()
             try:
-                found = self._fs.ls(f"{self._root}/{folder}", detail=True)
+                entries = self._fs.ls(f"{self._root}/{folder}", detail=True)
             except FileNotFoundError:
                 return {}
-            sizes = {one["name"].rpartition("/")[2]: one["size"] for one in found if one["type"] == "file"}
+            sizes = {entry["name"].rpartition("/")[2]: entry["size"] for entry in entries if entry["type"] == "file"}
             return {name: size for name, size in sizes.items() if _SHARD_NAME.fullmatch(name)}
 
-        return self._tried(f"list {folder}", look)
+        return self._retry(f"list {folder}", look)
 
     def remove(self, name: str) -> None:
+        """Remove a file from the store, if it exists."""
         with contextlib.suppress(FileNotFoundError):
-            self._tried(f"remove {name}", lambda: self._fs.rm_file(f"{self._root}/{name}"))
+            self._retry(f"remove {name}", lambda: self._fs.rm_file(f"{self._root}/{name}"))
 
-    def _tried(self, what: str, work: Callable[[], Any]) -> Any:
-        """The outcome of `work`, tried again with growing pauses while the store fails."""
+    def _retry(self, action: str, work: Callable[[], Any]) -> Any:
+        """Return the result of `work`, repeated after growing pauses while the store fails."""
         import tenacity
 
-        def again(state: tenacity.RetryCallState) -> None:
+        def report(state: tenacity.RetryCallState) -> None:
             assert state.outcome is not None
             assert state.next_action is not None
             announce(
-                f"{self.url} could not {what} ({_short(state.outcome.exception())}): once more in "
-                f"{state.next_action.sleep:.0f} s, try {state.attempt_number + 1} of {_TRIES}."
+                f"{self.url} could not {action} ({_short(state.outcome.exception())}): next attempt in "
+                f"{state.next_action.sleep:.0f} s, number {state.attempt_number + 1} of {_TRIES}."
             )
 
         retrying = tenacity.Retrying(
             stop=tenacity.stop_after_attempt(_TRIES),
             wait=tenacity.wait_exponential(_FIRST_WAIT, max=_LONGEST_WAIT),
             retry=tenacity.retry_if_exception(lambda error: not isinstance(error, _PERMANENT)),
-            before_sleep=again,
+            before_sleep=report,
             reraise=True,
         )
         started = time.monotonic()
         try:
-            found = retrying(work)
+            result = retrying(work)
         except FileNotFoundError:
             raise
         except Exception as error:
             raise MissingAsset(
-                f"{self.url} could not {what} ({_short(error)}): check the address, your rights there and the "
-                "connection; what is finished stays, and the same command goes on from there"
+                f"{self.url} could not {action} ({_short(error)}): check the address, your permissions and the "
+                "connection, then repeat the command; it resumes from what is finished"
             ) from None
         if (seconds := time.monotonic() - started) > _SLOW_SECONDS:
-            announce(f"{self.url} is slow: to {what} took {seconds:.0f} s.")
-        return found
+            announce(f"{self.url} is slow: to {action} took {seconds:.0f} s.")
+        return result
 
 
 def _short(error: BaseException | None) -> str:
@@ -150,7 +159,7 @@ def _short(error: BaseException | None) -> str:
 
 
 class StoredFolder:
-    """One folder of a store, finished when its manifest is there."""
+    """One folder of a store. It is finished if it has a manifest."""
 
     def __init__(self, store: Store, name: str) -> None:
         self._store = store
@@ -159,10 +168,10 @@ class StoredFolder:
         self.local = store.cache / name
 
     def manifest(self) -> dict[str, Any] | None:
-        """What it was finished with; None where it was not.
+        """Return the manifest of a finished folder; None for others.
 
         Raises:
-            DamagedFolder: the manifest is not what was written, or a file has not the size that it says.
+            DamagedFolder: the manifest is damaged, or a file does not have the size that it lists.
         """
         with scratch_file(self.local / MANIFEST) as beside:
             try:
@@ -170,80 +179,81 @@ class StoredFolder:
             except FileNotFoundError:
                 return None
             manifest = manifest_of(beside.read_text(encoding="utf8"), f"{self.url}/{MANIFEST}")
-        if strange := [name for name in manifest["files"] if not _SHARD_NAME.fullmatch(name)]:
+        if unknown := [name for name in manifest["files"] if not _SHARD_NAME.fullmatch(name)]:
             raise DamagedFolder(
-                f"{self.url}/{MANIFEST} lists {strange[0]!r}, which is not the name of a shard: `posmask run` writes "
+                f"{self.url}/{MANIFEST} lists {unknown[0]!r}, which is not the name of a shard: `posmask run` writes "
                 "the folder again"
             )
-        there = self._store.sizes(self.name)
-        lost = [name for name, entry in manifest["files"].items() if there.get(name) != entry["bytes"]]
+        sizes = self._store.sizes(self.name)
+        lost = [name for name, entry in manifest["files"].items() if sizes.get(name) != entry["bytes"]]
         if lost:
             raise DamagedFolder(
                 f"{self.url}: {', '.join(lost[:3])}{' and others' if len(lost) > 3 else ''} missing or not of the size "
-                "written: `posmask run` makes anew what is lost"
+                "written: `posmask run` recomputes them"
             )
         return manifest
 
     def finished(self, made_from: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The manifest, where it is that of a folder made from exactly this."""
+        """Return the manifest if the folder is finished and was made from exactly these settings, else None."""
         manifest = self.manifest()
         return manifest if manifest is not None and manifest["identity"] == identity(made_from) else None
 
     def whole_shards(self) -> dict[str, dict[str, Any]]:
-        """Entries for a manifest of shards that are in the store, whole, with the files of their tokens."""
-        there = self._store.sizes(self.name)
-        found: dict[str, dict[str, Any]] = {}
-        for name in sorted(there):
+        """Return manifest entries of the complete shards in the store and of the files of their tokens."""
+        sizes = self._store.sizes(self.name)
+        entries: dict[str, dict[str, Any]] = {}
+        for name in sorted(sizes):
             shard = name.removesuffix(_TOKENS) + ".safetensors"
-            if not name.endswith(_TOKENS) or shard not in there:
+            if not name.endswith(_TOKENS) or shard not in sizes:
                 continue
             with scratch_file(self.local / name) as beside:
                 self._store.read(f"{self.name}/{name}", beside)
                 try:
                     with safe_open(beside, framework="pt") as file:
-                        said = file.metadata() or {}
+                        metadata = file.metadata() or {}
                 except SafetensorError:
                     continue
-                if said.get("bytes") == str(there[shard]):
-                    found[shard] = {"bytes": there[shard], "sha256": said["sha256"]}
-                    found[name] = file_entry(beside)
-        return found
+                if metadata.get("bytes") == str(sizes[shard]):
+                    entries[shard] = {"bytes": sizes[shard], "sha256": metadata["sha256"]}
+                    entries[name] = file_entry(beside)
+        return entries
 
     def add(self, name: str, shard: Mapping[str, Tensor], tokens: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
-        """Put a shard there, and what its tokens are, last; returns their entries for the manifest."""
+        """Upload a shard, then the file of its tokens; return their entries for the manifest."""
         with scratch_file(self.local / name) as beside:
             save_file(dict(shard), beside)
             entry = file_entry(beside)
             self._store.write(f"{self.name}/{name}", beside)
-        about = name.removesuffix(".safetensors") + _TOKENS
-        with scratch_file(self.local / about) as beside:
-            said = {"bytes": str(entry["bytes"]), "sha256": entry["sha256"]}
-            save_file(dict(tokens), beside, said)
-            self._store.write(f"{self.name}/{about}", beside)
-            return {name: entry, about: file_entry(beside)}
+        tokens_name = name.removesuffix(".safetensors") + _TOKENS
+        with scratch_file(self.local / tokens_name) as beside:
+            metadata = {"bytes": str(entry["bytes"]), "sha256": entry["sha256"]}
+            save_file(dict(tokens), beside, metadata)
+            self._store.write(f"{self.name}/{tokens_name}", beside)
+            return {name: entry, tokens_name: file_entry(beside)}
 
     def finish(self, made_from: Mapping[str, Any], facts: Mapping[str, Any], files: Mapping[str, Any]) -> None:
+        """Upload the manifest, which finishes the folder."""
         with scratch_file(self.local / MANIFEST) as beside:
             beside.write_text(sealed_manifest(made_from, facts, dict(sorted(files.items()))), encoding="utf8")
             self._store.write(f"{self.name}/{MANIFEST}", beside)
 
     def unfinish(self) -> None:
-        """Take the manifest away, so that what is lost is made anew."""
+        """Remove the manifest, so that lost shards are recomputed."""
         self._store.remove(f"{self.name}/{MANIFEST}")
 
     def fetched(self, name: str, entry: Mapping[str, Any]) -> Path:
-        """A file of the folder, here and as it was written.
+        """Return the local path of a file of the folder, downloaded unless it is in the cache.
 
         Raises:
-            DamagedFolder: the store has another, which is removed there, so that the next run makes it anew.
+            DamagedFolder: the stored file is missing or damaged; it is removed, so that the next run recomputes it.
         """
         path = self.local / name
         with contextlib.suppress(FileNotFoundError):
-            if path.stat().st_size == entry["bytes"]:  # It was compared when it came.
+            if path.stat().st_size == entry["bytes"]:  # Its checksum was compared after the download.
                 os.utime(path)
                 return path
         self._make_room(entry["bytes"])
-        for _ in range(2):  # It may have been damaged on its way.
+        for _ in range(2):  # The first transfer may have damaged it.
             with scratch_file(path) as beside:
                 try:
                     self._store.read(f"{self.name}/{name}", beside)
@@ -254,21 +264,21 @@ class StoredFolder:
                     return path
         self._store.remove(f"{self.name}/{name}")
         raise DamagedFolder(
-            f"{self.url}/{name} is missing or not what was written (its checksum differs, read twice): it is removed; "
-            "`posmask run` makes it anew"
+            f"{self.url}/{name} is missing or damaged (its checksum differs, read twice): it is removed; `posmask run` "
+            "recomputes it"
         )
 
     def _make_room(self, n_bytes: int) -> None:
-        """Remove what was not used for longest until so much fits; what another process removed is gone already."""
-        lying = []
+        """Remove the least recently used files until `n_bytes` fit; other processes may remove files meanwhile."""
+        cached = []
         for path in self._store.cache.rglob("*.safetensors"):
             if not _SHARD_NAME.fullmatch(path.name) or path.is_symlink():
                 continue
             with contextlib.suppress(FileNotFoundError):
-                about = path.stat()
-                lying.append((about.st_mtime_ns, about.st_size, path))
-        total = sum(size for _, size, _ in lying)
-        for _, size, path in sorted(lying):
+                stat = path.stat()
+                cached.append((stat.st_mtime_ns, stat.st_size, path))
+        total = sum(size for _, size, _ in cached)
+        for _, size, path in sorted(cached):
             if total + n_bytes <= self._store.cache_bytes:
                 return
             remove_file(path)
@@ -276,13 +286,13 @@ class StoredFolder:
 
 
 class Shards:
-    """The shards of a finished folder in a store, each brought here when it is asked for."""
+    """Sequence of the shards of a finished folder in a store, each downloaded on access."""
 
     def __init__(self, folder: StoredFolder, manifest: Mapping[str, Any]) -> None:
         files = manifest["files"]
         self._folder = folder
         self._entries = [(name, files[name]) for name in sorted(files) if not name.endswith(_TOKENS)]
-        self._about = [(name, files[name]) for name in sorted(files) if name.endswith(_TOKENS)]
+        self._token_files = [(name, files[name]) for name in sorted(files) if name.endswith(_TOKENS)]
         self._open: dict[int, dict[str, Tensor]] = {}
         self._lock = threading.Lock()
 
@@ -291,26 +301,28 @@ class Shards:
 
     @property
     def cache_bytes(self) -> int:
+        """Maximum size of the local cache in bytes."""
         return self._folder._store.cache_bytes
 
     def bytes_of(self, number: int) -> int:
+        """Return the size of a shard in bytes."""
         return self._entries[number][1]["bytes"]
 
     def tokens(self) -> list[dict[str, Tensor]]:
-        """The fields of each shard's tokens, in memory."""
-        found = []
-        for name, entry in self._about:
+        """Load the token fields of each shard."""
+        shards = []
+        for name, entry in self._token_files:
             path = self._folder.fetched(name, entry)
-            found.append({name: tensor.clone() for name, tensor in load_file(path).items()})
+            shards.append({name: tensor.clone() for name, tensor in load_file(path).items()})
             remove_file(path)
-        return found
+        return shards
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
         name, entry = self._entries[number]
         with self._lock:
             path = self._folder.fetched(name, entry)
             if number not in self._open:
-                # What was removed to make room is let go of too, else the disk would not have it back.
+                # Close shards that left the cache: the disk keeps the space of a removed file until it is closed.
                 self._open = {
                     other: shard
                     for other, shard in self._open.items()
