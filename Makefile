@@ -1,4 +1,4 @@
-# The verbs that people and CI use. Nothing here needs root.
+# Commands for people and CI; none needs root.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
@@ -9,7 +9,7 @@ DEV := .venv/.ready-dev
 run: $(READY)
 	$(BIN)/posmask run studies/quick.toml --jobs 2
 
-# Small tests, side by side on up to four cores.
+# Tests run in parallel on up to four cores.
 PYTEST := $(BIN)/pytest -n auto --maxprocesses 4
 
 test: $(DEV)
@@ -23,33 +23,33 @@ check: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
-# Known vulnerabilities of all that constraints.txt pins, as PyPI tells them; where it cannot be asked, one line says so.
+# Known vulnerabilities, according to PyPI, of all packages in constraints.txt; prints one line if PyPI is not reachable.
 audit: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt pip-audit
 	$(BIN)/python .ci/audit.py constraints.txt
 
-# Against its peers, each set up in .bench/: about an hour, or QUICK=1 for the main ratios in minutes.
+# Benchmarks against other packages, which are installed in .bench/: about an hour, or minutes with QUICK=1 (main ratios).
 bench: $(DEV)
 	$(BIN)/python benchmarks/bench.py $(if $(QUICK),--quick) $(GROUPS)
 
-# The documentation as a site in site/; a link that leads nowhere stops it.
+# Build the documentation in site/; a broken link is an error.
 docs: $(DEV)
 	$(PIP) --editable '.[dev,docs]'
 	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --output-dir docs docs/tutorial.ipynb
 	$(BIN)/zensical build --clean --strict
 
-# The page of each study in docs/results, in runs/results-pages/.
+# Write the page of each study in docs/results to runs/results-pages/.
 results-pages: $(READY)
 	mkdir -p runs/results-pages
 	for study in $(patsubst docs/results/%/results.csv.zst,%,$(wildcard docs/results/*/results.csv.zst)); do \
 	  $(BIN)/posmask report docs/results/$$study --out runs/results-pages/$$study.html || exit 1; done
 
-# A small GPT-2 trained on the embedded texts, for `posmask run studies/key.toml --set model.name=runs/gpt2`: an hour or two.
+# Train a small GPT-2 on the embedded texts for `posmask run studies/key.toml --set model.name=runs/gpt2`: an hour or two.
 second-model: $(READY)
 	$(BIN)/python studies/second_model.py runs/gpt2
 
 ifneq ($(wildcard $(READY)),)
-$(info Using the environment in .venv (remove it to start afresh).)
+$(info Using the environment in .venv; remove it to set up again.)
 endif
 
 # pip, not uv or poetry: constraints.txt pins the CPU build of torch.
@@ -62,7 +62,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 $(DEV): $(READY)
-	@echo "Adding what tests, checks and benchmarks need: about 0.9 GB the first time."
+	@echo "Adding packages for tests, checks and benchmarks: about 0.9 GB the first time."
 	$(PIP) --editable '.[dev]'
 	@touch $@
 

@@ -5,6 +5,7 @@ Commands within sentences and tables are read as the command line reads them.
 """
 
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -85,6 +86,26 @@ def test_every_example_is_run_by_a_test_or_says_why_not():
         assert any(code.startswith(start) for other, code in shown if other == page), f"{page} no longer shows {start}"
     tests = {name for name in globals() if name.startswith("test_")} | {"test_saelens_page"}
     assert {how for how in EXAMPLES.values() if how.startswith("test_")} <= tests
+
+
+MODULE = re.compile(r"`posmask((?:\.[a-z_]+)+)`")
+FILE = re.compile(r"`([\w/]+\.py)`")
+
+
+def test_modules_and_files_that_pages_name_exist():
+    for page in PAGES:
+        if page.name == "log.md":  # History.
+            continue
+        text = page.read_text(encoding="utf8")
+        for name in FILE.findall(text):
+            assert (ROOT / name).exists() or (ROOT / "src" / "posmask" / name).exists(), f"{page.name} names {name}"
+        for name in MODULE.findall(text):
+            value = importlib.import_module("posmask")
+            for part in name[1:].split("."):
+                with contextlib.suppress(ModuleNotFoundError):
+                    importlib.import_module(f"{value.__name__}.{part}")
+                value = getattr(value, part, None)
+                assert value is not None, f"{page.name} names posmask{name}"
 
 
 INLINE = re.compile(r"(?<!`)`(posmask [a-z][^`]*)`(?!`)")
