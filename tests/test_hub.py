@@ -119,7 +119,7 @@ def test_what_cannot_be_read_is_said_in_one_sentence(stand_in, monkeypatch):
         saebench_datasets.read_hub_texts(AG_NEWS, 40, 10, 0)
     write(stand_in / AG_NEWS, "train", labeled(1, [0, 1, 2, 3]))
     write(stand_in / AG_NEWS, "test", labeled(1, [0, 1, 2, 3]))
-    with pytest.raises(BadSetting, match="has a class of too few texts"):
+    with pytest.raises(BadSetting, match="has a class with too few texts"):
         saebench_datasets.read_hub_texts(AG_NEWS, 40, 10, 0)
     real = builtins.__import__
 

@@ -65,7 +65,7 @@ def test_an_sae_of_zeros_gets_no_numbers():
     codes = sae.sparse_encode(batch.vectors, batch.position)
     metric = Reconstruction(N_POSITIONS, 40, batch.vectors.mean(0))
     metric.update(batch, codes, sae.sparse_decode(codes))
-    with pytest.raises(DegenerateResult, match=r"the SAE codes 0 latents a token .* train it first"):
+    with pytest.raises(DegenerateResult, match=r"the SAE has 0 active latents per token .* train it first"):
         metric.measures()
 
 

@@ -162,7 +162,7 @@ def test_contrast_order_never_tests_on_part_of_a_training_phrase(tasks):
 
 @pytest.mark.embedded
 def test_order_tasks_say_when_they_run_out(smollm):
-    with pytest.raises(NothingToDo, match=r"chronology has only \d+ groups .* where 5000 were asked for"):
+    with pytest.raises(NothingToDo, match=r"chronology has only \d+ groups .* but 5000 are requested"):
         make_order_task("chronology", smollm, 128, 5000, 10)
 
 
@@ -236,10 +236,10 @@ def test_written_tasks_read_back_as_they_were_made(toy, tokenizer, tmp_path):
 def test_fewer_groups_than_asked_for_are_written_and_said(toy, tokenizer, tmp_path):
     said = []
     write(tokenizer, tmp_path / "out", said, n_train_groups=100)
-    assert said[0] == "toy: 30 training and 5 test groups, all there are (100 and 5 asked for)"
+    assert said[0] == "toy: 30 training and 5 test groups, all available (100 and 5 requested)"
     page = (tmp_path / "out" / "README.md").read_text()
     assert "30 training, 5 test" in page
-    assert "100 training and 5 test groups were asked for" in page
+    assert "100 training and 5 test groups were requested" in page
 
 
 def test_written_tasks_stay_and_are_never_overwritten(toy, tokenizer, tmp_path):
@@ -247,13 +247,13 @@ def test_written_tasks_stay_and_are_never_overwritten(toy, tokenizer, tmp_path):
     write(tokenizer, folder)
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     write(tokenizer, folder, said)
-    assert said == [f"{folder} was made from the same settings and stays as it is."]
-    with pytest.raises(BadSetting, match=r"out was made from other settings: name a new folder"):
+    assert said == [f"{folder} was written with the same settings and is unchanged."]
+    with pytest.raises(BadSetting, match=r"out was written with other settings: name a new folder"):
         write(tokenizer, folder, seed=1)
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(BadSetting, match=r"mine holds something else: name a new folder"):
+    with pytest.raises(BadSetting, match=r"mine has other contents: name a new folder"):
         write(tokenizer, tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 

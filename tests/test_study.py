@@ -750,7 +750,7 @@ def test_an_untrained_sae_gets_no_numbers(study_file, tmp_path):
     sae = make_sae_of_cell(settings, settings.cells[0], 12, 0)
     with torch.no_grad():
         sae.encoder.zero_()
-    with pytest.raises(PosmaskError, match="the SAE codes 0 latents a token"):
+    with pytest.raises(PosmaskError, match="the SAE has 0 active latents per token"):
         study_cell.evaluate(sae, torch.zeros(32).bool(), data, "test")
 
 

@@ -1,4 +1,4 @@
-"""What an SAE's reconstruction, and its position-bound latents, do to the model that goes on from them."""
+"""Measures inside the model: loss recovered by a reconstruction, and a causal test of position-bound latents."""
 
 import math
 import tempfile
@@ -23,14 +23,14 @@ __all__ = ["InModel", "Losses", "WindowMass", "causal", "recovered", "without_la
 MIN_CAUSAL_FIRINGS = 40
 _CONTEXTS_AT_ONCE = 2  # 25 MB of log-probabilities each, several times over
 Replace = Callable[[Batch, Int[Tensor, " token"]], Float[Tensor, "token d_model"]]
-"""Kept tokens and the number of the context that each stands in -> the vectors to put in their place."""
+"""Maps kept tokens and the index of each token's context to the vectors that replace theirs."""
 
 
 @dataclass(frozen=True)
 class Losses:
-    """What next-token predictions lose, in nats, by context and position; NaN where nothing is predicted.
+    """Losses of next-token predictions in nats, by context and position; NaN where no prediction is scored.
 
-    `divergence` is KL(model as it is || model with replaced vectors).
+    `divergence` is KL(unmodified model || model with replaced vectors).
     """
 
     cross_entropy: Float[Tensor, "context position"]
@@ -38,16 +38,18 @@ class Losses:
 
 
 class InModel:
-    """Runs the layers above on replaced vectors, over some whole held-out contexts.
+    """Runs the layers above the site on replaced vectors of full-length held-out contexts.
 
-    Only kept tokens are replaced, so BOS keeps its own vector. A prediction counts where both the token and the one
-    it predicts are kept.
+    Only kept tokens are replaced, so BOS keeps its vector. A prediction is scored if both its token and the token it
+    predicts are kept.
 
     Args:
-        n_contexts: how many, evenly spread over the whole contexts, so that few share a text.
+        model: at the site of the activations.
+        activations: of the held-out texts.
+        n_contexts: number of contexts, evenly spread over the full-length contexts, so that few share a text.
 
     Raises:
-        NothingToDo: there are not that many whole contexts.
+        NothingToDo: there are fewer full-length contexts.
     """
 
     def __init__(self, model: LanguageModel, activations: Activations, n_contexts: int) -> None:
@@ -55,26 +57,35 @@ class InModel:
         self._activations = activations
         starts = (activations.position == 0).nonzero()[:, 0]
         lengths = torch.diff(starts, append=torch.tensor([activations.n_tokens]))
-        whole = starts[lengths == lengths.max()]
-        if len(whole) < n_contexts:
+        full_length = starts[lengths == lengths.max()]
+        if len(full_length) < n_contexts:
             raise NothingToDo(
-                f"model_contexts = {n_contexts} is more than the {len(whole)} whole contexts of the held-out texts: "
-                "lower it, or raise heldout_tokens"
+                f"model_contexts = {n_contexts} is more than the {len(full_length)} full-length contexts of the "
+                "held-out texts: lower it, or raise heldout_tokens"
             )
-        self.starts: Int[Tensor, " context"] = whole[torch.arange(n_contexts) * len(whole) // n_contexts]
+        self.starts: Int[Tensor, " context"] = full_length[torch.arange(n_contexts) * len(full_length) // n_contexts]
         self._length = int(lengths.max())
         self.texts: Int[Tensor, " text"] = self.batch(torch.arange(n_contexts)).kept().text.unique()
 
     def batch(self, contexts: Int[Tensor, " context"]) -> Batch:
+        """All tokens of the contexts with these indices, context by context."""
         return self._activations.batch((self.starts[contexts, None] + torch.arange(self._length)).reshape(-1))
 
     @property
     def n_tokens(self) -> int:
+        """Tokens of all contexts."""
         return len(self.starts) * self._length
 
     def losses(self, replacements: Sequence[Replace], advance: Callable[[int], None] = lambda n: None) -> list[Losses]:
-        """What the model loses as it is (first), then with each replacement."""
-        found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(1 + len(replacements))]
+        """The losses of the unmodified model, followed by those with each replacement.
+
+        Args:
+            advance: called with the number of tokens finished since its last call.
+
+        Raises:
+            DegenerateResult: predictions on replaced vectors are NaN or infinite.
+        """
+        parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(1 + len(replacements))]
         for contexts in torch.arange(len(self.starts)).split(_CONTEXTS_AT_ONCE):
             batch = self.batch(contexts)
             ids = batch.token_id.view(len(contexts), -1).long()
@@ -83,7 +94,7 @@ class InModel:
             scored = keep[:, :-1] & keep[:, 1:]
             clean = self._clean_logits[contexts].to(self._model.device).float().log_softmax(-1)
             probability = clean.exp()
-            found[0].append(_losses(clean, probability, clean, ids, scored))
+            parts[0].append(_losses(clean, probability, clean, ids, scored))
             for number, instead in enumerate(replacements, start=1):
                 vectors = batch.vectors.clone()
                 vectors[batch.keep] = instead(batch.kept(), context[batch.keep]).to(vectors.dtype)
@@ -92,42 +103,42 @@ class InModel:
                     raise DegenerateResult(
                         "the model's predictions are NaN or infinite on replaced vectors: use precision float32"
                     )
-                found[number].append(_losses(clean, probability, replaced, ids, scored))
+                parts[number].append(_losses(clean, probability, replaced, ids, scored))
             advance(ids.numel() * len(replacements))
-        return [Losses(*(torch.cat(parts) for parts in zip(*some, strict=True))) for some in found]
+        return [Losses(*(torch.cat(column) for column in zip(*batches, strict=True))) for batches in parts]
 
     def _logits(self, ids: Tensor, vectors: Tensor) -> Float[Tensor, "context position token"]:
         return self._model.logits(ids, vectors.view(*ids.shape, -1))[:, :-1]
 
     @cached_property
     def _clean_logits(self) -> Float[Tensor, "context position token"]:
-        """The model's own, in its precision, computed once and kept in a temporary file."""
-        found: Tensor | None = None
+        """Logits of the unmodified model in its precision, computed once and stored in a temporary file."""
+        stored: Tensor | None = None
         with tempfile.NamedTemporaryFile() as file:
             for contexts in torch.arange(len(self.starts)).split(_CONTEXTS_AT_ONCE):
                 batch = self.batch(contexts)
                 logits = self._logits(batch.token_id.view(len(contexts), -1).long(), batch.vectors)
-                if found is None:
+                if stored is None:
                     shape = len(self.starts), *logits.shape[1:]
                     size = math.prod(shape)
-                    found = torch.from_file(file.name, shared=True, size=size, dtype=logits.dtype).view(shape)
-                found[contexts] = logits.cpu()
-        assert found is not None
-        return found
+                    stored = torch.from_file(file.name, shared=True, size=size, dtype=logits.dtype).view(shape)
+                stored[contexts] = logits.cpu()
+        assert stored is not None
+        return stored
 
     @cached_property
     def references(self) -> tuple[Losses, Losses]:
-        """As the model is, and with all kept vectors set to 0 (sae-bench's `core` also sets that of BOS)."""
+        """Losses of the unmodified model, and with all kept vectors set to 0 (sae-bench's `core` also zeroes BOS)."""
         clean, zeroed = self.losses([lambda batch, context: torch.zeros_like(batch.vectors)])
         return clean, zeroed
 
     def reference_measures(self) -> list[Measure]:
-        """`cross_entropy` of the model as it is and with its vectors set to 0, nats a token."""
-        found = []
+        """`cross_entropy` of the unmodified model and with its vectors set to 0, in nats per token."""
+        measures = []
         for name, losses in zip(("model", "zeroed"), self.references, strict=True):
             top, bottom = _by_context(losses.cross_entropy)
-            found.append(ratio("cross_entropy", top, bottom, slice={"vectors": name}, n=int(bottom.sum())))
-        return found
+            measures.append(ratio("cross_entropy", top, bottom, slice={"vectors": name}, n=int(bottom.sum())))
+        return measures
 
 
 def _losses(
@@ -139,16 +150,20 @@ def _losses(
 
 
 def _by_context(values: Float[Tensor, "context position"]) -> tuple[Tensor, Tensor]:
-    """Sums and counts of a context's predictions."""
+    """Sum and number of the predictions of each context."""
     return values.nansum(1).double(), values.isfinite().sum(1).double()
 
 
 def recovered(references: tuple[Losses, Losses], reconstructed: Losses) -> list[Measure]:
-    """`ce_recovered` and `kl_recovered`: how much of the model's prediction a reconstruction keeps.
+    """`ce_recovered` and `kl_recovered`: the share of the model's predictive loss that a reconstruction recovers.
 
     ce_recovered = (CE(zeroed) - CE(reconstruction)) / (CE(zeroed) - CE(model)), kl_recovered = 1 - KL(reconstruction)
-    / KL(zeroed); 1 keeps all, 0 no more than vectors of 0. Overall, and at each position of the predicting token.
-    Units are contexts.
+    / KL(zeroed). 1 is the unmodified model, 0 is as bad as vectors of 0. Overall, and at each position of the
+    predicting token. Units of the confidence intervals are contexts.
+
+    Args:
+        references: `InModel.references`.
+        reconstructed: losses with the reconstruction in place of the vectors.
     """
     clean, zeroed = references
     parts = {
@@ -158,18 +173,18 @@ def recovered(references: tuple[Losses, Losses], reconstructed: Losses) -> list[
         ),
         "kl_recovered": (zeroed.divergence - reconstructed.divergence, zeroed.divergence),
     }
-    found = []
+    measures = []
     for name, (top, bottom) in parts.items():
         n_at = bottom.isfinite().sum(0)
-        found.append(ratio(name, top.nansum(1), bottom.nansum(1), n=int(n_at.sum())))
+        measures.append(ratio(name, top.nansum(1), bottom.nansum(1), n=int(n_at.sum())))
         for position, n in enumerate(n_at.tolist()):
             value = float(top[:, position].nansum() / bottom[:, position].nansum()) if n else torch.nan
-            found.append(Measure(name, value, n=n, slice={"position": position}))
-    return found
+            measures.append(Measure(name, value, n=n, slice={"position": position}))
+    return measures
 
 
 class WindowMass:
-    """Accumulates each latent's activation mass by window of positions, to choose latents for the causal test."""
+    """Accumulates the activation mass of each latent per window of positions, to choose latents for the causal test."""
 
     def __init__(self, n_positions: int, n_windows: int, d_sae: int) -> None:
         self._window = equal_segments(n_positions, n_windows)
@@ -177,16 +192,20 @@ class WindowMass:
         self._firings = torch.zeros(d_sae)
 
     def update(self, batch: Batch, codes: Codes) -> None:
-        """Add kept tokens (`batch.kept()`) and their codes; none of texts that the test is made on."""
+        """Add kept tokens (`batch.kept()`) and their codes, from texts other than those of the causal test."""
         window = self._window[batch.position.long()]
         self._mass.view(-1).index_add_(0, window[codes.token] * codes.d_sae + codes.latent, codes.value)
         self._firings += torch.bincount(codes.latent, minlength=codes.d_sae)
 
     def specialized(self, share: float = 0.05) -> tuple[Bool[Tensor, "window latent"], Bool[Tensor, "window latent"]]:
-        """For each window its most specialized latents, and as many equally active others.
+        """For each window the most specialized latents, and as many other latents of equal activity.
 
-        The specialized are the `share` of the latents with at least 40 firings that have the largest part of their
-        mass in the window. To each, the most active first, comes the unused other latent of nearest log mass.
+        Of the latents with at least 40 firings, the specialized ones are the fraction `share` with the largest part
+        of their mass in the window. Each of them, most active first, is matched with the unused other latent of nearest
+        log mass.
+
+        Raises:
+            DegenerateResult: fewer than two latents fire 40 times.
         """
         counted = (self._firings >= MIN_CAUSAL_FIRINGS).nonzero()[:, 0]
         special, matched = torch.zeros(2, *self._mass.shape, dtype=torch.bool)
@@ -194,7 +213,7 @@ class WindowMass:
         if n_chosen == 0:
             raise DegenerateResult(
                 f"fewer than two latents fire {MIN_CAUSAL_FIRINGS} times on the held-out texts, so the causal test has "
-                "none to compare: raise heldout_tokens"
+                "no latents to compare: raise heldout_tokens"
             )
         mass = self._mass[:, counted]
         log_mass = mass.sum(0).log()
@@ -211,48 +230,55 @@ class WindowMass:
 
 
 def without_latents(sae: SparseAutoencoder, chosen: Bool[Tensor, "window latent"]) -> Replace:
-    """Takes the decoder's part of some latents out of the vectors: in context c those of window c mod n_windows."""
+    """Subtract the contribution of latents from the vectors: in context c the latents of window c mod n_windows."""
 
-    def put(batch: Batch, context: Int[Tensor, " token"]) -> Float[Tensor, "token d_model"]:
+    def ablated(batch: Batch, context: Int[Tensor, " token"]) -> Float[Tensor, "token d_model"]:
         codes = sae.encode_batch(batch)
-        taken = codes.value * chosen[context[codes.token] % len(chosen), codes.latent]
-        return batch.vectors.float() - sae.share_of(replace(codes, value=taken))
+        removed = codes.value * chosen[context[codes.token] % len(chosen), codes.latent]
+        return batch.vectors.float() - sae.share_of(replace(codes, value=removed))
 
-    return put
+    return ablated
 
 
 def causal(clean: Losses, specialized: Losses, matched: Losses, n_windows: int, n_positions: int) -> list[Measure]:
-    """The causal test: what happens inside and outside a window when the latents specialized on it are taken out.
+    """The causal test: loss inside and outside a window after ablation of the latents specialized in it.
 
-    `ablation_effect` = mean rise of the cross-entropy, nats a token, by `latents` (specialized, or as many equally
-    active others) and `at` (inside, outside the window). `causal_specificity` = (inside - outside) of the specialized
-    minus that of the others: above 0 when what was taken out mattered inside its window more than elsewhere.
-    Units are contexts, each tried with one window; what is taken out inside a window also reaches later positions
-    through attention.
+    `ablation_effect` = mean increase of the cross-entropy in nats per token, by `latents` (specialized, or matched
+    latents of equal activity) and `at` (inside or outside the window). `causal_specificity` = (inside - outside) of the
+    specialized latents minus (inside - outside) of the matched ones: above 0 if the ablated latents matter more inside
+    their window than elsewhere. Units are contexts, each tested with one window. An ablation inside a window also
+    affects later positions through attention.
+
+    Args:
+        clean: losses of the unmodified model.
+        specialized: losses without the specialized latents.
+        matched: losses without the matched latents.
+        n_windows: equal windows of positions.
+        n_positions: positions per context.
     """
     n_contexts, n_predicting = clean.cross_entropy.shape
     window = equal_segments(n_positions, n_windows)[:n_predicting]
     inside = window == (torch.arange(n_contexts) % n_windows)[:, None]
-    found, effects = [], []
+    measures, effects = [], []
     for name, ablated in (("specialized", specialized), ("matched", matched)):
         rise = ablated.cross_entropy - clean.cross_entropy
         sides = []
         for side, where in (("inside", inside), ("outside", ~inside)):
             top, bottom = _by_context(rise.masked_fill(~where, torch.nan))
-            found.append(
+            measures.append(
                 ratio("ablation_effect", top, bottom, slice={"latents": name, "at": side}, n=int(bottom.sum()))
             )
             sides.append((top, bottom))
         effects.append(sides)
 
     def specificity(keep: Tensor) -> Tensor:
-        (own_in, own_out), (other_in, other_out) = (
+        (special_in, special_out), (matched_in, matched_out) = (
             [top[keep].sum() / bottom[keep].sum() for top, bottom in sides] for sides in effects
         )
-        return (own_in - own_out) - (other_in - other_out)
+        return (special_in - special_out) - (matched_in - matched_out)
 
-    everything = torch.arange(n_contexts)
-    value = float(specificity(everything))
-    without = torch.stack([specificity(everything[everything != context]) for context in everything])
-    found.append(Measure("causal_specificity", value, *jackknife_interval(value, without), n_contexts))
-    return found
+    every_context = torch.arange(n_contexts)
+    value = float(specificity(every_context))
+    without = torch.stack([specificity(every_context[every_context != context]) for context in every_context])
+    measures.append(Measure("causal_specificity", value, *jackknife_interval(value, without), n_contexts))
+    return measures

@@ -1,7 +1,8 @@
-"""What one must know of a latent to look at it: where it speaks, on what texts, what it says, which probes it serves.
+"""Data of the latent browser: where each latent fires, its strongest texts, its vocabulary effects and its probes.
 
-Gathered while a trained SAE is evaluated, from codes that are there anyway, and written beside its rows:
-`latents.safetensors` (arrays, a column or row a latent) and `latents.json` (names of probes, the text of tokens).
+Collected during the evaluation of a trained SAE from the codes that the evaluation computes, and written beside its
+rows: `latents.safetensors` (arrays with one column or row per latent) and `latents.json` (names of probes, texts of
+tokens).
 """
 
 import json
@@ -30,16 +31,19 @@ N_BEFORE, N_AFTER = 15, 8  # tokens shown around the strongest one
 N_WORDS = 10
 MOST_TOKENS = 200_000
 MOST_CODES = 16_000_000  # 200 MB while they are gathered
-MOST_PROBED = 20  # A probe on more latents says little of each.
+MOST_PROBED = 20  # In a probe on more latents each latent says little.
 _LATENTS_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
 class Strongest:
-    """Each latent's strongest texts, strongest first; a text of the held-out ones stands there at most once.
+    """The strongest excerpts of each latent, strongest first, at most one per held-out text.
 
-    `start` [latent text] is the number of the first token shown, -1 where there is no such text; `length` how many are
-    shown; `value` [latent text token] the latent's activation on them, as 0 .. 255 of `largest` [latent].
+    Args:
+        start: [latent text] index of the first token shown; -1 if the latent has fewer texts.
+        length: [latent text] number of tokens shown.
+        value: [latent text token] activation on these tokens, as 0 .. 255 of `largest`.
+        largest: [latent] largest activation.
     """
 
     start: np.ndarray
@@ -49,8 +53,11 @@ class Strongest:
 
 
 class LatentFacts:
-    """Gathers them. Held-out tokens are read in their order, the first 200,000 of them at most (fewer where more than
-    16 million codes are active on them): strongest texts come from these, everything else from all tokens."""
+    """Collects the data of the latent browser and writes it.
+
+    Strongest texts come from the first held-out tokens: at most 200,000 tokens and 16 million active codes. Everything
+    else comes from all tokens.
+    """
 
     def __init__(self, d_sae: int) -> None:
         self._d_sae = d_sae
@@ -80,12 +87,16 @@ class LatentFacts:
         chance: Float[Tensor, " latent"],
         position_origin: str,
     ) -> None:
-        """
+        """Add the latents' profiles over positions.
+
         Args:
-            used: where latents speak, mask in place.
-            information: what firing says of position, less its null, as in `position_information`; NaN: fires too
-                seldom.
-            retained: the share of a latent's mass at its positions with the mask lifted; NaN: fires too seldom.
+            used: activation mass with the mask.
+            information: information of firing about position minus its null, as in `position_information`; NaN for
+                latents with too few firings.
+            retained: share of a latent's mass at its positions with the mask lifted; NaN for latents with too few
+                firings.
+            chance: the value of `retained` for a latent that fires independently of position.
+            position_origin: from where the positions are counted.
         """
         tokens = used.tokens.sum(0)
         profile = used.mass.sum(0) / tokens.clamp(min=1)[:, None]
@@ -100,17 +111,18 @@ class LatentFacts:
         }
 
     def add_probe(self, name: str, latents: Int[Tensor, " chosen"], weights: Float[Tensor, " chosen"]) -> None:
-        """The latents that a probe on mean-pooled codes chose, first choice first, and its weights."""
+        """Add the latents that a probe on mean-pooled codes chose, in the order of choice, and its weights."""
         self._probes.append(name)
         self._probed.append((latents.int(), weights.float()))
 
     def add_effects(self, promoted: tuple[Tensor, Tensor], suppressed: tuple[Tensor, Tensor]) -> None:
-        """What `vocabulary_effects` gave."""
+        """Add the result of `vocabulary_effects`."""
         for name, (ids, logits) in (("promoted", promoted), ("suppressed", suppressed)):
             self._arrays[name] = ids.int().numpy()
             self._arrays[f"{name}_logit"] = logits.half().numpy()
 
     def write(self, folder: Path, tokenizer: Any) -> None:
+        """Write `latents.safetensors` and `latents.json` into `folder`."""
         token_id, position, text = (torch.cat(part).int().numpy() for part in zip(*self._tokens, strict=True))
         token, latent, value = (torch.cat(part).numpy() for part in zip(*self._codes, strict=True))
         strongest = strongest_texts(token, latent, value, position, text, self._d_sae)
@@ -126,22 +138,22 @@ class LatentFacts:
         n_chosen = max((len(latents) for latents, _ in self._probed), default=0)
         chosen = np.full((len(self._probes), n_chosen), -1, np.int32)
         weights = np.zeros((len(self._probes), n_chosen), np.float32)
-        for number, (latents, own) in enumerate(self._probed):
-            chosen[number, : len(latents)], weights[number, : len(own)] = latents.numpy(), own.numpy()
+        for number, (latents, weight) in enumerate(self._probed):
+            chosen[number, : len(latents)], weights[number, : len(weight)] = latents.numpy(), weight.numpy()
         save_file({**arrays, "probe_latent": chosen, "probe_weight": weights}, folder / LATENTS_FILE)
-        named = np.unique(np.concatenate([arrays[name].ravel() for name in ("token_id", "promoted", "suppressed")]))
+        shown = np.unique(np.concatenate([arrays[name].ravel() for name in ("token_id", "promoted", "suppressed")]))
         words: dict[str, Any] = {
             "probes": self._probes,
             "position_origin": self._position_origin,
             "n_tokens": int(self._arrays["tokens_by_position"].sum()),
             "n_tokens_searched_for_texts": self._n_tokens,
-            "words": {int(one): _word(tokenizer, int(one)) for one in named},
+            "words": {int(token_id): _word(tokenizer, int(token_id)) for token_id in shown},
         }
         (folder / LATENT_WORDS_FILE).write_text(json.dumps(words, ensure_ascii=False), encoding="utf8")
 
 
 def _word(tokenizer: Any, token: int) -> str:
-    """A token's text; where its bytes are no whole characters, the tokenizer's own name for it."""
+    """A token's text, or the tokenizer's name of the token if its bytes are not complete characters."""
     word = tokenizer.decode([token])
     return str(tokenizer.convert_ids_to_tokens([token])[0]) if "\ufffd" in word or not word else word
 
@@ -154,26 +166,30 @@ def strongest_texts(
     text: Int[np.ndarray, " token"],
     d_sae: int,
 ) -> Strongest:
-    """Where each latent is most active, and how active it is around there.
+    """The excerpts on which each latent is most active, with its activations on them.
 
-    Shown are the 15 tokens before the strongest one and the 8 after it, as far as they belong to the same text and
-    context.
+    An excerpt is the token of the largest activation with up to 15 tokens before it and 8 after it, from the same text
+    and context.
 
     Args:
-        token: the codes' tokens, in order; tokens are those that `position` and `text` describe.
+        token: index of each code's token, in ascending order.
+        latent: latent of each code.
+        value: activation of each code.
+        position: of each token.
+        text: index of each token's text.
     """
     n_tokens, width = len(position), N_BEFORE + 1 + N_AFTER
-    by_place = np.argsort(latent, kind="stable")  # latent by latent, tokens in order
-    key = latent[by_place].astype(np.int64) * n_tokens + token[by_place]
-    # A latent's strongest token in each text: values down within pairs of latent and text, the first of each.
+    by_latent = np.argsort(latent, kind="stable")  # within each latent tokens stay in order
+    key = latent[by_latent].astype(np.int64) * n_tokens + token[by_latent]
+    # Sorting by descending value within pairs of latent and text puts the strongest token of each pair first.
     pair = latent.astype(np.int64) * (int(text.max(initial=0)) + 1) + text[token]
     order = np.lexsort((-value, pair))
     first = order[np.flatnonzero(np.diff(pair[order], prepend=-1))]
     first = first[np.lexsort((-value[first], latent[first]))]
-    own = latent[first]
-    rank = np.arange(len(first)) - np.searchsorted(own, own)
-    first, own, rank = (part[rank < N_TEXTS] for part in (first, own, rank))
-    # Runs of neighboring tokens: the same text, in the same context.
+    latent_of = latent[first]
+    rank = np.arange(len(first)) - np.searchsorted(latent_of, latent_of)
+    first, latent_of, rank = (part[rank < N_TEXTS] for part in (first, latent_of, rank))
+    # Runs of adjacent tokens of the same text and context.
     breaks = (np.diff(text, prepend=-1) != 0) | (np.diff(position.astype(np.int64), prepend=-9) != 1)
     run = np.cumsum(breaks) - 1
     run_start = np.flatnonzero(breaks)
@@ -182,16 +198,18 @@ def strongest_texts(
     start = np.maximum(peak - N_BEFORE, run_start[run[peak]])
     end = np.minimum(peak + 1 + N_AFTER, run_end[run[peak]])
     around = start[:, None] + np.arange(width)
-    wanted = own[:, None].astype(np.int64) * n_tokens + around
-    place = np.minimum(np.searchsorted(key, wanted), len(key) - 1)
-    found = np.where((key[place] == wanted) & (around < end[:, None]), value[by_place][place], 0)
+    wanted = latent_of[:, None].astype(np.int64) * n_tokens + around
+    index = np.minimum(np.searchsorted(key, wanted), len(key) - 1)
+    activation = np.where((key[index] == wanted) & (around < end[:, None]), value[by_latent][index], 0)
     largest = np.zeros(d_sae, np.float32)
-    np.maximum.at(largest, own, value[first])
-    share = np.ceil(255 * found / largest[own, None]).clip(max=255)  # up: what is active is never shown as silent
+    np.maximum.at(largest, latent_of, value[first])
+    # Rounding up keeps every active token above 0.
+    share = np.ceil(255 * activation / largest[latent_of, None]).clip(max=255)
     starts = np.full((d_sae, N_TEXTS), -1, np.int32)
     lengths = np.zeros((d_sae, N_TEXTS), np.uint8)
     values = np.zeros((d_sae, N_TEXTS, width), np.uint8)
-    starts[own, rank], lengths[own, rank], values[own, rank] = start, end - start, share.astype(np.uint8)
+    starts[latent_of, rank], lengths[latent_of, rank] = start, end - start
+    values[latent_of, rank] = share.astype(np.uint8)
     return Strongest(starts, lengths, values, largest)
 
 
@@ -199,11 +217,15 @@ def strongest_texts(
 def vocabulary_effects(
     sae: SparseAutoencoder, model: LanguageModel
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The tokens that each decoder row promotes most and suppresses most: ids [latent word] and logits, ends first.
+    """The tokens that each decoder direction promotes and suppresses most.
 
-    The logits that the model's own final norm and unembedding give to the row, less those they give to a vector of
-    zeros, with their mean over the vocabulary taken off. So the norm's weights are folded in, and sizes are those of a
-    residual stream that holds nothing but this row. Only the direct path: layers between are left out.
+    Logits are those that the model's final norm and unembedding give to the decoder direction, minus those of a vector
+    of zeros, minus their mean over the vocabulary. They include the norm's weights, and their sizes are those of a
+    residual stream that consists of this direction. The layers between are skipped (direct path only).
+
+    Returns:
+        (ids, logits) of the promoted tokens and (ids, logits) of the suppressed tokens, each [latent word], strongest
+        first.
     """
     parts: list[tuple[Tensor, ...]] = []
     for rows in sae.decoder.detach().split(_LATENTS_AT_ONCE):

@@ -1,4 +1,4 @@
-"""What a latent's firing says about position: information against a permutation null, and the shift design."""
+"""Dependence of firing on position: mutual information against a permutation null, and the shift design."""
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,21 +14,21 @@ from posmask.seeds import generator
 
 __all__ = ["PositionInformation", "ShiftDesign"]
 
-N_NULL_DRAWS = 19  # Exceeding all of them has a chance of 1 in 20 under the null.
+N_NULL_DRAWS = 19  # Under the null, the probability of exceeding all of them is 1/20.
 MIN_SHIFT_FIRINGS = 20
 
 
 class PositionInformation:
-    """Accumulates firings by position, as they are and with each text's tokens rotated through the context.
+    """Accumulates firings by position, unchanged and with each text's tokens rotated through the context.
 
     information(j) = I(latent j fires; position) / H(latent j fires), in [0, 1]: the share of the uncertainty about
-    whether it fires that the position takes away. Finite samples raise it above 0 for every latent, and the more so as
-    firings come in runs; both stay as they are when the positions of each text are rotated by a random amount, which
-    is the null, drawn 19 times.
+    firing that position explains. Finite samples raise it above 0 for every latent, more so if firings come in runs.
+    Rotating the positions of each text by a random amount preserves both effects; 19 such rotations are the null.
 
     `position_information` = mean over latents of (information - its mean over the null draws);
     `position_information_null` = that mean; `position_bound_share` = the share of latents whose information is above
-    all of their 19 null draws: 0.05 by chance. Latents with 20 firings in each half of the texts.
+    all of their 19 null draws: 0.05 by chance. Only latents with 20 firings in
+    each half of the texts count.
     """
 
     def __init__(self, n_positions: int, d_sae: int, n_texts: int) -> None:
@@ -49,17 +49,21 @@ class PositionInformation:
             self._null[draw].view(-1).index_add_(0, position[token] * codes.d_sae + latent, ones)
 
     def by_latent(self, used: PositionMass) -> Float[Tensor, " latent"]:
-        """A latent's information less the mean of its null; NaN where it fires too seldom, or always."""
+        """Each latent's information minus the mean of its null; NaN if it has too few firings or always fires.
+
+        Args:
+            used: accumulated from the same codes.
+        """
         counted, real, null = self._split(used)
-        found = torch.full((len(counted),), torch.nan, dtype=real.dtype)
-        found[counted] = real - null.mean(0)
-        return found
+        information = torch.full((len(counted),), torch.nan, dtype=real.dtype)
+        information[counted] = real - null.mean(0)
+        return information
 
     def _split(
         self, used: PositionMass
     ) -> tuple[Bool[Tensor, " latent"], Float[Tensor, " counted"], Float[Tensor, "draw counted"]]:
         n_fired, n_tokens = used.firings.sum((0, 1)), used.tokens.sum()
-        counted = used.counted() & (n_fired < n_tokens)  # Whether a latent that always fires does so is no question.
+        counted = used.counted() & (n_fired < n_tokens)  # A latent that always fires has entropy 0.
         null = torch.stack(
             [
                 _information(firings[:, counted], tokens)
@@ -69,9 +73,13 @@ class PositionInformation:
         return counted, _information(used.firings[..., counted].sum(0), used.tokens.sum(0)), null
 
     def measures(self, used: PositionMass) -> list[Measure]:
-        """
+        """`position_information`, `position_information_null` and `position_bound_share`.
+
         Args:
             used: accumulated from the same codes.
+
+        Raises:
+            DegenerateResult: no latent fires often enough.
         """
         counted, real, null = self._split(used)
         by_fold, by_fold_tokens = used.firings[..., counted], used.tokens
@@ -80,9 +88,9 @@ class PositionInformation:
         corrected = real - expected
         without = []
         for fold in (by_fold_tokens.sum(1) > 0).nonzero()[:, 0].tolist():
-            left = tokens - by_fold_tokens[fold]
-            grown = expected * float(tokens.sum() / left.sum())  # The null's mean falls as 1 / tokens.
-            without.append((_information(firings - by_fold[fold], left) - grown).mean())
+            remaining = tokens - by_fold_tokens[fold]
+            scaled_null = expected * float(tokens.sum() / remaining.sum())  # The null's mean falls as 1 / tokens.
+            without.append((_information(firings - by_fold[fold], remaining) - scaled_null).mean())
         value, n = float(corrected.mean()), int(counted.sum())
         return [
             Measure("position_information", value, *jackknife_interval(value, torch.stack(without)), n),
@@ -106,22 +114,22 @@ def _binary_entropy(p: Tensor) -> Tensor:
 
 
 class ShiftDesign:
-    """Splits each latent's variance into position, content and their interaction, on texts seen at several places.
+    """Splits each latent's variance into position, content and their interaction, on texts seen in several windows.
 
     Every token (content) of `n_texts` pieces of `length` tokens was seen once in each of `n_windows` windows of the
-    context (`corpus.shifted`). For activation a[c, w] of a latent on content c in window w, the two-way random
+    context (`tokens.shifted`). For activation a[c, w] of a latent on content c in window w, the two-way random
     effects a = mean + position[w] + content[c] + interaction[c, w] have the variance components
 
         interaction = MS_interaction              content = (MS_content - MS_interaction) / n_windows
         position = (MS_window - MS_text_by_window) / n_contents
 
     (Searle, Casella and McCulloch 1992, section 4.3), with the mean squares of two-way analysis of variance without
-    repetition. What stands before a piece is common to its tokens, so windows are held against the interaction of
-    whole texts with windows, not of single tokens. Components are unbiased, so a latent without one may have a little
-    below 0. `shift_position`, `shift_content` and `shift_interaction` are their shares, mean over latents that fire at
-    least 20 times; the three sum to 1. A latent that heeds content alone has (0, 1, 0); one that is open in one window
-    only, whatever it responds to there, has nearly all its variance in the interaction, so a mask does not win
-    `shift_position` by its construction.
+    repetition. The tokens of a piece share the text before it, so windows are compared with the interaction of whole
+    texts with windows, not of single tokens. Estimates are unbiased, so a component that is 0 may be estimated slightly
+    below 0. `shift_position`, `shift_content` and `shift_interaction` are the shares of the components, averaged over
+    latents that fire at least 20 times; they sum to 1. A latent that depends on content alone has shares (0, 1, 0). A
+    latent that is open in one window only has nearly all its variance in the interaction, whatever it responds to, so
+    a mask does not raise `shift_position` by construction.
     """
 
     def __init__(self, n_texts: int, length: int, n_windows: int, d_sae: int) -> None:
@@ -134,9 +142,9 @@ class ShiftDesign:
 
     def update(self, batch: Batch, codes: Codes) -> None:
         """Add kept tokens (`batch.kept()`) and their codes."""
-        text, place = batch.text.long(), batch.position.long() - 1
-        window = text * self._tokens.shape[1] + place // self._length - 1
-        content = text * self._length + place % self._length
+        text, offset = batch.text.long(), batch.position.long() - 1
+        window = text * self._tokens.shape[1] + offset // self._length - 1
+        content = text * self._length + offset % self._length
         value = codes.value
 
         def add(table: Tensor, row: Tensor, values: Tensor) -> None:
@@ -149,9 +157,10 @@ class ShiftDesign:
         self._tokens.view(-1).index_add_(0, window, torch.ones(len(text)))
 
     def measures(self, mask: str) -> list[Measure]:
-        """
+        """`shift_position`, `shift_content` and `shift_interaction`.
+
         Args:
-            mask: `on` or `lifted`; stands in the slice.
+            mask: `on` or `lifted`, reported in the slice.
 
         Raises:
             DegenerateResult: no latent fires often enough.
@@ -171,7 +180,7 @@ class ShiftDesign:
         window = self._window[..., counted].double()
 
         def shares(texts: Tensor) -> Tensor:
-            """[part]"""
+            """Shares of (position, content, interaction) on these texts."""
             content, squares = (part[texts].sum(0) for part in by_text)
             sums = window[texts]
             n = len(texts) * self._length

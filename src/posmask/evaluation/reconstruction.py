@@ -1,4 +1,4 @@
-"""How well codes give back the vectors: explained variance, L0, dead latents; overall and by position."""
+"""Reconstruction quality: explained variance, L0 and dead latents, overall and by position."""
 
 import torch
 from jaxtyping import Bool, Float
@@ -14,15 +14,17 @@ __all__ = ["Reconstruction", "dead_share"]
 
 
 class Reconstruction:
-    """Accumulates batches, then gives `explained_variance` and `l0`.
+    """Accumulates batches and computes `explained_variance` and `l0`.
 
     explained_variance = 1 - sum |v - v_hat|^2 / sum |v - mean|^2 over kept held-out tokens, in the model's units;
-    1 is perfect, 0 is no better than the mean. Overall, `mean` is the mean of all those tokens; at a position it is
-    the mean of the tokens there. Where no token is kept (position 0) or all vectors are equal it is NaN, never 0/0.
+    1 is perfect, 0 is no better than the mean. Overall, `mean` is the mean of all kept tokens; by position it is the
+    mean of the kept tokens at that position. It is NaN if no token is kept (position 0) or all vectors are equal.
 
-    l0 = mean number of non-zero codes a kept token.
+    l0 = mean number of non-zero codes per kept token.
 
     Args:
+        n_positions: positions per context.
+        n_texts: number of held-out texts.
         mean: of the kept held-out vectors.
     """
 
@@ -34,7 +36,7 @@ class Reconstruction:
         self._sum_at = torch.zeros(n_positions, len(mean), dtype=torch.float64)
 
     def update(self, batch: Batch, codes: Codes, reconstruction: Float[Tensor, "token d_model"]) -> None:
-        """Add kept tokens (`batch.kept()`), their codes and what those reconstruct."""
+        """Add kept tokens (`batch.kept()`), their codes and their reconstructions."""
         centered = batch.vectors.double() - self._mean
         squares = centered.square().sum(1)
         error = (batch.vectors.double() - reconstruction).square().sum(1)
@@ -49,21 +51,22 @@ class Reconstruction:
         self._sum_at.index_add_(0, position, centered)
 
     def measures(self) -> list[Measure]:
-        """
+        """`explained_variance` and `l0`, overall with confidence intervals over texts, and by position.
+
         Raises:
-            DegenerateResult: no code is ever active, or the codes explain nothing.
+            DegenerateResult: no code is ever active, or the codes explain no variance.
         """
-        spoken = self._by_text["n"] > 0  # texts that have tokens here: the units of the bootstrap
-        text = {name: values[spoken] for name, values in self._by_text.items()}
+        has_tokens = self._by_text["n"] > 0  # These texts are the units of the bootstrap.
+        text = {name: values[has_tokens] for name, values in self._by_text.items()}
         n = int(text["n"].sum())
         explained = 1 - float(text["error"].sum() / text["total"].sum())
         l0 = float(text["active"].sum() / n)
         if l0 == 0 or not explained > 0:
             raise DegenerateResult(
-                f"the SAE codes {l0:.3g} latents a token and explains {explained:.3g} of the variance on held-out "
-                "tokens: numbers made with it would mean nothing, so none are written; train it first"
+                f"the SAE has {l0:.3g} active latents per token and explains {explained:.3g} of the variance on "
+                "held-out tokens, so its metrics would be meaningless: train it first"
             )
-        found = [
+        measures = [
             ratio("explained_variance", text["total"] - text["error"], text["total"], n=n),
             ratio("l0", text["active"], text["n"], n=n),
         ]
@@ -73,22 +76,25 @@ class Reconstruction:
         for position, value in enumerate(by_position.tolist()):
             where = {"position": position}
             n_at = int(at["n"][position])
-            found.append(Measure("explained_variance", value, n=n_at, slice=where))
-            found.append(
+            measures.append(Measure("explained_variance", value, n=n_at, slice=where))
+            measures.append(
                 Measure("l0", float(self._active_at[position] / n_at) if n_at else torch.nan, n=n_at, slice=where)
             )
-        return found
+        return measures
 
 
 def dead_share(sae: SparseAutoencoder, dead: Bool[Tensor, " latent"]) -> list[Measure]:
-    """The share of dead latents, overall and among the latents open at each position (`n` counts latents).
+    """`dead_share`: the share of dead latents, overall and among the latents open at each position.
 
-    Dead: not active on the last `dead_after_eligible_tokens` training tokens at which the latent was open. So a
-    latent open at few positions is judged on as many chances to fire as one open everywhere.
+    A latent is dead if it was not active on the last `dead_after_eligible_tokens` training tokens at which it was open.
+    So latents open at few positions are judged on as many tokens as latents open everywhere. `n` counts latents.
+
+    Args:
+        dead: latents that were dead at the end of training.
     """
-    found = [Measure("dead_share", float(dead.float().mean()), n=len(dead))]
+    measures = [Measure("dead_share", float(dead.float().mean()), n=len(dead))]
     for position, row in enumerate(sae.mask.openness().detach()):
-        open_here = row > 0 if sae.mask.gates_code() else row >= 0
-        value = float(dead[open_here].float().mean()) if bool(open_here.any()) else torch.nan
-        found.append(Measure("dead_share", value, n=int(open_here.sum()), slice={"position": position}))
-    return found
+        is_open = row > 0 if sae.mask.gates_code() else row >= 0
+        value = float(dead[is_open].float().mean()) if bool(is_open.any()) else torch.nan
+        measures.append(Measure("dead_share", value, n=int(is_open.sum()), slice={"position": position}))
+    return measures

@@ -1,4 +1,4 @@
-"""Whether latents speak where they were specialized: retention with the mask lifted, and profile fidelity."""
+"""Whether latents fire where they are specialized: retention with the mask lifted, and profile fidelity."""
 
 from dataclasses import dataclass
 
@@ -23,9 +23,9 @@ __all__ = [
     "special_positions",
 ]
 
-N_FOLDS = 16  # Texts are dealt into folds: halves for choosing and measuring, and the units of the jackknife.
+N_FOLDS = 16  # Folds of texts: halves for choosing and measuring, and the units of the jackknife.
 HALVES = (slice(0, None, 2), slice(1, None, 2))
-MIN_FIRINGS = 20  # A latent without this many firings in each half has no share worth the name.
+MIN_FIRINGS = 20  # Below this many firings in a half, a latent's share is too noisy.
 
 
 class PositionMass:
@@ -37,7 +37,7 @@ class PositionMass:
         self.tokens: Float[Tensor, "fold position"] = torch.zeros(N_FOLDS, n_positions)
 
     def update(self, batch: Batch, codes: Codes, position_origin: PositionOrigin = "context") -> None:
-        """Add kept tokens (`batch.kept()`) and their codes, at positions counted in that way."""
+        """Add kept tokens (`batch.kept()`) and their codes, at positions counted from `position_origin`."""
         cell = batch.text.long() % N_FOLDS * self.tokens.shape[1] + batch.positions(position_origin).long()
         self.tokens.view(-1).index_add_(0, cell, torch.ones(len(cell)))
         entry = cell[codes.token] * codes.d_sae + codes.latent
@@ -45,10 +45,10 @@ class PositionMass:
         self.firings.view(-1).index_add_(0, entry, torch.ones(len(entry)))
 
     def counted(self) -> Bool[Tensor, " latent"]:
-        """The latents that fire often enough in each half of the texts.
+        """The latents that fire at least 20 times in each half of the texts.
 
         Raises:
-            DegenerateResult: there are none.
+            DegenerateResult: there are no such latents.
         """
         by_fold = self.firings.sum(1)
         counted = torch.stack([by_fold[half].sum(0) for half in HALVES]).amin(0) >= MIN_FIRINGS
@@ -62,7 +62,7 @@ class PositionMass:
 
 @dataclass(frozen=True)
 class SpecialPositions:
-    """The positions that each latent is said to have specialized in, for measuring on either half of the texts."""
+    """The positions (1, else 0) that each latent is specialized in, for measuring on each half of the texts."""
 
     for_half: tuple[Float[Tensor, "position latent"], Float[Tensor, "position latent"]]
 
@@ -70,28 +70,38 @@ class SpecialPositions:
 def special_positions(
     lifted: PositionMass, bound_positions: Bool[Tensor, "position latent"], n_top: int
 ) -> SpecialPositions:
-    """Those its mask bound a latent to; where it bound it to none, the `n_top` with most mass on the *other* half."""
-    unbound = bound_positions.all(0) | ~bound_positions.any(0)
-    bound, other = bound_positions.float(), []
-    for half in HALVES[::-1]:
-        top = lifted.mass[half].sum(0).topk(n_top, dim=0).indices
-        other.append(torch.where(unbound, torch.zeros_like(bound).scatter_(0, top, 1.0), bound))
-    return SpecialPositions((other[0], other[1]))
-
-
-def retention(lifted: PositionMass, special: SpecialPositions, *, after: float | None = None) -> list[Measure]:
-    """`retention` and `retention_chance`: does a latent stay where it was specialized once it may speak anywhere?
-
-    retention = mean over latents of (mass at the latent's positions) / (its mass), mask lifted, in [0, 1], measured
-    on one half of the texts and on the other, averaged. retention_chance = what that share would be if the latent
-    fired without regard to position: the share of kept tokens at its positions.
-
-    Latents without 20 firings in each half are left out; `n` counts those that remain. Intervals by jackknife over
-    folds of texts, the latents' positions held fixed.
+    """The positions that the mask binds a latent to; for unbound latents the `n_top` with most mass on the other half.
 
     Args:
         lifted: accumulated from codes with the mask lifted.
-        after: share of the original training steps that went on without the mask; stands in the slice.
+        bound_positions: positions that the mask binds each latent to.
+        n_top: positions per unbound latent.
+    """
+    unbound = bound_positions.all(0) | ~bound_positions.any(0)
+    bound, by_half = bound_positions.float(), []
+    for half in HALVES[::-1]:
+        top = lifted.mass[half].sum(0).topk(n_top, dim=0).indices
+        by_half.append(torch.where(unbound, torch.zeros_like(bound).scatter_(0, top, 1.0), bound))
+    return SpecialPositions((by_half[0], by_half[1]))
+
+
+def retention(lifted: PositionMass, special: SpecialPositions, *, after: float | None = None) -> list[Measure]:
+    """`retention` and `retention_chance`: whether latents still fire at their positions with the mask lifted.
+
+    retention = mean over latents of (mass at the latent's positions) / (its total mass) with the mask lifted, in
+    [0, 1], averaged over the two halves of the texts. retention_chance = the value for latents that fire independently
+    of position: the share of kept tokens at a latent's positions.
+
+    Latents with fewer than 20 firings in a half are left out; `n` counts the remaining ones. Intervals by jackknife
+    over folds of texts, with the latents' positions held fixed.
+
+    Args:
+        lifted: accumulated from codes with the mask lifted.
+        special: positions of each latent.
+        after: training without the mask, as a fraction of the original steps; reported in the slice.
+
+    Raises:
+        DegenerateResult: no latent fires often enough.
     """
     counted = lifted.counted()
     values: dict[str, list[Tensor]] = {"retention": [], "retention_chance": []}
@@ -105,43 +115,52 @@ def retention(lifted: PositionMass, special: SpecialPositions, *, after: float |
         for name, top, bottom in (("retention", inside, total), ("retention_chance", tokens_inside, n_tokens)):
             values[name].append((top.sum(0) / bottom.sum(0)).nanmean())
             without[name].append(((top.sum(0) - top) / (bottom.sum(0) - bottom)).nanmean(1))
-    found = []
-    for name, (one, other) in values.items():
-        value = float(one + other) / 2
-        # A fold left out of one half leaves the other half's value as it is.
-        folds = (without[name][0] + other) / 2, (one + without[name][1]) / 2
+    measures = []
+    for name, (first, second) in values.items():
+        value = float(first + second) / 2
+        # A fold left out of one half does not change the value of the other half.
+        folds = (without[name][0] + second) / 2, (first + without[name][1]) / 2
         where = None if after is None else {"after": f"{after:g}"}
-        found.append(Measure(name, value, *jackknife_interval(value, *folds), int(counted.sum()), where))
-    return found
+        measures.append(Measure(name, value, *jackknife_interval(value, *folds), int(counted.sum()), where))
+    return measures
 
 
 def retention_by_latent(
     lifted: PositionMass, special: SpecialPositions
 ) -> tuple[Float[Tensor, " latent"], Float[Tensor, " latent"]]:
-    """Each latent's own `retention` and `retention_chance`; NaN where it fires too seldom."""
+    """`retention` and `retention_chance` of each latent; NaN for latents with too few firings.
+
+    Args:
+        lifted: accumulated from codes with the mask lifted.
+        special: positions of each latent.
+    """
     counted = lifted.counted()
     shares, chances = [], []
     for half, positions in zip(HALVES, special.for_half, strict=True):
         mass, tokens = lifted.mass[half].sum(0), lifted.tokens[half].sum(0)
         shares.append((mass * positions).sum(0) / mass.sum(0))
         chances.append(tokens @ positions / tokens.sum())
-    nowhere = torch.full((len(counted),), torch.nan)
-    share, chance = (torch.where(counted, torch.stack(both).nanmean(0), nowhere) for both in (shares, chances))
+    missing = torch.full((len(counted),), torch.nan)
+    share, chance = (torch.where(counted, torch.stack(halves).nanmean(0), missing) for halves in (shares, chances))
     return share, chance
 
 
 def profile_fidelity(used: PositionMass, openness: Float[Tensor, "position latent"]) -> list[Measure]:
-    """`profile_fidelity`: the agreement of where latents speak with where their mask says they should.
+    """`profile_fidelity`: the agreement of latents' activation profiles with their openness.
 
-    For each latent, the overlap sum over p of min(q[p], o[p]) of two distributions over positions: q, its mean
-    activation at p; o, its openness at p; both scaled to sum 1 over the positions that have kept tokens. In [0, 1],
-    1 when they are equal. The mean over latents with at least 20 firings in each half of the texts.
+    For each latent, sum over p of min(q[p], o[p]) for two distributions over positions: its mean activation q and its
+    openness o, both scaled to sum 1 over the positions that have kept tokens. In [0, 1]; 1 if they are equal. Mean over
+    latents with at least 20 firings in each half of the texts.
 
-    A strict mask raises this number by its construction, and few firings lower it for everyone (a finite sample is
-    never as flat as an open mask): read it beside retention, never alone.
+    A strict mask raises this number by construction, and few firings lower it for all masks (a finite sample is never
+    as flat as an open mask). Interpret it together with retention.
 
     Args:
-        used: accumulated from codes as the SAE is used, mask in place.
+        used: accumulated from codes with the mask.
+        openness: of the mask.
+
+    Raises:
+        DegenerateResult: no latent fires often enough.
     """
     counted = used.counted()
     by_fold = used.mass[..., counted]
@@ -159,10 +178,10 @@ def profile_fidelity(used: PositionMass, openness: Float[Tensor, "position laten
 
 
 def mask_measures(mask: PositionMask) -> list[Measure]:
-    """`mean_openness` and `strictness` of what the mask ended as, over the positions after BOS.
+    """`mean_openness` and `strictness` of the mask over the positions after BOS.
 
-    strictness = mean over latents of 1 - (least openness) / (largest): 0 where latents are equally open everywhere,
-    1 where they are closed somewhere. Latents that are closed everywhere count as strict.
+    strictness = mean over latents of 1 - (smallest openness) / (largest openness): 0 if every latent is equally open
+    everywhere, 1 if every latent is closed somewhere. Latents that are closed everywhere count as strict.
     """
     openness = mask.openness().detach()[1:]
     contrast = 1 - openness.amin(0) / openness.amax(0).clamp(min=1e-30)

@@ -11,46 +11,51 @@ __all__ = ["EvaluationSettings"]
 
 
 class EvaluationSettings(BaseModel):
-    """What each cell is asked, and with how much."""
+    """The metrics, tasks and sample sizes of the evaluation of each cell."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     retention_positions: int = Field(gt=0)
-    """How many top positions stand in for a mask, for latents whose mask binds them to none."""
+    """Positions with the largest mass that count as specialized, for latents that the mask binds to no positions."""
     forgetting_fractions: tuple[Annotated[float, Field(ge=0)], ...] = (0, 0.05, 0.1, 0.25, 0.5, 1)
-    """For cells with `measure_forgetting`: fractions of the steps without mask after which retention is measured."""
+    """For cells with `measure_forgetting`: steps without the mask, as fractions of the training steps, after which
+    retention is measured."""
     shift_texts: int = Field(default=48, gt=1)
-    """Pieces of text in the shift design."""
+    """Number of text pieces in the shift design."""
     shift_windows: int = Field(default=5, ge=4)
-    """In how many windows of the context each piece is seen."""
+    """Windows of the context that each piece is placed in."""
     model_contexts: int = Field(gt=1)
-    """Whole held-out contexts on which the model goes on from replaced vectors, at least two a causal window."""
+    """Held-out contexts on which the model continues from replaced vectors; at least two per causal window."""
     causal_windows: int = Field(default=4, gt=1)
-    """How many windows of positions the causal test tells apart."""
+    """Windows of positions in the causal test."""
     order_tasks: tuple[str, ...]
+    """Names of order tasks."""
     order_train_groups: int = Field(gt=0)
+    """Training groups per order task."""
     order_test_groups: int = Field(gt=1)
+    """Test groups per order task."""
     order_segments: int = Field(default=8, gt=1)
-    """Position segments of the segment-pooled rival of the unmasked SAE."""
+    """Position segments of the segment-pooling baseline, which pools the codes of the unmasked SAE per segment."""
     probe_datasets: tuple[str, ...]
-    """Embedded roles, or SAEBench's datasets by their hub names."""
+    """Names of embedded probe datasets, or of SAEBench's datasets on the hub."""
     probe_train: int = Field(gt=1)
-    """Training texts a probe, half of them of its class; capped at what the dataset has, with the test texts."""
+    """Training texts per probe, half of them of its class; reduced with the test texts if a dataset has fewer."""
     probe_test: int = Field(gt=1)
+    """Test texts per probe, half of them of its class."""
     probe_protocol: datasets.Protocol = "default"
-    """`saebench` repeats sae-bench's two habits that make numbers optimiztic or noisy; see docs/metrics.md."""
+    """`saebench` reproduces two choices of sae-bench that make numbers optimistic or noisy; see docs/metrics.md."""
     ks: tuple[Annotated[int, Field(gt=0)], ...] = Field(default=(1, 5, 20, 50), min_length=1)
-    """How many latents a probe may use."""
+    """Numbers of latents that probes use."""
 
     @model_validator(mode="after")
     def _enough_to_measure(self) -> "EvaluationSettings":
         if self.model_contexts < 2 * self.causal_windows:
             raise ValueError(
                 f"model_contexts = {self.model_contexts} gives {self.causal_windows} causal windows less than two "
-                "contexts each: raise the one or lower the other"
+                "contexts each: raise model_contexts or lower causal_windows"
             )
         if not {1, 5} <= set(self.ks):
-            raise ValueError(f"ks = {list(self.ks)} lacks 1 or 5, which tables and verdicts rest on: add them")
+            raise ValueError(f"ks = {list(self.ks)} lacks 1 or 5, which tables and comparisons use: add them")
         return self
 
     @model_validator(mode="after")

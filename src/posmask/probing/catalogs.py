@@ -1,7 +1,7 @@
-"""Sentences of one program's messages, in five languages: for telling languages apart, and their order.
+"""Sentences from the messages of one program in five languages, for tasks on languages and their order.
 
-The messages come from one translated program, so the languages speak of the same things, and a probe cannot tell
-them by topic. What no reader would call a sentence is left out.
+The messages are translations of each other, so a probe cannot distinguish the languages by topic. Messages that are not
+sentences are left out.
 """
 
 import re
@@ -16,9 +16,9 @@ _SHORTEST, _LONGEST = 5, 60  # Words.
 
 
 def sentences_by_language(split: tokens.EvalSplit) -> dict[str, list[str]]:
-    """One split's sentences of each of `LANGUAGES`, each once.
+    """The unique sentences of one split in each of `LANGUAGES`.
 
-    A text that stands in two languages (untranslated, or the same in both) is in neither.
+    A text that occurs in two languages (untranslated, or equal in both) is left out of both.
     """
     by_language = {
         language: tokens.unique_texts(filter(_is_sentence, embedded.read_messages(language).values()), split)
@@ -37,20 +37,20 @@ def sentences_by_language(split: tokens.EvalSplit) -> dict[str, list[str]]:
 
 
 def translations(language: str) -> dict[str, str]:
-    """English sentences -> the same message in another language; no text stands on either side twice.
+    """English sentences and the same messages in another language. No text occurs twice.
 
-    On both sides of the wall between training and evaluation: whoever uses one text of a pair asks for its own side.
+    Sentences are from all splits; callers filter the texts that they use by split.
     """
     translated = embedded.read_messages(language)
-    found: dict[str, str] = {}
+    pairs: dict[str, str] = {}
     seen: set[str] = set()
     for name, english in embedded.read_messages("en").items():
         other = translated.get(name, "")
         keys = {tokens.text_key(english), tokens.text_key(other)}
         if _is_sentence(english) and _is_sentence(other) and len(keys) == 2 and not keys & seen:
-            found[english] = other
+            pairs[english] = other
             seen |= keys
-    return found
+    return pairs
 
 
 def _is_sentence(text: str) -> bool:

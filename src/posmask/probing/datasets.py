@@ -1,8 +1,8 @@
-"""Standard sparse probing: labeled datasets, one probe a class against the others, as SAEBench does it.
+"""Standard sparse probing: labeled datasets with one probe per class against the other classes, as in SAEBench.
 
-Two protocols. `saebench` is that of sae-bench 0.6.0 to the letter, its random draws included: negatives are drawn
-anew for every k, and the probe on all features reports its best epoch on the test texts. `default` differs in these
-two alone: one draw serves every k and every source, and the epoch is chosen on training texts set apart.
+There are two protocols. `saebench` reproduces sae-bench 0.6.0, including its random draws: negatives are redrawn for
+every k, and the probe on all features reports its best epoch on the test texts. `default` differs in these two points:
+all k and sources use the same negatives, and the epoch is chosen on held-out training texts.
 """
 
 import math
@@ -39,8 +39,8 @@ Protocol = Literal["default", "saebench"]
 SAEBENCH_SEED = 42
 
 DATASETS: dict[str, dict[str, tuple[str, str]]] = {
-    # name: {class: (embedded table, label)}. The roles that SAEBench's datasets play, from the same sources where the
-    # embedded tables have them; they are not the hub's datasets and do not go under their names.
+    # name: {class: (embedded table, label)}. Counterparts of SAEBench's datasets, from the same sources if the embedded
+    # tables have them. They differ from the hub's datasets, so their names differ too.
     "ag_news": {  # fancyzhx/ag_news, without its fourth class
         "world": ("161_agnews_0", "1"),
         "sports": ("162_agnews_1", "1"),
@@ -76,7 +76,7 @@ DATASETS: dict[str, dict[str, tuple[str, str]]] = {
 
 @dataclass(frozen=True)
 class ProbeDataset:
-    """Texts with one class each; `train` says on which side of the probe's split each stands."""
+    """Texts with the index of their class; `train` is True for the training texts of probes."""
 
     name: str
     classes: tuple[str, ...]
@@ -89,12 +89,12 @@ SENTENCE_LANGUAGE = "sentence_language"  # Helsinki-NLP/europarl: the language o
 
 
 def dataset_names() -> tuple[str, ...]:
-    """All names that `read_probe_dataset` knows: the embedded roles, then SAEBench's datasets by their hub names."""
+    """All names that `read_probe_dataset` accepts: embedded datasets, then SAEBench's datasets by their hub names."""
     return (*DATASETS, SENTENCE_LANGUAGE, *HUB_DATASETS)
 
 
 def class_names(name: str) -> tuple[str, ...]:
-    """The classes of a dataset, known without reading it."""
+    """The classes of a dataset, without reading it."""
     if name in HUB_DATASETS:
         return tuple(HUB_DATASETS[name].classes)
     return LANGUAGES if name == SENTENCE_LANGUAGE else tuple(DATASETS[name])
@@ -103,17 +103,20 @@ def class_names(name: str) -> tuple[str, ...]:
 def read_probe_dataset(
     name: str, n_train: int, n_test: int, max_characters: int, split: tokens.EvalSplit = "evaluation"
 ) -> ProbeDataset:
-    """A dataset with as many texts of every class.
+    """Read a dataset with the same number of texts in every class.
 
     Args:
-        n_train: how many texts a probe is fitted on, half of them of its class; lowered to what the smallest class
-            has, in the same ratio as `n_test`.
-        n_test: how many it is tested on, likewise.
-        max_characters: texts are cut to this length (far beyond the context).
-        split: of the embedded texts; the hub's datasets have splits of their own, which stay as they are.
+        name: one of `dataset_names()`.
+        n_train: training texts per probe, half of them of its class; reduced with `n_test` in the same ratio if the
+            smallest class has fewer.
+        n_test: test texts per probe, half of them of its class.
+        max_characters: texts are truncated to this length, which is far longer than the context.
+        split: of the embedded texts; the hub's datasets keep the splits that they have.
 
     Raises:
-        BadSetting: no such dataset, a class of it is missing, or it has too few texts to probe.
+        BadSetting: no dataset has this name, one of its classes has no texts, or it has too few texts to probe.
+        MissingAsset: the embedded texts or the hub are unavailable.
+        MissingExtra: a dataset on the hub needs the package `datasets`, which is not installed.
     """
     if name in HUB_DATASETS:
         sides = read_hub_texts(name, n_train, n_test, SAEBENCH_SEED)
@@ -134,13 +137,15 @@ def read_probe_dataset(
 def _embedded_texts(
     name: str, n_train: int, n_test: int, split: tokens.EvalSplit
 ) -> dict[str, tuple[list[str], list[str]]]:
-    """Each class's (training, test) texts, none of which may train an SAE."""
+    """The (training, test) texts of each class, from a split that SAEs do not train on."""
     by_class: dict[str, list[str]] = {}
     if name == SENTENCE_LANGUAGE:
         by_class = sentences_by_language(split)
     seen: set[str] = set()
     for label, (table, target) in DATASETS.get(name, {}).items():
-        texts = tokens.unique_texts((text for text, found in embedded.read_table(table) if found == target), split)
+        texts = tokens.unique_texts(
+            (text for text, row_label in embedded.read_table(table) if row_label == target), split
+        )
         by_class[label] = [text for text in texts if tokens.text_key(text) not in seen]
         seen.update(tokens.text_key(text) for text in texts)
     for label, texts in by_class.items():
@@ -167,18 +172,25 @@ def probe_accuracy(
     random: torch.Generator | None = None,
     on_fit: OnFit = lambda *fit: None,
 ) -> list[Measure]:
-    """`probe_accuracy`: the share of test texts that probes get right, mean over classes; chance is 0.5.
+    """`probe_accuracy`: the share of test texts that probes classify correctly, mean over classes; chance is 0.5.
 
-    For each class, positives are all its texts and negatives as many, drawn evenly from the other classes; training
-    and test sets are exactly balanced. `k=all` is the probe on all features, where `on_all`. One measure a dataset and
-    k, and one for each class of it (`class` in the slice). Intervals by bootstrap over test texts, which one class's
-    positives and another's negatives share.
+    The positives of a class are all its texts. The same number of negatives is drawn evenly from the other classes, so
+    training and test sets are exactly balanced. Returns one measure per k, and one per k and class (`class` in the
+    slice). Intervals by bootstrap over test texts, which are positives of one class and may be negatives of others.
 
     Args:
-        features: one row a text, in the dataset's order; texts without kept tokens are left out.
-        random: for the `saebench` protocol: the stream that sae-bench draws from, seeded once a run and handed on
+        features: one row per text, in the dataset's order; texts without kept tokens are left out.
+        ks: numbers of features of the k-sparse probes.
+        source: reported in the slice.
+        pooling: name of the pooling of `features`, reported in the slice.
+        on_all: add the probe on all features, as `k=all`.
+        random: for the `saebench` protocol: the generator that sae-bench draws from, seeded once per run and passed
             from dataset to dataset.
-        on_fit: told of the probes, one a class.
+        on_fit: called with the probes of the classes in order.
+
+    Raises:
+        BadSetting: a class or its negatives have no texts with kept tokens.
+        DegenerateResult: the chosen features are constant over the training texts.
     """
     kept = features.n_tokens > 0
     numbers = range(len(dataset.classes))
@@ -196,12 +208,11 @@ def probe_accuracy(
             right[k] = k_sparse_correct(features, tasks[k], (k,), on_fit)[k]
     else:
         streams = [generator(number, f"probe {dataset.name}") for number in numbers]
-        once = [_task(dataset, kept, number, stream) for number, stream in zip(numbers, streams, strict=True)]
+        shared_tasks = [_task(dataset, kept, number, stream) for number, stream in zip(numbers, streams, strict=True)]
         if on_all:
-            right["all"] = [all_feature_correct(features, *pair) for pair in zip(once, streams, strict=True)]
-        for k, found in k_sparse_correct(features, once, ks, on_fit).items():
-            right[k] = found
-        tasks = dict.fromkeys(right, once)
+            right["all"] = [all_feature_correct(features, *pair) for pair in zip(shared_tasks, streams, strict=True)]
+        right |= k_sparse_correct(features, shared_tasks, ks, on_fit)
+        tasks = dict.fromkeys(right, shared_tasks)
     measures = []
     for k, by_class in right.items():
         where = {"dataset": dataset.name, "k": k, "source": source, "pooling": pooling, "protocol": protocol}
@@ -213,7 +224,7 @@ def probe_accuracy(
             measures.append(
                 ratio("probe_accuracy", correct.double(), slice={**where, "train": n_train, "class": label})
             )
-        # Over all texts that probes may be tested on, so that the units are the same in every cell.
+        # All texts that probes may be tested on, so that the units are the same in every cell.
         tested = ~dataset.train & kept
         n_train = min(len(task.train) for task in tasks[k])
         measures.append(ratio("probe_accuracy", top[tested], bottom[tested], slice={**where, "train": n_train}))
@@ -221,7 +232,7 @@ def probe_accuracy(
 
 
 def _task(dataset: ProbeDataset, kept: Bool[Tensor, " text"], number: int, random: torch.Generator) -> ProbeTask:
-    """One class against the others; draws from `random` as sae-bench's `prepare_probe_data` does, training first."""
+    """A class against the others, with the draws of sae-bench's `prepare_probe_data`, training texts first."""
     sides = []
     for train in (True, False):
         of_class = [

@@ -1,4 +1,4 @@
-"""The order tasks as files that others can use: one JSON line a text, and a page that says what they are."""
+"""Write the order tasks to files: one JSON line per text, and a README that describes them."""
 
 import inspect
 import json
@@ -25,17 +25,23 @@ def write_order_tasks(
     seed: int = 0,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Write every task as `<task>.jsonl`, with a README.md, in one step: the folder is there and whole, or not there.
+    """Write every task as `<task>.jsonl`, with a README.md. The folder is written atomically.
 
-    A task that has fewer groups than were asked for is written with what it has, and `say` is told. A folder already
-    made from the same settings is left as it is.
+    A task with fewer groups than requested is written with all its groups, and reported. A folder that was already
+    written with the same settings is unchanged.
 
     Args:
-        n_positions: texts are shorter than this in tokens, so that they fit a context behind its BOS.
+        tokenizer_name: reported in the README.
+        folder: new or empty.
+        n_positions: texts have fewer tokens than this, so that they fit into a context after its BOS.
+        n_train_groups: training groups per task.
+        n_test_groups: test groups per task.
+        seed: of the groups.
+        say: called with each line to report.
 
     Raises:
-        BadSetting: the folder holds something else.
-        NothingToDo: no group of some task fits the context.
+        BadSetting: the folder has other contents.
+        NothingToDo: no group of a task fits the context.
     """
     made_from = {
         "what": "order tasks",
@@ -48,11 +54,11 @@ def write_order_tasks(
         "carriers": {carrier.package: carrier.wheel_sha256 for carrier in embedded.CARRIERS},
     }
     if finished(folder, made_from):
-        say(f"{folder} was made from the same settings and stays as it is.")
+        say(f"{folder} was written with the same settings and is unchanged.")
         return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        found = "was made from other settings" if (folder / MANIFEST).is_file() else "holds something else"
-        raise BadSetting(f"{folder} {found}: name a new folder, or remove that one")
+        reason = "was written with other settings" if (folder / MANIFEST).is_file() else "has other contents"
+        raise BadSetting(f"{folder} {reason}: name a new folder, or remove this one")
     tasks = []
     for name in ORDER_TASKS:
         task = find_groups(name, tokenizer, n_positions, n_train_groups, n_test_groups, seed=seed)
@@ -60,7 +66,7 @@ def write_order_tasks(
         if not task.n_train_groups or not task.n_test_groups:
             raise NothingToDo(f"{name} has {counts} that fit {n_positions} positions: raise n_positions")
         fewer = task.n_train_groups < n_train_groups or task.n_test_groups < n_test_groups
-        say(f"{name}: {counts}" + (f", all there are ({n_train_groups} and {n_test_groups} asked for)" * fewer))
+        say(f"{name}: {counts}" + (f", all available ({n_train_groups} and {n_test_groups} requested)" * fewer))
         tasks.append(task)
     with write_folder(
         folder, made_from, groups={task.name: [task.n_train_groups, task.n_test_groups] for task in tasks}
@@ -94,16 +100,16 @@ def _readme(tasks: list[OrderTask], made_from: dict[str, Any]) -> str:
 
 _HEAD = """# Order-sensitive tasks
 
-Texts in groups. The texts of a group hold **exactly the same token ids, equally often, in different orders** under
-the tokenizer `{tokenizer}`, and each has another class. So whatever sees only
-which tokens a text holds, and how often, gets exactly one text of each group right: 1/K of all, for K classes. This was
-checked for every group, and groups that fail were left out. Under another tokenizer it need not hold: make the files
-again for it.
+The texts of a group contain **exactly the same token ids, equally often, in different orders** under the tokenizer
+`{tokenizer}`, and each text has a different class. A classifier that only sees which tokens a text
+contains, and how often, therefore classifies exactly one text of each group correctly: 1/K of all texts, for K classes.
+This was checked for every group, and groups that fail were left out. It need not hold under another tokenizer: write
+the files again for that tokenizer.
 
-A group stands whole on one side of the split, as does what it was made of ("split by" below). Texts have fewer
-than {n_positions} tokens. Seed {seed}; {train_groups} training and {test_groups} test groups were asked for.
+All texts of a group are in the same split, as is the material it was made of ("split by" below). Texts have fewer
+than {n_positions} tokens. Seed {seed}; {train_groups} training and {test_groups} test groups were requested.
 
-One file a task, one JSON object a line:
+One file per task, one JSON object per line:
 
 | field | meaning |
 |---|---|

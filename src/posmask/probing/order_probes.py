@@ -1,7 +1,7 @@
-"""Probes on order tasks, and the controls that show what else could have given their accuracy.
+"""Probes on order tasks, and controls for other explanations of their accuracy.
 
-Chance is 0.5 throughout: where a task has more than two classes there is one probe a class against one other text of
-the same group, so that every probe's texts come in pairs of equal bags of tokens.
+Chance is 0.5 for every probe. A task of more than two classes has one probe per class, against one other text of the
+same group, so the texts of every probe come in pairs of equal bags of tokens.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ N_PERMUTATIONS = 5
 
 
 def order_tokens(task: OrderTask, tokenizer: tokens.Tokenizer, n_positions: int) -> tokens.Tokens:
-    """A task's texts as tokens, and after them its test texts once more with their tokens in random order."""
+    """The tokens of a task's texts, followed by copies of its test texts with their tokens in random order."""
     test = torch.arange(task.n_train_groups * task.n_classes, len(task.texts))
     return tokens.with_shuffled(tokens.pad(task.texts, tokenizer, n_positions), test, tokenizer)
 
@@ -36,16 +36,17 @@ def order_tokens(task: OrderTask, tokenizer: tokens.Tokenizer, n_positions: int)
 def order_accuracy(
     task: OrderTask, features: PooledTexts, ks: Sequence[int], pooling: str, on_fit: OnFit = lambda *fit: None
 ) -> list[Measure]:
-    """The share of test texts whose order a k-sparse probe tells, mean over classes, and the same for two controls.
+    """`order_accuracy`: the share of test texts that a k-sparse probe classifies correctly, with two controls.
 
-    `order_accuracy` is the number. `order_shuffled` is the same probe on test texts whose tokens are shuffled, and
-    `order_permuted` the mean of 5 probes whose training labels were swapped in half of the groups, at random: both must
-    lie at 0.5. Units are test groups.
+    Means over classes. `order_shuffled` is the accuracy of the same probe on test texts with shuffled tokens.
+    `order_permuted` is the mean accuracy of 5 probes whose training labels are swapped in a random half of the groups.
+    Both controls are 0.5 in expectation. Units are test groups.
 
     Args:
-        features: one row for each text of `order_tokens`.
-        pooling: how they were pooled; stands in the slice.
-        on_fit: told of the probes, one for each of `positives(task)`, and after them the permuted ones.
+        features: one row per text of `order_tokens`.
+        ks: numbers of features.
+        pooling: name of the pooling of `features`, reported in the slice.
+        on_fit: called with the probes of `positives(task)` in order, followed by the permuted probes.
     """
     n_texts = len(task.texts)
     test = torch.arange(task.n_train_groups, task.n_train_groups + task.n_test_groups)
@@ -55,33 +56,33 @@ def order_accuracy(
         train_pairs, train_label = _pairs(task, train, positive)
         test_pairs, test_label = _pairs(task, test, positive)
         shuffled = test_pairs + n_texts - task.n_train_groups * task.n_classes
-        asked = torch.cat([test_pairs, shuffled]), test_label.repeat(2)
-        probes.append(ProbeTask(train_pairs, train_label, *asked))
+        tested = torch.cat([test_pairs, shuffled]), test_label.repeat(2)
+        probes.append(ProbeTask(train_pairs, train_label, *tested))
         for draw in range(N_PERMUTATIONS):
             swap = torch.rand(len(train), generator=generator(positive, f"permuted {task.name} {draw}")) < 0.5
-            permuted.append(ProbeTask(train_pairs, train_label ^ swap.repeat_interleave(2), *asked))
-    found = []
+            permuted.append(ProbeTask(train_pairs, train_label ^ swap.repeat_interleave(2), *tested))
+    measures = []
     for k, correct in k_sparse_correct(features, [*probes, *permuted], ks, on_fit).items():
         by_group = torch.stack([right.double().view(2, -1, 2).mean(2) for right in correct])
-        own, other = by_group[: len(probes)].mean(0), by_group[len(probes) :].mean(0)
+        accuracy, permuted_accuracy = by_group[: len(probes)].mean(0), by_group[len(probes) :].mean(0)
         where = {"task": task.name, "k": k, "pooling": pooling}
-        found += [
-            ratio("order_accuracy", own[0], slice=where),
-            ratio("order_shuffled", own[1], slice=where),
-            ratio("order_permuted", other[0], slice=where),
+        measures += [
+            ratio("order_accuracy", accuracy[0], slice=where),
+            ratio("order_shuffled", accuracy[1], slice=where),
+            ratio("order_permuted", permuted_accuracy[0], slice=where),
         ]
-    return found
+    return measures
 
 
 def positives(task: OrderTask) -> range:
-    """The classes that have a probe of their own."""
+    """The classes with a probe: all classes, or class 1 of a task of two classes."""
     return range(1, 2) if task.n_classes == 2 else range(task.n_classes)
 
 
 def _pairs(
     task: OrderTask, groups: Int[Tensor, " group"], positive: int
 ) -> tuple[Int[Tensor, " text"], Bool[Tensor, " text"]]:
-    """The positive class's text and one other of each group, group by group, with their labels."""
+    """The text of the positive class and one other text of each group, group by group, with their labels."""
     other = (positive + 1 + groups % (task.n_classes - 1)) % task.n_classes
     first = groups * task.n_classes
     pairs = torch.stack([first + positive, first + other], 1).flatten()
@@ -89,7 +90,11 @@ def _pairs(
 
 
 def bag_accuracy(task: OrderTask, tokenizer: tokens.Tokenizer) -> list[Measure]:
-    """`order_bag_accuracy`: the same split, K classes, from token counts alone: exactly 1/K, or the task leaks."""
+    """`order_bag_accuracy`: accuracy of a classifier of the K classes on token counts, which must be 1/K.
+
+    Raises:
+        BadSetting: the accuracy is not 1/K, so the groups of the task do not have equal token counts.
+    """
     rows = tokenizer(list(task.texts), add_special_tokens=False)["input_ids"]
     text = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
     counts = csr_matrix((np.ones(len(text)), (text, np.concatenate(rows).astype(np.int64))))
@@ -100,14 +105,14 @@ def bag_accuracy(task: OrderTask, tokenizer: tokens.Tokenizer) -> list[Measure]:
     accuracy = float((probe.predict(counts[cut:]) == labels[cut:]).mean())
     if abs(accuracy - 1 / task.n_classes) > 1e-9:
         raise BadSetting(
-            f"a bag of words scores {accuracy} on {task.name}, not exactly 1/{task.n_classes}: its groups do not hold "
-            "equal bags under this tokenizer, leave the task out"
+            f"a bag of words scores {accuracy} on {task.name}, not exactly 1/{task.n_classes}: its groups do not "
+            "have equal token counts under this tokenizer; remove the task"
         )
     return [Measure("order_bag_accuracy", accuracy, n=task.n_test_groups, slice={"task": task.name})]
 
 
 def edge_accuracy(task: OrderTask, tokenizer: tokens.Tokenizer) -> list[Measure]:
-    """`order_edges`: what the first three and the last three tokens alone tell, in the pairs of `order_accuracy`."""
+    """`order_edges`: accuracy of probes on the first three and last three tokens, on the pairs of `order_accuracy`."""
     edges = edge_features(task, tokenizer)
     train = torch.arange(task.n_train_groups)
     test = torch.arange(task.n_train_groups, task.n_train_groups + task.n_test_groups)

@@ -1,14 +1,13 @@
-"""Order-sensitive tasks: classes that hold the same multiset of tokens, so that only order can tell them apart.
+"""Order-sensitive tasks: the classes of a task have the same multisets of tokens and differ only in their order.
 
-A task is a list of groups; a group has one text a class, and all its texts have exactly the same token ids in
-different orders. Any function of the bag of tokens therefore gets exactly one of a group's K texts right: 1/K is a
-proof, not a statistic. Groups whose tokens are not equal under the tokenizer are dropped, and a group stays whole on
-one side of the split, as do the articles, people and nouns that it is made of. Every part that moves begins with a
-space, between a beginning and an end that all texts of the task share, so that moving it changes no token.
+A task is a list of groups. A group has one text per class, and all its texts have exactly the same token ids in
+different orders. Any function of the bag of tokens therefore classifies exactly one of the K texts of a group
+correctly, so its accuracy is 1/K by construction. Groups with unequal tokens under the tokenizer are dropped. All texts
+of a group are in the same split, as are the articles, people and nouns they are made of. Every part that moves begins
+with a space and lies between a beginning and an end that all texts of the task share, so moving it changes no token.
 
-To add a task: write a function from a random generator and the split of the texts to be used to two iterators of
-groups (for training probes, for testing them), whose docstring says how the groups are made, and enter it in
-`ORDER_TASKS` with what its classes mean.
+To add a task, write a function that takes a random generator and a split and returns two iterators of groups (training
+and test). Its docstring describes the groups. Add it to `ORDER_TASKS` with the meanings of its classes.
 """
 
 import re
@@ -29,13 +28,13 @@ from posmask.seeds import generator
 
 __all__ = ["ORDER_TASKS", "OrderRecipe", "OrderTask", "edge_features", "find_groups", "make_order_task"]
 
-Group = tuple[str, ...]  # One text a class, in the order of the classes.
+Group = tuple[str, ...]  # One text per class, in the order of the classes.
 _Groups = tuple[Iterator[Group], Iterator[Group]]  # Training and test groups.
 
 
 @dataclass(frozen=True)
 class OrderTask:
-    """Texts in whole groups: text `g * n_classes + c` is class c of group g; the first `n_train_groups` train."""
+    """Texts of complete groups: text `g * n_classes + c` is class c of group g; the first `n_train_groups` train."""
 
     name: str
     n_classes: int
@@ -46,9 +45,14 @@ class OrderTask:
 
 @dataclass(frozen=True)
 class OrderRecipe:
-    """How a task's groups are made, and what there is to say of it.
+    """How a task's groups are made, and its description.
 
-    `labels` holds what each class means; `sources` each carrier and what of it is used.
+    Args:
+        groups: makes (training, test) groups from a random generator and a split.
+        question: that the task asks of a text.
+        labels: meaning of each class.
+        split_by: what is never in both the training and the test groups.
+        sources: each carrier with a description of the part that is used.
     """
 
     groups: Callable[[torch.Generator, tokens.EvalSplit], _Groups]
@@ -77,7 +81,7 @@ def _in_rounds(lists: Iterable[list[_Item]]) -> Iterator[_Item]:
 
 def _texts(table: str, split: tokens.EvalSplit, label: str | None = None) -> list[str]:
     return tokens.unique_texts(
-        (text for text, found in embedded.read_table(table) if label is None or found == label), split
+        (text for text, row_label in embedded.read_table(table) if label is None or row_label == label), split
     )
 
 
@@ -86,36 +90,36 @@ def _opening(text: str, n_words: int) -> str:
 
 
 def _each_once(groups: Iterable[tuple[str, ...]], seen: set[str]) -> list[tuple[str, ...]]:
-    """The groups of parts none of which was seen before, in order; their parts are seen from then on."""
-    found = []
+    """The groups of distinct parts that are not in `seen`, in order; their parts are added to `seen`."""
+    unseen = []
     for parts in groups:
         if len(set(parts)) == len(parts) and not seen.intersection(parts):
             seen.update(parts)
-            found.append(parts)
-    return found
+            unseen.append(parts)
+    return unseen
 
 
 def _in_both_orders(start: str, pairs: Iterable[tuple[str, ...]]) -> Iterator[Group]:
-    """Two parts the other way round (class 0) and as they come (class 1)."""
+    """Two parts in reversed order (class 0) and in the given order (class 1)."""
     for first, second in pairs:
         yield f"{start} {second} ; {first} ;", f"{start} {first} ; {second} ;"
 
 
 def _articles(random: torch.Generator, split: tokens.EvalSplit) -> tuple[list[list[str]], list[list[str]]]:
-    """The whole sentences of news articles, article by article: of those for training, and of those for test.
+    """The complete sentences of news articles, by article, for the training and for the test articles.
 
-    A sentence ends with a word in lower case and a full stop, so "U.S." and "Sen." end none. Headlines and first
-    sentences, which begin with a place and an agency, are left out.
+    A sentence ends with a word in lower case and a full stop, so "U.S." and "Sen." do not end sentences. Headlines and
+    first sentences, which begin with a place and an agency, are left out.
     """
     articles = []
     for text in _texts("100_news_fake", split, "1"):
-        found, words = [], []
+        sentences, words = [], []
         for word in text.partition("\n")[2].split():
             words.append(word)
             if _LAST_WORD.fullmatch(word):
-                found.append(" ".join(words))
+                sentences.append(" ".join(words))
                 words = []
-        articles.append(found[1:])
+        articles.append(sentences[1:])
     return _halves(_shuffled(articles, random))
 
 
@@ -142,9 +146,9 @@ _TOPICS = ("Politics", "Technology", "Sport")
 
 
 def _contrast_order(random: torch.Generator, split: tokens.EvalSplit) -> _Groups:
-    """A review of one good and one bad phrase, "Review: P, but N." or "Review: N, but P.": the last one's polarity.
+    """A review of one good and one bad phrase, "Review: P, but N." or "Review: N, but P.": the last phrase's polarity.
 
-    No phrase is in more than one group, and none of the test phrases lies within a training phrase or around one.
+    No phrase is in more than one group, and no test phrase contains a training phrase or is contained in one.
     """
     sides = []
     for label in ("1", "0"):
@@ -160,7 +164,7 @@ def _contrast_order(random: torch.Generator, split: tokens.EvalSplit) -> _Groups
 
 
 def _chronology(random: torch.Generator, split: tokens.EvalSplit) -> _Groups:
-    """Two people and their years of birth: was the first named one born earlier? At least 20 years lie between.
+    """Two people and their years of birth, at least 20 years apart: was the person named first born earlier?
 
     No person is in more than one group.
     """
@@ -171,9 +175,9 @@ def _chronology(random: torch.Generator, split: tokens.EvalSplit) -> _Groups:
     names = _shuffled(list(people), random)
 
     def groups(names: list[str]) -> Iterator[Group]:
-        for one, other in zip(names[::2], names[1::2], strict=False):
-            if abs(int(people[one]) - int(people[other])) >= 20:
-                early, late = sorted((one, other), key=lambda name: int(people[name]))
+        for name_a, name_b in zip(names[::2], names[1::2], strict=False):
+            if abs(int(people[name_a]) - int(people[name_b])) >= 20:
+                early, late = sorted((name_a, name_b), key=lambda name: int(people[name]))
                 first, second = (f" {name} was born in {people[name]} ;" for name in (early, late))
                 yield f"People:{second}{first}", f"People:{first}{second}"
 
@@ -186,20 +190,20 @@ def _agreement_swap(random: torch.Generator, split: tokens.EvalSplit) -> _Groups
 
     No noun is in both splits. A third of the nouns is for validation.
     """
-    own = [noun for n, noun in enumerate(_NOUNS) if (n % 3 == 0) == (split == "validation")]
-    train, test = _halves(_shuffled(own, random), test_share=0.4)
+    split_nouns = [noun for n, noun in enumerate(_NOUNS) if (n % 3 == 0) == (split == "validation")]
+    train, test = _halves(_shuffled(split_nouns, random), test_share=0.4)
 
     def groups(nouns: list[str]) -> Iterator[Group]:
         seen = set()
         while len(seen) < len(nouns) * (len(nouns) - 1) * 4:
-            one, other = (nouns[i] for i in torch.randperm(len(nouns), generator=random)[:2].tolist())
+            noun_a, noun_b = (nouns[i] for i in torch.randperm(len(nouns), generator=random)[:2].tolist())
             where = _PLACES[int(torch.randint(len(_PLACES), (), generator=random))]
             how = _STATES[int(torch.randint(len(_STATES), (), generator=random))]
             verb = ("is", "are")[int(torch.randint(2, (), generator=random))]
-            if (key := (one, other, where, how, verb)) in seen:
+            if (key := (noun_a, noun_b, where, how, verb)) in seen:
                 continue
             seen.add(key)
-            subject, rest = (one, other + "s") if verb == "is" else (one + "s", other)
+            subject, rest = (noun_a, noun_b + "s") if verb == "is" else (noun_a + "s", noun_b)
             yield (
                 f"They say the {rest} {where} the {subject} {verb} {how}.",
                 f"They say the {subject} {where} the {rest} {verb} {how}.",
@@ -222,7 +226,7 @@ _STATES = "old new small large famous empty beautiful dirty expensive ugly clean
 def _bigram_shift(random: torch.Generator, split: tokens.EvalSplit) -> _Groups:
     """A sentence of a news article, and the same with two adjacent inner words in lower case swapped (SentEval's task).
 
-    At most four sentences of an article, no sentence twice, and no article in both splits.
+    At most four sentences per article. No sentence is used twice, and no article is in both splits.
     """
     seen: set[str] = set()
 
@@ -238,20 +242,21 @@ def _bigram_shift(random: torch.Generator, split: tokens.EvalSplit) -> _Groups:
                 yield f"Sentence: {' '.join(swapped)} ;", f"Sentence: {sentence} ;"
 
     train, test = _articles(random, split)
-    return iter(list(groups(train))), groups(test)  # All of the training draws before the first test draw.
+    return iter(list(groups(train))), groups(test)  # All training draws come before the first test draw.
 
 
 def _sentence_order(random: torch.Generator, split: tokens.EvalSplit) -> _Groups:
-    """Two adjacent sentences of a news article, as they stand there or the other way round.
+    """Two adjacent sentences of a news article, in their original or in reversed order.
 
-    At most two pairs of an article, no sentence twice, and no article in both splits.
+    At most two pairs per article. No sentence is used twice, and no article is in both splits.
     """
     seen: set[str] = set()
 
     def groups(articles: list[list[str]]) -> Iterator[Group]:
         pairs = ([*zip(article[::2], article[1::2], strict=False)] for article in articles)
         fitting = (
-            [pair for pair in found if all(5 <= len(text.split()) <= 30 for text in pair)][:2] for found in pairs
+            [pair for pair in of_article if all(5 <= len(text.split()) <= 30 for text in pair)][:2]
+            for of_article in pairs
         )
         return _in_both_orders("News:", _each_once(_in_rounds(fitting), seen))
 
@@ -260,10 +265,10 @@ def _sentence_order(random: torch.Generator, split: tokens.EvalSplit) -> _Groups
 
 
 def _dialogue_order(random: torch.Generator, split: tokens.EvalSplit) -> _Groups:
-    """A turn of a film's dialogue and the reply to it, as they were spoken or the other way round.
+    """A turn of a film's dialogue and its reply, in their original or in reversed order.
 
-    No turn is used twice. The test pairs are one stretch of the collection, in which the pairs of a film stand
-    together: so but for the films at its two ends no film is in both splits.
+    No turn is used twice. The test pairs are one contiguous stretch of the collection, in which the pairs of a film are
+    contiguous, so only the films at its two ends can be in both splits.
     """
     pairs = [
         pair
@@ -282,10 +287,10 @@ def _is_turn(text: str) -> bool:
 
 
 def _language_order(random: torch.Generator, split: tokens.EvalSplit) -> _Groups:
-    """A paragraph of English messages and one of German messages, the English first or the German first.
+    """A paragraph of English messages and a paragraph of German messages, in either order.
 
-    The paragraphs are of about the same number of characters. They are not translations of each other, and no message
-    is in both splits, in whichever language.
+    The paragraphs have about the same number of characters and are not translations of each other. No message is in
+    both splits, in either language.
     """
     german_of = translations("de")
 
@@ -299,8 +304,9 @@ def _language_order(random: torch.Generator, split: tokens.EvalSplit) -> _Groups
                 paragraph = ""
 
     def groups(messages: list[str]) -> Iterator[Group]:
-        far = len(messages) // 2  # Half the list lies between the English messages and the German ones of a group.
-        german = [german_of[message] for message in messages[far:] + messages[:far]]
+        # The German messages of a group are half the list away from the English ones.
+        offset = len(messages) // 2
+        german = [german_of[message] for message in messages[offset:] + messages[:offset]]
         return _in_both_orders("Text:", zip(paragraphs(messages), paragraphs(german), strict=False))
 
     train, test = _halves(_shuffled(list(german_of), random))
@@ -376,17 +382,23 @@ def make_order_task(
     split: tokens.EvalSplit = "evaluation",
     seed: int = 0,
 ) -> OrderTask:
-    """Build a task's texts, with exactly as many groups as asked for.
+    """Build a task with exactly the requested numbers of groups.
+
+    Args:
+        name: key of `ORDER_TASKS`.
+        n_positions: texts have fewer tokens than this.
+        split: of the texts that groups are made of.
+        seed: of the groups.
 
     Raises:
-        BadSetting: no such task.
-        NothingToDo: the embedded texts do not give that many groups.
+        BadSetting: no task has this name.
+        NothingToDo: the embedded texts give fewer groups.
     """
     task = find_groups(name, tokenizer, n_positions, n_train_groups, n_test_groups, split, seed)
-    for found, wanted in ((task.n_train_groups, n_train_groups), (task.n_test_groups, n_test_groups)):
-        if found < wanted:
+    for available, requested in ((task.n_train_groups, n_train_groups), (task.n_test_groups, n_test_groups)):
+        if available < requested:
             raise NothingToDo(
-                f"{name} has only {found} groups of equal token multisets where {wanted} were asked for: lower "
+                f"{name} has only {available} groups of equal token multisets, but {requested} are requested: lower "
                 "order_train_groups or order_test_groups"
             )
     return task
@@ -401,13 +413,19 @@ def find_groups(
     split: tokens.EvalSplit = "evaluation",
     seed: int = 0,
 ) -> OrderTask:
-    """Build a task's texts, with as many groups as there are and at most as many as asked for.
+    """Build a task with at most the requested numbers of groups.
 
-    Groups are left out whose token multisets differ, in which two texts are the same tokens, or which do not fit the
-    context.
+    Groups are left out if their token multisets differ, if two of their texts have the same tokens in the same order,
+    or if they do not fit the context.
+
+    Args:
+        name: key of `ORDER_TASKS`.
+        n_positions: texts have fewer tokens than this.
+        split: of the texts that groups are made of.
+        seed: of the groups.
 
     Raises:
-        BadSetting: no such task.
+        BadSetting: no task has this name.
     """
     if name not in ORDER_TASKS:
         raise BadSetting(f"order task {name!r} is unknown: choose from {', '.join(ORDER_TASKS)}")
@@ -423,7 +441,7 @@ def find_groups(
 
 
 def _only_order_differs(group: Group, tokenizer: tokens.Tokenizer, n_positions: int) -> bool:
-    """Whether the texts hold the same tokens, each text in an order of its own, and fit the context."""
+    """Whether the texts have the same tokens in different orders and fit the context."""
     rows = tokenizer(list(group), add_special_tokens=False)["input_ids"]
     bags = [Counter(row) for row in rows]
     different = len(set(map(tuple, rows))) == len(rows)
@@ -431,12 +449,15 @@ def _only_order_differs(group: Group, tokenizer: tokens.Tokenizer, n_positions: 
 
 
 def edge_features(task: OrderTask, tokenizer: tokens.Tokenizer, n_edge: int = 3) -> csr_matrix:
-    """Counts of the first and of the last tokens of each text, side by side: what can be told from the edges alone.
+    """Counts of the first and of the last tokens of each text, concatenated, to probe the edges alone.
 
-    The beginning and the end that all texts of the task share say nothing and are skipped.
+    The beginning and the end that all texts of the task share are skipped.
 
     Args:
-        n_edge: how many tokens at either end; of a shorter text, all of them.
+        n_edge: tokens at each end; a shorter text uses all of its tokens.
+
+    Returns:
+        Counts [text, 2 * token id].
     """
     rows = [np.array(ids) for ids in tokenizer(list(task.texts), add_special_tokens=False)["input_ids"]]
     shortest = min(map(len, rows))
@@ -449,13 +470,13 @@ def edge_features(task: OrderTask, tokenizer: tokens.Tokenizer, n_edge: int = 3)
 
 
 def _n_shared(rows: list[np.ndarray]) -> int:
-    """How many first tokens all rows share; the rows are equally long."""
+    """Number of first tokens that all rows share; the rows have equal lengths."""
     same = (np.stack(rows) == rows[0]).all(0)
     return int(same.cumprod().sum())
 
 
 def _counts(rows: list[np.ndarray], n_ids: int) -> csr_matrix:
-    """How often each token id stands in each row."""
+    """Counts of each token id in each row."""
     text = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
     counts = csr_matrix((np.ones(len(text)), (text, np.concatenate(rows))), shape=(len(rows), n_ids))
     counts.sum_duplicates()

@@ -1,13 +1,13 @@
-"""Token codes -> one feature row a text, kept sparse and out of memory.
+"""Pool the codes of a text's tokens into one row of features per text, sparse and outside of memory.
 
-Poolings differ in which tokens they put together and in what they divide by:
+Poolings differ in the tokens that they combine and in the divisor:
 
-    mean         sum over a text's kept tokens / their number: SAEBench's
-    fair         the same sum / the number of kept tokens at which the latent was open: a latent that may speak at 16
-                 of 127 positions is not cut by the 111 where it may not. Equal to mean where every latent is open
-    segments<n>  the mean in each of n equal segments of the context, side by side: static slicing after the fact
-    growing<n>   the same in segments that double in length: position 1, 2-3, 4-7, ...
-    last         the text's last kept token alone
+    mean         sum over the kept tokens of a text / their number, as in SAEBench
+    fair         the same sum / the number of kept tokens at which the latent is open, so that a latent open at 16 of
+                 127 positions is not diluted by the other 111. Equal to mean if every latent is open everywhere
+    segments<n>  the mean in each of n equal segments of the context, concatenated
+    growing<n>   the same in segments that double in length: positions 1, 2-3, 4-7, ...
+    last         the last kept token of the text
 """
 
 import tempfile
@@ -35,42 +35,43 @@ _IN_MEMORY_BYTES = 2**28
 
 
 class PooledTexts:
-    """One sparse row of features a text.
+    """One sparse row of features per text.
 
-    Each time they have come to 256 MB they go to a temporary file, which is read back in blocks, so that memory does
-    not grow with the number of texts.
+    Rows are moved to a temporary file when they reach 256 MB, and read back in blocks, so memory does not grow with the
+    number of texts.
     """
 
     def __init__(self, n_texts: int, n_features: int) -> None:
         self.n_texts = n_texts
         self.n_features = n_features
         self.n_tokens: Int[Tensor, " text"] = torch.zeros(n_texts, dtype=torch.int64)
-        """Kept tokens of each text; a text without any has an empty row and belongs in no probe."""
+        """Kept tokens of each text; a text without kept tokens has an empty row and is left out of probes."""
         self._in_memory: list[np.ndarray] = []
         self._file: IO[bytes] | None = None
 
     def add(self, text: Int[Tensor, " row"], rows: Float[Tensor, "row feature"]) -> None:
-        """Append whole rows, one of `text` each.
+        """Add complete rows.
+
+        Args:
+            text: index of the text of each row.
 
         Raises:
             DegenerateResult: a number is NaN or infinite.
         """
         if not bool(rows.isfinite().all()):
-            raise DegenerateResult(
-                "pooled features hold NaN or infinite numbers: look at the vectors and the SAE's weights"
-            )
+            raise DegenerateResult("pooled features are NaN or infinite: check the vectors and the SAE's weights")
         row, feature = rows.nonzero(as_tuple=True)
         entries = np.empty(len(row), _ENTRY)
         entries["text"], entries["feature"] = text[row].numpy(), feature.numpy()
         entries["value"] = rows[row, feature].numpy()
         self._in_memory.append(entries)
-        if sum(some.nbytes for some in self._in_memory) > _IN_MEMORY_BYTES:
+        if sum(block.nbytes for block in self._in_memory) > _IN_MEMORY_BYTES:
             if self._file is None:
                 self._file = tempfile.TemporaryFile()  # noqa: SIM115 (closed when this is collected)
                 weakref.finalize(self, self._file.close)
             self._file.seek(0, 2)
-            for some in self._in_memory:
-                self._file.write(some.tobytes())
+            for block in self._in_memory:
+                self._file.write(block.tobytes())
             self._in_memory = []
 
     def _blocks(self) -> Iterator[np.ndarray]:
@@ -91,11 +92,11 @@ class PooledTexts:
         return torch.from_numpy(sums)
 
     def columns(self, features: Int[Tensor, " chosen"]) -> Float[Tensor, "text chosen"]:
-        """Some features of every text, dense. `features` holds no number twice."""
+        """Dense columns of the given features, which must be unique."""
         return self._dense(torch.arange(self.n_texts), features)
 
     def rows(self, texts: Int[Tensor, " chosen"]) -> Float[Tensor, "chosen feature"]:
-        """Every feature of some texts, dense. `texts` holds no number twice."""
+        """Dense rows of the given texts, which must be unique."""
         return self._dense(texts, torch.arange(self.n_features))
 
     def _dense(self, texts: Int[Tensor, " row"], features: Int[Tensor, " column"]) -> Float[Tensor, "row column"]:
@@ -110,14 +111,16 @@ class PooledTexts:
 
 
 class Pooling:
-    """Pools batches of whole texts into `texts`.
+    """Pools batches of complete texts into `texts`.
 
     Args:
-        segment_of_position: the segment that each position's tokens are pooled in; None pools all together.
-        live: 1 where a latent is open; given, a latent's sum is divided by the number of the text's kept tokens
-            (in the segment) at which it was open, instead of by all of them.
-        position_origin: how the positions of `live` are counted.
-        last_token_only: pool nothing but the last kept token of each text.
+        n_texts: number of texts.
+        n_features: latents of the SAE, or channels of the model.
+        segment_of_position: the segment that the tokens of each position are pooled in; None pools all together.
+        live: 1 where a latent is open, else 0. If given, a latent's sum is divided by the number of kept tokens of the
+            text (in the segment) at which the latent is open, instead of by all of them.
+        position_origin: from where the positions of `live` are counted.
+        last_token_only: use only the last kept token of each text.
     """
 
     def __init__(
@@ -139,9 +142,9 @@ class Pooling:
         self.texts = PooledTexts(n_texts, n_features * self._n_segments)
 
     def update(self, batch: Batch, codes: Codes | None) -> None:
-        """Add kept tokens (`batch.kept()`) with their sparse codes, or with their own channels where `codes` is None.
+        """Add kept tokens (`batch.kept()`) with their sparse codes, or with their vectors if `codes` is None.
 
-        Every text's tokens must come within one batch, as `evaluation_batches` gives them for padded texts.
+        All tokens of a text must be in one batch, as in `evaluation_batches` of padded texts.
         """
         text, inverse = batch.text.long().unique(return_inverse=True)
         assert int(self.texts.n_tokens[text].sum()) == 0, "a text's tokens came in two batches"
@@ -154,17 +157,17 @@ class Pooling:
             batch, inverse = batch.select(last), inverse[last]
             codes = None if codes is None else codes.select(last)
         segment = 0 if self._segment is None else self._segment[batch.position.long()]
-        place = inverse * self._n_segments + segment
+        row = inverse * self._n_segments + segment
         total = torch.zeros(len(text) * self._n_segments, self._n_latents)
         if codes is None:
-            total.index_add_(0, place, batch.vectors.float())
+            total.index_add_(0, row, batch.vectors.float())
         else:
-            total.view(-1).index_add_(0, place[codes.token] * self._n_latents + codes.latent, codes.value)
+            total.view(-1).index_add_(0, row[codes.token] * self._n_latents + codes.latent, codes.value)
         if self._live is None:
-            divisor = torch.bincount(place, minlength=len(total))[:, None].float()
+            divisor = torch.bincount(row, minlength=len(total))[:, None].float()
         else:
-            at = place * len(self._live) + batch.positions(self._position_origin).long()
-            tokens_at = torch.bincount(at, minlength=len(total) * len(self._live)).view(len(total), -1)
+            entry = row * len(self._live) + batch.positions(self._position_origin).long()
+            tokens_at = torch.bincount(entry, minlength=len(total) * len(self._live)).view(len(total), -1)
             divisor = tokens_at.float() @ self._live
         pooled = (total / divisor.clamp(min=1)).view(len(text), -1)
         self.texts.add(text, pooled)

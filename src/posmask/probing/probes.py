@@ -1,12 +1,12 @@
-"""Probes on pooled features, in SAEBench's protocol: k-sparse ones, and one on all features.
+"""Probes on pooled features after SAEBench's protocol: k-sparse probes, and a probe on all features.
 
-k-sparse: features are ranked by |mean(positives) - mean(negatives)| over the training texts, raw, and the probe is L2
-logistic regression (C = 1, intercept, nothing standardized) on the k first: the minimum of
+k-sparse: raw features are ranked by |mean(positives) - mean(negatives)| over the training texts, and the probe is an L2
+logistic regression (C = 1, with intercept, not standardized) on the first k: the minimum of
 
     |w|^2 / 2 + sum over training texts of log(1 + exp(-y (w . f + b)))        y = +1 or -1
 
-Source: sae-bench 0.6.0, evals/sparse_probing/probe_training.py, which hands this to scikit-learn's lbfgs once a class
-and k. Here all tasks of a dataset are fitted at once by Newton's method, on features read once.
+Source: sae-bench 0.6.0, evals/sparse_probing/probe_training.py, which fits each class and k with scikit-learn's lbfgs.
+This module fits all tasks of a dataset at once by Newton's method, on features that are read once.
 """
 
 import math
@@ -30,7 +30,7 @@ _GRADIENT_TOLERANCE = 1e-6
 
 @dataclass(frozen=True)
 class ProbeTask:
-    """One binary question: which texts train its probe, which test it, and which of them are positives."""
+    """A binary classification task: indices of its training and test texts, and which of them are positives."""
 
     train: Int[Tensor, " train_text"]
     train_label: Bool[Tensor, " train_text"]
@@ -39,11 +39,11 @@ class ProbeTask:
 
 
 OnFit = Callable[[int, Int[Tensor, "task k"], Float[Tensor, "task k"]], None]
-"""Told of fitted probes: k, the features that each chose, first choice first, and their weights."""
+"""Called with fitted probes: k, the features that each chose in the order of choice, and their weights."""
 
 
 def chosen_features(features: PooledTexts, tasks: Sequence[ProbeTask], n_chosen: int) -> Int[Tensor, "task chosen"]:
-    """For each task its features of largest |difference of class means| on the training texts, largest first."""
+    """For each task the features of largest |difference of class means| on the training texts, largest first."""
     weight = torch.zeros(features.n_texts, len(tasks), dtype=torch.float64)
     for number, task in enumerate(tasks):
         positives, negatives = task.train[task.train_label], task.train[~task.train_label]
@@ -55,37 +55,43 @@ def chosen_features(features: PooledTexts, tasks: Sequence[ProbeTask], n_chosen:
 def k_sparse_correct(
     features: PooledTexts, tasks: Sequence[ProbeTask], ks: Sequence[int], on_fit: OnFit = lambda *fit: None
 ) -> dict[int, list[Bool[Tensor, " test_text"]]]:
-    """For each k and task, which test texts a k-sparse probe gets right.
+    """Fit k-sparse probes and report which test texts they classify correctly, by k and task.
+
+    Args:
+        features: one row per text.
+        tasks: their probes are fitted together.
+        ks: numbers of features.
+        on_fit: called once per k, in ascending order.
 
     Raises:
-        DegenerateResult: the chosen features are constant over a task's training texts, so a probe could only guess.
+        DegenerateResult: the chosen features are constant over a task's training texts.
     """
     chosen = chosen_features(features, tasks, max(ks))
-    used, place = chosen.unique(return_inverse=True)
+    used, column = chosen.unique(return_inverse=True)
     columns = features.columns(used)
     n_train = max(len(task.train) for task in tasks)
     inputs = torch.zeros(len(tasks), n_train, chosen.shape[1], dtype=torch.float64)
-    target = torch.zeros(len(tasks), n_train, dtype=torch.float64)  # +1, -1, or 0 for a row that is not there
+    target = torch.zeros(len(tasks), n_train, dtype=torch.float64)  # +1, -1, or 0 for rows of padding
     for number, task in enumerate(tasks):
-        rows = columns[task.train][:, place[number]]
+        rows = columns[task.train][:, column[number]]
         if bool((rows == rows[0]).all()):
             raise DegenerateResult(
-                f"all {features.n_features:,} pooled features are constant over {len(rows):,} training texts, so every "
-                "probe would score exactly chance: the SAE is not trained, or its latents are closed on these texts"
+                f"all {features.n_features:,} pooled features are constant over {len(rows):,} training texts, so "
+                "every probe would be at chance: check that the SAE is trained and its latents are open on these texts"
             )
         inputs[number, : len(rows)] = rows.double()
         target[number, : len(rows)] = task.train_label.double() * 2 - 1
-    found: dict[int, list[Tensor]] = {}
+    correct: dict[int, list[Tensor]] = {}
     start = torch.zeros(len(tasks), 0, dtype=torch.float64), torch.zeros(len(tasks), dtype=torch.float64)
     for k in sorted(set(ks)):
         weight, intercept = start = logistic_regression(inputs[..., :k], target, start)
         on_fit(k, chosen[:, :k], weight)
-        found[k] = [
-            (columns[task.test][:, place[number, :k]].double() @ weight[number] + intercept[number] > 0)
+        correct[k] = [
+            (columns[task.test][:, column[number, :k]].double() @ weight[number] + intercept[number] > 0)
             == task.test_label
             for number, task in enumerate(tasks)
         ]
-    return {k: found[k] for k in ks}
+    return {k: correct[k] for k in ks}
 
 
 def logistic_regression(
@@ -93,15 +99,18 @@ def logistic_regression(
     target: Float[Tensor, "task text"],
     start: tuple[Float[Tensor, "task known"], Float[Tensor, " task"]] | None = None,
 ) -> tuple[Float[Tensor, "task feature"], Float[Tensor, " task"]]:
-    """Weights and intercepts of L2 logistic regression (C = 1), all tasks at once by damped Newton steps.
+    """Fit L2 logistic regressions (C = 1) of all tasks at once by damped Newton steps.
 
     Args:
-        target: +1 or -1; texts of target 0 do not count.
-        start: the solution for the first features alone, to start from.
+        target: +1 or -1; texts with target 0 are ignored.
+        start: weights and intercepts of the solution on the first features, to start from.
+
+    Returns:
+        Weights and intercepts.
     """
     counts = target.abs()
     design = F.pad(inputs, (0, 1), value=1.0) * counts[..., None]
-    rough = design.float()  # enough for the curvature: the gradient decides where the steps end
+    rough = design.float()  # enough for the curvature; the float64 gradient determines the solution
     penalty = torch.ones(design.shape[2], dtype=design.dtype)
     penalty[-1] = 0  # the intercept is free
     solution = design.new_zeros(len(design), design.shape[2])
@@ -121,7 +130,7 @@ def logistic_regression(
             break
         weight = (probability * (1 - probability)).float()
         curvature = (rough.transpose(1, 2) @ (rough * weight[..., None])).double()
-        # The ridge on the intercept keeps the system solvable where every text is told apart with certainty.
+        # The ridge on the intercept keeps the system solvable if all texts are separated with certainty.
         step = torch.linalg.solve(curvature + torch.diag(penalty + 1e-9), gradient)
         along = (design @ step[..., None])[..., 0]
         size, then = torch.ones(len(design), dtype=design.dtype), now + 1
@@ -141,15 +150,17 @@ def logistic_regression(
 def all_feature_correct(
     features: PooledTexts, task: ProbeTask, random: torch.Generator, *, choose_on_test: bool = False
 ) -> Bool[Tensor, " test_text"]:
-    """Which test texts a probe on all features gets right.
+    """Fit a probe on all features and report which test texts it classifies correctly.
 
-    One linear layer by AdamW (rate 0.01, batches of 250, at most 100 epochs) as in sae-bench 0.6.0. The epoch that
-    counts is the best on a fifth of the training texts, set apart; training stops after 10 epochs without a better
-    one, and after 160 steps at least: what 10 epochs are on sae-bench's 4,000 texts.
+    One linear layer trained by AdamW (learning rate 0.01, batches of 250, at most 100 epochs) as in sae-bench 0.6.0.
+    The result is that of the best epoch on a held-out fifth of the training texts. Training stops after 10 epochs
+    without improvement, but not before 160 steps without improvement, which is 10 epochs on sae-bench's 4,000 texts.
 
     Args:
-        choose_on_test: as sae-bench does it: train on all training texts, take the best epoch on the *test* texts (an
-            optimiztic number), and stop after 10 epochs without a better one however few steps these are.
+        features: one row per text.
+        random: draws the held-out fifth, the initial weights and the batches.
+        choose_on_test: as in sae-bench: train on all training texts, use the best epoch on the *test* texts (an
+            optimistic number), and stop after 10 epochs without improvement, however few steps these are.
     """
     train, test = features.rows(task.train), features.rows(task.test)
     label = task.train_label.float()
@@ -157,10 +168,10 @@ def all_feature_correct(
         chosen_on, chosen_label = test, task.test_label
     else:
         order = torch.randperm(len(train), generator=random)
-        apart, rest = order[: len(order) // 5], order[len(order) // 5 :]
-        chosen_on, chosen_label = train[apart], label[apart] > 0
+        heldout, rest = order[: len(order) // 5], order[len(order) // 5 :]
+        chosen_on, chosen_label = train[heldout], label[heldout] > 0
         train, label = train[rest], label[rest]
-    # As `nn.Linear` starts, but from a stream of its own.
+    # The initialization of `nn.Linear`, from the generator `random`.
     weight = torch.empty(1, features.n_features)
     nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=random)
     bound = 1 / math.sqrt(features.n_features)

@@ -1,7 +1,7 @@
-"""SAEBench's eight datasets from the Hugging Face hub: their columns, their classes, and the very texts it samples.
+"""SAEBench's eight datasets from the Hugging Face hub: their columns, their classes, and the texts that it samples.
 
-Read from sae-bench 0.6.0, sae_bench_utils/dataset_utils.py and dataset_info.py, and from the hub's dataset pages; the
-sampling is tested against sae-bench's own on tables of the same columns. The hub itself could not be tried from here.
+Sources: sae-bench 0.6.0, sae_bench_utils/dataset_utils.py and dataset_info.py, and the hub's dataset pages. The
+sampling is tested against sae-bench's on tables with the same columns, but not on the hub itself.
 """
 
 import random
@@ -19,11 +19,14 @@ __all__ = ["HUB_DATASETS", "HubDataset", "cut_to_smallest", "read_hub_texts"]
 
 @dataclass(frozen=True)
 class HubDataset:
-    """Where a dataset's texts and labels stand.
+    """A dataset's columns and classes.
 
     Args:
-        classes: SAEBench's name of each class, which is its label as a string, and what it means.
-        balance: the column of two values each of which gives half of every class's texts; None draws regardless.
+        path: name on the hub.
+        text: column of the texts.
+        label: column of the labels.
+        classes: SAEBench's name of each class, which is its label as a string, and its meaning.
+        balance: column of two values, each of which gives half of the texts of every class; None if not balanced.
     """
 
     path: str
@@ -69,24 +72,29 @@ HUB_DATASETS: dict[str, HubDataset] = {
 
 
 def read_hub_texts(name: str, n_train: int, n_test: int, seed: int) -> dict[str, tuple[list[str], list[str]]]:
-    """Each class's (training, test) texts, as many in every class: those that SAEBench draws from the same rows.
+    """Read the (training, test) texts of each class that SAEBench draws, the same number in every class.
 
-    Only where a class is too small, or the rows hold empty texts, which are dropped before any drawing, is it not
-    SAEBench's draw (it stops at the first and keeps the second).
+    The draw differs from SAEBench's in two cases: a class is too small (SAEBench stops with an error), or rows have
+    empty texts, which are dropped before the draw (SAEBench keeps them).
 
     Args:
-        n_train, n_test: how many texts a probe is fitted and tested on, half of them of its class (SAEBench: 4000 and
-            1000); lowered to what the smallest class has, in the same ratio.
+        name: key of `HUB_DATASETS`.
+        n_train: training texts per probe, half of them of its class (SAEBench: 4000); reduced with `n_test` in the
+            same ratio if the smallest class has fewer.
+        n_test: test texts per probe, half of them of its class (SAEBench: 1000).
+        seed: of the draw.
 
     Raises:
-        BadSetting: no such dataset, or a class without texts.
-        MissingAsset: the hub could not be reached, or no longer holds these columns.
+        BadSetting: no dataset has this name, or a class has no texts.
+        MissingAsset: the hub is unavailable, or the dataset lacks these columns.
         MissingExtra: the package `datasets` is not installed.
     """
     if name not in HUB_DATASETS:
         raise BadSetting(f"hub dataset {name!r} is unknown: choose from {', '.join(HUB_DATASETS)}")
     if min(n_train, n_test) < 4:
-        raise BadSetting(f"{n_train} training and {n_test} test texts are fewer than 4: ask for more")
+        raise BadSetting(
+            f"{n_train} training and {n_test} test texts are fewer than 4: raise probe_train or probe_test"
+        )
     read = _STREAMS.get(name)
     if read is None:
         return _sampled(name, n_train, n_test, seed)
@@ -94,19 +102,20 @@ def read_hub_texts(name: str, n_train: int, n_test: int, seed: int) -> dict[str,
 
 
 def _sampled(name: str, n_train: int, n_test: int, seed: int) -> dict[str, tuple[list[str], list[str]]]:
-    """From tables with a training and a test split; where there are two halves to balance, one after the other."""
+    """Draw from tables with a training and a test split; the two values of `balance` are drawn one after the other."""
     dataset = HUB_DATASETS[name]
     table = _load(dataset.path)
     train, test = (_by_class_and_half(dataset, table[split], split) for split in ("train", "test"))
     n_halves = 2 if dataset.balance else 1
-    found = {}
+    by_class = {}
     for label in dataset.classes:
-        found[label] = [(train[label][half], test[label][half]) for half in sorted(train[label]) if half in test[label]]
-        if len(found[label]) < n_halves:
-            raise BadSetting(f"{name} has no texts of class {_say(dataset, label)}: leave the dataset out")
+        halves = [(train[label][half], test[label][half]) for half in sorted(train[label]) if half in test[label]]
+        by_class[label] = halves
+        if len(halves) < n_halves:
+            raise BadSetting(f"{name} has no texts of class {_describe_class(dataset, label)}: leave the dataset out")
     n_train, n_test = n_train // (2 * n_halves), n_test // (2 * n_halves)
     smallest = min(
-        min(len(test), len(train) * n_test // n_train) for halves in found.values() for train, test in halves
+        min(len(test), len(train) * n_test // n_train) for halves in by_class.values() for train, test in halves
     )
     n_train, n_test = _enough(name, min(n_train, smallest * n_train // n_test), min(n_test, smallest))
     return {
@@ -114,20 +123,20 @@ def _sampled(name: str, n_train: int, n_test: int, seed: int) -> dict[str, tuple
             [text for train, _ in halves for text in _draw(train, n_train, seed)],
             [text for _, test in halves for text in _draw(test, n_test, seed)],
         )
-        for label, halves in found.items()
+        for label, halves in by_class.items()
     }
 
 
 def _by_class_and_half(dataset: HubDataset, rows: Iterable[Any], split: str) -> dict[str, dict[Any, list[str]]]:
     labels = {_key(label): label for label in dataset.classes} | {name: key for key, name in dataset.classes.items()}
-    found: dict[str, dict[Any, list[str]]] = {label: {} for label in dataset.classes}
+    by_class: dict[str, dict[Any, list[str]]] = {label: {} for label in dataset.classes}
     for row in rows:
         _check(dataset, row, split)
         label = labels.get(_key(row[dataset.label]))
         if label is not None and (row[dataset.text] or "").strip():
             half = _key(row[dataset.balance]) if dataset.balance else ""
-            found[label].setdefault(half, []).append(row[dataset.text])
-    return found
+            by_class[label].setdefault(half, []).append(row[dataset.text])
+    return by_class
 
 
 def _check(dataset: HubDataset, row: Mapping[str, Any], split: str) -> None:
@@ -140,7 +149,7 @@ def _check(dataset: HubDataset, row: Mapping[str, Any], split: str) -> None:
 
 
 def _key(label: Any) -> Any:
-    """What 1, 1.0, "1" and "1.0" have in common."""
+    """A key that is equal for 1, 1.0, "1" and "1.0"."""
     try:
         return float(label)
     except (TypeError, ValueError):
@@ -148,17 +157,19 @@ def _key(label: Any) -> Any:
 
 
 def _draw(texts: list[str], n: int, seed: int) -> list[str]:
-    # What pandas' `.sample(n, random_state=seed)`, by which SAEBench draws, makes of the same rows.
+    # The same draw as pandas' `.sample(n, random_state=seed)`, which SAEBench uses.
     return [texts[i] for i in np.random.RandomState(seed).choice(len(texts), n, replace=False)]
 
 
 def _shuffled(
     name: str, pools: dict[str, list[str]], n_train: int, n_test: int, seed: int
 ) -> dict[str, tuple[list[str], list[str]]]:
-    """From the beginnings of streams: shuffled, then cut. One random stream serves all classes in turn."""
+    """Shuffle the beginnings of streams and cut them. All classes in turn use the same random generator."""
     for label, pool in pools.items():
         if not pool:
-            raise BadSetting(f"{name} has no texts of class {_say(HUB_DATASETS[name], label)}: leave the dataset out")
+            raise BadSetting(
+                f"{name} has no texts of class {_describe_class(HUB_DATASETS[name], label)}: leave the dataset out"
+            )
     n_train, n_test = cut_to_smallest(name, min(map(len, pools.values())), n_train, n_test)
     order = random.Random(seed)
     for pool in pools.values():
@@ -167,10 +178,16 @@ def _shuffled(
 
 
 def cut_to_smallest(name: str, smallest: int, n_train: int, n_test: int) -> tuple[int, int]:
-    """How many (training, test) texts every class gets when the smallest has so many: as asked, or in that ratio.
+    """The numbers of (training, test) texts per class, reduced in the same ratio if the smallest class has fewer.
+
+    Args:
+        name: of the dataset, for the error message.
+        smallest: texts of the smallest class.
+        n_train: requested training texts per class.
+        n_test: requested test texts per class.
 
     Raises:
-        BadSetting: one of the two would be none.
+        BadSetting: one of the two numbers would be 0.
     """
     if smallest < n_train + n_test:
         n_test = smallest * n_test // (n_train + n_test)
@@ -180,17 +197,17 @@ def cut_to_smallest(name: str, smallest: int, n_train: int, n_test: int) -> tupl
 
 def _enough(name: str, n_train: int, n_test: int) -> tuple[int, int]:
     if n_train < 1 or n_test < 1:
-        raise BadSetting(f"{name} has a class of too few texts to split for a probe: leave the dataset out")
+        raise BadSetting(f"{name} has a class with too few texts to split for a probe: leave the dataset out")
     return n_train, n_test
 
 
-def _say(dataset: HubDataset, label: str) -> str:
+def _describe_class(dataset: HubDataset, label: str) -> str:
     means = f" ({dataset.classes[label]})" if dataset.classes[label] != label else ""
     half = f" for both values of {dataset.balance}" if dataset.balance else ""
     return f"{label!r}{means}{half}"
 
 
-# Which language pair SAEBench takes each language from; each pair is a configuration of parquet files on the hub.
+# The language pair that SAEBench reads each language from; each pair is a configuration of the dataset on the hub.
 _PAIRS = {"en": "en-fr", "fr": "fr-it", "de": "de-en", "es": "es-fr", "nl": "nl-pt"}
 
 
@@ -210,16 +227,17 @@ def _read_europarl(n_texts: int) -> dict[str, list[str]]:
 _LANGUAGES = {".c": "C", ".h": "C", ".py": "Python", ".html": "HTML", ".java": "Java"} | dict.fromkeys(
     (".php", ".php3", ".php4", ".php5", ".phps", ".phpt"), "PHP"
 )
-_LICENSE_CHARACTERS = 150  # Skipped: 50 tokens of 3 characters, where licenses stand.
-_LEAST_CHARACTERS = 534  # That and 128 tokens; shorter files are left out.
+_LICENSE_CHARACTERS = 150  # Skipped because licenses are at the head of files: 50 tokens of 3 characters.
+_LEAST_CHARACTERS = 534  # The skipped characters and 128 tokens; shorter files are left out.
 
 
 def _read_code(n_texts: int) -> dict[str, list[str]]:
-    """Files in stream order until every language has enough; the common ones have more by then, and it counts.
+    """Read files in stream order until every language has enough. Common languages have more, which affects the draw.
 
-    SAEBench runs the dataset's loading script, which current `datasets` refuse. The script only reads the
-    repository's parquet files in order, names the language after a file's extension, and calls `content` `code`: so
-    these files are read here. (The hub's own conversion, refs/convert/parquet, holds part of datasets this large.)
+    SAEBench runs the dataset's loading script, which current versions of `datasets` refuse. The script reads the
+    repository's parquet files in order, determines the language from a file's extension, and renames `content` to
+    `code`. This function reads the same parquet files. (The hub's conversion, refs/convert/parquet, has only part of
+    datasets of this size.)
     """
     dataset = HUB_DATASETS["codeparrot/github-code"]
     pools: dict[str, list[str]] = {name: [] for name in dataset.classes}
