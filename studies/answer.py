@@ -17,7 +17,7 @@ from posmask.report.reading import read_studies
 from posmask.report.tables import study_table
 from posmask.results.comparisons import Verdict, read_verdicts
 from posmask.results.rows import Row, parse_slice, read_rows, write_rows
-from posmask.results.table import Line, summarize
+from posmask.results.table import COMPARED, PRINTED, Line, format_number, summarize
 
 ROOT = Path(__file__).parents[1] / "docs" / "results"
 PAGE = ROOT / "README.md"
@@ -31,8 +31,8 @@ PICTURED = (
 LOG_ROWS = (
     ("Run 0, no mask", "0.5 everywhere", "open"),
     ("Run 1, hard: about 16 random positions of 128 a latent", "0.5 everywhere", "hard"),
-    ("Run 2, soft: learned, from openness .1 to .2", "nothing", "soft-low"),
-    ("Run 3, soft: learned, from openness .3 to .7", "0.5 everywhere", "soft-high"),
+    ("Run 2, soft: learned, from openness 0.1 to 0.2", "nothing", "soft-low"),
+    ("Run 3, soft: learned, from openness 0.3 to 0.7", "0.5 everywhere", "soft-high"),
     ("Run 4, importance of positions from gradients", "announced", "importance"),
     ("static slicing", "announced", "slice"),
     ("static slicing after the fact: `open` pooled by 8 segments", "–", "open + segments8"),
@@ -65,20 +65,15 @@ STRICTNESS = {
     "gradient only, positions": (("16", "hard-gradient"), ("64", "gradient-64"), ("128", "open")),
 }
 KEY = ("slice", "windows", "windows-free", "halves", "split", "split-tied", "split-width")
-VERDICT_COLUMNS = ("explained_variance", "order k=1", "order k=5", "probing k=1", "probing k=5")
-HEAD = ("expl. var.", "CE rec.", "retention − chance", "order k=1", "k=5", "k=20", "probing k=1", "k=5")
-
-
-def _number(value: float) -> str:
-    """Three decimals without the leading zero; a dash for none."""
-    return "\u2013" if value != value else f"{value:.3f}".replace("0.", ".", 1).replace("-", "\u2212")
+VERDICT_COLUMNS = [column for name, column in COMPARED.items() if name != "ce_recovered"]
+HEAD = tuple(column.full_title for column in PRINTED)
 
 
 def _numbers(line: Line) -> list[str]:
-    overall = [line.overall[name] for name in ("explained_variance", "ce_recovered", "retention_gain")]
-    if line.pooling != "mean":
-        overall = [float("nan")] * 3
-    return [_number(value) for value in (*overall, *line.order.values(), *line.probing.values())]
+    return [
+        format_number(line.numbers[column.name] if line.printed(column) else math.nan, column.digits)
+        for column in PRINTED
+    ]
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
@@ -99,7 +94,7 @@ def log(lines: list[Line]) -> str:
 def strictness(lines: list[Line]) -> str:
     by_label = {line.label: line for line in lines}
     rows = [
-        [name, value, *_numbers(by_label[cell]), _number(by_label[cell].overall["strictness"])]
+        [name, value, *_numbers(by_label[cell]), format_number(by_label[cell].overall["strictness"])]
         for name, points in STRICTNESS.items()
         for value, cell in points
         if cell in by_label  # a study may be finished in parts
@@ -115,16 +110,17 @@ def verdicts(found: list[Verdict]) -> str:
     for label, against in pairs:
         if against == "open" and label not in (*KEY, "open + segments8"):
             continue
-        places = [by_place.get((label, against, column)) for column in VERDICT_COLUMNS]
+        places = [by_place.get((label, against, column.name)) for column in VERDICT_COLUMNS]
         n_seeds = next(one.n_seeds for one in places if one is not None)
         rows.append(
             [f"{label} against {against}", str(n_seeds), *("–" if one is None else _words(one) for one in places)]
         )
-    return _table(["comparison", "seeds", "expl. var.", *VERDICT_COLUMNS[1:]], rows)
+    return _table(["comparison", "seeds", *(column.full_title for column in VERDICT_COLUMNS)], rows)
 
 
 def _words(one: Verdict) -> str:
-    text = f"{_number(one.effect)} ({_number(one.ci_low)} to {_number(one.ci_high)})"
+    effect, low, high = (format_number(value) for value in (one.effect, one.ci_low, one.ci_high))
+    text = f"{effect} ({low} to {high})"
     return text if one.verdict == "no evidence" else f"**{text} {one.verdict}**"
 
 

@@ -32,8 +32,9 @@ from posmask.evaluation.retention import PositionMass
 from posmask.report import page as page_module
 from posmask.report import page_server, write_paper_figures, write_report, write_report_folder
 from posmask.report.browser import shown_word
-from posmask.results.comparisons import Verdict, paired_difference, read_verdicts, sample_of, write_verdicts
+from posmask.results.comparisons import Verdict, paired_difference, read_verdicts, sample, write_verdicts
 from posmask.results.rows import Measure, Row, Units, read_units, write_rows, write_units
+from posmask.results.table import COMPARED
 from posmask.sae.files import write_sae
 from posmask.storage.manifest import read_manifest, write_folder
 from posmask.storage.record import StudyRecord, write_record
@@ -255,8 +256,8 @@ def expected_difference(root, of):
 
 def samples(root, cell, metric):
     folders = [root / "cells" / f"{cell}-seed{seed}" for seed in (0, 1)]
-    where = {} if metric == "explained_variance" else {"k": "5"}
-    return [sample_of(read_units(folder / "units.safetensors"), "mean", metric, where) for folder in folders]
+    column = COMPARED["explained_variance" if metric == "explained_variance" else "order k=5"]
+    return [sample(read_units(folder / "units.safetensors"), "mean", column) for folder in folders]
 
 
 def expected_interval(root, of):
@@ -295,11 +296,11 @@ def test_every_number_of_the_tables_is_a_row_or_a_mean_of_rows(study, page):
                 ), of
                 assert parts["d"] in named["title"]
                 seen["difference"] += 1
-            if "intervals reach from" in named.get("title", ""):
+            if "seeds span" in named.get("title", ""):
                 lows, highs = zip(
                     *((float(row["ci_low"]), float(row["ci_high"])) for row in rows_of(study, of)), strict=True
                 )
-                reach = read(named["title"].split("reach from")[1])
+                reach = read(named["title"].split("span")[1])
                 assert reach[:2] == pytest.approx([min(lows), max(highs)], abs=0.00051), of
                 seen["range"] += 1
         elif "data-verdict" in named:
@@ -308,12 +309,14 @@ def test_every_number_of_the_tables_is_a_row_or_a_mean_of_rows(study, page):
             assert read(parts[""]) == pytest.approx([one.effect], abs=0.00051)
             interval, word, _ = parts["small"].split("; ")
             assert read(interval) == pytest.approx([one.ci_low, one.ci_high], abs=0.00051)
-            assert word.lstrip("▲▼ ") == one.verdict
+            assert word.lstrip("▲▼ ") == one.verdict.replace("no evidence", "not significant")
             assert read(named["title"])[0] == pytest.approx(one.p_corrected, rel=0.01)
             seen["verdict"] += 1
         elif re.search(r"\d", "".join(parts.values())):  # what is no measure: seeds, identity, size, versions
             seeds = table == "study" and parts[""] == "2"
-            about = table == "made-1" and (re.fullmatch(r"[0-9a-f]{16}|\d*\.\d", parts[""]) or "torch 2" in parts[""])
+            about = table == "folders-1" and (
+                re.fullmatch(r"[0-9a-f]{16}|\d*\.\d", parts[""]) or "torch 2" in parts[""]
+            )
             pairs = table == "verdicts-1" and parts[""] == "3"
             assert seeds or about or pairs, (table, named, parts)
     assert not verdicts
@@ -323,11 +326,31 @@ def test_every_number_of_the_tables_is_a_row_or_a_mean_of_rows(study, page):
 
 def test_the_answer_counts_and_says_what_verdicts_say(study, page):
     text = re.sub(r"<[^>]+>", "", page.read_text(encoding="utf8").partition('<h2 id="table"')[0])
-    for said in ("0 better", "1 worse", "1 no evidence", "Of 2 comparisons"):
+    for said in ("0 better", "1 worse", "1 not significant", "2 comparisons in total"):
         assert said in text, said
-    assert "▼ hard is worse than open in explained variance: −.100 (−.200 to −.050), 3 seeds" in text
+    assert "▼ hard is worse than open in explained variance: −0.100 (−0.200 to −0.050), 3 seeds" in text
     assert "2 seeds (0, 1)" in text
     assert "6 trained SAEs, 1,000 held-out tokens" in text
+
+
+def test_every_fraction_on_the_page_has_a_leading_zero(page):
+    text = page.read_text(encoding="utf8")
+    visible = re.sub(r"<(style|script)\b.*?</\1>|<[^>]+>", " ", text, flags=re.DOTALL)
+    titles = " ".join(re.findall(r'(?:title|aria-label)="([^"]*)"', text))
+    assert re.findall(r"(?<![\d.])\.\d+", visible + titles) == []
+    assert "0.5 in every probing column" in visible
+
+
+def test_a_mask_that_only_gates_gradients_is_marked(tmp_path):
+    rows = [
+        replace(row, gating=gating)
+        for name, kind, gating in (("open", "open", "forward"), ("hard", "hard", "gradient"))
+        for row in write_cell(tmp_path, name, kind, latents=False)
+    ]
+    write_rows(tmp_path / "results.csv", rows)
+    write_study_record(tmp_path)
+    shown = [parts[""] for table, named, parts in cells_of(write_report(tmp_path)) if "mask" in named.get("class", "")]
+    assert shown == ["open", "hard, gradient only"]
 
 
 def values_of(page, name):
@@ -428,9 +451,9 @@ def test_strictness_curves_are_means_of_rows(tmp_path):
     spec = json.loads(block(write_report(tmp_path), "chart-strictness"))
     metrics = {
         "explained variance": "explained_variance|",
-        "retention less its chance": "retention-retention_chance|",
-        "order accuracy, k = 5": "order_accuracy|k=5",
-        "probing accuracy, k = 5": "probe_accuracy|k=5",
+        "retention − chance": "retention-retention_chance|",
+        "order probing, k = 5": "order_accuracy|k=5",
+        "standard probing, k = 5": "probe_accuracy|k=5",
     }
     assert len(spec["concat"]) == 4
     for chart in spec["concat"]:
@@ -481,11 +504,13 @@ def test_what_scripts_compare_is_what_tables_and_verdicts_say(study, page):
         [one.label, one.against, one.column, one.effect, one.ci_low, one.ci_high, one.verdict]
         for one in read_verdicts(study / "verdicts.csv")
     ]
-    for column, place in facts["compared"].items():
-        kind, _, k = column.partition(" k=")
-        names = {"order": "order probing, ", "probing": "standard probing, "}
-        title = f"{names[kind]}k = {k}" if k else column.replace("_", " ").replace("ce ", "CE ")
-        assert facts["columns"][place] == title
+    assert facts["compared"] == {
+        "explained_variance": 1, "ce_recovered": 2, "order k=1": 6, "order k=5": 7, "probing k=1": 9, "probing k=5": 10
+    }  # fmt: skip
+    assert facts["columns"] == [
+        "latents", "explained variance", "CE recovered", "dead", "retention − chance", "fidelity",
+        *(f"{kind} probing, k = {k}" for kind in ("order", "standard") for k in (1, 5, 20)),
+    ]  # fmt: skip
 
 
 def test_the_browsers_blocks_are_the_latents_of_the_cells_folder(study, page):
@@ -561,7 +586,7 @@ def test_what_cannot_be_read_is_left_out_and_said(root):
         "Unfinished cells: 1",
         "1 numbers of results.csv are NaN",
         "verdicts.csv cannot be read",
-        "Without a readable folder, so in the tables only: hard-seed0, soft-seed1.",
+        "In the tables only, because the folder is missing or unreadable: hard-seed0, soft-seed1.",
     ):
         assert said.replace("`", "") in page.replace("`", ""), said
 
@@ -580,7 +605,7 @@ def test_learned_masks_without_snapshots_are_named(tmp_path):
     shutil.rmtree(cell)
     page = write_report(tmp_path)
     text = page.read_text(encoding="utf8")
-    assert "How learned masks changed in training was not recorded for soft: only" in text
+    assert "Changes of learned masks during training were not recorded for soft; only" in text
     assert "block-chart-snapshots" not in text
     assert "block-chart-learned" in text
 
@@ -588,12 +613,12 @@ def test_learned_masks_without_snapshots_are_named(tmp_path):
 def test_a_study_without_cells_or_results_still_has_a_page(root, tmp_path):
     (root / "results.csv").unlink()
     page = write_report(root).read_text(encoding="utf8")
-    assert "Numbers are those of the 6 finished cells" in page
+    assert "The numbers are those of the 6 finished cells" in page
     assert page.count('data-of="hard|explained_variance|"') >= 1
     empty = tmp_path / "empty"
     (empty / "cells").mkdir(parents=True)
-    assert "No finished cell lies in this folder" in write_report(empty).read_text(encoding="utf8")
-    with pytest.raises(DamagedFolder, match=r"neither results\.csv nor cells"):
+    assert "The folder has no finished cell" in write_report(empty).read_text(encoding="utf8")
+    with pytest.raises(DamagedFolder, match=r"has neither results\.csv nor cells"):
         write_report(tmp_path / "nowhere")
 
 
@@ -626,8 +651,8 @@ def test_missing_latents_and_capped_sizes_are_named_with_their_remedy(tmp_path):
     write_cell(tmp_path, "open", "open", latents=False)
     page = write_report(tmp_path).read_text(encoding="utf8")
     assert "1 cells have no data for the latent browser (open)." in page
-    assert "50 test groups of 60 asked for" in page
-    assert "CE recovered" in page.split("Metrics that are missing")[1].split("</details>")[0]
+    assert "50 of 60 requested test groups" in page
+    assert "CE recovered" in page.split("Missing metrics")[1].split("</details>")[0]
 
 
 def test_figures_for_a_paper_are_svg_and_pdf(study, tmp_path):
@@ -912,7 +937,7 @@ def test_what_the_browser_shows_is_what_was_written(study, page, open_page):
         cosine = its @ own[9]
         line = tab.locator(".near").nth(place).locator("tr", has_text=who).inner_text()
         assert re.search(rf"latent {cosine.argmax()}\b", line)
-        assert f"{cosine.max():.2f}".lstrip("0") in line
+        assert f"{cosine.max():.2f}" in line
 
 
 def test_the_folder_with_everything_shows_every_seed(served, open_page):
@@ -945,8 +970,8 @@ def test_pages_of_damaged_and_empty_folders_open(root, tmp_path, open_page):
     tab.wait_for_selector("[data-chart=position] svg")
     (tmp_path / "empty" / "cells").mkdir(parents=True)
     tab = open_page(write_report(tmp_path / "empty"))
-    assert "No finished cell lies in this folder" in tab.locator(".warnings").first.inner_text()
-    assert "There is nothing to draw." in tab.locator("main").inner_text()
+    assert "The folder has no finished cell" in tab.locator(".warnings").first.inner_text()
+    assert "There are no figures" in tab.locator("main").inner_text()
 
 
 def test_two_studies_stand_in_one_page(study, tmp_path, open_page):

@@ -49,7 +49,7 @@ def test_a_damaged_compressed_table_is_refused(tmp_path, plain, damage):
 def test_a_compressed_table_of_other_columns_is_refused(tmp_path):
     path = tmp_path / "results.csv.zst"
     path.write_bytes(zstandard.compress(b"nothing\n1\n"))
-    with pytest.raises(DamagedFolder, match=r"is no table of posmask's"):
+    with pytest.raises(DamagedFolder, match=r"is not a table of posmask's"):
         read_rows(path)
 
 

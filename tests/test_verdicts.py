@@ -8,6 +8,7 @@ from posmask.results import comparisons
 from posmask.results.bootstrap import resample_counts
 from posmask.results.comparisons import Comparison, holm, judge, paired_difference
 from posmask.results.rows import Units
+from posmask.results.table import COMPARED
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +72,7 @@ def test_one_seed_covers_the_drawing_of_texts():
 
 
 def units_of(cells, column):
-    metric, where = comparisons.COLUMNS[column]
+    metric, where = COMPARED[column].metric, COMPARED[column].where
     slices = "".join(f";{key}={value}" for key, value in where.items())
     return [
         {
@@ -160,7 +161,7 @@ def test_other_poolings_are_asked_for_by_name():
 
 def test_a_number_without_a_value_stops_the_verdicts():
     none = [{"task": Units(np.zeros(10), np.zeros(10))}] * 3
-    with pytest.raises(DegenerateResult, match="task has no value on some draw of its units"):
+    with pytest.raises(DegenerateResult, match="task has no finite value in a draw of its 10 units: evaluate on more"):
         paired_difference(none, none)
 
 

@@ -1,4 +1,4 @@
-"""Serves the folder of a page with all latents, to this machine alone."""
+"""Serves the folder of a page with all latents on this machine only."""
 
 import http.server
 from contextlib import suppress
@@ -12,8 +12,10 @@ __all__ = ["page_server"]
 
 
 class _Handler(http.server.SimpleHTTPRequestHandler):
-    """Files of one folder, to requests that name this machine: another site's page cannot read them by a name of its
-    own that resolves to 127.0.0.1."""
+    """Serves the files of a folder to requests whose Host header names this machine.
+
+    Another site's page cannot read them through a host name that resolves to 127.0.0.1.
+    """
 
     def send_head(self) -> Any:
         name, _, port = (self.headers.get("Host") or "").rpartition(":")
@@ -21,7 +23,7 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
             self.send_error(403, "This page is served to 127.0.0.1 and localhost only")
             return None
         path = Path(self.translate_path(self.path)).resolve()
-        if not path.is_relative_to(Path(self.directory).resolve()):  # through a link
+        if not path.is_relative_to(Path(self.directory).resolve()):  # through a symbolic link
             self.send_error(404)
             return None
         return super().send_head()
@@ -30,7 +32,7 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
         self.send_error(404)
 
     def copyfile(self, source: Any, outputfile: Any) -> None:
-        with suppress(ConnectionError):  # The browser has gone to another page.
+        with suppress(ConnectionError):  # The browser left the page.
             super().copyfile(source, outputfile)
 
     def end_headers(self) -> None:
@@ -43,14 +45,15 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
 
 
 def page_server(folder: Path, port: int = 0) -> http.server.ThreadingHTTPServer:
-    """A server of the folder's page, bound to 127.0.0.1; `serve_forever` starts it.
+    """Return a server of the folder's page, bound to 127.0.0.1; `serve_forever` starts it.
 
     Args:
-        port: 0 takes any that is free.
+        folder: a folder that `write_report_folder` wrote.
+        port: 0 means any free port.
 
     Raises:
-        DamagedFolder: the folder holds no page.
+        DamagedFolder: the folder has no page.
     """
     if not (folder / "index.html").is_file():
-        raise DamagedFolder(f"{folder} holds no index.html: `posmask report DIR --all` writes it")
+        raise DamagedFolder(f"{folder} has no index.html: write it with `posmask report DIR --all`")
     return http.server.ThreadingHTTPServer(("127.0.0.1", port), partial(_Handler, directory=str(folder)))
