@@ -1,7 +1,7 @@
 """docs/results/*/results.csv.zst and verdicts.csv -> the tables of docs/results/README.md: `python studies/answer.py`.
 
-A folder's `results.csv`, copied there from a run, is compressed first; `summary.csv` is written from the full table.
-What stands between `<!-- name -->` and `<!-- end of name -->` is written here and nowhere else; a test holds it.
+A `results.csv` that was copied from a run is compressed first; `summary.csv` is written from the full table. The text
+between `<!-- name -->` and `<!-- end of name -->` is generated; a test checks that it is current.
 """
 
 import math
@@ -30,7 +30,7 @@ PICTURED = (
 
 LOG_ROWS = (
     ("Run 0, no mask", "0.5 everywhere", "open"),
-    ("Run 1, hard: about 16 random positions of 128 a latent", "0.5 everywhere", "hard"),
+    ("Run 1, hard: about 16 random positions of 128 per latent", "0.5 everywhere", "hard"),
     ("Run 2, soft: learned, from openness 0.1 to 0.2", "nothing", "soft-low"),
     ("Run 3, soft: learned, from openness 0.3 to 0.7", "0.5 everywhere", "soft-high"),
     ("Run 4, importance of positions from gradients", "announced", "importance"),
@@ -39,7 +39,7 @@ LOG_ROWS = (
     ("masked gradient updates alone, slices", "announced", "slice-gradient"),
     ("masked gradient updates alone, hard", "announced", "hard-gradient"),
 )
-"""The table of the research log that the study repeats: what it calls a row, what it reported, the cell that is it."""
+"""The table of the research log that the study repeats: name of the row, reported value, corresponding cell."""
 
 STRICTNESS = {
     "leak of 16 random positions": (
@@ -50,7 +50,7 @@ STRICTNESS = {
         ("0.3", "leak-0.3"),
         ("1", "open"),
     ),
-    "random positions a latent": (
+    "random positions per latent": (
         ("8", "positions-8"),
         ("16", "hard"),
         ("32", "positions-32"),
@@ -88,7 +88,7 @@ def cells(lines: list[Line]) -> str:
 def log(lines: list[Line]) -> str:
     by_label = {line.label: line for line in lines}
     rows = [[what, reported, cell, *_numbers(by_label[cell])] for what, reported, cell in LOG_ROWS]
-    return _table(["the log's row", "it reported", "cell", *HEAD], rows)
+    return _table(["row of the research log", "reported there", "cell", *HEAD], rows)
 
 
 def strictness(lines: list[Line]) -> str:
@@ -102,26 +102,25 @@ def strictness(lines: list[Line]) -> str:
     return _table(["what is varied", "value", *HEAD, "strictness"], rows)
 
 
-def verdicts(found: list[Verdict]) -> str:
-    """Of each comparison that the answer rests on, a line with every column's difference and interval."""
-    pairs = dict.fromkeys((one.label, one.against) for one in found)
-    by_place = {(one.label, one.against, one.column): one for one in found}
+def verdicts(judged: list[Verdict]) -> str:
+    """Return a line per comparison that the conclusions rest on, with the difference and interval of every column."""
+    pairs = dict.fromkeys((verdict.label, verdict.against) for verdict in judged)
+    by_key = {(verdict.label, verdict.against, verdict.column): verdict for verdict in judged}
     rows = []
     for label, against in pairs:
         if against == "open" and label not in (*KEY, "open + segments8"):
             continue
-        places = [by_place.get((label, against, column.name)) for column in VERDICT_COLUMNS]
-        n_seeds = next(one.n_seeds for one in places if one is not None)
-        rows.append(
-            [f"{label} against {against}", str(n_seeds), *("–" if one is None else _words(one) for one in places)]
-        )
+        line = [by_key.get((label, against, column.name)) for column in VERDICT_COLUMNS]
+        n_seeds = next(verdict.n_seeds for verdict in line if verdict is not None)
+        texts = ["–" if verdict is None else _verdict_text(verdict) for verdict in line]
+        rows.append([f"{label} against {against}", str(n_seeds), *texts])
     return _table(["comparison", "seeds", *(column.full_title for column in VERDICT_COLUMNS)], rows)
 
 
-def _words(one: Verdict) -> str:
-    effect, low, high = (format_number(value) for value in (one.effect, one.ci_low, one.ci_high))
+def _verdict_text(verdict: Verdict) -> str:
+    effect, low, high = (format_number(value) for value in (verdict.effect, verdict.ci_low, verdict.ci_high))
     text = f"{effect} ({low} to {high})"
-    return text if one.verdict == "no evidence" else f"**{text} {one.verdict}**"
+    return text if verdict.verdict == "no evidence" else f"**{text} {verdict.verdict}**"
 
 
 def pack(folder: Path) -> None:
@@ -133,7 +132,7 @@ def pack(folder: Path) -> None:
 
 
 def summary_rows(rows: Iterable[Row]) -> list[Row]:
-    """The rows without a slice; and means over tasks and datasets of order and probing accuracy, per cell and seed.
+    """Return the rows without a slice, and mean accuracies over tasks and datasets per cell, seed, k and pooling.
 
     `n` of such a mean is the number of tasks or datasets.
     """
@@ -162,7 +161,7 @@ def folders() -> list[Path]:
 
 
 def page(text: str) -> str:
-    """The page with its tables made anew."""
+    """Return the page with its tables regenerated."""
     for folder in folders():
         lines = summarize(read_rows(folder / "results.csv.zst"))
         tables = {"cells": cells(lines), "verdicts": verdicts(read_verdicts(folder / "verdicts.csv"))}
@@ -176,7 +175,7 @@ def page(text: str) -> str:
 
 
 def picture() -> None:
-    """Reconstruction against order accuracy, with the range of seeds, for the README."""
+    """Write the README's figure of reconstruction against order accuracy."""
     study = read_studies([ROOT / "full"])[0]
     table = study_table(study)
     lines = [(line, label) for line, label in table.lines if label in PICTURED]
