@@ -1,4 +1,4 @@
-"""The page: every number on it is a row, nothing runs as HTML, and a reader can use it (in real Chromium)."""
+"""The page: every number is a row or a mean of rows, data never runs as HTML, and Chromium can use it."""
 
 import base64
 import csv
@@ -324,7 +324,7 @@ def test_every_number_of_the_tables_is_a_row_or_a_mean_of_rows(study, page):
     assert min(seen.values()) > 1, seen
 
 
-def test_the_answer_counts_and_says_what_verdicts_say(study, page):
+def test_the_page_counts_and_describes_the_verdicts(study, page):
     text = re.sub(r"<[^>]+>", "", page.read_text(encoding="utf8").partition('<h2 id="table"')[0])
     for said in ("0 better", "1 worse", "1 not significant", "2 comparisons in total"):
         assert said in text, said
@@ -491,7 +491,7 @@ def test_the_baseline_is_named_in_a_crowded_trade_off(tmp_path):
         assert "plain" in [value["cell"] for value in values if value[f"left{when}"] or value[f"right{when}"]]
 
 
-def test_what_scripts_compare_is_what_tables_and_verdicts_say(study, page):
+def test_the_script_has_the_numbers_of_tables_and_verdicts(study, page):
     facts = json.loads(block(page, "page"))
     in_table = [named for table, named, _ in cells_of(page) if table == "study" and "data-value" in named]
     own = [number for label in facts["numbers"].values() for number in label]
@@ -571,7 +571,7 @@ def test_ten_megabytes_in_one_token_leave_the_page_small(tmp_path, monkeypatch):
     assert write_report(tmp_path).stat().st_size < 1_000_000
 
 
-def test_what_cannot_be_read_is_left_out_and_said(root):
+def test_unreadable_files_are_left_out_and_named(root):
     (root / "cells" / "hard-seed0" / "curve.csv").write_text("tampered")
     (root / "cells" / "soft-seed1" / "manifest.json").unlink()
     (root / "cells" / ".soft-seed2.draft-1").mkdir()
@@ -679,7 +679,7 @@ def _files(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_the_folder_with_everything_replaces_its_own_like_and_nothing_else(study, tmp_path, monkeypatch):
+def test_the_folder_with_all_latents_replaces_only_an_earlier_one(study, tmp_path, monkeypatch):
     site = tmp_path / "site"
     (site / "posts").mkdir(parents=True)
     (site / "index.html").write_text("<html>my site</html>")
@@ -749,7 +749,7 @@ def test_the_server_answers_this_machine_alone_and_stays_in_its_folder(served, t
         page_server(tmp_path)
 
 
-def test_a_reader_who_leaves_meanwhile_is_no_error(served, tmp_path, capfd):
+def test_a_reader_who_leaves_early_causes_no_error(served, tmp_path, capfd):
     (tmp_path / "all" / "large").write_bytes(bytes(30_000_000))
     for _ in range(3):
         with socket.create_connection(("127.0.0.1", served)) as leaving:
@@ -784,7 +784,7 @@ def chromium():
 
 @pytest.fixture
 def open_page(chromium):
-    """Opens an address; at the end of the test the console must have said nothing."""
+    """Open an address; the test fails if the console has a message at its end."""
     said, contexts = [], []
 
     def opened(address, **settings):
@@ -940,7 +940,7 @@ def test_what_the_browser_shows_is_what_was_written(study, page, open_page):
         assert f"{cosine.max():.2f}" in line
 
 
-def test_the_folder_with_everything_shows_every_seed(served, open_page):
+def test_the_folder_with_all_latents_shows_every_seed(served, open_page):
     tab = open_page(f"http://127.0.0.1:{served}/")
     show(tab, "#browsers")
     tab.wait_for_selector("#browser-0 tbody tr")
@@ -974,7 +974,7 @@ def test_pages_of_damaged_and_empty_folders_open(root, tmp_path, open_page):
     assert "There are no figures" in tab.locator("main").inner_text()
 
 
-def test_two_studies_stand_in_one_page(study, tmp_path, open_page):
+def test_two_studies_share_a_page(study, tmp_path, open_page):
     other = write_study(tmp_path / "other", cells=(("open", "open"), ("slice", "slice")), seeds=(0,))
     (other / "verdicts.csv").unlink()
     page = write_report(study, other, out=tmp_path / "both.html")

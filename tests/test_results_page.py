@@ -1,4 +1,4 @@
-"""The page of results says what the results beside it say."""
+"""The page of results agrees with the result files in its folder."""
 
 import importlib.util
 import re
@@ -23,7 +23,7 @@ def answer():
     return module
 
 
-def test_every_table_of_the_page_is_made_from_the_results_beside_it():
+def test_every_table_of_the_page_is_generated_from_the_result_files():
     text = (RESULTS / "README.md").read_text(encoding="utf8")
     assert answer().page(text) == text
     marks = set(re.findall(r"<!-- (?!end of )(.+?) -->", text))

@@ -1,4 +1,4 @@
-"""Tables of rows on disk: plain and compressed files hold the same, damaged and oversized ones are refused."""
+"""Tables of rows on disk: plain and compressed files have the same rows; damaged and oversized files are refused."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Intervals and verdicts in simulated studies with a planted difference: what 95 % and "better" mean."""
+"""Coverage of intervals and error rate of verdicts in simulated studies with a planted difference."""
 
 import numpy as np
 import pytest
@@ -84,7 +84,7 @@ def units_of(cells, column):
 
 
 @pytest.mark.parametrize("spreads", PLANTED)
-def test_under_a_true_null_a_study_says_better_or_worse_in_at_most_5_of_100(spreads):
+def test_under_a_true_null_at_most_5_of_100_studies_have_a_verdict(spreads):
     """Of 1,000 studies of three cells against one, two columns each: any false verdict counts."""
     random = np.random.default_rng(1)
     asked = [Comparison(f"cell{number}", "open") for number in range(3)]
@@ -138,7 +138,7 @@ def test_equal_cells_differ_by_nothing():
     assert (found.effect, found.ci_low, found.ci_high, found.p) == (0, 0, 0, 1)
 
 
-def test_other_poolings_are_asked_for_by_name():
+def test_other_poolings_are_selected_by_name():
     ones, half = Units(np.ones(20), np.ones(20)), Units(np.arange(20) % 2 * 1.0, np.ones(20))
     rows = {
         "order_accuracy|task=a;k=5;pooling=mean": half,

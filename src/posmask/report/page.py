@@ -134,6 +134,7 @@ def _facts(studies: Sequence[Study], study_tables: Sequence[tables.StudyTable], 
     """What the page's script needs of tables, verdicts and cells."""
     return {
         "columns": [column.full_title for column in COLUMNS],
+        "digits": [column.digits for column in COLUMNS],
         "numbers": {
             label: [None if number is None else [number.value, number.text, number.interval] for number in numbers]
             for table in study_tables
