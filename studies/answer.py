@@ -1,7 +1,7 @@
 """docs/results/*/results.csv.zst and verdicts.csv -> the tables of docs/results/README.md: `python studies/answer.py`.
 
-A folder's `results.csv`, copied there from a run, is compressed first; `summary.csv` is written from the full table.
-What stands between `<!-- name -->` and `<!-- end of name -->` is written here and nowhere else; a test holds it.
+A `results.csv` that was copied from a run is compressed first; `summary.csv` is written from the full table. The text
+between `<!-- name -->` and `<!-- end of name -->` is generated; a test checks that it is current.
 """
 
 import math
@@ -17,7 +17,7 @@ from posmask.report.reading import read_studies
 from posmask.report.tables import study_table
 from posmask.results.comparisons import Verdict, read_verdicts
 from posmask.results.rows import Row, parse_slice, read_rows, write_rows
-from posmask.results.table import Line, summarize
+from posmask.results.table import COMPARED, PRINTED, Line, format_number, summarize
 
 ROOT = Path(__file__).parents[1] / "docs" / "results"
 PAGE = ROOT / "README.md"
@@ -30,16 +30,16 @@ PICTURED = (
 
 LOG_ROWS = (
     ("Run 0, no mask", "0.5 everywhere", "open"),
-    ("Run 1, hard: about 16 random positions of 128 a latent", "0.5 everywhere", "hard"),
-    ("Run 2, soft: learned, from openness .1 to .2", "nothing", "soft-low"),
-    ("Run 3, soft: learned, from openness .3 to .7", "0.5 everywhere", "soft-high"),
+    ("Run 1, hard: about 16 random positions of 128 per latent", "0.5 everywhere", "hard"),
+    ("Run 2, soft: learned, from openness 0.1 to 0.2", "nothing", "soft-low"),
+    ("Run 3, soft: learned, from openness 0.3 to 0.7", "0.5 everywhere", "soft-high"),
     ("Run 4, importance of positions from gradients", "announced", "importance"),
     ("static slicing", "announced", "slice"),
     ("static slicing after the fact: `open` pooled by 8 segments", "–", "open + segments8"),
     ("masked gradient updates alone, slices", "announced", "slice-gradient"),
     ("masked gradient updates alone, hard", "announced", "hard-gradient"),
 )
-"""The table of the research log that the study repeats: what it calls a row, what it reported, the cell that is it."""
+"""The table of the research log that the study repeats: name of the row, reported value, corresponding cell."""
 
 STRICTNESS = {
     "leak of 16 random positions": (
@@ -50,7 +50,7 @@ STRICTNESS = {
         ("0.3", "leak-0.3"),
         ("1", "open"),
     ),
-    "random positions a latent": (
+    "random positions per latent": (
         ("8", "positions-8"),
         ("16", "hard"),
         ("32", "positions-32"),
@@ -65,20 +65,15 @@ STRICTNESS = {
     "gradient only, positions": (("16", "hard-gradient"), ("64", "gradient-64"), ("128", "open")),
 }
 KEY = ("slice", "windows", "windows-free", "halves", "split", "split-tied", "split-width")
-VERDICT_COLUMNS = ("explained_variance", "order k=1", "order k=5", "probing k=1", "probing k=5")
-HEAD = ("expl. var.", "CE rec.", "retention − chance", "order k=1", "k=5", "k=20", "probing k=1", "k=5")
-
-
-def _number(value: float) -> str:
-    """Three decimals without the leading zero; a dash for none."""
-    return "\u2013" if value != value else f"{value:.3f}".replace("0.", ".", 1).replace("-", "\u2212")
+VERDICT_COLUMNS = [column for name, column in COMPARED.items() if name != "ce_recovered"]
+HEAD = tuple(column.full_title for column in PRINTED)
 
 
 def _numbers(line: Line) -> list[str]:
-    overall = [line.overall[name] for name in ("explained_variance", "ce_recovered", "retention_gain")]
-    if line.pooling != "mean":
-        overall = [float("nan")] * 3
-    return [_number(value) for value in (*overall, *line.order.values(), *line.probing.values())]
+    return [
+        format_number(line.numbers[column.name] if line.printed(column) else math.nan, column.digits)
+        for column in PRINTED
+    ]
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
@@ -93,13 +88,13 @@ def cells(lines: list[Line]) -> str:
 def log(lines: list[Line]) -> str:
     by_label = {line.label: line for line in lines}
     rows = [[what, reported, cell, *_numbers(by_label[cell])] for what, reported, cell in LOG_ROWS]
-    return _table(["the log's row", "it reported", "cell", *HEAD], rows)
+    return _table(["row of the research log", "reported there", "cell", *HEAD], rows)
 
 
 def strictness(lines: list[Line]) -> str:
     by_label = {line.label: line for line in lines}
     rows = [
-        [name, value, *_numbers(by_label[cell]), _number(by_label[cell].overall["strictness"])]
+        [name, value, *_numbers(by_label[cell]), format_number(by_label[cell].overall["strictness"])]
         for name, points in STRICTNESS.items()
         for value, cell in points
         if cell in by_label  # a study may be finished in parts
@@ -107,25 +102,25 @@ def strictness(lines: list[Line]) -> str:
     return _table(["what is varied", "value", *HEAD, "strictness"], rows)
 
 
-def verdicts(found: list[Verdict]) -> str:
-    """Of each comparison that the answer rests on, a line with every column's difference and interval."""
-    pairs = dict.fromkeys((one.label, one.against) for one in found)
-    by_place = {(one.label, one.against, one.column): one for one in found}
+def verdicts(judged: list[Verdict]) -> str:
+    """Return a line per comparison that the conclusions rest on, with the difference and interval of every column."""
+    pairs = dict.fromkeys((verdict.label, verdict.against) for verdict in judged)
+    by_key = {(verdict.label, verdict.against, verdict.column): verdict for verdict in judged}
     rows = []
     for label, against in pairs:
         if against == "open" and label not in (*KEY, "open + segments8"):
             continue
-        places = [by_place.get((label, against, column)) for column in VERDICT_COLUMNS]
-        n_seeds = next(one.n_seeds for one in places if one is not None)
-        rows.append(
-            [f"{label} against {against}", str(n_seeds), *("–" if one is None else _words(one) for one in places)]
-        )
-    return _table(["comparison", "seeds", "expl. var.", *VERDICT_COLUMNS[1:]], rows)
+        line = [by_key.get((label, against, column.name)) for column in VERDICT_COLUMNS]
+        n_seeds = next(verdict.n_seeds for verdict in line if verdict is not None)
+        texts = ["–" if verdict is None else _verdict_text(verdict) for verdict in line]
+        rows.append([f"{label} against {against}", str(n_seeds), *texts])
+    return _table(["comparison", "seeds", *(column.full_title for column in VERDICT_COLUMNS)], rows)
 
 
-def _words(one: Verdict) -> str:
-    text = f"{_number(one.effect)} ({_number(one.ci_low)} to {_number(one.ci_high)})"
-    return text if one.verdict == "no evidence" else f"**{text} {one.verdict}**"
+def _verdict_text(verdict: Verdict) -> str:
+    effect, low, high = (format_number(value) for value in (verdict.effect, verdict.ci_low, verdict.ci_high))
+    text = f"{effect} ({low} to {high})"
+    return text if verdict.verdict == "no evidence" else f"**{text} {verdict.verdict}**"
 
 
 def pack(folder: Path) -> None:
@@ -137,7 +132,7 @@ def pack(folder: Path) -> None:
 
 
 def summary_rows(rows: Iterable[Row]) -> list[Row]:
-    """The rows without a slice; and means over tasks and datasets of order and probing accuracy, per cell and seed.
+    """Return the rows without a slice, and mean accuracies over tasks and datasets per cell, seed, k and pooling.
 
     `n` of such a mean is the number of tasks or datasets.
     """
@@ -166,7 +161,7 @@ def folders() -> list[Path]:
 
 
 def page(text: str) -> str:
-    """The page with its tables made anew."""
+    """Return the page with its tables regenerated."""
     for folder in folders():
         lines = summarize(read_rows(folder / "results.csv.zst"))
         tables = {"cells": cells(lines), "verdicts": verdicts(read_verdicts(folder / "verdicts.csv"))}
@@ -180,7 +175,7 @@ def page(text: str) -> str:
 
 
 def picture() -> None:
-    """Reconstruction against order accuracy, with the range of seeds, for the README."""
+    """Write the README's figure of reconstruction against order accuracy."""
     study = read_studies([ROOT / "full"])[0]
     table = study_table(study)
     lines = [(line, label) for line, label in table.lines if label in PICTURED]

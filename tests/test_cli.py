@@ -37,7 +37,7 @@ def posmask(*words):
         (("run", "studies/none.toml"), 2, "posmask: there is no study file studies/none.toml"),
         (("plan", "studies/none.toml"), 2, "posmask: there is no study file studies/none.toml"),
         (("status", "README.md"), 2, "posmask: README.md is not a readable TOML file"),
-        (("report", "studies"), 3, "posmask: studies holds neither results.csv nor cells"),
+        (("report", "studies"), 3, "posmask: studies has neither results.csv nor cells"),
         (("run", "studies/quick.toml", "--root", "Makefile/run"), 1, "Not a directory: 'Makefile/run"),
         (
             ("order-tasks", "--tokenizer", "no/such/model", "--out", "x"),
@@ -215,8 +215,8 @@ def test_the_table_keeps_every_number_at_80_columns_and_in_a_log():
     ]
     log = io.StringIO()
     Console(file=log, width=80).print(results_table(summarize(rows)))
-    assert log.getvalue().count("-.123") == 7
-    assert ".000" in log.getvalue()  # retention less its chance
+    assert log.getvalue().count("−0.123") == 7
+    assert re.search(r" 0\.000 ", log.getvalue())  # retention minus chance
     assert not re.search("\x1b|…", log.getvalue())
     assert max(map(len, log.getvalue().splitlines())) <= 80
 

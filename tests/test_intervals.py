@@ -1,4 +1,4 @@
-"""What 95 % means for a single number: coverage of planted truths in 1,000 samples."""
+"""Coverage of the intervals of single numbers: planted truths in 1,000 samples."""
 
 import numpy as np
 import pytest

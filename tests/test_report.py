@@ -1,4 +1,4 @@
-"""The page: every number on it is a row, nothing runs as HTML, and a reader can use it (in real Chromium)."""
+"""The page: every number is a row or a mean of rows, data never runs as HTML, and Chromium can use it."""
 
 import base64
 import csv
@@ -38,8 +38,9 @@ from posmask.masks.learned import Soft
 from posmask.report import page as page_module
 from posmask.report import page_server, write_paper_figures, write_report, write_report_folder
 from posmask.report.browser import shown_word
-from posmask.results.comparisons import Verdict, paired_difference, read_verdicts, sample_of, write_verdicts
+from posmask.results.comparisons import Verdict, paired_difference, read_verdicts, sample, write_verdicts
 from posmask.results.rows import Measure, Row, Units, read_units, write_rows, write_units
+from posmask.results.table import COMPARED
 from posmask.sae.files import write_sae
 from posmask.storage.manifest import read_manifest, write_folder
 from posmask.storage.record import StudyRecord, write_record
@@ -261,8 +262,8 @@ def expected_difference(root, of):
 
 def samples(root, cell, metric):
     folders = [root / "cells" / f"{cell}-seed{seed}" for seed in (0, 1)]
-    where = {} if metric == "explained_variance" else {"k": "5"}
-    return [sample_of(read_units(folder / "units.safetensors"), "mean", metric, where) for folder in folders]
+    column = COMPARED["explained_variance" if metric == "explained_variance" else "order k=5"]
+    return [sample(read_units(folder / "units.safetensors"), "mean", column) for folder in folders]
 
 
 def expected_interval(root, of):
@@ -301,11 +302,11 @@ def test_every_number_of_the_tables_is_a_row_or_a_mean_of_rows(study, page):
                 ), of
                 assert parts["d"] in named["title"]
                 seen["difference"] += 1
-            if "intervals reach from" in named.get("title", ""):
+            if "seeds span" in named.get("title", ""):
                 lows, highs = zip(
                     *((float(row["ci_low"]), float(row["ci_high"])) for row in rows_of(study, of)), strict=True
                 )
-                reach = read(named["title"].split("reach from")[1])
+                reach = read(named["title"].split("span")[1])
                 assert reach[:2] == pytest.approx([min(lows), max(highs)], abs=0.00051), of
                 seen["range"] += 1
         elif "data-verdict" in named:
@@ -314,12 +315,14 @@ def test_every_number_of_the_tables_is_a_row_or_a_mean_of_rows(study, page):
             assert read(parts[""]) == pytest.approx([one.effect], abs=0.00051)
             interval, word, _ = parts["small"].split("; ")
             assert read(interval) == pytest.approx([one.ci_low, one.ci_high], abs=0.00051)
-            assert word.lstrip("▲▼ ") == one.verdict
+            assert word.lstrip("▲▼ ") == one.verdict.replace("no evidence", "not significant")
             assert read(named["title"])[0] == pytest.approx(one.p_corrected, rel=0.01)
             seen["verdict"] += 1
         elif re.search(r"\d", "".join(parts.values())):  # what is no measure: seeds, identity, size, versions
             seeds = table == "study" and parts[""] == "2"
-            about = table == "made-1" and (re.fullmatch(r"[0-9a-f]{16}|\d*\.\d", parts[""]) or "torch 2" in parts[""])
+            about = table == "folders-1" and (
+                re.fullmatch(r"[0-9a-f]{16}|\d*\.\d", parts[""]) or "torch 2" in parts[""]
+            )
             pairs = table == "verdicts-1" and parts[""] == "3"
             assert seeds or about or pairs, (table, named, parts)
     assert not verdicts
@@ -327,13 +330,33 @@ def test_every_number_of_the_tables_is_a_row_or_a_mean_of_rows(study, page):
     assert min(seen.values()) > 1, seen
 
 
-def test_the_answer_counts_and_says_what_verdicts_say(study, page):
+def test_the_page_counts_and_describes_the_verdicts(study, page):
     text = re.sub(r"<[^>]+>", "", page.read_text(encoding="utf8").partition('<h2 id="table"')[0])
-    for said in ("0 better", "1 worse", "1 no evidence", "Of 2 comparisons"):
+    for said in ("0 better", "1 worse", "1 not significant", "2 comparisons in total"):
         assert said in text, said
-    assert "▼ hard is worse than open in explained variance: −.100 (−.200 to −.050), 3 seeds" in text
+    assert "▼ hard is worse than open in explained variance: −0.100 (−0.200 to −0.050), 3 seeds" in text
     assert "2 seeds (0, 1)" in text
     assert "6 trained SAEs, 1,000 held-out tokens" in text
+
+
+def test_every_fraction_on_the_page_has_a_leading_zero(page):
+    text = page.read_text(encoding="utf8")
+    visible = re.sub(r"<(style|script)\b.*?</\1>|<[^>]+>", " ", text, flags=re.DOTALL)
+    titles = " ".join(re.findall(r'(?:title|aria-label)="([^"]*)"', text))
+    assert re.findall(r"(?<![\d.])\.\d+", visible + titles) == []
+    assert "0.5 in every probing column" in visible
+
+
+def test_a_mask_that_only_gates_gradients_is_marked(tmp_path):
+    rows = [
+        replace(row, gating=gating)
+        for name, kind, gating in (("open", "open", "forward"), ("hard", "hard", "gradient"))
+        for row in write_cell(tmp_path, name, kind, latents=False)
+    ]
+    write_rows(tmp_path / "results.csv", rows)
+    write_study_record(tmp_path)
+    shown = [parts[""] for table, named, parts in cells_of(write_report(tmp_path)) if "mask" in named.get("class", "")]
+    assert shown == ["open", "hard, gradient only"]
 
 
 def values_of(page, name):
@@ -434,9 +457,9 @@ def test_strictness_curves_are_means_of_rows(tmp_path):
     spec = json.loads(block(write_report(tmp_path), "chart-strictness"))
     metrics = {
         "explained variance": "explained_variance|",
-        "retention less its chance": "retention-retention_chance|",
-        "order accuracy, k = 5": "order_accuracy|k=5",
-        "probing accuracy, k = 5": "probe_accuracy|k=5",
+        "retention − chance": "retention-retention_chance|",
+        "order probing, k = 5": "order_accuracy|k=5",
+        "standard probing, k = 5": "probe_accuracy|k=5",
     }
     assert len(spec["concat"]) == 4
     for chart in spec["concat"]:
@@ -474,7 +497,7 @@ def test_the_baseline_is_named_in_a_crowded_trade_off(tmp_path):
         assert "plain" in [value["cell"] for value in values if value[f"left{when}"] or value[f"right{when}"]]
 
 
-def test_what_scripts_compare_is_what_tables_and_verdicts_say(study, page):
+def test_the_script_has_the_numbers_of_tables_and_verdicts(study, page):
     facts = json.loads(block(page, "page"))
     in_table = [named for table, named, _ in cells_of(page) if table == "study" and "data-value" in named]
     own = [number for label in facts["numbers"].values() for number in label]
@@ -487,11 +510,13 @@ def test_what_scripts_compare_is_what_tables_and_verdicts_say(study, page):
         [one.label, one.against, one.column, one.effect, one.ci_low, one.ci_high, one.verdict]
         for one in read_verdicts(study / "verdicts.csv")
     ]
-    for column, place in facts["compared"].items():
-        kind, _, k = column.partition(" k=")
-        names = {"order": "order probing, ", "probing": "standard probing, "}
-        title = f"{names[kind]}k = {k}" if k else column.replace("_", " ").replace("ce ", "CE ")
-        assert facts["columns"][place] == title
+    assert facts["compared"] == {
+        "explained_variance": 1, "ce_recovered": 2, "order k=1": 6, "order k=5": 7, "probing k=1": 9, "probing k=5": 10
+    }  # fmt: skip
+    assert facts["columns"] == [
+        "latents", "explained variance", "CE recovered", "dead", "retention − chance", "fidelity",
+        *(f"{kind} probing, k = {k}" for kind in ("order", "standard") for k in (1, 5, 20)),
+    ]  # fmt: skip
 
 
 def test_the_browsers_blocks_are_the_latents_of_the_cells_folder(study, page):
@@ -552,7 +577,7 @@ def test_ten_megabytes_in_one_token_leave_the_page_small(tmp_path, monkeypatch):
     assert write_report(tmp_path).stat().st_size < 1_000_000
 
 
-def test_what_cannot_be_read_is_left_out_and_said(root):
+def test_unreadable_files_are_left_out_and_named(root):
     (root / "cells" / "hard-seed0" / "curve.csv").write_text("tampered")
     (root / "cells" / "soft-seed1" / "manifest.json").unlink()
     (root / "cells" / ".soft-seed2.draft-1").mkdir()
@@ -567,7 +592,7 @@ def test_what_cannot_be_read_is_left_out_and_said(root):
         "Unfinished cells: 1",
         "1 numbers of results.csv are NaN",
         "verdicts.csv cannot be read",
-        "Without a readable folder, so in the tables only: hard-seed0, soft-seed1.",
+        "In the tables only, because the folder is missing or unreadable: hard-seed0, soft-seed1.",
     ):
         assert said.replace("`", "") in page.replace("`", ""), said
 
@@ -590,12 +615,12 @@ def test_a_kind_of_mask_that_the_report_does_not_know_is_drawn_by_its_snapshots(
 def test_a_study_without_cells_or_results_still_has_a_page(root, tmp_path):
     (root / "results.csv").unlink()
     page = write_report(root).read_text(encoding="utf8")
-    assert "Numbers are those of the 6 finished cells" in page
+    assert "The numbers are those of the 6 finished cells" in page
     assert page.count('data-of="hard|explained_variance|"') >= 1
     empty = tmp_path / "empty"
     (empty / "cells").mkdir(parents=True)
-    assert "No finished cell lies in this folder" in write_report(empty).read_text(encoding="utf8")
-    with pytest.raises(DamagedFolder, match=r"neither results\.csv nor cells"):
+    assert "The folder has no finished cell" in write_report(empty).read_text(encoding="utf8")
+    with pytest.raises(DamagedFolder, match=r"has neither results\.csv nor cells"):
         write_report(tmp_path / "nowhere")
 
 
@@ -628,8 +653,8 @@ def test_missing_latents_and_capped_sizes_are_named_with_their_remedy(tmp_path):
     write_cell(tmp_path, "open", "open", latents=False)
     page = write_report(tmp_path).read_text(encoding="utf8")
     assert "1 cells have no data for the latent browser (open)." in page
-    assert "50 test groups of 60 asked for" in page
-    assert "CE recovered" in page.split("Metrics that are missing")[1].split("</details>")[0]
+    assert "50 of 60 requested test groups" in page
+    assert "CE recovered" in page.split("Missing metrics")[1].split("</details>")[0]
 
 
 def test_figures_for_a_paper_are_svg_and_pdf(study, tmp_path):
@@ -656,7 +681,7 @@ def _files(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_the_folder_with_everything_replaces_its_own_like_and_nothing_else(study, tmp_path, monkeypatch):
+def test_the_folder_with_all_latents_replaces_only_an_earlier_one(study, tmp_path, monkeypatch):
     site = tmp_path / "site"
     (site / "posts").mkdir(parents=True)
     (site / "index.html").write_text("<html>my site</html>")
@@ -756,7 +781,7 @@ def test_serve_opens_a_plain_report(study, tmp_path, path):
     assert f"serves {tmp_path / 'report.html'};" in line
 
 
-def test_a_reader_who_leaves_meanwhile_is_no_error(served, tmp_path, capfd):
+def test_a_reader_who_leaves_early_causes_no_error(served, tmp_path, capfd):
     (tmp_path / "all" / "large").write_bytes(bytes(30_000_000))
     for _ in range(3):
         with socket.create_connection(("127.0.0.1", served)) as leaving:
@@ -791,7 +816,7 @@ def chromium():
 
 @pytest.fixture
 def open_page(chromium):
-    """Opens an address; at the end of the test the console must have said nothing."""
+    """Open an address; the test fails if the console has a message at its end."""
     said, contexts = [], []
 
     def opened(address, **settings):
@@ -944,10 +969,10 @@ def test_what_the_browser_shows_is_what_was_written(study, page, open_page):
         cosine = its @ own[9]
         line = tab.locator(".near").nth(place).locator("tr", has_text=who).inner_text()
         assert re.search(rf"latent {cosine.argmax()}\b", line)
-        assert f"{cosine.max():.2f}".lstrip("0") in line
+        assert f"{cosine.max():.2f}" in line
 
 
-def test_the_folder_with_everything_shows_every_seed(served, open_page):
+def test_the_folder_with_all_latents_shows_every_seed(served, open_page):
     tab = open_page(f"http://127.0.0.1:{served}/")
     show(tab, "#browsers")
     tab.wait_for_selector("#browser-0 tbody tr")
@@ -977,11 +1002,11 @@ def test_pages_of_damaged_and_empty_folders_open(root, tmp_path, open_page):
     tab.wait_for_selector("[data-chart=position] svg")
     (tmp_path / "empty" / "cells").mkdir(parents=True)
     tab = open_page(write_report(tmp_path / "empty"))
-    assert "No finished cell lies in this folder" in tab.locator(".warnings").first.inner_text()
-    assert "There is nothing to draw." in tab.locator("main").inner_text()
+    assert "The folder has no finished cell" in tab.locator(".warnings").first.inner_text()
+    assert "There are no figures" in tab.locator("main").inner_text()
 
 
-def test_two_studies_stand_in_one_page(study, tmp_path, open_page):
+def test_two_studies_share_a_page(study, tmp_path, open_page):
     other = write_study(tmp_path / "other", cells=(("open", "open"), ("slice", "slice")), seeds=(0,))
     (other / "verdicts.csv").unlink()
     page = write_report(study, other, out=tmp_path / "both.html")

@@ -1,4 +1,4 @@
-"""Tables of rows on disk: plain and compressed files hold the same, damaged and oversized ones are refused."""
+"""Tables of rows on disk: plain and compressed files have the same rows; damaged and oversized files are refused."""
 
 import re
 
@@ -49,7 +49,7 @@ def test_a_damaged_compressed_table_is_refused(tmp_path, plain, damage):
 def test_a_compressed_table_of_other_columns_is_refused(tmp_path):
     path = tmp_path / "results.csv.zst"
     path.write_bytes(zstandard.compress(b"nothing\n1\n"))
-    with pytest.raises(DamagedFolder, match=r"is no table of posmask's"):
+    with pytest.raises(DamagedFolder, match=r"is not a table of posmask's"):
         read_rows(path)
 
 

@@ -178,7 +178,9 @@ def test_a_store_that_fails_for_good_ends_in_a_sentence_and_what_it_has_is_kept(
         return add(folder, *given)
 
     monkeypatch.setattr(remote.StoredFolder, "add", until_the_fourth)
-    with pytest.raises(MissingAsset, match=r"could not write vectors/shard-00003.* check the address, your permissions"):
+    with pytest.raises(
+        MissingAsset, match=r"could not write vectors/shard-00003.* check the address, your permissions"
+    ):
         harvest(tokens, language_model, store.folder("vectors"), MADE_FROM, "test")
     assert lying(tmp_path / "cache") == []
     assert store.folder("vectors").manifest() is None
@@ -214,9 +216,7 @@ def test_a_damaged_shard_is_found_and_only_that_is_made_anew(
     for path in lying(tmp_path / "cache"):
         path.unlink()
     if damage == "flipped":  # Its size tells nothing, so it is found when it comes.
-        with pytest.raises(
-            DamagedFolder, match=r"shard-00002.safetensors is missing or damaged .* removed"
-        ):
+        with pytest.raises(DamagedFolder, match=r"shard-00002.safetensors is missing or damaged .* removed"):
             list(evaluation_batches(Activations(store.folder("vectors"))))
     with pytest.raises(DamagedFolder, match=r"shard-00002.safetensors missing or not of the size"):
         store.folder("vectors").manifest()

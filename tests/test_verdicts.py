@@ -1,4 +1,4 @@
-"""Intervals and verdicts in simulated studies with a planted difference: what 95 % and "better" mean."""
+"""Coverage of intervals and error rate of verdicts in simulated studies with a planted difference."""
 
 import numpy as np
 import pytest
@@ -8,6 +8,7 @@ from posmask.results import comparisons
 from posmask.results.bootstrap import resample_counts
 from posmask.results.comparisons import Comparison, holm, judge, paired_difference
 from posmask.results.rows import Units
+from posmask.results.table import COMPARED
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +72,7 @@ def test_one_seed_covers_the_drawing_of_texts():
 
 
 def units_of(cells, column):
-    metric, where = comparisons.COLUMNS[column]
+    metric, where = COMPARED[column].metric, COMPARED[column].where
     slices = "".join(f";{key}={value}" for key, value in where.items())
     return [
         {
@@ -83,7 +84,7 @@ def units_of(cells, column):
 
 
 @pytest.mark.parametrize("spreads", PLANTED)
-def test_under_a_true_null_a_study_says_better_or_worse_in_at_most_5_of_100(spreads):
+def test_under_a_true_null_at_most_5_of_100_studies_have_a_verdict(spreads):
     """Of 1,000 studies of three cells against one, two columns each: any false verdict counts."""
     random = np.random.default_rng(1)
     asked = [Comparison(f"cell{number}", "open") for number in range(3)]
@@ -137,7 +138,7 @@ def test_equal_cells_differ_by_nothing():
     assert (found.effect, found.ci_low, found.ci_high, found.p) == (0, 0, 0, 1)
 
 
-def test_other_poolings_are_asked_for_by_name():
+def test_other_poolings_are_selected_by_name():
     ones, half = Units(np.ones(20), np.ones(20)), Units(np.arange(20) % 2 * 1.0, np.ones(20))
     rows = {
         "order_accuracy|task=a;k=5;pooling=mean": half,
@@ -160,7 +161,7 @@ def test_other_poolings_are_asked_for_by_name():
 
 def test_a_number_without_a_value_stops_the_verdicts():
     none = [{"task": Units(np.zeros(10), np.zeros(10))}] * 3
-    with pytest.raises(DegenerateResult, match="task has no value on some draw of its units"):
+    with pytest.raises(DegenerateResult, match="task has no finite value in a draw of its 10 units: evaluate on more"):
         paired_difference(none, none)
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from posmask.progress import duration
-from posmask.results.table import ORDER_KS, PROBE_KS, Line
+from posmask.results.table import PRINTED, Line, format_number
 
 if TYPE_CHECKING:
     from posmask.study import estimate
@@ -29,41 +29,22 @@ __all__ = [
 ]
 
 _STAGES = ("harvest", "baselines", "training", "evaluation")
-_OVERALL = ("explained_variance", "ce_recovered", "retention_gain")
 console = Console()
 
 
-def _number(value: float) -> str:
-    """Three decimals without the leading zero, as wide as the column needs.
-
-    >>> _number(0.826), _number(-0.006), _number(1.0)
-    ('.826', '-.006', '1.000')
-    """
-    return "–" if value != value else f"{value:.3f}".replace("0.", ".", 1)
-
-
 def results_table(lines: list[Line]) -> Table:
-    """Return the results table of a study; `lines` come from `results.table.summarize`."""
+    """Return the table of a study's numbers, with the columns of `PRINTED`."""
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False, header_style="bold")
     table.add_column("cell", overflow="fold")  # A long name takes two lines; numbers are never cut.
     table.add_column("budget", no_wrap=True)
-    headings = [
-        "expl.\nvar.",
-        "CE\nrec.",
-        "ret.−\nchance",
-        *(f"order\nk={k}" for k in ORDER_KS),
-        *(f"probe\nk={k}" for k in PROBE_KS),
-    ]
-    for name in headings:
-        table.add_column(name, justify="right", no_wrap=True)
+    for column in PRINTED:
+        table.add_column(column.heading, justify="right", no_wrap=True)
     for line in lines:
-        # Numbers that do not depend on the pooling are shown once, on the cell's first line.
-        overall = ["" if line.pooling != "mean" else _number(line.overall[name]) for name in _OVERALL]
-        numbers = [
-            *line.order.values(),
-            *line.probing.values(),
-        ]
-        table.add_row(line.label, line.budget, *overall, *(_number(value) for value in numbers))
+        numbers = (
+            format_number(line.numbers[column.name], column.digits) if line.printed(column) else ""
+            for column in PRINTED
+        )
+        table.add_row(line.label, line.budget, *numbers)
     return table
 
 

@@ -1,7 +1,7 @@
-"""What the latent browser shows, as blocks of bytes that are decoded only when looked at.
+"""Data of the latent browser, as blocks of bytes that the page decodes on demand.
 
-A block is gzip over: the length of a JSON header (4 bytes, little endian), the header, and its arrays, each at a
-multiple of 8 bytes. One block for each cell; the held-out tokens and the words stand once, in a block that cells share.
+A block is the gzip of: the length of a JSON header (4 bytes, little endian), the header, and arrays, each at a multiple
+of 8 bytes. Each cell has a block; cells share a block with the held-out tokens and the words.
 """
 
 import gzip
@@ -20,22 +20,27 @@ from posmask.report.reading import CellFolder
 __all__ = ["Browser", "browser", "pack", "shown_word"]
 
 _FILE, _WORDS, _WEIGHTS = "latents.safetensors", "latents.json", "sae.safetensors"
-_N_NEAREST = 8
-_TWIN = 0.7  # Cosine of decoder rows above which two latents count as the same feature.
+_N_NEAREST = 8  # nearest neighbors per latent
+_TWIN = 0.7  # cosine of decoder rows above which latents are counted as duplicates
 _LONGEST_WORD = 40
 _ROWS_AT_ONCE = 2048
 
 
 @dataclass(frozen=True)
 class Browser:
-    """`blocks` by name; `cells`: what the page needs to offer them: label, block, number of latents kept and in all."""
+    """Data of the latent browser.
+
+    Attributes:
+        blocks: bytes by name.
+        cells: label, cell, seed, block, number of latents kept (`kept`) and in total (`of`) of each cell with a block.
+    """
 
     blocks: dict[str, bytes]
     cells: list[dict[str, Any]]
 
 
 def shown_word(word: str) -> str:
-    """A token's text as it may stand on a page: control and direction characters visible, 40 characters at most.
+    """Return a token's text for a page: at most 40 characters, control and direction characters made visible.
 
     >>> shown_word("a\\tb"), shown_word("\\u202ex"), len(shown_word("x" * 10_000_000))
     ('a⇥b', '⟨202E⟩x', 41)
@@ -43,115 +48,133 @@ def shown_word(word: str) -> str:
     word = word if len(word) <= _LONGEST_WORD else word[:_LONGEST_WORD] + "…"
     word = word.replace("\n", "↵").replace("\t", "⇥")
     hidden = ("Cc", "Cf", "Cs", "Zl", "Zp")
-    return "".join(f"⟨{ord(one):X}⟩" if unicodedata.category(one) in hidden else one for one in word)
+    return "".join(f"⟨{ord(char):X}⟩" if unicodedata.category(char) in hidden else char for char in word)
 
 
 def pack(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> bytes:
-    """One block."""
-    places, body = {}, b""
+    """Return a block of a JSON header and arrays."""
+    index, body = {}, b""
     for name, array in arrays.items():
         body += b"\0" * (-len(body) % 8)
-        places[name] = {"type": array.dtype.name, "shape": list(array.shape), "at": len(body)}
+        index[name] = {"type": array.dtype.name, "shape": list(array.shape), "at": len(body)}
         body += np.ascontiguousarray(array).tobytes()
-    text = json.dumps({**header, "arrays": places}, ensure_ascii=True, allow_nan=False).encode()
+    text = json.dumps({**header, "arrays": index}, ensure_ascii=True, allow_nan=False).encode()
     text += b" " * (-(len(text) + 4) % 8)
     return gzip.compress(len(text).to_bytes(4, "little") + text + body, 6, mtime=0)
 
 
 def browser(
-    shown: Sequence[CellFolder], every: Sequence[CellFolder], n_kept: int | None, warnings: list[str]
+    shown: Sequence[CellFolder], all_cells: Sequence[CellFolder], n_kept: int | None, warnings: list[str]
 ) -> Browser:
-    """Everything that is to be looked at.
+    """Return the data of the latent browser.
 
     Args:
-        shown: the cells whose latents can be looked at.
-        every: all cells, of all seeds, in which the same latents are looked for.
-        n_kept: how many latents of each cell, the most telling ones; None keeps all.
+        shown: the cells whose latents can be browsed.
+        all_cells: all cells of all seeds, in which nearest neighbors are searched.
+        n_kept: number of latents to keep per cell, the most informative ones; None keeps all.
+        warnings: unreadable files are added to it.
     """
-    found = []
+    loaded = []
     for cell in shown:
-        if not (cell.path / _FILE).is_file():
-            continue
-        try:
-            arrays = load_file(cell.path / _FILE)
-            words = json.loads((cell.path / _WORDS).read_text(encoding="utf8"))
-            openness = load_file(cell.path / "openness.safetensors")["openness"]
-            found.append((cell, arrays, words, openness, _telling(arrays, n_kept)))
-        except (OSError, KeyError, ValueError, SafetensorError) as error:
-            warnings.append(f"the latents of {cell.label} cannot be read ({type(error).__name__}: {str(error)[:120]}).")
+        if (cell.path / _FILE).is_file():
+            facts = _read_facts(cell, n_kept, warnings)
+            loaded += [facts] if facts is not None else []
     without = [cell.cell for cell in shown if not (cell.path / _FILE).is_file()]
     if without:
         warnings.append(
             f"{len(without)} cells have no data for the latent browser ({', '.join(without[:4])}"
             f"{' …' if len(without) > 4 else ''})."
         )
-    nearest = _nearest([(cell, kept) for cell, _, _, _, kept in found], every, warnings)
+    nearest = _nearest([(facts.cell, facts.kept) for facts in loaded], all_cells, warnings)
     blocks: dict[str, bytes] = {}
     cells, streams = [], {}
-    for number, (cell, arrays, words, openness, kept) in enumerate(found):
-        key = (arrays["token_id"].tobytes(), arrays["token_position"].tobytes())
-        stream = streams.setdefault(key, _Stream(f"texts-{len(streams)}", arrays, words["words"]))
+    for number, facts in enumerate(loaded):
+        key = (facts.arrays["token_id"].tobytes(), facts.arrays["token_position"].tobytes())
+        stream = streams.setdefault(key, _Stream(f"texts-{len(streams)}", facts.arrays, facts.words))
+        seeds, neighbors = nearest.get(facts.cell, ([], {}))
         name = f"cell-{number}"
-        seeds, near = nearest.get(cell, ([], {}))
-        about = {
-            "cell": cell.cell,
-            "seed": cell.seed,
-            "other_seeds": seeds,
-            "texts": stream.name,
-            "probes": words["probes"],
-            "position_origin": words["position_origin"],
-            "tokens": words["n_tokens"],
-            "searched": words["n_tokens_searched_for_texts"],
-            "identity": cell.manifest["identity"],
-        }
-        blocks[name] = pack(about, _cell_arrays(arrays, openness, kept, stream, words["words"]) | near)
+        header = facts.header | {"other_seeds": seeds, "texts": stream.name}
+        blocks[name] = pack(header, _cell_arrays(facts, stream) | neighbors)
         cells.append(
             {
-                "label": cell.label,
-                "cell": cell.cell,
-                "seed": cell.seed,
+                "label": facts.cell.label,
+                "cell": facts.cell.cell,
+                "seed": facts.cell.seed,
                 "block": name,
-                "kept": len(kept),
-                "of": len(arrays["firings"]),
+                "kept": len(facts.kept),
+                "of": len(facts.arrays["firings"]),
             }
         )
     blocks |= {stream.name: stream.block() for stream in streams.values()}
     return Browser(blocks, cells)
 
 
+@dataclass(frozen=True)
+class _Facts:
+    """What a cell folder has of its latents."""
+
+    cell: CellFolder
+    arrays: dict[str, np.ndarray]
+    words: dict[str, str]  # by token id
+    header: dict[str, Any]
+    openness: np.ndarray  # [position latent]
+    kept: np.ndarray  # latents to keep
+
+
+def _read_facts(cell: CellFolder, n_kept: int | None, warnings: list[str]) -> _Facts | None:
+    try:
+        arrays = load_file(cell.path / _FILE)
+        about = json.loads((cell.path / _WORDS).read_text(encoding="utf8"))
+        openness = load_file(cell.path / "openness.safetensors")["openness"]
+        header = {
+            "cell": cell.cell,
+            "seed": cell.seed,
+            "probes": about["probes"],
+            "position_origin": about["position_origin"],
+            "tokens": about["n_tokens"],
+            "searched": about["n_tokens_searched_for_texts"],
+            "identity": cell.manifest["identity"],
+        }
+        return _Facts(cell, arrays, about["words"], header, openness, _most_informative(arrays, n_kept))
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
+        warnings.append(f"The latents of {cell.label} cannot be read ({type(error).__name__}: {str(error)[:120]}).")
+        return None
+
+
 class _Stream:
-    """The held-out tokens that cells of one study share, and every word that one of them names."""
+    """The held-out tokens that cells of a study share, and every word that a cell refers to."""
 
     def __init__(self, name: str, arrays: dict[str, np.ndarray], words: dict[str, str]) -> None:
         self.name = name
-        self._ids, self._token = np.unique(arrays["token_id"], return_inverse=True)
-        self._place = {int(one): number for number, one in enumerate(self._ids)}
+        ids, self._token = np.unique(arrays["token_id"], return_inverse=True)
+        self._index = {int(token_id): index for index, token_id in enumerate(ids)}
         self._position = arrays["token_position"].astype(np.uint16)
-        self._words = [shown_word(words[str(one)]) for one in self._ids]
+        self._words = [shown_word(words[str(token_id)]) for token_id in ids]
 
-    def places(self, ids: np.ndarray, words: dict[str, str]) -> np.ndarray:
-        """Where these tokens' words stand; those that are new are added."""
-        for one in np.unique(ids).tolist():
-            if one not in self._place:
-                self._place[one] = len(self._words)
-                self._words.append(shown_word(words[str(one)]))
-        return np.vectorize(self._place.__getitem__, otypes=[np.int32])(ids)
+    def indices(self, ids: np.ndarray, words: dict[str, str]) -> np.ndarray:
+        """Return the indices of the tokens' words; new words are added."""
+        for token_id in np.unique(ids).tolist():
+            if token_id not in self._index:
+                self._index[token_id] = len(self._words)
+                self._words.append(shown_word(words[str(token_id)]))
+        return np.vectorize(self._index.__getitem__, otypes=[np.int32])(ids)
 
     def block(self) -> bytes:
+        """Return the block of the words and the tokens."""
         return pack({"words": self._words}, {"token": self._token.astype(np.int32), "position": self._position})
 
 
-def _telling(arrays: dict[str, np.ndarray], n_kept: int | None) -> np.ndarray:
-    """The latents to keep, in their order.
+def _most_informative(arrays: dict[str, np.ndarray], n_kept: int | None) -> np.ndarray:
+    """The latents to keep, sorted.
 
-    Half of the places go to latents that probes chose, first choices first; the others to those whose firing says most
-    of position. What is left goes to those that fire most.
+    Half are latents that probes selected, first choices first. Three quarters of the others have the highest position
+    information; the rest fire most often.
     """
     n_latents = len(arrays["firings"])
     if n_kept is None or n_kept >= n_latents:
         return np.arange(n_latents)
-    chosen = [int(one) for one in arrays["probe_latent"].T.ravel() if one >= 0]
-    probed = list(dict.fromkeys(chosen))[: n_kept // 2]
+    selected = [int(latent) for latent in arrays["probe_latent"].T.ravel() if latent >= 0]
+    probed = list(dict.fromkeys(selected))[: n_kept // 2]
     by_position = np.argsort(-np.nan_to_num(arrays["position_information"], nan=-1), kind="stable")
     by_firing = np.argsort(-arrays["firings"], kind="stable")
     n_positional = (n_kept - len(probed)) * 3 // 4
@@ -159,44 +182,49 @@ def _telling(arrays: dict[str, np.ndarray], n_kept: int | None) -> np.ndarray:
     return np.sort(list(dict.fromkeys([*kept, *by_firing.tolist()]))[:n_kept])
 
 
-def _cell_arrays(
-    arrays: dict[str, np.ndarray], openness: np.ndarray, kept: np.ndarray, stream: _Stream, words: dict[str, str]
-) -> dict[str, np.ndarray]:
+def _cell_arrays(facts: _Facts, stream: _Stream) -> dict[str, np.ndarray]:
+    arrays, kept = facts.arrays, facts.kept
     profile = arrays["profile"][:, kept].T.astype(np.float32)
     highest = profile.max(1)
-    known = {
+    packed = {
         "latent": kept.astype(np.int32),
         "profile": np.round(255 * profile / np.maximum(highest, 1e-30)[:, None]).astype(np.uint8),
         "highest": highest,
-        "openness": np.round(255 * openness[:, kept].T.clip(0, 1)).astype(np.uint8),
+        "openness": np.round(255 * facts.openness[:, kept].T.clip(0, 1)).astype(np.uint8),
         "probe_latent": arrays["probe_latent"],
         "probe_weight": arrays["probe_weight"],
     }
     for name in ("firings", "position_information", "retention", "retention_chance", "largest"):
-        known[name] = arrays[name][kept]
+        packed[name] = arrays[name][kept]
     for name in ("text_start", "text_length", "text_value"):
-        known[name] = arrays[name][kept]
+        packed[name] = arrays[name][kept]
     for name in ("promoted", "suppressed"):
-        known[name] = stream.places(arrays[name][kept], words)
-        known[f"{name}_logit"] = arrays[f"{name}_logit"][kept].astype(np.float32).round(1)
-    return known
+        packed[name] = stream.indices(arrays[name][kept], facts.words)
+        packed[f"{name}_logit"] = arrays[f"{name}_logit"][kept].astype(np.float32).round(1)
+    return packed
+
+
+_Neighbors = tuple[int, np.ndarray, np.ndarray]  # a cell's index or a seed; nearest latents and their cosines
 
 
 def _nearest(
-    found: Sequence[tuple[CellFolder, np.ndarray]], every: Sequence[CellFolder], warnings: list[str]
+    loaded: Sequence[tuple[CellFolder, np.ndarray]], all_cells: Sequence[CellFolder], warnings: list[str]
 ) -> dict[CellFolder, tuple[list[int], dict[str, np.ndarray]]]:
-    """The latents whose decoder rows point most nearly the same way, for those kept of each cell.
+    """Other seeds and nearest neighbors by cosine of decoder rows, for the kept latents of each loaded cell.
 
-    In the same cell: `near_own` [latent near] with `near_own_cosine`, and `twins`, how many others have a cosine above
-    0.7. In the other cells that are shown, of the same seed where there is one: `near_cell`, `near_latent` and
-    `near_cosine` [latent near], the nearest one of each, the nearest cells first. In the same cell of other seeds,
-    shown or not: their numbers, and `seed_latent` and `seed_cosine` [latent seed], the nearest one of each. One cell's
-    weights are in memory at a time, and the rows of those kept.
+    Arrays of the neighbors:
+        near_own, near_own_cosine [latent neighbor]: in the same SAE.
+        twins [latent]: number of other latents of the same SAE with a cosine above 0.7.
+        near_cell, near_latent, near_cosine [latent neighbor]: the nearest latent of each other loaded cell, of the same
+            seed if the cell has it; the nearest cells first.
+        seed_latent, seed_cosine [latent seed]: the nearest latent of each other seed of the cell, loaded or not.
+
+    Only one cell's weights and the rows of kept latents are in memory at a time.
     """
     rows: dict[CellFolder, np.ndarray] = {}
-    place = {cell: number for number, (cell, _) in enumerate(found)}
-    kept_of = dict(found)
-    for cell, kept in found:
+    index = {cell: number for number, (cell, _) in enumerate(loaded)}
+    kept_of = dict(loaded)
+    for cell, kept in loaded:
         decoder = _decoder(cell, warnings)
         if decoder is not None:
             rows[cell] = decoder[kept]
@@ -204,65 +232,64 @@ def _nearest(
     for cell in rows:
         by_seed.setdefault(cell.cell, {})[cell.seed] = cell
 
-    def looked_at_by(cell: CellFolder, other: CellFolder) -> bool:
+    def compares(cell: CellFolder, other: CellFolder) -> bool:
         if cell.cell == other.cell:
             return True
         seeds = by_seed.get(other.cell, {})
         return seeds.get(cell.seed, next(iter(seeds.values()), None)) is other
 
     own: dict[CellFolder, dict[str, np.ndarray]] = {}
-    in_cells: dict[CellFolder, list[tuple[int, np.ndarray, np.ndarray]]] = {cell: [] for cell in rows}
-    in_seeds: dict[CellFolder, list[tuple[int, np.ndarray, np.ndarray]]] = {cell: [] for cell in rows}
-    for other in every:
-        asking = [cell for cell in rows if looked_at_by(cell, other)]
-        decoder = _decoder(other, [] if other in place else warnings) if asking else None
+    in_cells: dict[CellFolder, list[_Neighbors]] = {cell: [] for cell in rows}
+    in_seeds: dict[CellFolder, list[_Neighbors]] = {cell: [] for cell in rows}
+    for other in all_cells:
+        comparing = [cell for cell in rows if compares(cell, other)]
+        decoder = _decoder(other, [] if other in index else warnings) if comparing else None
         if decoder is None:
             continue
-        for cell in asking:
-            if rows[cell].shape[1] != decoder.shape[1]:  # of a study of another model
+        for cell in comparing:
+            if rows[cell].shape[1] != decoder.shape[1]:  # a study of another model
                 continue
             if cell is other:
                 own[cell] = _nearest_own(rows[cell], kept_of[cell], decoder)
                 continue
-            best, cosine = _nearest_one(rows[cell], decoder)
+            latents, cosines = _nearest_row(rows[cell], decoder)
             if cell.cell == other.cell:
-                in_seeds[cell].append((other.seed, best, cosine))
+                in_seeds[cell].append((other.seed, latents, cosines))
             else:
-                in_cells[cell].append((place[other], best, cosine))
+                in_cells[cell].append((index[other], latents, cosines))
     return {cell: _joined(own[cell], in_cells[cell], in_seeds[cell]) for cell in own}
 
 
 def _joined(
-    own: dict[str, np.ndarray],
-    in_cells: list[tuple[int, np.ndarray, np.ndarray]],
-    in_seeds: list[tuple[int, np.ndarray, np.ndarray]],
+    own: dict[str, np.ndarray], in_cells: list[_Neighbors], in_seeds: list[_Neighbors]
 ) -> tuple[list[int], dict[str, np.ndarray]]:
-    made = dict(own)
+    arrays = dict(own)
     if in_cells:
-        cosine = np.stack([found for _, _, found in in_cells], 1)
+        cosine = np.stack([cosines for _, _, cosines in in_cells], 1)
         order = np.argsort(-cosine, axis=1, kind="stable")[:, :_N_NEAREST]
-        latent = np.stack([found for _, found, _ in in_cells], 1)
-        made["near_cell"] = np.array([number for number, _, _ in in_cells], np.int32)[order]
-        made["near_latent"] = np.take_along_axis(latent, order, 1)
-        made["near_cosine"] = np.take_along_axis(cosine, order, 1).round(3)
-    in_seeds = sorted(in_seeds, key=lambda found: found[0])
+        latent = np.stack([latents for _, latents, _ in in_cells], 1)
+        arrays["near_cell"] = np.array([cell for cell, _, _ in in_cells], np.int32)[order]
+        arrays["near_latent"] = np.take_along_axis(latent, order, 1)
+        arrays["near_cosine"] = np.take_along_axis(cosine, order, 1).round(3)
+    in_seeds = sorted(in_seeds, key=lambda neighbors: neighbors[0])
     if in_seeds:
-        made["seed_latent"] = np.stack([found for _, found, _ in in_seeds], 1)
-        made["seed_cosine"] = np.stack([found for _, _, found in in_seeds], 1).round(3)
-    return [seed for seed, _, _ in in_seeds], made
+        arrays["seed_latent"] = np.stack([latents for _, latents, _ in in_seeds], 1)
+        arrays["seed_cosine"] = np.stack([cosines for _, _, cosines in in_seeds], 1).round(3)
+    return [seed for seed, _, _ in in_seeds], arrays
 
 
-def _nearest_one(rows: np.ndarray, decoder: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each row the decoder row of largest cosine, and that."""
-    best, value = [], []
+def _nearest_row(rows: np.ndarray, decoder: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each row, the decoder row with the largest cosine, and the cosine."""
+    latents, cosines = [], []
     for start in range(0, len(rows), _ROWS_AT_ONCE):
         cosine = rows[start : start + _ROWS_AT_ONCE] @ decoder.T
-        best.append(cosine.argmax(1).astype(np.int32))
-        value.append(cosine.max(1))
-    return np.concatenate(best), np.concatenate(value)
+        latents.append(cosine.argmax(1).astype(np.int32))
+        cosines.append(cosine.max(1))
+    return np.concatenate(latents), np.concatenate(cosines)
 
 
 def _nearest_own(rows: np.ndarray, kept: np.ndarray, decoder: np.ndarray) -> dict[str, np.ndarray]:
+    """For each row, the other decoder rows with the largest cosines, and the number of duplicates."""
     parts: dict[str, list[np.ndarray]] = {"near_own": [], "near_own_cosine": [], "twins": []}
     n_near = min(_N_NEAREST, len(decoder) - 1)
     for start in range(0, len(rows), _ROWS_AT_ONCE):
@@ -276,15 +303,15 @@ def _nearest_own(rows: np.ndarray, kept: np.ndarray, decoder: np.ndarray) -> dic
         parts["near_own"].append(np.take_along_axis(near, order, 1).astype(np.int32))
         parts["near_own_cosine"].append(np.take_along_axis(value, order, 1).astype(np.float32))
         parts["twins"].append((cosine > _TWIN).sum(1).astype(np.int32))
-    return {name: np.concatenate(found) for name, found in parts.items()}
+    return {name: np.concatenate(arrays) for name, arrays in parts.items()}
 
 
 def _decoder(cell: CellFolder, warnings: list[str]) -> np.ndarray | None:
-    """[latent d_model], rows of length 1; None where it cannot be read."""
+    """Decoder with rows of length 1 [latent d_model]; None if it cannot be read."""
     try:
         with safe_open(cell.path / _WEIGHTS, framework="numpy") as file:
             decoder = file.get_tensor("decoder").astype(np.float32)
     except (OSError, KeyError, SafetensorError) as error:
-        warnings.append(f"the weights of {cell.label} cannot be read ({str(error)[:120]}).")
+        warnings.append(f"The weights of {cell.label} cannot be read ({str(error)[:120]}).")
         return None
     return decoder / np.maximum(np.linalg.norm(decoder, axis=1, keepdims=True), 1e-12)

@@ -1,17 +1,17 @@
 "use strict";
-// Blocks are decoded when something first looks at them; text from data is only ever set as text.
+// Blocks are decoded on first use. Text from data is only ever set as text, never as HTML.
 const $ = (query, from = document) => from.querySelector(query);
 const $$ = (query, from = document) => [...from.querySelectorAll(query)];
 function make(tag, attributes = {}, ...inside) {
-  const made = document.createElement(tag);
+  const element = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
-    if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
-    else if (value !== null && value !== undefined) made.setAttribute(name, value);
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else if (value !== null && value !== undefined) element.setAttribute(name, value);
   }
-  made.append(...inside.filter(one => one !== null));
-  return made;
+  element.append(...inside.filter(child => child !== null));
+  return element;
 }
-const say = text => { $("#said").textContent = text; };
+const announce = text => { $("#status").textContent = text; };
 const blocks = new Map();
 async function unzip(name) {
   const holder = document.getElementById("block-" + name);
@@ -27,33 +27,33 @@ const table = name => once("table " + name, async () => {
   const bytes = await unzip(name), length = new DataView(bytes).getUint32(0, true);
   const header = JSON.parse(new TextDecoder().decode(new Uint8Array(bytes, 4, length)));
   for (const [key, { type, shape, at }] of Object.entries(header.arrays)) {
-    header[key] = new KINDS[type](bytes, 4 + length + at, shape.reduce((one, other) => one * other, 1));
-    header[key].width = shape.slice(1).reduce((one, other) => one * other, 1);
+    header[key] = new KINDS[type](bytes, 4 + length + at, shape.reduce((product, n) => product * n, 1));
+    header[key].width = shape.slice(1).reduce((product, n) => product * n, 1);
   }
   return header;
 });
 const row = (array, number) => array.subarray(number * array.width, (number + 1) * array.width);
-const digits = (value, n = 3) => Number.isFinite(value) ? value.toFixed(n).replace(/^(-?)0\./, "$1.").replace("-", "−") : "–";
+const digits = (value, n = 3) => Number.isFinite(value) ? value.toFixed(n).replace("-", "−") : "–";
 function save(name, type, content) {
   const link = make("a", { href: typeof content === "string" && content.startsWith("data:") ? content : URL.createObjectURL(new Blob([content], { type })), download: name });
   document.body.append(link); link.click(); link.remove();
 }
-// A spreadsheet would run a text that begins like a formula.
+// A spreadsheet would run text that begins like a formula.
 const quoted = value => { let text = String(value ?? ""); if (/^[=+@\t\r]/.test(text) || (text.startsWith("-") && isNaN(text))) text = "'" + text; return /[",\n\r]/.test(text) ? '"' + text.replaceAll('"', '""') + '"' : text; };
 const csv = lines => lines.map(line => line.map(quoted).join(",")).join("\n") + "\n";
 const pageName = document.title.replace(/[^\w.-]+/g, "-");
 
-// Tables: sorting, finding, saving.
+// Tables: sort, filter, save.
 function sortable(sorted) {
   const heads = $$("thead tr:last-child th", sorted);
-  heads.forEach((head, place) => {
+  heads.forEach((head, index) => {
     const button = make("button", { type: "button" }); button.append(...head.childNodes); head.append(button);
     if (head.hasAttribute("aria-label")) { button.setAttribute("aria-label", head.getAttribute("aria-label")); head.removeAttribute("aria-label"); }
     button.addEventListener("click", () => {
-      const down = head.getAttribute("aria-sort") !== "descending" && (place > 0 || head.getAttribute("aria-sort") === "ascending");
+      const down = head.getAttribute("aria-sort") !== "descending" && (index > 0 || head.getAttribute("aria-sort") === "ascending");
       heads.forEach(other => other.removeAttribute("aria-sort"));
       head.setAttribute("aria-sort", down ? "descending" : "ascending");
-      const key = line => { const cell = line.children[place], value = cell.dataset.value; return value === undefined ? cell.textContent.trim() : value === "" || value === "nan" ? null : Number(value); };
+      const key = line => { const cell = line.children[index], value = cell.dataset.value; return value === undefined ? cell.textContent.trim() : value === "" || value === "nan" ? null : Number(value); };
       const body = sorted.tBodies[0];
       const order = [...body.rows].map((line, at) => [key(line), at, line]).sort(([a, i], [b, j]) => {
         if (a === null || b === null) return (a === null) - (b === null) || i - j;
@@ -61,7 +61,7 @@ function sortable(sorted) {
         return (down ? -by : by) || i - j;
       });
       body.append(...order.map(([, , line]) => line));
-      say("Sorted by " + button.textContent);
+      announce("Sorted by " + button.textContent);
     });
   });
 }
@@ -74,28 +74,28 @@ function refilter(id) {
     line.hidden = !words.every(word => text.includes(word)) || (only && !$(".better, .worse", line));
     shown += !line.hidden;
   }
-  say(shown + " rows");
+  announce(shown + " rows");
 }
 $$("[data-filter]").forEach(input => input.addEventListener("input", () => refilter(input.dataset.filter)));
 $$("[data-only]").forEach(input => input.addEventListener("change", () => refilter(input.dataset.only)));
 $$("[data-csv]").forEach(button => button.addEventListener("click", () => {
   const saved = document.getElementById(button.dataset.csv);
   const named = $$("thead tr:last-child th", saved).map(head => ($("button", head)?.getAttribute("aria-label") ?? head.textContent).trim());
-  // An interval that stands under a number becomes a column of its own.
-  const lines = [...saved.tBodies[0].rows].filter(line => !line.hidden), ranged = named.map((_, place) => lines.some(line => $(".i, small", line.children[place])));
-  const cells = line => [...line.children].flatMap((cell, place) => [cell.dataset.value ?? cell.textContent.trim(), ...(ranged[place] ? [$(".i, small", cell)?.textContent ?? ""] : [])]);
-  save(`${pageName}-${saved.id}.csv`, "text/csv", csv([named.flatMap((name, place) => ranged[place] ? [name, name + ", interval"] : [name]), ...lines.map(cells)]));
+  // The interval below a number becomes a separate column.
+  const lines = [...saved.tBodies[0].rows].filter(line => !line.hidden), ranged = named.map((_, index) => lines.some(line => $(".i, small", line.children[index])));
+  const cells = line => [...line.children].flatMap((cell, index) => [cell.dataset.value ?? cell.textContent.trim(), ...(ranged[index] ? [$(".i, small", cell)?.textContent ?? ""] : [])]);
+  save(`${pageName}-${saved.id}.csv`, "text/csv", csv([named.flatMap((name, index) => ranged[index] ? [name, name + ", interval"] : [name]), ...lines.map(cells)]));
 }));
 $("#shown")?.addEventListener("change", event => document.getElementById("study").classList.toggle("differences", event.target.value === "differences"));
 
-// Light and dark.
+// Light and dark theme.
 const theme = $("#theme");
 function setTheme(isDark) {
   document.documentElement.dataset.theme = isDark ? "dark" : "light";
   theme.setAttribute("aria-pressed", isDark); drawn.forEach(holder => draw(holder));
 }
 
-// Charts: drawn when they come near the view.
+// Charts are drawn when they are near the viewport.
 const drawn = new Set(), views = new Map();
 let picked = new Set(), facts = null;
 function loadVega() {
@@ -115,7 +115,7 @@ function adapted(spec, holder) {
     if (spec.usermeta.step) spec.height = spec.usermeta.step * Math.max(1, new Set(spec.data.values.map(value => value[spec.encoding.y.field])).size);
     const color = spec.encoding.color;
     if (color?.field === "cell") {
-      color.scale.domain = cells; color.scale.range = cells.map((_, place) => facts.colors[place % facts.colors.length]);
+      color.scale.domain = cells; color.scale.range = cells.map((_, index) => facts.colors[index % facts.colors.length]);
       if (cells.length > 14) color.legend = null;
       else if (holder.clientWidth < 560) color.legend = { ...color.legend, orient: "bottom", columns: 2 };
     }
@@ -126,13 +126,13 @@ function adapted(spec, holder) {
   }
   if (holder.clientWidth < 560) for (const layer of spec.layer ?? []) if (layer.encoding?.text) layer.encoding.text.field += " narrow";
   if (spec.usermeta?.columns) spec.columns = Math.max(1, Math.floor(holder.clientWidth / spec.usermeta.columns));
-  if (spec.usermeta?.moment) { // as many of the moments as find room, the first and the last among them
+  if (spec.usermeta?.moment) { // as many moments as fit, including the first and the last
     const last = Math.max(...spec.data.values.map(value => value.moment)), n = Math.max(2, Math.min(last, Math.floor((holder.clientWidth - 90) / spec.usermeta.moment)));
     const kept = new Set(Array.from({ length: n }, (_, at) => 1 + Math.round(at * (last - 1) / (n - 1))));
     spec.data.values = spec.data.values.filter(value => kept.has(value.moment));
   }
-  if (spec.concat && holder.clientWidth >= 700) for (const one of spec.concat) one.width = Math.floor(Math.min(1100, holder.clientWidth - 130) / spec.columns) - 70;
-  if (spec.concat && holder.clientWidth < 700) { spec.columns = 1; for (const one of spec.concat) one.width = Math.max(160, holder.clientWidth - 110); spec.config = { ...spec.config, legend: { orient: "bottom" } }; }
+  if (spec.concat && holder.clientWidth >= 700) for (const part of spec.concat) part.width = Math.floor(Math.min(1100, holder.clientWidth - 130) / spec.columns) - 70;
+  if (spec.concat && holder.clientWidth < 700) { spec.columns = 1; for (const part of spec.concat) part.width = Math.max(160, holder.clientWidth - 110); spec.config = { ...spec.config, legend: { orient: "bottom" } }; }
   return spec;
 }
 async function draw(holder) {
@@ -143,14 +143,14 @@ async function draw(holder) {
     const font = "system-ui, sans-serif";
     const config = { background: null, font, view: { stroke: null }, axis: { labelColor: ink, titleColor: ink, gridColor: line, tickColor: line, domainColor: line, titleFontWeight: 500, labelOverlap: "greedy", labelSeparation: 6 }, legend: { labelColor: ink, titleColor: ink, labelFontSize: 11 }, header: { labelColor: ink, titleColor: ink, labelFontWeight: 600 }, text: { color: ink } };
     const shown = adapted(spec, holder);
-    if (shown.usermeta?.cells && !shown.data.values.length) { holder.textContent = "None of the chosen cells has this."; drawn.add(holder); return; }
+    if (shown.usermeta?.cells && !shown.data.values.length) { holder.textContent = "None of the selected cells has this metric."; drawn.add(holder); return; }
     const { view } = await window.vegaEmbed(holder, shown, { config, renderer: spec.usermeta?.canvas ? "canvas" : "svg", actions: false });
     holder.style.minHeight = "0";
     if (!holder.hasAttribute("data-compare")) views.set(name, view);
     drawn.add(holder);
-  } catch (error) { holder.textContent = "This picture cannot be drawn: " + error.message; holder.classList.add("failed"); }
+  } catch (error) { holder.textContent = "This figure cannot be drawn: " + error.message; holder.classList.add("failed"); }
 }
-const watcher = new IntersectionObserver(seen => { for (const one of seen) if (one.isIntersecting) { watcher.unobserve(one.target); draw(one.target); } }, { rootMargin: "300px" });
+const watcher = new IntersectionObserver(entries => { for (const entry of entries) if (entry.isIntersecting) { watcher.unobserve(entry.target); draw(entry.target); } }, { rootMargin: "300px" });
 function columnsOf(values) { const names = [...new Set(values.flatMap(Object.keys))]; return [names, ...values.map(value => names.map(name => value[name]))]; }
 $$("[data-save]").forEach(button => button.addEventListener("click", async () => {
   const name = button.dataset.ofChart, holder = $(`[data-chart="${name}"]:not([data-compare])`);
@@ -158,7 +158,7 @@ $$("[data-save]").forEach(button => button.addEventListener("click", async () =>
   const kind = button.dataset.save, view = views.get(name);
   if (kind === "csv") {
     const spec = adapted(await json("chart-" + name), holder);
-    const parts = spec.concat?.map(one => one.data ?? one.layer?.[0].data ?? spec.data) ?? [spec.data];
+    const parts = spec.concat?.map(part => part.data ?? part.layer?.[0].data ?? spec.data) ?? [spec.data];
     save(`${pageName}-${name}.csv`, "text/csv", parts.map(part => csv(columnsOf(part.values))).join("\n"));
   } else if (kind === "svg") save(`${pageName}-${name}.svg`, "image/svg+xml", await view.toSVG());
   else save(`${pageName}-${name}.png`, "image/png", await view.toImageURL("png", 2));
@@ -176,44 +176,44 @@ theme.setAttribute("aria-pressed", dark.matches);
 
 // Latents.
 const ROW = 30;
-function ranges(open) { // where openness is at least half of its largest
+function ranges(open) { // positions where openness is at least half of its maximum
   let most = 0; for (let p = 1; p < open.length; p++) most = Math.max(most, open[p]);
   if (!most) return { text: "nowhere", center: NaN };
-  const found = []; let sum = 0, weight = 0;
+  const parts = []; let sum = 0, weight = 0;
   for (let p = 1; p < open.length; p++) {
     sum += p * open[p]; weight += open[p];
-    if (open[p] * 2 >= most) { const last = found.at(-1); if (last && last[1] === p - 1) last[1] = p; else found.push([p, p]); }
+    if (open[p] * 2 >= most) { const last = parts.at(-1); if (last && last[1] === p - 1) last[1] = p; else parts.push([p, p]); }
   }
   const center = sum / weight;
-  if (found.length === 1 && found[0][0] === 1 && found[0][1] === open.length - 1) return { text: "everywhere", center };
-  const text = found.slice(0, 3).map(([from, to]) => from === to ? from : from + "–" + to).join(", ");
-  return { text: found.length > 3 ? text + " … (" + found.length + " parts)" : text, center };
+  if (parts.length === 1 && parts[0][0] === 1 && parts[0][1] === open.length - 1) return { text: "everywhere", center };
+  const text = parts.slice(0, 3).map(([from, to]) => from === to ? from : from + "–" + to).join(", ");
+  return { text: parts.length > 3 ? text + " … (" + parts.length + " parts)" : text, center };
 }
 const COLUMNS = [
   ["latent", "latent", (b, i) => b.latent[i], value => String(value)],
-  ["firing rate", "rate", (b, i) => b.firings[i] / b.tokens, value => value >= .001 ? (100 * value).toFixed(2) + " %" : value ? (1e6 * value).toFixed(0) + " ppm" : "0"],
+  ["firing rate", "rate", (b, i) => b.firings[i] / b.tokens, value => value >= 0.001 ? (100 * value).toFixed(2) + " %" : value ? (1e6 * value).toFixed(0) + " ppm" : "0"],
   ["position information", "information", (b, i) => b.position_information[i], value => digits(value)],
   ["retention − chance", "retention", (b, i) => b.retention[i] - b.retention_chance[i], value => digits(value)],
   ["open at", "where", (b, i) => ranges(row(b.openness, i)).center, (value, b, i) => ranges(row(b.openness, i)).text],
   ["probe weight", "weight", null, value => value ? (value > 0 ? "+" : "−") + Math.abs(value).toPrecision(2) : "–"],
-  ["copies here", "twins", (b, i) => b.twins ? b.twins[i] : NaN, value => Number.isFinite(value) ? String(value) : "–"],
-  ["nearest elsewhere", "elsewhere", (b, i) => b.near_cosine?.width ? row(b.near_cosine, i)[0] : NaN, value => digits(value, 2)],
-  ["other seeds", "seeds", (b, i) => b.seed_cosine?.width ? row(b.seed_cosine, i).reduce((one, other) => one + other, 0) / b.seed_cosine.width : NaN, value => digits(value, 2)],
+  ["duplicates", "twins", (b, i) => b.twins ? b.twins[i] : NaN, value => Number.isFinite(value) ? String(value) : "–"],
+  ["nearest in other SAEs", "elsewhere", (b, i) => b.near_cosine?.width ? row(b.near_cosine, i)[0] : NaN, value => digits(value, 2)],
+  ["other seeds", "seeds", (b, i) => b.seed_cosine?.width ? row(b.seed_cosine, i).reduce((sum, cosine) => sum + cosine, 0) / b.seed_cosine.width : NaN, value => digits(value, 2)],
   ["promotes", "words", null, (value, b, i) => [...row(b.promoted, i).slice(0, 4)].map(word => b.words[word].trim()).join("  ")],
 ];
 const FROM = { context: "the start of the context", sentence: "the start of the sentence", line: "the start of the line", end: "the end of the text" };
-const SECONDARY = ["twins", "elsewhere", "seeds", "retention"]; // left out on a phone
+const SECONDARY = ["twins", "elsewhere", "seeds", "retention"]; // hidden on narrow screens
 class Browser {
   constructor(holder, number) {
-    this.number = number; this.holder = holder; this.sort = ["information", true]; this.chosen = null; this.index = null;
+    this.number = number; this.holder = holder; this.sort = ["information", true]; this.chosen = null;
     const id = "browser-" + number;
-    this.cells = make("select", { "aria-label": "Cell" }, ...facts.latents.map((one, place) => make("option", { value: place }, `${one.label} (${one.kept.toLocaleString("en")} of ${one.of.toLocaleString("en")})`)));
-    this.find = make("input", { type: "search", placeholder: "number or word", "aria-label": "Find latents by number, or by a word of what they promote or their strongest texts" });
+    this.cells = make("select", { "aria-label": "Cell" }, ...facts.latents.map((cell, index) => make("option", { value: index }, `${cell.label} (${cell.kept.toLocaleString("en")} of ${cell.of.toLocaleString("en")})`)));
+    this.find = make("input", { type: "search", placeholder: "number or word", "aria-label": "Find latents by number, or by a word that they promote or that is in their strongest texts" });
     this.task = make("select", { "aria-label": "Probe" });
     this.saved = make("button", { type: "button" }, "CSV");
     this.count = make("span", { class: "note" });
     this.rows = make("div", { class: "rows", tabindex: 0, role: "region", "aria-label": "Latents" });
-    this.detail = make("section", { class: "latent", "aria-live": "polite", "aria-label": "The chosen latent" });
+    this.detail = make("section", { class: "latent", "aria-live": "polite", "aria-label": "Selected latent" });
     const heads = COLUMNS.map(([title, key]) => make("th", { scope: "col", class: key === "words" ? "text hide-small" : SECONDARY.includes(key) ? "hide-small" : null, "data-key": key },
       key === "words" ? title : make("button", { type: "button", onclick: () => this.sortBy(key) }, title)));
     this.above = make("tr", { "aria-hidden": true }, make("td", { colspan: COLUMNS.length, style: "padding:0;border:0" })); this.below = this.above.cloneNode(true);
@@ -233,31 +233,31 @@ class Browser {
       this.choose(this.order[at], true);
     });
   }
-  async open(place, latent = null) {
-    this.cells.value = place; this.holder.setAttribute("aria-busy", true);
+  async open(index, latent = null) {
+    this.cells.value = index; this.holder.setAttribute("aria-busy", true);
     try {
-      const block = await table(facts.latents[place].block), texts = await table(block.texts);
-      if (Number(this.cells.value) !== place) return; // another one was chosen meanwhile
+      const block = await table(facts.latents[index].block), texts = await table(block.texts);
+      if (Number(this.cells.value) !== index) return; // another cell was selected meanwhile
       Object.assign(block, { words: texts.words, token: texts.token, position: texts.position });
       this.block = block; this.texts = null; this.keys = {};
-      this.place = new Map([...block.latent].map((one, at) => [one, at]));
+      this.rowOf = new Map([...block.latent].map((latent, at) => [latent, at]));
       this.task.replaceChildren(make("option", { value: "" }, "any"), ...block.probes.map((name, at) => make("option", { value: at }, name)));
       this.weigh(); this.chosen = null; this.refilter();
-      const at = latent === null ? this.order[0] : this.place.get(latent);
-      if (at === undefined && latent !== null) { this.chosen = null; this.paint(); this.detail.replaceChildren(make("p", {}, `Latent ${latent} of ${block.cell} is not among the ${block.latent.length} kept on this page; a page written with --all has it.`)); }
+      const at = latent === null ? this.order[0] : this.rowOf.get(latent);
+      if (at === undefined && latent !== null) { this.chosen = null; this.paint(); this.detail.replaceChildren(make("p", {}, `Latent ${latent} of ${block.cell} is not among the ${block.latent.length} latents on this page; \`posmask report DIR --all\` writes all of them.`)); }
       else if (at !== undefined) this.choose(at, true);
-    } catch (error) { this.detail.replaceChildren(make("p", {}, "This cell’s latents cannot be read: " + error.message)); }
+    } catch (error) { this.detail.replaceChildren(make("p", {}, "The latents of this cell cannot be read: " + error.message)); }
     finally { this.holder.removeAttribute("aria-busy"); }
   }
-  weigh() { // the weight in the chosen probe, or the largest in any
+  weigh() { // weight in the selected probe, or the largest weight in any probe
     const b = this.block, only = this.task.value; this.weights = new Float32Array(b.latent.length); this.serves = new Map();
     const width = b.probe_latent.width;
     for (let probe = 0; probe < b.probes.length; probe++) for (let at = 0; at < width; at++) {
-      const place = this.place.get(b.probe_latent[probe * width + at]); if (place === undefined) continue;
+      const index = this.rowOf.get(b.probe_latent[probe * width + at]); if (index === undefined) continue;
       const weight = b.probe_weight[probe * width + at];
-      if (!this.serves.has(place)) this.serves.set(place, []);
-      this.serves.get(place).push([probe, at + 1, weight]);
-      if ((only === "" || Number(only) === probe) && Math.abs(weight) > Math.abs(this.weights[place])) this.weights[place] = weight;
+      if (!this.serves.has(index)) this.serves.set(index, []);
+      this.serves.get(index).push([probe, at + 1, weight]);
+      if ((only === "" || Number(only) === probe) && Math.abs(weight) > Math.abs(this.weights[index])) this.weights[index] = weight;
     }
     this.keys.weight = null;
   }
@@ -265,7 +265,7 @@ class Browser {
     if (name === "weight") return [...this.weights].map(Math.abs);
     return this.keys[name] ??= Array.from(this.block.latent, (_, at) => COLUMNS.find(([, key]) => key === name)[2](this.block, at));
   }
-  search() { // for each latent what can be found: words that it promotes, and the tokens of its strongest texts
+  search() { // searchable words of each latent: those it promotes and the tokens of its strongest texts
     if (this.texts) return this.texts;
     const b = this.block, width = b.text_value.width / b.text_start.width;
     return this.texts = Array.from(b.latent, (_, at) => {
@@ -286,7 +286,7 @@ class Browser {
     $$("th", this.rows).forEach(head => head.dataset.key === name ? head.setAttribute("aria-sort", down ? "descending" : "ascending") : head.removeAttribute("aria-sort"));
   }
   sortBy(name) { this.sort = [name, this.sort[0] === name ? !this.sort[1] : !["latent", "where"].includes(name)]; this.refilter(); }
-  paint() { // only the rows in view are in the document
+  paint() { // only visible rows are in the document
     const first = Math.max(0, Math.floor(this.rows.scrollTop / ROW) - 8), last = Math.min(this.order.length, first + Math.ceil(this.rows.clientHeight / ROW) + 16);
     const shown = this.order.slice(first, last).map(at => {
       const line = make("tr", { "aria-selected": at === this.chosen, "aria-rowindex": this.order.indexOf(at, 0) + 2, onclick: () => this.choose(at) });
@@ -307,31 +307,31 @@ class Browser {
   }
   show(at) {
     const b = this.block, fact = (name, value) => make("li", {}, name + " ", make("b", {}, value));
-    const serves = (this.serves.get(at) ?? []).sort((one, other) => one[1] - other[1]);
+    const serves = (this.serves.get(at) ?? []).sort((a, b) => a[1] - b[1]);
     const parts = make("div", { class: "parts" },
-      make("div", { class: "full" }, make("h4", {}, "Where it speaks, and where it may"), ...this.profile(at)),
+      make("div", { class: "full" }, make("h4", {}, "Where it fires and where its mask is open"), ...this.profile(at)),
       make("div", { class: "full" }, make("h4", {}, "Strongest texts"), ...this.strongest(at)),
       make("div", {}, make("h4", {}, "Promotes"), this.wordList(b.promoted, b.promoted_logit, at), make("h4", {}, "Suppresses"), this.wordList(b.suppressed, b.suppressed_logit, at)),
-      make("div", {}, make("h4", {}, "Probes it serves"), serves.length ? make("table", {}, make("thead", {}, make("tr", {}, ...["probe", "choice", "weight"].map(name => make("th", { scope: "col" }, name)))),
-        make("tbody", {}, ...serves.slice(0, 12).map(([probe, choice, weight]) => make("tr", {}, make("td", {}, b.probes[probe]), make("td", {}, String(choice)), make("td", {}, (weight > 0 ? "+" : "−") + Math.abs(weight).toPrecision(2)))))) : make("p", { class: "note" }, "None chose it.")),
-      make("div", {}, make("h4", {}, "Nearest in this cell"), this.near(at, true)),
-      make("div", {}, make("h4", {}, "Nearest in other cells"), this.near(at, false), make("h4", {}, "The same cell, other seeds"), this.nearSeeds(at)));
+      make("div", {}, make("h4", {}, "Probes that use it"), serves.length ? make("table", {}, make("thead", {}, make("tr", {}, ...["probe", "choice", "weight"].map(name => make("th", { scope: "col" }, name)))),
+        make("tbody", {}, ...serves.slice(0, 12).map(([probe, choice, weight]) => make("tr", {}, make("td", {}, b.probes[probe]), make("td", {}, String(choice)), make("td", {}, (weight > 0 ? "+" : "−") + Math.abs(weight).toPrecision(2)))))) : make("p", { class: "note" }, "No probe selected it.")),
+      make("div", {}, make("h4", {}, "Nearest neighbors in this SAE"), this.near(at, true)),
+      make("div", {}, make("h4", {}, "Nearest neighbors in other SAEs"), this.near(at, false), make("h4", {}, "Nearest neighbors in other seeds of this cell"), this.nearSeeds(at)));
     this.detail.replaceChildren(make("h3", {}, `Latent ${b.latent[at]} of ${b.cell}`),
-      make("ul", { class: "facts" }, fact("fires on", COLUMNS[1][3](b.firings[at] / b.tokens) + ` of ${b.tokens.toLocaleString("en")} tokens`), fact("position information", digits(b.position_information[at])), fact("retention", digits(b.retention[at])), fact("its chance", digits(b.retention_chance[at])), fact("open at", ranges(row(b.openness, at)).text), fact("largest activation", b.largest[at].toPrecision(3))), parts);
+      make("ul", { class: "facts" }, fact("fires on", COLUMNS[1][3](b.firings[at] / b.tokens) + ` of ${b.tokens.toLocaleString("en")} tokens`), fact("position information", digits(b.position_information[at])), fact("retention", digits(b.retention[at])), fact("chance level", digits(b.retention_chance[at])), fact("open at", ranges(row(b.openness, at)).text), fact("largest activation", b.largest[at].toPrecision(3))), parts);
   }
   profile(at) {
-    const b = this.block, spoken = row(b.profile, at), open = row(b.openness, at), n = open.length, width = Math.max(300, Math.min(720, this.detail.clientWidth)), height = 130, left = 34, base = 100;
-    const ns = "http://www.w3.org/2000/svg", draw = (tag, attributes, text) => { const one = document.createElementNS(ns, tag); for (const [name, value] of Object.entries(attributes)) one.setAttribute(name, value); if (text !== undefined) one.textContent = text; return one; };
-    const x = p => left + (width - left - 6) * p / n, svg = draw("svg", { viewBox: `0 0 ${width} ${height}`, class: "profile", role: "img", "aria-label": `Mean activation by position, at most ${b.highest[at].toPrecision(3)}, and openness: ${ranges(open).text}` });
+    const b = this.block, activation = row(b.profile, at), open = row(b.openness, at), n = open.length, width = Math.max(300, Math.min(720, this.detail.clientWidth)), height = 130, left = 34, base = 100;
+    const ns = "http://www.w3.org/2000/svg", draw = (tag, attributes, text) => { const element = document.createElementNS(ns, tag); for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value); if (text !== undefined) element.textContent = text; return element; };
+    const x = p => left + (width - left - 6) * p / n, svg = draw("svg", { viewBox: `0 0 ${width} ${height}`, class: "profile", role: "img", "aria-label": `Mean activation by position, maximum ${b.highest[at].toPrecision(3)}, and openness: ${ranges(open).text}` });
     let bars = "", line = "";
-    for (let p = 1; p < n; p++) { if (spoken[p]) bars += `M${x(p).toFixed(1)} ${base}v${(-spoken[p] / 255 * 84).toFixed(1)}h${((width - left - 6) / n * .86).toFixed(2)}V${base}z`; line += `${p === 1 ? "M" : "L"}${x(p).toFixed(1)} ${(base - open[p] / 255 * 88).toFixed(1)}H${x(p + 1).toFixed(1)}`; }
+    for (let p = 1; p < n; p++) { if (activation[p]) bars += `M${x(p).toFixed(1)} ${base}v${(-activation[p] / 255 * 84).toFixed(1)}h${((width - left - 6) / n * 0.86).toFixed(2)}V${base}z`; line += `${p === 1 ? "M" : "L"}${x(p).toFixed(1)} ${(base - open[p] / 255 * 88).toFixed(1)}H${x(p + 1).toFixed(1)}`; }
     svg.append(draw("path", { d: bars, fill: "var(--bar)" }), draw("path", { d: line, fill: "none", stroke: "var(--heat)", "stroke-width": 2 }), draw("path", { d: `M${left} ${base}H${width - 6}`, stroke: "var(--line)" }));
     for (let p = 0; p < n; p += Math.max(4, 2 ** Math.ceil(Math.log2(n * 28 / width)))) svg.append(draw("text", { x: x(p), y: base + 13, "text-anchor": "middle" }, p));
     svg.append(draw("text", { x: left - 4, y: 16, "text-anchor": "end" }, "1"), draw("text", { x: left - 4, y: base, "text-anchor": "end" }, "0"));
-    return [svg, make("p", { class: "note" }, `Bars: mean activation at a position, the highest ${b.highest[at].toPrecision(3)}; line: openness. Positions are counted from ${FROM[b.position_origin]}.`)];
+    return [svg, make("p", { class: "note" }, `Bars are the mean activation per position (maximum ${b.highest[at].toPrecision(3)}); the line is openness. Positions are counted from ${FROM[b.position_origin]}.`)];
   }
   strongest(at) {
-    const b = this.block, per = b.text_start.width, width = b.text_value.width / per, made = [];
+    const b = this.block, per = b.text_start.width, width = b.text_value.width / per, lines = [];
     for (let n = 0; n < per; n++) {
       const start = b.text_start[at * per + n], length = b.text_length[at * per + n]; if (start < 0) continue;
       const values = row(b.text_value, at).subarray(n * width, n * width + length), most = Math.max(...values); let marked = false;
@@ -343,33 +343,33 @@ class Browser {
         if (values[t] === most && !marked) { marked = true; token.classList.add("peak"); }
         line.append(token);
       }
-      made.push(line);
+      lines.push(line);
     }
-    return made.length ? [...made, make("p", { class: "note" }, `Of the first ${b.searched.toLocaleString("en")} held-out tokens, at most one place a text. Color: activation; outlined: the strongest token; below: positions.`)] : [make("p", { class: "note" }, "It was silent on all of them.")];
+    return lines.length ? [...lines, make("p", { class: "note" }, `From the first ${b.searched.toLocaleString("en")} held-out tokens, at most one passage per text. Color is the activation, the strongest token is outlined, and positions are below the tokens.`)] : [make("p", { class: "note" }, "It fired on none of the searched tokens.")];
   }
   wordList(ids, logits, at) {
-    return make("ul", { class: "words" }, ...[...row(ids, at)].map((word, place) => make("li", {}, make("bdi", {}, this.block.words[word]), make("small", {}, (logits[at * logits.width + place] > 0 ? "+" : "") + logits[at * logits.width + place].toFixed(1).replace("-", "−")))));
+    return make("ul", { class: "words" }, ...[...row(ids, at)].map((word, index) => make("li", {}, make("bdi", {}, this.block.words[word]), make("small", {}, (logits[at * logits.width + index] > 0 ? "+" : "") + logits[at * logits.width + index].toFixed(1).replace("-", "−")))));
   }
-  near(at, own) {
-    const b = this.block, ids = own ? b.near_own : b.near_latent;
-    if (!ids?.width) return make("p", { class: "note" }, "There is none.");
-    const cosines = row(own ? b.near_own_cosine : b.near_cosine, at);
-    const lines = [...row(ids, at)].map((latent, place) => {
-      const cell = own ? Number(this.cells.value) : b.near_cell[at * b.near_cell.width + place], here = own ? this.place.get(latent) : null;
-      const where = own && here !== undefined ? `open at ${ranges(row(b.openness, here)).text}`.replace("at everywhere", "everywhere") : own ? "not kept here" : facts.latents[cell].cell;
-      return make("tr", {}, make("td", {}, make("button", { type: "button", onclick: () => browse(1 - this.number, cell, latent) }, "latent " + latent)), make("td", {}, where), make("td", {}, digits(cosines[place], 2)));
+  near(at, sameCell) {
+    const b = this.block, ids = sameCell ? b.near_own : b.near_latent;
+    if (!ids?.width) return make("p", { class: "note" }, "There are none.");
+    const cosines = row(sameCell ? b.near_own_cosine : b.near_cosine, at);
+    const lines = [...row(ids, at)].map((latent, index) => {
+      const cell = sameCell ? Number(this.cells.value) : b.near_cell[at * b.near_cell.width + index], kept = sameCell ? this.rowOf.get(latent) : null;
+      const where = sameCell && kept !== undefined ? `open at ${ranges(row(b.openness, kept)).text}`.replace("at everywhere", "everywhere") : sameCell ? "not on this page" : facts.latents[cell].cell;
+      return make("tr", {}, make("td", {}, make("button", { type: "button", onclick: () => browse(1 - this.number, cell, latent) }, "latent " + latent)), make("td", {}, where), make("td", {}, digits(cosines[index], 2)));
     });
-    const about = own ? `${b.twins[at]} others of this cell point nearly the same way (cosine above .7): ${b.twins[at] ? "the feature exists more than once" : "it exists once"}.` : "The nearest one of each other cell of this seed, cosine of decoder rows.";
+    const about = sameCell ? `${b.twins[at]} other latents of this SAE have a decoder cosine above 0.7.` : "The latent with the largest decoder cosine in each other SAE of this seed.";
     return make("div", { class: "near" }, make("p", { class: "note" }, about), make("table", {}, make("tbody", {}, ...lines)));
   }
   nearSeeds(at) {
     const b = this.block;
-    if (!b.other_seeds.length) return make("p", { class: "note" }, "No other seed of this cell is here.");
+    if (!b.other_seeds.length) return make("p", { class: "note" }, "The page has no other seed of this cell.");
     const lines = b.other_seeds.map((seed, number) => {
-      const latent = row(b.seed_latent, at)[number], cell = facts.latents.findIndex(one => one.cell === b.cell && one.seed === seed), name = "latent " + latent;
+      const latent = row(b.seed_latent, at)[number], cell = facts.latents.findIndex(entry => entry.cell === b.cell && entry.seed === seed), name = "latent " + latent;
       return make("tr", {}, make("td", {}, cell < 0 ? name : make("button", { type: "button", onclick: () => browse(1 - this.number, cell, latent) }, name)), make("td", {}, "seed " + seed), make("td", {}, digits(row(b.seed_cosine, at)[number], 2)));
     });
-    return make("div", { class: "near" }, make("p", { class: "note" }, "The nearest one of each other seed, cosine of decoder rows: near 1, the feature comes again whatever the seed."), make("table", {}, make("tbody", {}, ...lines)));
+    return make("div", { class: "near" }, make("p", { class: "note" }, "The latent with the largest decoder cosine in each other seed. A cosine near 1 means that the other seed has the same feature."), make("table", {}, make("tbody", {}, ...lines)));
   }
   save() {
     const b = this.block, lines = this.order.map(at => COLUMNS.map(([, key, value, text]) => key === "weight" ? this.weights[at] : key === "where" || key === "words" ? text(null, b, at) : value(b, at)));
@@ -388,24 +388,25 @@ function setTwo(two) {
   if (browsers[1]) browsers[1].holder.hidden = !two;
 }
 
-// Two cells.
+// Comparison of two cells.
 function compare() {
   const [a, b] = ["#compare-a", "#compare-b"].map(id => $(id).value), body = $("#compared").tBodies[0];
-  const judged = new Map();
+  const verdicts = new Map(), opposite = { better: "worse", worse: "better" };
   for (const [label, against, column, effect, low, high, verdict] of facts.verdicts) {
     const sign = label === a && against === b ? 1 : label === b && against === a ? -1 : 0, plus = value => (value > 0 ? "+" : "") + digits(value);
-    if (sign) judged.set(facts.compared[column], `${plus(sign * effect)} (${plus(sign > 0 ? low : -high)} to ${plus(sign > 0 ? high : -low)}), ${sign > 0 || verdict === "no evidence" ? verdict : verdict === "better" ? "worse" : "better"}`);
+    const word = verdict === "no evidence" ? "not significant" : sign > 0 ? verdict : opposite[verdict];
+    if (sign) verdicts.set(facts.compared[column], `${plus(sign * effect)} (${plus(sign > 0 ? low : -high)} to ${plus(sign > 0 ? high : -low)}), ${word}`);
   }
-  body.replaceChildren(...facts.columns.map((name, place) => {
-    const one = facts.numbers[a][place], two = facts.numbers[b][place], shown = number => number ? make("td", { "data-value": number[0] }, number[1], make("span", { class: "i" }, number[2])) : make("td", { "data-value": "" }, "–");
-    const difference = one && two ? one[0] - two[0] : NaN;
-    return make("tr", {}, make("th", { scope: "row" }, name), shown(one), shown(two), make("td", {}, Number.isFinite(difference) ? (difference > 0 ? "+" : "") + (place ? digits(difference) : difference.toLocaleString("en")) : "–"), make("td", {}, judged.get(place) ?? "–"));
+  body.replaceChildren(...facts.columns.map((name, index) => {
+    const first = facts.numbers[a][index], second = facts.numbers[b][index], shown = number => number ? make("td", { "data-value": number[0] }, number[1], make("span", { class: "i" }, number[2])) : make("td", { "data-value": "" }, "–");
+    const difference = first && second ? first[0] - second[0] : NaN;
+    return make("tr", {}, make("th", { scope: "row" }, name), shown(first), shown(second), make("td", {}, Number.isFinite(difference) ? (difference > 0 ? "+" : "") + (facts.digits[index] ? digits(difference) : difference.toLocaleString("en")) : "–"), make("td", {}, verdicts.get(index) ?? "–"));
   }));
   $$("[data-compare]").forEach(holder => drawn.has(holder) && draw(holder));
 }
 
-json("page").then(async found => {
-  facts = found;
+json("page").then(async loaded => {
+  facts = loaded;
   pick(facts.picked);
   $$("#picks button").forEach(button => button.addEventListener("click", () => { const cells = new Set(picked); cells.has(button.dataset.cell) ? cells.delete(button.dataset.cell) : cells.add(button.dataset.cell); pick(facts.cells.filter(cell => cells.has(cell))); }));
   $$("[data-pick]").forEach(button => button.addEventListener("click", () => pick({ all: facts.cells, none: [], first: facts.picked }[button.dataset.pick])));
@@ -415,17 +416,17 @@ json("page").then(async found => {
     $("#compare-a").value = labels.find(label => label !== $("#compare-b").value) ?? labels[0];
     compare();
     $("#compare-latents")?.addEventListener("click", async () => {
-      const place = id => facts.latents.findIndex(one => one.cell === $(id).value.split(" + ")[0]), places = [place("#compare-a"), place("#compare-b")];
-      if (places.some(one => one < 0)) { say("One of the two has no latents here"); return; }
-      setTwo(true); await Promise.all([browse(0, places[0]), browse(1, places[1])]); $("#latents").scrollIntoView();
+      const index = id => facts.latents.findIndex(cell => cell.cell === $(id).value.split(" + ")[0]), indices = [index("#compare-a"), index("#compare-b")];
+      if (indices.some(index => index < 0)) { announce("One of the two cells has no latents on this page"); return; }
+      setTwo(true); await Promise.all([browse(0, indices[0]), browse(1, indices[1])]); $("#latents").scrollIntoView();
     });
   }
   $$(".chart").forEach(holder => watcher.observe(holder));
   if (facts.latents.length) {
     const holder = make("div"); $("#browsers").append(holder); browsers.push(new Browser(holder, 0));
     $("#two").addEventListener("change", async event => { setTwo(event.target.checked); if (event.target.checked && !browsers[1].block) await browsers[1].open(Math.min(1, facts.latents.length - 1)); });
-    // The list is filled when it comes near the view.
-    new IntersectionObserver((seen, own) => { if (seen.some(one => one.isIntersecting)) { own.disconnect(); if (!browsers[0].block) browsers[0].open(0); } }, { rootMargin: "400px" }).observe(holder);
+    // The list is filled when it is near the viewport.
+    new IntersectionObserver((entries, observer) => { if (entries.some(entry => entry.isIntersecting)) { observer.disconnect(); if (!browsers[0].block) browsers[0].open(0); } }, { rootMargin: "400px" }).observe(holder);
   }
   document.documentElement.dataset.ready = "";
 });

@@ -1,4 +1,4 @@
-"""The page itself: the answer first, then pictures, then latents one by one, then where every number came from."""
+"""Writes the page: verdicts first, then tables, figures, single latents, and the source of every number."""
 
 import base64
 import gzip
@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import math
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +15,32 @@ import vl_convert
 
 from posmask.report import browser as latents
 from posmask.report import figures, tables
-from posmask.report.reading import MODEL_CELL, Study, read_studies
+from posmask.report.reading import CellFolder, Study, read_studies
+from posmask.results.comparisons import LEVEL, MIN_SEEDS
+from posmask.results.rows import Row
+from posmask.results.table import COLUMNS, COMPARED, format_number, format_signed
 from posmask.storage.manifest import PAGE_MARKS, check_file, check_folder, replacing, write_folder
 
 __all__ = ["N_LATENTS", "write_paper_figures", "write_report", "write_report_folder"]
 
 N_LATENTS = 500
+"""Default number of latents per cell on a self-contained page."""
 _HERE = Path(__file__).parent
 
 
 def write_report(*roots: Path, n_latents: int = N_LATENTS, out: Path | None = None) -> Path:
     """Write one self-contained page and return its path: `report.html` in the first folder, or `out`.
 
-    What cannot be read (a cell that is not what was written, a damaged file) is left out, and the page says so.
+    Damaged files and cells are left out, and the page lists them.
 
     Args:
-        roots: a study's folder, or several to stand in one page.
-        n_latents: how many latents of each cell to keep, the most telling ones.
+        roots: one or several study folders.
+        n_latents: number of latents to keep per cell, the most informative ones.
+        out: the file to write.
 
     Raises:
-        DamagedFolder: a folder holds neither results nor cells.
-        BadSetting: the file to write is there, and is no page that posmask wrote.
+        DamagedFolder: a folder has neither results nor cells.
+        BadSetting: the file to write exists and is not a page that posmask wrote.
     """
     path = out or roots[0] / "report.html"
     check_file(path, *PAGE_MARKS)
@@ -46,13 +52,17 @@ def write_report(*roots: Path, n_latents: int = N_LATENTS, out: Path | None = No
 
 
 def write_report_folder(*roots: Path, out: Path | None = None) -> Path:
-    """Write a folder with a page for all latents, `report` in the first study's, and return it; for `page_server`.
+    """Write a folder with a page of all latents and return it: `report` in the first folder, or `out`.
 
-    A folder that an earlier call wrote is replaced.
+    `page_server` serves the folder. A folder that an earlier call wrote is replaced.
+
+    Args:
+        roots: one or several study folders.
+        out: the folder to write.
 
     Raises:
-        DamagedFolder: a folder of `roots` holds neither results nor cells.
-        BadSetting: the folder to write holds something that posmask did not write.
+        DamagedFolder: a folder of `roots` has neither results nor cells.
+        BadSetting: the folder to write contains something that posmask did not write.
     """
     folder = out or roots[0] / "report"
     check_folder(folder, ("what", "title", "version"))
@@ -67,94 +77,108 @@ def write_report_folder(*roots: Path, out: Path | None = None) -> Path:
 
 
 def write_paper_figures(*roots: Path, folder: Path) -> list[Path]:
-    """Every chart of the page as SVG and PDF.
+    """Write every chart of the page as SVG and PDF; return the paths.
+
+    Args:
+        roots: one or several study folders.
+        folder: the folder to write to.
 
     Raises:
-        BadSetting: a file of that name is there, and posmask did not write it.
+        DamagedFolder: a folder of `roots` has neither results nor cells.
+        BadSetting: a file to write exists and was not written by posmask.
     """
     charts, _ = _charts(read_studies(roots))
     return figures.write_figures(charts, folder)
 
 
 def _charts(studies: Sequence[Study]) -> tuple[dict[str, figures.Figure], list[tables.StudyTable]]:
-    own = [tables.study_table(study) for study in studies]
-    rows = [row for study in studies for row in study.rows]
+    study_tables = [tables.study_table(study) for study in studies]
     pictured = [cell for study in studies for cell in study.pictured]
-    return figures.figures(rows, own, pictured, _baselines(studies), studies[0].warnings), own
+    charts = figures.figures(_rows(studies), study_tables, pictured, _baselines(studies), studies[0].warnings)
+    return charts, study_tables
 
 
 def _page(studies: Sequence[Study], n_latents: int | None) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """What the template shows, and the blocks of data that scripts decode when they are looked at."""
-    charts, own = _charts(studies)
-    every = [cell for study in studies for cell in study.in_order]
-    shown = [cell for study in studies for cell in study.pictured] if n_latents else every
-    browsed = latents.browser(shown, every, n_latents, studies[0].warnings)
-    rows = [row for study in studies for row in study.rows]
+    """The template's variables, and the blocks of data that scripts decode on demand."""
+    charts, study_tables = _charts(studies)
+    all_cells = [cell for study in studies for cell in study.in_order]
+    shown = [cell for study in studies for cell in study.pictured] if n_latents else all_cells
+    browsed = latents.browser(shown, all_cells, n_latents, studies[0].warnings)
+    rows = _rows(studies)
     cells = list(dict.fromkeys(row.cell for row in rows if row.mask != "none"))
-    numbers = {label: found for table in own for label, found in table.numbers.items()}
-    facts = {
-        "columns": [column.name for column in tables.COLUMNS],
-        "numbers": {
-            label: [None if one is None else [one.value, one.text, one.interval] for one in found]
-            for label, found in numbers.items()
-        },
-        "verdicts": [
-            [one.label, one.against, one.column, one.effect, one.ci_low, one.ci_high, one.verdict]
-            for study in studies
-            for one in study.verdicts
-            if all(map(math.isfinite, (one.effect, one.ci_low, one.ci_high)))
-        ],
-        "compared": {
-            "explained_variance": 1,
-            "ce_recovered": 2,
-            **{f"order k={k}": 6 + place for place, k in enumerate((1, 5))},
-            **{f"probing k={k}": 9 + place for place, k in enumerate((1, 5))},
-        },
-        "cells": cells,
-        "baselines": _baselines(studies),
-        "picked": _picked(studies, cells),
-        "latents": browsed.cells,
-        "colors": figures.COLORS,
-    }
-    blocks = {"page": _zipped(json.dumps(facts, allow_nan=False))}
-    for name, chart in charts.items():
-        blocks[f"chart-{name}"] = _zipped(json.dumps(figures.as_spec(chart), allow_nan=False))
-    if charts:
-        blocks["vega"] = _zipped(_vega_bundle())
-    blocks |= browsed.blocks
+    facts = _facts(studies, study_tables, cells) | {"latents": browsed.cells}
     page = {
         "title": " and ".join(study.name for study in studies),
-        "studies": [
-            {
-                "study": study,
-                "table": table,
-                "verdicts": tables.verdict_lines(study),
-                "capped": tables.capped(study),
-                "missing": tables.missing(study, table),
-                "n_heldout": next(
-                    (row.n for row in study.rows if row.metric == "explained_variance" and not row.slice), 0
-                ),
-                "settings": json.dumps(_settings(study), indent=1, ensure_ascii=False),
-                "made": [_made(cell, study) for cell in study.cells],
-            }
-            for study, table in zip(studies, own, strict=True)
-        ],
+        "studies": [_study(study, table) for study, table in zip(studies, study_tables, strict=True)],
         "several": len(studies) > 1,
-        "columns": tables.COLUMNS,
+        "columns": COLUMNS,
+        "groups": [(group, len(list(columns))) for group, columns in groupby(COLUMNS, lambda column: column.group)],
         "tie_columns": [title for _, _, title in tables.TIES],
         "ties": tables.ties(rows),
-        "tasks": tables.by_name(rows, "order_accuracy", "task"),
-        "datasets": tables.by_name(rows, "probe_accuracy", "dataset"),
+        "tasks": tables.accuracies(rows, "order_accuracy", "task"),
+        "datasets": tables.accuracies(rows, "probe_accuracy", "dataset"),
         "controls": tables.controls(rows),
         "charts": list(charts),
         "cells": cells,
         "browsed": browsed.cells,
         "n_latents": n_latents,
+        "level": LEVEL,
+        "min_seeds": MIN_SEEDS,
         "warnings": list(dict.fromkeys(warning for study in studies for warning in study.warnings)),
         "version": importlib.metadata.version("posmask"),
-        "model_cell": MODEL_CELL,
     }
-    return page, blocks
+    return page, _blocks(facts, charts) | browsed.blocks
+
+
+def _facts(studies: Sequence[Study], study_tables: Sequence[tables.StudyTable], cells: list[str]) -> dict[str, Any]:
+    """What the page's script needs of tables, verdicts and cells."""
+    return {
+        "columns": [column.full_title for column in COLUMNS],
+        "digits": [column.digits for column in COLUMNS],
+        "numbers": {
+            label: [None if number is None else [number.value, number.text, number.interval] for number in numbers]
+            for table in study_tables
+            for label, numbers in table.numbers.items()
+        },
+        "verdicts": [
+            [v.label, v.against, v.column, v.effect, v.ci_low, v.ci_high, v.verdict]
+            for study in studies
+            for v in study.verdicts
+            if all(map(math.isfinite, (v.effect, v.ci_low, v.ci_high)))
+        ],
+        "compared": {column.name: index for index, column in enumerate(COLUMNS) if column.compared},
+        "cells": cells,
+        "baselines": _baselines(studies),
+        "picked": _picked(studies, cells),
+        "colors": figures.COLORS,
+    }
+
+
+def _blocks(facts: dict[str, Any], charts: dict[str, figures.Figure]) -> dict[str, bytes]:
+    blocks = {"page": _zipped(json.dumps(facts, allow_nan=False))}
+    for name, chart in charts.items():
+        blocks[f"chart-{name}"] = _zipped(json.dumps(figures.as_spec(chart), allow_nan=False))
+    if charts:
+        blocks["vega"] = _zipped(_vega_bundle())
+    return blocks
+
+
+def _study(study: Study, table: tables.StudyTable) -> dict[str, Any]:
+    heldout = (row.n for row in study.rows if row.metric == "explained_variance" and not row.slice)
+    return {
+        "study": study,
+        "table": table,
+        "verdicts": tables.verdict_table(study),
+        "capped": tables.capped(study),
+        "missing": tables.missing(study, table),
+        "n_heldout": next(heldout, 0),
+        "settings": json.dumps(_settings(study), indent=1, ensure_ascii=False),
+        "folders": [_folder(cell, study) for cell in study.cells],
+    }
+
+
+def _rows(studies: Sequence[Study]) -> list[Row]:
+    return [row for study in studies for row in study.rows]
 
 
 def _baselines(studies: Sequence[Study]) -> list[str]:
@@ -166,20 +190,22 @@ def _zipped(text: str) -> bytes:
 
 
 def _picked(studies: Sequence[Study], cells: list[str]) -> list[str]:
-    """The cells that charts show at first: the baselines and the first seven others."""
+    """The cells that charts show first: the baselines and the first seven others."""
     baselines = _baselines(studies)
     others = [cell for cell in cells if cell not in baselines][:7]
     return [cell for cell in cells if cell in baselines or cell in others]
 
 
 def _settings(study: Study) -> dict[str, Any]:
-    """What all cells were made from; what differs between them is left out and stands in each cell's settings.json."""
-    made = [cell.manifest.get("made_from", {}) for cell in study.cells]
-    return {key: value for key, value in made[0].items() if all(one.get(key) == value for one in made)} if made else {}
+    """The settings that all cells share; each cell's settings.json has the others."""
+    settings = [cell.manifest.get("made_from", {}) for cell in study.cells]
+    if not settings:
+        return {}
+    return {key: value for key, value in settings[0].items() if all(other.get(key) == value for other in settings)}
 
 
-def _made(cell: Any, study: Study) -> dict[str, Any]:
-    def of(metric: str) -> float:
+def _folder(cell: CellFolder, study: Study) -> dict[str, Any]:
+    def value_of(metric: str) -> float:
         rows = (row for row in study.rows if (row.cell, row.seed, row.metric) == (cell.cell, cell.seed, metric))
         return next((row.value for row in rows), math.nan)
 
@@ -188,9 +214,9 @@ def _made(cell: Any, study: Study) -> dict[str, Any]:
         "cell": cell.cell,
         "seed": cell.seed,
         "identity": cell.manifest["identity"],
-        "seconds": of("train_seconds"),
-        "evaluated": of("evaluate_seconds"),
-        "tokens": of("train_tokens"),
+        "seconds": value_of("train_seconds"),
+        "evaluated": value_of("evaluate_seconds"),
+        "tokens": value_of("train_tokens"),
         "megabytes": sum(entry["bytes"] for entry in cell.manifest["files"].values()) / 1e6,
         "versions": ", ".join(f"{name} {number}" for name, number in cell.manifest.get("versions", {}).items()),
     }
@@ -207,6 +233,14 @@ def _vega_bundle() -> str:
 
 
 _TEMPLATES = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(_HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    loader=jinja2.FileSystemLoader(_HERE),
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    undefined=jinja2.StrictUndefined,
 )
-_TEMPLATES.filters |= {"number": tables.number, "signed": tables.signed}
+_TEMPLATES.filters |= {
+    "number": format_number,
+    "signed": format_signed,
+    "column_title": lambda name: COMPARED[name].full_title if name in COMPARED else name,
+}

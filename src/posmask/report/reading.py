@@ -1,4 +1,4 @@
-"""Study folders as the page needs them. What cannot be read is left out, and said in a warning."""
+"""Reads study folders for the page. Unreadable files are left out and named in warnings."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -15,13 +15,14 @@ from posmask.storage.record import STUDY_FILE, StudyRecord, read_record
 __all__ = ["MODEL_CELL", "CellFolder", "Numbers", "Study", "read_studies"]
 
 MODEL_CELL = "llm"
-_BETWEEN = ": "  # between a study's name and a cell's, where a page holds two studies
+"""Name of the model itself in the rows."""
+_SEPARATOR = ": "  # between the names of study and cell on a page of several studies
 Read = TypeVar("Read")
 
 
 @dataclass(frozen=True, eq=False)
 class CellFolder:
-    """A finished cell whose files are what was written. `cell` is its name on the page."""
+    """A finished cell with one seed, whose files match its manifest. `cell` is its name on the page."""
 
     cell: str
     seed: int
@@ -30,11 +31,14 @@ class CellFolder:
 
     @property
     def label(self) -> str:
+        """Cell and seed, for people."""
         return f"{self.cell}, seed {self.seed}"
 
 
 @dataclass
 class Study:
+    """The readable parts of a study folder."""
+
     name: str
     root: Path
     rows: list[Row]
@@ -42,42 +46,44 @@ class Study:
     cells: list[CellFolder]
     warnings: list[str]
     baseline: str | None
-    """The cell that the others are compared with."""
+    """The cell that the others are compared with; None if the folder does not record it."""
 
     @property
     def seeds(self) -> list[int]:
+        """The seeds of trained cells."""
         return sorted({row.seed for row in self.rows if row.mask != "none"})
 
     @property
     def n_saes(self) -> int:
+        """Number of trained SAEs."""
         return len({(row.cell, row.seed) for row in self.rows if row.mask != "none"})
 
     @property
     def in_order(self) -> list[CellFolder]:
-        """All cells as the table has them, each one's seeds in their order."""
-        order = {name: number for number, name in enumerate(dict.fromkeys(row.cell for row in self.rows))}
+        """All cell folders in the order of the table, then by seed."""
+        order = {name: index for index, name in enumerate(dict.fromkeys(row.cell for row in self.rows))}
         return sorted(self.cells, key=lambda cell: (order.get(cell.cell, len(order)), cell.cell, cell.seed))
 
     @property
     def pictured(self) -> list[CellFolder]:
-        """Each cell's first seed."""
+        """The first seed's folder of each cell."""
         first: dict[str, CellFolder] = {}
         for cell in self.in_order:
             first.setdefault(cell.cell, cell)
         return list(first.values())
 
     def units(self) -> dict[str, dict[int, dict[str, Units]]]:
-        """What measures were drawn from, by cell and seed; without the cells that have none."""
-        found: dict[str, dict[int, dict[str, Units]]] = {}
+        """Return the units of measures by cell and seed, without the cells that have no units."""
+        units: dict[str, dict[int, dict[str, Units]]] = {}
         for cell in self.cells:
             path = cell.path / "units.safetensors"
             if path.is_file():
-                found.setdefault(cell.cell, {})[cell.seed] = read_units(path)
-        return found
+                units.setdefault(cell.cell, {})[cell.seed] = read_units(path)
+        return units
 
 
 class Numbers:
-    """The rows by cell and metric."""
+    """Rows, indexed by cell and metric."""
 
     def __init__(self, rows: Iterable[Row]) -> None:
         self._rows: dict[tuple[str, str], list[tuple[dict[str, str], Row]]] = {}
@@ -85,31 +91,31 @@ class Numbers:
             self._rows.setdefault((row.cell, row.metric), []).append((parse_slice(row.slice), row))
 
     def rows(self, cell: str, metric: str, where: dict[str, str]) -> list[Row]:
-        """Those whose slice says this (overall ones, where it is empty), of no single class."""
-        found = self._rows.get((cell, metric), [])
+        """Return the rows whose slice contains `where` and no class; the rows without a slice if `where` is empty."""
+        rows = self._rows.get((cell, metric), [])
         if not where:
-            return [row for slice, row in found if not slice]
-        return [row for slice, row in found if "class" not in slice and where.items() <= slice.items()]
+            return [row for slice, row in rows if not slice]
+        return [row for slice, row in rows if "class" not in slice and where.items() <= slice.items()]
 
     def mean(self, cell: str, metric: str, where: dict[str, str]) -> float:
-        """NaN where there is none; rows that are NaN themselves are left out."""
+        """Return the mean of `rows` without NaN rows; NaN if there are none."""
         values = [row.value for row in self.rows(cell, metric, where) if not math.isnan(row.value)]
         return sum(values) / len(values) if values else math.nan
 
     def by(self, cell: str, metric: str, key: str) -> dict[str, list[Row]]:
-        """The rows that `key` in their slice tells apart."""
-        found: dict[str, list[Row]] = {}
+        """Return the rows by the value of `key` in their slice, without rows of single classes."""
+        by_value: dict[str, list[Row]] = {}
         for slice, row in self._rows.get((cell, metric), []):
             if key in slice and "class" not in slice:
-                found.setdefault(slice[key], []).append(row)
-        return found
+                by_value.setdefault(slice[key], []).append(row)
+        return by_value
 
 
 def read_studies(roots: Sequence[Path]) -> list[Study]:
-    """One study for each folder; of several, cells are called `study: cell`.
+    """Read one study per folder; with several folders, cells are renamed to `study: cell`.
 
     Raises:
-        DamagedFolder: one of them is no study's folder at all.
+        DamagedFolder: a folder is not a study's folder.
     """
     studies = [_read_study(root) for root in roots]
     if len(studies) == 1:
@@ -124,17 +130,17 @@ def read_studies(roots: Sequence[Path]) -> list[Study]:
 
 
 def _renamed(study: Study, name: str) -> Study:
-    def of(cell: str) -> str:
-        return f"{name}{_BETWEEN}{cell}"
+    def full(cell: str) -> str:
+        return f"{name}{_SEPARATOR}{cell}"
 
     return Study(
         name,
         study.root,
-        [replace(row, cell=of(row.cell)) for row in study.rows],
-        [replace(one, label=of(one.label), against=of(one.against)) for one in study.verdicts],
-        [replace(cell, cell=of(cell.cell)) for cell in study.cells],
+        [replace(row, cell=full(row.cell)) for row in study.rows],
+        [replace(v, label=full(v.label), against=full(v.against)) for v in study.verdicts],
+        [replace(cell, cell=full(cell.cell)) for cell in study.cells],
         [f"{name}: {warning}" for warning in study.warnings],
-        None if study.baseline is None else of(study.baseline),
+        None if study.baseline is None else full(study.baseline),
     )
 
 
@@ -144,7 +150,7 @@ def _read_study(root: Path) -> Study:
         results = root / "results.csv.zst"
     if not results.is_file() and not folder.is_dir():
         raise DamagedFolder(
-            f"{root} holds neither results.csv nor cells: give the folder of a study that `posmask run` has begun"
+            f"{root} has neither results.csv nor cells: give the folder of a study that `posmask run` started"
         )
     warnings: list[str] = []
     record = _record(root, warnings)
@@ -153,14 +159,14 @@ def _read_study(root: Path) -> Study:
     if rows is None:
         rows = [row for cell in cells for row in _tolerant(read_rows, cell.path / "rows.csv", warnings) or []]
         rows = [*_baseline_rows(root, record, warnings), *rows]
-        warnings.append(f"Numbers are those of the {len(cells)} finished cells; `posmask run` writes results.csv.")
+        warnings.append(f"The numbers are those of the {len(cells)} finished cells; `posmask run` writes results.csv.")
     if record is not None:
         rows = [row for row in rows if row.mask == "none" or f"{row.cell}-seed{row.seed}" in record.folders]
-    made = {(cell.cell, cell.seed) for cell in cells}
-    missing = {(row.cell, row.seed) for row in rows if row.mask != "none"} - made
+    readable = {(cell.cell, cell.seed) for cell in cells}
+    missing = {(row.cell, row.seed) for row in rows if row.mask != "none"} - readable
     if missing and cells:
-        named = _first_few([f"{cell}-seed{seed}" for cell, seed in sorted(missing)])
-        warnings.append(f"Without a readable folder, so in the tables only: {named}.")
+        names = _first_few([f"{cell}-seed{seed}" for cell, seed in sorted(missing)])
+        warnings.append(f"In the tables only, because the folder is missing or unreadable: {names}.")
     known = {row.cell for row in rows}
     verdicts = [
         verdict
@@ -169,12 +175,12 @@ def _read_study(root: Path) -> Study:
     ]
     n_nan = sum(math.isnan(row.value) for row in rows if "position" not in parse_slice(row.slice))
     if n_nan:
-        warnings.append(f"{n_nan} numbers of {results.name} are NaN; they show as – and are in no mean.")
+        warnings.append(f"{n_nan} numbers of {results.name} are NaN; they are shown as – and excluded from means.")
     changed = [cell for cell in cells if cell.manifest["identity"] != identity(cell.manifest.get("made_from", {}))]
     if changed:
         warnings.append(
-            f"{len(changed)} cells were written by another version of posmask, whose numbers may be defined otherwise "
-            f"({changed[0].path.name} first)."
+            f"{len(changed)} cells were written by another version of posmask, which may define metrics differently "
+            f"(the first is {changed[0].path.name})."
         )
     baseline = None if record is None else record.baseline
     return Study(root.resolve().name, root, rows, verdicts, cells, warnings, baseline)
@@ -195,7 +201,7 @@ def _record(root: Path, warnings: list[str]) -> StudyRecord | None:
 
 
 def _cells(root: Path, record: StudyRecord | None, warnings: list[str]) -> list[CellFolder]:
-    """The finished cells of the study; the others under `root/cells` are named in warnings."""
+    """The finished cells of the study; other folders in `root/cells` are named in warnings."""
     folder = root / "cells"
     cells: list[CellFolder] = []
     not_listed, other_settings = [], []
@@ -213,8 +219,8 @@ def _cells(root: Path, record: StudyRecord | None, warnings: list[str]) -> list[
             else:
                 cells.append(CellFolder(name, int(seed), path, manifest))
         except (DamagedFolder, ValueError, OSError) as error:
-            reason = str(error).replace(f"{root}/", "")  # A page travels; the path of this machine need not.
-            warnings.append(f"cell {path.name} is left out of pictures and latents: {reason}.")
+            reason = str(error).replace(f"{root}/", "")  # Pages are shared, so they have no paths of this machine.
+            warnings.append(f"Cell {path.name} is left out of figures and latents: {reason}.")
     if not_listed:
         warnings.append(f"Excluded, no longer cells of this study: {_first_few(not_listed)}.")
     if other_settings:
@@ -225,10 +231,10 @@ def _cells(root: Path, record: StudyRecord | None, warnings: list[str]) -> list[
     n_drafts = len(list(folder.glob(".*.draft-*"))) if folder.is_dir() else 0
     if n_drafts:
         warnings.append(
-            f"Unfinished cells: {n_drafts}. They are being made, or died half-way; `posmask run` makes them anew."
+            f"Unfinished cells: {n_drafts}. They are running or were interrupted; `posmask run` recomputes the latter."
         )
     if not cells:
-        warnings.append("No finished cell lies in this folder: there are no pictures of masks, no curves, no latents.")
+        warnings.append("The folder has no finished cell, so there are no figures of masks or training and no latents.")
     return cells
 
 
@@ -238,14 +244,14 @@ def _first_few(names: Sequence[str]) -> str:
 
 
 def _baseline_rows(root: Path, record: StudyRecord | None, warnings: list[str]) -> list[Row]:
-    """Rows of the model itself, for a study without results.csv."""
+    """Rows of the model itself, if results.csv is missing."""
     folder = root / "baselines"
     if not folder.is_dir():
         return []
     try:
         manifest = read_manifest(folder, verify=True)
     except DamagedFolder as error:
-        warnings.append(f"baselines are left out: {str(error).replace(f'{root}/', '')}.")
+        warnings.append(f"The baselines are left out: {str(error).replace(f'{root}/', '')}.")
         return []
     if record is not None and manifest["identity"] != record.folders.get("baselines"):
         warnings.append("Excluded, made from other settings than the study has now: baselines.")
@@ -254,12 +260,12 @@ def _baseline_rows(root: Path, record: StudyRecord | None, warnings: list[str]) 
 
 
 def _tolerant(read: Callable[[Path], Read], path: Path, warnings: list[str]) -> Read | None:
-    """What a file holds; a warning and None where it is missing or cannot be read."""
+    """The file's content; None and a warning if it is missing or unreadable."""
     try:
         return read(path)
     except FileNotFoundError:
         warnings.append(f"{path.name} is missing.")
     except (DamagedFolder, KeyError, TypeError, ValueError, OSError) as error:
-        said = str(error).replace(str(path), path.name)[:120]  # a page tells nobody where it was made
-        warnings.append(f"{path.parent.name}/{path.name} cannot be read ({type(error).__name__}: {said}).")
+        reason = str(error).replace(str(path), path.name)[:120]
+        warnings.append(f"{path.parent.name}/{path.name} cannot be read ({type(error).__name__}: {reason}).")
     return None

@@ -1,4 +1,4 @@
-"""Serves a report page, to this machine alone."""
+"""Serve a report page on this machine only."""
 
 import http.server
 import os
@@ -13,8 +13,10 @@ __all__ = ["page_server"]
 
 
 class _Handler(http.server.SimpleHTTPRequestHandler):
-    """Files of one folder, to requests that name this machine: another site's page cannot read them by a name of its
-    own that resolves to 127.0.0.1."""
+    """Serves the files of a folder to requests whose Host header names this machine.
+
+    Another site's page cannot read them through a host name that resolves to 127.0.0.1.
+    """
 
     def send_head(self) -> Any:
         name, _, port = (self.headers.get("Host") or "").rpartition(":")
@@ -22,7 +24,7 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
             self.send_error(403, "This page is served to 127.0.0.1 and localhost only")
             return None
         path = Path(self.translate_path(self.path)).resolve()
-        if not path.is_relative_to(Path(self.directory).resolve()):  # through a link
+        if not path.is_relative_to(Path(self.directory).resolve()):  # through a symbolic link
             self.send_error(404)
             return None
         return super().send_head()
@@ -31,7 +33,7 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
         self.send_error(404)
 
     def copyfile(self, source: Any, outputfile: Any) -> None:
-        with suppress(ConnectionError):  # The browser has gone to another page.
+        with suppress(ConnectionError):  # The browser left the page.
             super().copyfile(source, outputfile)
 
     def end_headers(self) -> None:

@@ -1,4 +1,7 @@
-"""How often each unit comes in draws with replacement: one definition for single numbers and for paired differences."""
+"""Bootstrap counts: how often each unit is in each draw, for intervals of single numbers and of paired differences.
+
+A module without torch, because the report needs paired differences and imports no torch.
+"""
 
 from functools import lru_cache
 
@@ -11,9 +14,9 @@ N_RESAMPLES = 500
 
 @lru_cache(maxsize=32)
 def resample_counts(n_units: int, name: str = "") -> np.ndarray:
-    """[draw unit]: counts of `N_RESAMPLES` draws of n_units with replacement; the same for the same arguments.
+    """Return counts [draw unit] of `N_RESAMPLES` draws of `n_units` units with replacement.
 
-    The same array, too, while it is remembered: not to be written into.
+    The same arguments give the same counts. The array is cached and must not be modified.
     """
     random = np.random.default_rng([n_units, *name.encode()])
     return random.multinomial(n_units, np.full(n_units, 1 / n_units), N_RESAMPLES).astype(np.float64)

@@ -1,19 +1,19 @@
-"""Paired comparisons of cells, and what may be said of them: better, worse, or no evidence.
+"""Paired comparisons of cells, and their verdicts: better, worse or no evidence.
 
-Two cells of one study are compared on the same seeds and the same units (texts, or groups of them). For seed s let
-d[s] be the difference of the metric (mean over tasks or datasets, where there are several). Its mean over seeds has
-two sources of error, which are estimated apart and added:
+Two cells of a study are compared on the same seeds and the same units (texts, or groups of texts). d[s] is the
+difference of the metric for seed s (a mean over tasks or datasets, if there are several). The mean of d over S seeds
+has two sources of variance, which are estimated separately and added:
 
     seeds    var(d) / S
-    units    the variance over draws of the units with replacement (the same draw for both cells and all seeds, groups
-             whole), less what of it is noise of single seeds, which the first line holds already
+    units    variance over draws of the units with replacement (the same draw for both cells and all seeds; groups are
+             drawn as a unit), minus the part that is noise of single seeds, which the first line already contains
 
-The interval is t with degrees of freedom between S - 1 and Satterthwaite's for two crossed random effects (1946,
-Biometrics 2:110), the square of the mean of their roots: the former cover too much, the latter too little (docs/log.md
-has the coverage in simulated studies). p values of all comparisons of a study are corrected together (Holm 1979). A
-verdict other than "no evidence" needs a corrected p below 0.04, so that with what the variances themselves are unsure
-of fewer than 5 in 100 null studies hold a false one, and at least three seeds: with fewer, the spread over seeds is
-unknown.
+The interval is a t interval. Its degrees of freedom are the square of the mean of the roots of S - 1 and of
+Satterthwaite's number for two crossed random effects (1946, Biometrics 2:110): alone, the former covers too much and
+the latter too little (docs/log.md has the coverage in simulated studies). The p values of all comparisons of a study
+are corrected together (Holm 1979). A verdict other than "no evidence" needs a corrected p below 0.04, which keeps
+studies with any false verdict below 5 % although the variances are estimates, and at least three seeds, because fewer
+do not show the spread over seeds.
 """
 
 import math
@@ -27,9 +27,9 @@ from scipy import stats
 from posmask.errors import BadSetting, DegenerateResult
 from posmask.results.bootstrap import resample_counts
 from posmask.results.rows import Units, parse_slice, read_records, write_records
+from posmask.results.table import COMPARED, Column
 
 __all__ = [
-    "COLUMNS",
     "MIN_SEEDS",
     "Comparison",
     "Difference",
@@ -39,12 +39,13 @@ __all__ = [
     "paired_difference",
     "read_verdicts",
     "sample",
-    "sample_of",
     "write_verdicts",
 ]
 
 MIN_SEEDS = 3
+"""Verdicts need at least this many seeds."""
 LEVEL = 0.04
+"""Verdicts need a corrected p value below this."""
 
 Sample = Mapping[str, Units]
 """One seed of one cell: the units of each task or dataset that a metric is the mean over."""
@@ -52,7 +53,7 @@ Sample = Mapping[str, Units]
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean difference over seeds with its 95 % interval and two-sided p value, not corrected."""
+    """A mean difference over seeds with its 95 % interval and two-sided, uncorrected p value."""
 
     effect: float
     ci_low: float
@@ -62,14 +63,21 @@ class Difference:
 
 
 def paired_difference(cell: Sequence[Sample], against: Sequence[Sample]) -> Difference:
-    """Of two cells, seed by seed in the same order; positive when `cell` is higher.
+    """Return the difference of two cells, positive if `cell` is higher.
 
-    With one seed the interval covers the drawing of units only.
+    Args:
+        cell: one sample per seed.
+        against: samples of the other cell for the same seeds in the same order.
+
+    With one seed the interval covers the sampling of units only.
+
+    Raises:
+        DegenerateResult: the metric is NaN or infinite for the units or for a draw of them.
     """
     by_name, inflation, degrees = [], 1.0, 0
     for name in sorted(cell[0]):
         n_units = len(cell[0][name].top)
-        # First every unit once, then the draws.
+        # Row 0 has every unit once: the point estimate. The other rows are the draws.
         counts = np.concatenate([np.ones((1, n_units)), resample_counts(n_units, name)])
         by_name.append(_ratios(cell, name, counts) - _ratios(against, name, counts))
         degrees += n_units - 1
@@ -88,49 +96,40 @@ def paired_difference(cell: Sequence[Sample], against: Sequence[Sample]) -> Diff
         return Difference(effect, effect, effect, 1.0 if effect == 0 else 0.0, n_seeds)
     spread = over_units**2 / max(degrees, 1) + (over_seeds**2 / (n_seeds - 1) if n_seeds > 1 else 0)
     freedom = variance**2 / spread
-    if n_seeds > 1:  # Satterthwaite's alone is too many where few seeds happen to lie close.
+    if n_seeds > 1:  # Satterthwaite's number alone is too large if few seeds happen to be close together.
         freedom = ((math.sqrt(freedom) + math.sqrt(n_seeds - 1)) / 2) ** 2
     error = math.sqrt(variance)
-    reach = float(stats.t.ppf(0.975, freedom)) * error
+    half_width = float(stats.t.ppf(0.975, freedom)) * error
     p = 2 * float(stats.t.sf(abs(effect) / error, freedom))
-    return Difference(effect, effect - reach, effect + reach, p, n_seeds)
+    return Difference(effect, effect - half_width, effect + half_width, p, n_seeds)
 
 
 def _ratios(cell: Sequence[Sample], name: str, counts: np.ndarray) -> np.ndarray:
-    """[seed draw]"""
+    """The metric's value for each seed and draw [seed draw]."""
     top, bottom = (np.stack([getattr(seed[name], part) for seed in cell]) @ counts.T for part in ("top", "bottom"))
     if (bottom == 0).any() or not (np.isfinite(top).all() and np.isfinite(bottom).all()):
-        raise DegenerateResult(f"{name or 'a metric'} has no value on some draw of its units: measure more of them")
+        raise DegenerateResult(
+            f"{name or 'a metric'} has no finite value in a draw of its {counts.shape[1]} units: evaluate on more units"
+        )
     return top / bottom
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's corrected p values: the chance of one false verdict among all stays below the level.
+    """Return Holm's corrected p values, which bound the chance of any false verdict.
 
     >>> holm([0.01, 0.04, 0.03])
     [0.03, 0.06, 0.06]
     """
     corrected, largest = [0.0] * len(p_values), 0.0
-    for place, number in enumerate(sorted(range(len(p_values)), key=lambda number: p_values[number])):
-        largest = max(largest, min(1.0, (len(p_values) - place) * p_values[number]))
-        corrected[number] = largest
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = largest
     return corrected
-
-
-COLUMNS: dict[str, tuple[str, dict[str, str]]] = {
-    "explained_variance": ("explained_variance", {}),
-    "ce_recovered": ("ce_recovered", {}),
-    "order k=1": ("order_accuracy", {"k": "1"}),
-    "order k=5": ("order_accuracy", {"k": "5"}),
-    "probing k=1": ("probe_accuracy", {"k": "1"}),
-    "probing k=5": ("probe_accuracy", {"k": "5"}),
-}
-"""What cells are compared by: a metric and what its slice must say. In all of them more is better."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Who is compared with whom: cells, or `cell + pooling` for a pooling other than the mean."""
+    """Two cells to compare, each written `cell`, or `cell + pooling` for a pooling other than the mean."""
 
     label: str
     against: str
@@ -138,7 +137,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One line of `verdicts.csv`: is `label` better than `against` in `column`?"""
+    """A line of `verdicts.csv`: whether `label` is better than `against` in `column`, a name in `COMPARED`."""
 
     label: str
     against: str
@@ -152,80 +151,95 @@ class Verdict:
     verdict: str
 
 
-def sample(units: Mapping[str, Units], pooling: str, column: str) -> Sample:
-    """The units of one column in one cell, by task or dataset; empty where the cell has no such number.
+def sample(units: Mapping[str, Units], pooling: str, column: Column) -> Sample:
+    """Return the units of a column's metric by task or dataset; empty if the cell lacks the metric.
 
     Args:
-        units: by `metric|slice`, as a cell's folder holds them.
+        units: units of one cell folder by `metric|slice`, as `read_units` returns them.
     """
-    return sample_of(units, pooling, *COLUMNS[column])
-
-
-def sample_of(units: Mapping[str, Units], pooling: str, metric: str, wanted: Mapping[str, str]) -> dict[str, Units]:
-    """As `sample`, for any metric and what its slice must say."""
-    found = {}
+    selected = {}
     for key, values in units.items():
-        name, _, text = key.partition("|")
-        where = parse_slice(text)
+        metric, _, text = key.partition("|")
+        slice = parse_slice(text)
         if (
-            name == metric
-            and "class" not in where
-            and where.get("pooling", "mean") == pooling
-            and all(where.get(part) == value for part, value in wanted.items())
+            metric == column.metric
+            and "class" not in slice
+            and slice.get("pooling", "mean") == pooling
+            and column.where.items() <= slice.items()
         ):
-            found[where.get("task") or where.get("dataset") or metric] = values
-    return found
+            selected[slice.get("task") or slice.get("dataset") or metric] = values
+    return selected
 
 
 def judge(units: Mapping[str, Mapping[int, Mapping[str, Units]]], comparisons: Sequence[Comparison]) -> list[Verdict]:
-    """The verdict lines of a study, p values corrected over all of them together.
+    """Return the verdicts of a study, with p values corrected over all of them together.
 
     Args:
-        units: for each cell its units by seed; two cells are compared on the seeds that both have.
+        units: units by cell and seed; two cells are compared on the seeds that both have.
+
+    Raises:
+        BadSetting: two cells have no reported number in common.
+        DegenerateResult: a metric has no value for a draw of its units.
     """
-    differences = []
+    differences: list[tuple[Comparison, str, Difference]] = []
     for comparison in comparisons:
-        before = len(differences)
-        cells = [label.partition(" + ")[0] for label in (comparison.label, comparison.against)]
-        seeds = sorted(units[cells[0]].keys() & units[cells[1]].keys())
-        for column in COLUMNS:
-            pair = []
-            for label in (comparison.label, comparison.against):
-                cell, _, pooling = label.partition(" + ")
-                pair.append([sample(units[cell][seed], pooling or "mean", column) for seed in seeds])
-            if seeds and all(one and one.keys() == other.keys() for one, other in zip(*pair, strict=True)):
-                differences.append((comparison, column, paired_difference(*pair)))
-        if len(differences) == before:
+        pairs = _paired_samples(units, comparison)
+        if not pairs:
             raise BadSetting(
-                f"{comparison.label!r} and {comparison.against!r} have no number in common: ask about cells that have"
+                f"{comparison.label!r} and {comparison.against!r} have no number in common: compare cells that share "
+                f"seeds and one of {', '.join(COMPARED)}"
             )
-    corrected = holm([found.p for _, _, found in differences])
+        differences += [(comparison, name, paired_difference(*pair)) for name, pair in pairs.items()]
+    corrected = holm([difference.p for _, _, difference in differences])
     return [
         Verdict(
             comparison.label,
             comparison.against,
-            column,
-            found.effect,
-            found.ci_low,
-            found.ci_high,
+            name,
+            difference.effect,
+            difference.ci_low,
+            difference.ci_high,
             p,
-            found.n_seeds,
+            difference.n_seeds,
             len(differences),
-            _words(found, p),
+            _verdict(difference, p),
         )
-        for (comparison, column, found), p in zip(differences, corrected, strict=True)
+        for (comparison, name, difference), p in zip(differences, corrected, strict=True)
     ]
 
 
-def _words(found: Difference, p_corrected: float) -> str:
-    if found.n_seeds < MIN_SEEDS or not p_corrected < LEVEL:
+def _paired_samples(
+    units: Mapping[str, Mapping[int, Mapping[str, Units]]], comparison: Comparison
+) -> dict[str, tuple[list[Sample], list[Sample]]]:
+    """The samples of both cells on their common seeds, by column name; without columns that a seed lacks."""
+    labels = [label.partition(" + ") for label in (comparison.label, comparison.against)]
+    (cell, _, _), (against, _, _) = labels
+    seeds = sorted(units[cell].keys() & units[against].keys())
+    pairs = {}
+    for column in COMPARED.values():
+        left, right = (
+            [sample(units[name][seed], pooling or "mean", column) for seed in seeds] for name, _, pooling in labels
+        )
+        if seeds and all(a and a.keys() == b.keys() for a, b in zip(left, right, strict=True)):
+            pairs[column.name] = left, right
+    return pairs
+
+
+def _verdict(difference: Difference, p_corrected: float) -> str:
+    if difference.n_seeds < MIN_SEEDS or not p_corrected < LEVEL:
         return "no evidence"
-    return "better" if found.effect > 0 else "worse"
+    return "better" if difference.effect > 0 else "worse"
 
 
 def write_verdicts(path: Path, verdicts: Sequence[Verdict]) -> None:
+    """Write `verdicts.csv`."""
     write_records(path, Verdict, verdicts)
 
 
 def read_verdicts(path: Path) -> list[Verdict]:
+    """Read `verdicts.csv`.
+
+    Raises:
+        DamagedFolder: the file is not a table of verdicts.
+    """
     return read_records(path, Verdict)

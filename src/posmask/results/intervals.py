@@ -1,4 +1,4 @@
-"""95 % intervals: over texts (or groups of them), the units that were drawn independently, and over folds of texts."""
+"""95 % intervals over independently drawn units (texts or groups of texts), and over folds of texts."""
 
 import math
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ __all__ = ["interval", "jackknife_interval", "ratio", "ratio_interval"]
 
 
 def interval(values: Float[Tensor, " resample"]) -> tuple[float, float]:
-    """The 2.5th and 97.5th percentile, resamples without a value (NaN) left out; NaN if none has one."""
+    """Return the 2.5th and 97.5th percentile of the finite values; NaN if there are none."""
     finite = values[values.isfinite()].double()
     if len(finite) == 0:
         return float("nan"), float("nan")
@@ -24,11 +24,11 @@ def interval(values: Float[Tensor, " resample"]) -> tuple[float, float]:
 
 
 def ratio_interval(top: Float[Tensor, " unit"], bottom: Float[Tensor, " unit"]) -> tuple[float, float]:
-    """Of sum(top) / sum(bottom), by bootstrap over units.
+    """Return the interval of sum(top) / sum(bottom) by bootstrap over units.
 
-    Percentiles of the draws, stretched about the value by what draws with replacement from few units lack: the ratio of
-    t's quantile with n - 1 degrees of freedom to the normal one, times sqrt(n / (n - 1)): 17 % for 12 units, 1 % for
-    200.
+    Bootstrap draws from few units vary too little. The percentiles are therefore stretched about the value by the ratio
+    of the t quantile with n - 1 degrees of freedom to the normal quantile, times sqrt(n / (n - 1)): by 17 % for 12
+    units, by 1 % for 200.
 
     >>> low, high = ratio_interval(torch.tensor([0.0, 1.0] * 50), torch.ones(100))
     >>> low < 0.5 < high
@@ -52,11 +52,14 @@ def ratio(
     slice: Mapping[str, object] | None = None,
     n: int | None = None,
 ) -> Measure:
-    """The measure sum(top) / sum(bottom) with its interval over units, which it carries for paired comparisons.
+    """Return the measure sum(top) / sum(bottom) with its interval over units, and the units for paired comparisons.
 
     Args:
-        bottom: None means 1 a unit: a mean.
-        n: what the number rests on; None means the number of units.
+        metric: the measure's name.
+        top: numerators.
+        bottom: denominators; None means 1 per unit, so that the measure is a mean.
+        slice: what the number is about; None: the metric as a whole.
+        n: number of observations behind the measure; None means the number of units.
     """
     top = top.double()
     bottom = torch.ones_like(top) if bottom is None else bottom.double()
@@ -67,14 +70,15 @@ def ratio(
 
 
 def jackknife_interval(value: float, *without_each: Float[Tensor, " fold"]) -> tuple[float, float]:
-    """From the values that leave out one fold of texts each: value +- t * standard error (Efron 1982, chapter 3).
+    """Return the jackknife interval value ± t * standard error (Efron 1982, chapter 3).
 
     Args:
-        without_each: one row of such values for each stratum of folds.
+        value: the estimate from all folds of texts.
+        without_each: the estimates that leave out one fold each, one tensor per stratum of folds.
     """
     variance = sum(
         (len(values) - 1) / len(values) * float((values - values.mean()).square().sum()) for values in without_each
     )
     freedom = sum(len(values) - 1 for values in without_each)
-    reach = float(stats.t.ppf(0.975, freedom)) * math.sqrt(variance)
-    return value - reach, value + reach
+    half_width = float(stats.t.ppf(0.975, freedom)) * math.sqrt(variance)
+    return value - half_width, value + half_width

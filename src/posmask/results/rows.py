@@ -1,4 +1,4 @@
-"""Results are rows of one long table; what a number is about stands in `slice`, never in a column's name."""
+"""Results as rows of one long table; `slice` says what a number is about (position, task, k), not the column names."""
 
 import csv
 import io
@@ -31,13 +31,15 @@ __all__ = [
 ]
 
 MAX_DECOMPRESSED_BYTES = 2 * 1024**3
+"""Larger compressed tables are refused."""
 
 
 @dataclass(frozen=True, eq=False)
 class Units:
-    """What a measure was drawn from, unit by unit (texts, groups of texts): its value is sum(top) / sum(bottom).
+    """Numerator and denominator of a measure for each unit [unit]; the measure is sum(top) / sum(bottom).
 
-    The same measure of another cell rests on the same units in the same order, so that the two can be paired.
+    Units are the independently drawn texts or groups of texts. The same measure of another cell has the same units in
+    the same order, so that the two can be paired.
     """
 
     top: np.ndarray
@@ -46,10 +48,14 @@ class Units:
 
 @dataclass(frozen=True)
 class Measure:
-    """One number that a metric found, before it is known which cell it belongs to.
+    """One number of a metric, not yet assigned to a cell.
 
-    `low` and `high` bound a 95 % interval, NaN where none was computed. `n` counts what the number rests on:
-    kept tokens, test texts or latents, as the metric says.
+    Attributes:
+        ci_low: lower bound of the 95 % interval; NaN if none was computed.
+        ci_high: upper bound of the 95 % interval.
+        n: number of kept tokens, test texts or latents behind the number, depending on the metric.
+        slice: what the number is about, for example a position or a task; None: the metric as a whole.
+        units: numerator and denominator per unit, for paired comparisons.
     """
 
     metric: str
@@ -63,7 +69,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class Row:
-    """A measure of one cell; the columns of `rows.csv` and `results.csv`, in order."""
+    """A measure of one cell; the fields are the columns of `rows.csv` and `results.csv`, in order."""
 
     cell: str
     mask: str
@@ -79,6 +85,7 @@ class Row:
 
     @classmethod
     def of(cls, measure: Measure, *, cell: str, mask: str, budget: str, gating: str, seed: int) -> "Row":
+        """Return the row of a cell's measure."""
         return cls(
             cell=cell,
             mask=mask,
@@ -95,12 +102,12 @@ class Row:
 
 
 def slice_text(slice: Mapping[str, object]) -> str:
-    """A slice as it stands in a row: key=value pairs joined by semicolons."""
+    """Return a slice as text: key=value pairs joined by semicolons."""
     return ";".join(f"{key}={value}" for key, value in slice.items())
 
 
 def parse_slice(text: str) -> dict[str, str]:
-    """The key=value pairs of a row's slice.
+    """Return the key=value pairs of a row's slice.
 
     >>> parse_slice("task=chronology;k=5")
     {'task': 'chronology', 'k': '5'}
@@ -112,12 +119,12 @@ Record = TypeVar("Record")
 
 
 def header_of(kind: type[Record]) -> bytes:
-    """The first line of a table, by which a file is recognized as one that posmask wrote."""
+    """Return the first line of a table, which identifies a file as written by posmask."""
     return ",".join(field.name for field in fields(kind)).encode()  # type: ignore[arg-type]
 
 
 def write_records(path: Path, kind: type[Record], records: Iterable[Record]) -> None:
-    """Write dataclass instances as CSV, a column a field. Floats keep every digit, so reading gives the same back."""
+    """Write dataclass instances as CSV with one column per field. Floats keep every digit."""
     with path.open("w", newline="", encoding="utf8") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(kind)], lineterminator="\n")  # type: ignore[arg-type]
         writer.writeheader()
@@ -125,10 +132,10 @@ def write_records(path: Path, kind: type[Record], records: Iterable[Record]) -> 
 
 
 def read_records(path: Path, kind: type[Record]) -> list[Record]:
-    """What `write_records` wrote; a path that ends in `.zst` is decompressed first.
+    """Read a table that `write_records` wrote; a path that ends in `.zst` is decompressed first.
 
     Raises:
-        DamagedFolder: a line that cannot be one of these, or a damaged or too large `.zst` file.
+        DamagedFolder: a line does not have the fields of `kind`, or the `.zst` file is damaged or too large.
     """
     data = _decompressed(path) if path.suffix == ".zst" else path.read_bytes()
     try:
@@ -138,7 +145,7 @@ def read_records(path: Path, kind: type[Record]) -> list[Record]:
                 for line in csv.DictReader(file)
             ]
     except (ValueError, KeyError, TypeError, csv.Error) as error:
-        raise DamagedFolder(f"{path} is no table of posmask's ({error}): `posmask run` writes it again") from None
+        raise DamagedFolder(f"{path} is not a table of posmask's ({error}): `posmask run` writes it again") from None
 
 
 def _decompressed(path: Path) -> bytes:
@@ -156,15 +163,21 @@ def _decompressed(path: Path) -> bytes:
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Write `rows.csv` or `results.csv`."""
     write_records(path, Row, rows)
 
 
 def read_rows(path: Path) -> list[Row]:
+    """Read `rows.csv`, `results.csv` or a compressed `.csv.zst`.
+
+    Raises:
+        DamagedFolder: the file is not a table of rows, or the `.zst` file is damaged or too large.
+    """
     return read_records(path, Row)
 
 
 def write_units(path: Path, measures: Iterable[Measure]) -> None:
-    """Write the units of the measures that have them, by `metric|slice`."""
+    """Write the units of the measures that have units, keyed by `metric|slice`, as `units.safetensors`."""
     save_file(
         {
             f"{measure.metric}|{slice_text(measure.slice or {})}": np.stack([measure.units.top, measure.units.bottom])
@@ -176,4 +189,5 @@ def write_units(path: Path, measures: Iterable[Measure]) -> None:
 
 
 def read_units(path: Path) -> dict[str, Units]:
+    """Read units by `metric|slice`."""
     return {name: Units(top, bottom) for name, (top, bottom) in load_file(path).items()}

@@ -1,24 +1,110 @@
-"""The study's table: one line a cell, means over seeds, tasks and datasets of the rows it stands on."""
+"""The reported columns, and the table of a study: one line per cell with means over seeds, tasks and datasets.
+
+`COLUMNS` is the only definition of what is reported and in which order. The table of the command line, the tables of
+the page, the comparisons of cells and `docs/results` are derived from it.
+"""
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from posmask.results.rows import Row, parse_slice
 
-__all__ = ["ORDER_KS", "PROBE_KS", "Line", "summarize"]
+__all__ = ["COLUMNS", "COMPARED", "PRINTED", "Column", "Line", "format_number", "format_signed", "summarize"]
 
-ORDER_KS = (1, 5, 20)
-PROBE_KS = (1, 5)
+
+@dataclass(frozen=True)
+class Column:
+    """A reported number: the mean of a metric's rows whose slice contains `where`, minus that of the metric `minus`."""
+
+    name: str
+    """Unique; the column's name in `verdicts.csv`."""
+    title: str
+    """Heading on the page, unique within `group`."""
+    group: str
+    """Heading above the titles of neighboring columns."""
+    metric: str
+    where: Mapping[str, str] = field(default_factory=dict)
+    """Required pairs of the slice; empty means the rows without a slice."""
+    minus: str = ""
+    """Metric that is subtracted, for example a chance level."""
+    digits: int = 3
+    """Decimals."""
+    compared: bool = False
+    """Whether cells are compared by it (`verdicts.csv`); more is better."""
+    heading: str = ""
+    """Heading in the table of the command line, two lines; empty leaves the column out of it."""
+
+    @property
+    def full_title(self) -> str:
+        """The title, with the group where the title alone is ambiguous."""
+        return f"{self.group}, {self.title}" if self.is_probing else self.title
+
+    @property
+    def is_probing(self) -> bool:
+        """Whether it is the accuracy of probes, which also depends on the pooling."""
+        return bool(self.where)
+
+
+def _probing(name: str, group: str, metric: str, heading: str, *, printed_ks: Sequence[int]) -> list[Column]:
+    """Accuracies for probes on 1, 5 and 20 latents; cells are compared by the first two."""
+    return [
+        Column(
+            f"{name} k={k}",
+            f"k = {k}",
+            group,
+            metric,
+            {"k": str(k)},
+            compared=k < 20,
+            heading=f"{heading}\nk={k}" if k in printed_ks else "",
+        )
+        for k in (1, 5, 20)
+    ]
+
+
+COLUMNS = [
+    Column("latents", "latents", "", "d_sae", digits=0),
+    Column(
+        "explained_variance",
+        "explained variance",
+        "reconstruction",
+        "explained_variance",
+        compared=True,
+        heading="expl.\nvar.",
+    ),
+    Column("ce_recovered", "CE recovered", "reconstruction", "ce_recovered", compared=True, heading="CE\nrec."),
+    Column("dead", "dead", "reconstruction", "dead_share"),
+    Column(
+        "retention_gain",
+        "retention − chance",
+        "ties to positions",
+        "retention",
+        minus="retention_chance",
+        heading="ret.−\nchance",
+    ),
+    Column("fidelity", "fidelity", "ties to positions", "profile_fidelity"),
+    *_probing("order", "order probing", "order_accuracy", "order", printed_ks=(1, 5, 20)),
+    # Without k = 20 the command line's table fits 80 columns.
+    *_probing("probing", "standard probing", "probe_accuracy", "probe", printed_ks=(1, 5)),
+]
+"""Every reported column, in order."""
+
+COMPARED = {column.name: column for column in COLUMNS if column.compared}
+"""The columns that cells are compared by, by name."""
+
+PRINTED = [column for column in COLUMNS if column.heading]
+"""The columns of the table that the command line prints."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the table: a cell at one pooling. NaN where a line has no such number.
+    """One line of the table: a cell at one pooling, or the model itself.
 
-    `order` and `probing` hold one mean accuracy for each k, over order tasks and over datasets; `overall` the cell's
-    other numbers by metric, and `retention_gain`, retention less its chance, which differs between masks.
+    Attributes:
+        label: the cell, with ` + pooling` for a pooling other than the mean.
+        overall: means over seeds of every metric without a slice, by metric; NaN for a metric without rows.
+        numbers: the reported numbers, by column name; NaN where the rows have no such number.
     """
 
     label: str
@@ -27,55 +113,91 @@ class Line:
     budget: str
     gating: str
     n_seeds: int
-    overall: dict[str, float]
-    order: dict[int, float]
-    probing: dict[int, float]
+    overall: Mapping[str, float]
+    numbers: Mapping[str, float]
 
+    @property
+    def order(self) -> dict[int, float]:
+        """Mean accuracy over order tasks for each printed k."""
+        return self._accuracies("order_accuracy")
 
-def _mean(values: Iterable[float]) -> float:
-    found = list(values)
-    return sum(found) / len(found) if found else math.nan
+    @property
+    def probing(self) -> dict[int, float]:
+        """Mean accuracy over datasets for each printed k."""
+        return self._accuracies("probe_accuracy")
+
+    def _accuracies(self, metric: str) -> dict[int, float]:
+        return {int(column.where["k"]): self.numbers[column.name] for column in PRINTED if column.metric == metric}
+
+    def printed(self, column: Column) -> bool:
+        """Whether the column's number is on this line: only a cell's first line has the numbers without a pooling."""
+        return column.is_probing or self.pooling == "mean"
 
 
 def summarize(rows: Sequence[Row]) -> list[Line]:
-    """Cells in their order, then their other poolings, then the model's own channels."""
-    names = list(dict.fromkeys(row.cell for row in rows))
-    lines, pooled_lines, model_lines = [], [], []
-    for name in names:
-        own = [row for row in rows if row.cell == name]
-        slices = [parse_slice(row.slice) for row in own]
-        poolings = list(dict.fromkeys(slice["pooling"] for slice in slices if "pooling" in slice)) or ["mean"]
-        by_metric: dict[str, list[float]] = {}
-        for row in own:
-            if not row.slice:
-                by_metric.setdefault(row.metric, []).append(row.value)
-
-        def accuracy(metric: str, k: int, pooling: str, own: list[Row] = own, slices=slices) -> float:
-            return _mean(
-                row.value
-                for row, where in zip(own, slices, strict=True)
-                if row.metric == metric
-                and where["k"] == str(k)
-                and where["pooling"] == pooling
-                and "class" not in where
-            )
-
+    """Return the lines of the table: cells in order of their rows, then their other poolings, then the model itself."""
+    lines: dict[str, list[Line]] = {"cell": [], "pooled": [], "model": []}
+    for cell in dict.fromkeys(row.cell for row in rows):
+        cell_rows = [(row, parse_slice(row.slice)) for row in rows if row.cell == cell]
+        poolings = list(dict.fromkeys(slice["pooling"] for _, slice in cell_rows if "pooling" in slice)) or ["mean"]
         for pooling in poolings:
-            overall = {metric: _mean(found) for metric, found in by_metric.items()}
-            if "retention" in overall and "retention_chance" in overall:
-                overall["retention_gain"] = overall["retention"] - overall["retention_chance"]
-            is_model, is_mean = own[0].mask == "none", pooling == "mean"
-            who = "the model itself" if is_model else name
-            line = Line(
-                label=who if is_mean else f"{who} + {pooling}",
-                pooling=pooling,
-                mask=own[0].mask,
-                budget=own[0].budget,
-                gating=own[0].gating,
-                n_seeds=len({row.seed for row in own}),
-                overall=defaultdict(lambda: math.nan, overall),
-                order={k: accuracy("order_accuracy", k, pooling) for k in ORDER_KS},
-                probing={k: accuracy("probe_accuracy", k, pooling) for k in PROBE_KS},
+            line = _line(cell_rows, pooling)
+            kind = "model" if line.mask == "none" else "cell" if pooling == "mean" else "pooled"
+            lines[kind].append(line)
+    return lines["cell"] + lines["pooled"] + lines["model"]
+
+
+def _line(cell_rows: Sequence[tuple[Row, Mapping[str, str]]], pooling: str) -> Line:
+    first = cell_rows[0][0]
+    by_metric: dict[str, list[float]] = {}
+    for row, slice in cell_rows:
+        if not slice:
+            by_metric.setdefault(row.metric, []).append(row.value)
+    means = {metric: _mean(values) for metric, values in by_metric.items()}
+    numbers = {}
+    for column in COLUMNS:
+        if column.is_probing:
+            wanted = {**column.where, "pooling": pooling}.items()
+            numbers[column.name] = _mean(
+                row.value
+                for row, slice in cell_rows
+                if row.metric == column.metric and wanted <= slice.items() and "class" not in slice
             )
-            (model_lines if is_model else lines if is_mean else pooled_lines).append(line)
-    return lines + pooled_lines + model_lines
+        else:
+            minus = means.get(column.minus, math.nan) if column.minus else 0
+            numbers[column.name] = means.get(column.metric, math.nan) - minus
+    name = "the model itself" if first.mask == "none" else first.cell
+    return Line(
+        label=name if pooling == "mean" else f"{name} + {pooling}",
+        pooling=pooling,
+        mask=first.mask,
+        budget=first.budget,
+        gating=first.gating,
+        n_seeds=len({row.seed for row, _ in cell_rows}),
+        overall=defaultdict(lambda: math.nan, means),
+        numbers=numbers,
+    )
+
+
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return sum(values) / len(values) if values else math.nan
+
+
+def format_number(value: float, digits: int = 3) -> str:
+    """Format a number for a table: a real minus sign, a dash for NaN.
+
+    >>> format_number(0.8264), format_number(2304, 0)
+    ('0.826', '2,304')
+    """
+    return "–" if math.isnan(value) else f"{value:,.{digits}f}".replace("-", "−")
+
+
+def format_signed(value: float) -> str:
+    """Format a difference with its sign, with a fourth decimal where three would read as zero.
+
+    >>> format_signed(0.0374), format_signed(0.00044)
+    ('+0.037', '+0.0004')
+    """
+    text = format_number(value, 4 if 0 < abs(value) < 0.0005 else 3)
+    return text if value < 0 or math.isnan(value) else f"+{text}"

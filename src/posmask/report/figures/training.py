@@ -1,0 +1,50 @@
+"""The chart of training curves, and the curves as `curve.csv` has them."""
+
+import csv
+from collections.abc import Sequence
+from typing import Any
+
+import altair as alt
+
+from posmask.report.figures.style import Figure, cell_color, for_picked_cells, inline_data
+from posmask.report.reading import CellFolder
+
+__all__ = ["read_curves", "training"]
+
+
+def read_curves(pictured: Sequence[CellFolder], warnings: list[str]) -> list[dict[str, Any]]:
+    """Return explained variance and mean openness by cell and number of training tokens; NaN where not recorded."""
+    values = []
+    for cell in pictured:
+        try:
+            with (cell.path / "curve.csv").open(encoding="utf8") as file:
+                for line in csv.DictReader(file):
+                    values.append(
+                        {
+                            "cell": cell.cell,
+                            "tokens": int(line["tokens"]),
+                            "explained variance": max(0.0, float(line["explained_variance"])),
+                            "openness": float(line.get("mean_openness") or "nan"),
+                        }
+                    )
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            warnings.append(f"The training curve of {cell.label} cannot be read ({error}).")
+    return values
+
+
+def training(curves: list[dict[str, Any]]) -> Figure | None:
+    """Return explained variance of training batches, one line per cell; None without curves."""
+    values = [{key: value for key, value in point.items() if key != "openness"} for point in curves]
+    if not values:
+        return None
+    chart = (
+        alt.Chart(inline_data(values))
+        .mark_line(strokeWidth=1.5)
+        .encode(
+            x=alt.X("tokens:Q", title="training tokens", axis=alt.Axis(format="~s")),
+            y=alt.Y("explained variance:Q"),
+            color=cell_color(list(dict.fromkeys(value["cell"] for value in values))),
+            tooltip=["cell:N", "tokens:Q", alt.Tooltip("explained variance:Q", format=".3f")],
+        )
+    )
+    return for_picked_cells(chart, 240)
