@@ -15,12 +15,12 @@ import steps_terms  # noqa: E402
 
 PARTS = {
     "the encoder's product": ("torch.mm", "torch.addmm"),
-    "choosing": ("_largest_of_rows", "_above_floor", "_joined", "kthvalue", "_dot_rows", "bfloat16"),
-    "reconstruction, residual, gradients of codes": ("_explain",),
-    "gradients of encoder and decoder": ("_sum_rows", "_count_sort"),
+    "choosing": ("largest_of_rows", "above_floor", "join_entries", "kthvalue", "dot_rows", "bfloat16"),
+    "reconstruction, residual, gradients of codes": ("explain",),
+    "gradients of encoder and decoder": ("sum_rows", "count_sort"),
     "Adam": ("_fused_adam_",),
     "clipping": ("_foreach_norm", "_foreach_mul_"),
-    "taking off center and bias, unit decoder rows": ("_centered", "_unit_rows"),
+    "taking off center and bias, unit decoder rows": ("centered", "normalize_rows"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Choice between the compiled CPU loops and torch operations, in one place."""
+"""The choice between compiled CPU loops and torch operations."""
 
 from torch import Tensor
 
@@ -6,5 +6,5 @@ __all__ = ["compiled"]
 
 
 def compiled(tensor: Tensor) -> bool:
-    """Whether the compiled loops can work on a tensor; where not, torch operations do the same."""
+    """Whether the compiled loops run on this tensor: it is on the CPU. If not, torch operations do the same."""
     return tensor.device.type == "cpu"

@@ -1,48 +1,55 @@
-"""Selection of the largest pre-activations of each token, compiled by numba for the CPU."""
+"""Selection of the largest pre-activations of each token, compiled by numba for the CPU.
+
+The definition of what these loops compute is `_take` in `posmask.sae.selection`. A product is a row of
+x . encoder per token; where `low` it holds bfloat16 numbers as int16, which numba does not know.
+"""
 
 import numba
 import numpy as np
 
+__all__ = ["above_floor", "join_entries", "largest_of_rows"]
+
 _LANES, _DEPTH = 128, 4
-"""A row's maximum is kept for each of so many lanes, and for each cell of so many numbers of a lane."""
+"""Column c of a row belongs to lane c % _LANES. Maxima are kept per lane, and per cell of _DEPTH numbers of a lane."""
 _SEGMENT = _LANES * _DEPTH
-_BLOCK = 32  # numbers looked at at once for any that are above a floor
+_BLOCK = 32  # columns that are compared with the floor in one pass
 
 
 @numba.njit(cache=True, fastmath={"contract", "reassoc", "nsz"})
 def _gated_part(  # pragma: no cover (compiled)
     row, low, bias, latents, openness, start, end, bits, value
 ):
-    """value[c] = openness * (product + bias) for columns start .. end, at most a segment.
+    """value[c] = openness * (product + bias) for columns start:end, at most a segment.
 
-    `bits` is room for those of the product, which is bfloat16 where `low`; `openness` is empty where it is 1.
+    `bits` is scratch space for the bits of bfloat16 numbers; an empty `openness` stands for 1.
     """
-    some, offset = value[start:end], bias[start:end]
-    n = len(some)
+    part, offset = value[start:end], bias[start:end]
+    n = len(part)
     if low:
         raw, wide = row[start:end], bits[:n]
         for c in range(n):
             wide[c] = np.int32(raw[c]) << 16
         number = wide.view(np.float32)
         for c in range(n):
-            some[c] = number[c] + offset[c]
+            part[c] = number[c] + offset[c]
     else:
         product = row[start:end]
         for c in range(n):
-            some[c] = product[c] + offset[c]
+            part[c] = product[c] + offset[c]
     if len(openness):
         which = latents[start:end]
         if which[n - 1] - which[0] == n - 1:
             gate = openness[which[0] : which[0] + n]
             for c in range(n):
-                some[c] *= gate[c]
+                part[c] *= gate[c]
         else:
             for c in range(n):
-                some[c] *= openness[which[c]]
+                part[c] *= openness[which[c]]
 
 
 @numba.njit(cache=True)
 def _preactivation(row, low, bias, bits, c):  # pragma: no cover (compiled)
+    """product + bias of column c of a row."""
     if low:
         bits[0] = np.int32(row[c]) << 16
         return bits.view(np.float32)[0] + bias[c]
@@ -51,7 +58,7 @@ def _preactivation(row, low, bias, bits, c):  # pragma: no cover (compiled)
 
 @numba.njit(cache=True)
 def _maxima(value, start, cell, lane):  # pragma: no cover (compiled)
-    """The maxima of the cells of the segment of the row that starts there; raises those of the lanes to them."""
+    """Set `cell` to the maxima of the segment that begins at `start`, and raise the maxima of `lane` to them."""
     top = cell[start // _DEPTH : start // _DEPTH + _LANES]
     a, b = value[start : start + _LANES], value[start + _LANES : start + 2 * _LANES]
     start += 2 * _LANES
@@ -64,7 +71,7 @@ def _maxima(value, start, cell, lane):  # pragma: no cover (compiled)
 
 @numba.njit(cache=True)
 def _floor_of_largest(k, cell, n_cells, lane):  # pragma: no cover (compiled)
-    """A number that at least k of the row's numbers reach, or 0, from the maxima of cells and lanes."""
+    """A number that at least k numbers of the row reach, or 0, from the maxima of cells and lanes."""
     zero = lane.dtype.type(0)
     if k > _LANES:
         if k > n_cells:
@@ -88,9 +95,9 @@ def _floor_of_largest(k, cell, n_cells, lane):  # pragma: no cover (compiled)
 
 @numba.njit(cache=True)
 def _candidates(value, floor, cell, n_cells, lane, column, number):  # pragma: no cover (compiled)
-    """Write the positive numbers of the row that reach `floor`, and where they stand; how many they are.
+    """Write the positive numbers of the row that reach `floor`, and their columns; returns their count.
 
-    Without branches, which the processor could not foresee: what is not wanted is written over by the next.
+    There are no branches, which the processor could not predict: a rejected number is overwritten by the next.
     """
     n, zero = 0, value.dtype.type(0)
     lanes, n_lanes = np.empty(_LANES, np.int32), 0
@@ -116,13 +123,13 @@ def _candidates(value, floor, cell, n_cells, lane, column, number):  # pragma: n
 
 @numba.njit(cache=True, fastmath={"contract", "reassoc", "nsz", "nnan"})
 def _cut_of_largest(number, n, k, room):  # pragma: no cover (compiled)
-    """The k-th largest of the first n numbers, of which there are more than k; none is NaN.
+    """The k-th largest of the first n numbers, for n > k and no NaN; `room` is scratch space.
 
-    Where infinities are among them it may be less than that.
+    The result may be smaller if infinities are among the numbers.
     """
     if n - k > 32:
         return np.partition(number[:n], n - k)[n - k]
-    # Few are too many: take the least away until the next least is it.
+    # Few numbers exceed k: removing the smallest one by one is faster than a partition.
     most = number.dtype.type(np.finfo(np.float32).max)
     for i in range(n):
         room[i] = number[i]
@@ -141,18 +148,23 @@ def _cut_of_largest(number, n, k, room):  # pragma: no cover (compiled)
 
 
 @numba.njit(parallel=True, cache=True)
-def _largest_of_rows(  # pragma: no cover (compiled)
-    product, low, bias, latents, table, place, n_parts, k, latent, preactivation, count
+def largest_of_rows(  # pragma: no cover (compiled)
+    product, low, bias, latents, table, mask_row, n_parts, k, latent, preactivation, count
 ):
-    """The k largest positive numbers of each row of openness * (product + bias), in no order."""
+    """Write the k largest positive numbers of each row of openness * (product + bias), in no particular order.
+
+    `latents` are the latents of the columns. `table` [mask_row latent] is the openness, with the row of each token in
+    `mask_row`, which is empty if nothing is gated. Rows are divided into `n_parts` parallel parts. The results are
+    `latent` and `preactivation` [row k], of which the first `count` [row] are set.
+    """
     n_rows, n = len(count), len(bias)
     n_cells = n // _SEGMENT * _LANES
     for part in numba.prange(n_parts):
         bits, value = np.empty(_SEGMENT, np.int32), np.empty(n, bias.dtype)
         cell, lane = np.empty(n_cells, bias.dtype), np.empty(_LANES, bias.dtype)
-        place_of, number = np.empty(n + 1, np.int32), np.empty((2, n + 1), bias.dtype)
+        column, number = np.empty(n + 1, np.int32), np.empty((2, n + 1), bias.dtype)
         for t in range(part * n_rows // n_parts, (part + 1) * n_rows // n_parts):
-            openness = table[place[t]] if len(place) else bias[:0]
+            openness = table[mask_row[t]] if len(mask_row) else bias[:0]
             lane[:] = 0
             for start in range(0, n_cells * _DEPTH, _SEGMENT):
                 _gated_part(product[t], low, bias, latents, openness, start, start + _SEGMENT, bits, value)
@@ -163,7 +175,7 @@ def _largest_of_rows(  # pragma: no cover (compiled)
                     s = c % _LANES
                     lane[s] = value[c] if value[c] > lane[s] else lane[s]
             floor = _floor_of_largest(k, cell, n_cells, lane)
-            n_candidates = _candidates(value, floor, cell, n_cells, lane, place_of, number[0])
+            n_candidates = _candidates(value, floor, cell, n_cells, lane, column, number[0])
             cut, n_above = value.dtype.type(0), n_candidates
             if n_candidates > k:
                 cut = _cut_of_largest(number[0], n_candidates, k, number[1])
@@ -174,7 +186,7 @@ def _largest_of_rows(  # pragma: no cover (compiled)
             for i in range(n_candidates):
                 if n_taken < k and (number[0, i] > cut or (number[0, i] == cut and n_ties > 0)):
                     n_ties -= number[0, i] == cut
-                    c = place_of[i]
+                    c = column[i]
                     latent[t, n_taken] = latents[c]
                     preactivation[t, n_taken] = _preactivation(product[t], low, bias, bits, c)
                     n_taken += 1
@@ -182,26 +194,29 @@ def _largest_of_rows(  # pragma: no cover (compiled)
 
 
 @numba.njit(parallel=True, cache=True)
-def _above_floor(  # pragma: no cover (compiled)
-    product, low, bias, latents, table, place, n_parts, floor, latent, preactivation, taken, count
+def above_floor(  # pragma: no cover (compiled)
+    product, low, bias, latents, table, mask_row, n_parts, floor, latent, preactivation, taken, count
 ):
-    """All positive numbers above `floor` of each row of openness * (product + bias), and the pre-activations."""
+    """Write all positive numbers of openness * (product + bias) above `floor`; arguments as for `largest_of_rows`.
+
+    `taken` [row column] is the gated number itself.
+    """
     n_rows, n, zero = len(count), len(bias), bias.dtype.type(0)
     for part in numba.prange(n_parts):
         bits, value = np.empty(_SEGMENT, np.int32), np.empty(n, bias.dtype)
         for t in range(part * n_rows // n_parts, (part + 1) * n_rows // n_parts):
-            openness = table[place[t]] if len(place) else bias[:0]
+            openness = table[mask_row[t]] if len(mask_row) else bias[:0]
             for start in range(0, n, _SEGMENT):
                 end = min(n, start + _SEGMENT)
                 _gated_part(product[t], low, bias, latents, openness, start, end, bits, value)
             n_taken = 0
             for start in range(0, n, _BLOCK):
-                some = value[start : start + _BLOCK]
+                block = value[start : start + _BLOCK]
                 n_above = np.int32(0)
-                for c in range(len(some)):
-                    n_above += np.int32(some[c] > floor)
+                for c in range(len(block)):
+                    n_above += np.int32(block[c] > floor)
                 if n_above:
-                    for c in range(start, start + len(some)):
+                    for c in range(start, start + len(block)):
                         if value[c] > floor and value[c] > zero:
                             latent[t, n_taken], taken[t, n_taken] = latents[c], value[c]
                             preactivation[t, n_taken] = _preactivation(product[t], low, bias, bits, c)
@@ -210,8 +225,8 @@ def _above_floor(  # pragma: no cover (compiled)
 
 
 @numba.njit(cache=True)
-def _joined(latent, value, count):  # pragma: no cover (compiled)
-    """(row, latent, value) of the first count[t] entries of each row t."""
+def join_entries(latent, value, count):  # pragma: no cover (compiled)
+    """Flatten the first count[t] entries of each row t: returns (row, latent, value)."""
     n = count.sum()
     row, latents, values = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n, value.dtype)
     e = 0

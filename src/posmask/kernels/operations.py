@@ -1,56 +1,60 @@
-"""The fast ways to do what sae.py says with a batch's active codes, and what the processor must be told for them.
+"""Operations on the active codes of a batch: reconstruction, gradients and sums.
 
-Active codes are entries (token, latent), those of a token together, tokens in order. Products with the dictionary go
-through these entries alone, in both directions, so their cost does not grow with d_sae. On the CPU the loops that
-torch has no fast operation for are compiled by numba on the user's machine; on other devices the same results come
-from torch operations.
+Active codes are entries (token, latent), grouped by token in the order of tokens. Products with the dictionary in both
+directions use these entries alone, so their cost does not grow with d_sae. Each function runs the compiled loops of
+`cpu` where `backend.compiled` allows it, and torch operations elsewhere.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from posmask.kernels import backend
-from posmask.kernels.cpu import _centered, _count_sort, _dot_rows, _explain, _sum_rows, _unit_rows
+from posmask.kernels import backend, cpu
 
 __all__ = ["Grouped", "centered", "dot_rows", "explain", "unit_rows_"]
 
 
 def centered(vectors: Tensor, order: Tensor | None, center: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """(vectors - center) / scale - bias, its rows in the order given (None: as they stand).
+    """(vectors - center) / scale - bias, in the precision of `bias`.
 
     Args:
-        vectors: [token d_model], any floating precision and memory order; bias has the result's precision.
-        scale: one number.
+        vectors: [token d_model], of any floating precision and memory order.
+        order: [token] indices of the rows of the result in `vectors`; None keeps their order.
+        center: [d_model].
+        scale: a scalar tensor.
+        bias: [d_model].
     """
     vectors, center, scale = (tensor.to(bias.dtype) for tensor in (vectors, center, scale))
     if backend.compiled(vectors):
         out = torch.empty(vectors.shape, dtype=bias.dtype)
         rows = torch.empty(0, dtype=torch.int64) if order is None else order
-        given = (vectors.contiguous().numpy(), rows.numpy(), center.contiguous().numpy(), scale.numpy()[()])
-        _centered(*given, bias.numpy(), out.numpy())
+        arrays = (vectors.contiguous().numpy(), rows.numpy(), center.contiguous().numpy(), scale.numpy()[()])
+        cpu.centered(*arrays, bias.numpy(), out.numpy())
         return out
     return ((vectors if order is None else vectors[order]) - center) / scale - bias
 
 
 def unit_rows_(table: Tensor) -> None:
-    """Scale each row to unit norm, in place; a row of zeros stays."""
+    """Scale each row to unit norm, in place; rows of zeros stay zero."""
     if backend.compiled(table):
-        _unit_rows(table.numpy())
+        cpu.normalize_rows(table.numpy())
     else:
         norms = table.norm(dim=1, keepdim=True)
         table.div_(norms.masked_fill(norms == 0, 1.0))
 
 
 def dot_rows(rows: Tensor, row: Tensor, table: Tensor, latent: Tensor) -> Tensor:
-    """out[e] = rows[row[e]] . table[latent[e]].
+    """out[e] = rows[row[e]] . table[latent[e]] for each entry e.
 
     Args:
-        rows, table: [any d]; row, latent: [entry].
+        rows: [row d].
+        row: [entry].
+        table: [latent d].
+        latent: [entry].
     """
     if backend.compiled(rows):
         out = rows.new_empty(len(latent))
-        _dot_rows(rows.numpy(), row.numpy(), table.numpy(), latent.numpy(), out.numpy())
+        cpu.dot_rows(rows.numpy(), row.numpy(), table.numpy(), latent.numpy(), out.numpy())
         return out
     return torch.einsum("ed,ed->e", rows[row], table[latent])
 
@@ -58,16 +62,22 @@ def dot_rows(rows: Tensor, row: Tensor, table: Tensor, latent: Tensor) -> Tensor
 def explain(
     target: Tensor, token: Tensor, latent: Tensor, value: Tensor, table: Tensor, level: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """What entries leave of a target, and how far each entry's latent points that way.
+    """Subtract the reconstruction by the entries from a target, and project the rest on each entry's latent.
 
-    Without `level`: left[0, t] = target[t] - sum of value * table[latent] over t's entries, and
-    along[e] = left[0, token of e] . table[latent of e].
+    Without `level`: left[0, t] = target[t] - sum of value * table[latent] over the entries of token t, and
+    along[e] = left[0, token[e]] . table[latent[e]].
 
-    With it, part m's own remainder takes only entries of latents of level <= m; left[m] is the sum of the remainders
-    of part m and all later ones (so the last is that of all entries), and an entry's `along` is taken with left[level].
+    With `level`, the remainder of part m uses only entries of latents of level <= m. left[m] is the sum of the
+    remainders of part m and all later parts, so the last one is the remainder of all entries, and
+    along[e] = left[level[latent[e]], token[e]] . table[latent[e]].
 
     Args:
-        target: [token d]; token, latent, value: [entry], tokens in order; table: [latent d]; level: [latent].
+        target: [token d].
+        token: [entry], in ascending order.
+        latent: [entry].
+        value: [entry].
+        table: [latent d].
+        level: [latent], the number of the first part that has the latent.
 
     Returns:
         left [part token d], along [entry].
@@ -77,35 +87,39 @@ def explain(
         left, along = target.new_empty(n_parts, *target.shape), target.new_empty(len(latent))
         first = _first_of_each(token, len(target))
         levels = latent[:0] if level is None else level
-        given = (target, first, latent, value, table, levels, left, along)
-        _explain(*(tensor.numpy() for tensor in given))
+        tensors = (target, first, latent, value, table, levels, left, along)
+        cpu.explain(*(tensor.numpy() for tensor in tensors))
         return left, along
     row = token if level is None else level[latent] * len(target) + token
-    own = Grouped(row, n_parts * len(target)).sum_rows(-value, table, latent).view(n_parts, *target.shape)
-    own[0] += target
-    left = own.cumsum(0).flip(0).cumsum(0).flip(0)
+    by_level = Grouped(row, n_parts * len(target)).sum_rows(-value, table, latent).view(n_parts, *target.shape)
+    by_level[0] += target
+    left = by_level.cumsum(0).flip(0).cumsum(0).flip(0)
     return left, dot_rows(left.flatten(0, 1), row, table, latent)
 
 
 def _first_of_each(key: Tensor, n_keys: int) -> Tensor:
-    """Where in an ordered list of keys each begins, and the end; [key + 1]."""
+    """The index of the first entry of each key in an ascending list, and its length; [key + 1]."""
     return torch.searchsorted(key, torch.arange(n_keys + 1, device=key.device))
 
 
 class Grouped:
-    """Entries put together by a key, to sum what they send to it.
+    """Entries grouped by a key, for sums per key.
 
-    By latent it sums what tokens send to a latent's parameters, by token it is the sparse decoder's product.
+    Grouped by latent it sums gradients of a latent's parameters; grouped by token it is the sparse decoder product.
+
+    Attributes:
+        order: [entry] indices of the entries, sorted stably by key.
 
     Args:
-        key: [entry], 0 .. n_keys - 1.
+        key: [entry], each in 0 .. n_keys - 1.
+        n_keys: the number of keys.
     """
 
     def __init__(self, key: Tensor, n_keys: int) -> None:
         self._key = key
         self._n_keys = n_keys
         if backend.compiled(key):
-            order, first = _count_sort(key.numpy(), n_keys)
+            order, first = cpu.count_sort(key.numpy(), n_keys)
             self.order, self._first = torch.from_numpy(order), torch.from_numpy(first)
         else:
             ordered, self.order = torch.sort(key, stable=True)
@@ -114,18 +128,20 @@ class Grouped:
     def sum_rows(
         self, weight: Tensor, table: Tensor, index: Tensor, out: Tensor | None = None, *, add: bool = False
     ) -> Tensor:
-        """out[j] = sum over entries e of key j of weight[e] * table[index[e]]; [key d].
+        """out[j] = sum of weight[e] * table[index[e]] over the entries e of key j; [key d].
 
         Args:
-            weight, index: [entry]; table: [any d].
-            out: a tensor of the result's shape to write it into, which spares allocating it.
-            add: add to what `out` holds.
+            weight: [entry].
+            table: [row d].
+            index: [entry], rows of the table.
+            out: [key d], a tensor for the result, which saves its allocation.
+            add: add to the content of `out`.
         """
         if out is None:
             out = table.new_empty(self._n_keys, table.shape[1])
         if backend.compiled(table):
             arrays = (weight.numpy(), table.numpy(), index.numpy(), self.order.numpy(), self._first.numpy())
-            _sum_rows(*arrays, out.numpy(), not add)
+            cpu.sum_rows(*arrays, out.numpy(), not add)
             return out
         total = F.embedding_bag(
             index[self.order], table, self._first[:-1], per_sample_weights=weight[self.order], mode="sum"
@@ -133,5 +149,9 @@ class Grouped:
         return out.add_(total) if add else out.copy_(total)
 
     def sum(self, weight: Tensor) -> Tensor:
-        """out[j] = sum over entries of key j of weight; [key]."""
+        """out[j] = sum of weight[e] over the entries e of key j; [key].
+
+        Args:
+            weight: [entry].
+        """
         return weight.new_zeros(self._n_keys).index_add_(0, self._key, weight)

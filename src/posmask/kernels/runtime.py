@@ -1,4 +1,4 @@
-"""Settings of the CPU runtime: precision of products, threads, memory allocator."""
+"""CPU runtime: precision of products, threads, memory allocator."""
 
 import contextlib
 import ctypes
@@ -29,10 +29,10 @@ Precision = Literal["float32", "bfloat16"]
 
 @contextlib.contextmanager
 def fast_float32() -> Iterator[None]:
-    """Let float32 products take oneDNN's kernels where they are still float32 there.
+    """Use oneDNN's kernels for float32 products if they keep float32 precision on this CPU.
 
-    torch's default takes MKL's, which on AMD processors run at about half the speed. The setting that changes it
-    also permits bfloat16 products on processors with AMX, hence the check of the error, once a process.
+    torch uses MKL's kernels by default, which run at about half the speed on AMD processors. The setting that changes
+    this also permits bfloat16 products on processors with AMX, so the error is checked once per process.
     """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium" if float32_stays_float32() else "highest")
@@ -44,9 +44,9 @@ def fast_float32() -> Iterator[None]:
 
 @cache
 def keep_freed_memory() -> bool:
-    """Let this process keep freed memory for its next batch; returns whether the C library does so (glibc only).
+    """Keep freed memory in this process for the next batch; returns whether the C library supports it (glibc only).
 
-    By default glibc gives buffers of a batch's size back to the system, and every step pays for having their pages
+    By default glibc returns buffers of the size of a batch to the system, and every step waits until their pages are
     zeroed again: about half of a masked step's time.
     """
     try:
@@ -58,14 +58,14 @@ def keep_freed_memory() -> bool:
 
 
 def give_back_freed_memory() -> None:
-    """Give what a stage has freed back to the system, before a stage that needs other sizes (glibc only)."""
+    """Return freed memory to the system, before a stage that allocates other sizes (glibc only)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 @contextlib.contextmanager
 def threads(n_threads: int) -> Iterator[None]:
-    """Let torch and the backend.compiled loops use so many threads."""
+    """Let torch and the compiled loops use `n_threads` threads; numba not more than it had before."""
     before = torch.get_num_threads(), numba.get_num_threads()
     torch.set_num_threads(n_threads)
     numba.set_num_threads(min(n_threads, before[1]))
@@ -76,12 +76,12 @@ def threads(n_threads: int) -> Iterator[None]:
         numba.set_num_threads(before[1])
 
 
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # from malloc.h; 2**25 is the largest allowed
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h; M_MMAP_THRESHOLD is at most 2**25
 
 
 @cache
 def float32_stays_float32() -> bool:
-    """Whether torch's "medium" float32 product errs by less than 1e-5 of its largest entry here."""
+    """Whether torch's "medium" float32 product has an error below 1e-5 of its largest entry on this CPU."""
     random = torch.Generator().manual_seed(0)
     left, right = torch.randn(128, 576, generator=random), torch.randn(576, 256, generator=random)
     before = torch.get_float32_matmul_precision()
@@ -93,9 +93,9 @@ def float32_stays_float32() -> bool:
 
 
 def fast_precision(device: str = "cpu") -> Precision:
-    """bfloat16 where the CPU or the device multiplies it natively, else float32.
+    """bfloat16 if the device multiplies it natively, else float32.
 
-    Decided by the CPU's features, not by a timing, so that it is the same in every run on one machine.
+    CPU features decide, not a timing, so that the precision is the same in every run on a machine.
     """
     if device.startswith("cuda"):
         return "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
@@ -109,12 +109,12 @@ def fast_precision(device: str = "cpu") -> Precision:
 
 
 def bfloat16_slowdown() -> float:
-    """How many times longer a bfloat16 product takes than a float32 product on this CPU; measured in under a second."""
+    """The time of a bfloat16 product relative to a float32 product on this CPU, measured in less than a second."""
     return product_rate("float32", n_rows=256) / product_rate("bfloat16", n_rows=256)
 
 
 def product_rate(precision: str, n_rows: int = 2048) -> float:
-    """Floating-point operations per second, the best of five products [n_rows 576] x [576 2304] after a warm-up."""
+    """Floating-point operations per second: the best of five products [n_rows 576] x [576 2304] after a warm-up."""
     left = torch.ones(n_rows, 576, dtype=getattr(torch, precision))
     right = torch.ones(2304, 576, dtype=left.dtype)
     seconds = []

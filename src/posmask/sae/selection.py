@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from posmask.kernels import backend, operations, runtime
-from posmask.kernels.cpu_selection import _above_floor, _joined, _largest_of_rows
+from posmask.kernels import backend, cpu_selection, operations, runtime
 from posmask.masks.groups import LiveGroup
 
 __all__ = ["Above", "Choice", "Entries", "LargestOfBatch", "LargestOfToken", "choose", "in_group_order", "pieces"]
@@ -195,11 +194,13 @@ class _LargestOfTokens:
         """Choose from a piece; arguments as in `_Candidates.add`."""
         latent, preactivation, count = self._latent[rows], self._preactivation[rows], self._count[rows]
         k = min(latent.shape[1], len(bias))
-        _largest_of_rows(*_arrays(product, bias, latents, gate, len(count)), k, latent, preactivation, count)
+        cpu_selection.largest_of_rows(
+            *_arrays(product, bias, latents, gate, len(count)), k, latent, preactivation, count
+        )
 
     def entries(self) -> tuple[Tensor, Tensor, Tensor]:
         """(token, latent, preactivation)."""
-        token, latent, preactivation = _joined(self._latent, self._preactivation, self._count)
+        token, latent, preactivation = cpu_selection.join_entries(self._latent, self._preactivation, self._count)
         return torch.from_numpy(token), torch.from_numpy(latent), torch.from_numpy(preactivation)
 
 
@@ -296,11 +297,11 @@ def _take_above(
     latent = np.empty((n_rows, len(latents)), np.int64)
     preactivation, value = np.empty(latent.shape, bias.numpy().dtype), np.empty(latent.shape, bias.numpy().dtype)
     count = np.empty(n_rows, np.int64)
-    _above_floor(
-        *_arrays(product, bias, latents, gate, n_rows), value.dtype.type(floor), latent, preactivation, value, count
-    )
-    arrays = (*_joined(latent, preactivation, count), _joined(latent, value, count)[2])
-    return tuple(torch.from_numpy(array) for array in arrays)
+    arrays = _arrays(product, bias, latents, gate, n_rows)
+    cpu_selection.above_floor(*arrays, value.dtype.type(floor), latent, preactivation, value, count)
+    *_, values = cpu_selection.join_entries(latent, value, count)
+    found = (*cpu_selection.join_entries(latent, preactivation, count), values)
+    return tuple(torch.from_numpy(array) for array in found)
 
 
 def _arrays(

@@ -1,18 +1,19 @@
-"""The training loss and its masked gradients: once by definition through autograd, and fast by hand.
+"""The training loss and its masked gradients, by formulas that skip closed and zero terms.
 
-All ways set `.grad` of every parameter of the SAE and its rule. The loss of a batch is the mean over tokens of
+`reference_loss.plain_gradients` computes the same by definition, through autograd. Both set `.grad` of every parameter
+of the SAE and its rule. The loss of a batch is the mean over tokens of
 
     |x_hat - x|^2  +  the rule's penalty  +  AUX_WEIGHT * |e_hat - e|^2,     e = x - x_hat taken as a constant,
 
 where e_hat is the reconstruction of the error by the `aux_k` most active *dead* latents (Gao et al. 2024, arXiv
-2406.04093, appendix A.2), gated by the mask like all codes; that term is there only while latents are dead, and for
-rules that revive them. With nested parts the first term is its mean over the parts, and e the error of all of them.
-Codes that must reconstruct the vector through a rule's gate add |gate_codes . decoder + decoder_bias - x|^2 with the
-decoder taken as constant; a router adds its penalty.
+2406.04093, appendix A.2), gated by the mask like all codes. Only rules that revive latents have this term, and only
+while latents are dead. With nested parts the first term is its mean over the parts, and e is the error of all parts
+together. Rules with a gate of their own add |gate_codes . decoder + decoder_bias - x|^2, with the decoder taken as
+constant. A router adds its penalty.
 
-Under `gating = "gradient"` codes are not gated. What a token at position p sends into latent j's encoder row, encoder
-bias, decoder row and rule parameters is multiplied by M[p, j]; the decoder bias, which belongs to no latent, gets all
-of its gradient.
+Under `gating = "gradient"` codes are not gated. The gradient of a token at position p is multiplied by M[p, j] for the
+encoder row, encoder bias, decoder row and rule parameters of latent j. The decoder bias, which belongs to no latent,
+gets its full gradient.
 """
 
 from collections.abc import Callable
@@ -23,9 +24,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from posmask.kernels import operations, runtime
+from posmask.masks.groups import LiveGroup
 from posmask.sae.autoencoder import Codes, SparseAutoencoder
+from posmask.sae.rules import Coded
 from posmask.sae.selection import Choice, LargestOfToken, choose, in_group_order, pieces
-from posmask.training.reference_loss import AUX_WEIGHT, StepLoss, _Shared
+from posmask.training.reference_loss import AUX_WEIGHT, SharedParameter, StepLoss
 
 __all__ = ["fast_gradients"]
 
@@ -42,16 +45,22 @@ def fast_gradients(
     loss_tokens: int | None = None,
     details: bool = True,
 ) -> StepLoss:
-    """The same loss and gradients without what is closed or zero; the one place that chooses how.
+    """Compute the loss of a batch and set the gradients of the SAE and its rule.
 
-    Rules that make few codes active from the start work on active codes alone. The others need all pre-activations of
-    the latents that are live at a position, and work on blocks of them. Either way tokens are taken in the order of
-    the mask's live groups, which costs a copy where the batch is laid out otherwise.
+    Rules that select few codes (`training_choice`) compute on active codes alone. The other rules need the
+    pre-activations of all latents that are live at a position, and compute on blocks of them. Either way tokens are
+    sorted by the mask's live groups, which costs a copy if the batch has another order.
 
     Args:
-        precision: bfloat16 is for float32 SAEs. Where few codes are chosen it decides only which; all values and
-            gradients are float32. The other rules' products with the dictionary all carry its rounding.
-        details: whether codes and residual are wanted, which not every step of a training needs.
+        sae: on any device; its gradients are overwritten.
+        vectors: before normalization, of any floating precision.
+        position: counted as the mask's `position_origin` says.
+        dead: the latents that the auxiliary loss revives.
+        aux_k: the number of dead latents that reconstruct the error on each token.
+        precision: bfloat16 requires a float32 SAE. For rules that select few codes it affects only the selection, and
+            values and gradients are float32. For the other rules all products with the dictionary carry its rounding.
+        loss_tokens: the divisor of the sums over tokens, by default the number of tokens.
+        details: whether to return codes and residual.
     """
     with torch.enable_grad():
         routing = sae.mask.route(sae.normalize(vectors) if sae.mask.reads_vectors else vectors, position)
@@ -65,14 +74,14 @@ def fast_gradients(
         loss_tokens=loss_tokens or len(vectors),
     )
     if sae.rule.training_choice() is None:
-        found = _through_blocks(work, precision, details)
+        step = _through_blocks(work, precision, details)
     else:
         revived = dead if sae.rule.revives and aux_k and dead is not None and bool(dead.any()) else None
-        found = _through_entries(work, revived, aux_k, precision)
+        step = _through_entries(work, revived, aux_k, precision)
     if not details:
-        found = replace(found, codes=None, residual=None)
+        step = replace(step, codes=None, residual=None)
     if order is not None:
-        found = _as_they_came(found, order)
+        step = _in_batch_order(step, order)
     if routing.strength is not None:
         assert routing.penalty is not None
         strength_gradient = torch.empty_like(work.strength_gradient)
@@ -80,11 +89,16 @@ def fast_gradients(
         torch.autograd.backward(
             [routing.strength, routing.penalty], [strength_gradient, torch.ones_like(routing.penalty)]
         )
-    return found
+    return step
 
 
 class _Work:
-    """A batch as it is worked on, tokens in the order of live groups, and what it sends to the mask."""
+    """A batch with its tokens in the order of live groups, and its gradients with respect to mask and router.
+
+    Attributes:
+        inputs: x - decoder_bias [token d_model].
+        ends: where each live group ends in the order of tokens.
+    """
 
     def __init__(
         self,
@@ -96,9 +110,9 @@ class _Work:
         loss_tokens: int,
     ) -> None:
         self.sae = sae
-        self.inputs = inputs  # x - decoder_bias
+        self.inputs = inputs
         self.mask_row = mask_row
-        self.ends = ends  # where in the order of tokens each live group ends
+        self.ends = ends
         self.strength = strength
         self.loss_tokens = loss_tokens
         self.table = sae.mask.table().detach()
@@ -110,9 +124,9 @@ def _in_order(tensor: Tensor, order: Tensor | None) -> Tensor:
     return tensor if order is None else tensor[order]
 
 
-def _as_they_came(found: StepLoss, order: Tensor) -> StepLoss:
-    """The same with tokens as they stood in the batch, of which `order` lists those worked on."""
-    codes = found.codes
+def _in_batch_order(step: StepLoss, order: Tensor) -> StepLoss:
+    """The step with tokens in the order of the batch; `order` [token] has the batch's index of each token of `step`."""
+    codes = step.codes
     if codes is not None:
         token = order[codes.token]
         entry = operations.Grouped(token, codes.n_tokens).order
@@ -120,15 +134,16 @@ def _as_they_came(found: StepLoss, order: Tensor) -> StepLoss:
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
     return replace(
-        found,
+        step,
         codes=codes,
-        mask_row=found.mask_row[back],
-        residual=None if found.residual is None else found.residual[back],
-        strength=None if found.strength is None else found.strength[back],
+        mask_row=step.mask_row[back],
+        residual=None if step.residual is None else step.residual[back],
+        strength=None if step.strength is None else step.strength[back],
     )
 
 
 def _through_entries(work: _Work, dead: Tensor | None, aux_k: int, precision: runtime.Precision) -> StepLoss:
+    """Set the gradients of a rule that selects few codes, from the active codes alone."""
     sae, n = work.sae, len(work.inputs)
     training_choice = sae.rule.training_choice()
     assert training_choice is not None
@@ -136,7 +151,7 @@ def _through_entries(work: _Work, dead: Tensor | None, aux_k: int, precision: ru
     chosen = _choose(work, training_choice, precision)
     n_parts = 1 if sae.rule.level is None else int(sae.rule.level.max()) + 1
     left = sums.explain(work.inputs, chosen, 2 / (work.loss_tokens * n_parts), sae.rule.level)
-    # What a latent of part m does shows in the errors of m and of all later parts.
+    # A latent of part m contributes to the errors of part m and all later parts; left[0] sums all of them.
     bias_gradient = left[0].sum(0) * (-2 / (work.loss_tokens * n_parts))
     residual = left[-1]
     auxiliary = 0.0
@@ -148,17 +163,18 @@ def _through_entries(work: _Work, dead: Tensor | None, aux_k: int, precision: ru
     value, strength = chosen.value, work.strength
     fired = torch.zeros(sae.d_sae, dtype=torch.bool, device=value.device)
     fired[chosen.latent] = True
+    ungated = value if strength is None else value / strength[chosen.token]
     return StepLoss(
-        _mean_square(residual),
-        auxiliary,
-        fired,
-        len(value),
-        float((value if strength is None else value / strength[chosen.token]).min()) if len(value) else 0.0,
-        Codes(chosen.token, chosen.latent, value, n, sae.d_sae),
-        work.mask_row,
-        residual,
-        strength,
-        work.table_gradient,
+        reconstruction=_mean_square(residual),
+        auxiliary=auxiliary,
+        fired=fired,
+        n_active=len(value),
+        least=float(ungated.min()) if len(value) else 0.0,
+        codes=Codes(chosen.token, chosen.latent, value, n, sae.d_sae),
+        mask_row=work.mask_row,
+        residual=residual,
+        strength=strength,
+        openness_gradient=work.table_gradient,
     )
 
 
@@ -168,18 +184,18 @@ def _mean_square(rows: Tensor) -> float:
 
 @dataclass(frozen=True)
 class _Chosen:
-    """Active codes: what they are made of, and their values with gate and router's strength."""
+    """Active codes [entry]; `value` includes the gate and the router's strength."""
 
     token: Tensor
     latent: Tensor
     preactivation: Tensor
-    openness: Tensor | None  # None: 1 for all
+    openness: Tensor | None  # None stands for 1
     value: Tensor
 
 
 def _choose(work: _Work, choice: Choice, precision: runtime.Precision, among: Tensor | None = None) -> _Chosen:
     sae = work.sae
-    found = choose(
+    entries = choose(
         work.inputs,
         work.mask_row,
         work.ends,
@@ -193,22 +209,22 @@ def _choose(work: _Work, choice: Choice, precision: runtime.Precision, among: Te
     )
     openness = None
     if not (sae.mask.gates_code() and sae.mask.is_strict()):
-        openness = work.table[work.mask_row[found.token], found.latent]
-    value = found.preactivation
+        openness = work.table[work.mask_row[entries.token], entries.latent]
+    value = entries.preactivation
     if sae.mask.gates_code() and openness is not None:
         value = value * openness
     if work.strength is not None:
-        value = value * work.strength[found.token]
-    return _Chosen(found.token, found.latent, found.preactivation, openness, value)
+        value = value * work.strength[entries.token]
+    return _Chosen(entries.token, entries.latent, entries.preactivation, openness, value)
 
 
 class _ParameterGradients:
-    """Sums what entries send to the SAE's parameters, and sets their `.grad` at the end."""
+    """Sums the gradients of entries in the SAE's parameters; `finish` sets those of the biases."""
 
     def __init__(self, work: _Work) -> None:
         self._work = work
         self._first = True
-        # The last step's gradients are written over, which is faster than allocating as many pages anew.
+        # Overwriting the last step's gradients is faster than allocating new pages.
         sae = work.sae
         for parameter in (sae.encoder, sae.decoder):
             if parameter.grad is None:
@@ -217,10 +233,16 @@ class _ParameterGradients:
         self._unmasked_bias = torch.zeros_like(sae.encoder_bias)
 
     def explain(self, target: Tensor, chosen: _Chosen, slope: float, level: Tensor | None = None) -> Tensor:
-        """Take the codes from the target, and add what slope / 2 * |what is left|^2 sends back; see kernels.explain.
+        """Subtract the codes from the target, and add the gradients of slope / 2 * |remainder|^2.
 
         Args:
+            target: [token d_model].
+            chosen: the codes that reconstruct the target.
             slope: 2 / number of tokens, for a mean over them.
+            level: [latent], see `operations.explain`.
+
+        Returns:
+            The remainders [part token d_model] of `operations.explain`.
         """
         work, sae, token, latent = self._work, self._work.sae, chosen.token, chosen.latent
         left, along = operations.explain(target, token, latent, chosen.value, sae.decoder.detach(), level)
@@ -249,104 +271,159 @@ class _ParameterGradients:
         return left
 
     def finish(self, bias_gradient: Tensor) -> None:
+        """Set the gradients of the biases; `bias_gradient` [d_model] is that of the decoder's output."""
         sae = self._work.sae
         sae.encoder_bias.grad = self._bias
-        # The encoder's input is x - decoder_bias, so every pre-activation pulls the decoder bias the other way.
+        # The encoder's input is x - decoder_bias, so pre-activations contribute with a minus sign.
         sae.decoder_bias.grad = bias_gradient - self._unmasked_bias @ sae.encoder
 
 
 def _through_blocks(work: _Work, precision: runtime.Precision, details: bool) -> StepLoss:
-    sae, mask, n = work.sae, work.sae.mask, len(work.inputs)
-    for parameter in (sae.encoder, sae.encoder_bias, sae.decoder, sae.decoder_bias, *sae.rule.parameters()):
-        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
-    low = precision == "bfloat16" and work.inputs.dtype == torch.float32
-    encoder, decoder, inputs = (part.bfloat16() if low else part for part in (sae.encoder, sae.decoder, work.inputs))
-    residual = torch.empty_like(work.inputs)
-    unmasked_bias = torch.zeros_like(sae.encoder_bias)
-    n_active_of = torch.zeros(sae.d_sae, dtype=torch.int64, device=residual.device)
-    every = torch.arange(sae.d_sae, device=residual.device)
-    found = [(work.mask_row[:0], work.mask_row[:0], residual.new_zeros(0))]
+    """Set the gradients of a rule that needs the pre-activations of all live latents."""
+    gradients = _BlockGradients(work, precision, details)
+    with runtime.fast_float32():
+        for rows, group in pieces(work.sae.mask.groups(), work.ends, _BLOCK_NUMBERS):
+            gradients.add(rows, group)
+    return gradients.finish()
 
-    def product(left: Tensor, right: Tensor) -> Tensor:
-        return (left.bfloat16() @ right if low else left @ right).to(residual.dtype)
 
-    for rows, group in pieces(mask.groups(), work.ends, _BLOCK_NUMBERS):
-        latents, strength = group.latents, None if work.strength is None else work.strength[rows, None]
-        encoder_here, decoder_here = encoder[latents], decoder[latents]
-        ungated = not mask.learns and (not mask.gates_code() or not group.gated)
-        openness_here = None
-        if not ungated or not mask.gates_code():
-            openness_here = work.table[:, latents][work.mask_row[rows]]
-        share = None if mask.gates_code() else openness_here
-        with runtime.fast_float32():
-            preactivation = product(inputs[rows], encoder_here.T).add_(sae.encoder_bias[latents]).requires_grad_()
+_BLOCK_NUMBERS = 2**22  # 16 MB of float32; sums over tokens are slow with fewer rows per block
+
+
+@dataclass(frozen=True)
+class _Gate:
+    """How the mask acts on a block's codes; all [token live_latent], or None where it does not act."""
+
+    leaf: Tensor | None  # whose .grad is the openness gradient
+    openness: Tensor | None
+    share: Tensor | None  # of each token's gradient that the latents' parameters get
+
+
+class _BlockGradients:
+    """Sums the gradients of blocks: some tokens of one live group, and all latents that are live there."""
+
+    def __init__(self, work: _Work, precision: runtime.Precision, details: bool) -> None:
+        self._work = work
+        self._details = details
+        sae = work.sae
+        for parameter in (sae.encoder, sae.encoder_bias, sae.decoder, sae.decoder_bias, *sae.rule.parameters()):
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
+        self._low = precision == "bfloat16" and work.inputs.dtype == torch.float32
+        self._encoder, self._decoder, self._inputs = (
+            tensor.bfloat16() if self._low else tensor for tensor in (sae.encoder, sae.decoder, work.inputs)
+        )
+        self._residual = torch.empty_like(work.inputs)
+        self._unmasked_bias = torch.zeros_like(sae.encoder_bias)
+        self._n_active = torch.zeros(sae.d_sae, dtype=torch.int64, device=work.inputs.device)
+        self._latents = torch.arange(sae.d_sae, device=work.inputs.device)
+        no_index = work.mask_row[:0]
+        self._entries = [(no_index, no_index, work.inputs.new_zeros(0))]
+
+    def _product(self, left: Tensor, right: Tensor) -> Tensor:
+        return (left.bfloat16() @ right if self._low else left @ right).to(self._residual.dtype)
+
+    def add(self, rows: slice, group: LiveGroup) -> None:
+        """Add the gradients of the tokens `rows`, all of which are at positions of `group`."""
+        work, sae, latents = self._work, self._work.sae, group.latents
+        encoder, decoder = self._encoder[latents], self._decoder[latents]
+        gate = self._gate(rows, group)
+        preactivation = self._product(self._inputs[rows], encoder.T).add_(sae.encoder_bias[latents]).requires_grad_()
         with torch.enable_grad():
-            gate = openness = None
-            if openness_here is not None and not ungated:
-                gate = openness_here.clone().requires_grad_(mask.learns)
-                openness = gate if mask.gates_code() else 1 + (gate - openness_here)
-            coded = sae.rule.training_codes(preactivation, openness, _shared_of(latents, share))
-        codes = coded.codes.detach()
-        spoken = codes if strength is None else codes * strength
-        with runtime.fast_float32():
-            error = product(spoken, decoder_here) - work.inputs[rows]
-            output_gradient = error * (2 / work.loss_tokens)
-            code_gradient = product(output_gradient, decoder_here.T)
-            if strength is not None:
-                work.strength_gradient[rows] = (code_gradient * codes).sum(1)
-                code_gradient = code_gradient * strength
-            outputs, gradients = [coded.codes], [code_gradient]
-            if coded.penalty is not None:
-                outputs, gradients = [*outputs, coded.penalty], [*gradients, error.new_ones(()) / work.loss_tokens]
-            if coded.through_gate is not None:
-                gate_error = product(coded.through_gate.detach(), decoder_here) - work.inputs[rows]
-                outputs = [*outputs, coded.through_gate]
-                gradients = [*gradients, product(gate_error, decoder_here.T) * (2 / work.loss_tokens)]
-            torch.autograd.backward(outputs, gradients)
-            assert preactivation.grad is not None
-            masked = preactivation.grad if share is None else preactivation.grad * share
-            spoken_share = spoken if share is None else spoken * share
-            _add_at(sae.encoder.grad, latents, product(masked.T, inputs[rows]))
-            _add_at(sae.decoder.grad, latents, product(spoken_share.T, output_gradient.to(inputs.dtype)))
+            coded = sae.rule.training_codes(preactivation, gate.openness, _shared_of(latents, gate.share))
+        values, error, output_gradient = self._backward(rows, decoder, coded)
+        assert preactivation.grad is not None
+        self._add_to_parameters(rows, latents, gate, preactivation.grad, values, output_gradient)
+        if work.table_gradient is not None and gate.leaf is not None and gate.leaf.grad is not None:
+            index = (work.mask_row[rows, None], self._latents[latents])
+            work.table_gradient.index_put_(index, gate.leaf.grad, accumulate=True)
+        self._residual[rows] = -error
+        self._n_active[latents] += (values > 0).sum(0)
+        if self._details:
+            row, column = values.nonzero(as_tuple=True)
+            self._entries.append((row + rows.start, self._latents[latents][column], values[row, column]))
+
+    def _gate(self, rows: slice, group: LiveGroup) -> _Gate:
+        work, mask = self._work, self._work.sae.mask
+        ungated = not mask.learns and (not mask.gates_code() or not group.gated)
+        if ungated and mask.gates_code():
+            return _Gate(None, None, None)
+        table_rows = work.table[:, group.latents][work.mask_row[rows]]
+        share = None if mask.gates_code() else table_rows
+        if ungated:
+            return _Gate(None, None, share)
+        with torch.enable_grad():
+            leaf = table_rows.clone().requires_grad_(mask.learns)
+            openness = leaf if mask.gates_code() else 1 + (leaf - table_rows)
+        return _Gate(leaf, openness, share)
+
+    def _backward(self, rows: slice, decoder: Tensor, coded: Coded) -> tuple[Tensor, Tensor, Tensor]:
+        """Send the loss back through the rule; returns the codes' values, x_hat - x and its gradient."""
+        work, codes, inputs = self._work, coded.codes.detach(), self._work.inputs[rows]
+        strength = None if work.strength is None else work.strength[rows, None]
+        values = codes if strength is None else codes * strength
+        error = self._product(values, decoder) - inputs
+        output_gradient = error * (2 / work.loss_tokens)
+        code_gradient = self._product(output_gradient, decoder.T)
+        if strength is not None:
+            work.strength_gradient[rows] = (code_gradient * codes).sum(1)
+            code_gradient = code_gradient * strength
+        outputs, gradients = [coded.codes], [code_gradient]
+        if coded.penalty is not None:
+            outputs.append(coded.penalty)
+            gradients.append(error.new_ones(()) / work.loss_tokens)
+        if coded.through_gate is not None:
+            gate_error = self._product(coded.through_gate.detach(), decoder) - inputs
+            outputs.append(coded.through_gate)
+            gradients.append(self._product(gate_error, decoder.T) * (2 / work.loss_tokens))
+        torch.autograd.backward(outputs, gradients)
+        return values, error, output_gradient
+
+    def _add_to_parameters(
+        self,
+        rows: slice,
+        latents: slice | Tensor,
+        gate: _Gate,
+        preactivation_gradient: Tensor,
+        values: Tensor,
+        output_gradient: Tensor,
+    ) -> None:
+        sae, share = self._work.sae, gate.share
+        masked = preactivation_gradient if share is None else preactivation_gradient * share
+        masked_values = values if share is None else values * share
+        _add_at(sae.encoder.grad, latents, self._product(masked.T, self._inputs[rows]))
+        _add_at(sae.decoder.grad, latents, self._product(masked_values.T, output_gradient.to(self._inputs.dtype)))
         _add_at(sae.encoder_bias.grad, latents, masked.sum(0))
-        _add_at(unmasked_bias, latents, masked.sum(0) if share is None else preactivation.grad.sum(0))
-        if work.table_gradient is not None and gate is not None and gate.grad is not None:
-            work.table_gradient.index_put_((work.mask_row[rows, None], every[latents]), gate.grad, accumulate=True)
+        _add_at(self._unmasked_bias, latents, masked.sum(0) if share is None else preactivation_gradient.sum(0))
         assert sae.decoder_bias.grad is not None
         sae.decoder_bias.grad += output_gradient.sum(0)
-        residual[rows] = -error
-        n_active_of[latents] += (spoken > 0).sum(0)
-        if details:
-            row, column = spoken.nonzero(as_tuple=True)
-            found.append((row + rows.start, every[latents][column], spoken[row, column]))
 
-    assert sae.decoder_bias.grad is not None
-    sae.decoder_bias.grad -= unmasked_bias @ sae.encoder
-    codes = None
-    if details:
-        token, latent, value = (torch.cat(parts) for parts in zip(*found, strict=True))
-        codes = Codes(token, latent, value, n, sae.d_sae)
-    return StepLoss(
-        _mean_square(residual),
-        0.0,
-        n_active_of > 0,
-        int(n_active_of.sum()),
-        0.0,
-        codes,
-        work.mask_row,
-        residual,
-        work.strength,
-        work.table_gradient,
-    )
-
-
-_BLOCK_NUMBERS = 2**22  # 16 MB of float32; with few rows a piece the sums over tokens would be slow
+    def finish(self) -> StepLoss:
+        """Complete the decoder bias gradient, and return the step."""
+        work, sae = self._work, self._work.sae
+        assert sae.decoder_bias.grad is not None
+        sae.decoder_bias.grad -= self._unmasked_bias @ sae.encoder
+        codes = None
+        if self._details:
+            token, latent, value = (torch.cat(parts) for parts in zip(*self._entries, strict=True))
+            codes = Codes(token, latent, value, len(work.inputs), sae.d_sae)
+        return StepLoss(
+            reconstruction=_mean_square(self._residual),
+            auxiliary=0.0,
+            fired=self._n_active > 0,
+            n_active=int(self._n_active.sum()),
+            least=0.0,
+            codes=codes,
+            mask_row=work.mask_row,
+            residual=self._residual,
+            strength=work.strength,
+            openness_gradient=work.table_gradient,
+        )
 
 
 def _shared_of(latents: slice | Tensor, share: Tensor | None) -> Callable[[Tensor], Tensor]:
     if share is None:
         return lambda parameter: parameter[latents]
-    return lambda parameter: _Shared.apply(parameter[latents], share)
+    return lambda parameter: SharedParameter.apply(parameter[latents], share)
 
 
 def _add_at(total: Tensor | None, latents: slice | Tensor, part: Tensor) -> None:

@@ -8,23 +8,31 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd import Function
 
+from posmask.masks.base import Routing
 from posmask.sae.autoencoder import Codes, SparseAutoencoder
 from posmask.sae.rules import Coded
 
-__all__ = ["AUX_WEIGHT", "StepLoss", "plain_gradients"]
+__all__ = ["AUX_WEIGHT", "SharedParameter", "StepLoss", "plain_gradients"]
 
 AUX_WEIGHT = 1 / 32
 
 
 @dataclass(frozen=True)
 class StepLoss:
-    """What a step found besides the gradients it set. Losses are means over the batch's tokens.
+    """The loss of a batch, and what else a step computes besides gradients. Losses are means over tokens.
 
-    `reconstruction` is that of all codes together, whatever parts there are; `fired` which latents were active on any
-    token, `n_active` the number of active codes and `least` the least of them, before a router's strength (0 from fast
-    steps of rules whose `training_choice` is None); `place` the row of the mask's table that each token took;
-    `residual` is x - x_hat, `strength` what a router multiplied the codes by. `codes` and `residual` are None where
-    they were not asked for.
+    Attributes:
+        reconstruction: squared error of all codes together, also for rules with nested parts.
+        auxiliary: squared error of the dead latents' reconstruction of the error.
+        fired: which latents are active on any token.
+        n_active: number of active codes.
+        least: the smallest active code before the router's strength; 0 from `fast_gradients` with rules whose
+            `training_choice` is None.
+        codes: the active codes; None if no details were requested.
+        mask_row: each token's row of the mask's table.
+        residual: x - x_hat; None if no details were requested.
+        strength: the factor of each token's codes by a router; None without a router.
+        openness_gradient: the gradient with respect to the mask's table; None for masks that do not learn.
     """
 
     reconstruction: float
@@ -36,11 +44,11 @@ class StepLoss:
     mask_row: Int[Tensor, " token"]
     residual: Float[Tensor, "token d_model"] | None
     strength: Float[Tensor, " token"] | None
-    openness_gradient: Float[Tensor, "place latent"] | None
+    openness_gradient: Float[Tensor, "mask_row latent"] | None
 
 
 class _MaskedLinear(Function):
-    """inputs @ weight.T + bias, whose parameters get only the share M of each token's gradient."""
+    """inputs @ weight.T + bias; the parameters get each token's gradient times its share [token latent]."""
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor, share: Tensor) -> Tensor:
@@ -56,7 +64,7 @@ class _MaskedLinear(Function):
 
 
 class _MaskedDecode(Function):
-    """codes @ decoder, whose rows get only the share M of each token's gradient."""
+    """codes @ decoder; the decoder rows get each token's gradient times its share [token latent]."""
 
     @staticmethod
     def forward(ctx: Any, codes: Tensor, decoder: Tensor, share: Tensor) -> Tensor:
@@ -70,8 +78,8 @@ class _MaskedDecode(Function):
         return gradient @ decoder.T, (codes * share).T @ gradient, None
 
 
-class _Shared(Function):
-    """A parameter for each token, of whose gradient only the share M is kept."""
+class SharedParameter(Function):
+    """A parameter [latent] repeated per token; it gets each token's gradient times its share [token latent]."""
 
     @staticmethod
     def forward(ctx: Any, parameter: Tensor, share: Tensor) -> Tensor:
@@ -94,11 +102,16 @@ def plain_gradients(
     aux_k: int = 0,
     loss_tokens: int | None = None,
 ) -> StepLoss:
-    """The definition: dense products and autograd. Slow, for any device, precision, rule and mask.
+    """Compute the loss and set the gradients by dense products and autograd; slow, for any device, rule and mask.
 
     Args:
-        loss_tokens: take the loss as the sum over tokens divided by this, instead of by their number: for the part of a
-            batch that falls to one of several SAEs.
+        sae: its gradients are accumulated, so they must be None or zero before.
+        vectors: before normalization.
+        position: counted as the mask's `position_origin` says.
+        dead: the latents that the auxiliary loss revives.
+        aux_k: the number of dead latents that reconstruct the error on each token.
+        loss_tokens: the divisor of the sums over tokens, by default the number of tokens; for a process that has a
+            part of the batch.
     """
     x = sae.normalize(vectors)
     n = loss_tokens or len(x)
@@ -107,24 +120,23 @@ def plain_gradients(
     rows = table[routing.mask_row]
     if sae.mask.gates_code():
         share, openness = torch.ones_like(rows), rows
-    else:  # Exactly 1, with the gradient that the gate would get.
+    else:  # The openness is exactly 1, but has the gradient of the gate.
         share, openness = rows.detach(), 1 + (rows - rows.detach())
 
     preactivation = _MaskedLinear.apply(x - sae.decoder_bias, sae.encoder, sae.encoder_bias, share)
-    coded: Coded = sae.rule.training_codes(preactivation, openness, lambda parameter: _Shared.apply(parameter, share))
+    coded: Coded = sae.rule.training_codes(
+        preactivation, openness, lambda parameter: SharedParameter.apply(parameter, share)
+    )
     codes = coded.codes if routing.strength is None else coded.codes * routing.strength[:, None]
 
     def decode(codes: Tensor) -> Tensor:
         return _MaskedDecode.apply(codes, sae.decoder, share)
 
-    x_hat = decode(codes) + sae.decoder_bias
-    error = x_hat - x
-    level = sae.rule.level
-    if level is None:
-        loss = error.square().sum() / n
-    else:
-        parts = [decode(codes * (level <= part)) + sae.decoder_bias - x for part in range(int(level.max()) + 1)]
-        loss = torch.stack([part.square().sum() / n for part in parts]).mean()
+    error = decode(codes) + sae.decoder_bias - x
+    loss, level = error.square().sum() / n, sae.rule.level
+    if level is not None:
+        errors = [decode(codes * (level <= part)) + sae.decoder_bias - x for part in range(int(level.max()) + 1)]
+        loss = torch.stack([part.square().sum() / n for part in errors]).mean()
     if coded.penalty is not None:
         loss = loss + coded.penalty / n
     if routing.penalty is not None:
@@ -135,24 +147,42 @@ def plain_gradients(
 
     auxiliary = x.new_zeros(())
     if sae.rule.revives and dead is not None and aux_k and dead.any():
-        gated_dead = (preactivation.relu() * openness).masked_fill(~dead, 0)
-        top = gated_dead.topk(min(aux_k, gated_dead.shape[1]), dim=1)
-        codes_dead = torch.zeros_like(gated_dead).scatter(1, top.indices, top.values * (top.values > 0))
+        codes_dead = _largest_of_rows((preactivation.relu() * openness).masked_fill(~dead, 0), aux_k)
         if routing.strength is not None:
             codes_dead = codes_dead * routing.strength[:, None]
         auxiliary = (decode(codes_dead) + error.detach()).square().sum(1).mean()
 
     (loss + AUX_WEIGHT * auxiliary * (len(x) / n)).backward()
+    return _step_loss(
+        sae, codes.detach(), coded.codes.detach(), error.detach(), auxiliary.detach(), routing, table.grad
+    )
+
+
+def _largest_of_rows(numbers: Float[Tensor, "token latent"], k: int) -> Float[Tensor, "token latent"]:
+    """The k largest positive numbers of each row; all others are 0."""
+    top = numbers.topk(min(k, numbers.shape[1]), dim=1)
+    return torch.zeros_like(numbers).scatter(1, top.indices, top.values * (top.values > 0))
+
+
+def _step_loss(
+    sae: SparseAutoencoder,
+    codes: Float[Tensor, "token latent"],
+    codes_before_strength: Float[Tensor, "token latent"],
+    error: Float[Tensor, "token d_model"],
+    auxiliary: Tensor,
+    routing: Routing,
+    openness_gradient: Float[Tensor, "mask_row latent"] | None,
+) -> StepLoss:
     token, latent = codes.nonzero(as_tuple=True)
     return StepLoss(
-        float(error.detach().square().sum(1).mean()),
-        float(auxiliary.detach()),
-        (codes > 0).any(0),
-        len(token),
-        float(coded.codes.detach()[token, latent].min()) if len(token) else 0.0,
-        Codes(token, latent, codes.detach()[token, latent], len(x), sae.d_sae),
-        routing.mask_row,
-        -error.detach(),
-        None if routing.strength is None else routing.strength.detach(),
-        table.grad,
+        reconstruction=float(error.square().sum(1).mean()),
+        auxiliary=float(auxiliary),
+        fired=(codes > 0).any(0),
+        n_active=len(token),
+        least=float(codes_before_strength[token, latent].min()) if len(token) else 0.0,
+        codes=Codes(token, latent, codes[token, latent], len(codes), sae.d_sae),
+        mask_row=routing.mask_row,
+        residual=-error,
+        strength=None if routing.strength is None else routing.strength.detach(),
+        openness_gradient=openness_gradient,
     )
