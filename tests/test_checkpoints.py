@@ -1,4 +1,4 @@
-"""Training that was stopped and goes on from a checkpoint ends with the very bits of one that was not."""
+"""Checkpoints: resumed training equals uninterrupted training bit for bit, and foreign files stay untouched."""
 
 import shutil
 import time
@@ -78,7 +78,7 @@ def assert_same(one, other):
         *(("slice", "forward", rule) for rule in RULES if rule != "topk"),
     ],
 )
-def test_stopped_training_goes_on_to_the_same_bits(activations, tmp_path, kind, gating, rule):
+def test_resumed_training_equals_uninterrupted_training_bit_for_bit(activations, tmp_path, kind, gating, rule):
     whole = trained(activations, kind, gating, rule)
     for stop in (3, 9, 13, 18):  # one after the other, each from the one before
         with pytest.raises(_Stopped):
@@ -90,7 +90,7 @@ def test_stopped_training_goes_on_to_the_same_bits(activations, tmp_path, kind, 
     assert_same(trained(activations, kind, gating, rule, tmp_path), whole)
 
 
-def test_other_work_and_damaged_checkpoints_are_passed_over(activations, tmp_path, capsys):
+def test_checkpoints_of_other_work_and_damaged_ones_are_skipped(activations, tmp_path, capsys):
     work = activations, "importance", "forward", "topk"
     whole = trained(*work)
     for stop in (6, 12):
@@ -102,11 +102,11 @@ def test_other_work_and_damaged_checkpoints_are_passed_over(activations, tmp_pat
     newest.write_bytes(newest.read_bytes()[:-1])
     assert_same(trained(*work, tmp_path), whole)
     said = capsys.readouterr().err
-    assert "A checkpoint is passed over" in said
-    assert "goes on from its checkpoint after 6 steps" in said
+    assert "A damaged checkpoint is skipped" in said
+    assert "resumes from its checkpoint after 6 steps" in said
 
 
-def test_what_a_stopped_removal_left_is_removed(tmp_path):
+def test_a_checkpoint_left_by_an_interrupted_removal_is_removed(tmp_path):
     checkpoints = Checkpoints(tmp_path, MADE_FROM)
     for done in (1, 2):
         checkpoints.write(done, {"a": torch.zeros(1)})
@@ -115,7 +115,7 @@ def test_what_a_stopped_removal_left_is_removed(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [f"{2:09d}"]
 
 
-def test_a_checkpoint_that_was_to_be_removed_when_a_kill_came_is_removed_by_the_next_process(tmp_path, monkeypatch):
+def test_a_third_checkpoint_left_by_a_killed_process_is_removed(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path, MADE_FROM)
     for done in (1, 2):
         checkpoints.write(done, {"a": torch.zeros(1)})
@@ -126,7 +126,7 @@ def test_a_checkpoint_that_was_to_be_removed_when_a_kill_came_is_removed_by_the_
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"{2:09d}", f"{3:09d}"]
 
 
-def test_checkpoints_come_as_seldom_as_their_cost_demands(tmp_path, monkeypatch):
+def test_time_between_checkpoints_follows_their_cost(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     checkpoints = Checkpoints(tmp_path, MADE_FROM, every_seconds=60.0)
@@ -146,7 +146,7 @@ def test_checkpoints_come_as_seldom_as_their_cost_demands(tmp_path, monkeypatch)
     assert seen[2:] == [False, False, True]
 
 
-def test_the_first_checkpoint_comes_when_its_size_on_a_slow_disk_is_worth_it(activations, tmp_path, monkeypatch):
+def test_the_first_checkpoint_waits_according_to_its_expected_size(activations, tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     for n_bytes, first in ((64e6, 90), (256e6, 320), (1e9, 1250)):  # 50 times what 40 MB/s take, and not before 90 s
@@ -174,9 +174,7 @@ def test_the_first_checkpoint_comes_when_its_size_on_a_slow_disk_is_worth_it(act
         ({"kind": "relu", "l1_coefficient": 1e4}, {"n_steps": 200, "learning_rate": 0.05}, "are dead"),
     ],
 )
-def test_training_that_is_in_vain_stops_and_keeps_the_last_good_checkpoint(
-    activations, tmp_path, rule, changes, message
-):
+def test_degenerate_training_stops_and_keeps_the_last_checkpoint(activations, tmp_path, rule, changes, message):
     sae = SparseAutoencoder(
         activations.d_model, rule_settings(RULES[rule] if isinstance(rule, str) else rule),
         make_mask(mask_settings({"kind": "open"}), N_POSITIONS, D_SAE),
@@ -192,7 +190,7 @@ def test_training_that_is_in_vain_stops_and_keeps_the_last_good_checkpoint(
     assert Checkpoints(tmp_path / "cell", MADE_FROM).read()
 
 
-def test_a_state_that_is_not_finite_is_never_kept(activations, tmp_path):
+def test_a_state_with_nan_is_never_written(activations, tmp_path):
     def spoil(done):
         with torch.no_grad():
             sae.decoder_bias[0] = torch.nan if done == 7 else sae.decoder_bias[0]
@@ -243,7 +241,7 @@ def test_only_checkpoints_are_removed_from_their_folder(tmp_path, precious):
 
 
 @pytest.mark.parametrize("where", ["checkpoints", "checkpoints/cell", "checkpoints/cell/000000002"])
-def test_checkpoints_follow_no_link(tmp_path, precious, where):
+def test_symbolic_links_are_not_followed(tmp_path, precious, where):
     link = tmp_path / where
     link.parent.mkdir(parents=True, exist_ok=True)
     link.symlink_to(precious)
@@ -254,7 +252,7 @@ def test_checkpoints_follow_no_link(tmp_path, precious, where):
     assert snapshot(precious) == mine
 
 
-def test_a_checkpoint_to_which_files_were_added_is_refused_and_kept(tmp_path):
+def test_a_checkpoint_with_other_files_raises_an_error_and_is_kept(tmp_path):
     Checkpoints(tmp_path, MADE_FROM).write(1, {"a": torch.zeros(1)})
     (tmp_path / "000000001" / "thesis.txt").write_text("years of work")
     with pytest.raises(BadSetting, match=r"000000001 holds thesis.txt, which posmask did not write"):
@@ -263,7 +261,7 @@ def test_a_checkpoint_to_which_files_were_added_is_refused_and_kept(tmp_path):
     assert (tmp_path / "000000001" / "thesis.txt").exists()
 
 
-def test_a_draft_that_a_kill_left_is_removed_by_the_next_process(tmp_path):
+def test_a_draft_left_by_a_killed_process_is_removed(tmp_path):
     checkpoints = Checkpoints(tmp_path, MADE_FROM)
     checkpoints.write(1, {"a": torch.zeros(1)})
     (tmp_path / ".000000002.draft-99999999").mkdir()  # no process has this number

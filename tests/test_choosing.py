@@ -44,7 +44,7 @@ def by_size(value, pairs):
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(("n_latents", "k"), [(7, 10), (40, 4), (300, 32), (1100, 32), (1100, 200), (600, 500)])
-def test_the_largest_of_tokens_and_of_the_batch_are_those_that_sorting_finds(dtype, n_latents, k, either_way):
+def test_largest_of_token_and_batch_equal_sorting(dtype, n_latents, k, either_way):
     value = table(n_latents, dtype)
     found = chosen(value, LargestOfToken(k))
     # By value, since of equal numbers any may be taken.
@@ -58,7 +58,7 @@ def test_the_largest_of_tokens_and_of_the_batch_are_those_that_sorting_finds(dty
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-def test_exactly_k_of_equal_numbers_are_taken(dtype, either_way):
+def test_exactly_k_of_equal_numbers_are_selected(dtype, either_way):
     ones = torch.ones(2, 600).to(dtype)
     tokens = [token for token, _ in chosen(ones, LargestOfToken(32))]
     assert tokens == [0] * 32 + [1] * 32
@@ -68,7 +68,7 @@ def test_exactly_k_of_equal_numbers_are_taken(dtype, either_way):
 @pytest.mark.parametrize("n_latents", [640, 4096])
 @pytest.mark.parametrize("scattered", [False, True])
 @pytest.mark.parametrize("choice", [LargestOfToken(5), LargestOfBatch(5), Above(0.3)])
-def test_gates_and_live_groups_decide_what_can_be_chosen(choice, scattered, n_latents, either_way):
+def test_only_live_latents_are_selected_by_gated_value(choice, scattered, n_latents, either_way):
     n_places = 4
     random = torch.Generator().manual_seed(0)
     openness = torch.rand(n_places, n_latents, generator=random)
@@ -85,7 +85,7 @@ def test_gates_and_live_groups_decide_what_can_be_chosen(choice, scattered, n_la
     assert chosen(value, choice, openness, among=nobody) == []
 
 
-def test_a_place_where_nothing_is_live_gets_nothing(either_way):
+def test_a_position_without_live_latents_gets_no_codes(either_way):
     openness = torch.zeros(2, 50)
     openness[1, 10:20] = 1
     found = chosen(table(50).abs(), LargestOfToken(3), openness)
@@ -93,8 +93,8 @@ def test_a_place_where_nothing_is_live_gets_nothing(either_way):
     assert {latent // 10 for _, latent in found} == {1}
 
 
-def test_the_batch_is_cut_while_it_is_searched(monkeypatch):
-    """What the cuts drop on the way could not have been among the largest."""
+def test_dropping_candidates_keeps_the_largest_of_the_batch(monkeypatch):
+    """Candidates dropped before all tokens are seen are never among the largest."""
     monkeypatch.setattr(selection, "_LEAST_ROWS", 64)
     value = table(5000, n_tokens=2000)
     cuts = []
@@ -112,7 +112,7 @@ def test_the_batch_is_cut_while_it_is_searched(monkeypatch):
     assert torch.equal(pairs, value.flatten().topk(8000).values)
 
 
-def test_tokens_in_group_order_are_left_as_they_are():
+def test_tokens_in_group_order_are_not_copied():
     groups = live_groups(torch.eye(4).repeat_interleave(3, 0))
     place = torch.tensor([0, 2, 3, 3, 7, 11])
     order, ends = in_group_order(groups, place)
@@ -123,8 +123,8 @@ def test_tokens_in_group_order_are_left_as_they_are():
     assert ends == [2, 4, 5, 6]
 
 
-def test_infinite_numbers_are_at_most_k_latents_a_token(either_way):
-    """A vector that is no vector gives no usable codes, but never writes where it must not."""
+def test_infinite_numbers_give_at_most_k_latents_per_token(either_way):
+    """Codes of infinite numbers are useless, but all indices stay valid."""
     x = torch.where(torch.arange(130) < 70, 1e38, table(130))
     place, everywhere = torch.zeros(20, dtype=torch.int64), torch.ones(1, 130)
     groups, encoder = live_groups(everywhere), 1e3 * torch.eye(130)  # 1e41 is more than float32 holds
@@ -133,7 +133,7 @@ def test_infinite_numbers_are_at_most_k_latents_a_token(either_way):
     assert 0 <= int(entries.latent.min()) <= int(entries.latent.max()) < 130
 
 
-def test_products_have_few_shapes_whatever_tokens_a_batch_holds(monkeypatch):
+def test_products_have_few_shapes_for_any_batch(monkeypatch):
     """oneDNN compiles a kernel for each shape and keeps a thousand, some hundred MiB: memory would grow for hours."""
     seen, product = set(), torch.mm
 

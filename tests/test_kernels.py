@@ -28,7 +28,7 @@ def test_dictionary_products_equal_plain_loops(either_way):
 
 
 @pytest.mark.parametrize("n_parts", [1, 3])
-def test_what_entries_leave_of_a_target_equals_plain_loops(n_parts, either_way):
+def test_explain_equals_plain_loops(n_parts, either_way):
     random = torch.Generator().manual_seed(0)
     target = torch.randn(6, 5, generator=random, dtype=torch.float64)
     dictionary = torch.randn(9, 5, generator=random, dtype=torch.float64)
@@ -51,7 +51,7 @@ def test_what_entries_leave_of_a_target_equals_plain_loops(n_parts, either_way):
         torch.testing.assert_close(along[entry], expected)
 
 
-def test_vectors_are_centered_whatever_their_precision_and_memory_order(either_way):
+def test_vectors_of_any_precision_and_memory_order_are_centered(either_way):
     random = torch.Generator().manual_seed(0)
     vectors = torch.randn(4, 3, generator=random)
     center, bias = torch.randn(3, generator=random), torch.randn(3, generator=random)
@@ -70,13 +70,13 @@ def test_rows_get_unit_norm(either_way):
     torch.testing.assert_close(rows, expected)
 
 
-def test_a_row_of_zeros_has_no_unit_norm_and_stays(either_way):
+def test_rows_of_zeros_stay_zero(either_way):
     rows = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
     operations.unit_rows_(rows)
     torch.testing.assert_close(rows, torch.tensor([[0.6, 0.8], [0.0, 0.0]]))
 
 
-def test_where_the_fast_product_is_not_float32_it_is_not_taken(monkeypatch):
+def test_a_fast_product_below_float32_precision_is_not_used(monkeypatch):
     monkeypatch.setattr(runtime, "float32_stays_float32", lambda: False)  # as on a processor with AMX
     with runtime.fast_float32():
         assert torch.get_float32_matmul_precision() == "highest"

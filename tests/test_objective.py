@@ -131,7 +131,7 @@ LAYOUTS = ("shuffled", "one place only", "not contiguous", "bfloat16", "half", "
 @pytest.mark.parametrize("rule", ["topk", "batchtopk", "relu"])
 @pytest.mark.parametrize("kind", ["open", "slice", "hard", "cohort"])
 @pytest.mark.parametrize("given", LAYOUTS)
-def test_batches_laid_out_otherwise_give_the_definition_too(given, kind, rule):
+def test_batches_in_any_order_and_layout_equal_the_definition(given, kind, rule):
     """Rows in any order, groups without a token, other memory orders and precisions."""
     sae = make_sae(kind, rule=rule, dtype=torch.float64)
     vectors, position = make_vectors(60, dtype=torch.float64)
@@ -159,7 +159,7 @@ def test_batches_laid_out_otherwise_give_the_definition_too(given, kind, rule):
 
 
 @pytest.mark.parametrize("rule", ["topk", "batchtopk", "matryoshka"])
-def test_with_more_active_latents_asked_for_than_are_live_all_live_ones_may_speak(rule):
+def test_k_above_the_number_of_live_latents_selects_all_of_them(rule):
     sae = make_sae("slice", rule={**RULES[rule], "k": 12})  # 8 are live at each position
     vectors, position = make_vectors(60)
     expected = plain_gradients(sae, vectors, position).codes.dense()
@@ -178,7 +178,7 @@ PLAIN_PROCESSOR = {
 
 
 @pytest.mark.slow
-def test_a_processor_without_wide_vectors_and_bfloat16_gives_the_same(tmp_path):
+def test_a_cpu_without_avx512_and_bfloat16_gives_the_same(tmp_path):
     """Two threads and all there is, against one thread and what any 64-bit processor has; numba compiles anew."""
     code = (
         "import sys, torch\n"

@@ -68,7 +68,7 @@ class _Stopped(Exception):
 def trained(folder, kind, rule, together=None, kept=None, write_at=0, stop=False):
     """The curve, the SAE and the bytes sent of one process, by data or by position among others, or alone.
 
-    With `kept` it goes on from the newest checkpoint there, and writes one after step `write_at`.
+    With `kept` it resumes from the newest checkpoint in that folder, and writes one after step `write_at`.
     """
     activations = Activations(folder)
     mask = make_mask(mask_settings(MASKS[kind]), N_POSITIONS, D_SAE)
@@ -126,7 +126,7 @@ def one_of(rank, n_processes, meeting, folder, kept, out):
 
 
 @pytest.mark.parametrize("n_processes", CASES)
-def test_several_processes_train_as_one_does_and_by_position_little_travels(activations, tmp_path, n_processes):
+def test_several_processes_equal_one_and_by_position_sends_little(activations, tmp_path, n_processes):
     spawn = multiprocessing.get_context("spawn")
     given = (n_processes, tmp_path / "meeting", activations.folder, tmp_path / "kept", tmp_path / "found")
     for number, (_, kind, rule) in enumerate(CASES[n_processes]):
@@ -176,13 +176,13 @@ def alone(tmp_path):
         ),
     ],
 )
-def test_what_cannot_be_divided_is_refused(alone, make, message):
+def test_indivisible_saes_raise_an_error(alone, make, message):
     with pytest.raises(BadSetting, match=message):
         make()
 
 
 @pytest.mark.slow
-def test_a_cell_trained_by_torchrun_is_evaluated_by_a_run_that_trains_nothing(tmp_path, model_folder):
+def test_a_cell_trained_by_torchrun_is_evaluated_without_training(tmp_path, model_folder):
     """The command as docs/cluster.md has it, on a study of one slice cell, by position, in two processes."""
     study_file = tmp_path / "tiny.toml"
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in make_texts(1200)))
@@ -204,7 +204,7 @@ def test_a_cell_trained_by_torchrun_is_evaluated_by_a_run_that_trains_nothing(tm
     found = subprocess.run(
         [*command, "posmask.cli", "run", str(study_file), *root], capture_output=True, text=True, check=True
     )
-    assert "slice-seed0 goes on from its checkpoint after 20 steps" in found.stdout + found.stderr
+    assert "slice-seed0 resumes from its checkpoint after 20 steps" in found.stdout + found.stderr
     assert (tmp_path / "run" / "cells" / "slice-seed0" / "manifest.json").exists()
     alone = subprocess.run(
         [*command, "posmask.cli", "train-distributed", str(study_file), "slice"],

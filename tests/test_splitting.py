@@ -99,7 +99,7 @@ def test_gains_equal_brute_force_least_squares():
     assert bool((gains[:, 8:] == -torch.inf).all())  # the unborn
 
 
-def test_those_who_gain_most_split_where_they_gain_most():
+def test_latents_with_the_largest_gain_split_at_their_best_cut():
     sae = split_sae()
     watch(sae)
     gains, _ = sae.mask.gains()
@@ -113,7 +113,7 @@ def test_those_who_gain_most_split_where_they_gain_most():
         assert torch.equal(sae.mask.openness()[:, parent] == 1, ~late)
 
 
-def test_a_latent_that_never_spoke_in_a_part_gains_nothing_there():
+def test_a_latent_that_never_fires_in_a_part_gains_nothing_there():
     sae = split_sae()
     place = torch.arange(8, 16)
     token, latent = torch.arange(8), torch.zeros(8, dtype=torch.int64)
@@ -123,7 +123,7 @@ def test_a_latent_that_never_spoke_in_a_part_gains_nothing_there():
     assert bool(gains[:, :8].isfinite().all())
 
 
-def test_copies_inherit_adams_moments_and_the_count_of_silence(activations, monkeypatch):
+def test_copies_inherit_adam_moments_and_eligible_tokens(activations, monkeypatch):
     from posmask.training import loop as training
 
     seen = {}
@@ -201,13 +201,13 @@ def apart(sae):
     return float((copies - copies.mean(0)).norm(dim=2).mean())
 
 
-def test_tied_copies_move_apart_less_and_not_at_all_when_tied_wholly(activations):
+def test_gradient_sharing_keeps_copies_closer_and_equal_at_1(activations):
     distances = [apart(trained(tie, activations)) for tie in (0.0, 0.7, 1.0)]
     assert distances[0] > 1.5 * distances[1] > 0
     assert distances[2] < 1e-6
 
 
-def test_tying_mixes_a_gradient_with_the_mean_over_its_copies_and_leaves_the_rest_alone():
+def test_gradient_sharing_mixes_gradients_of_copies_only():
     sae = split_sae(gradient_sharing=0.25)
     watch(sae)
     copies = sae.mask._split(8)  # each of the 8 latents has one copy then

@@ -64,7 +64,7 @@ print(json.dumps(found))
 """
 
 
-def test_points_arrive_in_every_tracker_and_without_one_nothing_is_loaded(tmp_path):
+def test_every_tracker_gets_all_points_and_none_is_imported_without_one(tmp_path):
     (tmp_path / "run").mkdir()
     offline = {"WANDB_MODE": "offline", "TRACKIO_DIR": str(tmp_path / "trackio"), "HOME": str(tmp_path)}
     command = [sys.executable, "-c", WRITE_AND_READ, str(tmp_path / "run")]
@@ -78,7 +78,7 @@ def test_points_arrive_in_every_tracker_and_without_one_nothing_is_loaded(tmp_pa
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
-def test_a_missing_tracker_is_named_with_its_pip_line(name, monkeypatch):
+def test_a_missing_tracker_raises_an_error_with_the_pip_command(name, monkeypatch):
     monkeypatch.setattr(trackers, "find_spec", lambda package: None)
     with pytest.raises(MissingExtra, match=rf"needs the package `{name}`: pip install 'posmask\[track\]'"):
         trackers.check_tracker(name)

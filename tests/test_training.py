@@ -70,7 +70,7 @@ def test_snapshots_show_a_mask_that_changes_from_the_first_step_to_the_last(kind
     assert not torch.equal(found["openness"][0], found["openness"][-1])
 
 
-def test_a_mask_that_stays_as_it_is_has_no_snapshots(activations, tmp_path):
+def test_a_fixed_mask_has_no_snapshots(activations, tmp_path):
     train_on(fresh_sae("slice"), activations, SETTINGS).snapshots.write(tmp_path / "snapshots", 1)
     assert not (tmp_path / "snapshots").exists()
 
@@ -144,7 +144,7 @@ def test_the_loss_curve_is_that_of_plain_autograd_and_adam(kind, rule, precision
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("kind", ["open", "slice", "soft", "split"])
-def test_every_rule_trains_under_every_sort_of_mask(kind, rule, activations):
+def test_every_rule_trains_with_every_kind_of_mask(kind, rule, activations):
     sae = fresh_sae(kind, rule=RULES[rule])
     trained = train_on(sae, activations, SETTINGS.model_copy(update={"n_steps": 60}))
     first, last = trained.curve[0], trained.curve[-1]
@@ -155,7 +155,7 @@ def test_every_rule_trains_under_every_sort_of_mask(kind, rule, activations):
         assert last.l0 < first.l0
 
 
-def test_batchtopk_holds_its_mean_number_of_codes_at_inference(activations):
+def test_batchtopk_keeps_its_mean_l0_at_inference(activations):
     """One threshold for all tokens, learned in training, gives k in the mean on tokens it has not seen together."""
     sae = fresh_sae("open", rule=RULES["batchtopk"])
     train_on(sae, activations, SETTINGS.model_copy(update={"n_steps": 200}))
@@ -206,12 +206,12 @@ def test_importance_ends_strict(activations):
     assert set(sae.mask.openness().unique().tolist()) == {0.0, 1.0}
 
 
-def test_zero_steps_are_refused():
+def test_zero_steps_raise_an_error():
     with pytest.raises(ValidationError, match="greater than 0"):
         TrainingSettings(n_steps=0, batch_tokens=128, learning_rate=1e-3)
 
 
-def test_an_sae_that_explains_nothing_is_refused(activations):
+def test_an_sae_that_explains_nothing_raises_an_error(activations):
     with pytest.raises(DegenerateResult, match=r"explains -?[\d.e+]+ of the variance"):
         train_on(fresh_sae("open"), activations, SETTINGS.model_copy(update={"learning_rate": 1.0, "n_steps": 10}))
 
@@ -227,7 +227,7 @@ def test_training_from_a_zero_decoder_row_ends_finite(activations):
     assert all(bool(tensor.isfinite().all()) for tensor in sae.state_dict().values())
 
 
-def test_a_trained_sae_with_nan_is_refused(activations):
+def test_a_trained_sae_with_nan_raises_an_error(activations):
     sae = silent_latent(fresh_sae("open"), torch.nan)
     with pytest.raises(DegenerateResult, match="decoder holds NaN or infinite numbers after 40 steps: lower learning_"):
         train_on(sae, activations, SETTINGS)
@@ -276,7 +276,7 @@ def planted(n_texts=1500, n_positions=16, d_model=24, n_latents=20, seed=0):
     return codes @ dictionary + noise, position, text, allowed, dictionary
 
 
-def test_importance_finds_planted_positions_and_retention_tells_bound_from_free(tmp_path, record_property):
+def test_importance_finds_planted_positions_and_retention_separates_bound_from_free(tmp_path, record_property):
     vectors, position, text, allowed, dictionary = planted()
     activations = write_activations(tmp_path / "planted", vectors, position, text)
     settings = TrainingSettings(n_steps=500, batch_tokens=512, learning_rate=3e-3)
@@ -372,7 +372,7 @@ def test_frozen_parameters_stay_as_they_are(activations):
     assert bool((sae.decoder_bias == 0).all())
 
 
-def test_a_mask_counts_positions_its_own_way(activations):
+def test_a_mask_counts_positions_from_its_origin(activations):
     """Trained by sentence, a slice's latents fire in their part of the sentence, wherever that stands."""
     trained = train_on(fresh_sae("slice", position_origin="end"), activations, SETTINGS)
     batch = activations.batch(activations.keep.nonzero()[:, 0])

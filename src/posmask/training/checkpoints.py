@@ -1,7 +1,7 @@
-"""Where a long training stands, so that it goes on from there after whatever happened to the machine.
+"""Checkpoints, from which an interrupted training resumes.
 
-Each checkpoint is a finished folder of its own (`folders.write_folder`), so it is either whole and verified or not
-there, and the one before it is removed only when two newer ones are there.
+Each checkpoint is a folder of its own, written by `storage.manifest.write_folder`, so it is either complete and
+verified or absent. A checkpoint is removed once two newer ones exist.
 """
 
 import time
@@ -30,18 +30,18 @@ __all__ = ["Checkpoints", "check_checkpoints", "remove_checkpoints"]
 _STATE_FILE = "state.safetensors"
 _STEP_DIGITS = 9
 _FILES = (MANIFEST, _STATE_FILE)
-_TIMES_ITS_COST = 50
-"""Work goes on for at least so many times as long as the last checkpoint took: 2 % of the time at the most."""
-_BYTES_A_SECOND = 40e6
-"""What a slow disk takes, synced and read again for its checksum (30 to 90 MB/s were seen): it decides when the first
-one comes."""
+_COST_MULTIPLE = 50
+"""Least time between checkpoints, in multiples of the time to write one: writing takes at most 2 % of the time."""
+_BYTES_PER_SECOND = 40e6
+"""Assumed speed of a slow disk, including sync and checksum; it decides when the first checkpoint is written."""
 
 
 def check_checkpoints(folder: Path) -> None:
-    """Refuse a folder for checkpoints in which writing or removing them would reach what posmask did not write.
+    """Check that a folder for checkpoints has only content that posmask wrote under the names of checkpoints.
 
     Raises:
-        BadSetting: it is a symbolic link or in one, or a checkpoint's name in it is taken by something else.
+        BadSetting: the folder, its parent or a checkpoint is a symbolic link or a file, or a checkpoint holds other
+            files.
     """
     steps = _steps(folder)
     if link := next((path for path in (folder.parent, folder, *steps) if path.is_symlink()), None):
@@ -54,7 +54,7 @@ def check_checkpoints(folder: Path) -> None:
 
 
 def remove_checkpoints(folder: Path) -> None:
-    """Remove the checkpoints of finished work, and their folder if nothing else is in it. Follows no symbolic link."""
+    """Remove all checkpoints in a folder, and the folder if it is then empty. Symbolic links are not followed."""
     if folder.parent.is_symlink() or folder.is_symlink():
         return
     for path in _steps(folder):
@@ -72,13 +72,21 @@ def _remove(path: Path) -> None:
 
 
 class Checkpoints:
-    """The last two checkpoints of one piece of work, in a folder of their own.
+    """The last two checkpoints of a training, in a folder of their own.
+
+    Attributes:
+        folder: the folder of the checkpoints.
+        done: the number of steps before the newest valid checkpoint; 0 without one.
 
     Args:
-        folder: `folder/STEP` holds the state after so many steps.
-        made_from: identity of the work; checkpoints of other work are passed over, and removed at the next `write`.
-        every_seconds: how much work is lost at the most, unless checkpoints take so long that they come less often.
-        keeps_end: whether the state after the last step is kept whatever it took, for another process to go on from.
+        folder: `folder/STEP` is the checkpoint after that many steps.
+        made_from: identity of the training; checkpoints with another identity are skipped, and removed by the next
+            `write`.
+        every_seconds: least time between checkpoints in seconds, longer if writing one takes more than 2 % of it.
+        keeps_end: always write a checkpoint after the last step, for another process to resume from.
+
+    Raises:
+        BadSetting: see `check_checkpoints`.
     """
 
     def __init__(
@@ -86,7 +94,6 @@ class Checkpoints:
     ) -> None:
         self.folder = folder
         self.done = 0
-        """Steps behind the newest checkpoint that is whole; 0 where there is none."""
         self._made_from = made_from
         self._every_seconds = every_seconds
         self._keeps_end = keeps_end
@@ -94,59 +101,59 @@ class Checkpoints:
         check_checkpoints(folder)
         clear_drafts(folder)
         for path in _steps(folder):
-            if not (path / MANIFEST).exists():  # Its removal was stopped.
+            if not (path / MANIFEST).exists():  # left by an interrupted removal
                 _remove(path)
-        there = _steps(folder)[::-1]
-        for number, path in enumerate(there):
-            if self._is_whole(path):
+        newest_first = _steps(folder)[::-1]
+        for number, path in enumerate(newest_first):
+            if self._is_valid(path):
                 self.done, self._kept = int(path.name), [path]
-                announce(f"{folder.name} goes on from its checkpoint after {self.done:,} steps.")
-                for other in there[number + 2 :]:  # A kill came between the last one and this.
+                announce(f"{folder.name} resumes from its checkpoint after {self.done:,} steps.")
+                for other in newest_first[number + 2 :]:  # left by a process killed before it removed them
                     _remove(other)
                 break
-        self._expected = 0.0
-        self._cost: float | None = None  # of the last one, seconds; None before the first
+        self._expected_cost = 0.0  # seconds
+        self._cost: float | None = None  # seconds that the last checkpoint took
         self._last = time.monotonic()
 
-    def _of(self, done: int) -> dict[str, Any]:
+    def _identity(self, done: int) -> dict[str, Any]:
         return {**self._made_from, "checkpoint": done}
 
-    def _is_whole(self, path: Path) -> bool:
+    def _is_valid(self, path: Path) -> bool:
         try:
-            if not finished(path, self._of(int(path.name))):
+            if not finished(path, self._identity(int(path.name))):
                 return False
             read_manifest(path, verify=True)
         except DamagedFolder as error:
-            announce(f"A checkpoint is passed over, work goes on from the one before: {error}")
+            announce(f"A damaged checkpoint is skipped; training resumes from an earlier one, if any: {error}")
             return False
         return True
 
     def read(self) -> dict[str, Tensor]:
-        """What `write` was given after `done` steps, in memory of its own and no longer the file's."""
+        """The state of the newest checkpoint, copied into memory so that the file can be removed."""
         return {name: tensor.clone() for name, tensor in load_file(self._kept[-1] / _STATE_FILE).items()}
 
     def expect(self, n_bytes: float) -> None:
-        """Say how much a checkpoint will hold, so that not even the first comes before it is worth its time."""
-        self._expected = n_bytes / _BYTES_A_SECOND
+        """Set the expected size of a checkpoint in bytes, which delays the first one according to its cost."""
+        self._expected_cost = n_bytes / _BYTES_PER_SECOND
 
     def due(self, *, at_end: bool = False) -> bool:
-        """Whether so much work was done since the last checkpoint that another is worth its time.
+        """Whether enough time has passed since the last checkpoint to write another.
 
         Args:
-            at_end: no more steps follow, only work that would start with these again: once it is known what a
-                checkpoint costs, a quarter of the time is enough.
+            at_end: no more steps follow, but evaluation would have to repeat them. Once the cost of a checkpoint has
+                been measured, a quarter of `every_seconds` is enough.
         """
         since = time.monotonic() - self._last
         seconds = self._every_seconds / (4 if at_end and self._cost is not None else 1)
-        cost = self._expected if self._cost is None else self._cost
-        return (at_end and self._keeps_end) or since >= max(seconds, _TIMES_ITS_COST * cost)
+        cost = self._expected_cost if self._cost is None else self._cost
+        return (at_end and self._keeps_end) or since >= max(seconds, _COST_MULTIPLE * cost)
 
     def write(self, done: int, state: Mapping[str, Tensor]) -> None:
-        """Keep the state after `done` steps, and of the earlier ones only the newest."""
+        """Write the state after `done` steps, and remove all earlier checkpoints but the newest."""
         started = time.monotonic()
         path = self.folder / f"{done:0{_STEP_DIGITS}d}"
-        _remove(path)  # of other work, or damaged
-        with write_folder(path, self._of(done)) as draft:
+        _remove(path)  # of another training, or damaged
+        with write_folder(path, self._identity(done)) as draft:
             save_file({name: tensor.contiguous() for name, tensor in state.items()}, draft / _STATE_FILE)
         self._kept = [*self._kept[-1:], path]
         for other in _steps(self.folder):

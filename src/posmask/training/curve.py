@@ -1,4 +1,4 @@
-"""What a training records: points of its curve and snapshots of its mask."""
+"""Records of a training: points of its curve, and snapshots of its mask."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,19 @@ _N_SNAPSHOTS, _SNAPSHOT_LATENTS = 8, 256
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """One line of a training curve. `explained_variance` is of the batch just seen, against the training mean."""
+    """A point of a training curve.
+
+    Attributes:
+        step: the number of steps done.
+        tokens: the number of tokens seen.
+        learning_rate: of the last step.
+        loss: squared error per token (mean over the last batch, sum over d_model, of normalized vectors).
+        auxiliary_loss: squared error per token of the dead latents' reconstruction of the error.
+        explained_variance: on the last batch, relative to the mean of the training vectors.
+        l0: mean number of active latents per token of the last batch.
+        dead_latents: the number of dead latents.
+        mean_openness: mean over positions and latents.
+    """
 
     step: int
     tokens: int
@@ -32,25 +44,31 @@ class CurvePoint:
 
 
 class MaskSnapshots:
-    """What a mask that changes was like at eight moments, evenly spaced from the first step to the last.
+    """Openness of a mask that changes in training, at eight evenly spaced steps from the first to the last.
 
-    `by_step` [position latent]: openness, 255 is open, of at most 256 latents, evenly spaced by their number. It stays
-    empty for a mask that training leaves as it is.
+    Attributes:
+        latents: the indices of the recorded latents, at most 256 and evenly spaced.
+        by_step: openness by step [position latent]; 255 is fully open. Empty for a mask that does not change.
+
+    Args:
+        mask: the mask to record.
+        n_steps: the number of steps of the training.
     """
 
     def __init__(self, mask: PositionMask, n_steps: int) -> None:
-        self._moments = set(moments(0.0, 1.0, _N_SNAPSHOTS, n_steps)) if mask.changes_in_training else set()
+        self._steps = set(moments(0.0, 1.0, _N_SNAPSHOTS, n_steps)) if mask.changes_in_training else set()
         self.latents = torch.linspace(0, mask.d_sae - 1, min(mask.d_sae, _SNAPSHOT_LATENTS)).round().long()
         self.by_step: dict[int, UInt8[Tensor, "position latent"]] = {}
 
     def after_step(self, mask: PositionMask, done: int) -> None:
-        if done in self._moments:
+        """Record the mask after `done` steps if a snapshot is due."""
+        if done in self._steps:
             with torch.no_grad():
                 openness = mask.openness()[:, self.latents.to(mask.copied_from.device)]
             self.by_step[done] = (255 * openness).round().to(torch.uint8).cpu()
 
     def state(self) -> dict[str, Tensor]:
-        """For a checkpoint; nothing before the first snapshot."""
+        """Tensors for a checkpoint; empty before the first snapshot."""
         if not self.by_step:
             return {}
         return {
@@ -59,11 +77,19 @@ class MaskSnapshots:
         }
 
     def restore_(self, state: dict[str, Tensor]) -> None:
+        """Restore the snapshots from a checkpoint that includes `state()`."""
         if _SNAPSHOTS in state:
             self.by_step = dict(zip(state[_SNAPSHOT_STEPS].tolist(), state[_SNAPSHOTS], strict=True))
 
     def write(self, path: Path, batch_tokens: int) -> None:
-        """`openness` [moment position latent], `tokens` [moment] and `latent`; no file where there are no snapshots."""
+        """Write a safetensors file, unless there are no snapshots.
+
+        It holds `openness` [snapshot position latent], `tokens` [snapshot] and `latent` [latent].
+
+        Args:
+            path: the file.
+            batch_tokens: tokens per step.
+        """
         if self.by_step:
             tensors = {
                 "openness": torch.stack(list(self.by_step.values())),
@@ -77,4 +103,5 @@ _SNAPSHOTS, _SNAPSHOT_STEPS = "mask_snapshots", "mask_snapshot_steps"
 
 
 def write_curve(path: Path, curve: list[CurvePoint]) -> None:
+    """Write a training curve as a CSV file with a row per point."""
     write_records(path, CurvePoint, curve)

@@ -1,4 +1,4 @@
-"""Training curves in a tracker, while they grow. Each cell's `curve.csv` is written too, tracker or not."""
+"""Experiment trackers that show training curves live. `curve.csv` of each cell is written with or without a tracker."""
 
 import importlib
 import math
@@ -19,9 +19,10 @@ Write = Callable[[CurvePoint], None]
 
 
 def check_tracker(name: Tracker | None) -> None:
-    """
+    """Check that a tracker's package is installed, without importing it.
+
     Raises:
-        MissingExtra: its package is not installed.
+        MissingExtra: the package is not installed.
     """
     if name is not None and find_spec(name) is None:
         raise MissingExtra(f"track = {name!r} needs the package `{name}`: pip install 'posmask[track]'")
@@ -30,14 +31,17 @@ def check_tracker(name: Tracker | None) -> None:
 def curve_writer(
     name: Tracker | None, folder: Path, study: str, run: str, settings: Mapping[str, Any]
 ) -> AbstractContextManager[Write]:
-    """What takes a curve's points one by one; loads the tracker's package only now.
+    """Open a run in a tracker; the context's value is a function that logs a curve point.
 
     Args:
-        name: None drops the points.
-        folder: where `tensorboard` and `wandb` write; trackio has a folder of its own (TRACKIO_DIR).
-        study: the tracker's name for it, as a project.
-        run: the tracker's name for a cell with a seed, within the project.
-        settings: shown beside the run.
+        name: the tracker; None discards the points.
+        folder: the folder that `tensorboard` and `wandb` write to; trackio uses TRACKIO_DIR.
+        study: the study's name, for the tracker's project.
+        run: the name of the run within the project.
+        settings: the run's settings, shown by the tracker.
+
+    Raises:
+        MissingExtra: the tracker's package is not installed.
     """
     check_tracker(name)
     if name is None:
@@ -66,10 +70,10 @@ def _tensorboard(folder: Path) -> Iterator[Write]:
 
 @contextmanager
 def _runs(name: str, folder: Path, study: str, run: str, settings: Mapping[str, Any]) -> Iterator[Write]:
-    """Weights & Biases, and trackio, which takes the same calls."""
+    """A run in Weights & Biases, or in trackio, which has the same interface."""
     tracker = importlib.import_module(name)
-    where = {"dir": str(folder)} if name == "wandb" else {}
-    tracker.init(project=f"posmask-{study}", name=run, config=dict(settings), **where)
+    location = {"dir": str(folder)} if name == "wandb" else {}
+    tracker.init(project=f"posmask-{study}", name=run, config=dict(settings), **location)
     try:
         yield lambda point: tracker.log(_numbers(point), step=point.step)
     finally:
