@@ -24,7 +24,7 @@ def test_a_layer_the_model_lacks_is_refused(causal_lm):
         LanguageModel(causal_lm, layer=4)
 
 
-def test_contexts_longer_than_the_model_was_made_for_are_refused(language_model, tokenizer, tmp_path):
+def test_contexts_longer_than_the_model_supports_are_refused(language_model, tokenizer, tmp_path):
     tokens = pad(make_texts(2), tokenizer, 65)
     with pytest.raises(BadSetting, match="n_positions = 65 is more than the 64 positions"):
         harvest(tokens, language_model, tmp_path / "a", {}, "long")
@@ -51,13 +51,13 @@ def test_harvested_tokens_carry_position_text_and_keep(causal_lm, language_model
     assert len(seen) == tokens.n_kept
 
 
-def test_a_finished_harvest_is_not_made_again(activations, tokenizer):
+def test_a_finished_harvest_is_not_recomputed(activations, tokenizer):
     tokens = pack(make_texts(40), tokenizer, N_POSITIONS, 500)
     again = harvest(tokens, None, activations.folder, {"what": "test"}, "test")
     assert again.n_tokens == activations.n_tokens
 
 
-def test_a_flipped_byte_in_a_shard_is_found_before_use(activations, tmp_path):
+def test_a_flipped_byte_in_a_shard_is_detected_before_use(activations, tmp_path):
     shutil.copytree(activations.folder, tmp_path / "a")
     shard = next((tmp_path / "a").glob("shard-*"))
     content = bytearray(shard.read_bytes())
@@ -80,7 +80,7 @@ def test_a_harvest_of_nothing_or_of_nan_is_refused(causal_lm, language_model, to
     assert list(tmp_path.iterdir()) == []
 
 
-def test_training_batches_hold_every_kept_token_once_an_epoch_by_position(activations):
+def test_training_batches_contain_every_kept_token_once_per_epoch_by_position(activations):
     n_batches = activations.n_kept // 100
     seen = []
     for batch in training_batches(activations, 100, n_batches, seed=0):
@@ -125,7 +125,7 @@ def tokenizer_folder(language_model):
     return language_model._body.config._name_or_path
 
 
-def test_training_batches_go_on_where_others_ended(activations):
+def test_training_batches_resume_after_a_number_of_batches(activations):
     whole = list(training_batches(activations, 512, 12, seed=3))
     rest = list(training_batches(activations, 512, 7, seed=3, after=5))
     assert len(rest) == 7
@@ -136,7 +136,7 @@ def test_training_batches_go_on_where_others_ended(activations):
 @pytest.mark.parametrize(
     ("stored", "dtype", "worst"), [("bfloat16", torch.bfloat16, 2**-8), ("int8", torch.int8, 0.00394)]
 )
-def test_vectors_stored_in_fewer_bits_come_back_nearly_the_same(
+def test_vectors_stored_in_fewer_bits_are_nearly_equal(
     stored, dtype, worst, language_model, tokenizer, activations, tmp_path
 ):
     tokens = pack(make_texts(40), tokenizer, N_POSITIONS, 300)
@@ -155,7 +155,7 @@ def test_vectors_stored_in_fewer_bits_come_back_nearly_the_same(
     torch.testing.assert_close(low.center_and_scale[1], exact.center_and_scale[1], rtol=0.01, atol=0)
 
 
-def test_a_harvest_goes_on_from_its_last_shard_and_a_lost_one_alone_is_made_again(
+def test_a_harvest_resumes_after_its_last_shard_and_recomputes_only_lost_shards(
     language_model, tokenizer, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(data_harvest, "_TOKENS_PER_SHARD", 256)

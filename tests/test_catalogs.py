@@ -33,14 +33,14 @@ def messages(monkeypatch):
     monkeypatch.setattr(tokens, "split_of", lambda text: "training" if "restart" in text else "evaluation")
 
 
-def test_sentences_are_whole_once_of_one_language_and_never_trained_on(messages):
+def test_sentences_are_complete_unique_in_one_language_and_never_trained_on(messages):
     found = catalogs.sentences_by_language("evaluation")
     assert list(found) == ["en", "fr", "de", "es", "nl"]
     assert found["en"] == ["The lamp does not answer at all.", "This is said in English only."]
     assert found["de"] == ["Die Lampe antwortet leider gar nicht.", "Diese Lampe hier antwortet gar nicht."]
 
 
-def test_a_translation_stands_on_neither_side_twice(messages):
+def test_no_translation_occurs_twice(messages):
     assert catalogs.translations("de") == {"The lamp does not answer at all.": "Die Lampe antwortet leider gar nicht."}
 
 

@@ -6,7 +6,7 @@ from posmask.data.tokens import Tokens, pack, pad, shifted, split_of, unique_tex
 from posmask.errors import BadSetting, NothingToDo
 
 
-def test_packed_contexts_start_with_bos_and_hold_the_texts_in_a_row(tokenizer):
+def test_packed_contexts_start_with_bos_and_contain_the_texts_in_sequence(tokenizer):
     texts = make_texts(20)
     tokens = pack(texts, tokenizer, 16, 200)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -19,7 +19,7 @@ def test_packed_contexts_start_with_bos_and_hold_the_texts_in_a_row(tokenizer):
         assert texts[number].startswith(words)
 
 
-def test_packing_stops_at_what_there_is(tokenizer):
+def test_packing_too_few_tokens_raises_an_error(tokenizer):
     with pytest.raises(NothingToDo, match="500 kept tokens are needed, but the 2 texts have"):
         pack(make_texts(2), tokenizer, 16, 500)
     with pytest.raises(NothingToDo, match="but the 0 texts have 0"):
@@ -31,7 +31,7 @@ def test_packing_short_texts_finds_all_their_tokens(tokenizer):
     assert pack(texts, tokenizer, 16, 3 * len(texts) - 60).n_kept > 3 * len(texts) - 60 - 1
 
 
-def test_packing_repeats_with_the_seed_and_differs_with_another(tokenizer):
+def test_packing_is_determined_by_the_seed(tokenizer):
     texts = make_texts(20)
     first = pack(texts, tokenizer, 16, 200, seed=0)
     assert torch.equal(first.id, pack(texts, tokenizer, 16, 200, seed=0).id)
@@ -57,14 +57,14 @@ def test_the_split_depends_on_the_text_alone():
     assert split_of("  Red\n HOUSE ") == split_of("red house")
 
 
-def test_a_text_that_another_table_cuts_off_is_the_same_text():
+def test_a_truncated_copy_counts_as_the_same_text():
     (long,) = make_texts(1, n_words=200)
     for end in (300, 500, 900):
         assert split_of(long[:end]) == split_of(long)
     assert len(unique_texts([long, long[:300]], split_of(long))) == 1
 
 
-def test_shuffled_copies_hold_the_same_tokens_in_another_order(tokenizer):
+def test_shuffled_copies_have_the_same_tokens_in_another_order(tokenizer):
     tokens = pad(make_texts(6, n_words=10), tokenizer, 16)
     found = with_shuffled(tokens, torch.tensor([2, 4]), tokenizer)
     assert torch.equal(found.id[:6], tokens.id)
@@ -77,7 +77,7 @@ def test_shuffled_copies_hold_the_same_tokens_in_another_order(tokenizer):
         assert found.id[copy, 0] == tokenizer.bos_token_id
 
 
-def test_the_shift_design_shows_every_piece_once_in_every_window(tokenizer):
+def test_the_shift_design_places_every_piece_once_in_every_window(tokenizer):
     tokens = shifted(make_texts(60), tokenizer, 16, n_texts=8, n_windows=4)
     assert tokens.id.shape == (32, 16)
     assert tokens.n_kept == 8 * 4 * 3
@@ -100,14 +100,14 @@ def test_the_shift_design_draws_from_all_texts(tokenizer):
     assert len(set(tokens.id[tokens.keep].tolist())) == 2
 
 
-def test_the_shift_design_says_when_it_cannot_be(tokenizer):
+def test_a_shift_design_with_too_few_texts_or_positions_raises_an_error(tokenizer):
     with pytest.raises(NothingToDo, match=r"needs 8 texts of 3 tokens .* 5 texts give 5"):
         shifted(make_texts(5), tokenizer, 16, n_texts=8, n_windows=4)
     with pytest.raises(BadSetting, match="9 shift windows leave 1 tokens of 16 positions"):
         shifted(make_texts(60), tokenizer, 16, n_texts=8, n_windows=9)
 
 
-def test_a_tokenizer_without_bos_begins_contexts_with_eos_and_one_without_either_is_refused(tokenizer):
+def test_contexts_start_with_eos_without_bos_and_need_either_token(tokenizer):
     class Without:
         def __init__(self, **ids):
             self.bos_token_id = ids.get("bos")
@@ -161,7 +161,7 @@ def test_positions_are_counted_from_the_sentence_the_line_and_the_end():
     assert packed.end[0].tolist() == [0, 4, 3, 2, 1, 0, 2, 1]  # the second text goes on in the next context
 
 
-def test_every_kept_token_has_a_place_in_each_way_of_counting(tokenizer):
+def test_every_kept_token_has_a_position_from_every_origin(tokenizer):
     for tokens in (
         pack(make_texts(30), tokenizer, 16, 500),
         pad(make_texts(5), tokenizer, 16),

@@ -69,7 +69,7 @@ def test_a_perfect_reconstruction_recovers_all_and_zeros_recover_nothing(in_mode
     assert 0 < measures(recovered(in_model.references, noisy))[("kl_recovered",)].value < 1
 
 
-def test_taking_out_every_latent_leaves_the_error_and_taking_out_none_leaves_the_vectors(in_model):
+def test_ablating_every_latent_leaves_the_error_and_ablating_none_leaves_the_vectors(in_model):
     sae = make_sae("slice")
     batch = in_model.batch(torch.arange(8)).kept()
     context = torch.zeros(len(batch), dtype=torch.int64)
@@ -88,7 +88,7 @@ def test_taking_out_every_latent_leaves_the_error_and_taking_out_none_leaves_the
     assert not torch.allclose(found[odd == 1], batch.vectors[odd == 1])
 
 
-def test_specialized_latents_are_those_of_the_window_and_have_equally_active_partners(activations):
+def test_specialized_latents_belong_to_the_window_and_have_equally_active_matches(activations):
     sae = make_sae("slice", rule={"kind": "topk", "k": D_SAE})
     by_window = WindowMass(N_POSITIONS, 4, D_SAE)
     for batch in evaluation_batches(activations):
@@ -101,7 +101,7 @@ def test_specialized_latents_are_those_of_the_window_and_have_equally_active_par
         assert bool((openness[window * 4 : window * 4 + 4, special[window]].mean(0) == 1).all())
 
 
-def test_partners_are_of_nearest_mass():
+def test_matched_latents_have_the_nearest_mass():
     by_window = WindowMass(8, 2, 8)
     mass = torch.tensor([100.0, 10.0, 90.0, 50.0, 9.0, 1.0, 2.0, 3.0])
     in_first = torch.tensor([1.0, 1.0, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5])

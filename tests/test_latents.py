@@ -78,7 +78,7 @@ def test_strongest_texts_are_those_of_a_plain_search(coded):
             assert (found.value[latent, rank, : len(shown)] > 0).tolist() == (dense[shown, latent] > 0).tolist()
 
 
-def test_what_is_written_is_what_was_seen(coded, tmp_path):
+def test_written_latent_data_equal_the_added_data(coded, tmp_path):
     _, batch, codes = coded
     facts_of(coded).write(tmp_path, Words())
     arrays = load_file(tmp_path / "latents.safetensors")
@@ -95,7 +95,7 @@ def test_what_is_written_is_what_was_seen(coded, tmp_path):
     assert words["n_tokens_searched_for_texts"] == 300
 
 
-def test_texts_are_searched_up_to_a_bound(coded, tmp_path, monkeypatch):
+def test_strongest_texts_are_searched_up_to_a_limit(coded, tmp_path, monkeypatch):
     monkeypatch.setattr(latents, "MOST_TOKENS", 200)
     facts_of(coded).write(tmp_path, Words())
     assert json.loads((tmp_path / "latents.json").read_text())["n_tokens_searched_for_texts"] == 150

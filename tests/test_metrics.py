@@ -122,7 +122,7 @@ def test_retention_is_1_where_latents_stay_and_chance_where_they_do_not():
     assert retained(0.8 * openness, None)[0].value == pytest.approx(1.0)
 
 
-def test_retention_leaves_out_latents_that_hardly_fire():
+def test_retention_excludes_latents_with_few_firings():
     rate = torch.full((N_POSITIONS, 8), 0.5)
     rate[:, 3] = 0.001
     assert retained(rate, None)[0].n == 7
@@ -185,7 +185,7 @@ def test_position_information_is_that_of_the_planted_rates_and_0_where_there_is_
     assert bound["position_bound_share"].value == 1.0
 
 
-def test_runs_of_firings_do_not_pass_for_position():
+def test_runs_of_firings_do_not_count_as_position():
     """A latent that fires through a whole text, or not at all, says nothing of position, however few the texts."""
     batch, codes = fired(torch.ones(N_POSITIONS, 40), n_texts=60)
     speaks = torch.rand(60, 40, generator=torch.Generator().manual_seed(1)) < 0.5
@@ -221,7 +221,7 @@ def random_of(*shape, seed=0):
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_the_shift_design_tells_position_content_and_interaction_apart():
+def test_the_shift_design_separates_position_content_and_interaction():
     ones = torch.ones(40, 6, 5, 8)
     content = shift_design(random_of(40, 6, 1, 8) * ones)
     assert content["content"].value == pytest.approx(1.0)
@@ -235,7 +235,7 @@ def test_the_shift_design_tells_position_content_and_interaction_apart():
         assert sum(measure.value for measure in found.values()) == pytest.approx(1.0)
 
 
-def test_what_stands_before_a_whole_piece_does_not_pass_for_position():
+def test_the_text_before_a_piece_does_not_count_as_position():
     """An effect of text and window that all tokens of a piece share: no window is special on the average."""
     found = []
     for seed in range(20):
@@ -246,7 +246,7 @@ def test_what_stands_before_a_whole_piece_does_not_pass_for_position():
     assert sum(measure.ci_low <= 0 <= measure.ci_high for measure in found) >= 16
 
 
-def test_a_latent_that_always_fires_has_no_say_in_position_information():
+def test_position_information_excludes_latents_that_always_fire():
     rate = torch.full((N_POSITIONS, 10), 0.2)
     rate[:, 4] = 1.1
     found = information(rate)
@@ -254,7 +254,7 @@ def test_a_latent_that_always_fires_has_no_say_in_position_information():
     assert found["position_information"].value == pytest.approx(0, abs=0.01)
 
 
-def test_a_mask_does_not_win_the_position_share_by_its_construction():
+def test_a_mask_does_not_raise_the_position_share_by_construction():
     """A rarely firing latent, open in one window alone: what it does there is interaction, not position."""
     fires = (random_of(100, 20, 1, 8) < 0.03) * random_of(100, 20, 1, 8, seed=1)
     open_in = torch.zeros(5, 8)

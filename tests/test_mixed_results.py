@@ -16,7 +16,8 @@ from posmask.cli.commands import app
 from posmask.errors import BadSetting, DamagedFolder
 from posmask.report import write_report
 from posmask.report.reading import read_studies
-from posmask.storage.record import STUDY_FILE, read_record
+from posmask.storage.layout import STUDY_FILE
+from posmask.storage.record import read_record
 from posmask.study import engines
 from posmask.study.cell import read_init, targets_of
 from posmask.study.harvests import Source

@@ -101,7 +101,7 @@ def test_sublayers_are_what_is_added_to_the_stream(family, dtype):
 
 @pytest.mark.parametrize("site", SITES)
 @pytest.mark.parametrize("family", TINY)
-def test_a_model_goes_on_from_its_own_vectors_as_if_nothing_had_happened(family, site):
+def test_logits_from_the_models_own_vectors_are_unchanged(family, site):
     model = tiny(family)
     with torch.inference_mode():
         logits = model(IDS).logits
@@ -115,14 +115,14 @@ def test_a_model_goes_on_from_its_own_vectors_as_if_nothing_had_happened(family,
         assert torch.equal(LanguageModel(tiny(family), layer, site).logits(IDS, vectors), logits)  # nor is it needed
 
 
-def test_a_layer_that_is_no_sum_of_its_parts_has_no_sublayers():
+def test_a_layer_that_is_not_the_sum_of_its_parts_has_no_sublayers():
     config = transformers.BloomConfig(hidden_size=16, n_layer=2, n_head=2, **SIZES)
     assert LanguageModel(transformers.BloomForCausalLM(config).eval(), 1).vectors(IDS).shape == (3, 8, 16)
     with pytest.raises(BadSetting, match=r"BloomBlock is not the sum .*: read residual_after"):
         LanguageModel(transformers.BloomForCausalLM(config).eval(), 1, "mlp").vectors(IDS)
 
 
-def test_sizes_count_what_a_site_spares():
+def test_parameter_counts_exclude_layers_that_a_site_skips():
     whole, head = LanguageModel(tiny("llama"), 4).n_parameters()
     below, above = LanguageModel(tiny("llama"), 2).n_parameters()
     assert (below, above) == (whole // 2, whole // 2 + head)
@@ -130,7 +130,7 @@ def test_sizes_count_what_a_site_spares():
     assert LanguageModel(tiny("llama"), 2, "mlp").n_parameters() == (whole // 2, whole + head)
 
 
-def test_a_layer_may_be_a_share_of_the_depth(tmp_path):
+def test_a_layer_may_be_a_fraction_of_the_depth(tmp_path):
     tiny("gpt2").save_pretrained(tmp_path)
     assert [layer_number(str(tmp_path), layer) for layer in (3, 0.5, 0.01, 0.9)] == [3, 2, 1, 4]
 

@@ -161,7 +161,7 @@ def test_contrast_order_never_tests_on_part_of_a_training_phrase(tasks):
 
 
 @pytest.mark.embedded
-def test_order_tasks_say_when_they_run_out(smollm):
+def test_too_few_order_groups_raise_an_error(smollm):
     with pytest.raises(NothingToDo, match=r"chronology has only \d+ groups .* but 5000 are requested"):
         make_order_task("chronology", smollm, 128, 5000, 10)
 
@@ -233,7 +233,7 @@ def test_written_tasks_read_back_as_they_were_made(toy, tokenizer, tmp_path):
         assert words in page
 
 
-def test_fewer_groups_than_asked_for_are_written_and_said(toy, tokenizer, tmp_path):
+def test_fewer_groups_than_requested_are_written_and_reported(toy, tokenizer, tmp_path):
     said = []
     write(tokenizer, tmp_path / "out", said, n_train_groups=100)
     assert said[0] == "toy: 30 training and 5 test groups, all available (100 and 5 requested)"
@@ -242,7 +242,7 @@ def test_fewer_groups_than_asked_for_are_written_and_said(toy, tokenizer, tmp_pa
     assert "100 training and 5 test groups were requested" in page
 
 
-def test_written_tasks_stay_and_are_never_overwritten(toy, tokenizer, tmp_path):
+def test_written_tasks_are_never_overwritten(toy, tokenizer, tmp_path):
     folder, said = tmp_path / "out", []
     write(tokenizer, folder)
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}

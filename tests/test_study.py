@@ -15,7 +15,6 @@ from posmask.data.tokens import split_of
 from posmask.errors import BadSetting, PosmaskError
 from posmask.evaluation import suite
 from posmask.evaluation.downstream import WindowMass
-from posmask.evaluation.latents import LATENT_WORDS_FILE, LATENTS_FILE
 from posmask.interop.saelens_files import export_saelens, import_saelens
 from posmask.kernels import runtime
 from posmask.masks.base import MaskSettings, PositionMask
@@ -25,6 +24,7 @@ from posmask.results import rows
 from posmask.results.comparisons import LEVEL, read_verdicts
 from posmask.sae import rules
 from posmask.sae.files import read_sae, write_sae
+from posmask.storage.layout import LATENT_WORDS_FILE, LATENTS_FILE
 from posmask.storage.manifest import damage_under, identity, read_manifest
 from posmask.study import cell as study_cell
 from posmask.study import engines, harvests

@@ -55,7 +55,7 @@ def test_a_dataset_of_the_hub_is_streamed(tmp_path, monkeypatch):
     assert asked == [("monology/pile-uncopyrighted", options)]
 
 
-def test_a_dataset_that_is_not_there_is_said_in_a_sentence(monkeypatch):
+def test_a_missing_dataset_raises_one_sentence(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(MissingAsset, match=r"no/such could not be loaded \(.+\): check the network"):
@@ -89,7 +89,7 @@ def test_a_corpus_has_one_source(given, message):
         CorpusSettings(**given, **sizes)
 
 
-def test_the_wall_divides_a_users_texts_too(folder):
+def test_texts_of_a_user_are_split_too(folder):
     sides = {split: set(tokens.unique_texts(texts.read_texts(str(folder)), split)) for split in tokens.Split.__args__}
     assert sum(map(len, sides.values())) == 41
     assert all(sides.values())

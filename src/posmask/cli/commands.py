@@ -22,6 +22,7 @@ from posmask.cli.options import (
     registered,
 )
 from posmask.errors import BadSetting, DamagedFolder, NothingToDo, PosmaskError
+from posmask.storage import layout
 
 app = typer.Typer(
     help="Train sparse autoencoders (SAEs) whose latents are gated by token position, and evaluate them.",
@@ -135,7 +136,7 @@ def run(
     page = report.write_report(root)
     console.print(results_table(summarize(rows)))
     print(run_summary(time.perf_counter() - started, jobs))
-    print(verdict_line(root / "verdicts.csv"))
+    print(verdict_line(root / layout.VERDICTS_FILE))
     print(f"The page: {page}")
 
 
@@ -222,18 +223,19 @@ def verify(
 
     Lists damaged files and folders and ends with exit code 3; `posmask run` recomputes only those.
     """
+    from posmask.storage.layout import STUDY_FILE
     from posmask.storage.manifest import damage_under
-    from posmask.storage.record import STUDY_FILE, misplaced
+    from posmask.storage.record import misplaced
 
     has_record = (root / STUDY_FILE).is_file()
-    if not has_record and not any((root / name).is_dir() for name in ("baselines", "cells", "evaluated")):
+    if not has_record and not any((root / name).is_dir() for name in (layout.BASELINES, "cells", "evaluated")):
         raise BadSetting(
             f"{root} is not a study's folder, as it holds neither {STUDY_FILE} nor cells: give the folder that "
             "`posmask run` wrote, such as runs/quick"
         )
     n_folders, damage = damage_under(root)
     damage = list(dict.fromkeys([*damage, *misplaced(root)]))
-    if n_folders and not has_record and (root / "cells").is_dir():
+    if n_folders and not has_record and layout.cells_folder(root).is_dir():
         damage.append(f"{root} has no {STUDY_FILE}, which says what belongs to the study: `posmask run` writes it")
     if damage:
         raise DamagedFolder(f"{len(damage)} problems in {n_folders} finished folders.\n" + "\n".join(damage))
@@ -340,7 +342,7 @@ def serve(
     from posmask import report
 
     pages = {path: path / "index.html", path / "report": path / "report" / "index.html"}
-    pages[path / "report.html"] = path / "report.html"
+    pages[path / layout.REPORT_FILE] = path / layout.REPORT_FILE
     served = next((page for page, file in pages.items() if file.is_file()), path)
     with report.page_server(served, port) as server:
         print(f"http://127.0.0.1:{server.server_address[1]}/ serves {served}; Ctrl+C stops it.", flush=True)

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from posmask.progress import duration
 from posmask.results.table import PRINTED, Line, format_number
+from posmask.storage import layout
 
 if TYPE_CHECKING:
     from posmask.study import estimate
@@ -87,8 +88,9 @@ def status_table(states: list[tuple[str, "CellState"]]) -> Table:
     kinds = [kind for kind in all_kinds if any(state == kind for _, state in states)]
     seeds: dict[str, dict[str, list[str]]] = {}
     for label, state in states:
-        name, _, seed = label.rpartition("-seed")
-        seeds.setdefault(name or label, {}).setdefault(state, []).append(f"seed {seed}" if name else "yes")
+        is_cell = label != layout.BASELINES
+        name, seed = layout.parse_cell_label(label) if is_cell else (label, 0)
+        seeds.setdefault(name, {}).setdefault(state, []).append(f"seed {seed}" if is_cell else "yes")
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_edge=False, header_style="bold")
     table.add_column("cell", overflow="fold")
     for kind in kinds:

@@ -21,11 +21,10 @@ from posmask.data.activations import Batch
 from posmask.data.sites import LanguageModel
 from posmask.evaluation.retention import PositionMass
 from posmask.sae.autoencoder import Codes, SparseAutoencoder
+from posmask.storage.layout import LATENT_WORDS_FILE, LATENTS_FILE
 
 __all__ = ["LATENTS_FILE", "LATENT_WORDS_FILE", "LatentFacts", "Strongest", "strongest_texts", "vocabulary_effects"]
 
-LATENTS_FILE = "latents.safetensors"
-LATENT_WORDS_FILE = "latents.json"
 N_TEXTS = 6
 N_BEFORE, N_AFTER = 15, 8  # tokens shown around the strongest one
 N_WORDS = 10

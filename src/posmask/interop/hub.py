@@ -26,10 +26,10 @@ from posmask.results.rows import read_rows
 from posmask.results.table import summarize
 from posmask.sae.autoencoder import SparseAutoencoder
 from posmask.sae.files import read_origin, read_sae
+from posmask.storage.layout import ROWS_FILE
 
 __all__ = ["from_pretrained", "model_card", "push"]
 
-ROWS_FILE = "rows.csv"
 CARD_FILE = "README.md"
 
 

@@ -193,26 +193,11 @@ def probe_accuracy(
         DegenerateResult: the chosen features are constant over the training texts.
     """
     kept = features.n_tokens > 0
-    numbers = range(len(dataset.classes))
-    right: dict[int | str, list[Tensor]] = {}
-    tasks: dict[int | str, list[ProbeTask]] = {}
     if protocol == "saebench":
         assert random is not None
-        if on_all:
-            tasks["all"], right["all"] = [], []
-            for number in numbers:
-                tasks["all"].append(_task(dataset, kept, number, random))
-                right["all"].append(all_feature_correct(features, tasks["all"][-1], random, choose_on_test=True))
-        for k in ks:
-            tasks[k] = [_task(dataset, kept, number, random) for number in numbers]
-            right[k] = k_sparse_correct(features, tasks[k], (k,), on_fit)[k]
+        tasks, right = _saebench_correct(dataset, features, ks, on_all, random, on_fit)
     else:
-        streams = [generator(number, f"probe {dataset.name}") for number in numbers]
-        shared_tasks = [_task(dataset, kept, number, stream) for number, stream in zip(numbers, streams, strict=True)]
-        if on_all:
-            right["all"] = [all_feature_correct(features, *pair) for pair in zip(shared_tasks, streams, strict=True)]
-        right |= k_sparse_correct(features, shared_tasks, ks, on_fit)
-        tasks = dict.fromkeys(right, shared_tasks)
+        tasks, right = _default_correct(dataset, features, ks, on_all, on_fit)
     measures = []
     for k, by_class in right.items():
         where = {"dataset": dataset.name, "k": k, "source": source, "pooling": pooling, "protocol": protocol}
@@ -229,6 +214,49 @@ def probe_accuracy(
         n_train = min(len(task.train) for task in tasks[k])
         measures.append(ratio("probe_accuracy", top[tested], bottom[tested], slice={**where, "train": n_train}))
     return measures
+
+
+_Tasks = dict[int | str, list[ProbeTask]]
+"""The tasks of the classes, by k."""
+_Correct = dict[int | str, list[Tensor]]
+"""Whether each test text of each task is classified correctly, by k."""
+
+
+def _saebench_correct(
+    dataset: ProbeDataset,
+    features: PooledTexts,
+    ks: Sequence[int],
+    on_all: bool,
+    random: torch.Generator,
+    on_fit: OnFit,
+) -> tuple[_Tasks, _Correct]:
+    """Fit the probes in the order of sae-bench's random draws: on all features, then for each k on new negatives."""
+    kept, numbers = features.n_tokens > 0, range(len(dataset.classes))
+    tasks: _Tasks = {}
+    right: _Correct = {}
+    if on_all:
+        tasks["all"], right["all"] = [], []
+        for number in numbers:
+            tasks["all"].append(_task(dataset, kept, number, random))
+            right["all"].append(all_feature_correct(features, tasks["all"][-1], random, choose_on_test=True))
+    for k in ks:
+        tasks[k] = [_task(dataset, kept, number, random) for number in numbers]
+        right[k] = k_sparse_correct(features, tasks[k], (k,), on_fit)[k]
+    return tasks, right
+
+
+def _default_correct(
+    dataset: ProbeDataset, features: PooledTexts, ks: Sequence[int], on_all: bool, on_fit: OnFit
+) -> tuple[_Tasks, _Correct]:
+    """Fit the probes of all k on the same negatives, drawn from a generator per class."""
+    kept, numbers = features.n_tokens > 0, range(len(dataset.classes))
+    streams = [generator(number, f"probe {dataset.name}") for number in numbers]
+    tasks = [_task(dataset, kept, number, stream) for number, stream in zip(numbers, streams, strict=True)]
+    right: _Correct = {}
+    if on_all:
+        right["all"] = [all_feature_correct(features, *pair) for pair in zip(tasks, streams, strict=True)]
+    right |= k_sparse_correct(features, tasks, ks, on_fit)
+    return dict.fromkeys(right, tasks), right
 
 
 def _task(dataset: ProbeDataset, kept: Bool[Tensor, " text"], number: int, random: torch.Generator) -> ProbeTask:

@@ -56,9 +56,7 @@ def write_order_tasks(
     if finished(folder, made_from):
         say(f"{folder} was written with the same settings and is unchanged.")
         return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        reason = "was written with other settings" if (folder / MANIFEST).is_file() else "has other contents"
-        raise BadSetting(f"{folder} {reason}: name a new folder, or remove this one")
+    _check_empty(folder)
     tasks = []
     for name in ORDER_TASKS:
         task = find_groups(name, tokenizer, n_positions, n_train_groups, n_test_groups, seed=seed)
@@ -76,6 +74,12 @@ def write_order_tasks(
             (draft / f"{task.name}.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf8")
         (draft / "README.md").write_text(_readme(tasks, made_from), encoding="utf8")
     say(f"Written: {folder}, described in {folder / 'README.md'}")
+
+
+def _check_empty(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        reason = "was written with other settings" if (folder / MANIFEST).is_file() else "has other contents"
+        raise BadSetting(f"{folder} {reason}: name a new folder, or remove this one")
 
 
 def _questions() -> list[str]:

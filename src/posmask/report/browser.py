@@ -16,10 +16,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 
 from posmask.report.reading import CellFolder
+from posmask.storage.layout import LATENT_WORDS_FILE, LATENTS_FILE, OPENNESS_FILE, WEIGHTS_FILE
 
 __all__ = ["Browser", "browser", "pack", "shown_word"]
 
-_FILE, _WORDS, _WEIGHTS = "latents.safetensors", "latents.json", "sae.safetensors"
 _N_NEAREST = 8  # nearest neighbors per latent
 _TWIN = 0.7  # cosine of decoder rows above which latents are counted as duplicates
 _LONGEST_WORD = 40
@@ -76,10 +76,10 @@ def browser(
     """
     loaded = []
     for cell in shown:
-        if (cell.path / _FILE).is_file():
+        if (cell.path / LATENTS_FILE).is_file():
             facts = _read_facts(cell, n_kept, warnings)
             loaded += [facts] if facts is not None else []
-    without = [cell.cell for cell in shown if not (cell.path / _FILE).is_file()]
+    without = [cell.cell for cell in shown if not (cell.path / LATENTS_FILE).is_file()]
     if without:
         warnings.append(
             f"{len(without)} cells have no data for the latent browser ({', '.join(without[:4])}"
@@ -123,9 +123,9 @@ class _Facts:
 
 def _read_facts(cell: CellFolder, n_kept: int | None, warnings: list[str]) -> _Facts | None:
     try:
-        arrays = load_file(cell.path / _FILE)
-        about = json.loads((cell.path / _WORDS).read_text(encoding="utf8"))
-        openness = load_file(cell.path / "openness.safetensors")["openness"]
+        arrays = load_file(cell.path / LATENTS_FILE)
+        about = json.loads((cell.path / LATENT_WORDS_FILE).read_text(encoding="utf8"))
+        openness = load_file(cell.path / OPENNESS_FILE)["openness"]
         header = {
             "cell": cell.cell,
             "seed": cell.seed,
@@ -309,7 +309,7 @@ def _nearest_own(rows: np.ndarray, kept: np.ndarray, decoder: np.ndarray) -> dic
 def _decoder(cell: CellFolder, warnings: list[str]) -> np.ndarray | None:
     """Decoder with rows of length 1 [latent d_model]; None if it cannot be read."""
     try:
-        with safe_open(cell.path / _WEIGHTS, framework="numpy") as file:
+        with safe_open(cell.path / WEIGHTS_FILE, framework="numpy") as file:
             decoder = file.get_tensor("decoder").astype(np.float32)
     except (OSError, KeyError, SafetensorError) as error:
         warnings.append(f"The weights of {cell.label} cannot be read ({str(error)[:120]}).")

@@ -9,8 +9,10 @@ from typing import Any, TypeVar
 from posmask.errors import DamagedFolder
 from posmask.results.comparisons import Verdict, read_verdicts
 from posmask.results.rows import Row, Units, parse_slice, read_rows, read_units
+from posmask.storage import layout
+from posmask.storage.layout import STUDY_FILE
 from posmask.storage.manifest import identity, read_manifest
-from posmask.storage.record import STUDY_FILE, StudyRecord, read_record
+from posmask.storage.record import StudyRecord, read_record
 
 __all__ = ["MODEL_CELL", "CellFolder", "Numbers", "Study", "read_studies"]
 
@@ -76,7 +78,7 @@ class Study:
         """Return the units of measures by cell and seed, without the cells that have no units."""
         units: dict[str, dict[int, dict[str, Units]]] = {}
         for cell in self.cells:
-            path = cell.path / "units.safetensors"
+            path = cell.path / layout.UNITS_FILE
             if path.is_file():
                 units.setdefault(cell.cell, {})[cell.seed] = read_units(path)
         return units
@@ -145,7 +147,7 @@ def _renamed(study: Study, name: str) -> Study:
 
 
 def _read_study(root: Path) -> Study:
-    results, folder = root / "results.csv", root / "cells"
+    results, folder = root / layout.RESULTS_FILE, layout.cells_folder(root)
     if not results.is_file() and (root / "results.csv.zst").is_file():
         results = root / "results.csv.zst"
     if not results.is_file() and not folder.is_dir():
@@ -157,20 +159,20 @@ def _read_study(root: Path) -> Study:
     cells = _cells(root, record, warnings)
     rows = _tolerant(read_rows, results, warnings)
     if rows is None:
-        rows = [row for cell in cells for row in _tolerant(read_rows, cell.path / "rows.csv", warnings) or []]
+        rows = [row for cell in cells for row in _tolerant(read_rows, cell.path / layout.ROWS_FILE, warnings) or []]
         rows = [*_baseline_rows(root, record, warnings), *rows]
         warnings.append(f"The numbers are those of the {len(cells)} finished cells; `posmask run` writes results.csv.")
     if record is not None:
-        rows = [row for row in rows if row.mask == "none" or f"{row.cell}-seed{row.seed}" in record.folders]
+        rows = [row for row in rows if row.mask == "none" or layout.cell_label(row.cell, row.seed) in record.folders]
     readable = {(cell.cell, cell.seed) for cell in cells}
     missing = {(row.cell, row.seed) for row in rows if row.mask != "none"} - readable
     if missing and cells:
-        names = _first_few([f"{cell}-seed{seed}" for cell, seed in sorted(missing)])
+        names = _first_few([layout.cell_label(cell, seed) for cell, seed in sorted(missing)])
         warnings.append(f"In the tables only, because the folder is missing or unreadable: {names}.")
     known = {row.cell for row in rows}
     verdicts = [
         verdict
-        for verdict in _tolerant(read_verdicts, root / "verdicts.csv", warnings) or []
+        for verdict in _tolerant(read_verdicts, root / layout.VERDICTS_FILE, warnings) or []
         if {label.partition(" + ")[0] for label in (verdict.label, verdict.against)} <= known
     ]
     n_nan = sum(math.isnan(row.value) for row in rows if "position" not in parse_slice(row.slice))
@@ -202,7 +204,7 @@ def _record(root: Path, warnings: list[str]) -> StudyRecord | None:
 
 def _cells(root: Path, record: StudyRecord | None, warnings: list[str]) -> list[CellFolder]:
     """The finished cells of the study; other folders in `root/cells` are named in warnings."""
-    folder = root / "cells"
+    folder = layout.cells_folder(root)
     cells: list[CellFolder] = []
     not_listed, other_settings = [], []
     for path in sorted(path for path in folder.glob("*") if path.is_dir()) if folder.is_dir() else []:
@@ -211,13 +213,13 @@ def _cells(root: Path, record: StudyRecord | None, warnings: list[str]) -> list[
         if record is not None and path.name not in record.folders:
             not_listed.append(path.name)
             continue
-        name, _, seed = path.name.rpartition("-seed")
         try:
+            name, seed = layout.parse_cell_label(path.name)
             manifest = read_manifest(path, verify=True)
             if record is not None and manifest["identity"] != record.folders[path.name]:
                 other_settings.append(path.name)
             else:
-                cells.append(CellFolder(name, int(seed), path, manifest))
+                cells.append(CellFolder(name, seed, path, manifest))
         except (DamagedFolder, ValueError, OSError) as error:
             reason = str(error).replace(f"{root}/", "")  # Pages are shared, so they have no paths of this machine.
             warnings.append(f"Cell {path.name} is left out of figures and latents: {reason}.")
@@ -245,7 +247,7 @@ def _first_few(names: Sequence[str]) -> str:
 
 def _baseline_rows(root: Path, record: StudyRecord | None, warnings: list[str]) -> list[Row]:
     """Rows of the model itself, if results.csv is missing."""
-    folder = root / "baselines"
+    folder = layout.cell_folder(root, layout.BASELINES)
     if not folder.is_dir():
         return []
     try:
@@ -253,10 +255,10 @@ def _baseline_rows(root: Path, record: StudyRecord | None, warnings: list[str]) 
     except DamagedFolder as error:
         warnings.append(f"The baselines are left out: {str(error).replace(f'{root}/', '')}.")
         return []
-    if record is not None and manifest["identity"] != record.folders.get("baselines"):
+    if record is not None and manifest["identity"] != record.folders.get(layout.BASELINES):
         warnings.append("Excluded, made from other settings than the study has now: baselines.")
         return []
-    return _tolerant(read_rows, folder / "rows.csv", warnings) or []
+    return _tolerant(read_rows, folder / layout.ROWS_FILE, warnings) or []
 
 
 def _tolerant(read: Callable[[Path], Read], path: Path, warnings: list[str]) -> Read | None:

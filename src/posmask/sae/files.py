@@ -14,13 +14,10 @@ from posmask.masks import MASKS, make_mask, mask_settings
 from posmask.masks.base import PositionMask
 from posmask.sae.autoencoder import SparseAutoencoder, check_sizes, check_table
 from posmask.sae.rules import rule_settings
+from posmask.storage.layout import OPENNESS_FILE, SAE_FILE, WEIGHTS_FILE
 from posmask.storage.manifest import MANIFEST, check_file, read_manifest
 
 __all__ = ["flaw_of", "read_origin", "read_sae", "write_sae"]
-
-WEIGHTS_FILE = "sae.safetensors"
-SETTINGS_FILE = "sae.json"
-OPENNESS_FILE = "openness.safetensors"
 
 
 def write_sae(sae: SparseAutoencoder, folder: Path, origin: Mapping[str, Any] | None = None) -> None:
@@ -36,7 +33,7 @@ def write_sae(sae: SparseAutoencoder, folder: Path, origin: Mapping[str, Any] | 
     """
     if (folder / MANIFEST).exists():
         raise BadSetting(f"{folder} is finished, because it has a {MANIFEST}: choose another folder")
-    marks = {WEIGHTS_FILE: b'"encoder":', OPENNESS_FILE: b'"openness":', SETTINGS_FILE: b'"d_sae":'}
+    marks = {WEIGHTS_FILE: b'"encoder":', OPENNESS_FILE: b'"openness":', SAE_FILE: b'"d_sae":'}
     for name, mark in marks.items():
         check_file(folder / name, mark)
     folder.mkdir(parents=True, exist_ok=True)
@@ -51,7 +48,7 @@ def write_sae(sae: SparseAutoencoder, folder: Path, origin: Mapping[str, Any] | 
         "mask": sae.mask.settings.model_dump(),
         "origin": dict(origin or {}),
     }
-    (folder / SETTINGS_FILE).write_text(json.dumps(description, indent=1), encoding="utf8")
+    (folder / SAE_FILE).write_text(json.dumps(description, indent=1), encoding="utf8")
 
 
 def read_sae(folder: Path, *, verify: bool = False) -> SparseAutoencoder:
@@ -69,7 +66,7 @@ def read_sae(folder: Path, *, verify: bool = False) -> SparseAutoencoder:
     if verify and (folder / MANIFEST).exists():
         read_manifest(folder, verify=True)
     try:
-        description = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf8"))
+        description = json.loads((folder / SAE_FILE).read_text(encoding="utf8"))
         tensors = load_file(folder / WEIGHTS_FILE)
         settings = mask_settings(description["mask"])
         _check_sizes(description, tensors, MASKS[settings.kind])
@@ -121,6 +118,6 @@ def read_origin(folder: Path) -> dict[str, Any]:
         DamagedFolder: the description is missing or unreadable.
     """
     try:
-        return dict(json.loads((folder / SETTINGS_FILE).read_text(encoding="utf8"))["origin"])
+        return dict(json.loads((folder / SAE_FILE).read_text(encoding="utf8"))["origin"])
     except (OSError, KeyError, ValueError, TypeError, RecursionError) as error:
-        raise DamagedFolder(f"{folder / SETTINGS_FILE} cannot be read ({error}): give the folder of an SAE") from error
+        raise DamagedFolder(f"{folder / SAE_FILE} cannot be read ({error}): give the folder of an SAE") from error

@@ -11,16 +11,20 @@ from pathlib import Path
 __all__ = [
     "BASELINES",
     "CURVE_FILE",
+    "LATENTS_FILE",
+    "LATENT_WORDS_FILE",
     "OPENNESS_FILE",
     "REPORT_FILE",
     "RESULTS_FILE",
     "ROWS_FILE",
     "SAEBENCH_FILE",
+    "SAE_FILE",
     "SETTINGS_FILE",
     "SNAPSHOTS_FILE",
     "STUDY_FILE",
     "UNITS_FILE",
     "VERDICTS_FILE",
+    "WEIGHTS_FILE",
     "activations_folder",
     "cell_folder",
     "cell_label",
@@ -46,7 +50,11 @@ SETTINGS_FILE = "settings.json"
 CURVE_FILE = "curve.csv"
 SNAPSHOTS_FILE = "snapshots.safetensors"
 SAEBENCH_FILE = "saebench.json"
+WEIGHTS_FILE = "sae.safetensors"
+SAE_FILE = "sae.json"
 OPENNESS_FILE = "openness.safetensors"
+LATENTS_FILE = "latents.safetensors"
+LATENT_WORDS_FILE = "latents.json"
 
 
 def cell_label(cell: str, seed: int) -> str:

@@ -22,6 +22,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from posmask.errors import BadSetting, DamagedFolder
+from posmask.storage import layout
 
 __all__ = [
     "FORMAT",
@@ -556,7 +557,7 @@ def damage_under(root: Path) -> tuple[int, list[str]]:
     n_folders, found = 0, []
     for manifest in sorted(root.rglob(MANIFEST)):
         within = manifest.relative_to(root).parts[:-1]
-        if within[:1] == ("stale",) or any(name.startswith(".") for name in within):
+        if within[:1] == (layout.stale_folder(root).name,) or any(name.startswith(".") for name in within):
             continue
         n_folders += 1
         try:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from posmask.errors import BadSetting, DamagedFolder
+from posmask.storage import layout
+from posmask.storage.layout import STUDY_FILE
 from posmask.storage.manifest import as_json, identity, read_manifest, replacing
 
 __all__ = [
     "RECORD_MARK",
-    "STUDY_FILE",
     "StudyRecord",
     "check_identity",
     "check_listed",
@@ -23,7 +24,6 @@ __all__ = [
     "write_record",
 ]
 
-STUDY_FILE = "study.json"
 RECORD_MARK = b'{\n "study": '
 """How the file begins."""
 
@@ -100,7 +100,7 @@ def misplaced(root: Path) -> list[str]:
         return []
     problems = []
     for label, expected in record.folders.items():
-        folder = root / label if label == "baselines" else root / "cells" / label
+        folder = layout.cell_folder(root, label)
         if not folder.exists():
             continue
         try:

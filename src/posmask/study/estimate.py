@@ -353,7 +353,7 @@ def plan(study: StudySettings, root: Path, rates: Rates | None = None, gpu: Mach
     outline = models.load_outline(settings.name, layer, settings.site, settings.sizes)
     outline.check_length(study.corpus.n_positions)
     (_, baselines), *states = cell_states(study, root)
-    left = Counter(label.rpartition("-seed")[0] for label, state in states if state != "finished")
+    left = Counter(layout.parse_cell_label(label)[0] for label, state in states if state != "finished")
     n_left = left.total() + (baselines != "finished")
     sets = _sets(study, root)
     missing = [one for one in sets if n_left and not one.finished]

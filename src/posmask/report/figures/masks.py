@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from posmask.report.figures.style import Figure, cell_color, inline_data
 from posmask.report.reading import CellFolder
-from posmask.storage.layout import SNAPSHOTS_FILE
+from posmask.storage.layout import OPENNESS_FILE, SNAPSHOTS_FILE
 
 __all__ = ["learned_masks", "mask_pictures", "read_openness", "snapshots"]
 
@@ -23,7 +23,7 @@ _SNAPSHOT_BINS = (24, 16)  # latents, positions
 def read_openness(cell: CellFolder, warnings: list[str]) -> np.ndarray | None:
     """Return the openness [position latent] of a cell's mask; None if it cannot be read."""
     try:
-        return load_file(cell.path / "openness.safetensors")["openness"]
+        return load_file(cell.path / OPENNESS_FILE)["openness"]
     except (OSError, KeyError, SafetensorError) as error:
         warnings.append(f"The mask of {cell.label} cannot be read ({str(error)[:120]}).")
         return None

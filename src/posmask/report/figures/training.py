@@ -8,6 +8,7 @@ import altair as alt
 
 from posmask.report.figures.style import Figure, cell_color, for_picked_cells, inline_data
 from posmask.report.reading import CellFolder
+from posmask.storage.layout import CURVE_FILE
 
 __all__ = ["read_curves", "training"]
 
@@ -17,7 +18,7 @@ def read_curves(pictured: Sequence[CellFolder], warnings: list[str]) -> list[dic
     values = []
     for cell in pictured:
         try:
-            with (cell.path / "curve.csv").open(encoding="utf8") as file:
+            with (cell.path / CURVE_FILE).open(encoding="utf8") as file:
                 for line in csv.DictReader(file):
                     values.append(
                         {
