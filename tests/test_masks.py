@@ -235,7 +235,7 @@ def test_lifting_matters_where_the_mask_closes_codes():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"kind": "hurd"}, "mask kind 'hurd' is unknown: choose one of open, slice"),
+        ({"kind": "hurd"}, r"mask kind 'hurd' is unknown: choose one of open, slice.* \(did you mean 'hard'\?\)"),
         ({"kind": "slice", "n_slices": 17}, "n_slices = 17 is more than the 16 positions"),
         ({"kind": "hard", "positions_per_latent": 20}, "20 is more than the 16 positions"),
         ({"kind": "cohort", "n_cohorts": 5, "positions_per_latent": 4}, "must be a multiple"),
