@@ -81,17 +81,20 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def cells(lines: list[Line]) -> str:
+    """Return the table of all cells."""
     rows = [[line.label, line.budget, str(line.n_seeds), *_numbers(line)] for line in lines]
     return _table(["cell", "budget", "seeds", *HEAD], rows)
 
 
 def log(lines: list[Line]) -> str:
+    """Return the table of the research log with the study's numbers."""
     by_label = {line.label: line for line in lines}
     rows = [[what, reported, cell, *_numbers(by_label[cell])] for what, reported, cell in LOG_ROWS]
     return _table(["row of the research log", "reported there", "cell", *HEAD], rows)
 
 
 def strictness(lines: list[Line]) -> str:
+    """Return the table of families of cells from strict to open."""
     by_label = {line.label: line for line in lines}
     rows = [
         [name, value, *_numbers(by_label[cell]), format_number(by_label[cell].overall["strictness"])]
@@ -157,6 +160,7 @@ def _mean(rows: list[Row]) -> float:
 
 
 def folders() -> list[Path]:
+    """Return the folders with results."""
     return sorted(path.parent for path in ROOT.glob("*/results.csv.zst"))
 
 

@@ -65,11 +65,11 @@ class Difference:
 def paired_difference(cell: Sequence[Sample], against: Sequence[Sample]) -> Difference:
     """Return the difference of two cells, positive if `cell` is higher.
 
+    With one seed the interval covers the sampling of units only.
+
     Args:
         cell: one sample per seed.
         against: samples of the other cell for the same seeds in the same order.
-
-    With one seed the interval covers the sampling of units only.
 
     Raises:
         DegenerateResult: the metric is NaN or infinite for the units or for a draw of them.
