@@ -196,7 +196,7 @@ def test_doctor_says_what_is_here(monkeypatch, tmp_path):
 def test_status_of_the_quick_study_needs_no_model(tmp_path):
     result = CliRunner().invoke(app, ["status", str(ROOT / "studies" / "quick.toml"), "--root", str(tmp_path)])
     assert result.exit_code == 0, result.output
-    assert "0 of 18 finished" in result.output
+    assert "0 of 17 finished" in result.output
     assert "\x1b" not in result.output
     assert max(map(len, result.output.splitlines()[:-1])) <= 80
     assert re.search(r"^slice-upcycled +seed 0", result.output, re.M)

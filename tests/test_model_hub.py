@@ -156,7 +156,7 @@ def test_the_card_has_the_cells_numbers_its_mask_and_how_to_load_it(server, tmp_
     assert "| explained_variance | 0.7512 | 0.74 to 0.76 |" in card
     assert "| train_tokens | 819,200 |  |" in card
     assert "| order accuracy, k = 5, mean pooling | 0.625 | |" in card
-    assert "Static slicing: contiguous latent block b is open exactly on contiguous position block b." in card
+    assert "Static slicing: the contiguous latent block b is open on the contiguous position block b only." in card
     assert 'from_pretrained("user/new", "one")' in card
     with pytest.raises(BadSetting, match=r"user/new holds 2 SAEs \(one, two\): name a folder"):
         hub.from_pretrained("user/new")

@@ -179,7 +179,7 @@ def stages(folder: Path) -> list[Stage]:
     torch.set_num_threads(1)
     put_toy_texts()
     data_harvest._TOKENS_PER_SHARD, data_harvest._TOKENS_PER_FORWARD = 512, 256
-    cell.CHECKPOINT_SECONDS = checkpoints._TIMES_ITS_COST = 0  # one after each step
+    cell.CHECKPOINT_SECONDS = checkpoints._COST_MULTIPLE = 0  # one after each step
     in_a_fork(lambda: write_tiny_model(folder / "model"))
     path = folder / "tiny.toml"
     path.write_text(STUDY.replace("MODEL", str(folder / "model")), encoding="utf8")
