@@ -234,7 +234,7 @@ def test_only_a_folder_of_the_same_purpose_and_with_nothing_added_is_replaced(fo
     with write_folder(folder, {**MADE_FROM, "layer": 19}) as draft:
         (draft / "new").touch()
     assert {file.name for file in folder.iterdir()} == {"new", "manifest.json"}
-    with pytest.raises(BadSetting, match=r"holds other results of posmask's \(made from layer, seed\)"):
+    with pytest.raises(BadSetting, match=r"holds other results of posmask \(made from layer, seed\)"):
         check_folder(folder, {"what": "report"})
     (folder / "link").symlink_to(folder / "new")
     with pytest.raises(BadSetting, match="holds link, which posmask did not write"):

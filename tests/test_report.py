@@ -694,7 +694,7 @@ def test_the_folder_with_all_latents_replaces_only_an_earlier_one(study, tmp_pat
         (tmp_path / "linked").symlink_to(site)
         with pytest.raises(BadSetting, match="linked is a symbolic link"):
             write_report_folder(study, out=tmp_path / "linked")
-        with pytest.raises(BadSetting, match="holds other results of posmask's"):
+        with pytest.raises(BadSetting, match="holds other results of posmask"):
             write_report_folder(study, out=study / "cells" / "open-seed0")
     assert _files(site) == before
     result = CliRunner().invoke(app, ["report", str(study), "--all", "--out", str(site)])

@@ -283,7 +283,7 @@ def test_files_of_a_users_folder_are_refused_before_work_and_kept(study_file, tm
     file.write_text("date,weight\n2024-01-01,12.5\n")
     if kind == "a link":
         (root / name).symlink_to(file)
-    message = f"project/{name} is a .*, which posmask did not write and does not replace: choose another place, or move"
+    message = f"project/{name} is a .*, which posmask did not write and does not replace: choose another path, or move"
     with pytest.raises(BadSetting, match=message):
         run(study_file, root)
     assert file.read_text() == "date,weight\n2024-01-01,12.5\n"

@@ -88,7 +88,7 @@ def test_vectors_never_replace_what_posmask_did_not_write_as_vectors(model_folde
     fill(folder)
     before = snapshot(folder)
     monkeypatch.setattr(models, "load_model", lambda *given, **options: pytest.fail("the model was loaded"))
-    with pytest.raises(BadSetting, match=r"runs holds .*: choose another place, or move it away"):
+    with pytest.raises(BadSetting, match=r"runs holds .*: choose another path, or move it away"):
         posmask.read_vectors(
             make_texts(40), str(model_folder), 2, folder, n_positions=16, n_tokens=500, precision="float32"
         )

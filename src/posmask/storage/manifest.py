@@ -1,7 +1,7 @@
-"""A finished folder: written beside its place, checksummed, manifest last, then moved in one rename.
+"""Finished folders: written under a temporary name, checksummed, completed by a manifest, then renamed.
 
-Every stage writes its output this way and finds it by the identity of what made it, so no stage has caching or
-resume logic of its own: a folder is either finished and trusted, or it is not there.
+Every stage writes its output in this way and finds it by its identity, the hash of everything that decides its content.
+So no stage has its own caching or resume logic: a folder is either finished and trusted, or it does not exist.
 
 Every removal and replacement in the package goes through this module. It touches only what posmask wrote: finished
 folders whose files their manifest lists, drafts by their names, single files by a mark in them. Anything else in the
@@ -67,7 +67,7 @@ PAGE_MARKS = (
 """One of them is at the beginning of a page that posmask wrote."""
 _PARTS = "parts.json"
 _MARKED_BYTES = 4096
-_REMEDY = "`posmask run` makes anew what is lost"
+_REMEDY = "`posmask run` recomputes it"
 
 
 def identity(made_from: Mapping[str, Any]) -> str:
@@ -81,7 +81,7 @@ def identity(made_from: Mapping[str, Any]) -> str:
 
 
 def as_json(values: Mapping[str, Any]) -> str:
-    """As a person reads it: indented, keys in the order given."""
+    """JSON text for people: indented, keys in the given order."""
     return json.dumps(values, indent=1, allow_nan=False) + "\n"
 
 
@@ -138,13 +138,13 @@ def scratch_file(path: Path) -> Iterator[Path]:
 
 
 def move_file(source: Path, path: Path) -> None:
-    """Move a file from `scratch_file` to its place in a folder of posmask's own."""
+    """Move a file from `scratch_file` to its path in a folder that posmask wrote."""
     check_file(path)
     source.replace(path)
 
 
 class Parts:
-    """A folder in the making whose files are kept, each as soon as it is whole, whatever happens afterwards."""
+    """An unfinished folder whose files are kept, each as soon as it is complete."""
 
     def __init__(self, draft: Path, made_from: Mapping[str, Any]) -> None:
         self._draft = draft
@@ -169,7 +169,7 @@ class Parts:
         return name in self.files
 
     def add(self, name: str, write: Callable[[Path], None]) -> None:
-        """Let `write` make the file, and keep it."""
+        """Let `write` write the file, and record it."""
         _make_folder(self._draft)
         file = self._draft / name
         try:
@@ -184,7 +184,7 @@ class Parts:
 
 @contextmanager
 def write_in_parts(path: Path, made_from: Mapping[str, Any], **facts: Any) -> Iterator[Parts]:
-    """Like `write_folder`, for long work: what was added before a stop is there again when the same work begins anew.
+    """Like `write_folder`, for long work: parts that were added before an interruption are reused.
 
     Only one process at a time may do so for a `path`: see `claim`.
 
@@ -201,7 +201,7 @@ def write_in_parts(path: Path, made_from: Mapping[str, Any], **facts: Any) -> It
 
 
 def check_folder(path: Path, made_from: Collection[str]) -> None:
-    """Refuse a place for a folder unless nothing is lost there: it is free, empty, or written by posmask for the same.
+    """Refuse a path for a folder unless it is free, empty, or a folder that posmask wrote for the same purpose.
 
     Args:
         made_from: what decides the new folder's content, by name; a folder with other names serves another purpose.
@@ -222,13 +222,13 @@ def check_folder(path: Path, made_from: Collection[str]) -> None:
     manifest = _own_manifest(path)
     if manifest is not None and set(manifest["made_from"]) != set(made_from):
         raise BadSetting(
-            f"{path} holds other results of posmask's (made from {', '.join(manifest['made_from'])}): choose another "
-            "place, or move it away"
+            f"{path} holds other results of posmask (made from {', '.join(manifest['made_from'])}): choose another "
+            "path, or move it away"
         )
 
 
 def check_aside(path: Path) -> None:
-    """Refuse to move away what is not a finished folder, or one that was.
+    """Refuse to move a folder that is not a finished one, or was not.
 
     Raises:
         BadSetting: it has no manifest, or is no folder at all.
@@ -242,18 +242,16 @@ def check_aside(path: Path) -> None:
 
 
 def refusal(what: str) -> BadSetting:
-    """The error for something in the way.
+    """The error for a file or folder in the way.
 
     Args:
         what: a clause that names it, such as "x/y is a symbolic link".
     """
-    return BadSetting(
-        f"{what}, which posmask did not write and does not replace: choose another place, or move it away"
-    )
+    return BadSetting(f"{what}, which posmask did not write and does not replace: choose another path, or move it away")
 
 
 def _own_manifest(path: Path) -> dict[str, Any] | None:
-    """A folder's manifest if it has the form of posmask's, whether or not it is what was written."""
+    """A folder's manifest if it has the form of a posmask manifest, with or without a valid checksum."""
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
         if isinstance(manifest["identity"], str) and all(
@@ -266,7 +264,7 @@ def _own_manifest(path: Path) -> dict[str, Any] | None:
 
 
 def foreign_in(path: Path, known: Collection[str] = ()) -> str | None:
-    """The first thing in a folder that posmask did not write, by its name there; None where there is none.
+    """The name of the first file in a folder that posmask did not write, or None.
 
     Args:
         known: files that are posmask's whatever the manifest says.
@@ -283,7 +281,7 @@ def foreign_in(path: Path, known: Collection[str] = ()) -> str | None:
 
 
 def remove(path: Path, *known: str) -> bool:
-    """Remove a folder that posmask wrote so that it is never seen as one that lacks files.
+    """Remove a folder that posmask wrote, manifest first, so that it never appears as an incomplete finished folder.
 
     Args:
         known: names of its files, where the manifest may be gone already because an earlier removal was stopped.
@@ -300,7 +298,7 @@ def remove(path: Path, *known: str) -> bool:
 
 
 def take_apart(path: Path, *known: str) -> None:
-    """Make a damaged folder one in the making again, so that `write_in_parts` makes only those files that are lost.
+    """Turn a damaged folder into an unfinished one, so that `write_in_parts` recomputes only the damaged files.
 
     Args:
         known: names of its files, where the manifest may be damaged.
@@ -319,7 +317,7 @@ def take_apart(path: Path, *known: str) -> None:
 
 
 def _delete(path: Path) -> None:
-    """Remove a draft: a file, a folder with all that is in it, or a link but not what it points to."""
+    """Remove a draft: a file, a folder with its content, or a link but not its target."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -331,12 +329,12 @@ def _draft_of(path: Path) -> Path:
 
 
 def _clear(path: Path) -> None:
-    """Remove drafts of `path` that were left behind by processes that are no more."""
+    """Remove drafts of `path` that processes left behind when they ended."""
     _clear_all(path.parent.glob(f".{glob.escape(path.name)}.draft-*"))
 
 
 def clear_drafts(folder: Path) -> None:
-    """Remove all drafts in a folder that were left behind by processes that are no more."""
+    """Remove all drafts in a folder that processes left behind when they ended."""
     _clear_all(folder.glob(".*.draft-*"))
 
 
@@ -352,7 +350,7 @@ def _parts_of(path: Path) -> Path:
 
 
 def check_file(path: Path, *marks: bytes) -> None:
-    """Refuse a place for a file unless nothing is there, or a file that posmask wrote.
+    """Refuse a path for a file unless it is free or a file that posmask wrote.
 
     Args:
         marks: a file that posmask wrote holds one of them in its first or last 4,096 bytes; none are needed in a folder
@@ -371,7 +369,7 @@ def check_file(path: Path, *marks: bytes) -> None:
 
 
 def _ends(path: Path) -> bytes:
-    """A file's first and last bytes; none where another process has removed it meanwhile."""
+    """The first and last bytes of a file; empty if another process has removed it in the meantime."""
     try:
         with path.open("rb") as file:
             begin = file.read(_MARKED_BYTES)
@@ -382,7 +380,7 @@ def _ends(path: Path) -> bytes:
 
 
 def remove_file(path: Path, *marks: bytes) -> None:
-    """Remove a file that posmask wrote, if it is there.
+    """Remove a file that posmask wrote, if it exists.
 
     Raises:
         BadSetting: as `check_file`.
@@ -393,7 +391,7 @@ def remove_file(path: Path, *marks: bytes) -> None:
 
 @contextmanager
 def replacing(path: Path, *marks: bytes) -> Iterator[Path]:
-    """Yield the name of a file to write beside `path`; it takes that place whole, and is on the disk by then.
+    """Yield a temporary file name beside `path`; the file is synced to disk and renamed to `path` at the end.
 
     Raises:
         BadSetting: as `check_file`, before anything is written.
@@ -411,7 +409,7 @@ def replacing(path: Path, *marks: bytes) -> Iterator[Path]:
 
 
 def file_entry(file: Path) -> dict[str, Any]:
-    """What a manifest says of a file, which is on the disk by then."""
+    """The entry of a file in a manifest: size and checksum. The file is synced to disk first."""
     _sync(file)
     return {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
 
@@ -436,7 +434,7 @@ def sealed_manifest(made_from: Mapping[str, Any], facts: Mapping[str, Any], file
     """The text of a finished folder's manifest, with a checksum of its own.
 
     Args:
-        files: what `file_entry` says of each.
+        files: the result of `file_entry` for each file.
     """
     manifest = {"identity": identity(made_from), "made_from": made_from, **facts, "files": files}
     return as_json({**manifest, _SEAL: _seal(manifest)})
@@ -447,7 +445,7 @@ def _seal(manifest: Mapping[str, Any]) -> str:
 
 
 def _make_folder(path: Path) -> None:
-    """Make a folder and those above it, whose names are on the disk by then."""
+    """Make a folder and its parents, and sync their names to disk."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
@@ -464,7 +462,7 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def claim(path: Path, *, wait: bool) -> Iterator[bool]:
-    """Hold the right to make a folder, so that of several processes only one does. Ends with the process, too.
+    """Hold the lock to make a folder, so that only one of several processes does. Released when the process ends.
 
     Yields:
         Whether this process holds it; always so with `wait`, which waits for the others.
@@ -494,7 +492,7 @@ def _is_running(process: int) -> bool:
 
 
 def finished(path: Path, made_from: Mapping[str, Any]) -> bool:
-    """Whether `path` is a finished folder made from exactly this."""
+    """Whether `path` is a finished folder with the identity of `made_from`."""
     return (path / MANIFEST).is_file() and read_manifest(path)["identity"] == identity(made_from)
 
 
@@ -505,7 +503,7 @@ def read_manifest(path: Path, *, verify: bool = False) -> dict[str, Any]:
         verify: also compare every file's size and checksum with it.
 
     Raises:
-        DamagedFolder: no or unreadable manifest, or files that differ from what was written, all of them named.
+        DamagedFolder: no or unreadable manifest, or files that differ from their checksums, which are all named.
     """
     try:
         text = (path / MANIFEST).read_text(encoding="utf8")
@@ -522,7 +520,7 @@ def read_manifest(path: Path, *, verify: bool = False) -> dict[str, Any]:
 
 
 def manifest_of(text: str, where: Path | str) -> dict[str, Any]:
-    """What `sealed_manifest` made the text from.
+    """Parse the text of a manifest and check its own checksum.
 
     Args:
         where: it was read, for the message.
@@ -547,13 +545,13 @@ def manifest_of(text: str, where: Path | str) -> dict[str, Any]:
 
 
 def _stays_within(name: str) -> bool:
-    """Whether a file's name in a manifest is a relative path downwards, on any system."""
+    """Whether a file's name in a manifest is a relative path that stays in the folder, on any system."""
     path = PurePosixPath(name)
     return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and not {"\\", "\0"} & set(name)
 
 
 def damage_under(root: Path) -> tuple[int, list[str]]:
-    """How many finished folders lie under `root`, those set aside left out, and what is wrong with any of them."""
+    """The number of finished folders under `root`, without stale ones, and the problems that were found."""
     n_folders, found = 0, []
     for manifest in sorted(root.rglob(MANIFEST)):
         within = manifest.relative_to(root).parts[:-1]
@@ -568,7 +566,7 @@ def damage_under(root: Path) -> tuple[int, list[str]]:
 
 
 def _damage(folder: Path, name: str, entry: Any) -> str | None:
-    """What is wrong with a file that a manifest lists; None where nothing is."""
+    """The problem of a file that a manifest lists, or None."""
     file = folder / name
     if not file.resolve().is_relative_to(folder.resolve()):
         return f"{file} lies outside the folder"
@@ -583,7 +581,7 @@ def _damage(folder: Path, name: str, entry: Any) -> str | None:
 
 
 def set_aside(path: Path, aside: Path) -> Path:
-    """Move a folder under `aside`, where it is kept but never read again; returns its new place.
+    """Move a folder under `aside`, where it is kept but never read again; return its new path.
 
     Raises:
         BadSetting: as `check_aside`.
