@@ -25,14 +25,14 @@ __all__ = [
 ]
 
 RECORD_MARK = b'{\n "study": '
-"""How the file begins."""
+"""The first bytes of the file, by which posmask recognizes its own."""
 
 
 @dataclass(frozen=True)
 class StudyRecord:
     """What a run folder holds.
 
-    `baseline` is the cell that all others are compared with, None where the study has none. `folders` maps the label
+    `baseline` is the cell that all others are compared with, or None. `folders` maps the label
     of each folder (`baselines`, `CELL-seedN`) to the identity that it must have.
     """
 

@@ -1,7 +1,7 @@
-"""A study on a Ray cluster: shards of vectors, trainings and evaluations are tasks, which Ray gives to its nodes.
+"""Engine for a Ray cluster: shards of vectors, trainings and evaluations are tasks that Ray distributes over its nodes.
 
-Every node must see the study's folder and files under the same paths. A task whose worker or node is lost is given to
-another, which goes on from the shards and checkpoints in the study's folder.
+Every node must see the run folder and the study's files under the same paths. If a worker or node is lost, its task is
+repeated on another one, which resumes from the shards and checkpoints in the run folder.
 """
 
 import logging
@@ -31,20 +31,20 @@ from posmask.study.settings import StudySettings
 __all__ = ["Cluster", "connected"]
 
 _RETRIES = 5
-"""How often a task is given to another worker when its own is lost."""
+"""How often a task is repeated on another worker after its own is lost."""
 _LOOK_SECONDS = 1.0
 Stage = Literal["train", "evaluate"]
 
 
 @contextmanager
 def connected(study: StudySettings, n_jobs: int) -> Iterator["Cluster"]:
-    """The cluster that RAY_ADDRESS names or this machine belongs to, else one of this machine alone.
+    """Connect to the cluster of RAY_ADDRESS or of this machine, or start one on this machine.
 
     Args:
-        n_jobs: how many tasks at a time. They share the processors, and on a GPU each has one of its own.
+        n_jobs: number of simultaneous tasks. They share the CPUs; on GPUs each task has its own.
 
     Raises:
-        MissingExtra: without Ray.
+        MissingExtra: Ray is not installed.
         BadSetting: the cluster cannot be reached, or has no GPU for a study that asks for one.
     """
     try:
