@@ -28,8 +28,8 @@ from posmask.kernels import runtime
 from posmask.masks.base import PositionMask
 from posmask.progress import duration
 from posmask.study import estimate
-from posmask.study.cell import make_sae
 from posmask.study.estimate import DISK_RATE, Machine
+from posmask.study.saes import make_sae
 from posmask.study.settings import StudySettings
 from posmask.study.study_file import read_study
 from posmask.training import distributed

@@ -21,8 +21,8 @@ from posmask.results.rows import Measure
 from posmask.sae import rules
 from posmask.sae.autoencoder import SparseAutoencoder
 from posmask.storage.manifest import check_folder
-from posmask.study.harvests import Source
 from posmask.study.settings import ModelSettings
+from posmask.study.source import Source
 from posmask.training import loop
 from posmask.training.settings import TrainingSettings
 

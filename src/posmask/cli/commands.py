@@ -197,12 +197,12 @@ def train_distributed(
 def status(study_file: StudyFile, root: Root = None, changes: Changes = None, as_json: Json = False) -> None:
     """List the cells of a study that are finished, missing, damaged, or made from other settings."""
     from posmask.cli.printing import console, status_table
-    from posmask.study import run
     from posmask.study.study_file import read_study
+    from posmask.study.targets import cell_states
 
     settings = read_study(study_file, changes or ())
     root = root or Path("runs") / settings.name
-    states = run.cell_states(settings, root)
+    states = cell_states(settings, root)
     n_finished = sum(state == "finished" for _, state in states)
     if as_json:
         cells = [{"label": label, "state": state} for label, state in states]

@@ -16,7 +16,7 @@ from posmask.storage import layout
 
 if TYPE_CHECKING:
     from posmask.study import estimate
-    from posmask.study.cell import CellState
+    from posmask.study.targets import CellState
 
 __all__ = [
     "console",

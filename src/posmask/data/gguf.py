@@ -6,11 +6,10 @@ import struct
 from pathlib import Path
 
 import torch
-import transformers
 from gguf import GGUFReader
 
 from posmask.data import embedded
-from posmask.data.pretrained import load_complete, quiet_transformers
+from posmask.data.pretrained import import_transformers, load_complete
 from posmask.errors import BadSetting, MissingAsset
 from posmask.progress import announce
 from posmask.storage.manifest import file_sha256, finished, identity, write_folder
@@ -43,7 +42,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
         MissingAsset: the file is damaged.
         BadSetting: it is one part of a split file, or lacks weights.
     """
-    quiet_transformers()
+    transformers = import_transformers()
     try:
         _check_not_split(gguf)
         with contextlib.redirect_stderr(io.StringIO()):  # the only way to hide the progress bar of this conversion

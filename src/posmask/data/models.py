@@ -9,13 +9,12 @@ from typing import Any
 
 import huggingface_hub
 import torch
-import transformers
 from huggingface_hub import errors as hub_errors
 from safetensors import SafetensorError
 
 from posmask.data import embedded
 from posmask.data.gguf import convert_gguf, converted_folder
-from posmask.data.pretrained import first_line, load_complete, quiet_transformers
+from posmask.data.pretrained import first_line, import_transformers, load_complete
 from posmask.data.sites import LanguageModel, Site
 from posmask.errors import BadSetting, DamagedFolder
 from posmask.kernels.runtime import Precision
@@ -191,7 +190,7 @@ def load_outline(
     Raises:
         BadSetting: config.json is not on this machine, or the layer does not exist.
     """
-    quiet_transformers()
+    transformers = import_transformers()
     try:
         if name == EMBEDDED_MODEL:
             config = transformers.LlamaConfig(**_EMBEDDED_SHAPE)
@@ -224,7 +223,7 @@ def load_tokenizer(name: str) -> Any:
         BadSetting: the model does not exist.
     """
     with _loading(name) as source:
-        return transformers.AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
+        return import_transformers().AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
 
 
 def weights_identity(name: str) -> str:
@@ -246,13 +245,12 @@ def weights_identity(name: str) -> str:
 
 
 def _config(**options: Any) -> Any:
-    return transformers.AutoConfig.from_pretrained(trust_remote_code=False, **options)
+    return import_transformers().AutoConfig.from_pretrained(trust_remote_code=False, **options)
 
 
 @contextlib.contextmanager
 def _loading(name: str, *, local_only: bool = False) -> Iterator[dict[str, str]]:
     """Yield `_source(name)`; errors of transformers and the hub become one sentence."""
-    quiet_transformers()
     try:
         yield _source(name, local_only=local_only)
     except (OSError, ValueError, SafetensorError) as error:

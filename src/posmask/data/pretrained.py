@@ -4,13 +4,10 @@ import os
 from collections.abc import Collection, Mapping
 from typing import Any
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-import transformers
-
 from posmask.errors import BadSetting
 from posmask.progress import announce
 
-__all__ = ["first_line", "load_complete", "quiet_transformers"]
+__all__ = ["first_line", "import_transformers", "load_complete"]
 
 
 def load_complete(description: str, **options: Any) -> Any:
@@ -24,7 +21,7 @@ def load_complete(description: str, **options: Any) -> Any:
         BadSetting: the files lack weights or have them in other shapes; transformers fills these with random numbers.
     """
     try:
-        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        loaded: Any = import_transformers().AutoModelForCausalLM.from_pretrained(
             **options, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except RuntimeError as error:
@@ -76,7 +73,11 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-def quiet_transformers() -> None:
-    """Switch off the progress bars and warnings of transformers."""
+def import_transformers() -> Any:
+    """Import transformers, which takes a second, and switch off its progress bars and warnings."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    import transformers
+
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    return transformers

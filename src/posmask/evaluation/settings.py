@@ -2,8 +2,11 @@
 
 from typing import Annotated
 
+from jaxtyping import Int
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
 
+from posmask.data import tokens
 from posmask.probing import datasets
 from posmask.probing.order_tasks import ORDER_TASKS
 
@@ -46,6 +49,14 @@ class EvaluationSettings(BaseModel):
     """`saebench` reproduces two choices of sae-bench that make numbers optimistic or noisy; see docs/metrics.md."""
     ks: tuple[Annotated[int, Field(gt=0)], ...] = Field(default=(1, 5, 20, 50), min_length=1)
     """Numbers of latents that probes use."""
+
+    def segment_poolings(self, n_positions: int) -> dict[str, Int[Tensor, " position"]]:
+        """The segment of each position in the segment-pooling baselines, by name such as `segments8` or `growing7`."""
+        growing = tokens.growing_segments(n_positions)
+        return {
+            f"segments{self.order_segments}": tokens.equal_segments(n_positions, self.order_segments),
+            f"growing{int(growing.max()) + 1}": growing,
+        }
 
     @model_validator(mode="after")
     def _enough_to_measure(self) -> "EvaluationSettings":

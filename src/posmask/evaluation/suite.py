@@ -39,7 +39,7 @@ from posmask.sae.warm_start import without_mask
 from posmask.training import loop
 from posmask.training.settings import TrainingSettings
 
-__all__ = ["EvaluationData", "baselines", "evaluate", "forgetting", "growing_name"]
+__all__ = ["EvaluationData", "baselines", "evaluate", "forgetting"]
 
 
 @dataclass
@@ -189,11 +189,7 @@ def _order(
         n_texts = activations.n_texts
         poolings = _poolings(sae, n_texts)
         if sae.mask.settings.kind == "open":
-            n_segments = data.settings.order_segments
-            for name, segments in (
-                (f"segments{n_segments}", tokens.equal_segments(data.n_positions, n_segments)),
-                (growing_name(data.n_positions), tokens.growing_segments(data.n_positions)),
-            ):
+            for name, segments in data.settings.segment_poolings(data.n_positions).items():
                 poolings[name] = Pooling(n_texts, sae.d_sae, segment_of_position=segments)
         _pool(sae, activations, poolings, advance)
         for name, pooling in poolings.items():
@@ -218,11 +214,6 @@ def _record_probes(facts: LatentFacts, pooling: str, ks: tuple[int, ...], names:
                 facts.add_probe(name, chosen, weight)
 
     return record
-
-
-def growing_name(n_positions: int) -> str:
-    """The name of pooling in growing segments in a row's slice, such as `growing7`."""
-    return f"growing{int(tokens.growing_segments(n_positions).max()) + 1}"
 
 
 def _topics(

@@ -8,7 +8,6 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-import numba
 import torch
 
 __all__ = [
@@ -66,6 +65,8 @@ def give_back_freed_memory() -> None:
 @contextlib.contextmanager
 def threads(n_threads: int) -> Iterator[None]:
     """Let torch and the compiled loops use `n_threads` threads; numba not more than it had before."""
+    import numba
+
     before = torch.get_num_threads(), numba.get_num_threads()
     torch.set_num_threads(n_threads)
     numba.set_num_threads(min(n_threads, before[1]))

@@ -18,8 +18,8 @@ from itertools import islice, permutations, zip_longest
 from typing import TypeVar
 
 import numpy as np
+import scipy
 import torch
-from scipy.sparse import csr_matrix, hstack
 
 from posmask.data import embedded, tokens
 from posmask.errors import BadSetting, NothingToDo
@@ -448,7 +448,7 @@ def _only_order_differs(group: Group, tokenizer: tokens.Tokenizer, n_positions: 
     return len(rows[0]) < n_positions and different and all(bag == bags[0] for bag in bags)
 
 
-def edge_features(task: OrderTask, tokenizer: tokens.Tokenizer, n_edge: int = 3) -> csr_matrix:
+def edge_features(task: OrderTask, tokenizer: tokens.Tokenizer, n_edge: int = 3) -> "scipy.sparse.csr_matrix":
     """Counts of the first and of the last tokens of each text, concatenated, to probe the edges alone.
 
     The beginning and the end that all texts of the task share are skipped.
@@ -466,7 +466,7 @@ def edge_features(task: OrderTask, tokenizer: tokens.Tokenizer, n_edge: int = 3)
     content = [row[start : len(row) - end] for row in rows]
     n_ids = 1 + max(int(row.max()) for row in rows)
     sides = [[row[:n_edge] for row in content], [row[::-1][:n_edge] for row in content]]
-    return csr_matrix(hstack([_counts(side, n_ids) for side in sides]))
+    return scipy.sparse.csr_matrix(scipy.sparse.hstack([_counts(side, n_ids) for side in sides]))
 
 
 def _n_shared(rows: list[np.ndarray]) -> int:
@@ -475,9 +475,9 @@ def _n_shared(rows: list[np.ndarray]) -> int:
     return int(same.cumprod().sum())
 
 
-def _counts(rows: list[np.ndarray], n_ids: int) -> csr_matrix:
+def _counts(rows: list[np.ndarray], n_ids: int) -> "scipy.sparse.csr_matrix":
     """Counts of each token id in each row."""
     text = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
-    counts = csr_matrix((np.ones(len(text)), (text, np.concatenate(rows))), shape=(len(rows), n_ids))
+    counts = scipy.sparse.csr_matrix((np.ones(len(text)), (text, np.concatenate(rows))), shape=(len(rows), n_ids))
     counts.sum_duplicates()
     return counts

@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from typing import IO
 
 import numpy as np
+import scipy
 import torch
 from jaxtyping import Float, Int
-from scipy.sparse import csr_matrix
 from torch import Tensor
 
 from posmask.data.activations import Batch
@@ -84,7 +84,7 @@ class PooledTexts:
     def weighted_sums(self, weight: Float[Tensor, "text column"]) -> Float[Tensor, "column feature"]:
         """sum over texts of weight[text, column] * row[text, feature], in float64."""
         sums = np.zeros((weight.shape[1], self.n_features))
-        table = csr_matrix(weight.double().numpy())
+        table = scipy.sparse.csr_matrix(weight.double().numpy())
         for block in self._blocks():
             cpu.add_weighted_entries(
                 block["text"], block["feature"], block["value"], table.indptr, table.indices, table.data, sums

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
+import scipy
 
 from posmask.errors import BadSetting, DegenerateResult
 from posmask.results.bootstrap import resample_counts
@@ -99,8 +99,8 @@ def paired_difference(cell: Sequence[Sample], against: Sequence[Sample]) -> Diff
     if n_seeds > 1:  # Satterthwaite's number alone is too large if few seeds happen to be close together.
         freedom = ((math.sqrt(freedom) + math.sqrt(n_seeds - 1)) / 2) ** 2
     error = math.sqrt(variance)
-    half_width = float(stats.t.ppf(0.975, freedom)) * error
-    p = 2 * float(stats.t.sf(abs(effect) / error, freedom))
+    half_width = float(scipy.stats.t.ppf(0.975, freedom)) * error
+    p = 2 * float(scipy.stats.t.sf(abs(effect) / error, freedom))
     return Difference(effect, effect - half_width, effect + half_width, p, n_seeds)
 
 

@@ -3,9 +3,9 @@
 import math
 from collections.abc import Mapping
 
+import scipy
 import torch
 from jaxtyping import Float
-from scipy import stats
 from torch import Tensor
 
 from posmask.results.bootstrap import resample_counts
@@ -40,7 +40,7 @@ def ratio_interval(top: Float[Tensor, " unit"], bottom: Float[Tensor, " unit"]) 
     if n < 2:
         return low, high
     value = float(top.sum() / bottom.sum())
-    stretch = float(stats.t.ppf(0.975, n - 1) / stats.norm.ppf(0.975)) * math.sqrt(n / (n - 1))
+    stretch = float(scipy.stats.t.ppf(0.975, n - 1) / scipy.stats.norm.ppf(0.975)) * math.sqrt(n / (n - 1))
     return value - stretch * (value - low), value + stretch * (high - value)
 
 
@@ -80,5 +80,5 @@ def jackknife_interval(value: float, *without_each: Float[Tensor, " fold"]) -> t
         (len(values) - 1) / len(values) * float((values - values.mean()).square().sum()) for values in without_each
     )
     freedom = sum(len(values) - 1 for values in without_each)
-    half_width = float(stats.t.ppf(0.975, freedom)) * math.sqrt(variance)
+    half_width = float(scipy.stats.t.ppf(0.975, freedom)) * math.sqrt(variance)
     return value - half_width, value + half_width

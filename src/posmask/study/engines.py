@@ -24,9 +24,11 @@ from posmask.kernels import runtime
 from posmask.progress import cell_finished
 from posmask.storage import layout, manifest
 from posmask.storage.record import check_listed
-from posmask.study.cell import Target, baselines_of, fill, rows_in, state_of, targets_of
-from posmask.study.harvests import Source, prepare
+from posmask.study.cell import fill
+from posmask.study.harvests import prepare
 from posmask.study.settings import StudySettings
+from posmask.study.source import Source
+from posmask.study.targets import Target, baselines_of, rows_in, state_of, targets_of
 
 __all__ = ["Engine", "Local", "make_target", "needs"]
 

@@ -30,10 +30,11 @@ from posmask.progress import announce, shown_by
 from posmask.sae.rules import make_rule
 from posmask.seeds import generator
 from posmask.storage import layout, manifest
-from posmask.study.cell import make_sae
-from posmask.study.harvests import Harvest, HarvestKind, Source, harvests, texts_identity
-from posmask.study.run import cell_states
+from posmask.study.harvests import Harvest, HarvestKind, harvests
+from posmask.study.saes import make_sae
 from posmask.study.settings import CellSettings, StudySettings
+from posmask.study.source import Source, texts_identity
+from posmask.study.targets import cell_states
 from posmask.training import loop
 from posmask.training.settings import product_precision
 

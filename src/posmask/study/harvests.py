@@ -8,15 +8,15 @@ import contextlib
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from posmask.data import embedded, models, sites
+from posmask.data import embedded
 from posmask.data.activations import Activations, StorageDtype, finished_activations
 from posmask.data.harvest import ComputeShards, harvest
-from posmask.data.texts import content_of, read_texts
-from posmask.data.tokens import TRAINING_SHARE, VALIDATION_SHARE, Split, Tokens, pack, pad, shifted, unique_texts
+from posmask.data.texts import read_texts
+from posmask.data.tokens import Split, Tokens, pack, pad, shifted, unique_texts
 from posmask.errors import DamagedFolder
 from posmask.evaluation.suite import EvaluationData
 from posmask.kernels import runtime
@@ -26,55 +26,12 @@ from posmask.probing.order_tasks import OrderTask, make_order_task
 from posmask.progress import announce
 from posmask.storage import layout, manifest
 from posmask.storage.remote import Store
-from posmask.study.settings import ModelSettings, StudySettings
+from posmask.study.settings import StudySettings
+from posmask.study.source import Source, texts_identity
 
-__all__ = ["Harvest", "HarvestKind", "Source", "harvests", "prepare", "texts_identity"]
+__all__ = ["Harvest", "HarvestKind", "harvests", "prepare"]
 
 HarvestKind = Literal["training", "heldout", "shift", "order", "probes"]
-
-
-class Source:
-    """The model that a study reads vectors from, loaded only when something must be harvested."""
-
-    def __init__(self, settings: ModelSettings, device: str = "cpu") -> None:
-        precision = runtime.fast_precision(device) if settings.precision == "auto" else settings.precision
-        self._settings = settings
-        self._device = device
-        self._precision: runtime.Precision = precision
-
-    @cached_property
-    def layer(self) -> int:
-        """The number of the layer, from 1."""
-        return models.layer_number(self._settings.name, self._settings.layer)
-
-    @cached_property
-    def made_from(self) -> dict[str, Any]:
-        """The part of every identity that belongs to the model: weights, layer, site and precision."""
-        return {
-            "weights": models.weights_identity(self._settings.name),
-            "layer": self.layer,
-            "precision": self._precision,
-            **({} if self._settings.site == "residual_after" else {"site": self._settings.site}),
-        }
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        return models.load_tokenizer(self._settings.name)
-
-    @cached_property
-    def loaded(self) -> sites.LanguageModel:
-        settings = self._settings
-        return models.load_model(settings.name, self.layer, self._precision, site=settings.site, device=self._device)
-
-
-def texts_identity(study: StudySettings) -> dict[str, Any]:
-    """The part of every identity that belongs to the texts: checksums of their packages or files, and the split."""
-    carriers = {
-        carrier.package: carrier.wheel_sha256 for carrier in embedded.CARRIERS if carrier != embedded.MODEL_CARRIER
-    }
-    shares = [TRAINING_SHARE, VALIDATION_SHARE]
-    texts = study.corpus.texts
-    return {"carriers": carriers, "shares": shares} | ({} if texts is None else {"own": content_of(texts)})
 
 
 @dataclass(frozen=True)

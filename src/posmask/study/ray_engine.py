@@ -23,10 +23,13 @@ from posmask.evaluation.suite import EvaluationData
 from posmask.kernels import runtime
 from posmask.progress import cell_finished, progress_bars, shown_by
 from posmask.storage import manifest
-from posmask.study.cell import Target, state_of, targets_of, train_cell, untrained
+from posmask.study.cell import train_cell
 from posmask.study.engines import make_target, needs
-from posmask.study.harvests import Source, prepare
+from posmask.study.harvests import prepare
+from posmask.study.saes import untrained
 from posmask.study.settings import StudySettings
+from posmask.study.source import Source
+from posmask.study.targets import Target, state_of, targets_of
 
 __all__ = ["Cluster", "connected"]
 
@@ -245,6 +248,6 @@ def _make(worker: _Worker, root: Path, label: str, stage: Stage) -> list[str]:
             if stage == "evaluate":
                 make_target(study, target, data, root, said.append)
             elif state_of(target, verify=True) != "finished":
-                sae, _ = untrained(study, target, data)
+                sae, _ = untrained(study, target, data.training)
                 train_cell(study, target, sae, data, keeps_end=True)
     return said

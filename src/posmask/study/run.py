@@ -14,27 +14,17 @@ from posmask.sae.files import read_sae
 from posmask.storage import layout, manifest
 from posmask.storage.record import RECORD_MARK, StudyRecord, read_record, write_record
 from posmask.study import engines
-from posmask.study.cell import (
-    CellState,
-    Target,
-    checked_init,
-    evaluate_to_folder,
-    fill,
-    read_init,
-    results_origin,
-    rows_in,
-    state_of,
-    targets_of,
-    train_cell,
-    untrained,
-)
-from posmask.study.harvests import Source, prepare
+from posmask.study.cell import evaluate_to_folder, fill, train_cell
+from posmask.study.harvests import prepare
+from posmask.study.saes import read_init, untrained
 from posmask.study.settings import StudySettings
+from posmask.study.source import Source
+from posmask.study.targets import Target, checked_init, results_origin, rows_in, state_of, targets_of
 from posmask.training import distributed
 from posmask.training.checkpoints import check_checkpoints, remove_checkpoints
 from posmask.training.trackers import check_tracker
 
-__all__ = ["cell_states", "evaluate_folder", "run_study", "train_together"]
+__all__ = ["evaluate_folder", "run_study", "train_together"]
 
 _OUTPUTS = {
     layout.RESULTS_FILE: (rows.header_of(rows.Row),),
@@ -43,17 +33,6 @@ _OUTPUTS = {
     layout.STUDY_FILE: (RECORD_MARK,),
 }
 """Files that a run writes beside its folders, and the marks by which it recognizes its own."""
-
-
-def cell_states(study: StudySettings, root: Path) -> list[tuple[str, CellState]]:
-    """The label and state of the baselines and of each cell.
-
-    If the root does not exist the model is not looked up, so this works without access to it.
-    """
-    if not root.exists():
-        labels = [layout.cell_label(cell.name, seed) for cell in study.cells for seed in study.seeds_of(cell)]
-        return [(label, "missing") for label in (layout.BASELINES, *labels)]
-    return [(target.label, state_of(target)) for target in targets_of(study, Source(study.model, study.device), root)]
 
 
 def run_study(
@@ -187,7 +166,7 @@ def train_together(
         return None
     check_checkpoints(target.checkpoints)
     data = prepare(study, source, root)
-    sae, _ = untrained(study, target, data)
+    sae, _ = untrained(study, target, data.training)
     if by == "data":
         strategy = distributed.ByData(sae)
         train_cell(study, target, sae, data, strategy, keeps_end=True)

@@ -16,7 +16,6 @@ from posmask import masks
 from posmask.data import sites, texts, tokens
 from posmask.data.activations import StorageDtype
 from posmask.evaluation.settings import EvaluationSettings
-from posmask.evaluation.suite import growing_name
 from posmask.masks.base import MaskSettings
 from posmask.sae import rules
 from posmask.training import trackers
@@ -255,7 +254,7 @@ class StudySettings(_Settings):
         baseline = self.baseline
         asked = {(cell.name, baseline) for cell in self.cells if baseline not in (None, cell.name)}
         open_cells = {cell.name for cell in self.cells if cell.mask.kind == "open"}
-        pooled = {f"segments{self.evaluation.order_segments}", growing_name(self.corpus.n_positions)}
+        pooled = set(self.evaluation.segment_poolings(self.corpus.n_positions))
         for comparison in self.comparisons:
             sides = comparison.cell, comparison.against
             for side in sides:

@@ -12,7 +12,7 @@ from posmask import masks
 from posmask.errors import BadSetting, PosmaskError
 from posmask.evaluation.settings import EvaluationSettings
 from posmask.sae import rules
-from posmask.study.cell import check_buildable
+from posmask.study.saes import check_buildable
 from posmask.study.settings import (
     CellSettings,
     ComparisonSettings,
