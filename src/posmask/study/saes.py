@@ -1,0 +1,87 @@
+"""Build the SAE of a cell, from random weights or from another SAE."""
+
+from pathlib import Path
+
+from posmask import masks
+from posmask.data.activations import Activations
+from posmask.errors import BadSetting
+from posmask.masks.base import PositionMask
+from posmask.sae.autoencoder import SparseAutoencoder
+from posmask.sae.files import read_origin, read_sae
+from posmask.sae.warm_start import renormalize_, warm_start
+from posmask.storage.record import check_identity
+from posmask.study.settings import CellSettings, StudySettings
+from posmask.study.targets import Target
+
+__all__ = ["check_buildable", "make_sae", "read_init", "untrained"]
+
+
+def make_sae(study: StudySettings, cell: CellSettings, d_model: int, seed: int) -> SparseAutoencoder:
+    """The SAE of a cell that starts from random weights."""
+    return SparseAutoencoder(d_model, study.sae.rule, _make_mask(study, cell, seed), seed)
+
+
+def _make_mask(study: StudySettings, cell: CellSettings, seed: int) -> PositionMask:
+    return masks.make_mask(cell.mask, study.corpus.n_positions, study.width(cell), seed)
+
+
+def _init_sae(study: StudySettings, cell: CellSettings, source: SparseAutoencoder, seed: int) -> SparseAutoencoder:
+    """The SAE of a cell that starts from another SAE."""
+    if source.rule.settings.of_codes() != study.sae.rule.of_codes():
+        raise BadSetting(
+            f"{cell.name} would start from an SAE with the rule {source.rule.settings.model_dump()}, but sae.rule "
+            f"is {study.sae.rule.model_dump()}: make them equal"
+        )
+    return warm_start(source, _make_mask(study, cell, seed), seed, study.sae.rule)
+
+
+def check_buildable(study: StudySettings, cell: CellSettings) -> None:
+    """Build a cell's SAE for vectors of one number, so that a mask that does not fit is found before the harvest.
+
+    Raises:
+        PosmaskError: mask, rule, sizes and starting SAE do not fit together.
+    """
+    seed = study.seeds[0]
+    sae = make_sae(study, cell, 1, seed)
+    if cell.init_folder is not None:
+        sae = _init_sae(study, cell, read_sae(cell.init_folder), seed)
+    elif cell.init_from is not None:
+        open_cell = CellSettings(name="source", mask=masks.mask_settings({"kind": "open"}))
+        sae = _init_sae(study, cell, make_sae(study, open_cell, 1, 0), seed)
+    if cell.mask.gradient_sharing and not sae.mask.may_have_copies():
+        raise BadSetting(
+            f"{cell.name} has gradient_sharing = {cell.mask.gradient_sharing}, but its latents are not copies of each "
+            "other: leave it out, or let the cell start from an open one"
+        )
+
+
+def read_init(folder: Path, d_model: int, identity: str | None = None) -> SparseAutoencoder:
+    """The SAE that a cell starts from.
+
+    Args:
+        identity: the identity that the folder must have; None for an SAE from outside the study.
+
+    Raises:
+        BadSetting: the identity differs, or the SAE is for vectors of another size.
+    """
+    if identity is not None:
+        check_identity(folder, identity)
+    sae = read_sae(folder, verify=identity is None)
+    if sae.d_model != d_model:
+        raise BadSetting(f"the SAE in {folder} codes vectors of {sae.d_model} numbers, the model gives {d_model}")
+    return sae
+
+
+def untrained(study: StudySettings, target: Target, training: Activations) -> tuple[SparseAutoencoder, int]:
+    """A cell's SAE before its training, and the number of tokens that the SAE it starts from was trained on."""
+    assert target.cell is not None
+    if target.init_folder is None:
+        sae = make_sae(study, target.cell, training.d_model, target.seed)
+        sae.center, sae.scale = training.center_and_scale
+        return sae.to(study.device), 0
+    source = read_init(target.init_folder, training.d_model, target.init_identity)
+    origin = read_origin(target.init_folder)
+    if "imported" in origin:  # Its constants are not those of these vectors.
+        renormalize_(source, *training.center_and_scale)
+    sae = _init_sae(study, target.cell, source, target.seed)
+    return sae.to(study.device), origin.get("training_tokens", 0)

@@ -1,0 +1,56 @@
+"""The model and texts that a study reads, and their parts of every identity."""
+
+from functools import cached_property
+from typing import Any
+
+from posmask.data import embedded, models, sites
+from posmask.data.texts import content_of
+from posmask.data.tokens import TRAINING_SHARE, VALIDATION_SHARE
+from posmask.kernels import runtime
+from posmask.study.settings import ModelSettings, StudySettings
+
+__all__ = ["Source", "texts_identity"]
+
+
+class Source:
+    """The model that a study reads vectors from, loaded only when something must be harvested."""
+
+    def __init__(self, settings: ModelSettings, device: str = "cpu") -> None:
+        precision = runtime.fast_precision(device) if settings.precision == "auto" else settings.precision
+        self._settings = settings
+        self._device = device
+        self._precision: runtime.Precision = precision
+
+    @cached_property
+    def layer(self) -> int:
+        """The number of the layer, from 1."""
+        return models.layer_number(self._settings.name, self._settings.layer)
+
+    @cached_property
+    def made_from(self) -> dict[str, Any]:
+        """The part of every identity that belongs to the model: weights, layer, site and precision."""
+        return {
+            "weights": models.weights_identity(self._settings.name),
+            "layer": self.layer,
+            "precision": self._precision,
+            **({} if self._settings.site == "residual_after" else {"site": self._settings.site}),
+        }
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return models.load_tokenizer(self._settings.name)
+
+    @cached_property
+    def loaded(self) -> sites.LanguageModel:
+        settings = self._settings
+        return models.load_model(settings.name, self.layer, self._precision, site=settings.site, device=self._device)
+
+
+def texts_identity(study: StudySettings) -> dict[str, Any]:
+    """The part of every identity that belongs to the texts: checksums of their packages or files, and the split."""
+    carriers = {
+        carrier.package: carrier.wheel_sha256 for carrier in embedded.CARRIERS if carrier != embedded.MODEL_CARRIER
+    }
+    shares = [TRAINING_SHARE, VALIDATION_SHARE]
+    texts = study.corpus.texts
+    return {"carriers": carriers, "shares": shares} | ({} if texts is None else {"own": content_of(texts)})

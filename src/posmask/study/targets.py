@@ -1,0 +1,165 @@
+"""Folders that a study makes: where they are, what they must be made from, and their state on disk."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from posmask.errors import BadSetting, DamagedFolder
+from posmask.interop import sites
+from posmask.results import rows
+from posmask.sae.files import WEIGHTS_FILE, read_origin
+from posmask.storage import layout, manifest
+from posmask.storage.record import check_identity
+from posmask.study.settings import CellSettings, StudySettings
+from posmask.study.source import Source, texts_identity
+
+__all__ = [
+    "CellState",
+    "Target",
+    "baselines_of",
+    "cell_states",
+    "checked_init",
+    "results_origin",
+    "rows_in",
+    "state_of",
+    "targets_of",
+]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A folder that a study makes: where it is and what it must be made from.
+
+    `cell` is None for the baselines and for SAEs that the study did not train. `init_folder` holds the SAE that the
+    cell starts from; `init_identity` is the identity of that folder if it is a cell of the study.
+    """
+
+    cell: CellSettings | None
+    seed: int
+    root: Path
+    folder: Path
+    made_from: dict[str, Any]
+    init_folder: Path | None = None
+    init_identity: str | None = None
+
+    @property
+    def label(self) -> str:
+        return self.folder.name
+
+    @property
+    def identity(self) -> str:
+        return manifest.identity(self.made_from)
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of its checkpoints while it is being trained."""
+        return layout.checkpoints_folder(self.root, self.label)
+
+
+def results_origin(study: StudySettings, source: Source) -> dict[str, Any]:
+    """The part of every identity that all results of a study share."""
+    return {
+        "model": source.made_from,
+        "texts": texts_identity(study),
+        "corpus": study.corpus.model_dump(mode="json", exclude_none=True),
+        "evaluation": study.evaluation.model_dump(mode="json"),
+    }
+
+
+def baselines_of(target: Target) -> Target:
+    """The baselines that belong to a cell."""
+    made_from = {key: target.made_from[key] for key in ("model", "texts", "corpus", "evaluation")}
+    return Target(None, 0, target.root, layout.cell_folder(target.root, layout.BASELINES), made_from)
+
+
+def targets_of(study: StudySettings, source: Source, root: Path) -> list[Target]:
+    """The baselines and every cell with every seed, in the order of the study file."""
+    shared = results_origin(study, source)
+    training_part = study.model_dump(mode="json", include={"sae", "training"})
+    by_name = {cell.name: cell for cell in study.cells}
+
+    def made_from_of(cell: CellSettings, seed: int) -> dict[str, Any]:
+        cell_part = cell.model_dump(mode="json", exclude={"seeds"})
+        return {**shared, **training_part, "cell": cell_part, "seed": seed}
+
+    def target_of(cell: CellSettings, seed: int) -> Target:
+        made_from = made_from_of(cell, seed)
+        init_folder, init_identity = cell.init_folder, None
+        if init_folder is not None:
+            made_from["init_from"] = checked_init(init_folder, source.made_from)
+        elif cell.init_from is not None:
+            # A cell is recomputed when the cell that it starts from is.
+            origin = by_name[cell.init_from]
+            init_folder = layout.cell_folder(root, layout.cell_label(cell.init_from, seed))
+            init_identity = manifest.identity(made_from_of(origin, seed))
+            made_from["init_from"] = origin.model_dump(mode="json", exclude={"measure_forgetting", "seeds"})
+        folder = layout.cell_folder(root, layout.cell_label(cell.name, seed))
+        return Target(cell, seed, root, folder, made_from, init_folder, init_identity)
+
+    baselines_target = Target(None, 0, root, layout.cell_folder(root, layout.BASELINES), shared)
+    return [baselines_target, *(target_of(cell, seed) for cell in study.cells for seed in study.seeds_of(cell))]
+
+
+def checked_init(folder: Path, model_made_from: Mapping[str, Any]) -> dict[str, Any]:
+    """The identity of an SAE from outside the study.
+
+    Raises:
+        BadSetting: its origin names another model, layer or site.
+    """
+    origin = read_origin(folder)
+    weights = model_made_from["weights"]
+    if origin.get("weights", weights) != weights:
+        raise BadSetting(
+            f"the SAE in {folder} was trained on weights {origin['weights']!r} of a model, not on {weights!r}: start "
+            "from one of the same model"
+        )
+    layer = model_made_from["layer"]
+    theirs = sites.canonical(origin.get("layer", layer), origin.get("site", "residual_after"))
+    ours = sites.canonical(layer, model_made_from.get("site", "residual_after"))
+    if theirs != ours and not origin.keys().isdisjoint({"layer", "site"}):
+        raise BadSetting(
+            f"the SAE in {folder} was trained on {sites.described(*theirs)}, the study reads {sites.described(*ours)}: "
+            "start from an SAE of the same layer and site"
+        )
+    return {"sha256": manifest.file_sha256(folder / WEIGHTS_FILE)}
+
+
+CellState = Literal["finished", "missing", "other settings", "damaged"]
+
+
+def state_of(target: Target, *, verify: bool = False) -> CellState:
+    """The state of a target's folder.
+
+    Args:
+        verify: also compare every file with its checksum.
+    """
+    try:
+        if manifest.finished(target.folder, target.made_from):
+            manifest.read_manifest(target.folder, verify=verify)
+            return "finished"
+    except DamagedFolder:
+        return "damaged"
+    return "other settings" if target.folder.exists() else "missing"
+
+
+def rows_in(target: Target) -> list[rows.Row]:
+    """The rows of a finished target.
+
+    Raises:
+        BadSetting: the folder was made from other settings.
+        DamagedFolder: a file differs from its checksum.
+    """
+    check_identity(target.folder, target.identity)
+    return rows.read_rows(target.folder / layout.ROWS_FILE)
+
+
+def cell_states(study: StudySettings, root: Path) -> list[tuple[str, CellState]]:
+    """The label and state of the baselines and of each cell.
+
+    If the root does not exist the model is not looked up, so this works without access to it.
+    """
+    if not root.exists():
+        labels = [layout.cell_label(cell.name, seed) for cell in study.cells for seed in study.seeds_of(cell)]
+        return [(label, "missing") for label in (layout.BASELINES, *labels)]
+    return [(target.label, state_of(target)) for target in targets_of(study, Source(study.model, study.device), root)]
