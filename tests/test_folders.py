@@ -6,21 +6,17 @@ from pathlib import Path
 import pytest
 
 from posmask.errors import BadSetting, DamagedFolder
+from posmask.storage.atomic import claim, move_file, remove_file, replacing, scratch_file
 from posmask.storage.manifest import (
     as_json,
     check_aside,
     check_folder,
-    claim,
     file_entry,
     file_sha256,
     finished,
     identity,
-    move_file,
     read_manifest,
     remove,
-    remove_file,
-    replacing,
-    scratch_file,
     set_aside,
     take_apart,
     write_folder,

@@ -22,15 +22,8 @@ from posmask.results.rows import read_rows
 from posmask.sae.autoencoder import SparseAutoencoder
 from posmask.sae.files import read_sae, write_sae
 from posmask.sae.rules import rule_settings
-from posmask.storage.manifest import (
-    damage_under,
-    finished,
-    read_manifest,
-    replacing,
-    take_apart,
-    write_folder,
-    write_in_parts,
-)
+from posmask.storage.atomic import replacing
+from posmask.storage.manifest import damage_under, finished, read_manifest, take_apart, write_folder, write_in_parts
 from posmask.training.checkpoints import Checkpoints
 
 sys.path.insert(0, str(Path(__file__).parent / "reliability"))

@@ -22,7 +22,8 @@ import zstandard
 
 from posmask.errors import MissingAsset
 from posmask.progress import announce
-from posmask.storage.manifest import claim, file_sha256, replacing, scratch_folder
+from posmask.storage.atomic import claim, replacing, scratch_folder
+from posmask.storage.manifest import file_sha256
 
 __all__ = [
     "CARRIERS",

@@ -19,7 +19,8 @@ from posmask.data.sites import LanguageModel, Site
 from posmask.errors import BadSetting, DamagedFolder
 from posmask.kernels.runtime import Precision
 from posmask.progress import announce
-from posmask.storage.manifest import file_sha256, finished, identity, read_manifest, scratch_folder, write_folder
+from posmask.storage.atomic import scratch_folder
+from posmask.storage.manifest import file_sha256, finished, identity, read_manifest, write_folder
 
 __all__ = [
     "EMBEDDED_MODEL",

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from posmask.errors import BadSetting
 from posmask.probing.saebench_datasets import HUB_DATASETS
-from posmask.storage.manifest import check_file
+from posmask.storage.atomic import check_file
 
 __all__ = ["KS", "Accuracies", "EvalConfig", "eval_file_name", "eval_output", "write_eval_output"]
 

@@ -19,8 +19,9 @@ from posmask.report.reading import CellFolder, Study, read_studies
 from posmask.results.comparisons import LEVEL, MIN_SEEDS
 from posmask.results.rows import Row
 from posmask.results.table import COLUMNS, COMPARED, format_number, format_signed
-from posmask.storage.layout import REPORT_FILE
-from posmask.storage.manifest import PAGE_MARKS, check_file, check_folder, replacing, write_folder
+from posmask.storage.atomic import check_file, replacing
+from posmask.storage.layout import PAGE_MARK, REPORT_FILE
+from posmask.storage.manifest import check_folder, write_folder
 
 __all__ = ["N_LATENTS", "write_paper_figures", "write_report", "write_report_folder"]
 
@@ -44,10 +45,10 @@ def write_report(*roots: Path, n_latents: int = N_LATENTS, out: Path | None = No
         BadSetting: the file to write exists and is not a page that posmask wrote.
     """
     path = out or roots[0] / REPORT_FILE
-    check_file(path, *PAGE_MARKS)
+    check_file(path, PAGE_MARK)
     page, blocks = _page(read_studies(roots), n_latents)
     html = _render(page, {name: base64.b64encode(block).decode() for name, block in blocks.items()})
-    with replacing(path, *PAGE_MARKS) as beside:
+    with replacing(path, PAGE_MARK) as beside:
         beside.write_text(html, encoding="utf8")
     return path
 

@@ -14,8 +14,9 @@ from posmask.masks import MASKS, make_mask, mask_settings
 from posmask.masks.base import PositionMask
 from posmask.sae.autoencoder import SparseAutoencoder, check_sizes, check_table
 from posmask.sae.rules import rule_settings
+from posmask.storage.atomic import check_file
 from posmask.storage.layout import OPENNESS_FILE, SAE_FILE, WEIGHTS_FILE
-from posmask.storage.manifest import MANIFEST, check_file, read_manifest
+from posmask.storage.manifest import MANIFEST, read_manifest
 
 __all__ = ["flaw_of", "read_origin", "read_sae", "write_sae"]
 

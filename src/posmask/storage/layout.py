@@ -14,6 +14,7 @@ __all__ = [
     "LATENTS_FILE",
     "LATENT_WORDS_FILE",
     "OPENNESS_FILE",
+    "PAGE_MARK",
     "REPORT_FILE",
     "RESULTS_FILE",
     "ROWS_FILE",
@@ -41,6 +42,8 @@ STUDY_FILE = "study.json"
 RESULTS_FILE = "results.csv"
 VERDICTS_FILE = "verdicts.csv"
 REPORT_FILE = "report.html"
+PAGE_MARK = b'<meta name="generator" content="posmask'
+"""At the beginning of every page that posmask wrote."""
 BASELINES = "baselines"
 """Label and folder of the model's own results."""
 

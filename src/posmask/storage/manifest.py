@@ -3,38 +3,30 @@
 Every stage writes its output in this way and finds it by its identity, the hash of everything that decides its content.
 So no stage has its own caching or resume logic: a folder is either finished and trusted, or it does not exist.
 
-Every removal and replacement in the package goes through this module. It touches only what posmask wrote: finished
-folders whose files their manifest lists, drafts by their names, single files by a mark in them. Anything else in the
-way is refused with `BadSetting`, and symbolic links are never followed.
+A folder is replaced or removed only if its manifest lists all of its files. Anything else in the way is refused with
+`BadSetting`, and symbolic links are never followed.
 """
 
-import glob
 import hashlib
 import json
 import os
 import shutil
-import uuid
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from posmask.errors import BadSetting, DamagedFolder
 from posmask.storage import layout
+from posmask.storage.atomic import delete, make_folder, refusal, replacing, scratch_folder, sync
 
 __all__ = [
     "FORMAT",
     "MANIFEST",
-    "PAGE_MARKS",
     "Parts",
     "as_json",
     "check_aside",
-    "check_file",
     "check_folder",
-    "claim",
-    "clear_drafts",
     "damage_under",
     "file_entry",
     "file_sha256",
@@ -42,14 +34,8 @@ __all__ = [
     "foreign_in",
     "identity",
     "manifest_of",
-    "move_file",
     "read_manifest",
-    "refusal",
     "remove",
-    "remove_file",
-    "replacing",
-    "scratch_file",
-    "scratch_folder",
     "sealed_manifest",
     "set_aside",
     "take_apart",
@@ -60,13 +46,7 @@ __all__ = [
 FORMAT = 4  # Part of every identity: raise it when the same settings would now write something else.
 MANIFEST = "manifest.json"
 _SEAL = "sha256"
-PAGE_MARKS = (
-    b'<meta name="generator" content="posmask',
-    b"connect-src 'self'\">\n<title>posmask: ",  # before pages named their generator
-)
-"""One of them is at the beginning of a page that posmask wrote."""
 _PARTS = "parts.json"
-_MARKED_BYTES = 4096
 _REMEDY = "`posmask run` recomputes it"
 
 
@@ -110,39 +90,6 @@ def write_folder(path: Path, made_from: Mapping[str, Any], **facts: Any) -> Iter
         _finish(draft, path, made_from, facts, files)
 
 
-@contextmanager
-def scratch_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `path`, which is removed afterwards."""
-    _make_folder(path.parent)
-    draft = _draft_of(path)
-    _clear(path)
-    draft.mkdir()
-    try:
-        yield draft
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-@contextmanager
-def scratch_file(path: Path) -> Iterator[Path]:
-    """Yield the name of a file beside `path`, which is removed afterwards unless `move_file` took it.
-
-    Unlike a draft it has another name in each call, for threads that share `path`.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}")
-    try:
-        yield beside
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def move_file(source: Path, path: Path) -> None:
-    """Move a file from `scratch_file` to its path in a folder that posmask wrote."""
-    check_file(path)
-    source.replace(path)
-
-
 class Parts:
     """An unfinished folder whose files are kept, each as soon as it is complete."""
 
@@ -160,17 +107,17 @@ class Parts:
             except (OSError, ValueError, KeyError, TypeError, AttributeError):
                 pass
         if not self.files:
-            _delete(draft)
-        for file in draft.glob("*"):  # What a kill left of a file that was being written has a name of its own.
+            delete(draft)
+        for file in draft.glob("*"):  # What a kill left of a file that was being written has a separate name.
             if file.name not in (*self.files, _PARTS, MANIFEST):
-                _delete(file)
+                delete(file)
 
     def __contains__(self, name: str) -> bool:
         return name in self.files
 
     def add(self, name: str, write: Callable[[Path], None]) -> None:
         """Let `write` write the file, and record it."""
-        _make_folder(self._draft)
+        make_folder(self._draft)
         file = self._draft / name
         try:
             write(file)
@@ -219,7 +166,7 @@ def check_folder(path: Path, made_from: Collection[str]) -> None:
         raise refusal(f"{path} is a file")
     if (foreign := foreign_in(path)) is not None:
         raise refusal(f"{path} holds {foreign}")
-    manifest = _own_manifest(path)
+    manifest = _posmask_manifest(path)
     if manifest is not None and set(manifest["made_from"]) != set(made_from):
         raise BadSetting(
             f"{path} holds other results of posmask (made from {', '.join(manifest['made_from'])}): choose another "
@@ -241,16 +188,7 @@ def check_aside(path: Path) -> None:
         raise refusal(f"{path} holds {foreign}")
 
 
-def refusal(what: str) -> BadSetting:
-    """The error for a file or folder in the way.
-
-    Args:
-        what: a clause that names it, such as "x/y is a symbolic link".
-    """
-    return BadSetting(f"{what}, which posmask did not write and does not replace: choose another path, or move it away")
-
-
-def _own_manifest(path: Path) -> dict[str, Any] | None:
+def _posmask_manifest(path: Path) -> dict[str, Any] | None:
     """A folder's manifest if it has the form of a posmask manifest, with or without a valid checksum."""
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
@@ -269,13 +207,13 @@ def foreign_in(path: Path, known: Collection[str] = ()) -> str | None:
     Args:
         known: files that are posmask's whatever the manifest says.
     """
-    manifest = _own_manifest(path)
-    own = {*known, *(() if manifest is None else (MANIFEST, _PARTS, *manifest["files"]))}
+    manifest = _posmask_manifest(path)
+    listed = {*known, *(() if manifest is None else (MANIFEST, _PARTS, *manifest["files"]))}
     for folder, below, files in os.walk(path):
         for name in sorted((*below, *files)):
-            found = Path(folder, name)
-            within = found.relative_to(path).as_posix()
-            if found.is_symlink() or (name in files and within not in own):
+            file = Path(folder, name)
+            within = file.relative_to(path).as_posix()
+            if file.is_symlink() or (name in files and within not in listed):
                 return f"a foreign or damaged {MANIFEST}" if within == MANIFEST else within
     return None
 
@@ -292,7 +230,7 @@ def remove(path: Path, *known: str) -> bool:
     if path.is_symlink() or not path.is_dir() or foreign_in(path, known) is not None:
         return False
     (path / MANIFEST).unlink(missing_ok=True)
-    _sync(path)  # Else files could be lost with the power, and the manifest be there again.
+    sync(path)  # Else files could be lost with the power, and the manifest be there again.
     shutil.rmtree(path, ignore_errors=True)
     return True
 
@@ -311,106 +249,18 @@ def take_apart(path: Path, *known: str) -> None:
     if (foreign := foreign_in(path, known)) is not None:
         raise refusal(f"{path} holds {foreign}")
     draft = _parts_of(path)
-    _delete(draft)
+    delete(draft)
     path.rename(draft)
-    _sync(path.parent)
-
-
-def _delete(path: Path) -> None:
-    """Remove a draft: a file, a folder with its content, or a link but not its target."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _draft_of(path: Path) -> Path:
-    return path.with_name(f".{path.name}.draft-{os.getpid()}")
-
-
-def _clear(path: Path) -> None:
-    """Remove drafts of `path` that processes left behind when they ended."""
-    _clear_all(path.parent.glob(f".{glob.escape(path.name)}.draft-*"))
-
-
-def clear_drafts(folder: Path) -> None:
-    """Remove all drafts in a folder that processes left behind when they ended."""
-    _clear_all(folder.glob(".*.draft-*"))
-
-
-def _clear_all(drafts: Iterable[Path]) -> None:
-    for draft in drafts:
-        process = draft.name.rpartition("-")[2]
-        if process.isdecimal() and (int(process) == os.getpid() or not _is_running(int(process))):
-            _delete(draft)
+    sync(path.parent)
 
 
 def _parts_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.parts")
 
 
-def check_file(path: Path, *marks: bytes) -> None:
-    """Refuse a path for a file unless it is free or a file that posmask wrote.
-
-    Args:
-        marks: a file that posmask wrote holds one of them in its first or last 4,096 bytes; none are needed in a folder
-            that is posmask's own.
-
-    Raises:
-        BadSetting: something else is in the way.
-    """
-    if path.is_symlink():
-        raise refusal(f"{path} is a symbolic link")
-    if not path.is_file():
-        if path.exists():
-            raise refusal(f"{path} is not a regular file")
-    elif marks and (ends := _ends(path)) and not any(mark in ends for mark in marks):
-        raise refusal(f"{path} is a file")
-
-
-def _ends(path: Path) -> bytes:
-    """The first and last bytes of a file; empty if another process has removed it in the meantime."""
-    try:
-        with path.open("rb") as file:
-            begin = file.read(_MARKED_BYTES)
-            file.seek(max(0, file.seek(0, os.SEEK_END) - _MARKED_BYTES))
-            return begin + file.read()
-    except FileNotFoundError:
-        return b""
-
-
-def remove_file(path: Path, *marks: bytes) -> None:
-    """Remove a file that posmask wrote, if it exists.
-
-    Raises:
-        BadSetting: as `check_file`.
-    """
-    check_file(path, *marks)
-    path.unlink(missing_ok=True)
-
-
-@contextmanager
-def replacing(path: Path, *marks: bytes) -> Iterator[Path]:
-    """Yield a temporary file name beside `path`; the file is synced to disk and renamed to `path` at the end.
-
-    Raises:
-        BadSetting: as `check_file`, before anything is written.
-    """
-    check_file(path, *marks)
-    beside = _draft_of(path)
-    _clear(path)
-    try:
-        yield beside
-        _sync(beside)
-        beside.replace(path)
-        _sync(path.parent)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
 def file_entry(file: Path) -> dict[str, Any]:
     """The entry of a file in a manifest: size and checksum. The file is synced to disk first."""
-    _sync(file)
+    sync(file)
     return {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
 
 
@@ -419,19 +269,19 @@ def _finish(draft: Path, path: Path, made_from: Mapping[str, Any], facts: Mappin
         beside.write_text(sealed_manifest(made_from, facts, files), encoding="utf8")
     for folder in draft.rglob("*"):
         if folder.is_dir():
-            _sync(folder)
+            sync(folder)
     (draft / _PARTS).unlink(missing_ok=True)
     check_folder(path, made_from)
     before = path.with_name(f".{path.name}.draft-before-{os.getpid()}")
     if path.exists():
         path.rename(before)  # Between here and the next line there is none.
     draft.rename(path)
-    _sync(path.parent)  # Else the name could be lost with the power, though the content is safe.
+    sync(path.parent)  # Else the name could be lost with the power, though the content is safe.
     shutil.rmtree(before, ignore_errors=True)
 
 
 def sealed_manifest(made_from: Mapping[str, Any], facts: Mapping[str, Any], files: Mapping[str, Any]) -> str:
-    """The text of a finished folder's manifest, with a checksum of its own.
+    """The text of a finished folder's manifest, with its checksum.
 
     Args:
         files: the result of `file_entry` for each file.
@@ -442,53 +292,6 @@ def sealed_manifest(made_from: Mapping[str, Any], facts: Mapping[str, Any], file
 
 def _seal(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(as_json(manifest).encode()).hexdigest()
-
-
-def _make_folder(path: Path) -> None:
-    """Make a folder and its parents, and sync their names to disk."""
-    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
-    path.mkdir(parents=True, exist_ok=True)
-    for folder in missing:
-        _sync(folder.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def claim(path: Path, *, wait: bool) -> Iterator[bool]:
-    """Hold the lock to make a folder, so that only one of several processes does. Released when the process ends.
-
-    Yields:
-        Whether this process holds it; always so with `wait`, which waits for the others.
-    """
-    locks = path.parent.with_name(".locks")  # Apart, since they are left behind.
-    locks.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(locks / f"{path.parent.name}-{path.name}")
-    try:
-        lock.acquire(timeout=-1 if wait else 0)
-    except Timeout:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        pass
-    return True
 
 
 def finished(path: Path, made_from: Mapping[str, Any]) -> bool:
@@ -512,15 +315,15 @@ def read_manifest(path: Path, *, verify: bool = False) -> dict[str, Any]:
     except ValueError as error:
         raise DamagedFolder(f"{path / MANIFEST} cannot be read ({error}): {_REMEDY}") from None
     manifest = manifest_of(text, path / MANIFEST)
-    if verify and (
-        found := [said for name, entry in manifest["files"].items() if (said := _damage(path, name, entry))]
-    ):
-        raise DamagedFolder(f"{'; '.join(found)}: {_REMEDY}")
+    if verify:
+        problems = [_damage(path, name, entry) for name, entry in manifest["files"].items()]
+        if any(problems):
+            raise DamagedFolder(f"{'; '.join(filter(None, problems))}: {_REMEDY}")
     return manifest
 
 
 def manifest_of(text: str, where: Path | str) -> dict[str, Any]:
-    """Parse the text of a manifest and check its own checksum.
+    """Parse the text of a manifest and check its checksum.
 
     Args:
         where: it was read, for the message.
@@ -532,8 +335,7 @@ def manifest_of(text: str, where: Path | str) -> dict[str, Any]:
         manifest = json.loads(text)
         files, _ = manifest["files"], manifest["identity"]
         as_written = as_json(manifest)
-        last = list(manifest)[-1]  # Manifests had no seal once: then the files came last.
-        if text != as_written or (last != "files" and manifest.pop(_SEAL) != _seal(manifest)):
+        if text != as_written or manifest.pop(_SEAL) != _seal(manifest):
             raise ValueError("it is not what was written")
         names = list(files.keys())
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
@@ -552,7 +354,7 @@ def _stays_within(name: str) -> bool:
 
 def damage_under(root: Path) -> tuple[int, list[str]]:
     """The number of finished folders under `root`, without stale ones, and the problems that were found."""
-    n_folders, found = 0, []
+    n_folders, problems = 0, []
     for manifest in sorted(root.rglob(MANIFEST)):
         within = manifest.relative_to(root).parts[:-1]
         if within[:1] == (layout.stale_folder(root).name,) or any(name.startswith(".") for name in within):
@@ -561,8 +363,8 @@ def damage_under(root: Path) -> tuple[int, list[str]]:
         try:
             read_manifest(manifest.parent, verify=True)
         except DamagedFolder as error:
-            found.append(str(error))
-    return n_folders, found
+            problems.append(str(error))
+    return n_folders, problems
 
 
 def _damage(folder: Path, name: str, entry: Any) -> str | None:

@@ -11,8 +11,9 @@ from typing import Any
 
 from posmask.errors import BadSetting, DamagedFolder
 from posmask.storage import layout
+from posmask.storage.atomic import replacing
 from posmask.storage.layout import STUDY_FILE
-from posmask.storage.manifest import as_json, identity, read_manifest, replacing
+from posmask.storage.manifest import as_json, identity, read_manifest
 
 __all__ = [
     "RECORD_MARK",

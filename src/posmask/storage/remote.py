@@ -20,16 +20,8 @@ from torch import Tensor
 
 from posmask.errors import BadSetting, DamagedFolder, MissingAsset, MissingExtra
 from posmask.progress import announce
-from posmask.storage.manifest import (
-    MANIFEST,
-    file_entry,
-    identity,
-    manifest_of,
-    move_file,
-    remove_file,
-    scratch_file,
-    sealed_manifest,
-)
+from posmask.storage.atomic import move_file, remove_file, scratch_file
+from posmask.storage.manifest import MANIFEST, file_entry, identity, manifest_of, sealed_manifest
 
 __all__ = ["Shards", "Store", "StoredFolder"]
 

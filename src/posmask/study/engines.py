@@ -22,7 +22,7 @@ from posmask.data.harvest import ComputeShards
 from posmask.evaluation.suite import EvaluationData
 from posmask.kernels import runtime
 from posmask.progress import cell_finished
-from posmask.storage import layout, manifest
+from posmask.storage import atomic, layout, manifest
 from posmask.storage.record import check_listed
 from posmask.study.cell import fill
 from posmask.study.harvests import prepare
@@ -97,7 +97,7 @@ def _share(study: StudySettings, todo: list[Target], data: EvaluationData, root:
         for target in list(waiting):
             if needs(target, root, {other.folder for other in waiting}):
                 continue  # Another process is making the folder that this one needs.
-            with manifest.claim(target.folder, wait=False) as mine:
+            with atomic.claim(target.folder, wait=False) as mine:
                 if not mine:
                     continue
                 make_target(study, target, data, root, say)

@@ -24,7 +24,7 @@ from posmask.probing.datasets import ProbeDataset, read_probe_dataset
 from posmask.probing.order_probes import order_tokens
 from posmask.probing.order_tasks import OrderTask, make_order_task
 from posmask.progress import announce
-from posmask.storage import layout, manifest
+from posmask.storage import atomic, layout, manifest
 from posmask.storage.remote import Store
 from posmask.study.settings import StudySettings
 from posmask.study.source import Source, texts_identity
@@ -163,7 +163,7 @@ class _Vectors:
 
         if (activations := finished()) is not None:
             return activations
-        with manifest.claim(local, wait=True):
+        with atomic.claim(local, wait=True):
             activations = finished()  # Another process may have harvested it in the meantime.
             if activations is None:
                 model = self._source.loaded if self._compute is None else None

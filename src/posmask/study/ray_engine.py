@@ -22,7 +22,7 @@ from posmask.errors import BadSetting, DegenerateResult, MissingExtra
 from posmask.evaluation.suite import EvaluationData
 from posmask.kernels import runtime
 from posmask.progress import cell_finished, progress_bars, shown_by
-from posmask.storage import manifest
+from posmask.storage import atomic
 from posmask.study.cell import train_cell
 from posmask.study.engines import make_target, needs
 from posmask.study.harvests import prepare
@@ -244,7 +244,7 @@ def _make(worker: _Worker, root: Path, label: str, stage: Stage) -> list[str]:
         source = _source(study)
         (target,) = (one for one in targets_of(study, source, root) if one.label == label)
         data = _kept("data", f"{root} {study.model_dump_json()}", lambda: prepare(study, source, root))
-        with manifest.claim(target.folder, wait=True):
+        with atomic.claim(target.folder, wait=True):
             if stage == "evaluate":
                 make_target(study, target, data, root, said.append)
             elif state_of(target, verify=True) != "finished":

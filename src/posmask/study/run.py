@@ -11,7 +11,7 @@ from posmask.kernels import runtime
 from posmask.progress import study_progress
 from posmask.results import comparisons, rows
 from posmask.sae.files import read_sae
-from posmask.storage import layout, manifest
+from posmask.storage import atomic, layout, manifest
 from posmask.storage.record import RECORD_MARK, StudyRecord, read_record, write_record
 from posmask.study import engines
 from posmask.study.cell import evaluate_to_folder, fill, train_cell
@@ -29,7 +29,7 @@ __all__ = ["evaluate_folder", "run_study", "train_together"]
 _OUTPUTS = {
     layout.RESULTS_FILE: (rows.header_of(rows.Row),),
     layout.VERDICTS_FILE: (rows.header_of(comparisons.Verdict),),
-    layout.REPORT_FILE: manifest.PAGE_MARKS,
+    layout.REPORT_FILE: (layout.PAGE_MARK,),
     layout.STUDY_FILE: (RECORD_MARK,),
 }
 """Files that a run writes beside its folders, and the marks by which it recognizes its own."""
@@ -55,7 +55,7 @@ def run_study(
             with other settings uses the same root.
     """
     for name, marks in _OUTPUTS.items():
-        manifest.check_file(root / name, *marks)
+        atomic.check_file(root / name, *marks)
     runtime.keep_freed_memory()
     if engine == "local":
         models.check_device(study.device)
@@ -92,9 +92,9 @@ def _engine(engine: Literal["local", "ray"], study: StudySettings, n_jobs: int):
 
 def _join_results(study: StudySettings, targets: list[Target], root: Path) -> list[rows.Row]:
     results = [row for target in targets for row in rows_in(target)]
-    with manifest.replacing(root / layout.RESULTS_FILE, *_OUTPUTS[layout.RESULTS_FILE]) as draft:
+    with atomic.replacing(root / layout.RESULTS_FILE, *_OUTPUTS[layout.RESULTS_FILE]) as draft:
         rows.write_rows(draft, results)
-    with manifest.replacing(root / layout.VERDICTS_FILE, *_OUTPUTS[layout.VERDICTS_FILE]) as draft:
+    with atomic.replacing(root / layout.VERDICTS_FILE, *_OUTPUTS[layout.VERDICTS_FILE]) as draft:
         comparisons.write_verdicts(draft, _verdicts(study, targets))
     return results
 
@@ -118,14 +118,14 @@ def _begin(study: StudySettings, targets: list[Target], root: Path, *, recompute
         recompute: whether cells will be made.
     """
     record = StudyRecord(study.name, study.baseline, {target.label: target.identity for target in targets})
-    with manifest.claim(layout.cells_folder(root) / layout.STUDY_FILE, wait=True):  # Several processes may begin it.
+    with atomic.claim(layout.cells_folder(root) / layout.STUDY_FILE, wait=True):  # Several processes may begin it.
         try:
             changed = read_record(root) != record
         except DamagedFolder:
             changed = True
         if recompute or changed:
             for name in (layout.RESULTS_FILE, layout.VERDICTS_FILE, layout.REPORT_FILE):
-                manifest.remove_file(root / name, *_OUTPUTS[name])
+                atomic.remove_file(root / name, *_OUTPUTS[name])
         if changed:
             write_record(root, record)
 

@@ -14,16 +14,8 @@ from torch import Tensor
 
 from posmask.errors import DamagedFolder
 from posmask.progress import announce
-from posmask.storage.manifest import (
-    MANIFEST,
-    clear_drafts,
-    finished,
-    foreign_in,
-    read_manifest,
-    refusal,
-    remove,
-    write_folder,
-)
+from posmask.storage.atomic import clear_drafts, refusal
+from posmask.storage.manifest import MANIFEST, finished, foreign_in, read_manifest, remove, write_folder
 
 __all__ = ["Checkpoints", "check_checkpoints", "remove_checkpoints"]
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from posmask.report.figures.style import Figure, as_spec
-from posmask.storage.manifest import check_file, replacing
+from posmask.storage.atomic import check_file, replacing
 
 __all__ = ["write_figures"]
 
