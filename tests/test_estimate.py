@@ -21,8 +21,9 @@ from posmask.kernels import cpu, runtime
 from posmask.masks import make_mask, mask_settings
 from posmask.progress import progress_bar
 from posmask.storage import manifest
-from posmask.study import cell, estimate, harvests, run
+from posmask.study import estimate, harvests, run, targets
 from posmask.study.estimate import Machine, Rates
+from posmask.study.source import Source, texts_identity
 from posmask.study.study_file import read_study
 from posmask.training import loop
 from posmask.training.settings import TrainingSettings
@@ -96,7 +97,7 @@ def settings(study_file):
 
 
 def places(settings, root):
-    return cell.targets_of(settings, harvests.Source(settings.model), root)
+    return targets.targets_of(settings, Source(settings.model), root)
 
 
 def finish(place):
@@ -208,7 +209,7 @@ def test_finished_folders_cost_nothing(settings, tmp_path):
 
 def test_harvested_vectors_cost_nothing_and_are_counted_as_they_are(settings, tmp_path):
     def declared(study):
-        model, texts = harvests.Source(study.model).made_from, harvests.texts_identity(study)
+        model, texts = Source(study.model).made_from, texts_identity(study)
         return {item.label: item for item in harvests.harvests(study, model, texts)}
 
     def write(item, kept):

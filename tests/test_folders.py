@@ -8,7 +8,6 @@ import pytest
 from posmask.errors import BadSetting, DamagedFolder
 from posmask.storage.atomic import claim, move_file, remove_file, replacing, scratch_file
 from posmask.storage.manifest import (
-    as_json,
     check_aside,
     check_folder,
     file_entry,
@@ -17,6 +16,7 @@ from posmask.storage.manifest import (
     identity,
     read_manifest,
     remove,
+    sealed_manifest,
     set_aside,
     take_apart,
     write_folder,
@@ -83,21 +83,13 @@ def test_every_flipped_byte_cut_missing_and_swapped_file_is_found_and_named(fold
         read_manifest(folder, verify=True)
 
 
-def test_a_manifest_from_before_there_were_seals_is_still_read(folder):
-    manifest = json.loads((folder / "manifest.json").read_text())
-    del manifest["sha256"]
-    (folder / "manifest.json").write_text(as_json(manifest))
-    assert read_manifest(folder, verify=True)["tokens"] == 12
-
-
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "link", "deep/../../outside", "linked/outside"])
 def test_no_file_outside_a_folder_is_ever_taken_for_one_of_it(folder, tmp_path, name):
     (tmp_path / "outside").write_text("x")
     (folder / "link").symlink_to(tmp_path / "outside")
     (folder / "linked").symlink_to(tmp_path)
     entry = {"bytes": 1, "sha256": file_sha256(tmp_path / "outside")}
-    manifest = {"identity": identity(MADE_FROM), "made_from": MADE_FROM, "files": {name: entry}}
-    (folder / "manifest.json").write_text(as_json(manifest))
+    (folder / "manifest.json").write_text(sealed_manifest(MADE_FROM, {}, {name: entry}))
     with pytest.raises(DamagedFolder, match="lies outside the folder"):
         read_manifest(folder, verify=True)
 
@@ -285,12 +277,8 @@ def test_drafts_and_parts_are_removed_without_following_links(folder, tmp_path):
 )
 def test_a_manifest_names_files_downwards_only(folder, name):
     name = name.replace("CELL", str(folder))
-    manifest = {
-        "identity": identity(MADE_FROM),
-        "made_from": MADE_FROM,
-        "files": {name: file_entry(folder / "rows.csv")},
-    }
-    (folder / "manifest.json").write_text(as_json(manifest))
+    files = {name: file_entry(folder / "rows.csv")}
+    (folder / "manifest.json").write_text(sealed_manifest(MADE_FROM, {}, files))
     with pytest.raises(DamagedFolder, match="which lies outside the folder"):
         finished(folder, MADE_FROM)
 

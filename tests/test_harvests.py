@@ -7,9 +7,11 @@ import pytest
 from posmask.data import embedded
 from posmask.probing import order_tasks
 from posmask.study import harvests
-from posmask.study.harvests import Source, prepare, texts_identity
-from posmask.study.run import cell_states, run_study
+from posmask.study.harvests import prepare
+from posmask.study.run import run_study
+from posmask.study.source import Source, texts_identity
 from posmask.study.study_file import read_study
+from posmask.study.targets import cell_states
 
 
 def declared(study):

@@ -19,10 +19,11 @@ from posmask.report.reading import read_studies
 from posmask.storage.layout import STUDY_FILE
 from posmask.storage.record import read_record
 from posmask.study import engines
-from posmask.study.cell import read_init, targets_of
-from posmask.study.harvests import Source
 from posmask.study.run import _begin, run_study
+from posmask.study.saes import read_init
+from posmask.study.source import Source
 from posmask.study.study_file import read_study
+from posmask.study.targets import targets_of
 
 CHANGED = ["training.learning_rate=0.004"]
 

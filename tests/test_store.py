@@ -17,8 +17,9 @@ from posmask.errors import BadSetting, DamagedFolder, MissingAsset, MissingExtra
 from posmask.storage import remote
 from posmask.storage.manifest import identity, sealed_manifest
 from posmask.storage.remote import Store
-from posmask.study.run import cell_states, run_study
+from posmask.study.run import run_study
 from posmask.study.study_file import read_study
+from posmask.study.targets import cell_states
 from test_parallel import STUDY
 
 MADE_FROM = {"what": "test"}

@@ -27,9 +27,10 @@ from posmask.sae.files import read_sae, write_sae
 from posmask.storage.layout import LATENT_WORDS_FILE, LATENTS_FILE
 from posmask.storage.manifest import damage_under, identity, read_manifest
 from posmask.study import cell as study_cell
-from posmask.study import engines, harvests
+from posmask.study import engines, harvests, targets
 from posmask.study import run as study_run
-from posmask.study.cell import make_sae as make_sae_of_cell
+from posmask.study.saes import make_sae as make_sae_of_cell
+from posmask.study.source import Source
 from posmask.study.study_file import read_study
 
 SECONDS = ("train_seconds", "evaluate_seconds")  # What a clock says, and nothing else, differs between equal runs.
@@ -98,7 +99,7 @@ def test_a_finished_cell_is_never_made_again_and_a_changed_setting_never_reuses_
 
     study_file.write_text(study_file.read_text().replace("n_slices = 4", "n_slices = 2"))
     settings = read_study(study_file)
-    assert [state for _, state in study_run.cell_states(settings, root)] == ["finished", "finished", "other settings"]
+    assert [state for _, state in targets.cell_states(settings, root)] == ["finished", "finished", "other settings"]
     _, said = run(study_file, root)
     assert "slice-compute-seed0 was made from other settings: moved to" in said[1]
     assert read_manifest(root / "stale" / "slice-compute-seed0-1", verify=True)
@@ -115,7 +116,7 @@ def test_settings_can_be_replaced_on_the_way_in(study_file):
     ]
     changed = read_study(study_file, [*changes, "model.layer=0.5"])
     assert (changed.name, changed.training.n_steps, len(changed.cells), changed.model.layer) == ("other", 30, 1, 0.5)
-    assert harvests.Source(changed.model).made_from["layer"] == 2  # of 3
+    assert Source(changed.model).made_from["layer"] == 2  # of 3
     for change, message in (
         ("training.n_step=30", "training.n_step is not a setting: did you mean n_steps?"),
         ("trainings.n_steps=30", "'trainings.n_steps=30' changes no setting"),
@@ -149,7 +150,7 @@ def test_a_row_may_have_seeds_of_its_own_and_is_compared_on_those_both_have(stud
     assert line.effect == pytest.approx(by_seed["slice-compute", 1] - by_seed["open", 1])
     # More seeds leave what is there as it is.
     study_file.write_text(text.replace("seeds = [1]", "seeds = [0, 1]"))
-    states = dict(study_run.cell_states(read_study(study_file), tmp_path / "run"))
+    states = dict(targets.cell_states(read_study(study_file), tmp_path / "run"))
     assert states["slice-compute-seed1"] == "finished"
     assert states["slice-compute-seed0"] == "missing"
 
@@ -158,7 +159,7 @@ def test_recipes_are_chosen_on_texts_that_nothing_reported_rests_on(study_file, 
     heldout = []
     for split in ("evaluation", "validation"):
         settings = read_study(study_file, [f"corpus.eval_split={split}"])
-        data = harvests.prepare(settings, harvests.Source(settings.model), tmp_path / "run")
+        data = harvests.prepare(settings, Source(settings.model), tmp_path / "run")
         (task, _), (dataset, _) = data.order["toy_order"], data.probes["toy"]
         assert {split_of(text) for text in (*task.texts[::2], *dataset.texts)} == {split}
         heldout.append(data.heldout.token_id[:400])
@@ -206,7 +207,7 @@ def test_layers_and_seeds_never_share_a_record(study_file):
     identities = [
         identity(place.made_from)
         for some in (settings, other_layer, other_seed)
-        for place in study_cell.targets_of(some, harvests.Source(some.model), study_file.parent)
+        for place in targets.targets_of(some, Source(some.model), study_file.parent)
         if place.cell is not None
     ]
     assert len(set(identities)) == 6
@@ -336,7 +337,7 @@ def test_an_interrupted_cell_leaves_nothing_and_the_next_run_goes_on(study_file,
 
 def test_training_tokens_are_never_held_out_tokens(study_file, tmp_path):
     settings = read_study(study_file)
-    data = harvests.prepare(settings, harvests.Source(settings.model), tmp_path)
+    data = harvests.prepare(settings, Source(settings.model), tmp_path)
     seen = {}
     for name in ("training", "heldout"):
         found = getattr(data, name)
@@ -387,7 +388,7 @@ def test_cells_that_start_from_another_take_the_rest_of_its_steps(study_file, tm
     # What it starts from is part of a cell's identity, and its source is made first.
     study_file.write_text(study_file.read_text().replace("step_fraction = 0.5", "step_fraction = 0.4"))
     settings = read_study(study_file)
-    states = dict(study_run.cell_states(settings, root))
+    states = dict(targets.cell_states(settings, root))
     assert {cell for cell, state in states.items() if state == "other settings"} == {
         "open-half-seed0", "upcycled-seed0", "split-seed0",
     }  # fmt: skip
@@ -446,10 +447,10 @@ def test_one_place_of_the_stream_has_two_names(tmp_path):
     ):
         write_sae(make_sae("open"), tmp_path, origin)
         if fits:
-            assert set(study_cell.checked_init(tmp_path, place)) == {"sha256"}
+            assert set(targets.checked_init(tmp_path, place)) == {"sha256"}
         else:
             with pytest.raises(BadSetting, match="start from an SAE of the same layer and site"):
-                study_cell.checked_init(tmp_path, place)
+                targets.checked_init(tmp_path, place)
 
 
 def test_an_imported_sae_is_evaluated_and_trained_on(study_file, tmp_path):
@@ -498,7 +499,11 @@ METRICS = ("explained_variance", "l0", "order_accuracy", "probe_accuracy", "rete
             'init_from = "opne"',
             "starts from 'opne', which is not a cell (a folder needs a slash)",
         ),
-        ('init_from = "open-half"', 'init_from = "switch"', "starts from switch, which is not an open cell of its own"),
+        (
+            'init_from = "open-half"',
+            'init_from = "switch"',
+            "starts from switch, which is not an open cell that starts from random",
+        ),
         ("step_fraction = 0.5", "", "which leaves no step of its 20"),
         ("step_fraction = 0.5", "step_fraction = 0.01", "step_fraction = 0.01 of open-half makes 0 steps"),
         ("step_fraction = 0.5", "step_fraction = 1.5", "step_fraction = 1.5 is not valid"),
@@ -717,7 +722,7 @@ def test_a_study_may_ask_no_probes_and_have_no_open_cell(study_file, tmp_path):
 
 def test_latents_to_ablate_are_chosen_on_other_texts_than_they_are_tried_on(study_file, tmp_path, monkeypatch):
     settings = read_study(study_file)
-    data = harvests.prepare(settings, harvests.Source(settings.model), tmp_path)
+    data = harvests.prepare(settings, Source(settings.model), tmp_path)
     chosen_on, tried_on = set(), set()
     update, replace = WindowMass.update, suite.without_latents
 
@@ -746,7 +751,7 @@ def test_latents_to_ablate_are_chosen_on_other_texts_than_they_are_tried_on(stud
 
 def test_an_untrained_sae_gets_no_numbers(study_file, tmp_path):
     settings = read_study(study_file)
-    data = harvests.prepare(settings, harvests.Source(settings.model), tmp_path)
+    data = harvests.prepare(settings, Source(settings.model), tmp_path)
     sae = make_sae_of_cell(settings, settings.cells[0], 12, 0)
     with torch.no_grad():
         sae.encoder.zero_()

@@ -1,13 +1,12 @@
 """Progress on standard error: one line for a whole study, one bar for the current stage.
 
 On a terminal they are bars. In a log file a stage prints a line every ten seconds and one at its end, if it takes
-longer than two seconds, and the study prints a line after each cell. Time left is shown after ten seconds of data.
+longer than two seconds, and the study prints a line after each part. Time left is shown after ten seconds of data.
 """
 
-import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Protocol
@@ -15,7 +14,6 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
     ProgressColumn,
     Task,
@@ -27,9 +25,9 @@ from rich.text import Text
 __all__ = [
     "Show",
     "announce",
-    "cell_finished",
     "duration",
     "no_progress",
+    "part_finished",
     "progress_bar",
     "progress_bars",
     "shown_by",
@@ -44,7 +42,7 @@ Show = Callable[[str, int, str, int], None]
 """Takes the label of a stage, its total, the unit of both numbers, and the number of units done."""
 
 _shown_by: ContextVar[Show | None] = ContextVar("_shown_by", default=None)
-_advance_study: ContextVar[Callable[[], None]] = ContextVar("_advance_study", default=lambda: None)
+_advance_study: ContextVar[Callable[[str], None]] = ContextVar("_advance_study", default=lambda part: None)
 _silent = False  # No ContextVar: threads announce too.
 
 
@@ -120,26 +118,36 @@ def progress_bars() -> Iterator[Show]:
 
 
 @contextmanager
-def study_progress(name: str, total: int, done: int) -> Iterator[None]:
-    """Show a line for a study within the block, with its stages below it; `cell_finished` advances it.
+def study_progress(
+    name: str, cells: Collection[str], done: Collection[str], costs: Mapping[str, float]
+) -> Iterator[None]:
+    """Show a line for a study within the block, with its stages below it; `part_finished` advances it.
 
-    The time left assumes that each remaining cell takes as long as those finished in this run took on average.
+    The time left is the predicted cost of what remains, times the elapsed time per predicted cost so far.
 
     Args:
         name: name of the study.
-        total: cells of the study, counting each seed and the baselines.
-        done: cells that were finished before this run.
+        cells: labels of all cells with each seed, and of the baselines.
+        done: those that were finished before this run.
+        costs: predicted cost of each part that is not finished: cells, and other parts such as the harvest. Only their
+            ratios matter.
     """
     if _shown_by.get() is not None:
         yield
         return
-    n_done = itertools.count(done)
+    finished, total = set(done), sum(costs.values())
     with _display() as display, shown_by(display.show_stage):
 
-        def advance() -> None:
-            display.show_study(name, total, next(n_done))
+        def show() -> None:
+            spent = sum(cost for part, cost in costs.items() if part in finished)
+            display.show_study(name, len(finished & set(cells)), len(cells), spent, total)
 
-        advance()
+        def advance(part: str) -> None:
+            if part not in finished:
+                finished.add(part)
+                show()
+
+        show()
         token = _advance_study.set(advance)
         try:
             yield
@@ -147,15 +155,15 @@ def study_progress(name: str, total: int, done: int) -> Iterator[None]:
             _advance_study.reset(token)
 
 
-def cell_finished() -> None:
-    """Count one more finished cell in the line of the study."""
-    _advance_study.get()()
+def part_finished(part: str) -> None:
+    """Count a part as finished in the line of the study: a cell by its label, or another part of its costs."""
+    _advance_study.get()(part)
 
 
 class _Display(Protocol):
     def show_stage(self, label: str, total: int, unit: str, done: int) -> None: ...
 
-    def show_study(self, name: str, total: int, done: int) -> None: ...
+    def show_study(self, name: str, n_done: int, n_cells: int, spent: float, total: float) -> None: ...
 
 
 @contextmanager
@@ -173,7 +181,7 @@ def _display() -> Iterator[_Display]:
 
 
 def _columns() -> tuple[ProgressColumn, ...]:
-    return TextColumn("{task.description:<34}"), BarColumn(bar_width=None), MofNCompleteColumn(), _Rate(), _TimeLeft()
+    return TextColumn("{task.description:<34}"), BarColumn(bar_width=None), _Count(), _Rate(), _TimeLeft()
 
 
 class _Bars:
@@ -191,16 +199,25 @@ class _Bars:
         if done >= total and self._study is not None:
             self._progress.remove_task(self._tasks.pop(label))
 
-    def show_study(self, name: str, total: int, done: int) -> None:
+    def show_study(self, name: str, n_done: int, n_cells: int, spent: float, total: float) -> None:
         if self._study is None:
-            self._study = self._progress.add_task(name, total=total, unit="cells", before=done)
-        self._progress.update(self._study, completed=done)
+            self._study = self._progress.add_task(name, total=total, unit=_CELLS, before=0.0, cells="")
+        self._progress.update(self._study, completed=spent, cells=f"{n_done}/{n_cells}")
+
+
+_CELLS = "cells"
+"""Unit of the line of a study, whose bar shows predicted costs."""
+
+
+class _Count(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(task.fields.get("cells") or f"{int(task.completed):,}/{int(task.total or 0):,}")
 
 
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
         seconds, unit = task.elapsed or 0.0, task.fields["unit"]
-        if unit == "cells":
+        if unit == _CELLS:
             return Text(f"cells, {duration(seconds)}")
         return Text(_rate(task.completed - task.fields["before"], seconds, unit))
 
@@ -239,27 +256,26 @@ def _joined(*parts: str) -> str:
 
 
 class _Log:
-    """Display of a log file: lines of stages, and one line per finished cell of a study."""
+    """Display of a log file: lines of stages, and one line per finished part of a study."""
 
     def __init__(self) -> None:
         self._stages: dict[str, _StageLines] = {}
         self._started = time.monotonic()
-        self._before: int | None = None
+        self._study_shown = False
 
     def show_stage(self, label: str, total: int, unit: str, done: int) -> None:
         if done == 0 or label not in self._stages:
             self._stages[label] = _StageLines(label, total, unit)
         self._stages[label].show(done)
 
-    def show_study(self, name: str, total: int, done: int) -> None:
-        if self._before is None:
-            self._before = done
+    def show_study(self, name: str, n_done: int, n_cells: int, spent: float, total: float) -> None:
+        if not self._study_shown:
+            self._study_shown = True
             return
         seconds = time.monotonic() - self._started
-        left = _time_left(done - self._before, total - done, seconds)
-        announce(
-            _joined(f"{name}: {done} of {total} cells done", f"{duration(seconds)} elapsed", left and f"about {left}")
-        )
+        left = _time_left(spent, total - spent, seconds)
+        done = f"{name}: {n_done} of {n_cells} cells done"
+        announce(_joined(done, f"{duration(seconds)} elapsed", left and f"about {left}"))
 
     def end(self) -> None:
         for stage in self._stages.values():

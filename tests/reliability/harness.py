@@ -44,9 +44,10 @@ from posmask.data import harvest as data_harvest
 from posmask.data.gguf import convert_gguf
 from posmask.report import write_report
 from posmask.storage import manifest as storage_manifest
-from posmask.study import cell, harvests
+from posmask.study import cell, harvests, targets
 from posmask.study.run import run_study
 from posmask.study.settings import StudySettings
+from posmask.study.source import Source
 from posmask.study.study_file import read_study
 from posmask.training import checkpoints
 
@@ -190,7 +191,7 @@ def stages(folder: Path) -> list[Stage]:
         run_study(settings, root, say=lambda text: None)
 
     def harvest(root: Path) -> None:
-        harvests.prepare(settings, harvests.Source(settings.model), root)
+        harvests.prepare(settings, Source(settings.model), root)
 
     def report(root: Path) -> None:
         run(root)  # joins the rows
@@ -238,16 +239,16 @@ def _evaluation_stops():
 
 
 def _evaluate_baselines(settings: StudySettings, root: Path) -> None:
-    places = cell.targets_of(settings, harvests.Source(settings.model), root)
-    data = harvests.prepare(settings, harvests.Source(settings.model), root)
+    places = targets.targets_of(settings, Source(settings.model), root)
+    data = harvests.prepare(settings, Source(settings.model), root)
     cell.fill(settings, places[0], data, [])
 
 
 def _train_only(settings: StudySettings, root: Path) -> None:
     """Every cell as far as the checkpoint at the end of its training."""
-    source = harvests.Source(settings.model)
+    source = Source(settings.model)
     data = harvests.prepare(settings, source, root)
-    for place in cell.targets_of(settings, source, root)[1:]:
+    for place in targets.targets_of(settings, source, root)[1:]:
         try:
             with _evaluation_stops():
                 cell.fill(settings, place, data, [])

@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -16,13 +16,20 @@ from posmask.cli.options import (
     Changes,
     Json,
     ModelName,
+    Quiet,
     Root,
     StudyFile,
+    Verbose,
     complete_cell_names,
     registered,
+    set_common_options,
 )
 from posmask.errors import BadSetting, DamagedFolder, NothingToDo, PosmaskError
 from posmask.storage import layout
+
+if TYPE_CHECKING:
+    from posmask.study import estimate
+    from posmask.study.settings import StudySettings
 
 app = typer.Typer(
     help="Train sparse autoencoders (SAEs) whose latents are gated by token position, and evaluate them.",
@@ -87,8 +94,11 @@ def options(
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Train sparse autoencoders (SAEs) whose latents are gated by token position, and evaluate them."""
+    set_common_options(quiet=quiet, verbose=verbose)
 
 
 def _print_json(values: dict[str, Any]) -> None:
@@ -129,7 +139,8 @@ def run(
     settings = read_study(study_file, [*(changes or ()), *([f"track={track}"] if track else [])])
     root = root or Path("runs") / settings.name
     try:
-        rows = run.run_study(settings, root, say=print, n_jobs=jobs, engine=engine)
+        plan = _announced_plan(settings, root) if engine == "local" and settings.device == "cpu" else None
+        rows = run.run_study(settings, root, say=print, n_jobs=jobs, engine=engine, plan=plan)
     except KeyboardInterrupt:
         print("\nposmask: interrupted; the same command resumes from the finished folders", file=sys.stderr)
         raise typer.Exit(_INTERRUPTED) from None
@@ -138,6 +149,22 @@ def run(
     print(run_summary(time.perf_counter() - started, jobs))
     print(verdict_line(root / layout.VERDICTS_FILE))
     print(f"The page: {page}")
+
+
+def _announced_plan(study: "StudySettings", root: Path) -> "estimate.Plan | None":
+    """Estimate what a run will take and report it; None if nothing is left or the model's sizes are unknown."""
+    from posmask.cli.printing import duration_line
+    from posmask.progress import announce
+    from posmask.study import estimate
+
+    try:
+        plan = estimate.plan(study, root, measure_steps=False)
+    except BadSetting:  # The model must be downloaded first, or the run reports what is wrong.
+        return None
+    if plan.n_finished == plan.n_folders:
+        return None
+    announce(duration_line(plan))
+    return plan
 
 
 @registered(app, "train-distributed", "Studies")

@@ -7,6 +7,7 @@ import tomllib
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,10 +21,13 @@ __all__ = [
     "Json",
     "ModelName",
     "Panel",
+    "Quiet",
     "Root",
     "StudyFile",
+    "Verbose",
     "complete_cell_names",
     "registered",
+    "set_common_options",
 ]
 
 Panel = Literal["Studies", "Results", "SAEs", "Installation"]
@@ -57,8 +61,17 @@ ModelName = Annotated[
         show_default="the model that it was trained on",
     ),
 ]
-_Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress on standard error.")]
-_Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print the traceback of an error of posmask.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress on standard error.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print the traceback of an error of posmask.")]
+
+
+_given_before_command: ContextVar[frozenset[str]] = ContextVar("_given_before_command", default=frozenset())
+
+
+def set_common_options(*, quiet: bool, verbose: bool) -> None:
+    """Let the command run as if it had these options itself; for those given before its name."""
+    given = {"quiet": quiet, "verbose": verbose}
+    _given_before_command.set(frozenset(name for name, is_given in given.items() if is_given))
 
 
 def complete_cell_names(ctx: typer.Context, incomplete: str) -> list[str]:
@@ -76,10 +89,12 @@ def registered(app: typer.Typer, name: str, panel: Panel) -> Callable[[Callable[
     def register(function: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(function)
         def command(*, quiet: bool, verbose: bool, **arguments: object) -> None:
+            before = _given_before_command.get()
+            quiet, verbose = quiet or "quiet" in before, verbose or "verbose" in before
             with _silence() if quiet else nullcontext(), _tracebacks() if verbose else nullcontext():
                 function(**arguments)
 
-        extra = {"quiet": _Quiet, "verbose": _Verbose}
+        extra = {"quiet": Quiet, "verbose": Verbose}
         signature = inspect.signature(function)
         parameters = [
             *signature.parameters.values(),

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "console",
+    "duration_line",
     "plan_values",
     "print_plan",
     "results_table",
@@ -175,6 +176,12 @@ def _total(plan: "estimate.Plan", gpu: str | None) -> str:
     stages = ", ".join(f"{stage} {duration(plan.seconds(stage))}" for stage in _STAGES)
     hours = "" if gpu is None else f" That is {plan.seconds() / 3600:.1f} GPU hours, the host's work included."
     return f"In all {duration(plan.seconds())} on {where}: {stages}.{hours}"
+
+
+def duration_line(plan: "estimate.Plan") -> str:
+    """Return the predicted duration of a run, in total and by stage."""
+    stages = ", ".join(f"{stage} {duration(plan.seconds(stage))}" for stage in _STAGES if plan.seconds(stage))
+    return f"Estimated time: {duration(plan.seconds())} ({stages}); `posmask plan` shows the details."
 
 
 def slurm_line(study_file: Path) -> str:

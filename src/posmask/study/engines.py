@@ -3,6 +3,7 @@
 An engine has `compute`, which computes vectors, and `make`, which makes the folders of cells.
 """
 
+import contextvars
 import ctypes
 import multiprocessing
 import os
@@ -21,7 +22,7 @@ import torch
 from posmask.data.harvest import ComputeShards
 from posmask.evaluation.suite import EvaluationData
 from posmask.kernels import runtime
-from posmask.progress import cell_finished
+from posmask.progress import part_finished
 from posmask.storage import atomic, layout, manifest
 from posmask.storage.record import check_listed
 from posmask.study.cell import fill
@@ -32,6 +33,8 @@ from posmask.study.targets import Target, baselines_of, rows_in, state_of, targe
 
 __all__ = ["Engine", "Local", "make_target", "needs"]
 
+
+_WATCH_SECONDS = 1.0
 
 Say = Callable[[str], None]
 """Reports one line to the user."""
@@ -66,7 +69,7 @@ class Local:
             say(f"{self._n_jobs} processes share the cells; helpers write their output to {layout.jobs_folder(root)}.")
         n_threads = max(1, torch.get_num_threads() // self._n_jobs)
         # Set explicitly even if unchanged: torch multiplies differently with one thread set than with one detected.
-        with _helpers(study, root, self._n_jobs - 1, n_threads), runtime.threads(n_threads):
+        with _helpers(study, root, self._n_jobs - 1, n_threads), runtime.threads(n_threads), _watching(todo):
             _share(study, todo, data, root, say)
 
 
@@ -97,15 +100,36 @@ def _share(study: StudySettings, todo: list[Target], data: EvaluationData, root:
         for target in list(waiting):
             if needs(target, root, {other.folder for other in waiting}):
                 continue  # Another process is making the folder that this one needs.
-            with atomic.claim(target.folder, wait=False) as mine:
-                if not mine:
+            with atomic.claim(target.folder, wait=False) as claimed:
+                if not claimed:
                     continue
                 make_target(study, target, data, root, say)
             waiting.remove(target)
-            cell_finished()
+            part_finished(target.label)
             break
         else:
             time.sleep(1)
+
+
+@contextmanager
+def _watching(todo: list[Target]) -> Iterator[None]:
+    """Report folders as finished while the block runs, whichever process makes them."""
+    stop = threading.Event()
+
+    def watch() -> None:
+        waiting = list(todo)
+        while waiting and not stop.wait(_WATCH_SECONDS):
+            for target in [target for target in waiting if state_of(target) == "finished"]:
+                waiting.remove(target)
+                part_finished(target.label)
+
+    watcher = threading.Thread(target=contextvars.copy_context().run, args=(watch,), daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        watcher.join()
 
 
 @contextmanager

@@ -20,7 +20,7 @@ import torch
 
 from posmask.data import models, sites
 from posmask.data.activations import Batch, bytes_per_token
-from posmask.data.tokens import growing_segments, shift_length
+from posmask.data.tokens import shift_length
 from posmask.errors import BadSetting, DamagedFolder, DegenerateResult
 from posmask.kernels import cpu, runtime
 from posmask.masks.base import PositionMask
@@ -155,7 +155,8 @@ def measure(
 ) -> Rates:
     """Measure this machine for at most `MEASURING_SECONDS`: the model, a few steps of each of `cells`, host's work."""
     end = clock() + MEASURING_SECONDS
-    announce(f"Measuring this machine for at most {MEASURING_SECONDS:.0f} s.")
+    if cells:
+        announce(f"Measuring this machine for at most {MEASURING_SECONDS:.0f} s.")
     runtime.keep_freed_memory()
     precision, host = _model_precision(study), timeit.repeat(_host_work, number=1, repeat=5)
     machine = gpu or this_machine({"float32", precision, _training_precision(study, on_gpu=False)})
@@ -163,15 +164,17 @@ def measure(
     if gpu is not None:
         below += _BYTES[precision] * outline.d_model / DISK_RATE
         above += 10 * 4 * outline.n_vocabulary / (gpu.bandwidth * gpu.bandwidth_share)  # softmax, entropy, divergence
-        said = (
+        assumptions = (
             gpu.sentence(),
             f"Vectors are written at {DISK_RATE / 1e9:.0f} GB/s. Probing, pooling and counting stay on the host's CPU, "
             "which is assumed to be as fast as this one.",
         )
-        return Rates(gpu, below, above, 1.0, statistics.median(host) / _HOST_SECONDS, said)
-    said = ()
+        return Rates(gpu, below, above, 1.0, statistics.median(host) / _HOST_SECONDS, assumptions)
+    assumptions = ()
     if (measured := _model_seconds(study, outline, lambda: end - clock())) is None:
-        said = ("The model was not run (its weights are not here, or too large to load): 2 operations per parameter.",)
+        assumptions = (
+            "The model was not run (its weights are not here, or too large to load): 2 operations per parameter.",
+        )
     elif below:
         below, above = measured, above * measured / below
     factors: list[float] = []
@@ -179,15 +182,15 @@ def measure(
     with shown_by(lambda *progress: None):
         for cell in cells if cpu.loops_are_compiled() else ():  # Compiling them would take all the time.
             caution = max(10.0, 2 * statistics.median(factors or [0.0]))
-            found = _step_factors(study, cell, outline.d_model, machine, caution, lambda: end - clock())
-            factors, n_measured = factors + found, n_measured + bool(found)
+            measured_factors = _step_factors(study, cell, outline.d_model, machine, caution, lambda: end - clock())
+            factors, n_measured = factors + measured_factors, n_measured + bool(measured_factors)
             host += timeit.repeat(_host_work, number=1, repeat=2)
     if n_measured < len(cells):
         why = "lack of time" if cpu.loops_are_compiled() else "their loops are not compiled before the first run"
-        said += (f"{len(cells) - n_measured} of {len(cells)} kinds of training steps were not measured: {why}.",)
+        assumptions += (f"{len(cells) - n_measured} of {len(cells)} kinds of training steps were not measured: {why}.",)
     # Medians, over kinds of steps too: a busy machine takes ten times as long now and then.
     factor, host_factor = statistics.median(factors or [1.0]), statistics.median(host) / _HOST_SECONDS
-    return Rates(machine, below, _COMPARED * above, factor, host_factor, said)
+    return Rates(machine, below, _COMPARED * above, factor, host_factor, assumptions)
 
 
 _MOST_LOADED_BYTES, _MODEL_SECONDS = 2e9, 4.0  # A model is loaded and run if that takes a few seconds.
@@ -310,6 +313,12 @@ class Plan:
         """Of one stage, or of all."""
         return sum(line.seconds for line in self.lines if stage in (None, line.stage))
 
+    def seconds_of(self, cell: str) -> float:
+        """Of the training and evaluation of a cell, for all seeds that are not finished."""
+        return sum(
+            line.seconds for line in self.lines if line.stage in ("training", "evaluation") and line.what == cell
+        )
+
 
 @dataclass(frozen=True)
 class _Set:
@@ -341,8 +350,20 @@ _ASSUMPTIONS = (
 )
 
 
-def plan(study: StudySettings, root: Path, rates: Rates | None = None, gpu: Machine | None = None) -> Plan:
+def plan(
+    study: StudySettings,
+    root: Path,
+    rates: Rates | None = None,
+    gpu: Machine | None = None,
+    *,
+    measure_steps: bool = True,
+) -> Plan:
     """Estimate what remains to be done of a study, and what that costs on this machine, or on a GPU by published rates.
+
+    Args:
+        rates: of the machine; None measures them.
+        gpu: a GPU with published rates, instead of this machine.
+        measure_steps: whether training steps are measured, for up to 20 seconds; without, it takes about five.
 
     Raises:
         BadSetting: the model's sizes are unknown here, it has no such layer, or it is too short for the contexts.
@@ -357,19 +378,20 @@ def plan(study: StudySettings, root: Path, rates: Rates | None = None, gpu: Mach
     left = Counter(layout.parse_cell_label(label)[0] for label, state in states if state != "finished")
     n_left = left.total() + (baselines != "finished")
     sets = _sets(study, root)
-    missing = [one for one in sets if n_left and not one.finished]
+    missing = [harvest for harvest in sets if n_left and not harvest.finished]
     cells = [cell for cell in study.cells if left[cell.name]]
     if rates is None and n_left:
         by_shape = {shape_of(_mask(study, cell)): cell for cell in cells}
-        rates = measure(study, [by_shape[shape] for shape in sorted(by_shape, reverse=True)], outline, gpu)
+        kinds_of_steps = [by_shape[shape] for shape in sorted(by_shape, reverse=True)] if measure_steps else []
+        rates = measure(study, kinds_of_steps, outline, gpu)
     costs = _Costs(study, outline, sets, rates or Rates(GPUS["a100"], 0.0, 0.0))
-    kinds = dict.fromkeys(one.kind for one in sets)
+    kinds = dict.fromkeys(harvest.kind for harvest in sets)
     lines = [*(costs.harvest(kind, missing) for kind in kinds), costs.baselines(baselines != "finished")]
     for cell in study.cells:
         n = left[cell.name]
         nothing = [Line("training", cell.name, 0, 0.0), Line("evaluation", cell.name, 0, 0.0)]
         lines += [costs.training(cell, n), costs.evaluation(cell, n)] if n else nothing
-    disk_bytes = sum(one.stored * costs.bytes_per_token(one) for one in missing)
+    disk_bytes = sum(harvest.stored * costs.bytes_per_token(harvest) for harvest in missing)
     per_latent = 8 * (outline.d_model + study.corpus.n_positions)  # its rows of the dictionary and of two tables
     disk_bytes += sum(left[cell.name] * (per_latent * study.width(cell) + 600_000) for cell in cells)
     memory_bytes = costs.memory_bytes(max(map(study.width, cells), default=0)) if n_left else 0
@@ -423,15 +445,17 @@ class _Costs:
 
     def __init__(self, study: StudySettings, outline: sites.LanguageModel, sets: list[_Set], rates: Rates) -> None:
         self._study, self._outline, self._sets, self._rates = study, outline, sets, rates
-        self._n_probed = sum(one.kept for one in sets if one.n_classes)
+        self._n_probed = sum(harvest.kept for harvest in sets if harvest.n_classes)
         self._n_in_model = study.evaluation.model_contexts * study.corpus.n_positions
         self._forgetting_steps = {
             round(share * study.training.n_steps) for share in study.evaluation.forgetting_fractions
         }
 
     def harvest(self, kind: str, missing: list[_Set]) -> Line:
-        own = [one for one in missing if one.kind == kind]
-        return Line("harvest", kind, sum(one.kept for one in own), self._rates.below * sum(one.stored for one in own))
+        kept, stored = (
+            sum(getattr(item, count) for item in missing if item.kind == kind) for count in ("kept", "stored")
+        )
+        return Line("harvest", kind, kept, self._rates.below * stored)
 
     def baselines(self, left: bool) -> Line:
         """Probes on the model's own channels (mean and last token), and its loss as it is and without its vectors."""
@@ -446,7 +470,7 @@ class _Costs:
         trainings += [(Shape(shape.d_sae, shape.d_sae), max(self._forgetting_steps))] if cell.measure_forgetting else []
         tokens = self._study.training.batch_tokens * sum(n_steps for _, n_steps in trainings)
         machine, batch, d_model = self._rates.machine, self._study.training.batch_tokens, self._outline.d_model
-        seconds = sum(n * _step_seconds(self._study, one, d_model, machine, batch) for one, n in trainings)
+        seconds = sum(n * _step_seconds(self._study, shape, d_model, machine, batch) for shape, n in trainings)
         return Line("training", cell.name, n_left * tokens, n_left * self._rates.factor * seconds)
 
     def _encode(self, shape: Shape) -> float:
@@ -460,11 +484,11 @@ class _Costs:
         n_positions, d_sae, shape = self._study.corpus.n_positions, mask.d_sae, shape_of(mask)
         is_open = mask.is_open() and not mask.changes_in_training
         masked = mask.gates_code() and not is_open
-        heldout, shift = (one.kept for one in self._sets if one.kind in (_HELDOUT, _SHIFT))
+        heldout, shift = (item.kept for item in self._sets if item.kind in (_HELDOUT, _SHIFT))
         n_encoded = heldout + shift + self._n_probed + 3 * self._n_in_model
         n_lifted = (heldout + shift) * masked + heldout * len(self._forgetting_steps | {0}) * cell.measure_forgetting
         widths = [d_sae, d_sae] if masked else [d_sae]  # pooled by mean, and where a latent is open
-        segments = self._study.evaluation.order_segments, int(growing_segments(n_positions)[-1]) + 1
+        segments = [int(of[-1]) + 1 for of in self._study.evaluation.segment_poolings(n_positions).values()]
         seconds = self._probing([*widths, *(n * d_sae for n in segments if is_open)], widths)
         k = getattr(self._study.sae.rule, "k", _ACTIVE)
         seconds = rates.host * (seconds + heldout * k * _COUNT + n_positions * d_sae * _CONCLUDE)
@@ -477,30 +501,30 @@ class _Costs:
     def _probing(self, of_tasks: list[int], of_datasets: list[int]) -> float:
         """Pooling and probes, by the number of features of each pooling; without `Rates.host`."""
         evaluation, seconds = self._study.evaluation, 0.0
-        for one in self._sets:
-            if one.kind == _ORDER:  # One probe answers a question with two classes.
+        for item in self._sets:
+            if item.kind == _ORDER:  # One probe answers a question with two classes.
                 widths, n_train = of_tasks, 2 * evaluation.order_train_groups
-                n_probes = one.n_classes - (one.n_classes == 2)
-            elif one.kind == _PROBES:
-                widths, n_probes, n_train = of_datasets, one.n_classes, evaluation.probe_train
-                seconds += one.n_classes * of_datasets[0] * _FULL_PROBE
+                n_probes = item.n_classes - (item.n_classes == 2)
+            elif item.kind == _PROBES:
+                widths, n_probes, n_train = of_datasets, item.n_classes, evaluation.probe_train
+                seconds += item.n_classes * of_datasets[0] * _FULL_PROBE
             else:
                 continue
-            seconds += sum(one.n_texts * width * _POOL + n_probes * n_train * _QUESTION for width in widths)
+            seconds += sum(item.n_texts * width * _POOL + n_probes * n_train * _QUESTION for width in widths)
         return seconds
 
-    def bytes_per_token(self, one: _Set) -> int:
+    def bytes_per_token(self, item: _Set) -> int:
         """On disk, with the fields that say which token it is."""
-        stored = self._study.model.storage_dtype if one.kind == _TRAINING else "model"
+        stored = self._study.model.storage_dtype if item.kind == _TRAINING else "model"
         return bytes_per_token(self._outline.d_model, _model_precision(self._study) if stored == "model" else stored)
 
     def memory_bytes(self, width: int) -> int:
-        """The program, the model, all vectors (files mapped into memory), logits, and the widest cell's own."""
+        """The program, the model, all vectors (files mapped into memory), logits, and the widest cell."""
         n_positions, d_model = self._study.corpus.n_positions, self._outline.d_model
         n_bytes = _BYTES[_model_precision(self._study)]
-        vectors = sum(one.stored * self.bytes_per_token(one) for one in self._sets)
+        vectors = sum(item.stored * self.bytes_per_token(item) for item in self._sets)
         logits = self._outline.n_vocabulary * (4 * 10 * n_positions + n_bytes * self._n_in_model)
         dictionary = 4 * 2 * width * d_model  # in training also its gradients and Adam's moments
         tables = 4 * n_positions * width * (4 * 16 + 19 + 16)  # in evaluation: sums by fold, null draws, a copy
-        weights, own = n_bytes * sum(self._outline.n_parameters()), max(4 * dictionary, 2 * dictionary + tables)
-        return 850_000_000 + weights + vectors + logits + own
+        weights, cell = n_bytes * sum(self._outline.n_parameters()), max(4 * dictionary, 2 * dictionary + tables)
+        return 850_000_000 + weights + vectors + logits + cell

@@ -21,7 +21,7 @@ from posmask.data.tokens import Tokens
 from posmask.errors import BadSetting, DegenerateResult, MissingExtra
 from posmask.evaluation.suite import EvaluationData
 from posmask.kernels import runtime
-from posmask.progress import cell_finished, progress_bars, shown_by
+from posmask.progress import part_finished, progress_bars, shown_by
 from posmask.storage import atomic
 from posmask.study.cell import train_cell
 from posmask.study.engines import make_target, needs
@@ -144,7 +144,7 @@ class Cluster:
                         if stage == "train":
                             waiting[label] = target, "evaluate"
                         else:
-                            cell_finished()
+                            part_finished(label)
         finally:
             for task in running:
                 self._ray.cancel(task, force=True)
@@ -242,7 +242,7 @@ def _make(worker: _Worker, root: Path, label: str, stage: Stage) -> list[str]:
     study = worker.study
     with worker.at_work():
         source = _source(study)
-        (target,) = (one for one in targets_of(study, source, root) if one.label == label)
+        (target,) = (target for target in targets_of(study, source, root) if target.label == label)
         data = _kept("data", f"{root} {study.model_dump_json()}", lambda: prepare(study, source, root))
         with atomic.claim(target.folder, wait=True):
             if stage == "evaluate":

@@ -1,5 +1,6 @@
 """Carry out a study: make the folders that are missing and join their rows into one results table."""
 
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -8,13 +9,14 @@ from typing import Literal
 from posmask.data import models
 from posmask.errors import BadSetting, DamagedFolder
 from posmask.kernels import runtime
-from posmask.progress import study_progress
+from posmask.progress import part_finished, study_progress
 from posmask.results import comparisons, rows
 from posmask.sae.files import read_sae
 from posmask.storage import atomic, layout, manifest
 from posmask.storage.record import RECORD_MARK, StudyRecord, read_record, write_record
 from posmask.study import engines
 from posmask.study.cell import evaluate_to_folder, fill, train_cell
+from posmask.study.estimate import Plan, Stage
 from posmask.study.harvests import prepare
 from posmask.study.saes import read_init, untrained
 from posmask.study.settings import StudySettings
@@ -41,6 +43,7 @@ def run_study(
     say: Callable[[str], None] = print,
     n_jobs: int = 1,
     engine: Literal["local", "ray"] = "local",
+    plan: Plan | None = None,
 ) -> list[rows.Row]:
     """Make what is missing under `root`, write `results.csv` and `verdicts.csv` there, and return the rows.
 
@@ -49,6 +52,7 @@ def run_study(
     Args:
         n_jobs: how many cells are made at a time, by processes that share the CPU's threads.
         engine: local: processes on this machine. ray: tasks on a cluster, see `ray_engine`.
+        plan: predicted seconds of each part, for the time left; None: every cell takes as long as the others.
 
     Raises:
         BadSetting: a file or folder that posmask did not write is in the way; nothing is changed then. Or another run
@@ -70,9 +74,12 @@ def run_study(
         manifest.check_aside(target.folder)
         check_checkpoints(target.checkpoints)
     if todo:
-        progress = study_progress(study.name, len(targets), len(targets) - len(todo))
+        labels = [target.label for target in targets]
+        finished = [target.label for target in targets if target not in todo]
+        progress = study_progress(study.name, labels, finished, _costs(todo, plan))
         with _engine(engine, study, n_jobs) as made_by, progress:
             data = prepare(study, source, root, made_by.compute)  # If this fails, existing results are untouched.
+            part_finished(_HARVEST)
             _begin(study, targets, root, recompute=True)
             made_by.make(study, todo, data, root, say)
     else:
@@ -80,6 +87,23 @@ def run_study(
     for target in targets:
         remove_checkpoints(target.checkpoints)
     return _join_results(study, targets, root)
+
+
+_HARVEST: Stage = "harvest"
+
+
+def _costs(todo: list[Target], plan: Plan | None) -> dict[str, float]:
+    """Predicted seconds of the harvest and of each folder, by label."""
+    if plan is None:
+        return {target.label: 1.0 for target in todo}
+    n_left = Counter(target.cell.name for target in todo if target.cell is not None)
+    costs = {_HARVEST: plan.seconds(_HARVEST)}
+    for target in todo:
+        cell = target.cell
+        costs[target.label] = (
+            plan.seconds("baselines") if cell is None else plan.seconds_of(cell.name) / n_left[cell.name]
+        )
+    return costs
 
 
 def _engine(engine: Literal["local", "ray"], study: StudySettings, n_jobs: int):

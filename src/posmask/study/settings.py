@@ -229,7 +229,8 @@ class StudySettings(_Settings):
                 )
             if source.mask.kind != "open" or source.budget != "width" or source.init_from is not None:
                 raise ValueError(
-                    f"{cell.name} starts from {cell.init_from}, which is not an open cell of its own: name one that is"
+                    f"{cell.name} starts from {cell.init_from}, which is not an open cell "
+                    "that starts from random weights: name one that does"
                 )
             if lacking := sorted(set(self.seeds_of(cell)) - set(self.seeds_of(source))):
                 raise ValueError(
@@ -252,7 +253,7 @@ class StudySettings(_Settings):
 
     def _check_comparisons(self, names: list[str]) -> None:
         baseline = self.baseline
-        asked = {(cell.name, baseline) for cell in self.cells if baseline not in (None, cell.name)}
+        pairs = {(cell.name, baseline) for cell in self.cells if baseline not in (None, cell.name)}
         open_cells = {cell.name for cell in self.cells if cell.mask.kind == "open"}
         pooled = set(self.evaluation.segment_poolings(self.corpus.n_positions))
         for comparison in self.comparisons:
@@ -264,14 +265,14 @@ class StudySettings(_Settings):
                 known = pooled if name in open_cells else {"fair"}
                 if pooling and pooling not in known:
                     raise ValueError(f"comparisons name {side!r}, but {name} has the poolings {sorted(known)}")
-            one, other = (next(cell for cell in self.cells if cell.name == side.partition(" + ")[0]) for side in sides)
-            if not set(self.seeds_of(one)) & set(self.seeds_of(other)):
+            left, right = (next(cell for cell in self.cells if cell.name == side.partition(" + ")[0]) for side in sides)
+            if not set(self.seeds_of(left)) & set(self.seeds_of(right)):
                 raise ValueError(
                     f"comparisons compare {sides[0]!r} with {sides[1]!r}, which share no seed: give them one"
                 )
-            if sides[0] == sides[1] or sides in asked:
+            if sides[0] == sides[1] or sides in pairs:
                 raise ValueError(f"comparisons list {sides[0]!r} against {sides[1]!r} twice, or for nothing: remove it")
-            asked.add(sides)
+            pairs.add(sides)
 
     @property
     def baseline(self) -> str | None:
