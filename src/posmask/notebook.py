@@ -127,9 +127,9 @@ def fit(
         seed: decides the order of the tokens.
         settings: more of `TrainingSettings`.
     """
-    ask = TrainingSettings(n_steps=n_steps, batch_tokens=batch_tokens, learning_rate=learning_rate, **settings)
+    training = TrainingSettings(n_steps=n_steps, batch_tokens=batch_tokens, learning_rate=learning_rate, **settings)
     batches = training_batches(activations, batch_tokens, n_steps, seed)
-    return loop.train(sae, batches, ask, label or sae.mask.settings.kind)
+    return loop.train(sae, batches, training, label or sae.mask.settings.kind)
 
 
 def measure(sae: SparseAutoencoder, heldout: Activations, *, retention_positions: int = 16) -> list[Measure]:

@@ -98,7 +98,7 @@ def _parts(
         with write_in_parts(folder, made_from, **facts) as parts:
             yield parts.__contains__, lambda name, shard: parts.add(name, lambda path: save_file(shard, path))
         return
-    files = folder.whole_shards()
+    files = folder.complete_shards()
 
     def add(name: str, shard: dict[str, Tensor]) -> None:
         files.update(folder.add(name, shard, {field: shard[field] for field in _FIELDS}))

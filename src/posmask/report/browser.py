@@ -238,7 +238,7 @@ def _nearest(
         seeds = by_seed.get(other.cell, {})
         return seeds.get(cell.seed, next(iter(seeds.values()), None)) is other
 
-    own: dict[CellFolder, dict[str, np.ndarray]] = {}
+    within: dict[CellFolder, dict[str, np.ndarray]] = {}
     in_cells: dict[CellFolder, list[_Neighbors]] = {cell: [] for cell in rows}
     in_seeds: dict[CellFolder, list[_Neighbors]] = {cell: [] for cell in rows}
     for other in all_cells:
@@ -250,20 +250,20 @@ def _nearest(
             if rows[cell].shape[1] != decoder.shape[1]:  # a study of another model
                 continue
             if cell is other:
-                own[cell] = _nearest_own(rows[cell], kept_of[cell], decoder)
+                within[cell] = _nearest_in_cell(rows[cell], kept_of[cell], decoder)
                 continue
             latents, cosines = _nearest_row(rows[cell], decoder)
             if cell.cell == other.cell:
                 in_seeds[cell].append((other.seed, latents, cosines))
             else:
                 in_cells[cell].append((index[other], latents, cosines))
-    return {cell: _joined(own[cell], in_cells[cell], in_seeds[cell]) for cell in own}
+    return {cell: _joined(within[cell], in_cells[cell], in_seeds[cell]) for cell in within}
 
 
 def _joined(
-    own: dict[str, np.ndarray], in_cells: list[_Neighbors], in_seeds: list[_Neighbors]
+    within: dict[str, np.ndarray], in_cells: list[_Neighbors], in_seeds: list[_Neighbors]
 ) -> tuple[list[int], dict[str, np.ndarray]]:
-    arrays = dict(own)
+    arrays = dict(within)
     if in_cells:
         cosine = np.stack([cosines for _, _, cosines in in_cells], 1)
         order = np.argsort(-cosine, axis=1, kind="stable")[:, :_N_NEAREST]
@@ -288,7 +288,7 @@ def _nearest_row(rows: np.ndarray, decoder: np.ndarray) -> tuple[np.ndarray, np.
     return np.concatenate(latents), np.concatenate(cosines)
 
 
-def _nearest_own(rows: np.ndarray, kept: np.ndarray, decoder: np.ndarray) -> dict[str, np.ndarray]:
+def _nearest_in_cell(rows: np.ndarray, kept: np.ndarray, decoder: np.ndarray) -> dict[str, np.ndarray]:
     """For each row, the other decoder rows with the largest cosines, and the number of duplicates."""
     parts: dict[str, list[np.ndarray]] = {"near_own": [], "near_own_cosine": [], "twins": []}
     n_near = min(_N_NEAREST, len(decoder) - 1)

@@ -190,7 +190,7 @@ class StoredFolder:
         manifest = self.manifest()
         return manifest if manifest is not None and manifest["identity"] == identity(made_from) else None
 
-    def whole_shards(self) -> dict[str, dict[str, Any]]:
+    def complete_shards(self) -> dict[str, dict[str, Any]]:
         """Return manifest entries of the complete shards in the store and of the files of their tokens."""
         sizes = self._store.sizes(self.name)
         entries: dict[str, dict[str, Any]] = {}

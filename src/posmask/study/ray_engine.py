@@ -179,8 +179,8 @@ class _Board:
 
     def read(self) -> list[tuple[str, int, str, int]]:
         """What is new since the last time."""
-        found, self._at = self._at, {}
-        return [(label, *at) for label, at in found.items()]
+        news, self._at = self._at, {}
+        return [(label, *at) for label, at in news.items()]
 
 
 class _Worker:
@@ -237,8 +237,8 @@ def _compute_shard(
 
 
 def _make(worker: _Worker, root: Path, label: str, stage: Stage) -> list[str]:
-    """Train a cell as far as the checkpoint at its end, or make the rest of its folder; returns what is to be said."""
-    said: list[str] = []
+    """Train a cell as far as the checkpoint at its end, or make the rest of its folder; returns messages for the user."""
+    messages: list[str] = []
     study = worker.study
     with worker.at_work():
         source = _source(study)
@@ -246,8 +246,8 @@ def _make(worker: _Worker, root: Path, label: str, stage: Stage) -> list[str]:
         data = _kept("data", f"{root} {study.model_dump_json()}", lambda: prepare(study, source, root))
         with atomic.claim(target.folder, wait=True):
             if stage == "evaluate":
-                make_target(study, target, data, root, said.append)
+                make_target(study, target, data, root, messages.append)
             elif state_of(target, verify=True) != "finished":
                 sae, _ = untrained(study, target, data.training)
                 train_cell(study, target, sae, data, keeps_end=True)
-    return said
+    return messages

@@ -81,7 +81,7 @@ class CorpusSettings(_Settings):
     """Texts are cut to this many characters, so that a few long texts do not dominate the corpus."""
 
     @model_validator(mode="after")
-    def _one_source(self) -> "CorpusSettings":
+    def _single_source(self) -> "CorpusSettings":
         if bool(self.tables) == bool(self.texts):
             raise ValueError("corpus needs either tables or texts: give one of the two")
         if self.n_texts is None and self.texts is not None and self.texts.startswith(texts.HUB_PREFIX):

@@ -46,8 +46,8 @@ def trade_off(
     values = _values(lines, numbers, k)
     if not values:
         return None
-    _place_names(values, baselines, width)
-    _place_names(values, baselines, _NARROW, " narrow")
+    _set_name_sides(values, baselines, width)
+    _set_name_sides(values, baselines, _NARROW, " narrow")
     kinds = {value["what"] for value in values}
     shown = [kind for kind in _MARKS if kind in kinds]
     shapes, colors = zip(*(_MARKS[kind] for kind in shown), strict=True)
@@ -106,7 +106,7 @@ def _values(
     return values
 
 
-def _place_names(values: list[dict[str, Any]], baselines: Sequence[str], width: int, suffix: str = "") -> None:
+def _set_name_sides(values: list[dict[str, Any]], baselines: Sequence[str], width: int, suffix: str = "") -> None:
     """Set `left` or `right` of each value to its name where the name hits no other mark or name."""
     marks = list(zip(_pixels(values, _X, width), _pixels(values, _Y, _HEIGHT), strict=True))
     taken: list[_Box] = [(x - 6, x + 6, y - 6, y + 6) for x, y in marks]
