@@ -14,13 +14,13 @@ from posmask.probing import saebench_datasets
 from posmask.results import rows
 from posmask.study import run
 from posmask.study.study_file import read_study
-from test_hub import stand_in, whole_hub  # noqa: F401 (fixtures)
+from test_hub import hub_datasets, stand_in  # noqa: F401 (fixtures)
 
 GEMMA = Path(__file__).parent.parent / "studies" / "gemma-2-2b.toml"
 
 
 @pytest.fixture
-def gemma(tmp_path, whole_hub):  # noqa: F811
+def gemma(tmp_path, hub_datasets):  # noqa: F811
     """A folder with a tiny random Gemma 2 and a tokenizer that knows every word of the datasets."""
     every = [
         text

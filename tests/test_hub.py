@@ -39,7 +39,7 @@ def stand_in(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def whole_hub(stand_in):
+def hub_datasets(stand_in):
     for path in TABLES:
         for split in ("train", "test"):
             write(stand_in / path, split, table_rows(path, split))
@@ -49,7 +49,7 @@ def whole_hub(stand_in):
 
 
 @pytest.mark.parametrize("name", saebench_datasets.HUB_DATASETS)
-def test_texts_are_those_that_sae_bench_draws_from_the_same_rows(whole_hub, name):
+def test_texts_are_those_that_sae_bench_draws_from_the_same_rows(hub_datasets, name):
     found = saebench_datasets.read_hub_texts(name, RECORDED["n_train"], RECORDED["n_test"], RECORDED["seed"])
     assert {
         label: [hashlib.sha256("\0".join(texts).encode()).hexdigest() for texts in sides]
@@ -84,12 +84,12 @@ def test_small_classes_lower_the_sizes_in_the_same_ratio_and_empty_texts_are_dro
     assert all(text.strip() for sides in found.values() for side in sides for text in side)
 
 
-def test_short_streams_lower_the_sizes_too(whole_hub):
+def test_short_streams_lower_the_sizes_too(hub_datasets):
     found = saebench_datasets.read_hub_texts("Helsinki-NLP/europarl", 4000, 1000, 0)
     assert {(len(train), len(test)) for train, test in found.values()} == {(72, 18)}
 
 
-def test_biographies_are_half_of_either_gender(whole_hub):
+def test_biographies_are_half_of_either_gender(hub_datasets):
     gender = {row["hard_text"]: row["gender"] for row in table_rows("LabHC/bias_in_bios", "train")}
     for train, _ in saebench_datasets.read_hub_texts(BIOGRAPHIES, 80, 20, 1).values():
         assert sorted(gender[text] for text in train) == [0] * 20 + [1] * 20
@@ -133,7 +133,7 @@ def test_what_cannot_be_read_is_said_in_one_sentence(stand_in, monkeypatch):
         saebench_datasets.read_hub_texts(AG_NEWS, 40, 10, 0)
 
 
-def test_a_study_may_name_them_as_the_hub_does(whole_hub):
+def test_a_study_may_name_them_as_the_hub_does(hub_datasets):
     dataset = datasets.read_probe_dataset(AG_NEWS, 80, 20, 5)
     assert dataset.classes == ("0", "1", "2", "3")
     assert Counter(zip(dataset.label.tolist(), dataset.train.tolist(), strict=True)) == {

@@ -17,7 +17,7 @@ from posmask.data.models import check_device, layer_number, load_model, load_out
 from posmask.data.sites import LanguageModel
 from posmask.errors import BadSetting
 from reliability.gguf_model import write_tiny_gguf
-from test_model_hub import whole_hub  # noqa: F401 (a fixture)
+from test_model_hub import local_hub  # noqa: F401 (a fixture)
 
 SIZES = {"vocab_size": 50, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
 BODY = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
@@ -229,12 +229,12 @@ def test_a_gguf_file_is_converted_once_into_a_model_like_any(tmp_path, monkeypat
     assert converted.stat().st_mtime_ns == before
 
 
-def test_a_gguf_file_is_read_from_a_folder_and_from_the_hub_alike(whole_hub, tmp_path, monkeypatch):  # noqa: F811
+def test_a_gguf_file_is_read_from_a_folder_and_from_the_hub_alike(local_hub, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setenv("POSMASK_CACHE", str(tmp_path / "cache"))
     gguf = tmp_path / "models" / "tiny.gguf"
     gguf.parent.mkdir()
     write_tiny_gguf(gguf)
-    whole_hub.files["user/tiny"] = {"q4/tiny.gguf": gguf.read_bytes()}
+    local_hub.files["user/tiny"] = {"q4/tiny.gguf": gguf.read_bytes()}
     ids = torch.arange(12).view(2, 6)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     with torch.inference_mode():
@@ -244,7 +244,7 @@ def test_a_gguf_file_is_read_from_a_folder_and_from_the_hub_alike(whole_hub, tmp
     name = "user/tiny:q4/tiny.gguf"
     with pytest.raises(BadSetting, match="nothing is downloaded for it"):
         load_outline(name, 1)
-    assert not whole_hub.storage
+    assert not local_hub.storage
     for one in (str(gguf), name):
         assert torch.equal(load_model(one, 1, "float32").vectors(ids), expected)
         assert models.load_tokenizer(one)("ab")["input_ids"] == [11]
@@ -268,7 +268,7 @@ def test_a_gguf_file_is_read_from_a_folder_and_from_the_hub_alike(whole_hub, tmp
         ("user/gated:tiny.gguf", r"^model 'user/gated:tiny\.gguf' cannot be loaded \(it is gated\): accept its terms"),
     ],
 )
-def test_a_missing_gguf_file_raises_one_sentence(whole_hub, name, message):  # noqa: F811
-    whole_hub.files["user/tiny"] = {}
+def test_a_missing_gguf_file_raises_one_sentence(local_hub, name, message):  # noqa: F811
+    local_hub.files["user/tiny"] = {}
     with pytest.raises(BadSetting, match=message):
         load_model(name, 1, "float32")

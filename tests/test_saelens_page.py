@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from conftest import make_sae
 from posmask.cli.commands import app
-from test_model_hub import cell_folder, server, whole_hub  # noqa: F401
+from test_model_hub import cell_folder, local_hub, server  # noqa: F401
 from test_saelens import contexts, scaled
 from test_saelens_files import random_tensors
 
