@@ -1,4 +1,4 @@
-"""Models named on the hub, through the command line, against a stand-in for the hub: online, offline, unreachable."""
+"""Hub models on the command line, with a local hub that is online, offline or unreachable."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def hub(model_folder):
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A folder with a study of the model on the hub and its texts."""
+    """Change to a folder with texts and a study of the model on the hub."""
     monkeypatch.chdir(tmp_path)
     write_study(NAME)
     Path("texts").mkdir()
@@ -43,7 +43,7 @@ def write_study(model_name):
 
 
 def posmask(hub, *words, **environment):
-    """Run a command that finds the stand-in and a cache of its own; returns its output."""
+    """Run a command with the local hub and a separate cache, and return the completed process."""
     home = {"HF_HOME": str(Path("hf").resolve()), "HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0"}
     code = "from posmask.cli import main; main()"
     return subprocess.run(
@@ -62,7 +62,7 @@ def succeeds(hub, *words, **environment):
 
 
 def weights_in(root):
-    """The weights' identity that each finished folder of vectors and cells records."""
+    """Return the weights identities in the manifests of all finished folders."""
     manifests = [json.loads(path.read_text()) for path in sorted(Path(root).glob("*/*/manifest.json"))]
     assert manifests
     return {manifest["made_from"]["model"]["weights"] for manifest in manifests}
@@ -140,7 +140,7 @@ def test_weights_are_those_of_the_commit_in_the_identity(local_hub, model_folder
         ),
     ],
 )
-def test_names_that_cannot_be_loaded_raise_one_sentence(local_hub, model_folder, name, message):  # noqa: F811
+def test_models_that_cannot_be_loaded_raise_an_error(local_hub, model_folder, name, message):  # noqa: F811
     local_hub.files["user/no-config"] = {}
     local_hub.files["user/no-weights"] = {"config.json": (model_folder / "config.json").read_bytes()}
     with pytest.raises(BadSetting, match=message) as caught:
