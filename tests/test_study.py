@@ -378,11 +378,11 @@ def test_cells_with_init_from_train_for_the_remaining_steps(study_file, tmp_path
     root = tmp_path / "run"
     results, _ = run(study_file, root)
     value = {(row.cell, row.metric): row.value for row in results if not row.slice}
-    for cell, n_own in (("open", 20), ("open-half", 10), ("upcycled", 10), ("split", 10), ("switch", 20)):
+    for cell, n_steps in (("open", 20), ("open-half", 10), ("upcycled", 10), ("split", 10), ("switch", 20)):
         total = 10 if cell == "open-half" else 20  # The source's steps count towards the total.
         assert value[cell, "train_tokens"] == total * 256
         curve = (root / "cells" / f"{cell}-seed0" / "curve.csv").read_text().splitlines()
-        assert int(curve[-1].split(",")[0]) == n_own
+        assert int(curve[-1].split(",")[0]) == n_steps
     assert [value[cell, "d_sae"] for cell in ("upcycled", "split", "switch")] == [128, 48, 128]
     assert value["upcycled", "strictness"] == 1
     assert value["switch", "mean_openness"] == 1
