@@ -36,7 +36,7 @@ class Hub:
 
 
 @contextmanager
-def stand_in():
+def serve_hub():
     """Yield the hub; its repositories user/gated and user/other are not accessible."""
     hub = Hub()
     files = hub.files

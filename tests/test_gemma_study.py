@@ -14,7 +14,7 @@ from posmask.probing import saebench_datasets
 from posmask.results import rows
 from posmask.study import run
 from posmask.study.study_file import read_study
-from test_hub import hub_datasets, stand_in  # noqa: F401 (fixtures)
+from test_hub import hub_datasets, hub_folder  # noqa: F401 (fixtures)
 
 GEMMA = Path(__file__).parent.parent / "studies" / "gemma-2-2b.toml"
 

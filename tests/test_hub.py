@@ -24,7 +24,7 @@ def write(folder, split, rows):
 
 
 @pytest.fixture
-def stand_in(monkeypatch, tmp_path):
+def hub_folder(monkeypatch, tmp_path):
     """Load datasets from folders under tmp_path, named as on the hub."""
     load = saebench_datasets._load
 
@@ -39,13 +39,13 @@ def stand_in(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def hub_datasets(stand_in):
+def hub_datasets(hub_folder):
     for path in TABLES:
         for split in ("train", "test"):
-            write(stand_in / path, split, table_rows(path, split))
+            write(hub_folder / path, split, table_rows(path, split))
     for pair in saebench_datasets._PAIRS.values():
-        write(stand_in / "Helsinki-NLP/europarl" / pair, "train", translation_rows(pair))
-    write(stand_in / "codeparrot/github-code" / "data", "train", code_rows())
+        write(hub_folder / "Helsinki-NLP/europarl" / pair, "train", translation_rows(pair))
+    write(hub_folder / "codeparrot/github-code" / "data", "train", code_rows())
 
 
 @pytest.mark.parametrize("name", saebench_datasets.HUB_DATASETS)
@@ -68,17 +68,17 @@ def labeled(n_class, labels, empty=0):
 
 
 @pytest.mark.parametrize("labels", [[0, 1, 2, 3], ["0", "1", "2", "3"], ["World", "Sports", "Business", "Sci/Tech"]])
-def test_labels_may_be_numbers_strings_or_names(stand_in, labels):
+def test_labels_may_be_numbers_strings_or_names(hub_folder, labels):
     for split in ("train", "test"):
-        write(stand_in / AG_NEWS, split, labeled(40, labels))
+        write(hub_folder / AG_NEWS, split, labeled(40, labels))
     texts_by_class = saebench_datasets.read_hub_texts(AG_NEWS, 40, 10, 0)
     assert list(texts_by_class) == ["0", "1", "2", "3"]
     assert texts_by_class["2"][0][0].startswith(str(labels[2]))
 
 
-def test_small_classes_reduce_both_sizes_and_empty_texts_are_dropped(stand_in):
-    write(stand_in / AG_NEWS, "train", [*labeled(200, [0, 1, 2]), *labeled(48, [3], empty=50)])
-    write(stand_in / AG_NEWS, "test", labeled(100, [0, 1, 2, 3]))
+def test_small_classes_reduce_both_sizes_and_empty_texts_are_dropped(hub_folder):
+    write(hub_folder / AG_NEWS, "train", [*labeled(200, [0, 1, 2]), *labeled(48, [3], empty=50)])
+    write(hub_folder / AG_NEWS, "test", labeled(100, [0, 1, 2, 3]))
     texts_by_class = saebench_datasets.read_hub_texts(AG_NEWS, 4000, 1000, 0)
     assert {(len(train), len(test)) for train, test in texts_by_class.values()} == {(48, 12)}
     assert all(text.strip() for sides in texts_by_class.values() for side in sides for text in side)
@@ -95,30 +95,30 @@ def test_biographies_are_balanced_by_gender(hub_datasets):
         assert sorted(gender[text] for text in train) == [0] * 20 + [1] * 20
 
 
-def test_missing_classes_and_columns_raise_an_error(stand_in):
-    write(stand_in / AG_NEWS, "train", labeled(40, [0, 1, 2]))
-    write(stand_in / AG_NEWS, "test", labeled(40, [0, 1, 2]))
+def test_missing_classes_and_columns_raise_an_error(hub_folder):
+    write(hub_folder / AG_NEWS, "train", labeled(40, [0, 1, 2]))
+    write(hub_folder / AG_NEWS, "test", labeled(40, [0, 1, 2]))
     with pytest.raises(BadSetting, match=r"fancyzhx/ag_news has no texts of class '3' \(Sci/Tech\): leave"):
         saebench_datasets.read_hub_texts(AG_NEWS, 40, 10, 0)
-    write(stand_in / "codeparrot/github-code" / "data", "train", [{"code": "x" * 600, "language": "C"}])
+    write(hub_folder / "codeparrot/github-code" / "data", "train", [{"code": "x" * 600, "language": "C"}])
     with pytest.raises(MissingAsset, match="has the columns code, language, not content, path"):
         saebench_datasets.read_hub_texts("codeparrot/github-code", 40, 10, 0)
     rows = [{"hard_text": f"a {i}", "profession": i % 10, "gender": 0} for i in range(200)]
     for split in ("train", "test"):
-        write(stand_in / "LabHC/bias_in_bios", split, rows)
+        write(hub_folder / "LabHC/bias_in_bios", split, rows)
     with pytest.raises(BadSetting, match=r"class '0' \(accountant\) for both values of gender"):
         saebench_datasets.read_hub_texts(BIOGRAPHIES, 40, 10, 0)
 
 
-def test_unreadable_hub_datasets_raise_an_error(stand_in, monkeypatch):
+def test_unreadable_hub_datasets_raise_an_error(hub_folder, monkeypatch):
     with pytest.raises(BadSetting, match="hub dataset 'imdb' is unknown: choose from LabHC/bias_in_bios_class_set1, "):
         saebench_datasets.read_hub_texts("imdb", 40, 10, 0)
     with pytest.raises(BadSetting, match="40 training and 2 test texts are fewer than 4"):
         saebench_datasets.read_hub_texts(AG_NEWS, 40, 2, 0)
     with pytest.raises(MissingAsset, match=r"could not be loaded \(.+\): check the network"):
         saebench_datasets.read_hub_texts(AG_NEWS, 40, 10, 0)
-    write(stand_in / AG_NEWS, "train", labeled(1, [0, 1, 2, 3]))
-    write(stand_in / AG_NEWS, "test", labeled(1, [0, 1, 2, 3]))
+    write(hub_folder / AG_NEWS, "train", labeled(1, [0, 1, 2, 3]))
+    write(hub_folder / AG_NEWS, "test", labeled(1, [0, 1, 2, 3]))
     with pytest.raises(BadSetting, match="has a class with too few texts"):
         saebench_datasets.read_hub_texts(AG_NEWS, 40, 10, 0)
     real = builtins.__import__

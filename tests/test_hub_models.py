@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from conftest import make_texts
-from hub_stand_in import stand_in
+from hub_stand_in import serve_hub
 from posmask.data.models import load_model, load_tokenizer, weights_identity
 from posmask.errors import BadSetting
 from test_model_hub import local_hub  # noqa: F401 (a fixture)
@@ -22,7 +22,7 @@ NAME = "user/tiny"
 
 @pytest.fixture
 def hub(model_folder):
-    with stand_in() as hub:
+    with serve_hub() as hub:
         hub.files[NAME] = {path.name: path.read_bytes() for path in model_folder.iterdir()}
         yield hub
 

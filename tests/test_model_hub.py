@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from conftest import make_sae
-from hub_stand_in import TOKEN, stand_in
+from hub_stand_in import TOKEN, serve_hub
 from posmask.cli.commands import app
 from posmask.errors import BadSetting, DamagedFolder, MissingAsset
 from posmask.interop import hub
@@ -25,7 +25,7 @@ from test_saelens_files import flip_a_bit, random_tensors
 @pytest.fixture
 def local_hub(monkeypatch, tmp_path):
     """Start a local hub; huggingface_hub uses it with a separate cache, a token with write access, and git LFS."""
-    with stand_in() as hub:
+    with serve_hub() as hub:
         constants = huggingface_hub.constants
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
         template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.address)

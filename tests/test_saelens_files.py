@@ -182,9 +182,8 @@ def test_unknown_tensors_raise_an_error(tmp_path):
     folder = their_folder(tmp_path / "theirs")
     weights = load_file(folder / "sae_weights.safetensors")
     save_file({**weights, "scaling_factor": torch.ones(D_SAE)}, folder / "sae_weights.safetensors")
-    import_saelens(
-        folder, tmp_path / "ones"
-    )  # Earlier versions of SAELens wrote scaling factors of 1, which SAELens ignores too.
+    # Earlier versions of SAELens wrote scaling factors of 1, which SAELens ignores too.
+    import_saelens(folder, tmp_path / "ones")
     for name, tensor in (("scaling_factor", torch.full((D_SAE,), 2.0)), ("W_skip", torch.tensor(skip))):
         save_file({**weights, name: tensor}, folder / "sae_weights.safetensors")
         assert_import_raises(folder, BadSetting, f"'standard' has no tensor {name}")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hub_stand_in import TOKEN, stand_in
+from hub_stand_in import TOKEN, serve_hub
 
 TESTS = Path(__file__).parent
 SECRETS = {
@@ -59,7 +59,7 @@ for words, code in (
 def test_no_secret_is_printed_written_or_sent(tmp_path):
     home = tmp_path / "home"
     home.mkdir()
-    with stand_in() as hub:
+    with serve_hub() as hub:
         environment = os.environ | SECRETS
         environment |= {
             "HF_ENDPOINT": hub.address,
