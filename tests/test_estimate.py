@@ -19,7 +19,6 @@ from posmask.data import models, sites
 from posmask.errors import BadSetting, DegenerateResult
 from posmask.kernels import cpu, runtime
 from posmask.masks import make_mask, mask_settings
-from posmask.progress import progress_bar
 from posmask.storage import manifest
 from posmask.study import cell, estimate, harvests, run
 from posmask.study.estimate import Machine, Rates
@@ -338,17 +337,6 @@ def test_planned_training_time_is_within_a_factor_of_three(study_file, texts, tm
     rows = run.run_study(settings, tmp_path / "run", say=lambda text: None)
     seconds = sum(row.value for row in rows if row.metric == "train_seconds")
     assert seconds / 3 < planned < 3 * seconds
-
-
-def test_a_nested_progress_bar_is_hidden(capsys, monkeypatch):
-    monkeypatch.setattr("posmask.progress._QUIET_SECONDS", 0.0)
-    with progress_bar("outer", 2, "parts") as advance:
-        with progress_bar("inner", 5, "tokens") as inner:
-            inner(5)
-        advance(2)
-    output = capsys.readouterr().err
-    assert "outer: 2 parts" in output
-    assert "inner" not in output
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@ import contextlib
 
 import pytest
 import torch
-from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 from conftest import D_SAE, KINDS, MASKS, N_POSITIONS, RULES, codes_of, train_on
@@ -204,11 +203,6 @@ def test_importance_masks_end_strict(activations):
     sae = train_on(fresh_sae("importance"), activations, SETTINGS).sae
     assert sae.mask.openness().sum(0).tolist() == [4.0] * D_SAE
     assert set(sae.mask.openness().unique().tolist()) == {0.0, 1.0}
-
-
-def test_zero_steps_raise_an_error():
-    with pytest.raises(ValidationError, match="greater than 0"):
-        TrainingSettings(n_steps=0, batch_tokens=128, learning_rate=1e-3)
 
 
 def test_an_sae_that_explains_nothing_raises_an_error(activations):
