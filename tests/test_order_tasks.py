@@ -190,7 +190,7 @@ def toy(monkeypatch):
     """Replace the embedded tasks by a toy task with 30 training and 10 test groups."""
 
     def swapped(random, split):
-        """Yield pairs of a text and the same text with its first and last word swapped."""
+        """A text, and the same text with the two ends swapped."""
         groups = []
         for text in make_texts(200, n_words=8):
             first, *inner, last = text.split()
