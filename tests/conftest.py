@@ -1,14 +1,14 @@
-"""What the tests share: a random two-layer model, forty texts, their vectors, and every mask kind at a small size."""
+"""Shared fixtures: a random three-layer model, toy texts, their vectors, and small settings of every mask and rule."""
 
 import os
 import warnings
 
-# With a thread each, tests side by side wait for one another's loops up to twenty times as long as these take.
+# With several threads each, parallel test processes slow each other's loops down up to twentyfold.
 os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 
 from jaxtyping import install_import_hook
 
-# Shapes are checked here and nowhere else. kernels is left out: numba compiles its functions.
+# Shape annotations are checked in tests only. `kernels` is excluded: numba compiles its functions.
 _CHECKED = ["masks", "data", "sae", "training", "results.intervals", "evaluation", "probing"]
 install_import_hook([f"posmask.{name}" for name in _CHECKED], "beartype.beartype")
 
@@ -31,16 +31,17 @@ from posmask.probing import datasets, order_tasks
 from posmask.sae.autoencoder import Codes, SparseAutoencoder
 from posmask.sae.rules import rule_settings
 from posmask.training.loop import train
+from study_toml import tiny_study
 
-torch.set_num_threads(1)  # Everything here is small: a second thread would mostly wait for the first.
+torch.set_num_threads(1)  # The tensors are so small that a second thread would mostly wait.
 
-# These run in another environment, or in processes of their own.
+# These run in another environment or in separate processes.
 collect_ignore = ["interop/record_saebench.py", "interop/run_on_saebench.py", "reliability"]
 
 
 @pytest.fixture(params=["compiled", "torch operations"])
 def either_way(request, monkeypatch):
-    """Twice: with the compiled loops of the CPU, and with what other devices do."""
+    """Run the test with the compiled CPU loops and again with the torch operations of other devices."""
     if request.param != "compiled":
         monkeypatch.setattr(backend, "compiled", lambda tensor: False)
 
@@ -61,7 +62,7 @@ MASKS = {
     "switch": {"kind": "switch", "n_experts": 4},
     "windows": {"kind": "windows", "cuts": [[], [6], [3, 6], [9]]},
 }
-FORWARD_ONLY = ("split", "switch")  # without positions, or with latents that must be silent
+FORWARD_ONLY = ("split", "switch")  # a router without positions, or latents that must be silent
 KINDS = [
     (kind, gating)
     for kind in MASKS
@@ -82,7 +83,7 @@ RULES = {
 def make_sae(
     kind, gating="forward", *, rule="topk", d_model=D_MODEL, d_sae=D_SAE, seed=0, dtype=torch.float32, **changes
 ):
-    """An SAE as in the midst of training: random (not only initial) parameters, masks that have learned something."""
+    """Make an SAE as it is during training: perturbed parameters and a mask that has changed."""
     mask = make_mask(mask_settings({**MASKS[kind], "gating": gating, **changes}), N_POSITIONS, d_sae, seed)
     rule = RULES[rule] if isinstance(rule, str) else rule
     sae = SparseAutoencoder(d_model, rule_settings(rule), mask, seed)
@@ -97,7 +98,7 @@ def make_sae(
 
 
 def grow(sae, n_steps=10):
-    """Take masks that change in training to their end, on random codes."""
+    """Run the steps of a mask that changes during training on random codes, up to the last one."""
     mask = sae.mask
     random = torch.Generator().manual_seed(3)
     token = torch.arange(200).repeat_interleave(5)
@@ -106,12 +107,12 @@ def grow(sae, n_steps=10):
         if mask.learns and mask.settings.kind == "importance":
             mask.learn(torch.rand(N_POSITIONS, sae.d_sae, generator=random))
         if mask.watches:
-            place = torch.randint(1, N_POSITIONS, (200,), generator=random)
-            live = mask.live()[place[token]]
+            position = torch.randint(1, N_POSITIONS, (200,), generator=random)
+            live = mask.live()[position[token]]
             latent = (torch.rand(live.shape, generator=random) * live).argmax(1)
             value = torch.rand(1000, generator=random)
             residual = torch.randn(200, sae.d_model, generator=random)
-            mask.observe(Observed(place, token, latent, value, residual))
+            mask.observe(Observed(position, token, latent, value, residual))
         mask.after_step(done + 1, n_steps)
 
 
@@ -123,20 +124,20 @@ def make_vectors(n_tokens, *, dtype=torch.float32, seed=1):
 
 
 def batch_of(vectors, position, text, keep=None):
-    """A batch of one token a row; other ways to count positions are those of the context."""
+    """Make a batch of one token per row, with the position in the context for every position origin."""
     position, text = position.to(torch.int32), text.to(torch.int32)
     keep = torch.ones(len(position)).bool() if keep is None else keep
     return Batch(vectors, position, torch.zeros_like(position), text, keep, position, position, position)
 
 
 def codes_of(dense):
-    """The codes whose dense form this is."""
+    """Return the sparse codes of a dense tensor."""
     token, latent = dense.nonzero(as_tuple=True)
     return Codes(token, latent, dense[token, latent], *dense.shape)
 
 
 def train_on(sae, activations, settings, seed=0, after_step=lambda done: None, positions=None):
-    """Train on harvested vectors; `positions`: on the tokens of these positions alone."""
+    """Train on harvested vectors; with `positions`, on the tokens at these positions only."""
     sae.center, sae.scale = activations.center_and_scale
     batches = training_batches(activations, settings.batch_tokens, settings.n_steps, seed)
     if positions is not None:
@@ -198,46 +199,15 @@ def activations(tokenizer, language_model, tmp_path_factory) -> Activations:
 
 @pytest.fixture(scope="session")
 def saelens():
-    """The package sae_lens, with our architecture registered."""
+    """Import sae_lens and register the posmask architecture."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Its imports use what its dependencies call deprecated.
+        warnings.simplefilter("ignore")  # Its imports use deprecated functions of its dependencies.
         sae_lens = pytest.importorskip("sae_lens", reason="SAELens is not installed: pip install -e '.[saelens]'")
         import posmask.interop.saelens  # noqa: F401
     return sae_lens
 
 
-STUDY = """
-name = "tiny"
-seeds = [0]
-[model]
-name = "MODEL"
-layer = 2
-precision = "float32"
-[corpus]
-n_positions = 16
-training_tokens = 1500
-heldout_tokens = 1500
-tables = ["words"]
-[sae]
-d_sae = 32
-rule = { kind = "topk", k = 4 }
-[training]
-n_steps = 20
-batch_tokens = 256
-learning_rate = 5e-3
-[evaluation]
-retention_positions = 4
-shift_texts = 40
-shift_windows = 4
-model_contexts = 8
-order_tasks = ["toy_order"]
-order_train_groups = 30
-order_test_groups = 10
-order_segments = 4
-probe_datasets = ["toy"]
-probe_train = 40
-probe_test = 10
-ks = [1, 5, 20]
+STUDY = tiny_study("""
 [[cells]]
 name = "open"
 mask = { kind = "open" }
@@ -249,12 +219,12 @@ measure_forgetting = true
 [[comparisons]]
 cell = "slice-compute"
 against = "open + segments4"
-"""
+""")
 
 
 @pytest.fixture
 def texts(monkeypatch):
-    """Two toy tables in the place of the embedded ones, a toy dataset and a toy order task made from them."""
+    """Replace the embedded tables by a toy table; add a toy dataset and a toy order task made from it."""
     table = [(text, str(i % 2)) for i, text in enumerate(make_texts(1200, n_words=14))]
     monkeypatch.setattr(embedded, "read_table", lambda name: table)
     monkeypatch.setitem(datasets.DATASETS, "toy", {"even": ("words", "0"), "odd": ("words", "1")})

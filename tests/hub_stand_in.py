@@ -1,8 +1,8 @@
-"""A stand-in for the Hugging Face hub on this machine: as much of its protocol as pushing and fetching needs.
+"""A local replacement for the Hugging Face hub: the part of its protocol that pushing and fetching need.
 
-Small files come with the commit. Large ones go by git LFS's batch protocol into a storage of their own, whose address
-carries the leave to write, and are fetched from there by redirection; or, where the hub has a folder for it, by hf_xet,
-which keeps them there itself (its `local://` storage).
+Small files are part of the commit. Large files are uploaded with git LFS's batch protocol to a separate storage, whose
+URL contains the write permission, and are downloaded from it by redirection. If the hub has an `xet_folder`, hf_xet
+transfers them instead and stores them there (its `local://` storage).
 """
 
 import base64
@@ -16,36 +16,36 @@ from pathlib import Path
 from threading import Thread
 
 TOKEN = "hf_secretsecretsecret"
-LARGE = (".safetensors", ".npz", ".gguf")  # as .gitattributes says on the hub
+LARGE = (".safetensors", ".npz", ".gguf")  # as in .gitattributes on the hub
 POINTER = "oid sha256:{}\nsize {}\n"
 
 
 @dataclass
 class Hub:
-    """What the server holds and was asked for; what it holds may be changed."""
+    """The content of the server, which tests may change, and the requests it has received."""
 
     address: str = ""
     files: dict[str, dict[str, bytes]] = field(default_factory=dict)  # repository -> path -> content
     history: dict[str, dict[str, bytes]] = field(default_factory=dict)  # commit -> path -> content, once served
     storage: dict[str, bytes] = field(default_factory=dict)  # sha256 -> content of large files
     private: set[str] = field(default_factory=set)
-    asked: list[str] = field(default_factory=list)  # method and path of each request
-    broken: str = "nothing"  # requests whose path holds this are answered with status 400
+    requests: list[str] = field(default_factory=list)  # method and path of each request
+    broken: str = "nothing"  # requests whose path contains this get status 400
     xet_folder: Path | None = None
-    xet_hashes: dict[str, str] = field(default_factory=dict)  # sha256 -> xet's own hash, which only hf_xet can tell
+    xet_hashes: dict[str, str] = field(default_factory=dict)  # sha256 -> xet hash, which only hf_xet can compute
 
 
 @contextmanager
-def stand_in():
-    """Yields the hub; its repositories user/gated and user/other are closed."""
+def serve_hub():
+    """Yield the hub; its repositories user/gated and user/other are not accessible."""
     hub = Hub()
     files = hub.files
 
     def commit(repo):
-        """Another number for other content, as git has it."""
-        found = hashlib.sha1(repr(sorted(files[repo].items())).encode()).hexdigest()
-        hub.history[found] = dict(files[repo])
-        return found
+        """Return a commit hash that depends on the content, as in git."""
+        sha = hashlib.sha1(repr(sorted(files[repo].items())).encode()).hexdigest()
+        hub.history[sha] = dict(files[repo])
+        return sha
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -56,7 +56,7 @@ def stand_in():
         def parse_request(self):
             parsed = super().parse_request()
             if parsed:
-                hub.asked.append(f"{self.command} {self.path}")
+                hub.requests.append(f"{self.command} {self.path}")
             return parsed
 
         def answer(self, status, body=b"", **headers):
@@ -88,23 +88,27 @@ def stand_in():
             if revision.startswith("none"):
                 return self.refuse(404, "RevisionNotFound")
             sha = revision if revision in hub.history else commit(repo)
-            held = hub.history[sha]
+            files_of_commit = hub.history[sha]
             if "/xet-write-token/" in path or "/xet-read-token/" in path:
-                where, until = f"local://{hub.xet_folder}", 9999999999
-                headers = {"X_Xet_Cas_Url": where, "X_Xet_Access_Token": "x", "X_Xet_Token_Expiration": str(until)}
-                return self.answer(200, {"casUrl": where, "accessToken": "x", "exp": until}, **headers)
+                storage_url, expires = f"local://{hub.xet_folder}", 9999999999
+                headers = {
+                    "X_Xet_Cas_Url": storage_url,
+                    "X_Xet_Access_Token": "x",
+                    "X_Xet_Token_Expiration": str(expires),
+                }
+                return self.answer(200, {"casUrl": storage_url, "accessToken": "x", "exp": expires}, **headers)
             if "/tree/" in path or path == f"api/models/{repo}":
-                names = sorted(held)
+                names = sorted(files_of_commit)
                 if "/tree/" in path:
-                    found = [{"type": "file", "path": name, "size": 1, "oid": "a" * 40} for name in names]
-                    return self.answer(200, found)
+                    entries = [{"type": "file", "path": name, "size": 1, "oid": "a" * 40} for name in names]
+                    return self.answer(200, entries)
                 return self.answer(200, {"id": repo, "sha": sha, "siblings": [{"rfilename": name} for name in names]})
             if "/revision/" in path:
                 return self.answer(200, {"id": repo, "sha": sha, "siblings": []})
             name = path.partition("/resolve/")[2].partition("/")[2]
-            if name not in held:
+            if name not in files_of_commit:
                 return self.refuse(404, "EntryNotFound", X_Repo_Commit=sha)
-            body = held[name]
+            body = files_of_commit[name]
             if name.endswith(LARGE):
                 return self.redirect(repo, sha, body)
             self.answer(200, body, ETag=f'"{hashlib.sha1(body).hexdigest()}"', X_Repo_Commit=sha)
@@ -124,7 +128,7 @@ def stand_in():
             self.answer(302, Location=f"{storage}/storage/{oid}", **headers)
 
         def body(self):
-            """What was sent, in one piece or in chunks."""
+            """Read the request body, chunked or not."""
             if self.headers["Transfer-Encoding"] != "chunked":
                 return self.rfile.read(int(self.headers["Content-Length"]))
             parts = []
@@ -135,27 +139,27 @@ def stand_in():
             return b"".join(parts)
 
         def do_PUT(self):
-            body, (path, _, leave) = self.body(), self.path.strip("/").partition("?")
+            body, (path, _, permission) = self.body(), self.path.strip("/").partition("?")
             oid = path.removeprefix("storage/")
-            # A token has no business there: the address itself carries the leave to write.
-            if self.headers["Authorization"] or leave != f"leave={oid[:8]}" or hub.broken in path:
+            # No token must be sent: the URL itself contains the write permission.
+            if self.headers["Authorization"] or permission != f"permission={oid[:8]}" or hub.broken in path:
                 return self.refuse(400, "BadRequest")
             hub.storage[oid] = body
             self.answer(200)
 
         def large(self, repo, action, body):
-            """git LFS: where to put what is not there yet, and whether it has come whole."""
-            asked = json.loads(body)
+            """Answer a git LFS batch with upload URLs for missing objects, or verify an uploaded object."""
+            request = json.loads(body)
             if action == "verify":
-                found = hub.storage.get(asked["oid"], b"")
-                whole = (len(found), hashlib.sha256(found).hexdigest()) == (asked["size"], asked["oid"])
-                return self.answer(200) if whole else self.refuse(422, "NotWhole")
-            objects = [{"oid": one["oid"], "size": one["size"]} for one in asked["objects"]]
-            for one in objects:
-                if one["oid"] not in hub.storage:
-                    address = f"{hub.address}/storage/{one['oid']}?leave={one['oid'][:8]}"
+                content = hub.storage.get(request["oid"], b"")
+                complete = (len(content), hashlib.sha256(content).hexdigest()) == (request["size"], request["oid"])
+                return self.answer(200) if complete else self.refuse(422, "Incomplete")
+            objects = [{"oid": item["oid"], "size": item["size"]} for item in request["objects"]]
+            for item in objects:
+                if item["oid"] not in hub.storage:
+                    address = f"{hub.address}/storage/{item['oid']}?permission={item['oid'][:8]}"
                     verify = f"{hub.address}/{repo}.git/info/lfs/verify"
-                    one["actions"] = {"upload": {"href": address}, "verify": {"href": verify}}
+                    item["actions"] = {"upload": {"href": address}, "verify": {"href": verify}}
             self.answer(200, {"transfer": "basic", "objects": objects})
 
         def do_POST(self):
@@ -166,34 +170,34 @@ def stand_in():
             if self.headers["Authorization"] != f"Bearer {TOKEN}":
                 return self.refuse(401, "Unauthorized")
             if path == "api/repos/create":
-                asked = json.loads(body)
-                repo = f"{asked.get('organization') or 'user'}/{asked['name']}"
+                request = json.loads(body)
+                repo = f"{request.get('organization') or 'user'}/{request['name']}"
                 if repo == "user/other":
                     return self.refuse(403, "Forbidden")
                 files.setdefault(repo, {})
-                if asked.get("visibility") == "private":
+                if request.get("visibility") == "private":
                     hub.private.add(repo)
                 return self.answer(200, {"url": f"{hub.address}/{repo}"})
-            if found := re.fullmatch(r"(.+)\.git/info/lfs/(objects/batch|verify)", path):
-                return self.large(*found.groups(), body)
+            if match := re.fullmatch(r"(.+)\.git/info/lfs/(objects/batch|verify)", path):
+                return self.large(*match.groups(), body)
             repo = "/".join(path.removeprefix("api/models/").split("/")[:2])
             if "/preupload/" in path:
-                paths = [one["path"] for one in json.loads(body)["files"]]
-                found = [
-                    {"path": one, "uploadMode": "lfs" if one.endswith(LARGE) else "regular", "shouldIgnore": False}
-                    for one in paths
+                paths = [file["path"] for file in json.loads(body)["files"]]
+                modes = [
+                    {"path": name, "uploadMode": "lfs" if name.endswith(LARGE) else "regular", "shouldIgnore": False}
+                    for name in paths
                 ]
-                return self.answer(200, {"files": found})
+                return self.answer(200, {"files": modes})
             for line in map(json.loads, body.splitlines()):
                 value = line["value"]
                 if line["key"] == "file":
                     files[repo][value["path"]] = base64.b64decode(value["content"])
                 elif line["key"] == "lfsFile":
-                    # Of what hf_xet has taken only this comes here.
+                    # Files that hf_xet has uploaded are represented by this pointer only.
                     pointer = POINTER.format(value["oid"], value["size"]).encode()
                     files[repo][value["path"]] = hub.storage.get(value["oid"], pointer)
-            found = commit(repo)
-            self.answer(200, {"commitUrl": f"{hub.address}/{repo}/commit/{found}", "commitOid": found})
+            sha = commit(repo)
+            self.answer(200, {"commitUrl": f"{hub.address}/{repo}/commit/{sha}", "commitOid": sha})
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     hub.address = f"http://127.0.0.1:{server.server_port}"

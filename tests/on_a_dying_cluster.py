@@ -1,4 +1,4 @@
-"""Run a study on a Ray cluster of three nodes on this machine, two workers and a node of which are killed meanwhile.
+"""Run a study on a local Ray cluster of three nodes while two workers and a node are killed.
 
     python tests/on_a_dying_cluster.py STUDY.toml ROOT
 
@@ -31,7 +31,7 @@ def main() -> None:
             worker = _working(stage)
             worker.kill()
             killed.append(stage)
-        # A node that works at something: its processes have it among their parents.
+        # A busy node: its raylet is a parent of a working process.
         while True:
             worker = _working("")
             for node in nodes:
@@ -51,8 +51,8 @@ def main() -> None:
 
 
 def _working(stage: str) -> psutil.Process:
-    """A process that is at a task of this name."""
-    names = tuple(f"ray::{one}" for one in ((stage,) if stage else ("train", "evaluate")))
+    """Return a process that runs a task of this stage, or of any stage if it is empty."""
+    names = tuple(f"ray::{task}" for task in ((stage,) if stage else ("train", "evaluate")))
     while True:
         for process in psutil.process_iter(["cmdline"]):
             if (process.info["cmdline"] or [""])[0].startswith(names):

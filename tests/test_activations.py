@@ -19,12 +19,12 @@ def test_vectors_are_the_models_hidden_states(causal_lm, language_model, tokeniz
     assert torch.equal(language_model.vectors(tokens.id), expected)
 
 
-def test_a_layer_the_model_lacks_is_refused(causal_lm):
+def test_a_missing_layer_raises_an_error(causal_lm):
     with pytest.raises(BadSetting, match="layer = 4 does not exist: the model has 3 layers"):
         LanguageModel(causal_lm, layer=4)
 
 
-def test_contexts_longer_than_the_model_supports_are_refused(language_model, tokenizer, tmp_path):
+def test_contexts_longer_than_the_model_supports_raise_an_error(language_model, tokenizer, tmp_path):
     tokens = pad(make_texts(2), tokenizer, 65)
     with pytest.raises(BadSetting, match="n_positions = 65 is more than the 64 positions"):
         harvest(tokens, language_model, tmp_path / "a", {}, "long")
@@ -33,12 +33,12 @@ def test_contexts_longer_than_the_model_supports_are_refused(language_model, tok
 def test_harvested_tokens_carry_position_text_and_keep(causal_lm, language_model, tokenizer, tmp_path):
     texts = [*make_texts(5, n_words=4), *make_texts(5, n_words=40)]
     tokens = pad(texts, tokenizer, N_POSITIONS)
-    found = harvest(tokens, language_model, tmp_path / "a", {}, "test")
+    harvested = harvest(tokens, language_model, tmp_path / "a", {}, "test")
     with torch.no_grad():
         expected = causal_lm(tokens.id, output_hidden_states=True).hidden_states[2]
-    assert found.n_kept == tokens.n_kept == 5 * 4 + 5 * 15
+    assert harvested.n_kept == tokens.n_kept == 5 * 4 + 5 * 15
     seen = set()
-    for batch in evaluation_batches(found, batch_tokens=7):
+    for batch in evaluation_batches(harvested, batch_tokens=7):
         for vector, position, token, text, keep in zip(
             batch.vectors, batch.position, batch.token_id, batch.text, batch.keep, strict=True
         ):
@@ -67,7 +67,7 @@ def test_a_flipped_byte_in_a_shard_is_detected_before_use(activations, tmp_path)
         Activations(tmp_path / "a")
 
 
-def test_a_harvest_of_nothing_or_of_nan_is_refused(causal_lm, language_model, tokenizer, tmp_path):
+def test_an_empty_or_nan_harvest_raises_an_error(causal_lm, language_model, tokenizer, tmp_path):
     with pytest.raises(NothingToDo, match="none of the 16 tokens of empty is kept"):
         harvest(pad([""], tokenizer, N_POSITIONS), language_model, tmp_path / "a", {}, "empty")
 
@@ -96,29 +96,30 @@ def test_training_batches_contain_every_kept_token_once_per_epoch_by_position(ac
     assert not torch.equal(again.vectors, other.vectors)
 
 
-def test_a_batch_larger_than_the_data_is_refused(activations):
+def test_a_batch_larger_than_the_data_raises_an_error(activations):
     with pytest.raises(NothingToDo, match=r"batch_tokens = 100,000 is more than the [\d,]+ kept tokens"):
         next(iter(training_batches(activations, 100_000, 1, seed=0)))
 
 
-def test_dropped_tokens_change_no_bit(activations, language_model, tokenizer, tmp_path):
+def test_dropped_tokens_have_no_effect_on_training_batches(activations, language_model, tokenizer, tmp_path):
     tokens = pack(make_texts(200), tokenizer, N_POSITIONS, 3000)
 
     class NanWhereDropped(LanguageModel):
         def vectors(self, ids):
-            found = super().vectors(ids)
+            hidden = super().vectors(ids)
             special = (ids == tokenizer.bos_token_id) | (ids == tokenizer.eos_token_id)
-            return found.masked_fill(special[..., None], torch.nan)
+            return hidden.masked_fill(special[..., None], torch.nan)
 
     from transformers import AutoModelForCausalLM
 
     model = NanWhereDropped(AutoModelForCausalLM.from_pretrained(tokenizer_folder(language_model)).eval(), 2)
     broken = harvest(tokens, model, tmp_path / "a", {}, "test")
     assert isinstance(broken, Activations)
-    for one, other in zip(activations.center_and_scale, broken.center_and_scale, strict=True):
-        assert torch.equal(one, other)
-    for one, other in zip(training_batches(activations, 64, 50, 0), training_batches(broken, 64, 50, 0), strict=True):
-        assert torch.equal(one.vectors, other.vectors)
+    for constant, expected in zip(broken.center_and_scale, activations.center_and_scale, strict=True):
+        assert torch.equal(constant, expected)
+    batches = training_batches(broken, 64, 50, 0)
+    for batch, expected in zip(batches, training_batches(activations, 64, 50, 0), strict=True):
+        assert torch.equal(batch.vectors, expected.vectors)
 
 
 def tokenizer_folder(language_model):
@@ -126,11 +127,11 @@ def tokenizer_folder(language_model):
 
 
 def test_training_batches_resume_after_a_number_of_batches(activations):
-    whole = list(training_batches(activations, 512, 12, seed=3))
-    rest = list(training_batches(activations, 512, 7, seed=3, after=5))
-    assert len(rest) == 7
-    for one, other in zip(rest, whole[5:], strict=True):
-        assert torch.equal(one.vectors, other.vectors)
+    all_batches = list(training_batches(activations, 512, 12, seed=3))
+    resumed = list(training_batches(activations, 512, 7, seed=3, after=5))
+    assert len(resumed) == 7
+    for batch, expected in zip(resumed, all_batches[5:], strict=True):
+        assert torch.equal(batch.vectors, expected.vectors)
 
 
 @pytest.mark.parametrize(
@@ -144,11 +145,11 @@ def test_vectors_stored_in_fewer_bits_are_nearly_equal(
     low = harvest(tokens, language_model, tmp_path / "low", {}, "test", stored)
     assert low._shards[0]["vectors"].dtype == dtype
     index = torch.randperm(exact.n_tokens, generator=torch.Generator().manual_seed(0))
-    expected, found = exact.batch(index), low.batch(index)
-    assert torch.equal(found.position, expected.position)
-    assert torch.equal(found.end, expected.end)
-    error = (found.vectors.float() - expected.vectors).abs().amax(1) / expected.vectors.abs().amax(1)
-    assert 0 < float(error.max()) < worst  # half a step of 1/127 of the largest number
+    expected, batch = exact.batch(index), low.batch(index)
+    assert torch.equal(batch.position, expected.position)
+    assert torch.equal(batch.end, expected.end)
+    error = (batch.vectors.float() - expected.vectors).abs().amax(1) / expected.vectors.abs().amax(1)
+    assert 0 < float(error.max()) < worst  # half a step of 1/127 of the largest value
     assert low.d_model == exact.d_model
     again = harvest(tokens, language_model, tmp_path / "again", {}, "test", stored)
     assert again.made_from == low.made_from != exact.made_from
@@ -161,8 +162,8 @@ def test_a_harvest_resumes_after_its_last_shard_and_recomputes_only_lost_shards(
     monkeypatch.setattr(data_harvest, "_TOKENS_PER_SHARD", 256)
     monkeypatch.setattr(data_harvest, "_TOKENS_PER_FORWARD", 128)
     tokens = pack(make_texts(80), tokenizer, N_POSITIONS, 1200)
-    whole = harvest(tokens, language_model, tmp_path / "whole", {}, "whole").folder
-    n_shards = len(list(whole.glob("shard*")))
+    complete = harvest(tokens, language_model, tmp_path / "complete", {}, "complete").folder
+    n_shards = len(list(complete.glob("shard*")))
     assert n_shards > 4
 
     class Counted(LanguageModel):
@@ -178,39 +179,37 @@ def test_a_harvest_resumes_after_its_last_shard_and_recomputes_only_lost_shards(
     def files(folder):
         return {path.name: path.read_bytes() for path in folder.iterdir()}
 
-    every = Counted(10**6)
-    harvest(tokens, every, tmp_path / "again", {}, "again")
+    uninterrupted = Counted(10**6)
+    harvest(tokens, uninterrupted, tmp_path / "again", {}, "again")
     with pytest.raises(KeyboardInterrupt):
-        harvest(tokens, Counted(every.n - 1), tmp_path / "part", {}, "part")
-    rest = Counted(10**6)
-    harvest(tokens, rest, tmp_path / "part", {}, "part")
-    assert rest.n < every.n / n_shards + 2
-    assert files(tmp_path / "part") == files(whole)
+        harvest(tokens, Counted(uninterrupted.n - 1), tmp_path / "part", {}, "part")
+    resumed = Counted(10**6)
+    harvest(tokens, resumed, tmp_path / "part", {}, "part")
+    assert resumed.n < uninterrupted.n / n_shards + 2
+    assert files(tmp_path / "part") == files(complete)
     lost = tmp_path / "part" / "shard-00002.safetensors"
     lost.write_bytes(lost.read_bytes()[:-1])
     mended = Counted(10**6)
     harvest(tokens, mended, tmp_path / "part", {}, "part")
-    assert mended.n < every.n / n_shards + 2
-    assert files(tmp_path / "part") == files(whole)
+    assert mended.n < uninterrupted.n / n_shards + 2
+    assert files(tmp_path / "part") == files(complete)
 
 
-def test_other_sizes_of_shards_change_no_bit_and_other_batches_of_the_model_only_the_last_ones(
-    language_model, tokenizer, tmp_path, monkeypatch
-):
+def test_shard_size_changes_no_bit_and_model_batch_size_only_rounding(language_model, tokenizer, tmp_path, monkeypatch):
     tokens = pack(make_texts(80), tokenizer, N_POSITIONS, 1200)
 
     def harvested(name, **sizes):
-        for what, size in sizes.items():
-            monkeypatch.setattr(data_harvest, what, size)
-        found = harvest(tokens, language_model, tmp_path / name, {}, name)
-        return found.batch(torch.arange(found.n_tokens))
+        for constant, size in sizes.items():
+            monkeypatch.setattr(data_harvest, constant, size)
+        stored = harvest(tokens, language_model, tmp_path / name, {}, name)
+        return stored.batch(torch.arange(stored.n_tokens))
 
-    whole = harvested("whole")
+    expected = harvested("expected")
     small = harvested("small", _TOKENS_PER_SHARD=100)
     other = harvested("other", _TOKENS_PER_FORWARD=48)
     for batch in (small, other):
         for name in ("token_id", "position", "text", "keep", "sentence", "line", "end"):
-            assert torch.equal(getattr(batch, name), getattr(whole, name))
-    assert torch.equal(small.vectors, whole.vectors)
-    apart = float((other.vectors - whole.vectors).abs().max() / whole.vectors.abs().max())
-    assert apart < 1e-5  # of the largest number: the order of float32 sums
+            assert torch.equal(getattr(batch, name), getattr(expected, name))
+    assert torch.equal(small.vectors, expected.vectors)
+    difference = float((other.vectors - expected.vectors).abs().max() / expected.vectors.abs().max())
+    assert difference < 1e-5  # relative to the largest value: float32 sums in another order

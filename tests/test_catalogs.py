@@ -13,7 +13,7 @@ ENGLISH = {
     "b/2": "See https://example.org for all the rest.",
     "b/3": "Error 12 Error 13 Error 14",
     "b/4": "Please restart the bridge and wait.",
-    "b/5": "This is said in English only.",
+    "b/5": "This sentence is in English only.",
 }
 GERMAN = {
     "a/1": "Die Lampe ist nun an, {name}.",
@@ -33,11 +33,11 @@ def messages(monkeypatch):
     monkeypatch.setattr(tokens, "split_of", lambda text: "training" if "restart" in text else "evaluation")
 
 
-def test_sentences_are_complete_unique_in_one_language_and_never_trained_on(messages):
-    found = catalogs.sentences_by_language("evaluation")
-    assert list(found) == ["en", "fr", "de", "es", "nl"]
-    assert found["en"] == ["The lamp does not answer at all.", "This is said in English only."]
-    assert found["de"] == ["Die Lampe antwortet leider gar nicht.", "Diese Lampe hier antwortet gar nicht."]
+def test_sentences_are_complete_unique_and_from_the_evaluation_split(messages):
+    sentences = catalogs.sentences_by_language("evaluation")
+    assert list(sentences) == ["en", "fr", "de", "es", "nl"]
+    assert sentences["en"] == ["The lamp does not answer at all.", "This sentence is in English only."]
+    assert sentences["de"] == ["Die Lampe antwortet leider gar nicht.", "Diese Lampe hier antwortet gar nicht."]
 
 
 def test_no_translation_occurs_twice(messages):
@@ -46,11 +46,13 @@ def test_no_translation_occurs_twice(messages):
 
 @pytest.mark.embedded
 def test_the_embedded_sentences_are_in_their_languages():
-    found = catalogs.sentences_by_language("evaluation")
+    by_language = catalogs.sentences_by_language("evaluation")
     commonest = {"en": "the", "fr": "de", "de": "die", "es": "de", "nl": "de"}
-    for language, sentences in found.items():
+    for language, sentences in by_language.items():
         assert len(sentences) > 1100
         assert {tokens.split_of(text) for text in sentences} == {"evaluation"}
         words = Counter(word for text in sentences for word in text.lower().split())
         assert words.most_common(1)[0][0] == commonest[language]
-    assert len({text for sentences in found.values() for text in sentences}) == sum(map(len, found.values()))
+    assert len({text for sentences in by_language.values() for text in sentences}) == sum(
+        map(len, by_language.values())
+    )

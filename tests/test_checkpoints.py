@@ -20,7 +20,7 @@ from posmask.training.settings import TrainingSettings
 SETTINGS = TrainingSettings(
     n_steps=20, batch_tokens=256, learning_rate=5e-3, dead_after_eligible_tokens=300, aux_k=4, mask_learning_rate=0.1
 )
-# So that every kind changes within 20 steps, before and after most of the places where they stop.
+# Settings with which every mask changes within 20 steps, before and after most interruptions.
 QUICK = {
     "soft": {"pressure": 0.5, "last_temperature": 0.3, "freeze_at": 0.9},
     "importance": {"n_prunings": 4, "first_pruning": 0.2, "last_pruning": 0.9, "regrow": 0.3},
@@ -41,11 +41,11 @@ def make(kind, gating, rule, d_model):
 
 
 def trained(activations, kind, gating, rule, folder=None, stop=None, settings=SETTINGS):
-    """Train from the newest checkpoint in `folder` on; write one after step `stop` and stop behind it."""
+    """Resume from the newest checkpoint in `folder`; write one after step `stop` and interrupt the next step."""
     sae = make(kind, gating, rule, activations.d_model)
     sae.center, sae.scale = activations.center_and_scale
     checkpoints = None if folder is None else Checkpoints(folder, MADE_FROM)
-    behind = 0 if checkpoints is None else checkpoints.done
+    n_done = 0 if checkpoints is None else checkpoints.done
 
     def after(done):
         if stop is not None and done > stop:
@@ -53,22 +53,22 @@ def trained(activations, kind, gating, rule, folder=None, stop=None, settings=SE
         if checkpoints is not None:
             checkpoints.due = lambda at_end: done == stop
 
-    batches = training_batches(activations, settings.batch_tokens, settings.n_steps - behind, 0, after=behind)
+    batches = training_batches(activations, settings.batch_tokens, settings.n_steps - n_done, 0, after=n_done)
     return train(sae, batches, settings, "test", after, checkpoints)
 
 
-def assert_same(one, other):
+def assert_same(run, expected):
     for (name, a), (_, b) in zip(
-        (*one.sae.named_parameters(), *one.sae.named_buffers()),
-        (*other.sae.named_parameters(), *other.sae.named_buffers()),
+        (*run.sae.named_parameters(), *run.sae.named_buffers()),
+        (*expected.sae.named_parameters(), *expected.sae.named_buffers()),
         strict=True,
     ):
         assert torch.equal(a, b), name
-    assert one.curve == other.curve
-    assert one.snapshots.by_step.keys() == other.snapshots.by_step.keys()
-    for step, openness in one.snapshots.by_step.items():
-        assert torch.equal(openness, other.snapshots.by_step[step]), step
-    assert torch.equal(one.dead, other.dead)
+    assert run.curve == expected.curve
+    assert run.snapshots.by_step.keys() == expected.snapshots.by_step.keys()
+    for step, openness in run.snapshots.by_step.items():
+        assert torch.equal(openness, expected.snapshots.by_step[step]), step
+    assert torch.equal(run.dead, expected.dead)
 
 
 @pytest.mark.parametrize(
@@ -79,20 +79,20 @@ def assert_same(one, other):
     ],
 )
 def test_resumed_training_equals_uninterrupted_training_bit_for_bit(activations, tmp_path, kind, gating, rule):
-    whole = trained(activations, kind, gating, rule)
-    for stop in (3, 9, 13, 18):  # one after the other, each from the one before
+    uninterrupted = trained(activations, kind, gating, rule)
+    for stop in (3, 9, 13, 18):  # each run resumes from the previous one
         with pytest.raises(_Stopped):
             trained(activations, kind, gating, rule, tmp_path, stop)
     trained(activations, kind, gating, rule, tmp_path, 20)
     assert sorted(int(path.name) for path in tmp_path.iterdir()) == [18, 20]
-    assert_same(trained(activations, kind, gating, rule, tmp_path), whole)  # no step is left
+    assert_same(trained(activations, kind, gating, rule, tmp_path), uninterrupted)  # no steps remain
     shutil.rmtree(tmp_path / f"{20:09d}")
-    assert_same(trained(activations, kind, gating, rule, tmp_path), whole)
+    assert_same(trained(activations, kind, gating, rule, tmp_path), uninterrupted)
 
 
-def test_checkpoints_of_other_work_and_damaged_ones_are_skipped(activations, tmp_path, capsys):
+def test_foreign_and_damaged_checkpoints_are_skipped(activations, tmp_path, capsys):
     work = activations, "importance", "forward", "topk"
-    whole = trained(*work)
+    uninterrupted = trained(*work)
     for stop in (6, 12):
         with pytest.raises(_Stopped):
             trained(*work, tmp_path, stop)
@@ -100,10 +100,10 @@ def test_checkpoints_of_other_work_and_damaged_ones_are_skipped(activations, tmp
     assert Checkpoints(tmp_path, MADE_FROM).done == 12
     newest = tmp_path / f"{12:09d}" / "state.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1])
-    assert_same(trained(*work, tmp_path), whole)
-    said = capsys.readouterr().err
-    assert "A damaged checkpoint is skipped" in said
-    assert "resumes from its checkpoint after 6 steps" in said
+    assert_same(trained(*work, tmp_path), uninterrupted)
+    output = capsys.readouterr().err
+    assert "A damaged checkpoint is skipped" in output
+    assert "resumes from its checkpoint after 6 steps" in output
 
 
 def test_a_checkpoint_left_by_an_interrupted_removal_is_removed(tmp_path):
@@ -131,25 +131,26 @@ def test_time_between_checkpoints_follows_their_cost(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     checkpoints = Checkpoints(tmp_path, MADE_FROM, every_seconds=60.0)
     seen = []
-    for place in (59, 61):
-        now[0] = place
+    for seconds in (59, 61):
+        now[0] = seconds
         seen.append(checkpoints.due())
     assert seen == [False, True]
     save = training_checkpoints.save_file
     monkeypatch.setattr(
         training_checkpoints, "save_file", lambda *args: (save(*args), now.__setitem__(0, now[0] + 4))
-    )  # it takes 4 s
+    )  # saving takes 4 s
     checkpoints.write(1, {"a": torch.zeros(1)})
-    for place in (65 + 60, 65 + 199, 65 + 201):
-        now[0] = place
+    for seconds in (65 + 60, 65 + 199, 65 + 201):
+        now[0] = seconds
         seen.append(checkpoints.due())
     assert seen[2:] == [False, False, True]
 
 
-def test_the_first_checkpoint_waits_according_to_its_expected_size(activations, tmp_path, monkeypatch):
+def test_the_time_of_the_first_checkpoint_follows_its_expected_size(activations, tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    for n_bytes, first in ((64e6, 90), (256e6, 320), (1e9, 1250)):  # 50 times what 40 MB/s take, and not before 90 s
+    # 50 times the write time at 40 MB/s, and at least 90 s.
+    for n_bytes, first in ((64e6, 90), (256e6, 320), (1e9, 1250)):
         now[0] = 0.0
         checkpoints = Checkpoints(tmp_path / str(n_bytes), MADE_FROM)
         checkpoints.expect(n_bytes)
@@ -158,7 +159,7 @@ def test_the_first_checkpoint_waits_according_to_its_expected_size(activations, 
             assert not checkpoints.due(at_end=at_end)
             now[0] = first + 1
             assert checkpoints.due(at_end=at_end)
-    # What training expects is what it then writes, but for the small things beside weights and moments.
+    # The expected size is the written size, apart from small tensors besides weights and moments.
     expected = []
     monkeypatch.setattr(Checkpoints, "expect", lambda self, n_bytes: expected.append(n_bytes))
     trained(activations, "slice", "forward", "topk", tmp_path / "cell", 20)
@@ -174,7 +175,7 @@ def test_the_first_checkpoint_waits_according_to_its_expected_size(activations, 
         ({"kind": "relu", "l1_coefficient": 1e4}, {"n_steps": 200, "learning_rate": 0.05}, "are dead"),
     ],
 )
-def test_degenerate_training_stops_and_keeps_the_last_checkpoint(activations, tmp_path, rule, changes, message):
+def test_degenerate_training_raises_and_keeps_the_last_checkpoint(activations, tmp_path, rule, changes, message):
     sae = SparseAutoencoder(
         activations.d_model, rule_settings(RULES[rule] if isinstance(rule, str) else rule),
         make_mask(mask_settings({"kind": "open"}), N_POSITIONS, D_SAE),
@@ -190,7 +191,7 @@ def test_degenerate_training_stops_and_keeps_the_last_checkpoint(activations, tm
     assert Checkpoints(tmp_path / "cell", MADE_FROM).read()
 
 
-def test_a_state_with_nan_is_never_written(activations, tmp_path):
+def test_a_state_with_nan_raises_and_is_not_written(activations, tmp_path):
     def spoil(done):
         with torch.no_grad():
             sae.decoder_bias[0] = torch.nan if done == 7 else sae.decoder_bias[0]
@@ -213,10 +214,10 @@ def snapshot(folder):
 
 @pytest.fixture
 def precious(tmp_path):
-    """A user's folder with a manifest of its own, outside of every root."""
+    """Write a user's folder with an unrelated manifest, outside every run folder."""
     folder = tmp_path / "precious"
     (folder / "deep").mkdir(parents=True)
-    (folder / "manifest.json").write_text('{"mine": true}')
+    (folder / "manifest.json").write_text('{"name": "my site"}')
     (folder / "deep" / "thesis.txt").write_text("years of work")
     return folder
 
@@ -224,17 +225,17 @@ def precious(tmp_path):
 def test_only_checkpoints_are_removed_from_their_folder(tmp_path, precious):
     folder = tmp_path / "checkpoints" / "cell"
     folder.mkdir(parents=True)
-    shutil.copytree(precious, folder / "mine")
+    shutil.copytree(precious, folder / "copied")
     (folder / ".DS_Store").write_bytes(b"junk")
     (folder / "0 notes.txt").write_text("notes")
     (folder / "linked").symlink_to(precious)
-    mine = snapshot(folder)
+    before = snapshot(folder)
     checkpoints = Checkpoints(folder, MADE_FROM)
     for done in (1, 2, 3):
         checkpoints.write(done, {"a": torch.zeros(1)})
     assert Checkpoints(folder, MADE_FROM).done == 3
     remove_checkpoints(folder)
-    assert snapshot(folder) == mine
+    assert snapshot(folder) == before
     assert (folder / "linked").is_symlink()
     assert len(snapshot(precious)) == 2
     remove_checkpoints(tmp_path / "checkpoints" / "nowhere")
@@ -245,11 +246,11 @@ def test_symbolic_links_are_not_followed(tmp_path, precious, where):
     link = tmp_path / where
     link.parent.mkdir(parents=True, exist_ok=True)
     link.symlink_to(precious)
-    mine = snapshot(precious)
+    before = snapshot(precious)
     with pytest.raises(BadSetting, match=f"{link} is a symbolic link, which posmask did not write .* move it away"):
         Checkpoints(tmp_path / "checkpoints" / "cell", MADE_FROM).write(2, {"a": torch.zeros(1)})
     remove_checkpoints(tmp_path / "checkpoints" / "cell")
-    assert snapshot(precious) == mine
+    assert snapshot(precious) == before
 
 
 def test_a_checkpoint_with_other_files_raises_an_error_and_is_kept(tmp_path):

@@ -1,4 +1,4 @@
-"""What holds for every activation rule with every mask, applied either way, in every precision."""
+"""Properties of every activation rule with every mask, with forward and gradient gating, in every precision."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from posmask.training.reference_loss import plain_gradients
 
 every_rule = pytest.mark.parametrize("rule", RULES)
 every_mask = pytest.mark.parametrize(("kind", "gating"), KINDS)
-# The rest of these run in `make test-all`.
+# The other masks run in `make test-all`.
 every_mask_in_time = pytest.mark.parametrize(
     ("kind", "gating"),
     [
@@ -30,7 +30,7 @@ CHANGES = {"plain": {}, "free and leaky": {"free_fraction": 0.125, "leak": 0.3}}
 
 
 def changed(kind, changes):
-    """What a kind takes of them; a switch has no leak, and unborn latents of a split must be silent."""
+    """Return the changes that a kind supports: switch has no leak, and unborn latents of a split must be silent."""
     return {name: value for name, value in CHANGES[changes].items() if name != "leak" or kind not in FORWARD_ONLY}
 
 
@@ -38,7 +38,7 @@ def gradients_of(sae):
     return {name: p.grad.clone() for name, p in sae.named_parameters() if not name.startswith("mask.theta")}
 
 
-def test_every_rule_and_every_mask_is_under_this_contract():
+def test_the_contract_covers_every_rule_and_mask():
     assert set(RULES) == set(rules.RULES)
     assert set(MASKS) == set(masks.MASKS)
 
@@ -50,7 +50,7 @@ def test_sparse_encode_equals_the_definition(rule, kind, gating, dtype, use_mask
     sae = make_sae(kind, gating, rule=rule, dtype=dtype)
     vectors, position = make_vectors(60, dtype=dtype)
     shuffled = torch.randperm(60, generator=torch.Generator().manual_seed(0))
-    vectors, position = vectors[shuffled], position[shuffled]  # any order of rows must do
+    vectors, position = vectors[shuffled], position[shuffled]  # rows may be in any order
     dense = sae.encode(vectors, position, use_mask=use_mask).detach()
     codes = sae.sparse_encode(vectors, position, use_mask=use_mask)
     torch.testing.assert_close(codes.dense(), dense)
@@ -89,7 +89,7 @@ def test_fast_gradients_equal_the_definition(rule, kind, gating, changes):
 
 
 @every_rule
-def test_windows_that_start_anywhere_give_the_gradients_of_the_definition(rule):
+def test_gradients_of_contiguous_hard_masks_equal_the_definition(rule):
     sae = make_sae("hard", rule=rule, dtype=torch.float64, contiguous=True)
     vectors, position = make_vectors(60, dtype=torch.float64)
     plain_gradients(sae, vectors, position)
@@ -101,31 +101,31 @@ def test_windows_that_start_anywhere_give_the_gradients_of_the_definition(rule):
 
 @every_rule
 @every_mask_in_time
-def test_where_loops_cannot_be_compiled_torch_operations_give_the_same(rule, kind, gating, monkeypatch):
+def test_torch_operations_equal_compiled_loops(rule, kind, gating, monkeypatch):
     vectors, position = make_vectors(60, dtype=torch.float64)
-    found = []
+    results = []
     for compiled in (True, False):
         monkeypatch.setattr(backend, "compiled", lambda tensor, compiled=compiled: compiled)
         sae = make_sae(kind, gating, rule=rule, dtype=torch.float64)
         dead = torch.arange(D_SAE) % 3 == 0
         step = fast_gradients(sae, vectors, position, dead=dead, aux_k=3)
         gradients = [sae.encoder.grad, sae.decoder.grad, sae.encoder_bias.grad, sae.decoder_bias.grad]
-        again = sae.sparse_encode(vectors, position)
-        found.append([step.codes.dense(), step.residual, *gradients, again.dense(), sae.sparse_decode(again)])
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other)
+        codes = sae.sparse_encode(vectors, position)
+        results.append([step.codes.dense(), step.residual, *gradients, codes.dense(), sae.sparse_decode(codes)])
+    for compiled_result, torch_result in zip(*results, strict=True):
+        torch.testing.assert_close(compiled_result, torch_result)
 
 
 @every_rule
 @every_mask
-def test_closed_latents_are_exactly_zero_and_get_exactly_no_gradient(rule, kind, gating):
+def test_closed_latents_are_exactly_zero_and_get_zero_gradient(rule, kind, gating):
     sae = make_sae(kind, gating, rule=rule)
-    if kind == "switch":  # which latents are closed depends on the token: all go to one expert
+    if kind == "switch":  # closed latents depend on the token; route all tokens to one expert
         sae.mask.route = lambda x, position: Routing(torch.full(x.shape[:-1], 1))
     closed_anywhere = False
-    for place in (1, 15):
-        vectors, position = make_vectors(60)[0], torch.full((60,), place, dtype=torch.int32)
-        row = 1 if kind == "switch" else place
+    for token_position in (1, 15):
+        vectors, position = make_vectors(60)[0], torch.full((60,), token_position, dtype=torch.int32)
+        row = 1 if kind == "switch" else token_position
         closed = sae.mask.table().detach()[row] == 0
         closed_anywhere |= bool(closed.any())
         if gating == "forward":
@@ -144,7 +144,7 @@ def test_closed_latents_are_exactly_zero_and_get_exactly_no_gradient(rule, kind,
 
 @every_rule
 @every_precision
-def test_a_mask_open_everywhere_equals_no_mask_bit_for_bit(rule, dtype):
+def test_a_fully_open_mask_equals_no_mask_bit_for_bit(rule, dtype):
     sae = make_sae("open", rule=rule, dtype=dtype)
     vectors, position = make_vectors(100, dtype=dtype)
     preactivation = (sae.normalize(vectors) - sae.decoder_bias) @ sae.encoder.T + sae.encoder_bias
@@ -153,13 +153,13 @@ def test_a_mask_open_everywhere_equals_no_mask_bit_for_bit(rule, dtype):
     for changes in ({"leak": 1.0}, {"free_fraction": 1.0}):
         opened = make_sae("hard", rule=rule, dtype=dtype, **changes)
         assert torch.equal(opened.encode(vectors, position), unmasked)
-        found = opened.sparse_encode(vectors, position), sae.sparse_encode(vectors, position)
-        assert torch.equal(found[0].dense(), found[1].dense())
+        codes = opened.sparse_encode(vectors, position), sae.sparse_encode(vectors, position)
+        assert torch.equal(codes[0].dense(), codes[1].dense())
 
 
 @every_rule
 @pytest.mark.parametrize("kind", [kind for kind, gating in KINDS if gating == "gradient"])
-def test_gradient_masks_leave_the_code_alone(rule, kind):
+def test_gradient_masks_do_not_change_codes(rule, kind):
     free, bound = make_sae("open", rule=rule), make_sae(kind, "gradient", rule=rule)
     vectors, position = make_vectors(100)
     assert torch.equal(free.encode(vectors, position), bound.encode(vectors, position))
@@ -168,7 +168,7 @@ def test_gradient_masks_leave_the_code_alone(rule, kind):
 @every_rule
 @every_mask
 @every_precision
-def test_texts_by_position_equal_single_tokens(rule, kind, gating, dtype):
+def test_batched_texts_equal_single_tokens(rule, kind, gating, dtype):
     sae = make_sae(kind, gating, rule=rule, dtype=dtype)
     vectors = make_vectors(3 * N_POSITIONS, dtype=dtype)[0].reshape(3, N_POSITIONS, -1)
     position = torch.arange(N_POSITIONS).expand(3, -1)
@@ -179,22 +179,22 @@ def test_texts_by_position_equal_single_tokens(rule, kind, gating, dtype):
 
 @every_rule
 @every_mask
-def test_a_written_sae_reads_back_with_the_same_codes(rule, kind, gating, tmp_path):
+def test_a_written_sae_gives_the_same_codes_when_read(rule, kind, gating, tmp_path):
     sae = make_sae(kind, gating, rule=rule, **changed(kind, "free and leaky"))
     sae.center += 1.5
     sae.scale *= 2
     write_sae(sae, tmp_path)
     vectors, position = make_vectors(50)
-    back = read_sae(tmp_path)
-    assert torch.equal(back(vectors, position), sae(vectors, position))
-    assert torch.equal(back.sparse_encode(vectors, position).value, sae.sparse_encode(vectors, position).value)
-    assert back.mask.settings == sae.mask.settings
-    assert back.rule.settings == sae.rule.settings
+    read = read_sae(tmp_path)
+    assert torch.equal(read(vectors, position), sae(vectors, position))
+    assert torch.equal(read.sparse_encode(vectors, position).value, sae.sparse_encode(vectors, position).value)
+    assert read.mask.settings == sae.mask.settings
+    assert read.rule.settings == sae.rule.settings
 
 
-@pytest.mark.parametrize("rule", ["topk", "gated"])  # one that chooses codes, one that computes them in blocks
+@pytest.mark.parametrize("rule", ["topk", "gated"])  # a rule that selects codes and one that computes them in blocks
 @every_mask
-def test_positions_beyond_the_context_are_refused_or_clamped(rule, kind, gating):
+def test_positions_outside_the_context_raise_an_error(rule, kind, gating):
     sae = make_sae(kind, gating, rule=rule)
     vectors, position = torch.ones(17, D_MODEL), torch.arange(17)
     for encode in (sae.encode, lambda *given, **options: sae.sparse_encode(*given, **options).dense()):
@@ -206,9 +206,9 @@ def test_positions_beyond_the_context_are_refused_or_clamped(rule, kind, gating)
 
 @every_rule
 @every_mask
-def test_without_its_mask_an_sae_codes_as_with_the_mask_lifted(rule, kind, gating):
+def test_without_mask_equals_lifting_the_mask(rule, kind, gating):
     if kind == "switch":
-        pytest.skip("its router goes with the mask")
+        pytest.skip("its router is part of the mask")
     sae = make_sae(kind, gating, rule=rule)
     vectors, position = make_vectors(50)
     bare = without_mask(sae)
@@ -221,19 +221,19 @@ def test_without_its_mask_an_sae_codes_as_with_the_mask_lifted(rule, kind, gatin
 
 @every_rule
 @every_mask_in_time
-def test_in_bfloat16_chosen_codes_have_float32_values_and_computed_ones_its_rounding(rule, kind, gating):
+def test_bfloat16_rounds_only_codes_of_rules_without_selection(rule, kind, gating):
     sae = make_sae(kind, gating, rule=rule)
     vectors, position = make_vectors(150)
     exact = fast_gradients(sae, vectors, position).codes.dense()
     gradient = sae.encoder.grad.clone()
-    found = fast_gradients(sae, vectors, position, precision="bfloat16").codes.dense()
-    both = (exact > 0) & (found > 0)
+    rounded = fast_gradients(sae, vectors, position, precision="bfloat16").codes.dense()
+    both = (exact > 0) & (rounded > 0)
     assert int(both.sum()) > 0.97 * int((exact > 0).sum())
     if sae.rule.training_choice() is not None:
-        torch.testing.assert_close(found[both], exact[both])
+        torch.testing.assert_close(rounded[both], exact[both])
     else:
         largest = float(exact.max())
-        assert 0 < float((found - exact)[both].abs().max()) < 2**-6 * largest
+        assert 0 < float((rounded - exact)[both].abs().max()) < 2**-6 * largest
         assert float((sae.encoder.grad - gradient).norm()) < 0.05 * float(gradient.norm())
 
 
@@ -241,14 +241,14 @@ def test_in_bfloat16_chosen_codes_have_float32_values_and_computed_ones_its_roun
 @every_mask_in_time
 def test_float32_agrees_with_float64(rule, kind, gating):
     assert float32_stays_float32()
-    found = {}
+    results = {}
     for dtype in (torch.float32, torch.float64):
         sae = make_sae(kind, gating, rule=rule, dtype=dtype)
         vectors, position = make_vectors(60)
         step = fast_gradients(sae, vectors.to(dtype), position)
-        found[dtype] = step, sae.decoder.grad
-    (low, gradient), (high, exact) = found.values()
-    same = bool((low.codes.dense() > 0).eq(high.codes.dense() > 0).all())
+        results[dtype] = step, sae.decoder.grad
+    (low, gradient), (high, exact) = results.values()
+    same_selection = bool((low.codes.dense() > 0).eq(high.codes.dense() > 0).all())
     assert low.reconstruction == pytest.approx(high.reconstruction, rel=1e-5)
-    if same:  # Two candidates closer than float32 tells apart may change places.
+    if same_selection:  # Candidates closer than float32 resolution may be selected differently.
         torch.testing.assert_close(gradient.double(), exact, rtol=1e-3, atol=1e-5)

@@ -26,7 +26,7 @@ def test_packing_too_few_tokens_raises_an_error(tokenizer):
         pack([], tokenizer, 16, 1)
 
 
-def test_packing_short_texts_finds_all_their_tokens(tokenizer):
+def test_packing_short_texts_uses_all_their_tokens(tokenizer):
     texts = [f"{a} {b} {c}" for a in WORDS for b in WORDS for c in WORDS[:5]]
     assert pack(texts, tokenizer, 16, 3 * len(texts) - 60).n_kept > 3 * len(texts) - 60 - 1
 
@@ -38,7 +38,7 @@ def test_packing_is_determined_by_the_seed(tokenizer):
     assert not torch.equal(first.id[:12], pack(texts, tokenizer, 16, 200, seed=1).id[:12])
 
 
-def test_padded_texts_keep_only_their_own_words(tokenizer):
+def test_padded_texts_keep_only_their_words(tokenizer):
     tokens = pad(["red house", "", "old <eos> tree"], tokenizer, 6)
     assert isinstance(tokens, Tokens)
     assert tokens.keep.tolist() == [
@@ -48,7 +48,7 @@ def test_padded_texts_keep_only_their_own_words(tokenizer):
     ]
 
 
-def test_the_split_depends_on_the_text_alone():
+def test_the_split_depends_only_on_the_text():
     texts = make_texts(400, n_words=8)
     sides = [unique_texts(texts * 2, split) for split in ("training", "validation", "evaluation")]
     assert sorted(text for side in sides for text in side) == sorted(set(texts))
@@ -66,18 +66,18 @@ def test_a_truncated_copy_counts_as_the_same_text():
 
 def test_shuffled_copies_have_the_same_tokens_in_another_order(tokenizer):
     tokens = pad(make_texts(6, n_words=10), tokenizer, 16)
-    found = with_shuffled(tokens, torch.tensor([2, 4]), tokenizer)
-    assert torch.equal(found.id[:6], tokens.id)
-    assert found.text.max() == 7
+    shuffled = with_shuffled(tokens, torch.tensor([2, 4]), tokenizer)
+    assert torch.equal(shuffled.id[:6], tokens.id)
+    assert shuffled.text.max() == 7
     for copy, context in ((6, 2), (7, 4)):
-        assert torch.equal(found.keep[copy], tokens.keep[context])
-        assert sorted(found.id[copy].tolist()) == sorted(tokens.id[context].tolist())
-        assert not torch.equal(found.id[copy], tokens.id[context])
-        assert set(found.text[copy].tolist()) == {-1, copy}
-        assert found.id[copy, 0] == tokenizer.bos_token_id
+        assert torch.equal(shuffled.keep[copy], tokens.keep[context])
+        assert sorted(shuffled.id[copy].tolist()) == sorted(tokens.id[context].tolist())
+        assert not torch.equal(shuffled.id[copy], tokens.id[context])
+        assert set(shuffled.text[copy].tolist()) == {-1, copy}
+        assert shuffled.id[copy, 0] == tokenizer.bos_token_id
 
 
-def test_the_shift_design_places_every_piece_once_in_every_window(tokenizer):
+def test_the_shift_design_puts_every_piece_into_every_window_once(tokenizer):
     tokens = shifted(make_texts(60), tokenizer, 16, n_texts=8, n_windows=4)
     assert tokens.id.shape == (32, 16)
     assert tokens.n_kept == 8 * 4 * 3
@@ -88,7 +88,7 @@ def test_the_shift_design_places_every_piece_once_in_every_window(tokenizer):
         assert all(piece == seen[0] for piece in seen)
         starts = [int(tokens.keep[row].nonzero()[0]) for row in rows]
         assert starts == [4, 7, 10, 13]
-        for row, start in zip(rows, starts, strict=True):  # other text stands before, ended by EOS
+        for row, start in zip(rows, starts, strict=True):  # another text precedes, ended by EOS
             assert tokens.id[row, 0] == tokenizer.bos_token_id
             assert tokens.id[row, start - 1] == tokenizer.eos_token_id
             assert not set(tokens.id[row, 1 : start - 1].tolist()) & special
@@ -107,7 +107,7 @@ def test_a_shift_design_with_too_few_texts_or_positions_raises_an_error(tokenize
         shifted(make_texts(60), tokenizer, 16, n_texts=8, n_windows=9)
 
 
-def test_contexts_start_with_eos_without_bos_and_need_either_token(tokenizer):
+def test_contexts_start_with_eos_if_there_is_no_bos_and_need_either_token(tokenizer):
     class Without:
         def __init__(self, **ids):
             self.bos_token_id = ids.get("bos")
@@ -128,7 +128,7 @@ def test_contexts_start_with_eos_without_bos_and_need_either_token(tokenizer):
 
 
 class Pieces:
-    """A tokenizer whose tokens are given, split at |, in the byte-level alphabet of GPT-2."""
+    """A tokenizer that splits texts at |, into tokens in the byte-level alphabet of GPT-2."""
 
     bos_token_id, eos_token_id = 0, 1
 
@@ -136,7 +136,7 @@ class Pieces:
         self.words = ["<bos>", "<eos>"]
 
     def __call__(self, text, *, add_special_tokens):
-        rows = [one.split("|") if one else [] for one in text]
+        rows = [line.split("|") if line else [] for line in text]
         for word in [word for row in rows for word in row]:
             if word not in self.words:
                 self.words.append(word)
@@ -158,7 +158,7 @@ def test_positions_are_counted_from_the_sentence_the_line_and_the_end():
     #                                     a b c. d EOS a b
     assert packed.sentence[0].tolist() == [0, 1, 2, 3, 1, 0, 1, 2]
     assert packed.line[0].tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
-    assert packed.end[0].tolist() == [0, 4, 3, 2, 1, 0, 2, 1]  # the second text goes on in the next context
+    assert packed.end[0].tolist() == [0, 4, 3, 2, 1, 0, 2, 1]  # the second text continues in the next context
 
 
 def test_every_kept_token_has_a_position_from_every_origin(tokenizer):

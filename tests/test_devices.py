@@ -1,8 +1,8 @@
-"""A second device in the place of a GPU: its tensors say they are elsewhere, and never mix with the CPU's.
+"""An emulated second device instead of a GPU: its tensors report another device and cannot be mixed with CPU tensors.
 
-What torch refuses on a GPU is refused here: an operation on tensors of both devices (but for numbers and indices), and
-NumPy's view of what is not on the CPU. So this proves that everything is moved where it must be, not that a GPU's own
-kernels are right. `meta` stands for the device, since torch knows it without any driver.
+The emulation raises where torch would on a GPU: for operations on tensors of both devices (except scalars and indices)
+and for NumPy views of tensors that are not on the CPU. So these tests prove that tensors are moved to the right device,
+not that GPU kernels are correct. The device is named `meta`, which torch supports without a driver.
 """
 
 import copy
@@ -32,7 +32,7 @@ aten = torch.ops.aten
 
 
 class Elsewhere(torch.Tensor):
-    """A tensor of the other device; its numbers are kept in a tensor of the CPU."""
+    """A tensor of the other device whose values are stored in a CPU tensor."""
 
     @staticmethod
     def __new__(cls, kept, requires_grad=False):
@@ -48,7 +48,7 @@ class Elsewhere(torch.Tensor):
     def tolist(self):
         return self.kept.tolist()
 
-    def repeat_interleave(self, repeats):  # for which torch takes meta to mean that there are no numbers
+    def repeat_interleave(self, repeats):  # for meta tensors, torch assumes that there are no values
         return Elsewhere(self.kept.repeat_interleave(repeats.kept))
 
     @classmethod
@@ -60,29 +60,29 @@ MAY_MIX = (aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.def
 
 
 def call(func, args, kwargs):
-    tensors = [one for one in tree_flatten((args, kwargs))[0] if isinstance(one, torch.Tensor)]
+    tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
     device = kwargs.get("device")
-    if func not in MAY_MIX and any(isinstance(one, Elsewhere) for one in tensors):
-        strangers = [one for one in tensors if not isinstance(one, Elsewhere) and one.dim()]
-        assert not strangers, f"{func} mixes devices"
-    there = any(isinstance(one, Elsewhere) for one in tensors[:1] or tensors)
+    if func not in MAY_MIX and any(isinstance(tensor, Elsewhere) for tensor in tensors):
+        cpu_tensors = [tensor for tensor in tensors if not isinstance(tensor, Elsewhere) and tensor.dim()]
+        assert not cpu_tensors, f"{func} mixes devices"
+    there = any(isinstance(tensor, Elsewhere) for tensor in tensors[:1] or tensors)
     if device is not None:
         there = torch.device(device) == THERE
         kwargs = {**kwargs, "device": HERE}
-    args, kwargs = tree_map_only(Elsewhere, lambda one: one.kept, (args, kwargs))
+    args, kwargs = tree_map_only(Elsewhere, lambda tensor: tensor.kept, (args, kwargs))
     result = func(*args, **kwargs)
-    own = {id(one.kept): one for one in tensors if isinstance(one, Elsewhere)}
+    inputs = {id(tensor.kept): tensor for tensor in tensors if isinstance(tensor, Elsewhere)}
 
-    def wrap(one):
-        if not isinstance(one, torch.Tensor) or not there:
-            return one
-        return own[id(one)] if id(one) in own else Elsewhere(one)
+    def wrap(leaf):
+        if not isinstance(leaf, torch.Tensor) or not there:
+            return leaf
+        return inputs[id(leaf)] if id(leaf) in inputs else Elsewhere(leaf)
 
     return tree_map(wrap, result)
 
 
 class Device(TorchDispatchMode):
-    """Makes what is created on the other device, or moved to it, be there."""
+    """Run every operation, including tensor creation, with support for the other device."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return call(func, args, kwargs or {})
@@ -91,7 +91,7 @@ class Device(TorchDispatchMode):
 @pytest.fixture
 def other_device(monkeypatch):
     monkeypatch.setattr(adam, "_device_dtype_check_for_fused", lambda *args, **kwargs: None)
-    make = torch.tensor  # which makes tensors of meta without asking anyone
+    make = torch.tensor  # it creates meta tensors without a dispatch
 
     def tensor(data, *, device=None, **options):
         made = make(data, **options)
@@ -102,7 +102,7 @@ def other_device(monkeypatch):
         yield THERE
 
 
-def test_the_other_device_is_one(other_device):
+def test_the_emulated_device_rejects_mixed_operations(other_device):
     here, there = torch.ones(3), torch.ones(3, device=THERE)
     assert there.device == here.to(THERE).device == THERE
     assert (there + 1).cpu().tolist() == [2, 2, 2]
@@ -130,14 +130,14 @@ def fresh_sae(kind, rule):
 
 
 @pytest.mark.parametrize(("kind", "rule"), CASES)
-def test_training_there_gives_what_training_here_gives(kind, rule, activations, monkeypatch, other_device):
+def test_training_on_another_device_gives_the_same_sae(kind, rule, activations, monkeypatch, other_device):
     monkeypatch.setattr(backend, "compiled", lambda tensor: False)  # the same operations on both sides
     here, there = (fresh_sae(kind, rule) for _ in range(2))
     expected = train_on(here, activations, SETTINGS)
     there.center, there.scale = activations.center_and_scale
-    found = train(there.to(THERE), training_batches(activations, 256, SETTINGS.n_steps, 0), SETTINGS, "test")
+    trained = train(there.to(THERE), training_batches(activations, 256, SETTINGS.n_steps, 0), SETTINGS, "test")
     assert there.encoder.device == THERE
-    assert [point.loss for point in found.curve] == pytest.approx([point.loss for point in expected.curve])
+    assert [point.loss for point in trained.curve] == pytest.approx([point.loss for point in expected.curve])
     torch.testing.assert_close(there.decoder.detach().cpu(), here.decoder.detach())
     batch = activations.batch(torch.arange(200)).kept()
     codes = there.sparse_encode(batch.vectors, batch.position)
@@ -174,7 +174,7 @@ class ToyModel(torch.nn.Module):
 
 
 @pytest.mark.parametrize("site", ["residual_after", "residual_before", "mlp"])
-def test_a_model_there_takes_and_gives_vectors_here(site, other_device):
+def test_a_model_on_another_device_accepts_and_returns_cpu_vectors(site, other_device):
     torch.manual_seed(0)
     toy = ToyModel()
     ids = torch.randint(20, (3, N_POSITIONS))
@@ -187,7 +187,9 @@ def test_a_model_there_takes_and_gives_vectors_here(site, other_device):
 
 
 @pytest.mark.parametrize("kind", ["open", "slice", "soft"])
-def test_an_sae_there_is_evaluated_as_here(kind, activations, language_model, tokenizer, tmp_path, other_device):
+def test_an_sae_on_another_device_has_the_same_measures(
+    kind, activations, language_model, tokenizer, tmp_path, other_device
+):
     tokens = shifted(make_texts(200, n_words=5), tokenizer, N_POSITIONS, 20, 4)
     shift = harvest(tokens, language_model, tmp_path / "shift", {}, "shift")
     evaluation_settings = settings.EvaluationSettings(
@@ -202,10 +204,12 @@ def test_an_sae_there_is_evaluated_as_here(kind, activations, language_model, to
     there = copy.deepcopy(here).to(THERE)
     dead = torch.zeros(D_SAE, dtype=torch.bool)
     expected, _ = suite.evaluate(here, dead, data, "here")
-    found, _ = suite.evaluate(there, dead.to(THERE), data, "there")
-    assert [one.metric for one in found] == [one.metric for one in expected]
-    values = [[one.value for one in some] for some in (found, expected)]
+    measures, _ = suite.evaluate(there, dead.to(THERE), data, "there")
+    assert [measure.metric for measure in measures] == [measure.metric for measure in expected]
+    values = [[measure.value for measure in side] for side in (measures, expected)]
     assert values[0] == pytest.approx(values[1], rel=1e-3, abs=1e-3, nan_ok=True)
     if kind != "open":
-        decayed = [[one.value for one in suite.forgetting(sae, data, SETTINGS, 0, "test")] for sae in (here, there)]
+        decayed = [
+            [measure.value for measure in suite.forgetting(sae, data, SETTINGS, 0, "test")] for sae in (here, there)
+        ]
         assert decayed[1] == pytest.approx(decayed[0], rel=1e-2, abs=1e-2, nan_ok=True)

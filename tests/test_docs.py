@@ -1,7 +1,7 @@
-"""What the documentation shows runs, and shows what comes out.
+"""Examples and commands of the documentation run and give the shown output.
 
-Each example is an entry of EXAMPLES, under its page and first words: the test that runs it, or why none does.
-Commands within sentences and tables are read as the command line reads them.
+EXAMPLES lists each example by page and first words, with the test that runs it or the reason why none does. Commands
+within sentences and tables are checked against the command line.
 """
 
 import contextlib
@@ -31,59 +31,62 @@ from test_wheel import STUDY
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-# `make docs` leaves the notebook there as a page, too; it has a test of its own.
+# `make docs` also writes the notebook as a page; the notebook has a separate test.
 PAGES = [ROOT / "README.md", *sorted(page for page in DOCS.rglob("*.md") if not page.with_suffix(".ipynb").exists())]
 FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
 def examples(page):
-    """(language, code) of a page's fenced blocks."""
-    return [(found["language"], found["code"]) for found in FENCE.finditer(page.read_text(encoding="utf8"))]
+    """Return (language, code) of each fenced block of a page."""
+    return [(match["language"], match["code"]) for match in FENCE.finditer(page.read_text(encoding="utf8"))]
 
 
 EXAMPLES = {
     ("README.md", "make run     # sets everything up"): "CI runs `make test`; `make run` was timed by hand",
-    ("README.md", "import posmask"): "test_the_readme_way_in_from_python",
+    ("README.md", "import posmask"): "test_the_python_example_of_the_readme",
     ("docs/architecture.md", "src/posmask/"): "a tree of files",
     ("docs/quick-study.md", "                                expl.    CE  ret.− order"): "what `make run` prints",
     ("docs/quick-study.md", "runs/quick/"): "a tree of files",
     ("docs/index.md", "make run"): "timed by hand, as the README says",
-    ("docs/cluster.md", "posmask run STUDY.toml --engine ray"): "tests/test_on_ray.py runs it on a cluster of its own",
-    ("docs/cluster.md", "torchrun --nproc-per-node 4"): "test_several_processes_train_a_cell_that_a_run_evaluates",
-    ("docs/cluster.md", "pip install 'posmask[remote]'"): "tests/test_store.py runs it with a store of its own",
+    ("docs/cluster.md", "posmask run STUDY.toml --engine ray"): "tests/test_on_ray.py runs it on a local cluster",
+    (
+        "docs/cluster.md",
+        "torchrun --nproc-per-node 4",
+    ): "test_a_cell_trained_by_several_processes_is_evaluated_by_a_run",
+    ("docs/cluster.md", "pip install 'posmask[remote]'"): "tests/test_store.py runs it with a local store",
     ("docs/cluster.md", "srun --nodes 2"): "needs Slurm and two nodes; the page says that it was not run",
     ("docs/devices.md", "posmask run STUDY.toml --set device=cuda"): "test_a_device_is_set_from_the_command_line",
-    ("docs/own-mask.md", "from typing import Literal"): "test_own_mask",
-    ("docs/own-mask.md", "tensor([[1.0000,"): "test_own_mask",
-    ("docs/own-mask.md", "from posmask.sae.rules import"): "test_own_mask",
-    ("docs/own-mask.md", "from posmask.study.settings import"): "test_own_mask",
-    ("docs/own-model-and-texts.md", "[model]"): "test_own_model_and_texts",
-    ("docs/own-model-and-texts.md", "[corpus]"): "test_own_model_and_texts",
+    ("docs/own-mask.md", "from typing import Literal"): "test_custom_mask",
+    ("docs/own-mask.md", "tensor([[1.0000,"): "test_custom_mask",
+    ("docs/own-mask.md", "from posmask.sae.rules import"): "test_custom_mask",
+    ("docs/own-mask.md", "from posmask.study.settings import"): "test_custom_mask",
+    ("docs/own-model-and-texts.md", "[model]"): "test_custom_model_and_texts",
+    ("docs/own-model-and-texts.md", "[corpus]"): "test_custom_model_and_texts",
     ("docs/saelens.md", "posmask export runs/quick/cells/slice-seed0 exported --to"): "test_saelens_page",
     ("docs/saelens.md", "import posmask.interop.saelens"): "test_saelens_page",
     ("docs/saelens.md", "import torch"): "test_saelens_page",
     ("docs/saelens.md", "posmask export runs/quick/cells/slice-seed0 exported-lossy"): "test_saelens_page",
     ("docs/saelens.md", "posmask import exported-lossy imported"): "test_saelens_page",
     ("docs/saelens.md", "[[cells]]"): "test_cells_start_from_an_imported_sae",
-    ("docs/saelens.md", "# not run here"): "needs sae-bench's own environment: tests/interop runs the same calls",
+    ("docs/saelens.md", "# not run here"): "needs sae-bench's environment: tests/interop runs the same calls",
     ("docs/saelens.md", "posmask push runs/quick/cells/slice-seed0"): "test_saelens_page",
     ("docs/saelens.md", "from posmask.interop.hub import"): "test_saelens_page",
 }
 
 
 def example(page, start):
-    """The code of an example that is entered above."""
+    """Return the code of an example in EXAMPLES."""
     assert (page, start) in EXAMPLES
     return next(code for _, code in examples(ROOT / page) if code.startswith(start))
 
 
-def test_every_example_is_run_by_a_test_or_says_why_not():
+def test_every_example_has_a_test_or_a_reason():
     shown = {(str(page.relative_to(ROOT)), code) for page in PAGES for _, code in examples(page)}
     for page, code in shown:
         entries = [start for other, start in EXAMPLES if other == page and code.startswith(start)]
-        assert len(entries) == 1, f"enter this example of {page} in EXAMPLES, with the test that runs it:\n{code}"
+        assert len(entries) == 1, f"add this example of {page} to EXAMPLES, with the test that runs it:\n{code}"
     for page, start in EXAMPLES:
-        assert any(code.startswith(start) for other, code in shown if other == page), f"{page} no longer shows {start}"
+        assert any(code.startswith(start) for other, code in shown if other == page), f"{page} has no example {start}"
     tests = {name for name in globals() if name.startswith("test_")} | {"test_saelens_page"}
     assert {how for how in EXAMPLES.values() if how.startswith("test_")} <= tests
 
@@ -92,9 +95,9 @@ MODULE = re.compile(r"`posmask((?:\.[a-z_]+)+)`")
 FILE = re.compile(r"`([\w/]+\.py)`")
 
 
-def test_modules_and_files_that_pages_name_exist():
+def test_modules_and_files_in_pages_exist():
     for page in PAGES:
-        if page.name == "log.md":  # History.
+        if page.name == "log.md":  # names of earlier versions
             continue
         text = page.read_text(encoding="utf8")
         for name in FILE.findall(text):
@@ -122,32 +125,32 @@ WRITTEN = sorted(
 
 
 @pytest.mark.parametrize("line", WRITTEN)
-def test_commands_within_sentences_are_commands(line):
-    """Options exist, values are of their kind; a study that is named exists and takes the changes."""
+def test_commands_in_pages_are_valid(line):
+    """Options exist, and a study in the command exists and accepts the changes."""
     words = shlex.split(line)[1:]
     group = typer.main.get_command(app)
     command = group.commands[words[0]]
     options = {name: option for option in command.params for name in option.opts if name.startswith("--")}
     for word in words[1:]:
         assert not word.startswith("--") or word in options, f"posmask {words[0]} has no option {word}"
-    given = [words[at + 1] for at, word in enumerate(words) if word == "--set" and "TABLE" not in words[at + 1]]
+    changes = [words[at + 1] for at, word in enumerate(words) if word == "--set" and "TABLE" not in words[at + 1]]
     for word in words:
         if word.startswith("studies/"):
-            read_study(ROOT / word, given)
+            read_study(ROOT / word, changes)
 
 
-def test_own_mask():
+def test_custom_mask():
     kinds = dict(masks.MASKS)
     blocks = examples(DOCS / "own-mask.md")
     names: dict = {"__name__": "example"}
-    said = io.StringIO()
+    output = io.StringIO()
     try:
         for language, code in blocks:
             if language == "text":
-                assert said.getvalue() == code
+                assert output.getvalue() == code
                 continue
-            said = io.StringIO()
-            with contextlib.redirect_stdout(said):
+            output = io.StringIO()
+            with contextlib.redirect_stdout(output):
                 exec(compile(code, "own-mask.md", "exec"), names)
     finally:
         masks.MASKS.clear()
@@ -156,13 +159,13 @@ def test_own_mask():
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """An empty folder to work in."""
+    """Change to an empty folder."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def posmask(line):
-    """Run a command line that begins with `posmask`."""
+    """Run a command line that starts with `posmask` and return its output."""
     result = CliRunner().invoke(app, shlex.split(line, comments=True)[1:], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.output
@@ -175,8 +178,8 @@ def write_texts(folder, n_texts=400):
 
 
 @pytest.mark.slow
-def test_the_readme_way_in_from_python(here, tokenizer):
-    """Changed are only the model, to a tiny one of as many positions, and how many tokens are read."""
+def test_the_python_example_of_the_readme(here, tokenizer):
+    """Run the example with a tiny model and fewer tokens."""
     torch.manual_seed(0)
     sizes = {"hidden_size": D_MODEL, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=3 + len(WORDS), max_position_embeddings=128, **sizes)).save_pretrained(
@@ -194,12 +197,12 @@ def test_the_readme_way_in_from_python(here, tokenizer):
     names = {"torch": torch, "texts": make_texts(300), "other_texts": make_texts(100, seed=1)}
     exec(compile(code, "README.md", "exec"), names)
     assert names["v_hat"].shape == names["batch"].vectors.shape == (20, D_MODEL)
-    assert {one.metric for one in names["measures"]} >= {"explained_variance", "retention"}
+    assert {measure.metric for measure in names["measures"]} >= {"explained_variance", "retention"}
 
 
 @pytest.mark.slow
-def test_own_model_and_texts(here, model_folder):
-    """The page's two tables in a study; tiny in their place are only the model, and the numbers of tokens."""
+def test_custom_model_and_texts(here, model_folder):
+    """Run a study with the two tables of the page, a tiny model and fewer tokens."""
     text = STUDY.format(model=model_folder)
     for table in ("[model]", "[corpus]"):
         code = example("docs/own-model-and-texts.md", table)
@@ -207,7 +210,7 @@ def test_own_model_and_texts(here, model_folder):
         assert n_replaced == 1
     Path("study.toml").write_text(text)
     Path("data").mkdir()
-    Path("data/my-texts.jsonl").write_text("".join(json.dumps({"text": one}) + "\n" for one in make_texts(800)))
+    Path("data/my-texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in make_texts(800)))
     sizes = {"model.name": model_folder, "corpus.n_positions": 16, "corpus.training_tokens": 2000}
     changes = " ".join(f"--set {key}={value}" for key, value in {**sizes, "corpus.heldout_tokens": 3000}.items())
     posmask(f"posmask run study.toml --root run {changes}")
@@ -215,7 +218,7 @@ def test_own_model_and_texts(here, model_folder):
 
 
 def test_a_device_is_set_from_the_command_line(here, model_folder):
-    """On the device that is here."""
+    """Run the example on the CPU."""
     write_texts(here / "texts")
     Path("STUDY.toml").write_text(STUDY.format(model=model_folder))
     line = example("docs/devices.md", "posmask run STUDY.toml --set device=cuda")
@@ -224,8 +227,8 @@ def test_a_device_is_set_from_the_command_line(here, model_folder):
 
 
 @pytest.mark.slow
-def test_several_processes_train_a_cell_that_a_run_evaluates(here, model_folder):
-    """Both lines, with two processes for four; their study is a tiny one of that name."""
+def test_a_cell_trained_by_several_processes_is_evaluated_by_a_run(here, model_folder):
+    """Run both lines with two processes instead of four and a tiny study."""
     write_texts(here / "texts")
     Path("studies").mkdir()
     slices = '[[cells]]\nname = "slice"\nmask = { kind = "slice", n_slices = 4 }\n'
@@ -233,16 +236,16 @@ def test_several_processes_train_a_cell_that_a_run_evaluates(here, model_folder)
     paths = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": paths, "OMP_NUM_THREADS": "1"}
     for line in example("docs/cluster.md", "torchrun --nproc-per-node 4").replace("node 4", "node 2").splitlines():
-        ran = subprocess.run(shlex.split(line), capture_output=True, text=True, check=False, env=environment)
-        assert ran.returncode == 0, ran.stderr
+        result = subprocess.run(shlex.split(line), capture_output=True, text=True, check=False, env=environment)
+        assert result.returncode == 0, result.stderr
         if line.startswith("torchrun"):
-            assert "slice with seed 0 is trained. Each process sent" in ran.stdout
-    assert "The page: runs/wheel/report.html" in ran.stdout
+            assert "slice with seed 0 is trained. Each process sent" in result.stdout
+    assert "The page: runs/wheel/report.html" in result.stdout
 
 
 @pytest.mark.slow
 def test_cells_start_from_an_imported_sae(here, model_folder):
-    """The page's way from an SAE of SAELens into a study, after the blocks that test_saelens_page runs."""
+    """Run the last example of the page, which follows the blocks that test_saelens_page runs."""
     write_texts(here / "texts")
     Path("studies").mkdir()
     quick = Path("studies/quick.toml")
@@ -250,8 +253,8 @@ def test_cells_start_from_an_imported_sae(here, model_folder):
     posmask("posmask run studies/quick.toml --root runs/first")
     posmask("posmask export runs/first/cells/open-seed0 exported-lossy --to saelens-lossy")
     posmask("posmask import exported-lossy imported")
-    said = posmask("posmask evaluate imported studies/quick.toml")
-    assert "Written: runs/wheel/evaluated/imported" in said
+    output = posmask("posmask evaluate imported studies/quick.toml")
+    assert "Written: runs/wheel/evaluated/imported" in output
     quick.write_text(quick.read_text().partition("[[cells]]")[0] + example("docs/saelens.md", "[[cells]]"))
     posmask("posmask run studies/quick.toml --set evaluation.shift_texts=80")
     cells = {row.cell: row.value for row in read_rows(Path("runs/wheel/results.csv")) if row.metric == "l0"}
@@ -260,8 +263,8 @@ def test_cells_start_from_an_imported_sae(here, model_folder):
 
 @pytest.mark.slow
 @pytest.mark.embedded
-def test_the_tutorial_runs_and_its_stored_pictures_are_of_this_version(tmp_path, monkeypatch):
-    """About three minutes. Numbers may move in their last digit between processors; what is shown must not."""
+def test_the_tutorial_runs_and_gives_its_stored_output(tmp_path, monkeypatch):
+    """Takes about three minutes. Digits may differ between processors; the rest of the output must not."""
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     stored = nbformat.read(DOCS / "tutorial.ipynb", as_version=4)
     run = nbformat.read(DOCS / "tutorial.ipynb", as_version=4)
@@ -282,6 +285,6 @@ def test_the_tutorial_runs_and_its_stored_pictures_are_of_this_version(tmp_path,
     assert shown(stored)[1] == 2
 
 
-def test_the_line_for_slurm_is_the_one_that_the_plan_prints():
+def test_the_slurm_command_is_the_one_that_plan_prints():
     shown = example("docs/cluster.md", "srun --nodes 2").replace("\\\n", "").split()
     assert shown == slurm_line(Path("STUDY.toml")).split()

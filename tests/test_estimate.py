@@ -1,4 +1,4 @@
-"""Plans: what is counted, how time scales, the limit on measuring, finished work, GPUs and bad input."""
+"""Plans: token counts, scaling of time, the limit on measuring, finished folders, GPUs and bad input."""
 
 import contextlib
 import math
@@ -19,7 +19,6 @@ from posmask.data import models, sites
 from posmask.errors import BadSetting, DegenerateResult
 from posmask.kernels import cpu, runtime
 from posmask.masks import make_mask, mask_settings
-from posmask.progress import progress_bar
 from posmask.storage import manifest
 from posmask.study import estimate, harvests, run, targets
 from posmask.study.estimate import Machine, Rates
@@ -27,43 +26,14 @@ from posmask.study.source import Source, texts_identity
 from posmask.study.study_file import read_study
 from posmask.training import loop
 from posmask.training.settings import TrainingSettings
+from study_toml import tiny_study
 
 GEMMA = Path(__file__).parent.parent / "studies" / "gemma-2-2b.toml"
 ROUND = Machine("round", {"bfloat16": 1e12, "float32": 1e11}, 1e9, "nowhere", 0.5, 0.1, 1.0, 0.0, None)
 NOTHING = replace(ROUND, product_rates={"bfloat16": 1e30, "float32": 1e30}, bandwidth=1e30)
 
-STUDY = """
-name = "tiny"
-seeds = [0, 1]
-[model]
-name = "MODEL"
-layer = 2
-precision = "float32"
-[corpus]
-n_positions = 16
-training_tokens = 1500
-heldout_tokens = 1500
-tables = ["words"]
-[sae]
-d_sae = 32
-rule = { kind = "topk", k = 4 }
-[training]
-n_steps = 20
-batch_tokens = 256
-learning_rate = 5e-3
-[evaluation]
-retention_positions = 4
-shift_texts = 40
-shift_windows = 4
-model_contexts = 8
-order_tasks = ["chronology", "topic_permutation"]
-order_train_groups = 30
-order_test_groups = 10
-order_segments = 4
-probe_datasets = ["ag_news"]
-probe_train = 40
-probe_test = 10
-ks = [1, 5, 20]
+STUDY = tiny_study(
+    """
 [[cells]]
 name = "open"
 mask = { kind = "open" }
@@ -76,11 +46,15 @@ measure_forgetting = true
 name = "half"
 mask = { kind = "open" }
 step_fraction = 0.5
-"""
+""",
+    seeds="seeds = [0, 1]",
+    order_tasks='order_tasks = ["chronology", "topic_permutation"]',
+    probe_datasets='probe_datasets = ["ag_news"]',
+)
 
 
 def rates(machine=ROUND, below=0.0, above=0.0, **changes):
-    """The host's work is free unless `host` is given."""
+    """Make rates; host work takes no time unless `host` is set."""
     return Rates(machine, below, above, **{"host": 0.0, **changes})
 
 
@@ -96,12 +70,12 @@ def settings(study_file):
     return read_study(study_file)
 
 
-def places(settings, root):
+def make_targets(settings, root):
     return targets.targets_of(settings, Source(settings.model), root)
 
 
-def finish(place):
-    with manifest.write_folder(place.folder, place.made_from):
+def finish(target):
+    with manifest.write_folder(target.folder, target.made_from):
         pass
 
 
@@ -115,7 +89,7 @@ def seconds_of(plan, stage):
 
 def test_tokens_follow_from_the_settings(settings, tmp_path):
     plan = estimate.plan(settings, tmp_path, rates())
-    # Of three orders of 15 tokens: 2 x (30 + 10) texts and 20 shuffled ones, 6 x (30 + 10) and 60.
+    # Texts of 15 tokens: 2 x (30 + 10) and 20 shuffled for one task, 6 x (30 + 10) and 60 for the other.
     order, probes = (100 + 300) * 15, 3 * 25 * 15
     assert tokens_of(plan, "harvest") == {
         "training texts": 1500, "held-out texts": 1500, "shift design": 40 * 4 * 3, "order tasks": order,
@@ -124,9 +98,13 @@ def test_tokens_follow_from_the_settings(settings, tmp_path):
     assert tokens_of(plan, "baselines") == {"the model itself": order + probes}
     steps = 20 * 256
     assert tokens_of(plan, "training") == {"open": 2 * steps, "slice": 4 * steps, "half": steps}
-    asked = 1500 + 480 + order + probes + 3 * 8 * 16
-    lifted = 1500 + 480 + 1500 * 6  # once lifted, and after 0, 1, 2, 5, 10 and 20 steps without the mask
-    assert tokens_of(plan, "evaluation") == {"open": 2 * asked, "slice": 2 * (asked + lifted), "half": 2 * asked}
+    evaluated = 1500 + 480 + order + probes + 3 * 8 * 16
+    lifted = 1500 + 480 + 1500 * 6  # once with the mask lifted, and after 0, 1, 2, 5, 10 and 20 steps without it
+    assert tokens_of(plan, "evaluation") == {
+        "open": 2 * evaluated,
+        "slice": 2 * (evaluated + lifted),
+        "half": 2 * evaluated,
+    }
     assert (plan.n_folders, plan.n_finished) == (7, 0)
 
 
@@ -151,7 +129,7 @@ def test_training_time_follows_steps_tokens_and_open_latents(settings, tmp_path)
     assert longer == {name: pytest.approx(2 * seconds) for name, seconds in once.items()}
     assert once["half"] == pytest.approx(once["open"] / 2)
     wider = seconds_of(estimate.plan(changed(settings, "training", batch_tokens=2560), tmp_path, rates()), "training")
-    assert 8 * once["open"] < wider["open"] < 10 * once["open"]  # All but Adam's part.
+    assert 8 * once["open"] < wider["open"] < 10 * once["open"]  # everything but Adam's part scales
     twice = seconds_of(estimate.plan(settings, tmp_path, rates(factor=2.0)), "training")
     assert twice["open"] == pytest.approx(2 * once["open"])
     d_model, step = models.load_outline(settings.model.name, 2).d_model, 0.0
@@ -160,7 +138,7 @@ def test_training_time_follows_steps_tokens_and_open_latents(settings, tmp_path)
     assert once["slice"] == pytest.approx(2 * 20 * step)
 
 
-def test_evaluation_time_of_the_host_follows_its_work(settings, tmp_path):
+def test_host_time_of_the_evaluation_scales_with_its_work(settings, tmp_path):
     def host(study):
         return seconds_of(estimate.plan(study, tmp_path, rates(NOTHING, host=1.0)), "evaluation")
 
@@ -182,17 +160,17 @@ def test_evaluation_time_of_the_host_follows_its_work(settings, tmp_path):
         ({"kind": "importance", "positions_per_latent": 4}, 32),
     ],
 )
-def test_a_shape_counts_the_latents_that_are_computed(mask, n_live):
+def test_a_shape_counts_the_computed_latents(mask, n_live):
     shape = estimate.shape_of(make_mask(mask_settings(mask), 16, 32))
     assert shape.d_sae == 32
     assert shape.n_live == n_live
 
 
-def test_finished_folders_cost_nothing(settings, tmp_path):
+def test_finished_folders_take_no_time(settings, tmp_path):
     everything = estimate.plan(settings, tmp_path, rates(below=1.0, above=1.0))
-    own = places(settings, tmp_path)
-    finish(own[0])
-    finish(own[1])  # open, seed 0
+    targets = make_targets(settings, tmp_path)
+    finish(targets[0])
+    finish(targets[1])  # open, seed 0
     plan = estimate.plan(settings, tmp_path, rates(below=1.0, above=1.0))
     assert plan.n_finished == 2
     assert seconds_of(plan, "baselines") == {"the model itself": 0.0}
@@ -200,14 +178,14 @@ def test_finished_folders_cost_nothing(settings, tmp_path):
         before, after = seconds_of(everything, stage), seconds_of(plan, stage)
         assert after == {"open": before["open"] / 2, "slice": before["slice"], "half": before["half"]}
     assert plan.disk_bytes < everything.disk_bytes
-    for place in own[2:]:
-        finish(place)
-    plan = estimate.plan(settings, tmp_path)  # nothing to be measured
+    for target in targets[2:]:
+        finish(target)
+    plan = estimate.plan(settings, tmp_path)  # nothing is measured
     assert {(line.tokens, line.seconds) for line in plan.lines} == {(0, 0.0)}
     assert (plan.n_finished, plan.disk_bytes, plan.memory_bytes) == (7, 0, 0)
 
 
-def test_harvested_vectors_cost_nothing_and_are_counted_as_they_are(settings, tmp_path):
+def test_harvested_vectors_take_no_time_and_count_their_stored_tokens(settings, tmp_path):
     def declared(study):
         model, texts = Source(study.model).made_from, texts_identity(study)
         return {item.label: item for item in harvests.harvests(study, model, texts)}
@@ -229,7 +207,7 @@ def test_harvested_vectors_cost_nothing_and_are_counted_as_they_are(settings, tm
     assert tokens_of(estimate.plan(other, tmp_path, rates()), "harvest")["held-out texts"] == 1400
 
 
-def test_vectors_take_the_room_that_a_plan_says(settings, tmp_path, activations):
+def test_vectors_take_the_planned_disk_space(settings, tmp_path, activations):
     outline = models.load_outline(settings.model.name, 2)
     sets = estimate._sets(settings, tmp_path)
     each = estimate._Costs(settings, outline, sets, rates()).bytes_per_token(sets[0])
@@ -248,7 +226,7 @@ def test_an_outline_has_the_sizes_of_the_model(model_folder, causal_lm):
 
 
 @pytest.mark.embedded
-def test_the_embedded_model_has_the_sizes_that_are_said_of_it():
+def test_the_embedded_model_has_the_recorded_sizes():
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(models.embedded_model_folder())
@@ -264,27 +242,27 @@ def test_every_stage_is_measured_and_nothing_is_written(settings, tmp_path):
 
 
 @pytest.mark.parametrize("rule", ['kind = "relu", l1_coefficient = 0.1', 'kind = "batchtopk", k = 4'])
-def test_steps_of_every_rule_can_be_measured(study_file, rule):
+def test_training_steps_of_every_rule_are_measured(study_file, rule):
     study_file.write_text(study_file.read_text().replace('kind = "topk", k = 4', rule))
     settings = read_study(study_file)
-    found = estimate.measure(settings, settings.cells[:2], models.load_outline(settings.model.name, 2))
-    assert found.factor > 0
-    assert not any("not measured" in sentence for sentence in found.assumptions)
+    measured = estimate.measure(settings, settings.cells[:2], models.load_outline(settings.model.name, 2))
+    assert measured.factor > 0
+    assert not any("not measured" in sentence for sentence in measured.assumptions)
 
 
-def test_without_weights_the_models_time_comes_from_its_sizes(settings, tmp_path, model_folder):
+def test_without_weights_model_time_follows_from_its_sizes(settings, tmp_path, model_folder):
     bare = tmp_path / "bare"
     bare.mkdir()
     shutil.copy(model_folder / "config.json", bare)
     outline = models.load_outline(str(bare), 2)
-    found = estimate.measure(changed(settings, "model", name=str(bare)), [], outline)
+    measured = estimate.measure(changed(settings, "model", name=str(bare)), [], outline)
     below, above = outline.n_parameters()
-    assert found.above / found.below == pytest.approx(1.2 * above / below)
-    assert "The model was not run" in found.assumptions[0]
+    assert measured.above / measured.below == pytest.approx(1.2 * above / below)
+    assert "The model was not run" in measured.assumptions[0]
 
 
 class SlowClock:
-    """Runs ahead by some seconds whenever a model pass or a training step is done."""
+    """A clock that each model pass and training step advances by some seconds."""
 
     def __init__(self):
         self.ahead = 0.0
@@ -313,34 +291,34 @@ def test_measuring_stops_within_its_budget(settings, monkeypatch, pass_seconds, 
     monkeypatch.setattr(sites.LanguageModel, "vectors", slow_pass)
     monkeypatch.setattr(loop, "train", slow_train)
     started = clock()
-    found = estimate.measure(settings, settings.cells * 5, models.load_outline(settings.model.name, 2), clock=clock)
-    # A step that has begun is finished, and of a shape at least two are needed.
+    measured = estimate.measure(settings, settings.cells * 5, models.load_outline(settings.model.name, 2), clock=clock)
+    # A started step completes, and at least two steps per shape are needed.
     assert clock() - started < estimate.MEASURING_SECONDS + 2 * step_seconds
     if step_seconds:
         assert n_steps
         assert len(n_steps) < 6 * 15
-        assert math.isfinite(found.factor)
+        assert math.isfinite(measured.factor)
 
 
-def test_on_a_machine_too_slow_for_a_step_only_sizes_count(settings, monkeypatch):
+def test_a_machine_too_slow_for_a_step_uses_sizes_only(settings, monkeypatch):
     monkeypatch.setattr(runtime, "product_rate", lambda precision, n_rows: 1e3)
-    found = estimate.measure(settings, settings.cells, models.load_outline(settings.model.name, 2))
-    assert found.factor == 1.0
-    assert "3 of 3 kinds of training steps were not measured: lack of time." in found.assumptions
-    plan = estimate.plan(settings, Path("none"), found)
+    measured = estimate.measure(settings, settings.cells, models.load_outline(settings.model.name, 2))
+    assert measured.factor == 1.0
+    assert "3 of 3 kinds of training steps were not measured: lack of time." in measured.assumptions
+    plan = estimate.plan(settings, Path("none"), measured)
     assert seconds_of(plan, "training")["open"] > 1000
 
 
-def test_steps_are_not_measured_where_their_loops_would_be_compiled_first(settings, monkeypatch):
+def test_steps_are_not_measured_if_their_loops_are_not_compiled(settings, monkeypatch):
     monkeypatch.setattr(cpu, "loops_are_compiled", lambda: False)
-    found = estimate.measure(settings, settings.cells, models.load_outline(settings.model.name, 2))
-    assert found.factor == 1.0
-    assert any("not compiled before the first run" in sentence for sentence in found.assumptions)
+    measured = estimate.measure(settings, settings.cells, models.load_outline(settings.model.name, 2))
+    assert measured.factor == 1.0
+    assert any("not compiled before the first run" in sentence for sentence in measured.assumptions)
 
 
-def test_numbas_cache_tells_whether_loops_are_compiled(activations, tmp_path):
+def test_compiled_loops_are_detected_from_the_numba_cache(activations, tmp_path):
     settings = TrainingSettings(n_steps=2, batch_tokens=256, learning_rate=5e-3)
-    with contextlib.suppress(DegenerateResult):  # Two steps explain little.
+    with contextlib.suppress(DegenerateResult):  # Two steps explain little variance.
         train_on(make_sae("open"), activations, settings)
     assert cpu.loops_are_compiled()
     code = "from posmask.kernels import cpu; print(cpu.loops_are_compiled())"
@@ -350,8 +328,8 @@ def test_numbas_cache_tells_whether_loops_are_compiled(activations, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_plan_is_near_what_training_takes(study_file, texts, tmp_path):
-    """Within a factor of 3: steps of this tiny study take a millisecond, other work on the machine shows."""
+def test_planned_training_time_is_within_a_factor_of_three(study_file, texts, tmp_path):
+    """A factor of 3, because steps of this tiny study take a millisecond and other work on the machine matters."""
     text = study_file.read_text().replace("n_steps = 20", "n_steps = 300").replace("d_sae = 32", "d_sae = 1024")
     text = text.replace('"chronology", "topic_permutation"', '"toy_order"').replace('"ag_news"', '"toy"')
     study_file.write_text(text.replace("measure_forgetting = true", "").replace("seeds = [0, 1]", "seeds = [0]"))
@@ -360,17 +338,6 @@ def test_a_plan_is_near_what_training_takes(study_file, texts, tmp_path):
     rows = run.run_study(settings, tmp_path / "run", say=lambda text: None)
     seconds = sum(row.value for row in rows if row.metric == "train_seconds")
     assert seconds / 3 < planned < 3 * seconds
-
-
-def test_a_bar_within_a_bar_shows_nothing(capsys, monkeypatch):
-    monkeypatch.setattr("posmask.progress._QUIET_SECONDS", 0.0)
-    with progress_bar("outer", 2, "parts") as advance:
-        with progress_bar("inner", 5, "tokens") as inner:
-            inner(5)
-        advance(2)
-    said = capsys.readouterr().err
-    assert "outer: 2 parts" in said
-    assert "inner" not in said
 
 
 @pytest.mark.parametrize(
@@ -385,7 +352,7 @@ def test_a_bar_within_a_bar_shows_nothing(capsys, monkeypatch):
         ("n_positions = 16", "n_positions = 100", "more than the 64 positions of the model"),
     ],
 )
-def test_what_cannot_be_planned_is_said_in_a_sentence(tmp_path, model_folder, given, instead, message):
+def test_bad_settings_raise_before_planning(tmp_path, model_folder, given, instead, message):
     path = tmp_path / "bad.toml"
     path.write_text(STUDY.replace(given, instead).replace("MODEL", str(model_folder)))
     with pytest.raises(BadSetting, match=message):
@@ -400,14 +367,14 @@ def test_the_command_prints_the_total_first_and_fits_80_columns(study_file, tmp_
     assert result.output.startswith("In all ")
     for text in ("training texts", "1,500", "slice", "0 of 7 folders", "GB", "- Nothing was measured."):
         assert text in result.output
-    for place in places(read_study(study_file), tmp_path / "run"):
-        finish(place)
+    for target in make_targets(read_study(study_file), tmp_path / "run"):
+        finish(target)
     result = CliRunner().invoke(app, ["plan", str(study_file), "--root", str(tmp_path / "run")])
     assert "7 of 7 folders" in result.output
     assert "nothing is left to do" in " ".join(result.output.split())
 
 
-def test_machine_formulas_are_operations_and_bytes_over_rates():
+def test_machine_times_are_operations_and_bytes_over_rates():
     assert ROUND.pass_seconds(10**9, "bfloat16") == pytest.approx(2e9 / 0.5e12)
     product, moved, adam = 2 * 100 * 50 / 1e11, 4 * (2 * 50 + 5 * 8 * 100) / 1e9, 4 * 7 * 2 * 400 * 100 / 1e9
     parts = ROUND.step_parts(100, 400, 50, 8, 1000, "bfloat16")
@@ -416,34 +383,34 @@ def test_machine_formulas_are_operations_and_bytes_over_rates():
     assert sum(parts.values()) == pytest.approx(1000 * (4 * product + 4 * 2 * 50 / 1e9) + adam)
 
 
-def test_an_unknown_gpu_is_refused_with_those_known():
+def test_an_unknown_gpu_raises_and_lists_the_known_ones():
     with pytest.raises(BadSetting, match=r"GPU 'a1000' is not among those .*: choose from a100, h100, l4, rtx4090"):
         estimate.gpu_named("a1000")
 
 
-def test_the_gemma_study_is_planned_for_a_gpu_without_its_model(tmp_path):
-    """Neither the GPU nor the weights, config.json or the hub are needed, and no folder is written."""
+def test_the_gemma_study_is_planned_without_its_model_or_gpu(tmp_path):
+    """No GPU, weights, config.json or hub is needed, and no folder is written."""
     words = ["plan", str(GEMMA), "--gpu", "a100", "--root", str(tmp_path / "none")]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
-    said = " ".join(result.output.split())
+    output = " ".join(result.output.split())
     for words in (
         "on one A100 80 GB SXM", "GPU hours", "0 of 28 folders", "training texts 20,000,000", "312 TFLOP/s",
         "2,039 GB/s", "40% reached in the model", "assumed, not measured", "Disk: 111.6 GB",
         "with Slurm, one cell at a time: srun --nodes 2",
     ):  # fmt: skip
-        assert words in said, words
+        assert words in output, words
     assert not (tmp_path / "none").exists()
 
 
-def test_time_on_a_gpu_comes_from_its_published_rates():
+def test_gpu_time_follows_from_published_rates():
     settings = read_study(GEMMA)
     outline = models.load_outline(settings.model.name, 13, settings.model.site, settings.model.sizes)
-    found = estimate.measure(settings, settings.cells, outline, estimate.GPUS["a100"])
-    assert found.below == pytest.approx(2 * 13 * 77_865_984 / (312e12 * 0.4) + 2 * 2304 / 1e9)
-    assert found.factor == 1.0
+    measured = estimate.measure(settings, settings.cells, outline, estimate.GPUS["a100"])
+    assert measured.below == pytest.approx(2 * 13 * 77_865_984 / (312e12 * 0.4) + 2 * 2304 / 1e9)
+    assert measured.factor == 1.0
 
 
-def test_without_a_gpu_named_a_study_for_one_is_refused(tmp_path):
+def test_a_cuda_study_without_a_gpu_raises_an_error(tmp_path):
     with pytest.raises(BadSetting, match="device = 'cuda' is not on this machine"):
         estimate.plan(read_study(GEMMA), tmp_path)

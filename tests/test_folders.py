@@ -35,7 +35,7 @@ def folder(tmp_path):
     return tmp_path / "cell"
 
 
-def test_a_finished_folder_is_found_by_what_made_it(folder):
+def test_a_folder_is_finished_only_for_its_identity(folder):
     assert finished(folder, MADE_FROM)
     assert not finished(folder, {**MADE_FROM, "layer": 19})
     manifest = read_manifest(folder, verify=True)
@@ -44,7 +44,7 @@ def test_a_finished_folder_is_found_by_what_made_it(folder):
     assert set(manifest["files"]) == {"rows.csv", "deep/sae.bin"}
 
 
-def test_an_interrupted_folder_never_looks_finished(tmp_path):
+def test_an_interrupted_folder_is_not_finished(tmp_path):
     def interrupted():
         with write_folder(tmp_path / "cell", MADE_FROM) as draft:
             (draft / "rows.csv").write_text("half")
@@ -53,17 +53,17 @@ def test_an_interrupted_folder_never_looks_finished(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert list(tmp_path.iterdir()) == []
-    (tmp_path / "cell").mkdir()  # as a copy that was cut off would leave it
+    (tmp_path / "cell").mkdir()  # as left by an interrupted copy
     assert not finished(tmp_path / "cell", MADE_FROM)
     with pytest.raises(DamagedFolder, match="was never finished"):
         read_manifest(tmp_path / "cell")
 
 
-def test_every_flipped_byte_cut_missing_and_swapped_file_is_found_and_named(folder):
+def test_every_flipped_byte_truncation_missing_and_swapped_file_is_detected(folder):
     for file in (folder / "deep" / "sae.bin", folder / "rows.csv", folder / "manifest.json"):
         content = file.read_bytes()
-        for place in range(len(content)):
-            file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        for index in range(len(content)):
+            file.write_bytes(content[:index] + bytes([content[index] ^ 1]) + content[index + 1 :])
             with pytest.raises(DamagedFolder, match=file.name.replace(".", r"\.")):
                 read_manifest(folder, verify=True)
         for length in range(len(content)):
@@ -72,19 +72,19 @@ def test_every_flipped_byte_cut_missing_and_swapped_file_is_found_and_named(fold
                 read_manifest(folder, verify=True)
         file.write_bytes(content)
         assert read_manifest(folder, verify=True)
-    one, other = folder / "deep" / "sae.bin", folder / "rows.csv"
+    weights, rows = folder / "deep" / "sae.bin", folder / "rows.csv"
     parked = folder / "parked"
-    one.rename(parked)
+    weights.rename(parked)
     with pytest.raises(DamagedFolder, match=r"sae\.bin is missing"):
         read_manifest(folder, verify=True)
-    other.rename(one)
-    parked.rename(other)
+    rows.rename(weights)
+    parked.rename(rows)
     with pytest.raises(DamagedFolder, match=r"sae\.bin is not what was written.*rows\.csv is not what was written"):
         read_manifest(folder, verify=True)
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "link", "deep/../../outside", "linked/outside"])
-def test_no_file_outside_a_folder_is_ever_taken_for_one_of_it(folder, tmp_path, name):
+def test_a_manifest_that_lists_a_file_outside_its_folder_raises_an_error(folder, tmp_path, name):
     (tmp_path / "outside").write_text("x")
     (folder / "link").symlink_to(tmp_path / "outside")
     (folder / "linked").symlink_to(tmp_path)
@@ -107,28 +107,28 @@ def make_parts(path, stop=None, made_from=MADE_FROM):
     return made
 
 
-def test_parts_are_kept_through_a_stop_and_only_lost_ones_are_made_again(tmp_path):
+def test_finished_parts_are_kept_and_only_lost_parts_are_recomputed(tmp_path):
     path = tmp_path / "harvest"
-    assert make_parts(tmp_path / "whole") == [0, 1, 2, 3]
+    assert make_parts(tmp_path / "uninterrupted") == [0, 1, 2, 3]
     with pytest.raises(KeyboardInterrupt):
         make_parts(path, stop=3)
     assert not path.exists()
     (tmp_path / ".harvest.parts" / "part-1").write_bytes(b"rotten")
     assert make_parts(path) == [1, 3]
     assert {file.name: file.read_bytes() for file in path.iterdir()} == {
-        file.name: file.read_bytes() for file in (tmp_path / "whole").iterdir()
+        file.name: file.read_bytes() for file in (tmp_path / "uninterrupted").iterdir()
     }
     assert not (tmp_path / ".harvest.parts").exists()
     (path / "part-2").write_bytes(b"rotten")
     take_apart(path)
     assert make_parts(path) == [2]
     assert read_manifest(path, verify=True)
-    # Parts of other work are of no use.
+    # Parts with another identity are not reused.
     take_apart(path)
     assert make_parts(path, made_from={"layer": 6}) == [0, 1, 2, 3]
 
 
-def test_an_unreadable_manifest_says_so(folder):
+def test_an_unreadable_manifest_raises_an_error(folder):
     (folder / "manifest.json").write_text("{")
     with pytest.raises(DamagedFolder, match=r"manifest\.json cannot be read"):
         finished(folder, MADE_FROM)
@@ -146,45 +146,45 @@ def test_set_aside_keeps_every_earlier_folder(folder, tmp_path):
 
 
 def _hold(path, held, release):
-    with claim(path, wait=False) as mine:
-        held.put(mine)
+    with claim(path, wait=False) as claimed:
+        held.put(claimed)
         release.wait(20)
 
 
-def test_a_folder_is_claimed_by_one_process_at_a_time_and_its_end_ends_the_claim(tmp_path):
+def test_a_claim_is_exclusive_and_ends_with_its_process(tmp_path):
     spawn = multiprocessing.get_context("spawn")
     path, held, release = tmp_path / "cells" / "a", spawn.Queue(), spawn.Event()
     other = spawn.Process(target=_hold, args=(path, held, release))
     other.start()
     assert held.get(timeout=30)
-    with claim(path, wait=False) as mine:
-        assert not mine
-    with claim(path.with_name("b"), wait=False) as mine:
-        assert mine
-    other.kill()  # as a machine might: nothing is cleaned up
+    with claim(path, wait=False) as claimed:
+        assert not claimed
+    with claim(path.with_name("b"), wait=False) as claimed:
+        assert claimed
+    other.kill()  # no cleanup runs
     other.join()
-    with claim(path, wait=True) as mine:
-        assert mine
+    with claim(path, wait=True) as claimed:
+        assert claimed
 
 
-def test_what_a_kill_left_in_the_midst_of_a_part_is_gone_when_the_folder_is_finished(tmp_path):
+def test_leftovers_of_an_interrupted_part_are_removed(tmp_path):
     path = tmp_path / "harvest"
 
     def killed(file):
-        file.write_bytes(b"one")
-        file.with_name(".tmpXyZ").write_bytes(b"half of two, as safetensors would call it")
+        file.write_bytes(b"first")
+        file.with_name(".tmpXyZ").write_bytes(b"half of the second part")
 
     def stopped():
         with write_in_parts(path, MADE_FROM) as parts:
-            parts.add("one", killed)
+            parts.add("first", killed)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         stopped()
     with write_in_parts(path, MADE_FROM) as parts:
-        assert "one" in parts
-        parts.add("two", lambda file: file.write_bytes(b"two"))
-    assert {file.name for file in path.iterdir()} == {"one", "two", "manifest.json"}
+        assert "first" in parts
+        parts.add("second", lambda file: file.write_bytes(b"second"))
+    assert {file.name for file in path.iterdir()} == {"first", "second", "manifest.json"}
 
 
 def link_to(path, target):
@@ -192,7 +192,7 @@ def link_to(path, target):
 
 
 WAYS = {
-    "a file": (lambda path, other: path.write_text("mine"), "cell is a file"),
+    "a file": (lambda path, other: path.write_text("notes"), "cell is a file"),
     "a link to a folder": (link_to, "cell is a symbolic link"),
     "a link to nothing": (lambda path, other: path.symlink_to(other / "nothing"), "cell is a symbolic link"),
     "a folder": (lambda path, other: shutil.copytree(other, path), "cell holds"),
@@ -202,7 +202,7 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("write", [write_folder, write_in_parts])
-def test_nothing_that_posmask_did_not_write_is_replaced(tmp_path, write, way):
+def test_only_files_that_posmask_wrote_are_replaced(tmp_path, write, way):
     other, path = tmp_path / "other", tmp_path / "cell"
     other.mkdir()
     (other / "thesis.txt").write_text("years of work")
@@ -214,11 +214,11 @@ def test_nothing_that_posmask_did_not_write_is_replaced(tmp_path, write, way):
         pytest.raises(BadSetting, match=f"{message}.*which posmask did not write.*move it away"),
         write(path, MADE_FROM),
     ):
-        pytest.fail("work was begun")
+        pytest.fail("the work started")
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
 
 
-def test_only_a_folder_of_the_same_purpose_and_with_nothing_added_is_replaced(folder):
+def test_only_an_unmodified_folder_of_the_same_purpose_is_replaced(folder):
     with write_folder(folder, {**MADE_FROM, "layer": 19}) as draft:
         (draft / "new").touch()
     assert {file.name for file in folder.iterdir()} == {"new", "manifest.json"}
@@ -232,7 +232,7 @@ def test_only_a_folder_of_the_same_purpose_and_with_nothing_added_is_replaced(fo
             check_folder(Path(name), MADE_FROM)
 
 
-def test_what_comes_into_the_way_meanwhile_is_kept(tmp_path):
+def test_a_folder_created_during_the_work_is_kept(tmp_path):
     def overtaken():
         with write_folder(tmp_path / "cell", MADE_FROM):
             (tmp_path / "cell").mkdir()
@@ -275,7 +275,7 @@ def test_drafts_and_parts_are_removed_without_following_links(folder, tmp_path):
 @pytest.mark.parametrize(
     "name", ["../cell/rows.csv", "CELL/rows.csv", "deep/../rows.csv", "deep\\..\\rows.csv", "", "."]
 )
-def test_a_manifest_names_files_downwards_only(folder, name):
+def test_a_manifest_with_a_non_canonical_path_raises_an_error(folder, name):
     name = name.replace("CELL", str(folder))
     files = {name: file_entry(folder / "rows.csv")}
     (folder / "manifest.json").write_text(sealed_manifest(MADE_FROM, {}, files))
@@ -314,7 +314,7 @@ def test_a_file_that_posmask_did_not_write_is_kept(tmp_path, kind):
 
     def replace():
         with replacing(path, *MARKS):
-            pytest.fail("work was begun")
+            pytest.fail("the work started")
 
     def move():
         with scratch_file(path) as beside:

@@ -1,4 +1,4 @@
-"""The Gemma study's own file, from text to page, on a tiny random Gemma 2; local folders stand in the hub's place."""
+"""The Gemma study from texts to report with a tiny random Gemma 2 and local copies of the hub datasets."""
 
 import json
 from pathlib import Path
@@ -14,14 +14,14 @@ from posmask.probing import saebench_datasets
 from posmask.results import rows
 from posmask.study import run
 from posmask.study.study_file import read_study
-from test_hub import stand_in, whole_hub  # noqa: F401 (fixtures)
+from test_hub import hub_datasets, hub_folder  # noqa: F401 (fixtures)
 
 GEMMA = Path(__file__).parent.parent / "studies" / "gemma-2-2b.toml"
 
 
 @pytest.fixture
-def gemma(tmp_path, whole_hub):  # noqa: F811
-    """A folder with a tiny random Gemma 2 and a tokenizer that knows every word of the datasets."""
+def gemma(tmp_path, hub_datasets):  # noqa: F811
+    """Write a tiny random Gemma 2 and a tokenizer with every word of the datasets."""
     every = [
         text
         for name in saebench_datasets.HUB_DATASETS
@@ -61,8 +61,8 @@ def test_the_study_runs_on_a_tiny_model_of_the_same_family(gemma, tmp_path):
     ]  # fmt: skip
     settings = read_study(GEMMA, changes)
     root = tmp_path / "run"
-    found = run.run_study(settings, root, say=lambda words: None)
-    by_cell = {(row.cell, row.metric, row.slice): row.value for row in found}
+    results = run.run_study(settings, root, say=lambda words: None)
+    by_cell = {(row.cell, row.metric, row.slice): row.value for row in results}
     for cell in settings.cells:
         assert by_cell[cell.name, "explained_variance", ""] > 0
         assert (cell.name, "ce_recovered", "") in by_cell
@@ -73,8 +73,8 @@ def test_the_study_runs_on_a_tiny_model_of_the_same_family(gemma, tmp_path):
         "llm",
         *(cell.name for cell in settings.cells),
     }
-    peer = json.loads((root / "cells" / "hard-seed0" / "saebench.json").read_text())
+    saebench_output = json.loads((root / "cells" / "hard-seed0" / "saebench.json").read_text())
     assert [f"{name}_results" for name in saebench_datasets.HUB_DATASETS] == [
-        one["dataset_name"] for one in peer["eval_result_details"]
+        detail["dataset_name"] for detail in saebench_output["eval_result_details"]
     ]
     assert report.write_report(root).exists()

@@ -18,12 +18,12 @@ def declared(study):
     return harvests.harvests(study, Source(study.model).made_from, texts_identity(study))
 
 
-def test_declaring_and_comparing_needs_no_text(study_file, tmp_path, monkeypatch):
+def test_identities_need_no_texts(study_file, tmp_path, monkeypatch):
     study = read_study(study_file)
     run_study(study, tmp_path / "run", say=lambda line: None)
 
     def forbidden(*args, **kwargs):
-        raise AssertionError("a text was read to learn an identity")
+        raise AssertionError("a text was read for an identity")
 
     for module, name in ((embedded, "read_table"), (harvests, "make_order_task"), (harvests, "read_probe_dataset")):
         monkeypatch.setattr(module, name, forbidden)
@@ -42,7 +42,7 @@ def test_declaring_and_comparing_needs_no_text(study_file, tmp_path, monkeypatch
         "corpus.max_characters=900", "corpus.n_positions=15", "model.layer=1",
     ],
 )  # fmt: skip
-def test_every_setting_that_decides_vectors_is_in_an_identity(study_file, change):
+def test_every_setting_that_affects_vectors_is_in_an_identity(study_file, change):
     folders = [
         {item.folder(study_file.parent) for item in declared(read_study(study_file, changes))}
         for changes in ([], [change])
@@ -50,7 +50,7 @@ def test_every_setting_that_decides_vectors_is_in_an_identity(study_file, change
     assert folders[0] != folders[1]
 
 
-def test_vectors_are_harvested_again_when_a_dataset_has_other_texts(study_file, tmp_path, monkeypatch):
+def test_vectors_are_recomputed_if_a_dataset_has_other_texts(study_file, tmp_path, monkeypatch):
     study = read_study(study_file)
     source = Source(study.model)
     before = prepare(study, source, tmp_path / "run").probes["toy"][1]

@@ -1,4 +1,4 @@
-"""Local folders stand in the hub's place; the `datasets` library that reads them is the real one."""
+"""Hub datasets, read from local folders by the real `datasets` library."""
 
 import builtins
 import hashlib
@@ -24,8 +24,8 @@ def write(folder, split, rows):
 
 
 @pytest.fixture
-def stand_in(monkeypatch, tmp_path):
-    """Load from folders under tmp_path, named as on the hub, instead of from the hub."""
+def hub_folder(monkeypatch, tmp_path):
+    """Load datasets from folders under tmp_path, named as on the hub."""
     load = saebench_datasets._load
 
     def local(path, *, name=None, data_files=None, **options):
@@ -39,24 +39,24 @@ def stand_in(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def whole_hub(stand_in):
+def hub_datasets(hub_folder):
     for path in TABLES:
         for split in ("train", "test"):
-            write(stand_in / path, split, table_rows(path, split))
+            write(hub_folder / path, split, table_rows(path, split))
     for pair in saebench_datasets._PAIRS.values():
-        write(stand_in / "Helsinki-NLP/europarl" / pair, "train", translation_rows(pair))
-    write(stand_in / "codeparrot/github-code" / "data", "train", code_rows())
+        write(hub_folder / "Helsinki-NLP/europarl" / pair, "train", translation_rows(pair))
+    write(hub_folder / "codeparrot/github-code" / "data", "train", code_rows())
 
 
 @pytest.mark.parametrize("name", saebench_datasets.HUB_DATASETS)
-def test_texts_are_those_that_sae_bench_draws_from_the_same_rows(whole_hub, name):
-    found = saebench_datasets.read_hub_texts(name, RECORDED["n_train"], RECORDED["n_test"], RECORDED["seed"])
+def test_sampled_texts_equal_those_of_sae_bench(hub_datasets, name):
+    texts_by_class = saebench_datasets.read_hub_texts(name, RECORDED["n_train"], RECORDED["n_test"], RECORDED["seed"])
     assert {
         label: [hashlib.sha256("\0".join(texts).encode()).hexdigest() for texts in sides]
-        for label, sides in found.items()
+        for label, sides in texts_by_class.items()
     } == RECORDED["sha256"][name]
-    assert list(found) == list(saebench_datasets.HUB_DATASETS[name].classes)
-    for train, test in found.values():
+    assert list(texts_by_class) == list(saebench_datasets.HUB_DATASETS[name].classes)
+    for train, test in texts_by_class.values():
         assert (len(train), len(test)) == (40, 10)
         assert not set(train) & set(test)
 
@@ -68,57 +68,57 @@ def labeled(n_class, labels, empty=0):
 
 
 @pytest.mark.parametrize("labels", [[0, 1, 2, 3], ["0", "1", "2", "3"], ["World", "Sports", "Business", "Sci/Tech"]])
-def test_labels_may_be_numbers_strings_or_names(stand_in, labels):
+def test_labels_may_be_numbers_strings_or_names(hub_folder, labels):
     for split in ("train", "test"):
-        write(stand_in / AG_NEWS, split, labeled(40, labels))
-    found = saebench_datasets.read_hub_texts(AG_NEWS, 40, 10, 0)
-    assert list(found) == ["0", "1", "2", "3"]
-    assert found["2"][0][0].startswith(str(labels[2]))
+        write(hub_folder / AG_NEWS, split, labeled(40, labels))
+    texts_by_class = saebench_datasets.read_hub_texts(AG_NEWS, 40, 10, 0)
+    assert list(texts_by_class) == ["0", "1", "2", "3"]
+    assert texts_by_class["2"][0][0].startswith(str(labels[2]))
 
 
-def test_small_classes_lower_the_sizes_in_the_same_ratio_and_empty_texts_are_dropped(stand_in):
-    write(stand_in / AG_NEWS, "train", [*labeled(200, [0, 1, 2]), *labeled(48, [3], empty=50)])
-    write(stand_in / AG_NEWS, "test", labeled(100, [0, 1, 2, 3]))
-    found = saebench_datasets.read_hub_texts(AG_NEWS, 4000, 1000, 0)
-    assert {(len(train), len(test)) for train, test in found.values()} == {(48, 12)}
-    assert all(text.strip() for sides in found.values() for side in sides for text in side)
+def test_small_classes_reduce_both_sizes_and_empty_texts_are_dropped(hub_folder):
+    write(hub_folder / AG_NEWS, "train", [*labeled(200, [0, 1, 2]), *labeled(48, [3], empty=50)])
+    write(hub_folder / AG_NEWS, "test", labeled(100, [0, 1, 2, 3]))
+    texts_by_class = saebench_datasets.read_hub_texts(AG_NEWS, 4000, 1000, 0)
+    assert {(len(train), len(test)) for train, test in texts_by_class.values()} == {(48, 12)}
+    assert all(text.strip() for sides in texts_by_class.values() for side in sides for text in side)
 
 
-def test_short_streams_lower_the_sizes_too(whole_hub):
-    found = saebench_datasets.read_hub_texts("Helsinki-NLP/europarl", 4000, 1000, 0)
-    assert {(len(train), len(test)) for train, test in found.values()} == {(72, 18)}
+def test_short_streams_reduce_the_sizes(hub_datasets):
+    texts_by_class = saebench_datasets.read_hub_texts("Helsinki-NLP/europarl", 4000, 1000, 0)
+    assert {(len(train), len(test)) for train, test in texts_by_class.values()} == {(72, 18)}
 
 
-def test_biographies_are_half_of_either_gender(whole_hub):
+def test_biographies_are_balanced_by_gender(hub_datasets):
     gender = {row["hard_text"]: row["gender"] for row in table_rows("LabHC/bias_in_bios", "train")}
     for train, _ in saebench_datasets.read_hub_texts(BIOGRAPHIES, 80, 20, 1).values():
         assert sorted(gender[text] for text in train) == [0] * 20 + [1] * 20
 
 
-def test_missing_classes_and_columns_are_named(stand_in):
-    write(stand_in / AG_NEWS, "train", labeled(40, [0, 1, 2]))
-    write(stand_in / AG_NEWS, "test", labeled(40, [0, 1, 2]))
+def test_missing_classes_and_columns_raise_an_error(hub_folder):
+    write(hub_folder / AG_NEWS, "train", labeled(40, [0, 1, 2]))
+    write(hub_folder / AG_NEWS, "test", labeled(40, [0, 1, 2]))
     with pytest.raises(BadSetting, match=r"fancyzhx/ag_news has no texts of class '3' \(Sci/Tech\): leave"):
         saebench_datasets.read_hub_texts(AG_NEWS, 40, 10, 0)
-    write(stand_in / "codeparrot/github-code" / "data", "train", [{"code": "x" * 600, "language": "C"}])
+    write(hub_folder / "codeparrot/github-code" / "data", "train", [{"code": "x" * 600, "language": "C"}])
     with pytest.raises(MissingAsset, match="has the columns code, language, not content, path"):
         saebench_datasets.read_hub_texts("codeparrot/github-code", 40, 10, 0)
     rows = [{"hard_text": f"a {i}", "profession": i % 10, "gender": 0} for i in range(200)]
     for split in ("train", "test"):
-        write(stand_in / "LabHC/bias_in_bios", split, rows)
+        write(hub_folder / "LabHC/bias_in_bios", split, rows)
     with pytest.raises(BadSetting, match=r"class '0' \(accountant\) for both values of gender"):
         saebench_datasets.read_hub_texts(BIOGRAPHIES, 40, 10, 0)
 
 
-def test_what_cannot_be_read_is_said_in_one_sentence(stand_in, monkeypatch):
+def test_unreadable_hub_datasets_raise_an_error(hub_folder, monkeypatch):
     with pytest.raises(BadSetting, match="hub dataset 'imdb' is unknown: choose from LabHC/bias_in_bios_class_set1, "):
         saebench_datasets.read_hub_texts("imdb", 40, 10, 0)
     with pytest.raises(BadSetting, match="40 training and 2 test texts are fewer than 4"):
         saebench_datasets.read_hub_texts(AG_NEWS, 40, 2, 0)
     with pytest.raises(MissingAsset, match=r"could not be loaded \(.+\): check the network"):
         saebench_datasets.read_hub_texts(AG_NEWS, 40, 10, 0)
-    write(stand_in / AG_NEWS, "train", labeled(1, [0, 1, 2, 3]))
-    write(stand_in / AG_NEWS, "test", labeled(1, [0, 1, 2, 3]))
+    write(hub_folder / AG_NEWS, "train", labeled(1, [0, 1, 2, 3]))
+    write(hub_folder / AG_NEWS, "test", labeled(1, [0, 1, 2, 3]))
     with pytest.raises(BadSetting, match="has a class with too few texts"):
         saebench_datasets.read_hub_texts(AG_NEWS, 40, 10, 0)
     real = builtins.__import__
@@ -133,7 +133,7 @@ def test_what_cannot_be_read_is_said_in_one_sentence(stand_in, monkeypatch):
         saebench_datasets.read_hub_texts(AG_NEWS, 40, 10, 0)
 
 
-def test_a_study_may_name_them_as_the_hub_does(whole_hub):
+def test_a_probe_dataset_is_read_by_its_hub_name(hub_datasets):
     dataset = datasets.read_probe_dataset(AG_NEWS, 80, 20, 5)
     assert dataset.classes == ("0", "1", "2", "3")
     assert Counter(zip(dataset.label.tolist(), dataset.train.tolist(), strict=True)) == {

@@ -1,4 +1,4 @@
-"""Models named on the hub, through the command line, against a stand-in for the hub: online, offline, unreachable."""
+"""Hub models on the command line, with a local hub that is online, offline or unreachable."""
 
 import json
 import os
@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from conftest import make_texts
-from hub_stand_in import stand_in
+from hub_stand_in import serve_hub
 from posmask.data.models import load_model, load_tokenizer, weights_identity
 from posmask.errors import BadSetting
-from test_model_hub import whole_hub  # noqa: F401 (a fixture)
+from test_model_hub import local_hub  # noqa: F401 (a fixture)
 from test_wheel import STUDY
 
 NAME = "user/tiny"
@@ -22,14 +22,14 @@ NAME = "user/tiny"
 
 @pytest.fixture
 def hub(model_folder):
-    with stand_in() as hub:
+    with serve_hub() as hub:
         hub.files[NAME] = {path.name: path.read_bytes() for path in model_folder.iterdir()}
         yield hub
 
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A folder with a study of the model on the hub and its texts."""
+    """Change to a folder with texts and a study of the model on the hub."""
     monkeypatch.chdir(tmp_path)
     write_study(NAME)
     Path("texts").mkdir()
@@ -43,7 +43,7 @@ def write_study(model_name):
 
 
 def posmask(hub, *words, **environment):
-    """Run a command that finds the stand-in and a cache of its own; returns its output."""
+    """Run a command with the local hub and a separate cache, and return the completed process."""
     home = {"HF_HOME": str(Path("hf").resolve()), "HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0"}
     code = "from posmask.cli import main; main()"
     return subprocess.run(
@@ -62,7 +62,7 @@ def succeeds(hub, *words, **environment):
 
 
 def weights_in(root):
-    """The weights' identity that each finished folder of vectors and cells records."""
+    """Return the weights identities in the manifests of all finished folders."""
     manifests = [json.loads(path.read_text()) for path in sorted(Path(root).glob("*/*/manifest.json"))]
     assert manifests
     return {manifest["made_from"]["model"]["weights"] for manifest in manifests}
@@ -76,11 +76,11 @@ def test_a_study_of_a_model_on_the_hub_runs_online_and_from_the_cache(hub, here)
     (commit,) = (path.name for path in Path("hf/hub/models--user--tiny/snapshots").iterdir())
     assert weights_in("online") == {f"{NAME}@{commit}"}
     assert "2 of 2 finished" in succeeds(hub, "status", "study.toml", "--root", "online")
-    hub.asked.clear()
+    hub.requests.clear()
     succeeds(hub, "run", "study.toml", "--root", "offline", **OFFLINE)
     assert weights_in("offline") == {f"{NAME}@{commit}"}
     assert "2 of 2 finished" in succeeds(hub, "status", "study.toml", "--root", "online", **OFFLINE)
-    assert not hub.asked
+    assert not hub.requests
 
 
 @pytest.mark.slow  # huggingface_hub retries for most of a minute.
@@ -103,16 +103,16 @@ def test_a_plan_downloads_no_weights(hub, here):
     assert done.returncode == 2
     assert "has no config.json" in done.stderr
     succeeds(hub, "plan", "study.toml", "--set", "model.layer=0.5")
-    assert not [request for request in hub.asked if ".safetensors" in request]
+    assert not [request for request in hub.requests if ".safetensors" in request]
     assert not list(Path("hf").rglob("*.safetensors"))
 
 
-def test_weights_are_those_of_the_commit_in_the_identity(whole_hub, model_folder, causal_lm, tmp_path):  # noqa: F811
+def test_weights_are_those_of_the_commit_in_the_identity(local_hub, model_folder, causal_lm, tmp_path):  # noqa: F811
     """The repository changes between the two calls."""
-    whole_hub.files["user/moving"] = {path.name: path.read_bytes() for path in model_folder.iterdir()}
+    local_hub.files["user/moving"] = {path.name: path.read_bytes() for path in model_folder.iterdir()}
     identity = weights_identity("user/moving")
     type(causal_lm)(causal_lm.config).save_pretrained(tmp_path / "other")
-    whole_hub.files["user/moving"] |= {path.name: path.read_bytes() for path in (tmp_path / "other").iterdir()}
+    local_hub.files["user/moving"] |= {path.name: path.read_bytes() for path in (tmp_path / "other").iterdir()}
     ids = torch.arange(12).view(2, 6)
     expected = load_model(str(model_folder), 3, "float32").vectors(ids)
     assert torch.equal(load_model("user/moving", 3, "float32").vectors(ids), expected)
@@ -140,9 +140,9 @@ def test_weights_are_those_of_the_commit_in_the_identity(whole_hub, model_folder
         ),
     ],
 )
-def test_names_that_cannot_be_loaded_raise_one_sentence(whole_hub, model_folder, name, message):  # noqa: F811
-    whole_hub.files["user/no-config"] = {}
-    whole_hub.files["user/no-weights"] = {"config.json": (model_folder / "config.json").read_bytes()}
+def test_models_that_cannot_be_loaded_raise_an_error(local_hub, model_folder, name, message):  # noqa: F811
+    local_hub.files["user/no-config"] = {}
+    local_hub.files["user/no-weights"] = {"config.json": (model_folder / "config.json").read_bytes()}
     with pytest.raises(BadSetting, match=message) as caught:
         load_model(name, 1, "float32")
     assert "\n" not in str(caught.value)

@@ -9,7 +9,7 @@ from posmask.evaluation.downstream import InModel, Losses, WindowMass, causal, r
 
 
 @pytest.fixture(scope="module")
-def whole_model(model_folder):
+def causal_model(model_folder):
     return AutoModelForCausalLM.from_pretrained(model_folder).eval()
 
 
@@ -18,39 +18,39 @@ def in_model(language_model, activations):
     return InModel(language_model, activations, 12)
 
 
-def test_logits_from_a_layers_own_vectors_are_those_of_the_whole_model(whole_model, language_model):
+def test_logits_from_unchanged_vectors_equal_those_of_the_model(causal_model, language_model):
     ids = torch.randint(3, 20, (3, N_POSITIONS), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        expected = whole_model(input_ids=ids).logits
+        expected = causal_model(input_ids=ids).logits
     vectors = language_model.vectors(ids)
     assert torch.equal(language_model.logits(ids, vectors), expected)
     assert not torch.allclose(language_model.logits(ids, vectors * 0), expected)
-    assert torch.equal(language_model.vectors(ids), vectors)  # nothing stays behind
+    assert torch.equal(language_model.vectors(ids), vectors)  # the replacement leaves no state
 
 
-def test_losses_equal_a_plain_loop(in_model, whole_model, activations):
+def test_losses_equal_a_plain_loop(in_model, causal_model, activations):
     (clean,) = in_model.losses([])
     assert clean.cross_entropy.shape == (12, N_POSITIONS - 1)
     assert bool((clean.divergence.nan_to_num() == 0).all())
     batch = in_model.batch(torch.arange(12))
     ids, keep = (part.view(12, -1) for part in (batch.token_id.long(), batch.keep))
     with torch.inference_mode():
-        log_p = whole_model(input_ids=ids).logits.log_softmax(-1)
+        log_p = causal_model(input_ids=ids).logits.log_softmax(-1)
     for context in range(12):
         for position in range(N_POSITIONS - 1):
-            found = clean.cross_entropy[context, position]
+            loss = clean.cross_entropy[context, position]
             if keep[context, position] and keep[context, position + 1]:
-                assert float(found) == pytest.approx(-float(log_p[context, position, ids[context, position + 1]]))
+                assert float(loss) == pytest.approx(-float(log_p[context, position, ids[context, position + 1]]))
             else:
-                assert bool(found.isnan())
+                assert bool(loss.isnan())
     assert bool(clean.cross_entropy[:, 0].isnan().all())  # BOS is not kept
 
 
-def measures(found):
-    return {(measure.metric, *(measure.slice or {}).values()): measure for measure in found}
+def measures(rows):
+    return {(measure.metric, *(measure.slice or {}).values()): measure for measure in rows}
 
 
-def test_a_perfect_reconstruction_recovers_all_and_zeros_recover_nothing(in_model):
+def test_loss_recovered_is_1_for_a_perfect_reconstruction_and_0_for_zeros(in_model):
     noise = torch.Generator().manual_seed(0)
     perfect, zeros, noisy = in_model.losses(
         [
@@ -60,16 +60,16 @@ def test_a_perfect_reconstruction_recovers_all_and_zeros_recover_nothing(in_mode
         ]
     )[1:]
     for losses, value in ((perfect, 1.0), (zeros, 0.0)):
-        found = measures(recovered(in_model.references, losses))
-        assert found[("ce_recovered",)].value == pytest.approx(value, abs=1e-5)
-        assert found[("kl_recovered",)].value == pytest.approx(value, abs=1e-5)
-        assert found[("kl_recovered", 5)].value == pytest.approx(value, abs=1e-4)
-        assert found[("ce_recovered", 0)].n == 0
-        assert found[("ce_recovered", 0)].value != found[("ce_recovered", 0)].value  # NaN, never a number
+        by_key = measures(recovered(in_model.references, losses))
+        assert by_key[("ce_recovered",)].value == pytest.approx(value, abs=1e-5)
+        assert by_key[("kl_recovered",)].value == pytest.approx(value, abs=1e-5)
+        assert by_key[("kl_recovered", 5)].value == pytest.approx(value, abs=1e-4)
+        assert by_key[("ce_recovered", 0)].n == 0
+        assert by_key[("ce_recovered", 0)].value != by_key[("ce_recovered", 0)].value  # NaN
     assert 0 < measures(recovered(in_model.references, noisy))[("kl_recovered",)].value < 1
 
 
-def test_ablating_every_latent_leaves_the_error_and_ablating_none_leaves_the_vectors(in_model):
+def test_ablating_all_latents_leaves_the_error_and_ablating_none_changes_nothing(in_model):
     sae = make_sae("slice")
     batch = in_model.batch(torch.arange(8)).kept()
     context = torch.zeros(len(batch), dtype=torch.int64)
@@ -80,15 +80,15 @@ def test_ablating_every_latent_leaves_the_error_and_ablating_none_leaves_the_vec
     torch.testing.assert_close(
         without_latents(sae, everything)(batch, context), batch.vectors - without_bias, rtol=1e-4, atol=1e-5
     )
-    # Context c loses the latents of window c mod n_windows alone.
+    # Context c loses only the latents of window c mod n_windows.
     both = torch.cat([nothing, everything])
     odd = torch.arange(len(batch)) % 2
-    found = without_latents(sae, both)(batch, odd)
-    torch.testing.assert_close(found[odd == 0], batch.vectors[odd == 0])
-    assert not torch.allclose(found[odd == 1], batch.vectors[odd == 1])
+    ablated = without_latents(sae, both)(batch, odd)
+    torch.testing.assert_close(ablated[odd == 0], batch.vectors[odd == 0])
+    assert not torch.allclose(ablated[odd == 1], batch.vectors[odd == 1])
 
 
-def test_specialized_latents_belong_to_the_window_and_have_equally_active_matches(activations):
+def test_specialized_latents_are_open_in_the_window_and_have_equally_active_matches(activations):
     sae = make_sae("slice", rule={"kind": "topk", "k": D_SAE})
     by_window = WindowMass(N_POSITIONS, 4, D_SAE)
     for batch in evaluation_batches(activations):
@@ -115,7 +115,7 @@ def test_matched_latents_have_the_nearest_mass():
         by_window.specialized()
 
 
-def test_the_contexts_are_spread_and_their_texts_known(language_model, activations):
+def test_contexts_are_spread_over_the_data(language_model, activations):
     in_model = InModel(language_model, activations, 5)
     assert int(in_model.starts[-1]) > 0.7 * activations.n_tokens
     batch = in_model.batch(torch.arange(5))
@@ -124,7 +124,7 @@ def test_the_contexts_are_spread_and_their_texts_known(language_model, activatio
         InModel(language_model, activations, 10_000)
 
 
-def test_predictions_that_overflow_stop_the_evaluation(in_model):
+def test_nonfinite_predictions_raise_an_error(in_model):
     with pytest.raises(DegenerateResult, match="NaN or infinite on replaced vectors"):
         in_model.losses([lambda batch, context: batch.vectors * torch.nan])
 
@@ -133,22 +133,22 @@ def losses(rise):
     return Losses(torch.as_tensor(rise), torch.zeros_like(rise))
 
 
-def test_causal_specificity_is_the_planted_effect():
+def test_causal_specificity_equals_the_planted_effect():
     n_contexts, n_windows, n_positions = 24, 4, 17
     random = torch.Generator().manual_seed(0)
     clean = torch.randn(n_contexts, n_positions - 1, generator=random)
     window = torch.arange(n_positions - 1) * n_windows // n_positions
     inside = window == (torch.arange(n_contexts) % n_windows)[:, None]
     noise = 0.01 * torch.randn(clean.shape, generator=random)
-    found = measures(
+    by_key = measures(
         causal(losses(clean), losses(clean + 0.3 * inside + 0.1), losses(clean + 0.1 + noise), n_windows, n_positions)
     )
-    assert found[("ablation_effect", "specialized", "inside")].value == pytest.approx(0.4)
-    assert found[("ablation_effect", "specialized", "outside")].value == pytest.approx(0.1)
-    specificity = found[("causal_specificity",)]
+    assert by_key[("ablation_effect", "specialized", "inside")].value == pytest.approx(0.4)
+    assert by_key[("ablation_effect", "specialized", "outside")].value == pytest.approx(0.1)
+    specificity = by_key[("causal_specificity",)]
     assert specificity.value == pytest.approx(0.3, abs=0.01)
     assert 0.28 < specificity.ci_low < 0.3 < specificity.ci_high < 0.32
 
 
-def test_vectors_of_the_model_keep_their_width(in_model):
+def test_a_context_has_a_vector_per_position(in_model):
     assert in_model.batch(torch.arange(1)).vectors.shape == (N_POSITIONS, D_MODEL)

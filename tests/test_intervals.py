@@ -1,4 +1,4 @@
-"""Coverage of the intervals of single numbers: planted truths in 1,000 samples."""
+"""Coverage of confidence intervals for known true values, in 1,000 samples."""
 
 import numpy as np
 import pytest
@@ -9,8 +9,8 @@ from posmask.results import bootstrap, intervals
 
 @pytest.fixture(autouse=True)
 def same_draws(monkeypatch):
-    made = {n: bootstrap.resample_counts(n) for n in (12, 50, 200)}
-    monkeypatch.setattr(intervals, "resample_counts", lambda n: made[n])
+    draws = {n: bootstrap.resample_counts(n) for n in (12, 50, 200)}
+    monkeypatch.setattr(intervals, "resample_counts", lambda n: draws[n])
 
 
 @pytest.mark.parametrize(("n_units", "rate"), [(50, 0.55), (50, 0.8), (200, 0.65)])

@@ -56,11 +56,11 @@ def test_vectors_of_any_precision_and_memory_order_are_centered(either_way):
     vectors = torch.randn(4, 3, generator=random)
     center, bias = torch.randn(3, generator=random), torch.randn(3, generator=random)
     order = torch.tensor([3, 1, 1, 0])
-    for given in (vectors, vectors.T.contiguous().T, vectors.bfloat16(), vectors.double(), vectors.half()):
-        expected = (given.float() - center) / 2.5 - bias
-        found = operations.centered(given, None, center, torch.tensor(2.5), bias)
-        torch.testing.assert_close(found, expected)
-        torch.testing.assert_close(operations.centered(given, order, center, torch.tensor(2.5), bias), expected[order])
+    for source in (vectors, vectors.T.contiguous().T, vectors.bfloat16(), vectors.double(), vectors.half()):
+        expected = (source.float() - center) / 2.5 - bias
+        centered = operations.centered(source, None, center, torch.tensor(2.5), bias)
+        torch.testing.assert_close(centered, expected)
+        torch.testing.assert_close(operations.centered(source, order, center, torch.tensor(2.5), bias), expected[order])
 
 
 def test_rows_get_unit_norm(either_way):
@@ -77,7 +77,7 @@ def test_rows_of_zeros_stay_zero(either_way):
 
 
 def test_a_fast_product_below_float32_precision_is_not_used(monkeypatch):
-    monkeypatch.setattr(runtime, "float32_stays_float32", lambda: False)  # as on a processor with AMX
+    monkeypatch.setattr(runtime, "float32_stays_float32", lambda: False)  # as on a CPU with AMX
     with runtime.fast_float32():
         assert torch.get_float32_matmul_precision() == "highest"
 

@@ -1,4 +1,4 @@
-"""What is written of each latent, against plain loops."""
+"""Written latent data compared with plain loops."""
 
 import json
 
@@ -34,22 +34,22 @@ def facts_of(coded):
     sae, batch, codes = coded
     facts, used = LatentFacts(sae.d_sae), PositionMass(N_POSITIONS, sae.d_sae)
     half = torch.arange(len(batch)) < 150
-    for part in (half, ~half):  # as batches come
+    for part in (half, ~half):  # in two batches
         facts.update(batch.select(part), codes.select(part))
         used.update(batch.select(part), codes.select(part))
-    nothing = torch.zeros(sae.d_sae)
-    facts.add_positions(used, nothing, nothing, nothing, "context")
-    facts.add_probe("asked", torch.tensor([3, 1]), torch.tensor([0.5, -1.0]))
-    some = torch.zeros(sae.d_sae, 2).long(), torch.zeros(sae.d_sae, 2)
-    facts.add_effects(some, some)
+    zeros = torch.zeros(sae.d_sae)
+    facts.add_positions(used, zeros, zeros, zeros, "context")
+    facts.add_probe("class", torch.tensor([3, 1]), torch.tensor([0.5, -1.0]))
+    effects = torch.zeros(sae.d_sae, 2).long(), torch.zeros(sae.d_sae, 2)
+    facts.add_effects(effects, effects)
     return facts
 
 
-def test_strongest_texts_are_those_of_a_plain_search(coded):
+def test_strongest_texts_equal_a_plain_search(coded):
     _, batch, codes = coded
     dense = torch.zeros(len(batch), D_SAE)
     dense[codes.token, codes.latent] = codes.value
-    found = strongest_texts(
+    strongest = strongest_texts(
         *(part.detach().numpy() for part in (codes.token, codes.latent, codes.value)),
         batch.position.numpy(),
         batch.text.numpy(),
@@ -62,7 +62,7 @@ def test_strongest_texts_are_those_of_a_plain_search(coded):
             if value > best.get(text, (0, 0))[0]:
                 best[text] = (value, token)
         expected = sorted(best.values(), reverse=True)[: latents.N_TEXTS]
-        assert (found.start[latent] >= 0).sum() == len(expected)
+        assert (strongest.start[latent] >= 0).sum() == len(expected)
         for rank, (_, peak) in enumerate(expected):
             shown = list(range(max(0, peak - latents.N_BEFORE), min(len(batch), peak + 1 + latents.N_AFTER)))
             shown = [  # of the same text and context
@@ -71,11 +71,11 @@ def test_strongest_texts_are_those_of_a_plain_search(coded):
                 if batch.text[token] == batch.text[peak]
                 and int(batch.position[token]) - int(batch.position[peak]) == token - peak
             ]
-            assert found.start[latent, rank] == shown[0]
-            assert found.length[latent, rank] == len(shown)
-            values = found.value[latent, rank, : len(shown)] / 255 * found.largest[latent]
-            assert np.abs(values - dense[shown, latent].detach().numpy()).max() <= found.largest[latent] / 255
-            assert (found.value[latent, rank, : len(shown)] > 0).tolist() == (dense[shown, latent] > 0).tolist()
+            assert strongest.start[latent, rank] == shown[0]
+            assert strongest.length[latent, rank] == len(shown)
+            values = strongest.value[latent, rank, : len(shown)] / 255 * strongest.largest[latent]
+            assert np.abs(values - dense[shown, latent].detach().numpy()).max() <= strongest.largest[latent] / 255
+            assert (strongest.value[latent, rank, : len(shown)] > 0).tolist() == (dense[shown, latent] > 0).tolist()
 
 
 def test_written_latent_data_equal_the_added_data(coded, tmp_path):
@@ -90,8 +90,8 @@ def test_written_latent_data_equal_the_added_data(coded, tmp_path):
         assert arrays["profile"][position] == pytest.approx(expected.numpy(), rel=1e-3)
     assert arrays["firings"].tolist() == (dense > 0).sum(0).tolist()
     assert arrays["probe_latent"].tolist() == [[3, 1]]
-    assert words["probes"] == ["asked"]
-    assert words["words"] == {"0": "<0>"}  # no whole characters, so the tokenizer's name
+    assert words["probes"] == ["class"]
+    assert words["words"] == {"0": "<0>"}  # not a complete character, so the token name
     assert words["n_tokens_searched_for_texts"] == 300
 
 
@@ -102,7 +102,7 @@ def test_strongest_texts_are_searched_up_to_a_limit(coded, tmp_path, monkeypatch
     assert load_file(tmp_path / "latents.safetensors")["firings"].sum() == len(coded[2].value)
 
 
-def test_vocabulary_effects_are_those_of_the_models_norm_and_head(language_model, causal_lm):
+def test_vocabulary_effects_equal_the_models_norm_and_head(language_model, causal_lm):
     sae = make_sae("open", d_model=D_MODEL)
     row = sae.decoder.detach()[5]
     norm = causal_lm.model.norm.weight.detach() * row / (row.square().mean() + causal_lm.config.rms_norm_eps).sqrt()

@@ -14,12 +14,12 @@ def mask_of(kind, **changes):
     return make_mask(mask_settings({**MASKS[kind], **changes}), N_POSITIONS, D_SAE, seed=0)
 
 
-def test_every_kind_is_under_these_tests():
+def test_every_mask_kind_is_tested():
     assert set(MASKS) == set(masks.MASKS)
 
 
 @pytest.mark.parametrize("kind", MASKS)
-def test_openness_lies_between_0_and_1_and_repeats_with_the_seed(kind):
+def test_openness_is_between_0_and_1_and_determined_by_the_seed(kind):
     openness = mask_of(kind).openness().detach()
     assert openness.shape == (N_POSITIONS, D_SAE)
     assert bool(((openness >= 0) & (openness <= 1)).all())
@@ -33,18 +33,18 @@ def test_slice_opens_block_b_on_positions_of_block_b():
             assert openness[position, latent] == float(position // 4 == latent // 8)
 
 
-def test_contiguous_hard_windows_start_anywhere_and_live_latents_are_neighbors():
+def test_contiguous_hard_windows_have_adjacent_live_latents():
     mask = mask_of("hard", contiguous=True)
     openness = mask.openness()
     assert openness.sum(0).tolist() == [4] * D_SAE
     first = openness.argmax(0)
     assert bool((openness.gather(0, first + torch.arange(4)[:, None]) == 1).all())
     assert bool((first.diff() >= 0).all())
-    assert len(first.unique()) > 8  # 13 starts there are
+    assert len(first.unique()) > 8  # of 13 possible starts
     assert all(isinstance(group.latents, slice) for group in mask.groups())
 
 
-def test_neighbors_that_share_most_of_their_live_latents_are_computed_together():
+def test_positions_that_share_most_live_latents_are_grouped():
     mask = make_mask(mask_settings({"kind": "hard", "positions_per_latent": 16, "contiguous": True}), 128, 1024, seed=0)
     groups = mask.groups()
     assert 20 < len(groups) < 60
@@ -58,7 +58,7 @@ def test_neighbors_that_share_most_of_their_live_latents_are_computed_together()
     assert len(make_mask(mask_settings({"kind": "slice", "n_slices": 8}), 128, 1024).groups()) == 8
 
 
-def test_hard_opens_exactly_that_many_positions_differently_by_latent():
+def test_hard_masks_open_exactly_that_many_positions_per_latent():
     openness = mask_of("hard").openness()
     assert openness.sum(0).tolist() == [4] * D_SAE
     assert len(torch.unique(openness, dim=1).T) > D_SAE / 2
@@ -77,7 +77,7 @@ def test_soft_starts_uniform_between_low_and_high():
     assert 0.65 < float(openness.max()) <= 0.7
 
 
-def test_importance_keeps_the_most_salient_positions_in_the_end():
+def test_importance_keeps_the_most_salient_positions():
     mask = mask_of("importance")
     important = torch.zeros(N_POSITIONS, D_SAE)
     for latent in range(D_SAE):
@@ -90,7 +90,7 @@ def test_importance_keeps_the_most_salient_positions_in_the_end():
 
 
 @pytest.mark.parametrize("kind", MASKS)
-def test_live_groups_hold_every_live_pair_once(kind):
+def test_live_groups_contain_every_live_pair_once(kind):
     openness = mask_of(kind).openness().detach()
     seen = torch.zeros_like(openness)
     for group in live_groups(openness):
@@ -102,7 +102,7 @@ def test_live_groups_hold_every_live_pair_once(kind):
     assert bool((seen[openness > 0] == 1).all())
 
 
-def test_strict_masks_compute_only_what_is_live():
+def test_strict_masks_compute_only_live_latents():
     for kind in ("slice", "hard", "cohort"):
         computed = sum(
             len(group.positions) * len(torch.arange(D_SAE)[group.latents]) for group in mask_of(kind).groups()
@@ -124,21 +124,21 @@ WIDTHS = [
 
 
 @pytest.mark.parametrize(("values", "width"), WIDTHS)
-def test_width_at_equal_compute_leaves_as_many_latents_open_as_unmasked(values, width):
+def test_width_at_equal_compute_keeps_the_number_of_open_latents(values, width):
     settings = mask_settings(values)
-    found = masks.MASKS[settings.kind].width_at_equal_compute(settings, N_POSITIONS, 32)
-    assert width is None or found == width
-    mask = make_mask(settings, N_POSITIONS, found)
+    d_sae = masks.MASKS[settings.kind].width_at_equal_compute(settings, N_POSITIONS, 32)
+    assert width is None or d_sae == width
+    mask = make_mask(settings, N_POSITIONS, d_sae)
     assert set(mask.table().sum(1).tolist()) == {32.0}
-    assert abs(mask.n_free / found - settings.free_fraction) < 0.1
+    assert abs(mask.n_free / d_sae - settings.free_fraction) < 0.1
 
 
 @pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize("fraction", [0.0, 0.25, 1.0])
-def test_free_latents_are_open_everywhere_and_the_rest_follows_the_kind(kind, fraction):
+def test_free_latents_are_open_everywhere_and_others_follow_the_kind(kind, fraction):
     more = {"start_latents": 16} if kind == "split" else {}
     mask = mask_of(kind, free_fraction=fraction, **more)
-    # To the nearest number that leaves equal blocks: 7 windows of the bands cannot share 24 latents.
+    # Rounded so that blocks are equal: 7 windows of the band cannot share 24 latents.
     assert mask.n_free == (11 if (kind, fraction) == ("band", 0.25) else fraction * D_SAE)
     assert bool((mask.table()[:, : mask.n_free] == 1).all())
     assert bool(mask.bound_positions()[:, : mask.n_free].all())
@@ -148,7 +148,7 @@ def test_free_latents_are_open_everywhere_and_the_rest_follows_the_kind(kind, fr
 
 
 @pytest.mark.parametrize("kind", ["slice", "hard", "cohort", "band", "importance"])
-def test_a_leak_joins_a_strict_mask_to_an_open_one(kind):
+def test_leak_is_the_minimum_openness(kind):
     strict = mask_of(kind).openness()
     for leak in (0.0, 0.3, 1.0):
         leaky = mask_of(kind, leak=leak)
@@ -157,14 +157,14 @@ def test_a_leak_joins_a_strict_mask_to_an_open_one(kind):
     assert mask_measures(mask_of(kind, leak=0.3))[1].value == pytest.approx(0.7 if kind != "importance" else 0)
 
 
-def test_strictness_and_mean_openness_are_those_of_the_positions_after_bos():
+def test_strictness_and_mean_openness_exclude_bos():
     openness, strictness = mask_measures(mask_of("hard"))
     assert openness.value == pytest.approx(float(mask_of("hard").openness()[1:].mean()))
     assert strictness.value == 1
     assert [measure.value for measure in mask_measures(mask_of("open"))] == [1, 0]
 
 
-def test_bands_give_the_first_positions_their_own_and_grow():
+def test_bands_start_with_single_positions_and_grow():
     window = fixed.Band.windows(mask_settings({"kind": "band", "growth": 1.5}), 32)
     assert torch.bincount(window).tolist() == [2, 1, 1, 1, 2, 3, 5, 7, 10]
     mask = mask_of("band")
@@ -174,7 +174,7 @@ def test_bands_give_the_first_positions_their_own_and_grow():
     assert torch.equal(mask.openness().max(1).values, torch.ones(16))
 
 
-def test_smooth_bands_fall_off_on_both_sides():
+def test_smooth_bands_decay_on_both_sides():
     mask = mask_of("band", smoothness=1.0)
     strict = mask_of("band").openness()
     assert torch.equal(mask.openness() == 1, strict == 1)
@@ -183,7 +183,7 @@ def test_smooth_bands_fall_off_on_both_sides():
     assert 0 < float(last[8]) < 1
     assert float(last[1]) == 0
     assert torch.equal(mask.bound_positions(), strict == 1)
-    assert len(mask.groups()) > 1  # what is closed is not computed, though openness is not 0 or 1
+    assert len(mask.groups()) > 1  # closed latents are not computed, although openness is fractional
 
 
 def test_soft_masks_sharpen_and_freeze_on_schedule():
@@ -200,7 +200,7 @@ def test_soft_masks_sharpen_and_freeze_on_schedule():
     assert mask_measures(mask)[1].value > 0.99  # ends strict
 
 
-def test_pressure_closes_what_the_loss_does_not_hold_open():
+def test_pressure_adds_a_gradient_that_closes_gates():
     mask = mask_of("soft", pressure=2.0)
     mask.learn(torch.zeros(N_POSITIONS, D_SAE))
     openness = mask.openness().detach()
@@ -221,11 +221,11 @@ def test_importance_regrows_closed_positions_between_prunings():
 
 
 @pytest.mark.parametrize("kind", MASKS)
-def test_only_masks_that_learn_or_split_change_in_training(kind):
+def test_only_masks_that_learn_or_split_change_during_training(kind):
     assert mask_of(kind).changes_in_training == (kind in ("soft", "importance", "split"))
 
 
-def test_lifting_matters_where_the_mask_closes_codes():
+def test_lifting_matters_only_for_masks_that_gate_codes():
     assert mask_of("slice").lifting_matters()
     assert not mask_of("slice", gating="gradient").lifting_matters()
     assert not mask_of("slice", leak=1.0).lifting_matters()
@@ -257,7 +257,7 @@ def test_lifting_matters_where_the_mask_closes_codes():
         ({"kind": "switch", "n_experts": 33}, "n_experts = 33 is more than the 32 latents"),
     ],
 )
-def test_masks_that_do_not_fit_say_why(values, message):
+def test_masks_that_do_not_fit_raise_an_error(values, message):
     if message is None:
         make_mask(mask_settings(values), N_POSITIONS, D_SAE)
         return
@@ -286,12 +286,12 @@ def test_masks_that_do_not_fit_say_why(values, message):
         ),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(values, message):
+def test_invalid_mask_settings_raise_an_error(values, message):
     with pytest.raises(ValidationError, match=message):
         mask_settings(values)
 
 
-def test_equal_compute_is_refused_where_a_position_has_no_fixed_number_of_latents():
+def test_equal_compute_without_a_fixed_number_of_latents_raises_an_error():
     mask = mask_of("hard")
     with pytest.raises(BadSetting, match="has no equal-compute form"):
         mask.width_at_equal_compute(mask.settings, N_POSITIONS, D_SAE)

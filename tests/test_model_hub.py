@@ -1,4 +1,4 @@
-"""SAEs pushed to a stand-in for the hub and fetched from it, by huggingface_hub and SAELens themselves."""
+"""SAEs pushed to and fetched from a local hub with huggingface_hub and SAELens."""
 
 import hashlib
 import shutil
@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from conftest import make_sae
-from hub_stand_in import TOKEN, stand_in
+from hub_stand_in import TOKEN, serve_hub
 from posmask.cli.commands import app
 from posmask.errors import BadSetting, DamagedFolder, MissingAsset
 from posmask.interop import hub
@@ -23,9 +23,9 @@ from test_saelens_files import flip_a_bit, random_tensors
 
 
 @pytest.fixture
-def whole_hub(monkeypatch, tmp_path):
-    """The stand-in; huggingface_hub asks it, with a cache of its own, the token that may write, and git LFS."""
-    with stand_in() as hub:
+def local_hub(monkeypatch, tmp_path):
+    """Start a local hub; huggingface_hub uses it with a separate cache, a token with write access, and git LFS."""
+    with serve_hub() as hub:
         constants = huggingface_hub.constants
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
         template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.address)
@@ -37,9 +37,9 @@ def whole_hub(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def server(whole_hub):
-    """Its repositories."""
-    return whole_hub.files
+def server(local_hub):
+    """Return the repositories of the local hub."""
+    return local_hub.files
 
 
 def cell_folder(folder, sae):
@@ -55,7 +55,7 @@ def cell_folder(folder, sae):
     return folder
 
 
-def test_what_is_pushed_is_fetched_by_us_and_by_saelens(saelens, server, tmp_path):
+def test_a_pushed_sae_is_loaded_by_posmask_and_saelens(saelens, server, tmp_path):
     sae = scaled(make_sae("slice"))
     cell = cell_folder(tmp_path / "slice-seed0", sae)
     assert hub.push(cell, "user/new").endswith("/user/new")
@@ -81,7 +81,7 @@ def test_what_is_pushed_is_fetched_by_us_and_by_saelens(saelens, server, tmp_pat
         ("mlp", "the MLP output of layer 2"),
     ],
 )
-def test_the_card_says_the_site(site, words, tmp_path):
+def test_the_card_describes_the_site(site, words, tmp_path):
     write_sae(make_sae("slice"), tmp_path, {**ORIGIN, "site": site})
     assert f"from tiny, {words}, trained on" in hub.model_card(tmp_path, "user/new", "cell", "tiny")
 
@@ -98,91 +98,89 @@ def test_a_damaged_cell_is_not_pushed(server, tmp_path):
     assert not server.get("user/new")
 
 
-def asked_for(hub, what):
-    return [one for one in hub.asked if what in one]
+def requests_with(hub, text):
+    return [request for request in hub.requests if text in request]
 
 
-def test_weights_go_and_come_by_git_lfs_and_only_where_they_are_new(whole_hub, tmp_path):
+def test_only_new_weights_are_uploaded_with_git_lfs(local_hub, tmp_path):
     cell = cell_folder(tmp_path / "cell", scaled(make_sae("slice")))
     hub.push(cell, "user/new")
-    (weights,) = whole_hub.storage.values()
-    assert weights == whole_hub.files["user/new"]["cell/sae_weights.safetensors"]
-    steps = [len(asked_for(whole_hub, what)) for what in ("/objects/batch", "PUT /storage", "/lfs/verify")]
+    (weights,) = local_hub.storage.values()
+    assert weights == local_hub.files["user/new"]["cell/sae_weights.safetensors"]
+    steps = [len(requests_with(local_hub, what)) for what in ("/objects/batch", "PUT /storage", "/lfs/verify")]
     assert steps == [1, 1, 1]
     (cell / "rows.csv").write_bytes((cell / "rows.csv").read_bytes().replace(b"0.7512", b"0.7777"))
     hub.push(cell, "user/new")
-    assert len(asked_for(whole_hub, "PUT /storage")) == 1
-    assert b"0.7777" in whole_hub.files["user/new"]["README.md"]
+    assert len(requests_with(local_hub, "PUT /storage")) == 1
+    assert b"0.7777" in local_hub.files["user/new"]["README.md"]
     assert hub.from_pretrained("user/new", "cell").mask.settings.kind == "slice"
-    assert asked_for(whole_hub, "GET /storage")
+    assert requests_with(local_hub, "GET /storage")
 
 
-def test_weights_go_and_come_by_xet_as_on_the_hub(whole_hub, tmp_path, monkeypatch):
+def test_weights_are_transferred_with_xet(local_hub, tmp_path, monkeypatch):
     hf_xet = pytest.importorskip("hf_xet", reason="huggingface_hub brings hf_xet for common processors only")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", False)
-    whole_hub.xet_folder = tmp_path / "xet"
+    local_hub.xet_folder = tmp_path / "xet"
     sae = scaled(make_sae("slice"))
     cell = cell_folder(tmp_path / "cell", sae)
     hub.push(cell, "user/new")
     weights = tmp_path / "again" / "sae_weights.safetensors"
     export_saelens(cell, weights.parent)
     checksum = hashlib.sha256(weights.read_bytes()).hexdigest()
-    assert checksum.encode() in whole_hub.files["user/new"]["cell/sae_weights.safetensors"]
-    whole_hub.xet_hashes[checksum] = hf_xet.hash_files([str(weights)])[0].hash
+    assert checksum.encode() in local_hub.files["user/new"]["cell/sae_weights.safetensors"]
+    local_hub.xet_hashes[checksum] = hf_xet.hash_files([str(weights)])[0].hash
     ours = hub.from_pretrained("user/new", "cell")
     vectors, position = contexts()
     torch.testing.assert_close(ours.encode(vectors, position), sae.encode(vectors, position), atol=2e-5, rtol=1e-5)
-    assert not whole_hub.storage
-    assert [len(asked_for(whole_hub, f"/xet-{what}-token/")) for what in ("write", "read")] == [1, 1]
+    assert not local_hub.storage
+    assert [len(requests_with(local_hub, f"/xet-{what}-token/")) for what in ("write", "read")] == [1, 1]
 
 
-def test_an_upload_that_is_refused_half_way_is_said_and_leaves_the_repository_as_it_was(whole_hub, tmp_path):
+def test_a_failed_upload_raises_and_leaves_the_repository_unchanged(local_hub, tmp_path):
     cell = cell_folder(tmp_path / "cell", make_sae("slice"))
-    whole_hub.broken = "storage"
+    local_hub.broken = "storage"
     with pytest.raises(MissingAsset, match="the hub answered with status 400 when asked to write to user/new: try"):
         hub.push(cell, "user/new")
-    assert whole_hub.files["user/new"] == {}
+    assert local_hub.files["user/new"] == {}
 
 
-def test_the_card_has_the_cells_numbers_its_mask_and_how_to_load_it(server, tmp_path):
-    hub.push(cell_folder(tmp_path / "one", make_sae("slice")), "user/new")
-    hub.push(cell_folder(tmp_path / "two", make_sae("soft")), "user/new")
+def test_the_card_has_results_mask_and_loading_code(server, tmp_path):
+    hub.push(cell_folder(tmp_path / "first", make_sae("slice")), "user/new")
+    hub.push(cell_folder(tmp_path / "second", make_sae("soft")), "user/new")
     server["user/new"]["README.md"] += b"\nWritten by hand.\n"
-    hub.push(tmp_path / "one", "user/new")
+    hub.push(tmp_path / "first", "user/new")
     card = server["user/new"]["README.md"].decode()
     assert card.startswith("---\nlibrary_name: saelens\n")
     assert "base_model: tiny" in card
-    assert card.count("\n## one\n") == card.count("\n## two\n") == card.count("Written by hand.") == 1
+    assert card.count("\n## first\n") == card.count("\n## second\n") == card.count("Written by hand.") == 1
     assert "| explained_variance | 0.7512 | 0.74 to 0.76 |" in card
     assert "| train_tokens | 819,200 |  |" in card
     assert "| order accuracy, k = 5, mean pooling | 0.625 | |" in card
     assert "Static slicing: the contiguous latent block b is open on the contiguous position block b only." in card
-    assert 'from_pretrained("user/new", "one")' in card
-    with pytest.raises(BadSetting, match=r"user/new holds 2 SAEs \(one, two\): name a folder"):
+    assert 'from_pretrained("user/new", "first")' in card
+    with pytest.raises(BadSetting, match=r"user/new holds 2 SAEs \(first, second\): name a folder"):
         hub.from_pretrained("user/new")
 
 
-def test_gemma_scope_is_fetched_as_it_lies_on_the_hub(server, tmp_path):
-
-    np.savez(
-        tmp_path / "params.npz", **{name: one.numpy() for name, one in random_tensors("jumprelu", unit=True).items()}
-    )
+def test_gemma_scope_is_loaded_from_the_hub(server, tmp_path):
+    tensors = random_tensors("jumprelu", unit=True)
+    np.savez(tmp_path / "params.npz", **{name: tensor.numpy() for name, tensor in tensors.items()})
     server["google/scope"] = {"layer_3/width_16k/average_l0_5/params.npz": (tmp_path / "params.npz").read_bytes()}
     sae = hub.from_pretrained("google/scope", "layer_3/width_16k/average_l0_5", n_positions=16)
     assert sae.rule.settings.kind == "jumprelu"
     assert sae.mask.n_positions == 16
 
 
-def test_the_name_of_a_repository_says_the_site(server, tmp_path):
+def test_the_site_is_inferred_from_the_repository_name(server, tmp_path):
     tensors = random_tensors("jumprelu", unit=True)
-    np.savez(tmp_path / "params.npz", **{name: one.numpy() for name, one in tensors.items()})
+    np.savez(tmp_path / "params.npz", **{name: tensor.numpy() for name, tensor in tensors.items()})
     for repo in ("google/gemma-scope-2b-pt-att", "google/gemma-scope-2b-pt-transcoders", "me/saes-att"):
         server[repo] = {"layer_3/width_16k/params.npz": (tmp_path / "params.npz").read_bytes()}
         with pytest.raises(BadSetting, match=f"{repo.partition('/')[2]} holds"):
             hub.from_pretrained(repo, n_positions=16)
 
 
-def test_what_the_hub_refuses_is_said_in_one_sentence_with_what_to_do(server, tmp_path, monkeypatch):
+def test_hub_errors_are_one_line_with_a_remedy(server, tmp_path, monkeypatch):
     cell = cell_folder(tmp_path / "cell", make_sae("slice"))
     server["user/empty"] = {}
     cases = [
@@ -211,7 +209,7 @@ def test_what_the_hub_refuses_is_said_in_one_sentence_with_what_to_do(server, tm
     assert "hf_wrong" not in str(caught.value)
 
 
-def test_without_a_network_the_cache_serves_and_else_it_says_so(server, tmp_path, monkeypatch):
+def test_offline_the_cache_is_used_or_an_error_raised(server, tmp_path, monkeypatch):
     hub.push(cell_folder(tmp_path / "cell", scaled(make_sae("slice"))), "user/new")
     hub.from_pretrained("user/new", "cell")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -222,18 +220,18 @@ def test_without_a_network_the_cache_serves_and_else_it_says_so(server, tmp_path
         hub.push(tmp_path / "cell", "user/new")
 
 
-@pytest.mark.slow  # huggingface_hub asks again and again, for 20 seconds.
-def test_a_hub_that_does_not_answer_is_said_to_be_out_of_reach(server, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+@pytest.mark.slow  # huggingface_hub retries for 20 seconds.
+def test_an_unreachable_hub_raises_an_error(server, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens on this port
     with pytest.raises(MissingAsset, match="could not be reached to read user/away"):
         hub.from_pretrained("user/away")
 
 
-def test_the_command_prints_no_token(whole_hub, tmp_path):
+def test_the_command_prints_no_token(local_hub, tmp_path):
     cell = cell_folder(tmp_path / "cell", make_sae("slice"))
     result = CliRunner().invoke(app, ["push", str(cell), "user/new", "--private"])
     assert result.exit_code == 0, result.output
     assert "Pushed: http" in result.output
-    assert "cell/cfg.json" in whole_hub.files["user/new"]
-    assert whole_hub.private == {"user/new"}
+    assert "cell/cfg.json" in local_hub.files["user/new"]
+    assert local_hub.private == {"user/new"}
     assert TOKEN not in result.output

@@ -1,4 +1,4 @@
-"""Models whose files lack weights are refused; complete ones load the same numbers each time."""
+"""Models with missing weights raise an error; complete models load the same weights every time."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ TIED = transformers.LlamaConfig(**GROUPED, tie_word_embeddings=True)
 
 
 def save(folder, config=LLAMA, edit=None, **options):
-    """Write a random model; `edit` takes its tensors by name and returns those to store."""
+    """Write a random model; `edit` maps its tensors to the stored ones."""
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder, **options)
     if edit is not None:
         edit_tensors(folder / "model.safetensors", edit)
@@ -44,7 +44,7 @@ def assert_loads_the_same_twice(name):
 
 
 @pytest.mark.parametrize("family", TINY)
-def test_complete_models_of_all_families_load_without_a_word(family, tmp_path, capsys):
+def test_complete_models_of_all_families_load_silently(family, tmp_path, capsys):
     name = save(tmp_path, TINY[family])
     capsys.readouterr()
     assert_loads_the_same_twice(name)
@@ -55,7 +55,7 @@ def test_complete_models_of_all_families_load_without_a_word(family, tmp_path, c
     "edit",
     [
         lambda tensors: tensors,
-        lambda tensors: {name.replace("model.embed_tokens", "lm_head"): one for name, one in tensors.items()},
+        lambda tensors: {name.replace("model.embed_tokens", "lm_head"): tensor for name, tensor in tensors.items()},
         lambda tensors: {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()},
     ],
     ids=["embedding alone", "head alone", "both"],
@@ -85,7 +85,7 @@ def test_sharded_models_and_those_without_a_base_prefix_load(tmp_path):
         (TIED, without("embed_tokens"), r"lacks 2 weights of LlamaForCausalLM \(lm_head\.weight, model\.embed_tokens"),
         (
             LLAMA,
-            lambda tensors: {f"module.{name}": one for name, one in tensors.items()},
+            lambda tensors: {f"module.{name}": tensor for name, tensor in tensors.items()},
             r"lacks 39 weights .* but has 39 other tensors \(module\.lm_head\.weight, .*\): rename these",
         ),
         (
@@ -106,7 +106,7 @@ def test_sharded_models_and_those_without_a_base_prefix_load(tmp_path):
     ],
     ids=["sublayer", "layer", "head", "tied head", "prefixed", "shape", "expert", "part of an expert"],
 )
-def test_missing_weights_are_refused(config, edit, message, tmp_path):
+def test_missing_weights_raise_an_error(config, edit, message, tmp_path):
     name = save(tmp_path, config, edit)
     with pytest.raises(BadSetting, match=message) as caught:
         load_model(name, 1, "float32")
@@ -114,7 +114,7 @@ def test_missing_weights_are_refused(config, edit, message, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_missing_and_damaged_shards_are_refused(tmp_path):
+def test_missing_and_damaged_shards_raise_an_error(tmp_path):
     save(tmp_path / "complete", max_shard_size="10KB")
     for case in ("tensor", "entry", "file", "end"):
         shutil.copytree(tmp_path / "complete", tmp_path / case)
@@ -138,7 +138,7 @@ def test_missing_and_damaged_shards_are_refused(tmp_path):
             load_model(str(tmp_path / case), 1, "float32")
 
 
-def test_tensors_that_the_model_does_not_have_are_announced_in_one_line(tmp_path, capsys):
+def test_ignored_tensors_are_reported_in_a_single_line(tmp_path, capsys):
     name = save(
         tmp_path, edit=lambda tensors: {**tensors, "vision.weight": torch.ones(2), "vision.bias": torch.ones(2)}
     )
@@ -151,7 +151,7 @@ def test_tensors_that_the_model_does_not_have_are_announced_in_one_line(tmp_path
 
 
 def write_gguf(path, monkeypatch, dropped=None, **options):
-    """The tiny GGUF model without the tensors whose name contains `dropped`."""
+    """Write the tiny GGUF model without the tensors whose name contains `dropped`."""
 
     class Writer(gguf.GGUFWriter):
         def __init__(self, path, architecture):
@@ -180,7 +180,7 @@ def cache(tmp_path, monkeypatch):
         ("token_embd", r"1 weights of LlamaForCausalLM \(model\.embed_tokens\.weight\)"),
     ],
 )
-def test_a_gguf_file_without_some_of_its_tensors_is_refused(dropped, missing, cache, tmp_path, monkeypatch):
+def test_a_gguf_file_with_missing_tensors_raises_an_error(dropped, missing, cache, tmp_path, monkeypatch):
     path = tmp_path / "tiny.gguf"
     write_gguf(path, monkeypatch, dropped)
     for _ in range(2):
@@ -189,7 +189,7 @@ def test_a_gguf_file_without_some_of_its_tensors_is_refused(dropped, missing, ca
     assert not list(cache.glob("models/*/config.json"))
 
 
-def test_parts_of_a_split_gguf_file_are_refused(cache, tmp_path, monkeypatch):
+def test_parts_of_a_split_gguf_file_raise_an_error(cache, tmp_path, monkeypatch):
     write_gguf(tmp_path / "tiny.gguf", monkeypatch, split_max_tensors=8)
     parts = sorted(tmp_path.glob("*.gguf"))
     assert [path.name for path in parts] == [f"tiny-0000{number}-of-00003.gguf" for number in (1, 2, 3)]
@@ -198,14 +198,14 @@ def test_parts_of_a_split_gguf_file_are_refused(cache, tmp_path, monkeypatch):
             load_model(str(path), 1, "float32")
 
 
-def test_a_gguf_file_that_was_cut_off_is_refused(cache, tmp_path):
-    whole, cut = tmp_path / "whole.gguf", tmp_path / "cut.gguf"
-    write_tiny_gguf(whole)
-    content = whole.read_bytes()
+def test_a_truncated_gguf_file_raises_an_error(cache, tmp_path):
+    complete, truncated = tmp_path / "complete.gguf", tmp_path / "truncated.gguf"
+    write_tiny_gguf(complete)
+    content = complete.read_bytes()
     for n_bytes in (0, 10, 200, 1000, len(content) // 2, len(content) - 40):
-        cut.write_bytes(content[:n_bytes])
-        with pytest.raises(MissingAsset, match=r"cut\.gguf cannot be read as GGUF \(.*\): fetch it again"):
-            load_model(str(cut), 1, "float32")
+        truncated.write_bytes(content[:n_bytes])
+        with pytest.raises(MissingAsset, match=r"truncated\.gguf cannot be read as GGUF \(.*\): fetch it again"):
+            load_model(str(truncated), 1, "float32")
 
 
 def test_a_gguf_file_converts_to_the_same_weights_each_time(tmp_path, monkeypatch):

@@ -10,23 +10,23 @@ from posmask.training.fast_loss import fast_gradients
 from posmask.training.reference_loss import plain_gradients
 
 PARAMETERS = ("encoder", "encoder_bias", "decoder", "decoder_bias")
-# By the slope of the loss itself; jumprelu's threshold learns from an estimate of it instead.
+# Rules with exact gradients; the threshold of jumprelu uses a straight-through estimate.
 SMOOTH = ("relu", "topk", "batchtopk", "matryoshka", "gated")
 
 
 def largest(value, n):
-    """The n largest positive numbers of a table, the others 0."""
+    """Keep the n largest positive values of a tensor and set the others to 0."""
     cut = value.flatten().sort(descending=True).values[n - 1]
     return value * (value >= cut.clamp(min=1e-30))
 
 
 def loss_by_token(sae, vectors, position, frozen):
-    """Each token's part of the loss, straight from the formulas at the heads of sae.py, rules.py and objective.py.
+    """Return the loss per token, directly from the documented formulas of the SAE, the rules and the losses.
 
     Args:
-        frozen: (decoder, decoder_bias) as they were, for what must reconstruct through a constant decoder.
+        frozen: (decoder, decoder_bias) before the step, for the term that uses a constant decoder.
     """
-    rule, ask = sae.rule, sae.rule.settings
+    rule, settings = sae.rule, sae.rule.settings
     x = (vectors - sae.center) / sae.scale
     preactivation = (x - sae.decoder_bias) @ sae.encoder.T + sae.encoder_bias
     openness, strength = torch.ones_like(preactivation), torch.ones(len(x), 1).double()
@@ -36,21 +36,21 @@ def loss_by_token(sae, vectors, position, frozen):
     elif sae.mask.settings.gating == "forward":
         openness = sae.mask.openness()[position.long()]
     value, extra = preactivation.clamp(min=0) * openness, 0.0
-    if ask.kind == "topk":
-        codes = torch.stack([largest(row, ask.k) for row in value])
-    elif ask.kind in ("batchtopk", "matryoshka"):
-        codes = largest(value, ask.k * len(x))
-    elif ask.kind == "relu":
-        codes, extra = value, ask.l1_coefficient * value.sum(1)
+    if settings.kind == "topk":
+        codes = torch.stack([largest(row, settings.k) for row in value])
+    elif settings.kind in ("batchtopk", "matryoshka"):
+        codes = largest(value, settings.k * len(x))
+    elif settings.kind == "relu":
+        codes, extra = value, settings.l1_coefficient * value.sum(1)
     else:
         loudness = rule.magnitude.exp() * preactivation + rule.magnitude_bias
         codes = loudness.clamp(min=0) * openness * (preactivation > 0)
         through_gate = value @ frozen[0] + frozen[1] - x
-        extra = ask.l1_coefficient * value.sum(1) + through_gate.square().sum(1)
-    parts = ask.parts if ask.kind == "matryoshka" else (1.0,)
+        extra = settings.l1_coefficient * value.sum(1) + through_gate.square().sum(1)
+    parts = settings.parts if settings.kind == "matryoshka" else (1.0,)
     losses = []
     for number in range(len(parts)):
-        inside = codes * (rule.level <= number) if ask.kind == "matryoshka" else codes
+        inside = codes * (rule.level <= number) if settings.kind == "matryoshka" else codes
         losses.append((strength * inside @ sae.decoder + sae.decoder_bias - x).square().sum(1))
     return torch.stack(losses).mean(0) + extra
 
@@ -101,50 +101,50 @@ def test_a_learned_openness_agrees_with_finite_differences():
 
 
 def test_a_jumprelu_threshold_learns_from_the_values_near_it():
-    """The straight-through estimate of the paper, eq. 11 and 12, from its sums."""
+    """The straight-through estimate, eq. 11 and 12 of the JumpReLU paper, as explicit sums."""
     sae = make_sae("slice", rule="jumprelu", dtype=torch.float64)
     vectors, position = make_vectors(80, dtype=torch.float64)
     step = fast_gradients(sae, vectors, position)
     x = sae.normalize(vectors)
     value = ((x - sae.decoder_bias) @ sae.encoder.T + sae.encoder_bias).clamp(min=0)
     value = (value * sae.mask.openness()[position.long()]).detach()
-    threshold, ask = sae.rule.threshold.detach(), sae.rule.settings
+    threshold, settings = sae.rule.threshold.detach(), sae.rule.settings
     code_gradient = -2 * step.residual @ sae.decoder.detach().T
-    near = ((value - threshold).abs() < ask.bandwidth / 2) & (value > 0)
-    expected = -(near * (threshold * code_gradient + ask.l0_coefficient)).sum(0) / ask.bandwidth / len(x)
+    near = ((value - threshold).abs() < settings.bandwidth / 2) & (value > 0)
+    expected = -(near * (threshold * code_gradient + settings.l0_coefficient)).sum(0) / settings.bandwidth / len(x)
     torch.testing.assert_close(sae.rule.threshold.grad, expected)
     assert int((expected != 0).sum()) > 10
 
 
-def test_penalties_rise_over_their_warm_up():
+def test_penalties_rise_during_warm_up():
     rule = make_sae("open", rule={**RULES["relu"], "penalty_warmup_fraction": 0.5}).rule
     penalties = []
     for done in range(10):
         rule.before_step(done, 10)
-        penalties.append(float(rule.training_codes(torch.ones(2, 3), None, lambda one: one).penalty))
+        penalties.append(float(rule.training_codes(torch.ones(2, 3), None, lambda parameter: parameter).penalty))
     assert penalties == pytest.approx([0.3 * 6 * share for share in (0.2, 0.4, 0.6, 0.8, 1, 1, 1, 1, 1, 1)])
 
 
-LAYOUTS = ("shuffled", "one place only", "not contiguous", "bfloat16", "half", "long positions")
+LAYOUTS = ("shuffled", "single position", "not contiguous", "bfloat16", "half", "long positions")
 
 
 @pytest.mark.parametrize("rule", ["topk", "batchtopk", "relu"])
 @pytest.mark.parametrize("kind", ["open", "slice", "hard", "cohort"])
-@pytest.mark.parametrize("given", LAYOUTS)
-def test_batches_in_any_order_and_layout_equal_the_definition(given, kind, rule):
-    """Rows in any order, groups without a token, other memory orders and precisions."""
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_batches_in_any_order_and_layout_equal_the_definition(layout, kind, rule):
+    """Rows in any order, groups without tokens, and other memory layouts and precisions."""
     sae = make_sae(kind, rule=rule, dtype=torch.float64)
     vectors, position = make_vectors(60, dtype=torch.float64)
-    match given:
+    match layout:
         case "shuffled":
             order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
             vectors, position = vectors[order], position[order]
-        case "one place only":
+        case "single position":
             position = torch.full_like(position, 3)
         case "not contiguous":
             vectors = vectors.T.contiguous().T
         case "bfloat16" | "half":
-            vectors = vectors.to(getattr(torch, given))
+            vectors = vectors.to(getattr(torch, layout))
         case "long positions":
             position = position.long()
     plain = plain_gradients(sae, vectors, position)
@@ -160,7 +160,7 @@ def test_batches_in_any_order_and_layout_equal_the_definition(given, kind, rule)
 
 @pytest.mark.parametrize("rule", ["topk", "batchtopk", "matryoshka"])
 def test_k_above_the_number_of_live_latents_selects_all_of_them(rule):
-    sae = make_sae("slice", rule={**RULES[rule], "k": 12})  # 8 are live at each position
+    sae = make_sae("slice", rule={**RULES[rule], "k": 12})  # 8 latents are live at each position
     vectors, position = make_vectors(60)
     expected = plain_gradients(sae, vectors, position).codes.dense()
     step = fast_gradients(sae, vectors, position)
@@ -178,8 +178,8 @@ PLAIN_PROCESSOR = {
 
 
 @pytest.mark.slow
-def test_a_cpu_without_avx512_and_bfloat16_gives_the_same(tmp_path):
-    """Two threads and all there is, against one thread and what any 64-bit processor has; numba compiles anew."""
+def test_a_cpu_without_avx512_and_bfloat16_gives_the_same_gradients(tmp_path):
+    """Compare two threads and all instructions with one thread and generic 64-bit code, each compiled by numba."""
     code = (
         "import sys, torch\n"
         "sys.path.insert(0, 'tests')\n"
@@ -192,10 +192,11 @@ def test_a_cpu_without_avx512_and_bfloat16_gives_the_same(tmp_path):
         "    norms = [float(parameter.grad.norm()) for parameter in (sae.encoder, sae.decoder)]\n"
         "    print(step.n_active, step.reconstruction, *norms)\n"
     )
-    found = []
+    results = []
     for number, changes in enumerate(({"NUMBA_NUM_THREADS": "2"}, PLAIN_PROCESSOR)):
         environment = {**os.environ, **changes, "NUMBA_CACHE_DIR": str(tmp_path / str(number))}
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-        found.append([[float(word) for word in line.split()] for line in done.stdout.splitlines()])
-    assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
-    assert found[1][1] == pytest.approx(found[0][1], rel=1e-3)  # bfloat16 sums in another order may choose otherwise
+        results.append([[float(word) for word in line.split()] for line in done.stdout.splitlines()])
+    assert results[1][0] == pytest.approx(results[0][0], rel=1e-5)
+    # bfloat16 sums in another order may select other latents.
+    assert results[1][1] == pytest.approx(results[0][1], rel=1e-3)

@@ -1,6 +1,6 @@
-"""A study on a real Ray cluster gives what it gives in one process, whatever dies meanwhile.
+"""A study on a real Ray cluster gives the same results as in one process, even if workers and nodes die.
 
-Clusters run in processes of their own: Ray wants the signal handlers and warnings of its process for itself.
+Clusters run in separate processes, because Ray changes the signal handlers and warnings of its process.
 """
 
 import json
@@ -38,8 +38,8 @@ HERE = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "RAY_AUT
 def study_file(tmp_path, model_folder):
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in make_texts(1200)))
     path = tmp_path / "tiny.toml"
-    named = STUDY.replace("MODEL", str(model_folder)).replace("TEXTS", str(tmp_path / "texts.jsonl"))
-    path.write_text(named + MORE_CELLS)
+    study = STUDY.replace("MODEL", str(model_folder)).replace("TEXTS", str(tmp_path / "texts.jsonl"))
+    path.write_text(study + MORE_CELLS)
     return path
 
 
@@ -55,7 +55,7 @@ def command(*words):
     return subprocess.run([sys.executable, *map(str, words)], env=HERE, capture_output=True, text=True, check=False)
 
 
-def test_without_ray_one_sentence_says_what_to_install(monkeypatch, study_file):
+def test_missing_ray_raises_an_error_with_the_pip_command(monkeypatch, study_file):
     monkeypatch.setitem(sys.modules, "ray", None)
     with (
         pytest.raises(MissingExtra, match=r"pip install 'posmask\[ray\]'"),
@@ -65,32 +65,32 @@ def test_without_ray_one_sentence_says_what_to_install(monkeypatch, study_file):
 
 
 @pytest.mark.slow
-def test_a_cluster_out_of_reach_is_one_sentence(study_file, tmp_path):
+def test_an_unreachable_cluster_is_reported_without_traceback(study_file, tmp_path):
     words = ["import os; os.environ['RAY_ADDRESS'] = '127.0.0.1:1'; from posmask.cli import main; main()"]
-    found = command("-c", *words, "run", study_file, "--root", tmp_path / "run", "--engine", "ray")
-    assert found.returncode == 2
-    assert "no Ray cluster can be reached" in found.stderr
-    assert "Traceback" not in found.stderr
+    result = command("-c", *words, "run", study_file, "--root", tmp_path / "run", "--engine", "ray")
+    assert result.returncode == 2
+    assert "no Ray cluster can be reached" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 @pytest.mark.slow
-def test_what_is_wrong_on_a_worker_is_one_sentence_too(study_file, tmp_path):
+def test_an_error_on_a_worker_is_reported_without_traceback(study_file, tmp_path):
     study_file.write_text(study_file.read_text().replace("learning_rate = 5e-3", "learning_rate = 1e9"))
-    found = command(
+    result = command(
         "-m", "posmask.cli", "run", study_file, "--root", tmp_path / "run", "--engine", "ray", "--jobs", "2"
     )
-    assert found.returncode == 1
-    assert "lower learning_rate = 1000000000.0" in found.stderr.splitlines()[-1]
+    assert result.returncode == 1
+    assert "lower learning_rate = 1000000000.0" in result.stderr.splitlines()[-1]
 
 
 @pytest.mark.slow
-def test_workers_and_a_node_die_and_the_results_are_those_of_one_process(study_file, tmp_path):
-    """Three nodes; one worker is killed while it trains, another while it evaluates, then a whole node."""
+def test_results_are_unchanged_if_workers_and_a_node_die(study_file, tmp_path):
+    """Of three nodes, a worker is killed while it trains, another while it evaluates, and then a complete node."""
     alone = command("-m", "posmask.cli", "run", study_file, "--root", tmp_path / "alone")
     assert alone.returncode == 0, alone.stderr
-    found = command(Path(__file__).parent / "on_a_dying_cluster.py", study_file, tmp_path / "cluster")
-    assert found.returncode == 0, found.stderr
-    assert json.loads(found.stdout.splitlines()[-1]) == ["train", "evaluate", "node"]
+    result = command(Path(__file__).parent / "on_a_dying_cluster.py", study_file, tmp_path / "cluster")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout.splitlines()[-1]) == ["train", "evaluate", "node"]
     assert rows_of(tmp_path / "cluster") == rows_of(tmp_path / "alone")
     assert weights_of(tmp_path / "cluster") == weights_of(tmp_path / "alone")
     assert len(weights_of(tmp_path / "alone")) == 4

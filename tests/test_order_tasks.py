@@ -33,13 +33,13 @@ def sides(task):
 
 
 def parts(texts):
-    """What stands between the shared beginning and the shared end, split where the task joined it."""
+    """Return the parts that the task joined, without the shared beginning and end."""
     return {part.strip() for text in texts for part in text.split(":", 1)[1].removesuffix(" ;").split(" ; ")}
 
 
 @pytest.mark.embedded
 @pytest.mark.parametrize("name", order_tasks.ORDER_TASKS)
-def test_order_groups_hold_equal_bags_and_a_bag_of_words_scores_exactly_1_over_k(name, tasks, smollm):
+def test_order_groups_have_equal_bags_and_a_bag_of_words_scores_exactly_1_over_k(name, tasks, smollm):
     task = tasks[name]
     assert len(task.texts) == 160 * task.n_classes
     rows = smollm(list(task.texts), add_special_tokens=False)["input_ids"]
@@ -62,7 +62,7 @@ def test_order_groups_hold_equal_bags_and_a_bag_of_words_scores_exactly_1_over_k
 
 @pytest.mark.embedded
 @pytest.mark.parametrize("name", order_tasks.ORDER_TASKS)
-def test_order_tasks_repeat_with_the_seed_and_no_text_is_on_both_sides(name, tasks, smollm):
+def test_order_tasks_are_determined_by_the_seed_and_splits_are_disjoint(name, tasks, smollm):
     task = tasks[name]
     assert task == make_order_task(name, smollm, 128, 120, 40)
     other = make_order_task(name, smollm, 128, 120, 40, seed=1)
@@ -75,13 +75,13 @@ def test_order_tasks_repeat_with_the_seed_and_no_text_is_on_both_sides(name, tas
 @pytest.mark.parametrize(
     "name", ["topic_permutation", "chronology", "bigram_shift", "sentence_order", "dialogue_order"]
 )
-def test_no_article_person_sentence_or_turn_is_on_both_sides(name, tasks):
+def test_no_article_person_sentence_or_turn_is_in_both_splits(name, tasks):
     train, test = sides(tasks[name])
     assert not parts(train) & parts(test)
 
 
 @pytest.mark.embedded
-def test_no_noun_is_on_both_sides(tasks):
+def test_no_noun_is_in_both_splits(tasks):
     train, test = (
         {word.rstrip("s") for text in side for word in text.split()[3::3][:2]}
         for side in sides(tasks["agreement_swap"])
@@ -92,46 +92,46 @@ def test_no_noun_is_on_both_sides(tasks):
 
 @pytest.mark.embedded
 @pytest.mark.parametrize("name", ["bigram_shift", "sentence_order"])
-def test_sentences_of_an_article_are_all_on_one_side(name, smollm):
+def test_all_sentences_of_an_article_are_in_the_same_split(name, smollm):
     task = find_groups(name, smollm, 128, 3000, 1000)
     articles = sorted({" ".join(text.split()) for text, _ in embedded.read_table("100_news_fake")})
     joined = "\n".join(articles)
     ends = list(accumulate(len(article) + 1 for article in articles))
 
-    def homes(texts):
+    def article_indices(texts):
         for part in sorted(parts(texts))[::5]:
-            place = joined.index(part)
-            if joined.find(part, place + 1) < 0:
-                yield bisect(ends, place)
+            start = joined.index(part)
+            if joined.find(part, start + 1) < 0:
+                yield bisect(ends, start)
 
-    train, test = (set(homes(side[1::2])) for side in sides(task))
+    train, test = (set(article_indices(side[1::2])) for side in sides(task))
     assert len(test) > 40
     assert not train & test
     assert not parts(sides(task)[0]) & parts(sides(task)[1])
 
 
 @pytest.mark.embedded
-def test_test_dialogues_are_one_stretch_of_the_films(tasks):
-    place = {turns: number for number, turns in enumerate(embedded.read_dialogue())}
-    marks = sorted(
-        (place[tuple(text.removeprefix("Dialogue: ").removesuffix(" ;").split(" ; "))], split)
+def test_test_dialogues_are_contiguous_in_the_films(tasks):
+    index_of = {turns: number for number, turns in enumerate(embedded.read_dialogue())}
+    dialogues = sorted(
+        (index_of[tuple(text.removeprefix("Dialogue: ").removesuffix(" ;").split(" ; "))], split)
         for split, texts in zip("train test".split(), sides(tasks["dialogue_order"]), strict=True)
         for text in texts[1::2]
     )
     assert {tokens.split_of(turn) for turn in parts(tasks["dialogue_order"].texts)} == {"evaluation"}
-    splits = [split for _, split in marks]
-    assert sum(one != other for one, other in zip(splits, splits[1:] + splits[:1], strict=True)) == 2
+    splits = [split for _, split in dialogues]
+    assert sum(split != following for split, following in zip(splits, splits[1:] + splits[:1], strict=True)) == 2
 
 
 @pytest.mark.embedded
-def test_no_message_is_on_both_sides_in_any_language_and_no_group_holds_a_translation(smollm):
+def test_no_message_is_in_both_splits_in_any_language_and_no_group_contains_a_translation(smollm):
     task = find_groups("language_order", smollm, 128, 1000, 1000)
     number = {}
-    for place, pair in enumerate(catalogs.translations("de").items()):
-        number |= {" ".join(text.split()): place for text in pair}
+    for index, pair in enumerate(catalogs.translations("de").items()):
+        number |= {" ".join(text.split()): index for text in pair}
 
     def messages(words):
-        """The messages that a paragraph was joined from, or None."""
+        """Return the messages that a paragraph consists of, or None."""
         if not words:
             return set()
         for end in range(len(words), 0, -1):
@@ -140,24 +140,24 @@ def test_no_message_is_on_both_sides_in_any_language_and_no_group_holds_a_transl
                 return {first, *rest}
         return None
 
-    found = []
+    groups = []
     for text in task.texts[1::2]:
         both = [messages(part.split()) for part in text.removeprefix("Text:").removesuffix(" ;").split(" ; ")]
         assert {tokens.split_of(message) for message in set.union(*both)} == {"evaluation"}
         english, german = ({number[message] for message in language} for language in both)
         assert not english & german
-        found.append(english | german)
-    assert len(found) > 600
-    assert not set.union(*found[: task.n_train_groups]) & set.union(*found[task.n_train_groups :])
+        groups.append(english | german)
+    assert len(groups) > 600
+    assert not set.union(*groups[: task.n_train_groups]) & set.union(*groups[task.n_train_groups :])
 
 
 @pytest.mark.embedded
-def test_contrast_order_never_tests_on_part_of_a_training_phrase(tasks):
+def test_contrast_order_tests_on_no_part_of_a_training_phrase(tasks):
     def phrases(texts):
         return {part.strip() for text in texts for part in text[len("Review: ") : -1].split(" , but ")}
 
     train, test = map(phrases, sides(tasks["contrast_order"]))
-    assert not [one for one in test if any(one in other or other in one for other in train)]
+    assert not [phrase for phrase in test if any(phrase in other or other in phrase for other in train)]
 
 
 @pytest.mark.embedded
@@ -166,13 +166,13 @@ def test_too_few_order_groups_raise_an_error(smollm):
         make_order_task("chronology", smollm, 128, 5000, 10)
 
 
-def test_parts_are_used_once_and_over_both_splits():
+def test_each_part_is_used_once_over_both_splits():
     seen = set()
     assert order_tasks._each_once([("a", "b"), ("b", "c"), ("d", "d"), ("e", "f")], seen) == [("a", "b"), ("e", "f")]
     assert order_tasks._each_once([("f", "g"), ("c", "d")], seen) == [("c", "d")]
 
 
-def test_edge_features_count_the_content_at_both_ends(tokenizer):
+def test_edge_features_count_the_words_at_both_ends(tokenizer):
     texts = ("red blue green old new and", "red old new blue green and", "red big and", "red small or and")
     task = OrderTask("toy", 2, texts, 1, 1)
     counts = order_tasks.edge_features(task, tokenizer, 2).toarray()
@@ -180,17 +180,17 @@ def test_edge_features_count_the_content_at_both_ends(tokenizer):
     first, last = np.split(counts, 2, axis=1)
     expected = [("blue green", "old new"), ("old new", "blue green"), ("big", "big"), ("small or", "small or")]
     for row, words in enumerate(expected):
-        for side, found in zip(words, (first[row], last[row]), strict=True):
-            assert {word for word, i in ids.items() if found[i]} == set(side.split())
-            assert found.sum() == len(side.split())
+        for side, word_counts in zip(words, (first[row], last[row]), strict=True):
+            assert {word for word, i in ids.items() if word_counts[i]} == set(side.split())
+            assert word_counts.sum() == len(side.split())
 
 
 @pytest.fixture
 def toy(monkeypatch):
-    """One toy task, in the place of the embedded ones: 30 training and 10 test groups."""
+    """Replace the embedded tasks by a toy task with 30 training and 10 test groups."""
 
     def swapped(random, split):
-        """Words, and the same words with the two ends swapped."""
+        """A text, and the same text with the two ends swapped."""
         groups = []
         for text in make_texts(200, n_words=8):
             first, *inner, last = text.split()
@@ -206,17 +206,17 @@ def toy(monkeypatch):
     monkeypatch.setitem(order_tasks.ORDER_TASKS, "toy", recipe)
 
 
-def write(tokenizer, folder, said=None, **changed):
+def write(tokenizer, folder, lines=None, **changed):
     settings = {"n_positions": 16, "n_train_groups": 20, "n_test_groups": 5, "seed": 0, **changed}
     order_files.write_order_tasks(
-        tokenizer, "toy-words", folder, **settings, say=(said if said is not None else []).append
+        tokenizer, "toy-words", folder, **settings, say=(lines if lines is not None else []).append
     )
 
 
-def test_written_tasks_read_back_as_they_were_made(toy, tokenizer, tmp_path):
-    said = []
-    write(tokenizer, tmp_path / "out", said)
-    assert said[0] == "toy: 20 training and 5 test groups"
+def test_written_tasks_equal_the_generated_tasks(toy, tokenizer, tmp_path):
+    log = []
+    write(tokenizer, tmp_path / "out", log)
+    assert log[0] == "toy: 20 training and 5 test groups"
     rows = [json.loads(line) for line in (tmp_path / "out" / "toy.jsonl").read_text().splitlines()]
     task = make_order_task("toy", tokenizer, 16, 20, 5)
     assert tuple(row["text"] for row in rows) == task.texts
@@ -234,37 +234,37 @@ def test_written_tasks_read_back_as_they_were_made(toy, tokenizer, tmp_path):
 
 
 def test_fewer_groups_than_requested_are_written_and_reported(toy, tokenizer, tmp_path):
-    said = []
-    write(tokenizer, tmp_path / "out", said, n_train_groups=100)
-    assert said[0] == "toy: 30 training and 5 test groups, all available (100 and 5 requested)"
+    log = []
+    write(tokenizer, tmp_path / "out", log, n_train_groups=100)
+    assert log[0] == "toy: 30 training and 5 test groups, all available (100 and 5 requested)"
     page = (tmp_path / "out" / "README.md").read_text()
     assert "30 training, 5 test" in page
     assert "100 training and 5 test groups were requested" in page
 
 
 def test_written_tasks_are_never_overwritten(toy, tokenizer, tmp_path):
-    folder, said = tmp_path / "out", []
+    folder, log = tmp_path / "out", []
     write(tokenizer, folder)
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    write(tokenizer, folder, said)
-    assert said == [f"{folder} was written with the same settings and is unchanged."]
+    write(tokenizer, folder, log)
+    assert log == [f"{folder} was written with the same settings and is unchanged."]
     with pytest.raises(BadSetting, match=r"out was written with other settings: name a new folder"):
         write(tokenizer, folder, seed=1)
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(BadSetting, match=r"mine has other contents: name a new folder"):
-        write(tokenizer, tmp_path / "mine")
-    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "thesis.txt").write_text("years of work")
+    with pytest.raises(BadSetting, match=r"notes has other contents: name a new folder"):
+        write(tokenizer, tmp_path / "notes")
+    assert (tmp_path / "notes" / "thesis.txt").read_text() == "years of work"
 
 
-def test_contexts_too_short_for_any_group_write_nothing(toy, tokenizer, tmp_path):
+def test_contexts_too_short_for_any_group_raise_and_write_nothing(toy, tokenizer, tmp_path):
     with pytest.raises(NothingToDo, match="toy has 0 training and 0 test groups that fit 8 positions: raise n_pos"):
         write(tokenizer, tmp_path / "out", n_positions=8)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_texts_that_are_the_same_tokens_make_no_group(toy, tokenizer):
+def test_groups_must_differ_in_order_only(toy, tokenizer):
     assert not order_tasks._only_order_differs(("red blue", "red blue"), tokenizer, 16)
     assert not order_tasks._only_order_differs(("red blue", "blue blue"), tokenizer, 16)
     assert order_tasks._only_order_differs(("red blue", "blue red"), tokenizer, 16)
@@ -286,15 +286,15 @@ def test_every_task_can_be_written(tasks, smollm, tmp_path, monkeypatch):
 
 @pytest.mark.embedded
 @pytest.mark.parametrize("name", order_tasks.ORDER_TASKS)
-def test_validation_uses_other_texts(name, tasks, smollm):
-    found = find_groups(name, smollm, 128, 120, 40, "validation")
-    assert min(found.n_train_groups, found.n_test_groups) >= 15
+def test_validation_uses_other_texts_than_evaluation(name, tasks, smollm):
+    validation = find_groups(name, smollm, 128, 120, 40, "validation")
+    assert min(validation.n_train_groups, validation.n_test_groups) >= 15
     if name == "agreement_swap":
         used = [
             {word.rstrip("s") for text in task.texts for word in text.split()[3::3][:2]}
-            for task in (found, tasks[name])
+            for task in (validation, tasks[name])
         ]
     else:
-        used = [parts(task.texts) for task in (found, tasks[name])]
-    # Different articles and reviews share a phrase now and then: the wall is by text.
+        used = [parts(task.texts) for task in (validation, tasks[name])]
+    # Different articles and reviews sometimes share a phrase, because the split is by text.
     assert len(used[0] & used[1]) <= 0.02 * len(used[0])

@@ -1,4 +1,4 @@
-"""What is imported is declared: a package that only another one brought would be missing in somebody's environment."""
+"""Imported packages are declared: a package installed only as a dependency of another could be missing elsewhere."""
 
 import ast
 import importlib.metadata
@@ -27,23 +27,25 @@ def imported(text):
         yield from (module.partition(".")[0] for module in modules)
 
 
-def test_what_is_imported_is_declared():
+def test_imported_packages_are_declared():
     packages = importlib.metadata.packages_distributions()
     declared = names(PROJECT["dependencies"]).union(*(names(PROJECT["optional-dependencies"][x]) for x in USERS_EXTRAS))
     for path, text in SOURCES.items():
         for module in set(imported(text)) - set(sys.stdlib_module_names) - {"posmask"}:
-            found = {name.lower().replace("_", "-") for name in packages[module]}
-            assert found & declared, f"{path.name} imports {module} of {found}, which pyproject.toml does not name"
+            packages_of_module = {name.lower().replace("_", "-") for name in packages[module]}
+            assert packages_of_module & declared, (
+                f"{path.name} imports {module} of {packages_of_module}, which pyproject.toml does not declare"
+            )
 
 
 @pytest.mark.parametrize("extra", USERS_EXTRAS)
-def test_an_extra_is_named_with_its_pip_line_by_the_error_that_misses_it(extra):
-    said = [
+def test_an_error_message_names_each_extra_with_its_pip_command(extra):
+    lines = [
         line for text in SOURCES.values() for line in text.splitlines() if f"pip install 'posmask[{extra}]'" in line
     ]
-    assert said
+    assert lines
 
 
-def test_no_error_names_an_extra_that_is_none():
-    said = {extra for text in SOURCES.values() for extra in re.findall(r"posmask\[([\w,]+)\]", text)}
-    assert said <= set(USERS_EXTRAS)
+def test_error_messages_name_only_existing_extras():
+    extras = {extra for text in SOURCES.values() for extra in re.findall(r"posmask\[([\w,]+)\]", text)}
+    assert extras <= set(USERS_EXTRAS)

@@ -1,4 +1,4 @@
-"""The page of performance says what results.json says, and that has the form that others may read it by."""
+"""The performance page agrees with results.json, whose rows are complete."""
 
 import importlib.util
 import json
@@ -30,20 +30,19 @@ def results():
     return json.loads((ROOT / "benchmarks" / "results.json").read_text(encoding="utf8"))
 
 
-def test_every_work_has_a_ratio_with_its_spread():
-    found = results()
-    assert {row["work"] for row in found["ratios"]} == WORKS
-    for row in found["ratios"]:
+def test_every_benchmark_has_a_ratio_with_its_range():
+    measured = results()
+    assert {row["work"] for row in measured["ratios"]} == WORKS
+    for row in measured["ratios"]:
         assert row["low"] <= row["high"]
-        assert (
-            0.9 * row["low"] <= row["ratio"] <= 1.1 * row["high"]
-        )  # a ratio of medians, beside those of single rounds
+        # The ratio of medians is near the ratios of single rounds.
+        assert 0.9 * row["low"] <= row["ratio"] <= 1.1 * row["high"]
         assert row["ratio"] == pytest.approx(row["peer_ms"] / row["ours_ms"], rel=1e-3, abs=0.006)  # two decimals
-    assert {"processor", "cores"} <= set(found["machine"])
-    assert {"torch", "sae-lens", "eai-sparsify", "dictionary-learning", "overcomplete"} <= set(found["versions"])
+    assert {"processor", "cores"} <= set(measured["machine"])
+    assert {"torch", "sae-lens", "eai-sparsify", "dictionary-learning", "overcomplete"} <= set(measured["versions"])
 
 
-def test_the_tables_of_the_page_are_those_of_the_results():
+def test_the_tables_of_the_page_are_generated_from_the_results():
     spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,4 +1,4 @@
-"""Precision `auto` of training: fast where the CPU multiplies bfloat16, and never a different kind of value."""
+"""Training precision `auto`: bfloat16 only where the CPU multiplies it fast, and only for selection."""
 
 import tomllib
 from pathlib import Path
@@ -25,18 +25,18 @@ def test_every_shipped_study_trains_with_precision_auto(path):
 
 
 @pytest.mark.parametrize("fast", ["float32", "bfloat16"])
-def test_auto_chooses_latents_in_the_precision_that_is_fast_here(activations, fast, monkeypatch):
+def test_auto_selects_latents_in_the_fast_precision(activations, fast, monkeypatch):
     monkeypatch.setattr(runtime, "fast_precision", lambda device="cpu": fast)
     assert torch.equal(trained(activations, "topk"), trained(activations, "topk", precision=fast))
 
 
-def test_auto_never_rounds_the_values_of_rules_that_do_not_choose(activations, monkeypatch):
+def test_auto_does_not_round_values_of_rules_without_selection(activations, monkeypatch):
     monkeypatch.setattr(runtime, "fast_precision", lambda device="cpu": "bfloat16")
     assert torch.equal(trained(activations, "relu"), trained(activations, "relu", precision="float32"))
     assert not torch.equal(trained(activations, "relu"), trained(activations, "relu", precision="bfloat16"))
 
 
-def test_a_cpu_without_bfloat16_is_not_fast_in_it(monkeypatch):
+def test_bfloat16_is_fast_only_on_a_cpu_with_its_instructions(monkeypatch):
     features = "flags : fpu sse4_2 avx avx2 fma"
     monkeypatch.setattr(Path, "read_text", lambda path, encoding=None: features)
     assert runtime.fast_precision() == "float32"

@@ -1,4 +1,4 @@
-"""posmask's probes against what sae-bench 0.6.0's own code did on the same activations (tests/interop records it)."""
+"""Probes of posmask compared with sae-bench 0.6.0 on the same activations, as recorded by tests/interop."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ RECORDED = json.loads((Path(__file__).parent / "data" / "saebench_probing.json")
 
 
 def pooled(sides):
-    """(features, dataset): all training texts class by class, then all test texts."""
+    """Return (features, dataset): the training texts class by class, then the test texts."""
     rows = torch.cat([torch.from_numpy(side[name]) for side in sides for name in CLASSES])
     features = PooledTexts(len(rows), rows.shape[1])
     features.add(torch.arange(len(rows)), rows)
@@ -29,7 +29,7 @@ def accuracy(correct):
     return float(correct.double().mean())
 
 
-def test_probes_on_the_same_negatives_choose_the_same_features_and_score_the_same():
+def test_probes_select_the_same_features_and_have_the_same_accuracy():
     recorded = RECORDED["each_k"]
     features, dataset = pooled(latents(recorded["latents_seed"]))
     random = torch.Generator().manual_seed(recorded["seed"])
@@ -51,7 +51,7 @@ def test_probes_on_the_same_negatives_choose_the_same_features_and_score_the_sam
     assert max(map(abs, differences)) <= 0.002
 
 
-def test_the_saebench_protocol_draws_from_one_stream_as_sae_bench_does():
+def test_the_saebench_protocol_draws_the_same_texts():
     recorded = RECORDED["stream"]
     random = torch.Generator().manual_seed(recorded["seed"])
     kept = torch.ones((N_TRAIN + N_TEST) * len(CLASSES)).bool()
@@ -60,24 +60,24 @@ def test_the_saebench_protocol_draws_from_one_stream_as_sae_bench_does():
         task = datasets._task(dataset, kept, int(probe["class"]), random)
         rows = task.train.numpy(), (task.test - N_TRAIN * len(CLASSES)).numpy()
         assert sha256(*rows) == probe["rows_sha256"]
-        if probe["k"] is None:  # What the fit on all features draws: initial weights, and an order each epoch.
+        if probe["k"] is None:  # The fit on all features draws initial weights and an order per epoch.
             torch.empty(probe["n_features"]).uniform_(generator=random)
             torch.empty(1).uniform_(generator=random)
             for _ in range(probe["n_epochs"]):
                 torch.randperm(len(task.train), generator=random)
 
 
-def test_whole_evaluations_score_as_sae_bench_scores_them():
+def test_evaluations_have_the_same_mean_accuracies():
     recorded = RECORDED["stream"]
     means = recorded["means"]
     random = torch.Generator().manual_seed(recorded["seed"])
     for name, seed in recorded["latents_seeds"].items():
         for source, sides in (("llm", channels(seed + 100)), ("sae", latents(seed))):
             features, dataset = pooled(sides)
-            found = datasets.probe_accuracy(
+            measures = datasets.probe_accuracy(
                 dataset, features, (1, 2, 5), source=source, protocol="saebench", random=random
             )
-            for measure in found:
+            for measure in measures:
                 if "class" not in measure.slice:
                     k = measure.slice["k"]
                     key = f"{source}_test_accuracy" if k == "all" else f"{source}_top_{k}_test_accuracy"

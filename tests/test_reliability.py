@@ -1,4 +1,4 @@
-"""What survives: killed processes, lost power, full disks, too little memory, bad input, hostile files."""
+"""Behavior after killed processes, power loss, full disks, lack of memory and hostile files."""
 
 import json
 import math
@@ -35,53 +35,53 @@ HARNESS = Path(__file__).parent / "reliability" / "harness.py"
 
 def run_harness(kills, *stages):
     command = [sys.executable, str(HARNESS), "--kills", str(kills), *(["--stages", *stages] if stages else [])]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
 
 
-def test_runs_that_were_killed_end_with_the_same_bytes():
-    seen = run_harness(2, "harvest", "train", "report")
-    assert [(stage["stage"], stage["kills"]) for stage in seen] == [("harvest", 2), ("train", 2), ("report", 2)]
-    assert all(stage["ends"] for stage in seen)
+def test_killed_runs_end_with_the_same_bytes():
+    stages = run_harness(2, "harvest", "train", "report")
+    assert [(stage["stage"], stage["kills"]) for stage in stages] == [("harvest", 2), ("train", 2), ("report", 2)]
+    assert all(stage["ends"] for stage in stages)
 
 
 @pytest.mark.slow
-def test_a_hundred_kills_in_every_stage_change_no_byte():
+def test_a_hundred_kills_per_stage_change_no_byte():
     assert [stage["kills"] for stage in run_harness(100)] == [100] * 6
 
 
 class _Disk:
-    """A disk that loses what was not synced, contents and names.
+    """A disk that loses unsynced file contents and directory entries.
 
-    It looks at a tree before and after each rename and at each sync. What an entry of a folder came to hold since
-    that folder's last sync may be lost, each change by itself; of changes to the same entry only later ones before
-    earlier ones. A rename is one change to two entries.
+    It records the tree before and after each rename and at each sync. Each change of a directory entry since the last
+    sync of its folder may be lost independently, except that a surviving change of an entry implies that all earlier
+    changes of this entry survive. A rename is a single change of two entries.
     """
 
     def __init__(self, monkeypatch, root):
         self._root, self._open, self._contents = root, {}, {}
-        self._changes = []  # each {(inode of the folder, name): inode that it holds then, or None}
-        self._synced = []  # the entries of each change that its folder's sync has made sure
+        self._changes = []  # each {(inode of the folder, name): new inode of the entry, or None}
+        self._synced = []  # the entries of each change that a sync of the folder has made durable
         self._names = {}
         self.watching = None
         self._look()
 
-        def synced(descriptor):  # It need not reach the real disk.
+        def synced(descriptor):  # The real disk need not sync.
             self._look()
             number = os.fstat(descriptor).st_ino
             path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
             if not path.is_relative_to(self._root):
                 return
             if path.is_dir():
-                for change, sure in zip(self._changes, self._synced, strict=True):
-                    sure |= {entry for entry in change if entry[0] == number}
+                for change, durable in zip(self._changes, self._synced, strict=True):
+                    durable |= {entry for entry in change if entry[0] == number}
             else:
                 self._contents[number] = path.read_bytes()
             if self.watching is not None:
                 self.watching()
 
-        def looking(rename):
+        def recording(rename):
             def renamed(*args, **kwargs):
                 self._look()
                 rename(*args, **kwargs)
@@ -91,14 +91,14 @@ class _Disk:
 
         monkeypatch.setattr(os, "fsync", synced)
         for name in ("rename", "replace"):
-            monkeypatch.setattr(os, name, looking(getattr(os, name)))
+            monkeypatch.setattr(os, name, recording(getattr(os, name)))
 
     def _look(self):
         now = {}
         for folder in [self._root, *(path for path in self._root.rglob("*") if path.is_dir())]:
             for path in folder.iterdir():
                 now[folder.stat().st_ino, path.name] = number = path.stat().st_ino
-                if number not in self._open:  # Open files keep their number to themselves.
+                if number not in self._open:  # The inode number of an open file is not reused.
                     self._open[number] = os.open(path, os.O_RDONLY)
         gone = {entry: number for entry, number in self._names.items() if entry not in now}
         for entry, number in now.items():
@@ -111,19 +111,19 @@ class _Disk:
         self._names = now
 
     def after_power_loss(self, to, chance):
-        """Make the tree as it may stand after the power went; unsynced contents are cut at random."""
+        """Write a possible state of the tree after a power loss; unsynced contents are truncated at random."""
         self._look()
-        share = chance.choice((0.0, 0.2, 0.8, 1.0))  # of changes that reached the disk unasked
+        share = chance.choice((0.0, 0.2, 0.8, 1.0))  # share of unsynced changes that reached the disk
         both = zip(self._changes, self._synced, strict=True)
-        kept = [sure == set(change) or chance.random() < share for change, sure in both]
+        kept = [durable == set(change) or chance.random() < share for change, durable in both]
         later = set()
         for number in reversed(range(len(self._changes))):
             kept[number] = kept[number] or not later.isdisjoint(self._changes[number])
             if kept[number]:
                 later |= set(self._changes[number])
         names = {}
-        for change, there in zip(self._changes, kept, strict=True):
-            names |= change if there else {}
+        for change, is_kept in zip(self._changes, kept, strict=True):
+            names |= change if is_kept else {}
         shutil.rmtree(to, ignore_errors=True)
         self._make(self._root.stat().st_ino, names, to, chance)
 
@@ -147,14 +147,14 @@ class _Disk:
 
 @pytest.fixture
 def memory_folder():
-    """Where thousands of small files cost nothing."""
+    """Return a folder in memory, where thousands of small files are fast."""
     shared = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as folder:
         yield Path(folder).resolve()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names of open files are read from /proc")
-def test_power_loss_at_any_sync_leaves_only_what_is_whole(memory_folder, monkeypatch):
+def test_power_loss_at_any_sync_leaves_no_damage(memory_folder, monkeypatch):
     root, after, chance = memory_folder / "root", memory_folder / "after", random.Random(0)
     root.mkdir()
     disk, promised, made, seen = _Disk(monkeypatch, root), {}, set(), []
@@ -162,7 +162,7 @@ def test_power_loss_at_any_sync_leaves_only_what_is_whole(memory_folder, monkeyp
     state = {"weights": torch.arange(100.0)}
 
     def check():
-        """What stands after a loss of power now is whole, holds all that was promised, and leads to the same end."""
+        """After a power loss, nothing is damaged, all promised parts exist, and a resumed run gives the same files."""
         watching, disk.watching = disk.watching, None
         for _ in range(2):
             disk.after_power_loss(after, chance)
@@ -195,14 +195,14 @@ def test_power_loss_at_any_sync_leaves_only_what_is_whole(memory_folder, monkeyp
             promise("cell", True)
 
     def read_all(where):
-        found = {}
+        contents = {}
         for name in ("harvest", "cells/cell"):
             manifest = read_manifest(where / "study" / name, verify=True)
-            found |= {Path(file).name: (where / "study" / name / file).read_bytes() for file in manifest["files"]}
-        return found
+            contents |= {Path(file).name: (where / "study" / name / file).read_bytes() for file in manifest["files"]}
+        return contents
 
-    def promise(what, how_much):
-        promised[what] = how_much
+    def promise(key, value):
+        promised[key] = value
         check()
 
     disk.watching = check
@@ -214,7 +214,7 @@ def test_power_loss_at_any_sync_leaves_only_what_is_whole(memory_folder, monkeyp
     for word in ("old", "new"):
         with replacing(root / "table") as beside:
             beside.write_text(word * 100)
-    # A damaged harvest is made again out of what is left of it, and a cell is written anew in its place.
+    # Recompute a damaged harvest from its intact parts, and replace a cell.
     del promised["part-0"]
     part = root / "study" / "harvest" / "part-0"
     disk.watching = None
@@ -241,7 +241,7 @@ def test_a_hostile_pickle_is_never_loaded(tmp_path, model_folder):
     (tmp_path / "sae.safetensors").write_bytes(hostile)
     with pytest.raises(DamagedFolder, match="holds no readable SAE"):
         read_sae(tmp_path)
-    # As a model's weights: transformers must find no safetensors and refuse, not fall back on a pickle.
+    # As model weights: without safetensors, transformers must raise instead of loading a pickle.
     from posmask.data.models import load_model
 
     shutil.copytree(model_folder, tmp_path / "model")
@@ -250,11 +250,11 @@ def test_a_hostile_pickle_is_never_loaded(tmp_path, model_folder):
     with pytest.raises(BadSetting, match="cannot be loaded"):
         load_model(str(tmp_path / "model"), 2, "float32")
     assert not (tmp_path / "executed").exists()
-    pickle.loads(hostile)  # It would have worked.
+    pickle.loads(hostile)  # The pickle does work.
     assert (tmp_path / "executed").exists()
 
 
-def test_no_code_of_a_model_is_run(tmp_path, model_folder):
+def test_code_of_a_model_is_never_run(tmp_path, model_folder):
     from posmask.data.models import load_model, load_tokenizer
 
     shutil.copytree(model_folder, tmp_path / "model")
@@ -265,12 +265,12 @@ def test_no_code_of_a_model_is_run(tmp_path, model_folder):
     (tmp_path / "model" / "hostile.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
     with pytest.raises(BadSetting, match="cannot be loaded"):
         load_model(str(tmp_path / "model"), 2, "float32")
-    load_tokenizer(str(tmp_path / "model"))  # It has no code of its own, so it may be read.
+    load_tokenizer(str(tmp_path / "model"))  # The tokenizer has no code, so it can be loaded.
     assert not (tmp_path / "executed").exists()
 
 
-def test_a_full_disk_is_said_in_a_sentence_and_space_lets_the_run_go_on(tmp_path):
-    """Files may not grow beyond a limit: what a write then gets is what a full disk gives it."""
+def test_a_full_disk_is_reported_and_the_run_resumes_with_space(tmp_path):
+    """A limit on the file size gives the same error as a full disk."""
     code = """
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -306,18 +306,18 @@ commands.main()
 @pytest.mark.parametrize(
     "failure", ["torch.zeros(2**40)", "bytearray(2**44)", "numpy.zeros(2**44)"], ids=["torch", "python", "numpy"]
 )
-def test_too_little_memory_is_said_in_a_sentence(failure):
+def test_lack_of_memory_is_reported_without_traceback(failure):
     code = f"import numpy, torch; from posmask.cli import commands; commands.app = lambda: {failure}; commands.main()"
     code = f"import resource; resource.setrlimit(resource.RLIMIT_AS, (2**36, 2**36)); {code}"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    assert done.stderr.startswith("posmask: memory ran out")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert result.stderr.startswith("posmask: memory ran out")
 
 
 @pytest.mark.slow
-def test_the_same_study_elsewhere_gives_the_same_bytes_or_nearly_the_same_numbers(tmp_path):
-    """One or two processes and other shards change no byte; other batches of the model change sums in the last bits."""
+def test_processes_and_shard_sizes_change_no_byte_and_batch_sizes_only_rounding(tmp_path):
+    """One or two processes and other shard sizes change no byte; other model batch sizes change rounding only."""
     write_tiny_model(tmp_path / "model")
 
     def run(name, *, jobs=1, shard=65536, forward=4096):
@@ -325,18 +325,20 @@ def test_the_same_study_elsewhere_gives_the_same_bytes_or_nearly_the_same_number
         root.parent.mkdir()
         script = Path(__file__).parent / "reliability" / "elsewhere.py"
         command = [sys.executable, script, tmp_path / "model", root, str(jobs), str(shard), str(forward)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
-        files = json.loads(done.stdout)
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr[-3000:]
+        files = json.loads(result.stdout)
         results = read_rows(root / "results.csv")
-        found = {(row.cell, row.metric, row.slice): row.value for row in results if not row.metric.endswith("_seconds")}
-        return {file: digest for file, digest in files.items() if not file.startswith("vectors/")}, found
+        values = {
+            (row.cell, row.metric, row.slice): row.value for row in results if not row.metric.endswith("_seconds")
+        }
+        return {file: digest for file, digest in files.items() if not file.startswith("vectors/")}, values
 
-    files, rows = run("one")
+    files, rows = run("default")
     assert len(files) > 30
-    assert run("two", jobs=2)[0] == files
+    assert run("two-jobs", jobs=2)[0] == files
     assert run("shards", shard=512)[0] == files
     _, others = run("batches", forward=100)
     assert others.keys() == rows.keys()
-    apart = [abs(others[key] - value) for key, value in rows.items() if not math.isnan(value)]
-    assert 0 < max(apart) < 1e-4  # 2.8e-5 was seen; were it 0, this would compare a run with itself
+    differences = [abs(others[key] - value) for key, value in rows.items() if not math.isnan(value)]
+    assert 0 < max(differences) < 1e-4  # 2.8e-5 was measured; 0 would mean that the setting has no effect

@@ -1,4 +1,4 @@
-"""The page: every number is a row or a mean of rows, data never runs as HTML, and Chromium can use it."""
+"""The report page: numbers equal rows or means of rows, data never runs as HTML, and the page works in Chromium."""
 
 import base64
 import csv
@@ -50,23 +50,23 @@ WORDS = [" the", " dog", HOSTILE, "\u202eabc", "\x00\x07", "שלום", "x" * 100
 
 
 class Words:
-    """A tokenizer for as much as the page asks of one."""
+    """A tokenizer with the one method that the report needs."""
 
     def decode(self, ids):
         return WORDS[ids[0] % len(WORDS)]
 
 
 def write_cell(root, name, kind, *, seed=0, level=0.8, latents=True, d_sae=D_SAE):
-    """A cell of a small SAE that was never trained, with rows and latents."""
+    """Write a cell of a small untrained SAE with rows and latents, and return its rows."""
     generator = np.random.default_rng(seed + len(name))
     units = {metric: Units(generator.uniform(size=30) + level, np.full(30, 2.0)) for metric in ("ev", "order")}
 
-    def of(name):
+    def ratio_of(name):
         return float(units[name].top.sum() / units[name].bottom.sum())
 
     order = {"task": HOSTILE, "k": 5, "pooling": "mean"}
     measures = [
-        Measure("explained_variance", of("ev"), 0.80, 0.82, 1000, units=units["ev"]),
+        Measure("explained_variance", ratio_of("ev"), 0.80, 0.82, 1000, units=units["ev"]),
         Measure("dead_share", 0.25, n=D_SAE),
         Measure("d_sae", d_sae, n=1),
         Measure("train_seconds", 12.0 + seed, n=1),
@@ -78,7 +78,7 @@ def write_cell(root, name, kind, *, seed=0, level=0.8, latents=True, d_sae=D_SAE
         Measure("evaluate_seconds", 3.0 + seed, n=1),
         Measure("retention", 0.25 + 0.01 * seed, 0.24, 0.26, 30),
         Measure("retention_chance", 0.125, 0.11, 0.13, 30),
-        Measure("order_accuracy", of("order"), 0.5, 0.7, 50, order, units["order"]),
+        Measure("order_accuracy", ratio_of("order"), 0.5, 0.7, 50, order, units["order"]),
         Measure("order_shuffled", 0.51, 0.4, 0.6, 50, order),
         Measure("order_permuted", 0.48, 0.4, 0.6, 50, order),
         *(
@@ -95,10 +95,10 @@ def write_cell(root, name, kind, *, seed=0, level=0.8, latents=True, d_sae=D_SAE
             for part in ("position", "content", "interaction")
         ),
     ]
-    found = [Row.of(m, cell=name, mask=kind, budget="width", gating="forward", seed=seed) for m in measures]
+    rows = [Row.of(m, cell=name, mask=kind, budget="width", gating="forward", seed=seed) for m in measures]
     made_from = {"cell": {"name": name}, "seed": seed, "note": HOSTILE, "evaluation": {"order_test_groups": 60}}
     with write_folder(root / "cells" / f"{name}-seed{seed}", made_from, versions={"torch": "2"}) as draft:
-        write_rows(draft / "rows.csv", found)
+        write_rows(draft / "rows.csv", rows)
         write_units(draft / "units.safetensors", measures)
         curve = "tokens,explained_variance,mean_openness\n100,0.2,1\n200,0.5,.6\n"
         (draft / "curve.csv").write_text(curve)
@@ -109,7 +109,7 @@ def write_cell(root, name, kind, *, seed=0, level=0.8, latents=True, d_sae=D_SAE
             save_file({"openness": moments, "tokens": torch.arange(8) * 25 + 25}, draft / "snapshots.safetensors")
         if latents:
             write_latents(sae, draft)
-    return found
+    return rows
 
 
 def write_latents(sae, folder):
@@ -137,11 +137,11 @@ def write_study(root, cells=(("open", "open"), ("hard", "hard"), ("soft", "soft"
         for seed in seeds:
             rows += write_cell(root, name, kind, seed=seed, level=0.8 - 0.1 * number)
     write_rows(root / "results.csv", rows)
-    made = [
+    verdicts = [
         Verdict("hard", "open", "order k=5", -0.0123, -0.2, 0.1, 0.5, 3, 2, "no evidence"),
         Verdict("hard", "open", "explained_variance", -0.1, -0.2, -0.05, 0.01, 3, 2, "worse"),
     ]
-    write_verdicts(root / "verdicts.csv", made)
+    write_verdicts(root / "verdicts.csv", verdicts)
     write_study_record(root, cells[0][0])
     return root
 
@@ -164,7 +164,7 @@ def page(study):
 
 @pytest.fixture
 def root(study, tmp_path):
-    """A copy to damage."""
+    """A copy of the study that a test may damage."""
     return shutil.copytree(study, tmp_path / "study")
 
 
@@ -173,91 +173,90 @@ def block(page, name):
     return gzip.decompress(base64.b64decode(text))
 
 
-def mean_of_rows(root, of):
-    """The definition that the page gives of a number, by hand from results.csv."""
-    cell, metric, where = of.split("|", 2)
+def mean_of_rows(root, key):
+    """Compute a number of the page from results.csv by the definition that the page gives."""
+    cell, metric, slice_text = key.split("|", 2)
     cell, _, seed = cell.partition("@")
-    wanted = dict(part.split("=", 1) for part in where.split(";")) if where else {}
+    expected_slice = dict(part.split("=", 1) for part in slice_text.split(";")) if slice_text else {}
     with (root / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
 
     def mean(metric):
-        found = []
+        values = []
         for row in rows:
             slice = dict(part.split("=", 1) for part in row["slice"].split(";")) if row["slice"] else {}
-            right = wanted.items() <= slice.items() and "class" not in slice if wanted else not slice
-            if cell in ("*", row["cell"]) and row["metric"] == metric and right and seed in ("", row["seed"]):
-                found.append(float(row["value"]))
-        return sum(found) / len(found)
+            matches = expected_slice.items() <= slice.items() and "class" not in slice if expected_slice else not slice
+            if cell in ("*", row["cell"]) and row["metric"] == metric and matches and seed in ("", row["seed"]):
+                values.append(float(row["value"]))
+        return sum(values) / len(values)
 
-    first, _, less = metric.partition("-")
-    return mean(first) - (mean(less) if less else 0)
+    first, _, subtracted = metric.partition("-")
+    return mean(first) - (mean(subtracted) if subtracted else 0)
 
 
-def rows_of(root, of):
-    """The rows themselves, as `mean_of_rows` finds them."""
-    cell, metric, where = of.split("|", 2)
-    wanted = dict(part.split("=", 1) for part in where.split(";")) if where else {}
+def rows_of(root, key):
+    """Yield the rows that `mean_of_rows` averages."""
+    cell, metric, slice_text = key.split("|", 2)
+    expected_slice = dict(part.split("=", 1) for part in slice_text.split(";")) if slice_text else {}
     with (root / "results.csv").open(newline="") as file:
         for row in csv.DictReader(file):
             slice = dict(part.split("=", 1) for part in row["slice"].split(";")) if row["slice"] else {}
-            right = wanted.items() <= slice.items() and "class" not in slice if wanted else not slice
-            if cell in ("*", row["cell"]) and row["metric"] == metric and right:
+            matches = expected_slice.items() <= slice.items() and "class" not in slice if expected_slice else not slice
+            if cell in ("*", row["cell"]) and row["metric"] == metric and matches:
                 yield row
 
 
 def cells_of(page):
-    """Every table cell of the page: its table's id or label, its attributes, its text."""
+    """Return the table's id or label, the attributes and the text of every table cell of the page."""
 
     class Cells(HTMLParser):
         def __init__(self):
             super().__init__()
-            self.found, self.table, self.region, self.inside = [], "", "", False
+            self.cells, self.table, self.region, self.inside = [], "", "", False
 
         def handle_starttag(self, tag, attributes):
-            named = dict(attributes)
-            if tag == "div" and "aria-label" in named:
-                self.region = named["aria-label"]
+            attribute = dict(attributes)
+            if tag == "div" and "aria-label" in attribute:
+                self.region = attribute["aria-label"]
             if tag == "table":
-                self.table = named.get("id") or self.region
+                self.table = attribute.get("id") or self.region
             if tag == "td":
-                self.found.append((self.table, named, {"": ""}))
+                self.cells.append((self.table, attribute, {"": ""}))
                 self.part, self.inside = "", True
             if tag in ("span", "small"):
-                self.part = named.get("class", "small")
+                self.part = attribute.get("class", "small")
 
         def handle_endtag(self, tag):
             if tag == "small" and self.inside:
-                self.found[-1][2]["small"] += "; "
+                self.cells[-1][2]["small"] += "; "
             if tag == "td":
                 self.inside = False
 
         def handle_data(self, data):
             if self.inside:
-                parts = self.found[-1][2]
+                parts = self.cells[-1][2]
                 parts[self.part] = parts.get(self.part, "") + data.strip()
 
     reader = Cells()
     reader.feed(page.read_text(encoding="utf8").partition("<script type=")[0])
-    return reader.found
+    return reader.cells
 
 
 def read(text):
-    """The numbers of a text as the page writes them."""
-    return [float(one.replace("−", "-").replace(",", "")) for one in re.findall(r"[+−]?[\d,]*\.?\d+", text)]
+    """Return the numbers in a text of the page."""
+    return [float(number.replace("−", "-").replace(",", "")) for number in re.findall(r"[+−]?[\d,]*\.?\d+", text)]
 
 
-def expected_difference(root, of):
-    """Effect, low and high against `open`, from units where there are any, else seed by seed."""
-    cell, metric, where = of.split("|", 2)
-    if metric in ("explained_variance", "order_accuracy") and ("k=5" in where or not where):
-        one, other = (samples(root, name, metric) for name in (cell, "open"))
-        found = paired_difference(one, other)
-        return [found.effect, found.ci_low, found.ci_high]
-    each = [mean_of_rows(root, f"{cell}@{seed}|{metric}|{where}") for seed in (0, 1)]
-    base = [mean_of_rows(root, f"open@{seed}|{metric}|{where}") for seed in (0, 1)]
-    apart = [one - two for one, two in zip(each, base, strict=True)]
-    return [sum(apart) / 2, min(apart), max(apart)]
+def expected_difference(root, key):
+    """Return effect and interval against `open`, from units if there are any, otherwise from seeds."""
+    cell, metric, slice_text = key.split("|", 2)
+    if metric in ("explained_variance", "order_accuracy") and ("k=5" in slice_text or not slice_text):
+        difference = paired_difference(*(samples(root, name, metric) for name in (cell, "open")))
+        return [difference.effect, difference.ci_low, difference.ci_high]
+    cell_values = [mean_of_rows(root, f"{cell}@{seed}|{metric}|{slice_text}") for seed in (0, 1)]
+    baseline_values = [mean_of_rows(root, f"open@{seed}|{metric}|{slice_text}") for seed in (0, 1)]
+    differences = [value - baseline for value, baseline in zip(cell_values, baseline_values, strict=True)]
+    return [sum(differences) / 2, min(differences), max(differences)]
 
 
 def samples(root, cell, metric):
@@ -266,74 +265,76 @@ def samples(root, cell, metric):
     return [sample(read_units(folder / "units.safetensors"), "mean", column) for folder in folders]
 
 
-def expected_interval(root, of):
-    """Over texts and seeds where there are units, else from seed to seed."""
-    cell, metric, where = of.split("|", 2)
+def expected_interval(root, key):
+    """Return the interval over texts and seeds if there are units, otherwise the range of the seeds."""
+    cell, metric, slice_text = key.split("|", 2)
     if cell == "*":
-        values = [float(row["value"]) for row in rows_of(root, of)]
+        values = [float(row["value"]) for row in rows_of(root, key)]
         return [min(values), max(values)]
     if metric in ("explained_variance", "order_accuracy"):
-        one = samples(root, cell, metric)
-        nothing = [{name: Units(0 * u.top, 0 * u.bottom + 1) for name, u in own.items()} for own in one]
-        found = paired_difference(one, nothing)
-        return [found.ci_low, found.ci_high]
-    return sorted(mean_of_rows(root, f"{cell}@{seed}|{metric}|{where}") for seed in (0, 1))
+        cell_samples = samples(root, cell, metric)
+        zeros = [{name: Units(0 * u.top, 0 * u.bottom + 1) for name, u in sample.items()} for sample in cell_samples]
+        difference = paired_difference(cell_samples, zeros)
+        return [difference.ci_low, difference.ci_high]
+    return sorted(mean_of_rows(root, f"{cell}@{seed}|{metric}|{slice_text}") for seed in (0, 1))
 
 
-def test_every_number_of_the_tables_is_a_row_or_a_mean_of_rows(study, page):
-    """Value, interval and difference of each table cell, and no cell with a number that names no rows."""
-    verdicts = {(one.label, one.against, one.column): one for one in read_verdicts(study / "verdicts.csv")}
-    seen = {"of": 0, "interval": 0, "difference": 0, "verdict": 0, "range": 0}
-    for table, named, parts in cells_of(page):
-        if "data-of" in named:
-            of = named["data-of"]
-            expected = mean_of_rows(study, of)
-            assert float(named["data-value"]) == pytest.approx(expected, abs=1e-12), of
+def test_every_number_in_a_table_is_a_row_or_a_mean_of_rows(study, page):
+    """Check value, interval and difference of each table cell; no other cell has a number, apart from metadata."""
+    verdicts = {
+        (verdict.label, verdict.against, verdict.column): verdict for verdict in read_verdicts(study / "verdicts.csv")
+    }
+    n_checked = {"value": 0, "interval": 0, "difference": 0, "verdict": 0, "range": 0}
+    for table, attributes, parts in cells_of(page):
+        if "data-of" in attributes:
+            key = attributes["data-of"]
+            expected = mean_of_rows(study, key)
+            assert float(attributes["data-value"]) == pytest.approx(expected, abs=1e-12), key
             shown = read(parts.get("v") or parts[""])
-            whole = any(part in of for part in ("_seconds", "train_tokens", "d_sae"))
-            assert shown == pytest.approx([expected], abs=0.5 if whole else 0.00051), of
-            seen["of"] += 1
+            is_integer = any(part in key for part in ("_seconds", "train_tokens", "d_sae"))
+            assert shown == pytest.approx([expected], abs=0.5 if is_integer else 0.00051), key
+            n_checked["value"] += 1
             if parts.get("i"):
-                assert read(parts["i"]) == pytest.approx(expected_interval(study, of), abs=0.00051), of
-                seen["interval"] += 1
+                assert read(parts["i"]) == pytest.approx(expected_interval(study, key), abs=0.00051), key
+                n_checked["interval"] += 1
             if parts.get("d", "–") != "–":
                 assert read(parts["d"].replace("seeds ", "")) == pytest.approx(
-                    expected_difference(study, of), abs=0.00061
-                ), of
-                assert parts["d"] in named["title"]
-                seen["difference"] += 1
-            if "seeds span" in named.get("title", ""):
+                    expected_difference(study, key), abs=0.00061
+                ), key
+                assert parts["d"] in attributes["title"]
+                n_checked["difference"] += 1
+            if "seeds span" in attributes.get("title", ""):
                 lows, highs = zip(
-                    *((float(row["ci_low"]), float(row["ci_high"])) for row in rows_of(study, of)), strict=True
+                    *((float(row["ci_low"]), float(row["ci_high"])) for row in rows_of(study, key)), strict=True
                 )
-                reach = read(named["title"].split("span")[1])
-                assert reach[:2] == pytest.approx([min(lows), max(highs)], abs=0.00051), of
-                seen["range"] += 1
-        elif "data-verdict" in named:
-            one = verdicts.pop(tuple(named["data-verdict"].split("|")))
-            assert float(named["data-value"]) == one.effect
-            assert read(parts[""]) == pytest.approx([one.effect], abs=0.00051)
+                reach = read(attributes["title"].split("span")[1])
+                assert reach[:2] == pytest.approx([min(lows), max(highs)], abs=0.00051), key
+                n_checked["range"] += 1
+        elif "data-verdict" in attributes:
+            verdict = verdicts.pop(tuple(attributes["data-verdict"].split("|")))
+            assert float(attributes["data-value"]) == verdict.effect
+            assert read(parts[""]) == pytest.approx([verdict.effect], abs=0.00051)
             interval, word, _ = parts["small"].split("; ")
-            assert read(interval) == pytest.approx([one.ci_low, one.ci_high], abs=0.00051)
-            assert word.lstrip("▲▼ ") == one.verdict.replace("no evidence", "not significant")
-            assert read(named["title"])[0] == pytest.approx(one.p_corrected, rel=0.01)
-            seen["verdict"] += 1
-        elif re.search(r"\d", "".join(parts.values())):  # what is no measure: seeds, identity, size, versions
-            seeds = table == "study" and parts[""] == "2"
-            about = table == "folders-1" and (
+            assert read(interval) == pytest.approx([verdict.ci_low, verdict.ci_high], abs=0.00051)
+            assert word.lstrip("▲▼ ") == verdict.verdict.replace("no evidence", "not significant")
+            assert read(attributes["title"])[0] == pytest.approx(verdict.p_corrected, rel=0.01)
+            n_checked["verdict"] += 1
+        elif re.search(r"\d", "".join(parts.values())):  # metadata: seeds, identity, size, versions
+            is_seed_count = table == "study" and parts[""] == "2"
+            is_metadata = table == "folders-1" and (
                 re.fullmatch(r"[0-9a-f]{16}|\d*\.\d", parts[""]) or "torch 2" in parts[""]
             )
-            pairs = table == "verdicts-1" and parts[""] == "3"
-            assert seeds or about or pairs, (table, named, parts)
+            is_pair_count = table == "verdicts-1" and parts[""] == "3"
+            assert is_seed_count or is_metadata or is_pair_count, (table, attributes, parts)
     assert not verdicts
-    assert seen["of"] > 60
-    assert min(seen.values()) > 1, seen
+    assert n_checked["value"] > 60
+    assert min(n_checked.values()) > 1, n_checked
 
 
 def test_the_page_counts_and_describes_the_verdicts(study, page):
     text = re.sub(r"<[^>]+>", "", page.read_text(encoding="utf8").partition('<h2 id="table"')[0])
-    for said in ("0 better", "1 worse", "1 not significant", "2 comparisons in total"):
-        assert said in text, said
+    for phrase in ("0 better", "1 worse", "1 not significant", "2 comparisons in total"):
+        assert phrase in text, phrase
     assert "▼ hard is worse than open in explained variance: −0.100 (−0.200 to −0.050), 3 seeds" in text
     assert "2 seeds (0, 1)" in text
     assert "6 trained SAEs, 1,000 held-out tokens" in text
@@ -347,7 +348,7 @@ def test_every_fraction_on_the_page_has_a_leading_zero(page):
     assert "0.5 in every probing column" in visible
 
 
-def test_a_mask_that_only_gates_gradients_is_marked(tmp_path):
+def test_a_gradient_only_mask_is_marked(tmp_path):
     rows = [
         replace(row, gating=gating)
         for name, kind, gating in (("open", "open", "forward"), ("hard", "hard", "gradient"))
@@ -364,15 +365,15 @@ def values_of(page, name):
     return spec["data"]["values"] if "data" in spec else [part["data"]["values"] for part in spec["concat"]]
 
 
-def test_every_number_of_the_pictures_is_a_mean_of_rows(study, page):
+def test_every_number_in_a_chart_is_a_mean_of_rows(study, page):
     cells = {"open", "hard", "soft"}
-    traded = values_of(page, "trade-off")
-    assert {value["cell"] for value in traded} == cells
-    for value in traded:
-        for axis, of in (("explained variance", "|explained_variance|"), ("order accuracy", "|order_accuracy|k=5")):
-            of = f"{value['cell']}{of}"
-            assert value[axis] == pytest.approx(mean_of_rows(study, of))
-            low, high = expected_interval(study, of)
+    trade_off = values_of(page, "trade-off")
+    assert {value["cell"] for value in trade_off} == cells
+    for value in trade_off:
+        for axis, suffix in (("explained variance", "|explained_variance|"), ("order accuracy", "|order_accuracy|k=5")):
+            key = f"{value['cell']}{suffix}"
+            assert value[axis] == pytest.approx(mean_of_rows(study, key))
+            low, high = expected_interval(study, key)
             assert [value[f"{axis} low"], value[f"{axis} high"]] == pytest.approx([low, high])
             assert read(value[f"range of {axis}"]) == pytest.approx([low, high], abs=0.00051)
     for name, metric in (("position", "explained_variance"), ("l0", "l0"), ("loss", "ce_recovered")):
@@ -384,11 +385,11 @@ def test_every_number_of_the_pictures_is_a_mean_of_rows(study, page):
             expected = mean_of_rows(study, f"{value['cell']}|{metric}|position={value['position']}")
             assert value["value"] == pytest.approx(expected), (name, value)
     metric = {"retention": "retention", "chance": "retention_chance"}
-    decayed = values_of(page, "decay")
-    assert len(decayed) == 6
-    for value in decayed:
-        of = f"{value['cell']}|{metric[value['what']]}|after={value['share']:g}"
-        assert value["value"] == pytest.approx(mean_of_rows(study, of))
+    decay = values_of(page, "decay")
+    assert len(decay) == 6
+    for value in decay:
+        key = f"{value['cell']}|{metric[value['what']]}|after={value['share']:g}"
+        assert value["value"] == pytest.approx(mean_of_rows(study, key))
     shares = values_of(page, "shift")
     assert len(shares) == 9
     for value in shares:
@@ -401,13 +402,13 @@ def test_every_number_of_the_pictures_is_a_mean_of_rows(study, page):
         assert value["latents"] == mean_of_rows(study, f"{value['cell']}|d_sae|")
 
 
-def test_curves_and_masks_are_those_of_the_cells_folders(study, page):
+def test_curves_and_masks_match_the_cell_folders(study, page):
     assert values_of(page, "curves") == [
         {"cell": cell, "tokens": tokens, "explained variance": value}
         for cell in ("open", "hard", "soft")
         for tokens, value in ((100, 0.2), (200, 0.5))
     ]
-    path, ends = values_of(page, "learned")
+    path, final_openness = values_of(page, "learned")
     assert path == [
         {"cell": "soft", "tokens": 100, "openness": 1},
         {"cell": "soft", "tokens": 200, "openness": 0.6},
@@ -416,7 +417,7 @@ def test_curves_and_masks_are_those_of_the_cells_folders(study, page):
         cell: load_file(study / "cells" / f"{cell}-seed0" / "openness.safetensors")["openness"]
         for cell in ("hard", "soft")
     }
-    for value in ends:  # a share of the gates after position 0, in twentieths of openness
+    for value in final_openness:  # a share of the gates after position 0, in twentieths of openness
         inside = np.abs(masks["soft"][1:] - value["openness"]) <= 0.025
         assert value["share"] == pytest.approx(inside.mean(), abs=2e-5)
 
@@ -425,7 +426,7 @@ def test_curves_and_masks_are_those_of_the_cells_folders(study, page):
             :, np.argsort((openness * np.arange(N_POSITIONS)[:, None]).sum(0) / openness.sum(0), kind="stable")
         ]
 
-    def same(values, openness, n_latent_bins, n_position_bins):
+    def assert_binned_mean(values, openness, n_latent_bins, n_position_bins):
         latents = np.array_split(np.arange(openness.shape[1]), min(n_latent_bins, openness.shape[1]))
         positions = np.array_split(np.arange(N_POSITIONS), min(n_position_bins, N_POSITIONS))
         starts = [part[0] for part in positions]
@@ -436,17 +437,17 @@ def test_curves_and_masks_are_those_of_the_cells_folders(study, page):
 
     drawn = values_of(page, "masks")
     for cell, openness in masks.items():
-        same([value for value in drawn if value["cell"] == cell], ordered(openness), 40, 32)
+        assert_binned_mean([value for value in drawn if value["cell"] == cell], ordered(openness), 40, 32)
     assert {value["cell"] for value in drawn} == set(masks)
     moments = load_file(study / "cells" / "soft-seed0" / "snapshots.safetensors")
-    last = moments["openness"][-1] / 255
-    order = np.argsort((last * np.arange(N_POSITIONS)[:, None]).sum(0) / last.sum(0), kind="stable")
+    last_openness = moments["openness"][-1] / 255
+    order = np.argsort((last_openness * np.arange(N_POSITIONS)[:, None]).sum(0) / last_openness.sum(0), kind="stable")
     drawn = values_of(page, "snapshots")
     assert {value["cell"] for value in drawn} == {"soft"}
     for number, openness in enumerate(moments["openness"], start=1):
-        own = [value for value in drawn if value["moment"] == number]
-        assert {value["tokens"] for value in own} == {25 * number}
-        same(own, openness[:, order] / 255, 24, 16)
+        snapshot_values = [value for value in drawn if value["moment"] == number]
+        assert {value["tokens"] for value in snapshot_values} == {25 * number}
+        assert_binned_mean(snapshot_values, openness[:, order] / 255, 24, 16)
 
 
 def test_strictness_curves_are_means_of_rows(tmp_path):
@@ -463,16 +464,16 @@ def test_strictness_curves_are_means_of_rows(tmp_path):
     }
     assert len(spec["concat"]) == 4
     for chart in spec["concat"]:
-        family, across = chart["layer"]
-        of = metrics[family["encoding"]["y"]["title"]]
-        assert [value["cell"] for value in family["data"]["values"]] == ["leak-1", "leak-2", "leak-3"]
-        for value in family["data"]["values"]:
-            assert value["value"] == pytest.approx(mean_of_rows(tmp_path, f"{value['cell']}|{of}"))
+        curve, baseline = chart["layer"]
+        key = metrics[curve["encoding"]["y"]["title"]]
+        assert [value["cell"] for value in curve["data"]["values"]] == ["leak-1", "leak-2", "leak-3"]
+        for value in curve["data"]["values"]:
+            assert value["value"] == pytest.approx(mean_of_rows(tmp_path, f"{value['cell']}|{key}"))
             assert value["openness"] == mean_of_rows(tmp_path, f"{value['cell']}|mean_openness|")
-        assert across["data"]["values"] == [{"value": pytest.approx(mean_of_rows(tmp_path, f"open|{of}"))}]
+        assert baseline["data"]["values"] == [{"value": pytest.approx(mean_of_rows(tmp_path, f"open|{key}"))}]
 
 
-def test_charts_first_show_the_baseline_and_seven_other_cells(tmp_path):
+def test_charts_initially_show_the_baseline_and_seven_other_cells(tmp_path):
     names = [f"cell{number}" for number in range(9)]
     cells = [(name, "hard") for name in names] + [("plain", "open")]
     rows = [row for name, kind in cells for row in write_cell(tmp_path, name, kind, latents=False)]
@@ -483,32 +484,34 @@ def test_charts_first_show_the_baseline_and_seven_other_cells(tmp_path):
 
 
 def test_the_baseline_is_named_in_a_crowded_trade_off(tmp_path):
-    """Every other cell beats it and all marks are in the same place, so that its worth alone gives it no room."""
-    together = {"explained_variance": 0.81, "order_accuracy": 0.6}
+    """All other cells are better and all marks overlap, so that its rank alone would not get it a label."""
+    shared_values = {"explained_variance": 0.81, "order_accuracy": 0.6}
     rows = [
-        replace(row, value=together.get(row.metric, row.value) - 1e-6 * (name == "plain"))
+        replace(row, value=shared_values.get(row.metric, row.value) - 1e-6 * (name == "plain"))
         for name in [*(f"a-long-name-{number}" for number in range(12)), "plain"]
         for row in write_cell(tmp_path, name, "hard", latents=False)
     ]
     write_rows(tmp_path / "results.csv", rows)
     write_study_record(tmp_path, "plain")
     values = values_of(write_report(tmp_path), "trade-off")
-    for when in ("", " narrow"):
-        assert "plain" in [value["cell"] for value in values if value[f"left{when}"] or value[f"right{when}"]]
+    for suffix in ("", " narrow"):
+        assert "plain" in [value["cell"] for value in values if value[f"left{suffix}"] or value[f"right{suffix}"]]
 
 
-def test_the_script_has_the_numbers_of_tables_and_verdicts(study, page):
+def test_script_data_match_the_tables_and_verdicts(study, page):
     facts = json.loads(block(page, "page"))
-    in_table = [named for table, named, _ in cells_of(page) if table == "study" and "data-value" in named]
-    own = [number for label in facts["numbers"].values() for number in label]
-    assert len(own) == len(in_table) > 30
-    for number, named in zip(own, in_table, strict=True):
-        assert (number is None) == (named["data-value"] == "")
+    table_attributes = [
+        attributes for table, attributes, _ in cells_of(page) if table == "study" and "data-value" in attributes
+    ]
+    numbers = [number for label in facts["numbers"].values() for number in label]
+    assert len(numbers) == len(table_attributes) > 30
+    for number, attributes in zip(numbers, table_attributes, strict=True):
+        assert (number is None) == (attributes["data-value"] == "")
         if number is not None:
-            assert number[0] == float(named["data-value"])
+            assert number[0] == float(attributes["data-value"])
     assert facts["verdicts"] == [
-        [one.label, one.against, one.column, one.effect, one.ci_low, one.ci_high, one.verdict]
-        for one in read_verdicts(study / "verdicts.csv")
+        [v.label, v.against, v.column, v.effect, v.ci_low, v.ci_high, v.verdict]
+        for v in read_verdicts(study / "verdicts.csv")
     ]
     assert facts["compared"] == {
         "explained_variance": 1, "ce_recovered": 2, "order k=1": 6, "order k=5": 7, "probing k=1": 9, "probing k=5": 10
@@ -519,45 +522,45 @@ def test_the_script_has_the_numbers_of_tables_and_verdicts(study, page):
     ]  # fmt: skip
 
 
-def test_the_browsers_blocks_are_the_latents_of_the_cells_folder(study, page):
+def test_latent_browser_data_match_the_cell_folder(study, page):
     facts = load_file(study / "cells" / "hard-seed0" / "latents.safetensors")
-    said = json.loads((study / "cells" / "hard-seed0" / "latents.json").read_text(encoding="utf8"))
+    descriptions = json.loads((study / "cells" / "hard-seed0" / "latents.json").read_text(encoding="utf8"))
     openness = load_file(study / "cells" / "hard-seed0" / "openness.safetensors")["openness"]
-    own, shared = unpacked(block(page, "cell-1")), unpacked(block(page, "texts-0"))
-    assert own["cell"] == "hard"
-    assert own["latent"].tolist() == list(range(D_SAE))
-    assert own["probes"] == said["probes"]
+    cell_block, text_block = unpacked(block(page, "cell-1")), unpacked(block(page, "texts-0"))
+    assert cell_block["cell"] == "hard"
+    assert cell_block["latent"].tolist() == list(range(D_SAE))
+    assert cell_block["probes"] == descriptions["probes"]
     names = ("firings", "position_information", "retention", "retention_chance", "largest", "text_start",
              "text_length", "text_value", "probe_latent", "probe_weight")  # fmt: skip
     for name in names:
-        np.testing.assert_array_equal(own[name], facts[name], err_msg=name)
-    np.testing.assert_allclose(own["openness"] / 255, openness.T, atol=0.51 / 255)
+        np.testing.assert_array_equal(cell_block[name], facts[name], err_msg=name)
+    np.testing.assert_allclose(cell_block["openness"] / 255, openness.T, atol=0.51 / 255)
     profile = facts["profile"].T
-    np.testing.assert_allclose(own["highest"], profile.max(1), rtol=1e-3)
+    np.testing.assert_allclose(cell_block["highest"], profile.max(1), rtol=1e-3)
     np.testing.assert_allclose(
-        own["profile"] / 255 * own["highest"][:, None], profile, atol=0.003 * profile.max() + 1e-6
+        cell_block["profile"] / 255 * cell_block["highest"][:, None], profile, atol=0.003 * profile.max() + 1e-6
     )
-    assert [shared["words"][one] for one in shared["token"]] == [
-        shown_word(said["words"][str(one)]) for one in facts["token_id"]
+    assert [text_block["words"][token] for token in text_block["token"]] == [
+        shown_word(descriptions["words"][str(token)]) for token in facts["token_id"]
     ]
-    np.testing.assert_array_equal(shared["position"], facts["token_position"])
+    np.testing.assert_array_equal(text_block["position"], facts["token_position"])
     for name in ("promoted", "suppressed"):
-        words = [[shared["words"][one] for one in line] for line in own[name]]
-        assert words == [[shown_word(said["words"][str(one)]) for one in line] for line in facts[name]]
-        np.testing.assert_allclose(own[f"{name}_logit"], facts[f"{name}_logit"], atol=0.051)
+        words = [[text_block["words"][token] for token in row] for row in cell_block[name]]
+        assert words == [[shown_word(descriptions["words"][str(token)]) for token in row] for row in facts[name]]
+        np.testing.assert_allclose(cell_block[f"{name}_logit"], facts[f"{name}_logit"], atol=0.051)
 
 
 def unpacked(data):
-    """A block as the page's script reads it."""
+    """Decode a data block as the page's script does."""
     length = int.from_bytes(data[:4], "little")
     header = json.loads(data[4 : 4 + length])
-    for name, place in header["arrays"].items():
-        n = int(np.prod(place["shape"]))
-        header[name] = np.frombuffer(data, place["type"], n, 4 + length + place["at"]).reshape(place["shape"])
+    for name, entry in header["arrays"].items():
+        size = int(np.prod(entry["shape"]))
+        header[name] = np.frombuffer(data, entry["type"], size, 4 + length + entry["at"]).reshape(entry["shape"])
     return header
 
 
-def test_the_page_fetches_nothing_and_lets_no_data_run(page):
+def test_the_page_loads_nothing_and_escapes_data(page):
     text = page.read_text(encoding="utf8")
     assert HOSTILE not in text
     assert "&lt;img src=x onerror" in text
@@ -565,19 +568,19 @@ def test_the_page_fetches_nothing_and_lets_no_data_run(page):
     assert "default-src 'none'" in text
 
 
-def test_a_token_of_any_text_is_short_and_visible():
+def test_any_token_is_shown_short_and_visible():
     assert len(shown_word("x" * 10_000_000)) < 50
     assert shown_word("\u202eabc") == "⟨202E⟩abc"
     assert shown_word("a\n\x00\x7f\x9b") == "a↵⟨0⟩⟨7F⟩⟨9B⟩"
 
 
-def test_ten_megabytes_in_one_token_leave_the_page_small(tmp_path, monkeypatch):
+def test_a_token_of_ten_megabytes_keeps_the_page_small(tmp_path, monkeypatch):
     monkeypatch.setitem(globals(), "WORDS", [*WORDS[:6], "x" * 10_000_000])
     write_cell(tmp_path, "open", "open")
     assert write_report(tmp_path).stat().st_size < 1_000_000
 
 
-def test_unreadable_files_are_left_out_and_named(root):
+def test_unreadable_files_are_excluded_and_listed(root):
     (root / "cells" / "hard-seed0" / "curve.csv").write_text("tampered")
     (root / "cells" / "soft-seed1" / "manifest.json").unlink()
     (root / "cells" / ".soft-seed2.draft-1").mkdir()
@@ -586,7 +589,7 @@ def test_unreadable_files_are_left_out_and_named(root):
     (root / "verdicts.csv").write_text("nothing\n1\n")
     page = write_report(root).read_text(encoding="utf8")
     assert str(root) not in page
-    for said in (
+    for phrase in (
         "curve.csv is not what was written",
         "soft-seed1 has no manifest.json",
         "Unfinished cells: 1",
@@ -594,25 +597,25 @@ def test_unreadable_files_are_left_out_and_named(root):
         "verdicts.csv cannot be read",
         "In the tables only, because the folder is missing or unreadable: hard-seed0, soft-seed1.",
     ):
-        assert said.replace("`", "") in page.replace("`", ""), said
+        assert phrase.replace("`", "") in page.replace("`", ""), phrase
 
 
-def test_a_kind_of_mask_that_the_report_does_not_know_is_drawn_by_its_snapshots(tmp_path, monkeypatch):
+def test_an_unknown_mask_kind_is_drawn_from_its_snapshots(tmp_path, monkeypatch):
     class Wavy(Soft):
         class Settings(Soft.Settings):
             kind: Literal["wavy"] = "wavy"
 
     monkeypatch.setitem(masks.MASKS, "wavy", Wavy)
     monkeypatch.setitem(MASKS, "wavy", {**MASKS["soft"], "kind": "wavy"})
-    for cell, kind in (("open", "open"), ("one", "wavy")):
+    for cell, kind in (("open", "open"), ("wavy-cell", "wavy")):
         write_cell(tmp_path, cell, kind, latents=False)
     page = write_report(tmp_path)
-    assert {value["cell"] for value in values_of(page, "snapshots")} == {"one"}
+    assert {value["cell"] for value in values_of(page, "snapshots")} == {"wavy-cell"}
     path, _ = values_of(page, "learned")
-    assert {value["cell"] for value in path} == {"one"}
+    assert {value["cell"] for value in path} == {"wavy-cell"}
 
 
-def test_a_study_without_cells_or_results_still_has_a_page(root, tmp_path):
+def test_a_study_without_cells_or_results_has_a_page(root, tmp_path):
     (root / "results.csv").unlink()
     page = write_report(root).read_text(encoding="utf8")
     assert "The numbers are those of the 6 finished cells" in page
@@ -624,7 +627,7 @@ def test_a_study_without_cells_or_results_still_has_a_page(root, tmp_path):
         write_report(tmp_path / "nowhere")
 
 
-def test_a_folder_with_compressed_results_alone_shows_differences_to_its_baseline(root, tmp_path):
+def test_compressed_results_without_cells_show_differences_to_the_baseline(root, tmp_path):
     archive = tmp_path / "archive"
     archive.mkdir()
     for name in ("study.json", "verdicts.csv"):
@@ -633,14 +636,18 @@ def test_a_folder_with_compressed_results_alone_shows_differences_to_its_baselin
     assert CliRunner().invoke(app, ["report", str(archive)]).exit_code == 0
     page = archive / "report.html"
     shown = {
-        named["data-of"]: parts for table, named, parts in cells_of(page) if table == "study" and "data-of" in named
+        attributes["data-of"]: parts
+        for table, attributes, parts in cells_of(page)
+        if table == "study" and "data-of" in attributes
     }
-    for of in ("hard|explained_variance|", "soft|dead_share|", "hard|probe_accuracy|k=5;pooling=mean"):
-        own, base = ([mean_of_rows(root, re.sub(r"^\w+", f"{cell}@{seed}", of)) for seed in (0, 1)]
-                     for cell in (of.partition("|")[0], "open"))  # fmt: skip
-        apart = [one - two for one, two in zip(own, base, strict=True)]
-        expected = [sum(apart) / 2, min(apart), max(apart)]
-        assert read(shown[of]["d"].replace("seeds ", "")) == pytest.approx(expected, abs=0.00061)
+    for key in ("hard|explained_variance|", "soft|dead_share|", "hard|probe_accuracy|k=5;pooling=mean"):
+        values, baseline = (
+            [mean_of_rows(root, re.sub(r"^\w+", f"{cell}@{seed}", key)) for seed in (0, 1)]
+            for cell in (key.partition("|")[0], "open")
+        )
+        differences = [value - other for value, other in zip(values, baseline, strict=True)]
+        expected = [sum(differences) / 2, min(differences), max(differences)]
+        assert read(shown[key]["d"].replace("seeds ", "")) == pytest.approx(expected, abs=0.00061)
     assert shown["open|explained_variance|"]["d"] == "–"
     text = page.read_text(encoding="utf8")
     assert "results.csv is missing" not in text
@@ -649,7 +656,7 @@ def test_a_folder_with_compressed_results_alone_shows_differences_to_its_baselin
     )
 
 
-def test_missing_latents_and_capped_sizes_are_named_with_their_remedy(tmp_path):
+def test_missing_latents_and_capped_sizes_are_reported(tmp_path):
     write_cell(tmp_path, "open", "open", latents=False)
     page = write_report(tmp_path).read_text(encoding="utf8")
     assert "1 cells have no data for the latent browser (open)." in page
@@ -657,7 +664,7 @@ def test_missing_latents_and_capped_sizes_are_named_with_their_remedy(tmp_path):
     assert "CE recovered" in page.split("Missing metrics")[1].split("</details>")[0]
 
 
-def test_figures_for_a_paper_are_svg_and_pdf(study, tmp_path):
+def test_paper_figures_are_svg_and_pdf(study, tmp_path):
     written = write_paper_figures(study, folder=tmp_path / "figures")
     assert {path.stem for path in written} >= {"trade-off", "masks", "position", "decay", "shift", "curves", "cost"}
     for path in written:
@@ -681,7 +688,7 @@ def _files(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_the_folder_with_all_latents_replaces_only_an_earlier_one(study, tmp_path, monkeypatch):
+def test_the_folder_report_replaces_only_an_earlier_folder_report(study, tmp_path, monkeypatch):
     site = tmp_path / "site"
     (site / "posts").mkdir(parents=True)
     (site / "index.html").write_text("<html>my site</html>")
@@ -712,7 +719,7 @@ def test_the_folder_with_all_latents_replaces_only_an_earlier_one(study, tmp_pat
     assert _files(folder) == {**written, "notes.txt": b"what I saw"}
 
 
-def test_a_page_and_figures_replace_no_file_that_posmask_did_not_write(study, tmp_path, monkeypatch):
+def test_pages_and_figures_replace_only_files_that_posmask_wrote(study, tmp_path, monkeypatch):
     thesis = tmp_path / "thesis.tex"
     thesis.write_text("years of work about <title>posmask: </title>")
     with monkeypatch.context() as patch:
@@ -727,12 +734,12 @@ def test_a_page_and_figures_replace_no_file_that_posmask_did_not_write(study, tm
     with pytest.raises(BadSetting, match=r"cost\.svg is a file, which posmask did not write"):
         write_paper_figures(study, folder=figures)
     assert _files(figures) == {"cost.svg": b"<svg/>"}
-    (figures / "cost.svg").rename(figures / "mine.svg")
+    (figures / "cost.svg").rename(figures / "users.svg")
     assert write_paper_figures(study, folder=figures) == write_paper_figures(study, folder=figures)
-    assert (figures / "mine.svg").read_text() == "<svg/>"
+    assert (figures / "users.svg").read_text() == "<svg/>"
 
 
-def test_the_server_answers_this_machine_alone_and_stays_in_its_folder(served, tmp_path):
+def test_the_server_answers_only_local_requests_for_its_folder(served, tmp_path):
     (tmp_path / "secret.txt").write_text("secret")
     (tmp_path / "all" / "link.txt").symlink_to(tmp_path / "secret.txt")
 
@@ -751,7 +758,7 @@ def test_the_server_answers_this_machine_alone_and_stays_in_its_folder(served, t
         page_server(tmp_path)
 
 
-def test_a_page_alone_is_served_without_the_files_beside_it(study, tmp_path):
+def test_serving_a_page_does_not_serve_its_folder(study, tmp_path):
     page = write_report(study, out=tmp_path / "page.html")
     server = page_server(page)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -771,7 +778,7 @@ def test_a_page_alone_is_served_without_the_files_beside_it(study, tmp_path):
 
 
 @pytest.mark.parametrize("path", ["", "report.html"])
-def test_serve_opens_a_plain_report(study, tmp_path, path):
+def test_serve_accepts_a_report_or_its_folder(study, tmp_path, path):
     write_report(study, out=tmp_path / "report.html")
     command = [sys.executable, "-m", "posmask.cli", "serve", str(tmp_path / path), "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -781,7 +788,7 @@ def test_serve_opens_a_plain_report(study, tmp_path, path):
     assert f"serves {tmp_path / 'report.html'};" in line
 
 
-def test_a_reader_who_leaves_early_causes_no_error(served, tmp_path, capfd):
+def test_a_client_that_disconnects_early_causes_no_error(served, tmp_path, capfd):
     (tmp_path / "all" / "large").write_bytes(bytes(30_000_000))
     for _ in range(3):
         with socket.create_connection(("127.0.0.1", served)) as leaving:
@@ -794,10 +801,10 @@ def test_a_reader_who_leaves_early_causes_no_error(served, tmp_path, capfd):
     assert capfd.readouterr().err == ""
 
 
-# In Chromium: what a reader does.
+# User interaction in Chromium.
 
 CHROMIUM = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
 )
 
 
@@ -816,16 +823,16 @@ def chromium():
 
 @pytest.fixture
 def open_page(chromium):
-    """Open an address; the test fails if the console has a message at its end."""
-    said, contexts = [], []
+    """Open an address; the test fails if the browser console has a message at its end."""
+    console_messages, contexts = [], []
 
     def opened(address, **settings):
         context = chromium.new_context(viewport={"width": 1200, "height": 900}, accept_downloads=True, **settings)
         contexts.append(context)
         tab = context.new_page()
-        tab.on("console", lambda message: said.append(message.text))
-        tab.on("pageerror", lambda error: said.append(str(error)))
-        tab.on("dialog", lambda dialog: said.append(f"dialog: {dialog.message}"))
+        tab.on("console", lambda message: console_messages.append(message.text))
+        tab.on("pageerror", lambda error: console_messages.append(str(error)))
+        tab.on("dialog", lambda dialog: console_messages.append(f"dialog: {dialog.message}"))
         tab.goto(address if isinstance(address, str) else address.as_uri())
         tab.wait_for_selector("html[data-ready]")
         return tab
@@ -833,7 +840,7 @@ def open_page(chromium):
     yield opened
     for context in contexts:
         context.close()
-    assert said == []
+    assert console_messages == []
 
 
 def show(tab, selector):
@@ -841,10 +848,10 @@ def show(tab, selector):
 
 
 def texts(tab, selector):
-    return [one.strip() for one in tab.locator(selector).all_inner_texts()]
+    return [text.strip() for text in tab.locator(selector).all_inner_texts()]
 
 
-def test_tables_are_sorted_found_in_and_saved(page, open_page):
+def test_tables_are_sorted_filtered_and_saved(page, open_page):
     tab = open_page(page)
     assert tab.locator("#verdicts-1 td.worse").count() == 1
     tab.click("#study thead th:has-text('explained variance') button")
@@ -863,7 +870,7 @@ def test_tables_are_sorted_found_in_and_saved(page, open_page):
     assert [line[0] for line in lines[1:]] == ["soft"]
 
 
-def test_no_saved_csv_holds_a_formula(tmp_path, open_page):
+def test_saved_csv_files_contain_no_formula(tmp_path, open_page):
     page = write_report(write_study(tmp_path, cells=(("open", "open"), ("=cmd()", "hard")), seeds=(0,)))
     tab = open_page(page)
     tab.click("[data-pick=all]")
@@ -876,13 +883,13 @@ def test_no_saved_csv_holds_a_formula(tmp_path, open_page):
         lines += csv.reader(Path(saved.value.path()).read_text(encoding="utf8").splitlines())
     fields = {field for line in lines for field in line}
     assert "'=cmd()" in fields
-    assert any(field.startswith("'=1+1") for field in fields)  # a token's text, which begins with a space
+    assert any(field.startswith("'=1+1") for field in fields)  # a token's text, which starts with a space
     assert [field for field in fields if re.match(r"[=+@\t]|-[^\d.]", field)] == []
     shielded = tab.evaluate("csv([['=a', '+a', '@a', '\\ta', '\\ra', '-a', '-1.5', 'a=1', 'a,\"b']])")
     assert shielded == """'=a,'+a,'@a,'\ta,"'\ra",'-a,-1.5,a=1,"a,""b"\n"""
 
 
-def test_pictures_are_drawn_picked_redrawn_and_saved(page, open_page):
+def test_charts_are_drawn_filtered_redrawn_and_saved(page, open_page):
     tab = open_page(page)
     show(tab, "[data-chart=position]")
     tab.wait_for_selector("[data-chart=position] svg")
@@ -900,7 +907,7 @@ def test_pictures_are_drawn_picked_redrawn_and_saved(page, open_page):
     assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 29)"
 
 
-def test_a_latent_is_found_looked_at_and_compared(page, open_page):
+def test_a_latent_is_searched_shown_and_compared(page, open_page):
     tab = open_page(page)
     show(tab, "#browsers")
     tab.wait_for_selector("#browser-0 tbody tr")
@@ -938,11 +945,11 @@ def test_a_latent_is_found_looked_at_and_compared(page, open_page):
     tab.select_option("#compare-b", "hard")
     assert "better" in tab.locator("#compared tr", has_text="explained variance").inner_text()
     tab.click("#compare-latents")
-    names = "[...document.querySelectorAll('.latent h3')].map(one => one.textContent.split(' of ')[1]).join()"
+    names = "[...document.querySelectorAll('.latent h3')].map(title => title.textContent.split(' of ')[1]).join()"
     tab.wait_for_function(f"{names} === 'open,hard'")
 
 
-def test_what_the_browser_shows_is_what_was_written(study, page, open_page):
+def test_the_latent_browser_shows_the_written_data(study, page, open_page):
     facts = load_file(study / "cells" / "hard-seed0" / "latents.safetensors")
     tab = open_page(page)
     show(tab, "#browsers")
@@ -958,21 +965,21 @@ def test_what_the_browser_shows_is_what_was_written(study, page, open_page):
         shown_word(WORDS[token % len(WORDS)]) for token in facts["token_id"][start : start + length]
     ]
     peak = first.locator(".peak").get_attribute("title")
-    place = start + facts["text_value"][9, 0].argmax()
-    assert peak.startswith(f"position {facts['token_position'][place]},")
+    peak_token = start + facts["text_value"][9, 0].argmax()
+    assert peak.startswith(f"position {facts['token_position'][peak_token]},")
     decoders = [
         load_file(study / "cells" / name / "sae.safetensors")["decoder"]
         for name in ("hard-seed0", "soft-seed0", "hard-seed1")
     ]
-    own, other, again = (one / np.linalg.norm(one, axis=1, keepdims=True) for one in decoders)
-    for place, who, its in ((1, "soft", other), (2, "seed 1", again)):
-        cosine = its @ own[9]
-        line = tab.locator(".near").nth(place).locator("tr", has_text=who).inner_text()
+    hard, soft, hard_seed_1 = (decoder / np.linalg.norm(decoder, axis=1, keepdims=True) for decoder in decoders)
+    for table, label, other in ((1, "soft", soft), (2, "seed 1", hard_seed_1)):
+        cosine = other @ hard[9]
+        line = tab.locator(".near").nth(table).locator("tr", has_text=label).inner_text()
         assert re.search(rf"latent {cosine.argmax()}\b", line)
         assert f"{cosine.max():.2f}" in line
 
 
-def test_the_folder_with_all_latents_shows_every_seed(served, open_page):
+def test_the_folder_report_shows_every_seed(served, open_page):
     tab = open_page(f"http://127.0.0.1:{served}/")
     show(tab, "#browsers")
     tab.wait_for_selector("#browser-0 tbody tr")
@@ -987,15 +994,15 @@ def test_the_folder_with_all_latents_shows_every_seed(served, open_page):
     assert tab.locator("#browsers select[aria-label=Cell]").nth(1).input_value() == "3"
 
 
-def test_pages_of_damaged_and_empty_folders_open(root, tmp_path, open_page):
-    """No console error either: `open_page` looks."""
+def test_pages_of_damaged_and_empty_folders_open_without_errors(root, tmp_path, open_page):
+    """`open_page` also checks that the console has no error."""
     (root / "cells" / "hard-seed0" / "latents.safetensors").write_bytes(b"tampered")
     (root / "cells" / "soft-seed0" / "manifest.json").unlink()
     (root / "results.csv").write_text((root / "results.csv").read_text().replace("0.25,nan,nan", "nan,nan,nan"))
     tab = open_page(write_report(root))
-    said = tab.locator(".warnings").first.inner_text()
+    warnings = tab.locator(".warnings").first.inner_text()
     for part in ("latents.safetensors is not what was written", "soft-seed0 has no manifest.json", "are NaN"):
-        assert part in said
+        assert part in warnings
     show(tab, "#browsers")
     tab.wait_for_selector("#browser-0 tbody tr")
     show(tab, "[data-chart=position]")
@@ -1028,16 +1035,16 @@ def test_the_page_is_accessible_and_fits(page, open_page, width, scheme):
         show(tab, part)
     tab.wait_for_selector("#browser-0 tbody tr")
     tab.wait_for_selector("[data-chart=cost] svg")
-    tab.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
+    tab.evaluate("document.querySelectorAll('details').forEach(details => details.open = true)")
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
     tab.add_script_tag(content=(Path(axe.__file__).parent / "axe.min.js").read_text(encoding="utf8"))
-    found = tab.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
-    serious = [one for one in found if one["impact"] in ("serious", "critical")]
-    assert [(one["id"], [node["html"][:150] for node in one["nodes"][:3]]) for one in serious] == []
+    violations = tab.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
+    serious = [violation for violation in violations if violation["impact"] in ("serious", "critical")]
+    assert [(v["id"], [node["html"][:150] for node in v["nodes"][:3]]) for v in serious] == []
 
 
 @pytest.mark.parametrize("d_sae", [3_000, pytest.param(20_000, marks=pytest.mark.slow)])
-def test_the_folder_with_all_latents_opens_fast_and_stays_smooth(tmp_path, open_page, d_sae):
+def test_the_folder_report_opens_fast_and_scrolls_smoothly(tmp_path, open_page, d_sae):
     write_cell(tmp_path / "large", "open", "open", d_sae=d_sae)
     folder = write_report_folder(tmp_path / "large")
     server = page_server(folder)
@@ -1046,7 +1053,7 @@ def test_the_folder_with_all_latents_opens_fast_and_stays_smooth(tmp_path, open_
         tab = open_page(f"http://127.0.0.1:{server.server_address[1]}/")
         took = "performance.timing.domContentLoadedEventEnd - performance.timing.navigationStart"
         loaded = [tab.evaluate(took)]
-        while loaded[-1] >= 3000 and len(loaded) < 3:  # Others may hold the processor.
+        while loaded[-1] >= 3000 and len(loaded) < 3:  # Other processes may keep the CPU busy.
             tab.reload()
             loaded.append(tab.evaluate(took))
         assert min(loaded) < 3000

@@ -1,4 +1,4 @@
-"""The page of results agrees with the result files in its folder."""
+"""The results page agrees with the result files in its folder."""
 
 import importlib.util
 import re
@@ -39,19 +39,19 @@ BLOCK_ORDER = ("language_order", "topic_permutation")
 
 
 def values(study, metric, cell):
-    """Mean over seeds of a metric's rows, by their slice."""
-    found = {}
+    """Return the mean over seeds of a metric per slice."""
+    by_slice = {}
     for row in read_rows(RESULTS / study / "results.csv.zst"):
         if (row.metric, row.cell) == (metric, cell):
-            found.setdefault(row.slice, []).append(row.value)
-    return {slice: sum(some) / len(some) for slice, some in found.items()}
+            by_slice.setdefault(row.slice, []).append(row.value)
+    return {slice: sum(slice_values) / len(slice_values) for slice, slice_values in by_slice.items()}
 
 
 def order_gains(study):
-    """Of `windows` over `open` at k = 5, by task, on the seeds that both have."""
-    own, other = (values(study, "order_accuracy", cell) for cell in ("windows", "open"))
-    keys = [key for key in own if ";k=5;pooling=mean" in key]
-    return {parse_slice(key)["task"]: own[key] - other[key] for key in keys}
+    """Return the gain of `windows` over `open` at k = 5 per task, on shared seeds."""
+    windows, baseline = (values(study, "order_accuracy", cell) for cell in ("windows", "open"))
+    keys = [key for key in windows if ";k=5;pooling=mean" in key]
+    return {parse_slice(key)["task"]: windows[key] - baseline[key] for key in keys}
 
 
 def test_results_are_small_and_their_summaries_are_current(tmp_path):
@@ -70,7 +70,7 @@ def test_results_are_small_and_their_summaries_are_current(tmp_path):
                 assert getattr(line, part) == pytest.approx(getattr(expected, part), abs=1e-12, nan_ok=True)
 
 
-def test_a_page_of_the_results_compares_cells_with_the_baseline(tmp_path):
+def test_the_report_of_a_study_compares_cells_with_the_baseline(tmp_path):
     page = write_report(RESULTS / "key-late", out=tmp_path / "key-late.html").read_text(encoding="utf8")
     assert "study.json is missing" not in page
     (title,) = re.findall(r'data-of="windows\|order_accuracy\|k=5;pooling=mean" [^>]*title="([^"]*)"', page)[:1]
@@ -78,7 +78,7 @@ def test_a_page_of_the_results_compares_cells_with_the_baseline(tmp_path):
     assert f"difference to the baseline +{sum(gains.values()) / len(gains):.3f}" in title
 
 
-def test_results_are_packed_as_the_page_reads_them(tmp_path):
+def test_packed_results_are_readable(tmp_path):
     rows = read_rows(RESULTS / "key-late" / "results.csv.zst")[:50]
     write_rows(tmp_path / "results.csv", rows)
     answer().pack(tmp_path)
@@ -87,11 +87,11 @@ def test_results_are_packed_as_the_page_reads_them(tmp_path):
 
 
 def claims():
-    """The pages as one line each."""
+    """Return each page as a single line."""
     return [" ".join((RESULTS.parents[1] / name).read_text(encoding="utf8").split()) for name in PAGES]
 
 
-def test_refuted_claims_are_gone():
+def test_pages_do_not_repeat_refuted_claims():
     for text in claims():
         for refuted in (
             "no latent learns to belong",
@@ -102,7 +102,7 @@ def test_refuted_claims_are_gone():
             assert refuted not in text
 
 
-def test_most_of_the_order_gain_is_where_a_block_stands():
+def test_most_of_the_order_gain_comes_from_two_block_order_tasks():
     gains = order_gains("full")
     block = sum(gains[task] for task in BLOCK_ORDER)
     others = [gain for task, gain in gains.items() if task not in BLOCK_ORDER]
@@ -118,16 +118,16 @@ def test_most_of_the_order_gain_is_where_a_block_stands():
     assert "the other six lose 0.008" in claims()[1]
 
 
-def test_explained_variance_of_the_late_layer_is_given_without_its_two_large_positions():
+def test_explained_variance_of_the_late_layer_excludes_its_two_large_positions():
     by_cell = {cell: values("key-late", "explained_variance", cell) for cell in ("open", "slice")}
-    at = {cell: [some[f"position={p}"] for p in range(1, 128)] for cell, some in by_cell.items()}
-    rest = {cell: sum(some[2:]) / 125 for cell, some in at.items()}
-    assert [f"{value:.3f}" for value in (*at["open"][:2], rest["open"])] == ["0.999", "0.940", "0.780"]
+    at_position = {cell: [by_slice[f"position={p}"] for p in range(1, 128)] for cell, by_slice in by_cell.items()}
+    rest = {cell: sum(shares[2:]) / 125 for cell, shares in at_position.items()}
+    assert [f"{value:.3f}" for value in (*at_position["open"][:2], rest["open"])] == ["0.999", "0.940", "0.780"]
     assert f"{rest['open'] - rest['slice']:.3f}" == "0.121"
     assert "0.999 of the variance at position 1, 0.940 at position 2, and 0.780 on average" in claims()[1]
 
 
-def test_what_is_called_significant_is_so_after_correction():
+def test_significant_results_are_significant_after_correction():
     verdicts = {
         (study, verdict.label, verdict.against, verdict.column): verdict
         for study in STUDIES
@@ -143,7 +143,7 @@ def test_what_is_called_significant_is_so_after_correction():
     assert pooled == {("key-gpt2", "order k=1"): "worse"}
 
 
-def test_the_share_of_latents_with_information_about_position_is_that_of_the_rows():
+def test_the_share_of_position_bound_latents_equals_the_rows():
     shares = [
         row.value
         for study in STUDIES
@@ -154,6 +154,6 @@ def test_the_share_of_latents_with_information_about_position_is_that_of_the_row
     assert all("0.18 to 0.58 of the latents" in text for text in claims())
 
 
-def test_the_time_of_the_main_job_names_its_cpu():
+def test_the_time_of_the_main_run_is_given_with_its_cpu():
     (sentence,) = re.findall(r"Once set up, on [^.]*\.", claims()[0])[:1]
     assert "AMD EPYC with AVX-512" in sentence

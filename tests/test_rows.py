@@ -1,4 +1,4 @@
-"""Tables of rows on disk: plain and compressed files have the same rows; damaged and oversized files are refused."""
+"""Tables on disk: plain and compressed files have the same rows; damaged and oversized files raise an error."""
 
 import re
 
@@ -21,7 +21,7 @@ def plain(tmp_path):
     return (tmp_path / "results.csv").read_bytes()
 
 
-def test_a_compressed_table_reads_as_the_plain_one(tmp_path, plain):
+def test_compressed_and_plain_tables_have_the_same_rows(tmp_path, plain):
     (tmp_path / "results.csv.zst").write_bytes(zstandard.ZstdCompressor(level=19).compress(plain))
     assert read_rows(tmp_path / "results.csv.zst") == read_rows(tmp_path / "results.csv") == ROWS
 
@@ -37,7 +37,7 @@ def test_a_compressed_table_reads_as_the_plain_one(tmp_path, plain):
         pytest.param(lambda packed: packed[:20] + bytes(20) + packed[40:], id="overwritten"),
     ],
 )
-def test_a_damaged_compressed_table_is_refused(tmp_path, plain, damage):
+def test_a_damaged_compressed_table_raises_an_error(tmp_path, plain, damage):
     path = tmp_path / "results.csv.zst"
     path.write_bytes(damage(zstandard.ZstdCompressor(level=19, write_checksum=True).compress(plain)))
     with pytest.raises(
@@ -46,7 +46,7 @@ def test_a_damaged_compressed_table_is_refused(tmp_path, plain, damage):
         read_rows(path)
 
 
-def test_a_compressed_table_of_other_columns_is_refused(tmp_path):
+def test_a_compressed_table_with_other_columns_raises_an_error(tmp_path):
     path = tmp_path / "results.csv.zst"
     path.write_bytes(zstandard.compress(b"nothing\n1\n"))
     with pytest.raises(DamagedFolder, match=r"is not a table of posmask's"):
@@ -56,8 +56,8 @@ def test_a_compressed_table_of_other_columns_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("size", "declared"), [(MAX_DECOMPRESSED_BYTES + 1, "2,147,483,649 bytes"), (-1, "no decompressed size")]
 )
-def test_a_compressed_table_without_a_small_declared_size_is_refused(tmp_path, plain, size, declared):
-    """The header decides, before anything is decompressed."""
+def test_a_compressed_table_without_a_small_declared_size_raises_an_error(tmp_path, plain, size, declared):
+    """The header is checked before anything is decompressed."""
     packer = zstandard.ZstdCompressor().compressobj(size=size)
     packed = packer.compress(plain) + packer.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
     (tmp_path / "results.csv.zst").write_bytes(packed)

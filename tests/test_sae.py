@@ -18,7 +18,7 @@ from posmask.sae.warm_start import copy_latents_, renormalize_, warm_start
 from posmask.storage.manifest import write_folder
 
 
-def test_closed_latents_take_no_place():
+def test_closed_latents_are_not_selected():
     sae = make_sae("hard")
     vectors, position = make_vectors(200)
     closed = sae.mask.openness()[position.long()] == 0
@@ -28,14 +28,14 @@ def test_closed_latents_take_no_place():
     assert torch.equal((codes > 0).sum(1), n_candidates.clamp(max=4))
 
 
-def test_k_above_the_number_of_latents_is_refused():
+def test_k_above_the_number_of_latents_raises_an_error():
     with pytest.raises(BadSetting, match="k = 40 is more than the 32 latents"):
         SparseAutoencoder(
             8, rule_settings({"kind": "topk", "k": 40}), make_mask(mask_settings({"kind": "open"}), 16, 32)
         )
 
 
-def test_an_unreadable_sae_says_so(tmp_path):
+def test_an_unreadable_sae_raises_an_error(tmp_path):
     write_sae(make_sae("open"), tmp_path)
     (tmp_path / "sae.safetensors").write_bytes(b"\x80\x04not a tensor")
     with pytest.raises(DamagedFolder, match="holds no readable SAE"):
@@ -44,7 +44,7 @@ def test_an_unreadable_sae_says_so(tmp_path):
         read_origin(tmp_path / "elsewhere")
 
 
-def test_a_mask_that_does_not_fit_its_sae_is_refused(tmp_path):
+def test_a_mask_that_does_not_fit_its_sae_raises_an_error(tmp_path):
     """Kind, context length or number of latents in the description differ from the tensors."""
     for old, new in (('"n_positions": 16', '"n_positions": 8'), ('"d_sae": 32', '"d_sae": 64'), ('"slice"', '"soft"')):
         write_sae(make_sae("slice"), tmp_path)
@@ -70,7 +70,7 @@ def test_a_mask_that_does_not_fit_its_sae_is_refused(tmp_path):
         ("soft", "mask.theta", torch.nan, "mask.theta holds NaN or infinite numbers"),
     ],
 )
-def test_numbers_that_make_no_sense_are_refused(kind, name, value, message, tmp_path):
+def test_invalid_tensors_raise_an_error(kind, name, value, message, tmp_path):
     write_sae(make_sae(kind, rule="jumprelu"), tmp_path)
     tensors = load_file(tmp_path / "sae.safetensors")
     tensors[name].view(-1)[-1] = value
@@ -80,7 +80,7 @@ def test_numbers_that_make_no_sense_are_refused(kind, name, value, message, tmp_
 
 
 @pytest.mark.parametrize("kind", ["slice", "switch"])
-def test_a_description_of_absurdly_many_positions_is_refused(kind, tmp_path):
+def test_a_description_with_too_many_positions_raises_an_error(kind, tmp_path):
     write_sae(make_sae(kind, free_fraction=1.0), tmp_path)
     tensors = load_file(tmp_path / "sae.safetensors")
     if kind == "slice":
@@ -92,7 +92,7 @@ def test_a_description_of_absurdly_many_positions_is_refused(kind, tmp_path):
         read_sae(tmp_path)
 
 
-def test_loading_weights_into_an_sae_in_use_takes_the_new_mask():
+def test_load_state_dict_updates_the_mask():
     sae, other = make_sae("hard", seed=0), make_sae("hard", seed=1)
     vectors, position = make_vectors(50)
     sae.sparse_encode(vectors, position)
@@ -100,7 +100,7 @@ def test_loading_weights_into_an_sae_in_use_takes_the_new_mask():
     torch.testing.assert_close(sae.sparse_encode(vectors, position).dense(), sae.encode(vectors, position).detach())
 
 
-def test_codes_of_some_tokens_stand_in_the_order_asked_for():
+def test_selected_codes_are_in_the_requested_order():
     sae = make_sae("hard")
     codes = sae.sparse_encode(*make_vectors(30))
     numbers = torch.tensor([7, 3, 29, 0])
@@ -110,8 +110,8 @@ def test_codes_of_some_tokens_stand_in_the_order_asked_for():
     assert torch.equal(codes.n_active(), (codes.dense() > 0).sum(1).float())
 
 
-def test_positions_are_counted_as_the_mask_says():
-    """The same SAE, its mask counted from the sentence's start: the codes follow that number, not the context's."""
+def test_codes_follow_the_given_positions():
+    """With positions from the sentence start, codes depend on that position and not on the position in the context."""
     sae = make_sae("slice", position_origin="sentence")
     assert sae.mask.settings.position_origin == "sentence"
     vectors, position = make_vectors(20)
@@ -130,8 +130,8 @@ UPCYCLED = {
 
 @pytest.mark.parametrize("rule", ["topk", "jumprelu", "matryoshka", "gated"])
 @pytest.mark.parametrize("name", UPCYCLED)
-def test_an_upcycled_sae_does_what_its_source_did(name, rule):
-    """At every position exactly one copy of each latent is live, so nothing changes at the start."""
+def test_an_upcycled_sae_equals_its_source(name, rule):
+    """Exactly one copy of each latent is live at every position, so the initial function is the same."""
     values, d_sae = UPCYCLED[name]
     source = make_sae("open", rule=rule, d_sae=8, dtype=torch.float64)
     source.center += 1
@@ -139,14 +139,14 @@ def test_an_upcycled_sae_does_what_its_source_did(name, rule):
     sae = warm_start(source, mask)
     vectors, position = make_vectors(200, dtype=torch.float64)
     torch.testing.assert_close(sae(vectors, position), source(vectors, position))
-    found, expected = sae.sparse_encode(vectors, position), source.sparse_encode(vectors, position)
-    torch.testing.assert_close(found.value.sort().values, expected.value.sort().values)
+    codes, expected = sae.sparse_encode(vectors, position), source.sparse_encode(vectors, position)
+    torch.testing.assert_close(codes.value.sort().values, expected.value.sort().values)
     with torch.no_grad():
         sae.encoder.zero_()
     assert bool((source.encoder != 0).any())
 
 
-def test_a_source_that_does_not_fit_is_refused():
+def test_an_incompatible_source_raises_an_error():
     source = make_sae("open", d_sae=8)
     slices = {"kind": "slice", "n_slices": 4}
     for values, d_sae, message in (
@@ -164,8 +164,8 @@ def test_a_source_that_does_not_fit_is_refused():
         warm_start(source, make_mask(mask_settings(slices), 12, 32))
 
 
-def test_copied_latents_take_all_that_belongs_to_a_latent():
-    sae = make_sae("open", rule="matryoshka", d_model=32)  # as many channels as latents: nothing else may be mistaken
+def test_copied_latents_have_all_parameters_of_their_source():
+    sae = make_sae("open", rule="matryoshka", d_model=32)  # d_model = d_sae: decoder_bias looks like a latent parameter
     bias = sae.decoder_bias.detach().clone()
     copy_latents_(sae, Copies(torch.tensor([1, 2]), torch.tensor([30, 31])))
     assert torch.equal(sae.decoder_bias, bias)
@@ -177,7 +177,7 @@ def test_copied_latents_take_all_that_belongs_to_a_latent():
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_other_constants_change_nothing_but_the_units_of_codes(rule):
+def test_renormalizing_changes_only_the_units_of_codes(rule):
     sae = make_sae("open", rule=rule, dtype=torch.float64)
     sae.center, sae.scale = torch.linspace(-1, 2, D_MODEL).double(), torch.tensor(1.5).double()
     vectors, position = make_vectors(60, dtype=torch.float64)
@@ -187,7 +187,7 @@ def test_other_constants_change_nothing_but_the_units_of_codes(rule):
     torch.testing.assert_close(sae.encode(vectors, position), 3 * codes)
 
 
-def test_a_router_of_another_kind_is_saved_and_not_warm_started(tmp_path, monkeypatch):
+def test_a_custom_router_is_saved_and_cannot_be_warm_started(tmp_path, monkeypatch):
     class Experts(Switch):
         class Settings(Switch.Settings):
             kind: Literal["experts"] = "experts"

@@ -15,7 +15,7 @@ HEAD = {"eval_id": "an-id", "epoch_milliseconds": 1_700_000_000_000, "sae_name":
 
 
 def recorded(source):
-    """The accuracies that SAEBench's own loop found."""
+    """Return the accuracies recorded from SAEBench."""
     return {
         (probe["dataset"], probe["class"], probe["k"] or "all"): probe["accuracy"]
         for probe in STREAM["probes"]
@@ -23,44 +23,44 @@ def recorded(source):
     }
 
 
-def test_means_are_those_that_sae_bench_takes():
+def test_means_equal_those_of_sae_bench():
     output = eval_output(recorded("llm"), recorded("sae"), CONFIG, **HEAD)
     metrics = output["eval_result_metrics"]
-    found = {key: value for source in ("llm", "sae") for key, value in metrics[source].items() if value is not None}
-    assert found == {key: value for key, value in STREAM["means"].items() if not isinstance(value, dict)}
+    means = {key: value for source in ("llm", "sae") for key, value in metrics[source].items() if value is not None}
+    assert means == {key: value for key, value in STREAM["means"].items() if not isinstance(value, dict)}
     for detail in output["eval_result_details"]:
-        found = {key: value for key, value in detail.items() if value is not None and key != "dataset_name"}
-        assert found == STREAM["means"][detail["dataset_name"]]
+        means = {key: value for key, value in detail.items() if value is not None and key != "dataset_name"}
+        assert means == STREAM["means"][detail["dataset_name"]]
     assert output["eval_result_unstructured"]["two_results"]["sae_top_5_test_accuracy"] == {
         label: recorded("sae")["two", label, 5] for label in "01234"
     }
 
 
-def test_output_has_all_fields_of_sae_bench_s_schema_and_no_others():
+def test_output_has_exactly_the_fields_of_the_sae_bench_schema():
     output = eval_output(recorded("llm"), recorded("sae"), CONFIG, **HEAD)
     jsonschema.validate(json.loads(json.dumps(output)), SCHEMA)
     parts = SCHEMA["$defs"]
-    for found, schema in [
+    for part, schema in [
         (output, SCHEMA),
         (output["eval_config"], parts["SparseProbingEvalConfig"]),
         (output["eval_result_metrics"]["llm"], parts["SparseProbingLlmMetrics"]),
         (output["eval_result_metrics"]["sae"], parts["SparseProbingSaeMetrics"]),
         (output["eval_result_details"][1], parts["SparseProbingResultDetail"]),
     ]:
-        assert list(found) == list(schema["properties"])
+        assert list(part) == list(schema["properties"])
     assert set(KS) == {
         int(name.split("_")[2]) for name in parts["SparseProbingLlmMetrics"]["properties"] if "top" in name
     }
 
 
-def test_defaults_are_sae_bench_s():
+def test_defaults_equal_those_of_sae_bench():
     defaults = EvalConfig().model_dump(mode="json")
     for name, field in SCHEMA["$defs"]["SparseProbingEvalConfig"]["properties"].items():
         if "default" in field:
             assert defaults[name] == field["default"]
 
 
-def test_k_without_a_field_is_left_out_and_an_unprobed_sae_is_null():
+def test_k_without_a_field_is_omitted_and_missing_sae_probes_are_null():
     config = EvalConfig(dataset_names=("one",), k_values=(1, 3))
     accuracies = {("one", label, k): 0.75 for label in "ab" for k in (1, 3)}
     llm = accuracies | {("one", label, "all"): 0.5 for label in "ab"}
@@ -71,7 +71,7 @@ def test_k_without_a_field_is_left_out_and_an_unprobed_sae_is_null():
     assert "top_3" not in json.dumps(output)
 
 
-def test_files_are_named_and_laid_out_as_sae_bench_s(tmp_path):
+def test_files_have_the_name_and_layout_of_sae_bench(tmp_path):
     output = eval_output(recorded("llm"), recorded("sae"), CONFIG, **HEAD)
     path = tmp_path / eval_file_name("me/sae")
     write_eval_output(path, output)
@@ -94,12 +94,12 @@ def test_files_are_named_and_laid_out_as_sae_bench_s(tmp_path):
         ({("two", "new", 1): 0.5}, "of two have other classes for other k"),
     ],
 )
-def test_accuracies_that_do_not_fit_are_refused(change, message):
+def test_inconsistent_accuracies_raise_an_error(change, message):
     with pytest.raises(BadSetting, match=message):
         eval_output(recorded("llm"), recorded("sae") | change, CONFIG, **HEAD)
 
 
-def test_missing_llm_probe_and_a_time_in_another_unit_are_refused():
+def test_a_missing_llm_probe_and_a_time_in_another_unit_raise_an_error():
     llm = {key: value for key, value in recorded("llm").items() if key[2] != "all"}
     with pytest.raises(BadSetting, match="llm accuracies of one and k_values differ in llm_test_accuracy"):
         eval_output(llm, recorded("sae"), CONFIG, **HEAD)

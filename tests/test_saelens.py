@@ -1,4 +1,4 @@
-"""The real SAELens loads what we write, for every rule with every mask, and gives our codes."""
+"""SAELens loads exported SAEs with every rule and mask and computes the same codes."""
 
 import json
 import subprocess
@@ -16,7 +16,7 @@ ORIGIN = {"weights": "abc", "layer": 2, "model": "tiny", "training_tokens": 1000
 
 
 def scaled(sae):
-    """With constants that matter, and decoder rows of norm 1 as after training."""
+    """Set non-trivial centering constants and decoder rows of norm 1, as after training."""
     with torch.no_grad():
         sae.center = torch.linspace(-1, 3, D_MODEL)
         sae.scale = torch.tensor(2.5)
@@ -39,7 +39,7 @@ def contexts(n_contexts=5, length=N_POSITIONS):
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(("kind", "gating"), KINDS)
-def test_saelens_gives_our_codes(saelens, rule, kind, gating, tmp_path):
+def test_saelens_computes_the_same_codes(saelens, rule, kind, gating, tmp_path):
     sae = scaled(make_sae(kind, gating, rule=rule, free_fraction=0.125))
     theirs = saelens.SAE.load_from_disk(exported(sae, tmp_path))
     assert theirs.cfg.architecture() == "posmask"
@@ -49,8 +49,8 @@ def test_saelens_gives_our_codes(saelens, rule, kind, gating, tmp_path):
     torch.testing.assert_close(theirs.decode(expected), sae.decode(expected), atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(theirs(vectors), sae(vectors, position), atol=1e-4, rtol=1e-5)
     flat = vectors.flatten(0, 1)
-    found = theirs.encode(flat, positions=position.flatten())
-    torch.testing.assert_close(found, expected.flatten(0, 1), atol=2e-5, rtol=1e-5)
+    flat_codes = theirs.encode(flat, positions=position.flatten())
+    torch.testing.assert_close(flat_codes, expected.flatten(0, 1), atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(
         theirs(flat, positions=position.flatten()), sae(vectors, position).flatten(0, 1), atol=1e-4, rtol=1e-5
     )
@@ -69,7 +69,7 @@ def test_saelens_gives_our_codes(saelens, rule, kind, gating, tmp_path):
         ((5, N_POSITIONS, D_MODEL), "end", "position is counted from the end, which no shape shows"),
     ],
 )
-def test_unknown_positions_raise(saelens, shape, position_origin, reason, tmp_path):
+def test_unknown_positions_raise_an_error(saelens, shape, position_origin, reason, tmp_path):
     theirs = saelens.SAE.load_from_disk(exported(scaled(make_sae("slice", position_origin=position_origin)), tmp_path))
     vectors = torch.randn(shape)
     for call in (theirs.encode, theirs, theirs.run_with_cache):
@@ -83,7 +83,7 @@ def test_unknown_positions_raise(saelens, shape, position_origin, reason, tmp_pa
         assert ("positions=0" in message) == (shape[-2:] == (1, D_MODEL))
 
 
-def test_one_token_takes_the_position_given(saelens, tmp_path):
+def test_a_single_token_uses_the_given_position(saelens, tmp_path):
     sae = scaled(make_sae("slice"))
     theirs = saelens.SAE.load_from_disk(exported(sae, tmp_path))
     vectors, position = contexts()
@@ -106,7 +106,7 @@ def test_the_mask_is_lifted_on_request_only(saelens, kind, tmp_path):
         torch.testing.assert_close(lifted.encode(flat), expected, atol=2e-5, rtol=1e-5)
         torch.testing.assert_close(lifted(flat), sae.decode(expected), atol=1e-4, rtol=1e-5)
         torch.testing.assert_close(lifted.encode(vectors).flatten(0, 1), expected, atol=2e-5, rtol=1e-5)
-        with theirs.at(3):  # The innermost context counts.
+        with theirs.at(3):  # The innermost context is used.
             here = theirs.encode(flat)
     torch.testing.assert_close(here, sae.encode(flat, torch.full((80,), 3)), atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(theirs.encode(vectors), sae.encode(vectors, position), atol=2e-5, rtol=1e-5)
@@ -122,7 +122,7 @@ def test_the_mask_is_lifted_on_request_only(saelens, kind, tmp_path):
         ("switch", {}),
     ],
 )
-def test_positions_are_not_needed_where_they_do_not_matter(saelens, kind, changes, tmp_path):
+def test_positions_are_optional_if_codes_do_not_depend_on_them(saelens, kind, changes, tmp_path):
     sae = scaled(make_sae(kind, **changes))
     theirs = saelens.SAE.load_from_disk(exported(sae, tmp_path))
     vectors, position = contexts()
@@ -132,21 +132,21 @@ def test_positions_are_not_needed_where_they_do_not_matter(saelens, kind, change
     assert theirs.encode(vectors[0, 0]).shape == (D_SAE,)
 
 
-def test_positions_of_tools_calls_and_positions_beyond(saelens, tmp_path):
+def test_invalid_positions_raise_and_large_ones_are_clamped(saelens, tmp_path):
     sae = scaled(make_sae("slice"))
     theirs = saelens.SAE.load_from_disk(exported(sae, tmp_path))
     vectors, position = contexts()
     flat = vectors.flatten(0, 1)
     with theirs.at(3):
-        found = theirs.encode(flat), theirs(flat)
-    here = torch.full((len(flat),), 3)
-    torch.testing.assert_close(found[0], sae.encode(flat, here), atol=2e-5, rtol=1e-5)
-    torch.testing.assert_close(found[1], sae(flat, here), atol=1e-4, rtol=1e-5)
+        codes, output = theirs.encode(flat), theirs(flat)
+    given_position = torch.full((len(flat),), 3)
+    torch.testing.assert_close(codes, sae.encode(flat, given_position), atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(output, sae(flat, given_position), atol=1e-4, rtol=1e-5)
     longer, position = contexts(2, N_POSITIONS + 4)
     with pytest.warns(UserWarning, match="positions up to 19 are beyond the mask's last, 15, and count as it"):
-        found = theirs.encode(longer)
-    torch.testing.assert_close(found, sae.encode(longer, position.clamp(max=N_POSITIONS - 1)), atol=2e-5, rtol=1e-5)
-    assert torch.equal(theirs.encode(longer), found)
+        clamped = theirs.encode(longer)
+    torch.testing.assert_close(clamped, sae.encode(longer, position.clamp(max=N_POSITIONS - 1)), atol=2e-5, rtol=1e-5)
+    assert torch.equal(theirs.encode(longer), clamped)
     with pytest.raises(BadSetting, match="position -1 is negative: count from 0"):
         theirs.encode(flat, positions=-1)
     with pytest.raises(BadSetting, match=r"shape \[3\] do not fit vectors \[80, 12\]"):
@@ -156,12 +156,12 @@ def test_positions_of_tools_calls_and_positions_beyond(saelens, tmp_path):
             theirs.encode(flat, positions=fraction)
 
 
-def test_a_mask_that_counts_from_elsewhere_takes_given_positions(saelens, tmp_path):
+def test_a_mask_with_another_origin_uses_given_positions(saelens, tmp_path):
     sae = scaled(make_sae("slice", position_origin="sentence"))
     theirs = saelens.SAE.load_from_disk(exported(sae, tmp_path))
     vectors, position = contexts()
-    found = theirs.encode(vectors, positions=position)
-    torch.testing.assert_close(found, sae.encode(vectors, position), atol=2e-5, rtol=1e-5)
+    codes = theirs.encode(vectors, positions=position)
+    torch.testing.assert_close(codes, sae.encode(vectors, position), atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -178,7 +178,7 @@ def test_other_precisions_and_folded_norms(saelens, rule, kind, tmp_path):
     assert half.encode(vectors).dtype == torch.bfloat16
     assert torch.equal(half.encode(vectors), moved.encode(vectors))
     closed = half.encode(vectors)[sae.encode(vectors, position, use_mask=True) == 0]
-    assert float((closed != 0).float().mean()) < 0.05  # The rounding takes a few others, and only near ties.
+    assert float((closed != 0).float().mean()) < 0.05  # Rounding selects a few other latents near ties.
     exact = saelens.SAE.load_from_disk(folder, dtype="float64")
     codes, rows = exact.encode(vectors), exact.W_dec.detach().clone()
     torch.testing.assert_close(codes.float(), sae.encode(vectors, position), atol=2e-5, rtol=1e-5)
@@ -190,7 +190,7 @@ def test_other_precisions_and_folded_norms(saelens, rule, kind, tmp_path):
 
 
 @pytest.mark.parametrize("rule", ["jumprelu", "gated", "batchtopk"])
-def test_an_object_made_in_another_precision_is_of_it_throughout(saelens, rule):
+def test_all_tensors_have_the_configured_precision(saelens, rule):
     from posmask.interop.saelens import PosmaskSAE, PosmaskSAEConfig, as_saelens
 
     settings = as_saelens(make_sae("soft", rule=rule), ORIGIN).cfg.to_dict()
@@ -201,7 +201,7 @@ def test_an_object_made_in_another_precision_is_of_it_throughout(saelens, rule):
     assert set(kinds.values()) == {torch.float64}, kinds
 
 
-def test_norms_that_cannot_be_folded_are_refused_as_saelens_refuses_them(saelens, tmp_path):
+def test_folding_norms_raises_if_it_changes_codes(saelens, tmp_path):
     sae = scaled(make_sae("slice"))
     theirs = saelens.SAE.load_from_disk(exported(sae, tmp_path))
     theirs.W_dec.data[0] *= 2
@@ -209,7 +209,7 @@ def test_norms_that_cannot_be_folded_are_refused_as_saelens_refuses_them(saelens
         theirs.fold_W_dec_norm()
 
 
-def test_hooks_of_saelens_see_and_change_what_passes(saelens, tmp_path):
+def test_saelens_hooks_read_and_change_activations(saelens, tmp_path):
     theirs = saelens.SAE.load_from_disk(exported(scaled(make_sae("slice", rule="relu")), tmp_path))
     vectors, _ = contexts()
     out, cache = theirs.run_with_cache(vectors)
@@ -222,7 +222,7 @@ def test_hooks_of_saelens_see_and_change_what_passes(saelens, tmp_path):
     torch.testing.assert_close(silenced, theirs.b_dec.expand_as(silenced))
 
 
-def test_saelens_saves_what_it_loaded(saelens, tmp_path):
+def test_saelens_saves_a_loaded_sae(saelens, tmp_path):
     sae = scaled(make_sae("importance", rule="matryoshka"))
     theirs = saelens.SAE.load_from_disk(exported(sae, tmp_path))
     theirs.save_model(tmp_path / "again")
@@ -234,21 +234,21 @@ def test_saelens_saves_what_it_loaded(saelens, tmp_path):
     assert not again.rule.level.is_floating_point()
 
 
-def test_an_object_without_a_folder_is_what_the_folder_gives(saelens, tmp_path):
+def test_in_memory_conversion_equals_the_export(saelens, tmp_path):
     from posmask.interop.saelens import as_saelens
 
     sae = scaled(make_sae("slice", rule="gated"))
     theirs, vectors = saelens.SAE.load_from_disk(exported(sae, tmp_path)), contexts()[0]
-    mine = as_saelens(sae, ORIGIN)
-    assert torch.equal(mine.encode(vectors), theirs.encode(vectors))
-    assert mine.cfg.to_dict() == theirs.cfg.to_dict()
+    converted = as_saelens(sae, ORIGIN)
+    assert torch.equal(converted.encode(vectors), theirs.encode(vectors))
+    assert converted.cfg.to_dict() == theirs.cfg.to_dict()
 
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(
     ("kind", "gating"), [("open", "forward"), ("slice", "forward"), ("slice", "gradient"), ("soft", "forward")]
 )
-def test_the_lossy_export_is_the_sae_with_its_mask_lifted(saelens, rule, kind, gating, tmp_path):
+def test_the_lossy_export_equals_lifting_the_mask(saelens, rule, kind, gating, tmp_path):
     sae = scaled(make_sae(kind, gating, rule=rule))
     folder = exported(sae, tmp_path, lossy=True)
     theirs = saelens.SAE.load_from_disk(folder)
@@ -263,13 +263,13 @@ def test_the_lossy_export_is_the_sae_with_its_mask_lifted(saelens, rule, kind, g
     assert (folder / "LOSSY.md").exists()
 
 
-def test_a_switch_has_no_lossy_export(tmp_path):
+def test_lossy_export_of_a_switch_raises_an_error(tmp_path):
     assert "switch" in FORWARD_ONLY
     with pytest.raises(BadSetting, match="'switch' chooses latents by a router"):
         exported(make_sae("switch"), tmp_path, lossy=True)
 
 
-def test_posmask_needs_no_saelens_and_says_how_to_get_it():
+def test_missing_saelens_raises_an_error_with_the_pip_command():
     code = """
 import sys, posmask, posmask.cli, posmask.interop.saelens_files
 assert "sae_lens" not in sys.modules

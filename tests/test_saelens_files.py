@@ -1,4 +1,4 @@
-"""SAELens folders without SAELens: what comes in as one of ours, and what is refused."""
+"""Import and export of SAELens folders without SAELens, and folders that raise an error."""
 
 import json
 import math
@@ -24,18 +24,18 @@ from test_saelens import ORIGIN, contexts, exported, scaled
     ("kind", "gating"),
     [case for case in KINDS if case[0] in ("soft", "importance", "switch") or case == ("slice", "gradient")],
 )
-def test_there_and_back_is_the_same_sae(rule, kind, gating, tmp_path):
+def test_export_and_import_give_the_same_sae(rule, kind, gating, tmp_path):
     sae = scaled(make_sae(kind, gating, rule=rule))
     import_saelens(exported(sae, tmp_path), tmp_path / "back")
-    back = read_sae(tmp_path / "back")
+    imported = read_sae(tmp_path / "back")
     vectors, position = contexts()
     expected = sae.encode(vectors, position)
-    torch.testing.assert_close(back.encode(vectors, position), expected, atol=2e-5, rtol=1e-5)
-    torch.testing.assert_close(back(vectors, position), sae(vectors, position), atol=1e-4, rtol=1e-5)
-    torch.testing.assert_close(back.decoder.norm(dim=1), torch.ones(D_SAE))
-    assert back.mask.settings == sae.mask.settings
-    assert back.rule.settings == sae.rule.settings
-    assert torch.equal(back.mask.openness(), sae.mask.openness())
+    torch.testing.assert_close(imported.encode(vectors, position), expected, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(imported(vectors, position), sae(vectors, position), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(imported.decoder.norm(dim=1), torch.ones(D_SAE))
+    assert imported.mask.settings == sae.mask.settings
+    assert imported.rule.settings == sae.rule.settings
+    assert torch.equal(imported.mask.openness(), sae.mask.openness())
     origin = read_origin(tmp_path / "back")
     assert origin["layer"] == ORIGIN["layer"]
     assert origin["training_tokens"] == 1000
@@ -70,7 +70,7 @@ def their_folder(folder, name="standard", *, unit=True, metadata=None, drop=(), 
     cfg |= THEIRS.get(name, {}) | changes
     cfg["metadata"] = {**facts, **(metadata or {})}
     (folder / "cfg.json").write_text(json.dumps(cfg))
-    tensors = {key: one for key, one in random_tensors(architecture, unit=unit).items() if key not in drop}
+    tensors = {key: tensor for key, tensor in random_tensors(architecture, unit=unit).items() if key not in drop}
     save_file(tensors, folder / "sae_weights.safetensors")
     return folder
 
@@ -78,7 +78,7 @@ def their_folder(folder, name="standard", *, unit=True, metadata=None, drop=(), 
 @pytest.mark.parametrize("subtracts", [True, False])
 @pytest.mark.parametrize("unit", [True, False])
 @pytest.mark.parametrize("name", THEIRS)
-def test_an_imported_sae_does_what_saelens_does_with_it(saelens, name, unit, subtracts, tmp_path):
+def test_an_imported_sae_equals_the_sae_in_saelens(saelens, name, unit, subtracts, tmp_path):
     folder = their_folder(tmp_path / "theirs", name, unit=unit, apply_b_dec_to_input=subtracts)
     if name == "topk" and not unit:
         with pytest.raises(BadSetting, match=r"norms from \d\.\d+ to \d\.\d+ that topk does not account for"):
@@ -97,7 +97,7 @@ def test_an_imported_sae_does_what_saelens_does_with_it(saelens, name, unit, sub
     assert (origin["layer"], origin["site"]) == (2, "residual_after")
 
 
-PLACES = {
+HOOK_NAMES = {
     (2, "residual_after"): "blocks.1.hook_resid_post",
     (2, "residual_before"): "blocks.1.hook_resid_pre",
     (1, "residual_before"): "blocks.0.hook_resid_pre",
@@ -107,12 +107,12 @@ PLACES = {
 
 
 @pytest.mark.parametrize("lossy", [False, True])
-@pytest.mark.parametrize(("layer", "site"), PLACES)
+@pytest.mark.parametrize(("layer", "site"), HOOK_NAMES)
 def test_the_site_survives_export_and_import(layer, site, lossy, tmp_path):
     cell = tmp_path / "cell"
     write_sae(scaled(make_sae("open")), cell, {"layer": layer, "site": site})
     cfg = export_saelens(cell, tmp_path / "theirs", lossy=lossy)
-    assert cfg["metadata"]["hook_name"] == PLACES[layer, site]
+    assert cfg["metadata"]["hook_name"] == HOOK_NAMES[layer, site]
     import_saelens(tmp_path / "theirs", tmp_path / "back")
     origin = read_origin(tmp_path / "back")
     # The stream before layer 2 is the stream after layer 1.
@@ -131,25 +131,25 @@ SCOPE = "layer_12/width_16k/average_l0_82"
 
 
 @pytest.mark.parametrize(
-    ("path", "place"),
+    ("path", "site"),
     [
         (f"gemma-scope-2b-pt-res/{SCOPE}", (13, "residual_after")),
         (f"gemma-scope-2b-pt-mlp/{SCOPE}", (13, "mlp")),
         (f"models--google--gemma-scope-9b-it-res/snapshots/0a1b/{SCOPE}", (13, "residual_after")),
         (f"models--google--gemma-scope-2b-pt-mlp/snapshots/0a1b/{SCOPE}", (13, "mlp")),
         (f"gemma-scope-res/gemma-scope-2b-pt-mlp/{SCOPE}", (13, "mlp")),
-        (SCOPE, None),  # -res, -mlp, -att and -transcoders all have folders of these names.
+        (SCOPE, None),  # -res, -mlp, -att and -transcoders all have folders with this name.
         ("gemma-scope-2b-pt-mlp/copied", None),
     ],
 )
-def test_the_path_of_gemma_scope_says_the_site(path, place, tmp_path):
+def test_the_site_is_inferred_from_a_gemma_scope_path(path, site, tmp_path):
     write_scope(tmp_path / path)
     import_saelens(tmp_path / path, tmp_path / "ours", n_positions=N_POSITIONS)
     origin = read_origin(tmp_path / "ours")
-    assert (origin.get("layer"), origin.get("site")) == (place or (None, None))
+    assert (origin.get("layer"), origin.get("site")) == (site or (None, None))
 
 
-def test_a_linked_gemma_scope_folder_is_what_its_target_is(tmp_path):
+def test_the_site_of_a_linked_gemma_scope_folder_is_that_of_its_target(tmp_path):
     write_scope(tmp_path / "gemma-scope-2b-pt-mlp" / SCOPE)
     (tmp_path / "link").symlink_to(tmp_path / "gemma-scope-2b-pt-mlp" / SCOPE)
     import_saelens(tmp_path / "link", tmp_path / "ours", n_positions=N_POSITIONS)
@@ -167,14 +167,14 @@ def test_a_linked_gemma_scope_folder_is_what_its_target_is(tmp_path):
         ("gemma-scope-2b-pt-res/embedding/width_4k/average_l0_6", "hook_name = 'hook_embed' is not a site"),
     ],
 )
-def test_gemma_scope_of_other_sites_is_refused(path, message, tmp_path):
+def test_gemma_scope_of_unsupported_sites_raises_an_error(path, message, tmp_path):
     write_scope(tmp_path / path)
     with pytest.raises(BadSetting, match=message) as caught:
         import_saelens(tmp_path / path, tmp_path / "ours", n_positions=N_POSITIONS)
     assert "\n" not in str(caught.value)
 
 
-def test_unknown_tensors_are_refused(tmp_path):
+def test_unknown_tensors_raise_an_error(tmp_path):
     skip = np.zeros((D_MODEL, D_MODEL), dtype=np.float32)
     write_scope(tmp_path / "gemma-scope-2b-pt-res" / SCOPE, W_skip=skip)
     with pytest.raises(BadSetting, match="'jumprelu' has no tensor W_skip"):
@@ -182,14 +182,15 @@ def test_unknown_tensors_are_refused(tmp_path):
     folder = their_folder(tmp_path / "theirs")
     weights = load_file(folder / "sae_weights.safetensors")
     save_file({**weights, "scaling_factor": torch.ones(D_SAE)}, folder / "sae_weights.safetensors")
-    import_saelens(folder, tmp_path / "ones")  # SAELens wrote these once, and drops them too.
+    # Earlier versions of SAELens wrote scaling factors of 1, which SAELens ignores too.
+    import_saelens(folder, tmp_path / "ones")
     for name, tensor in (("scaling_factor", torch.full((D_SAE,), 2.0)), ("W_skip", torch.tensor(skip))):
         save_file({**weights, name: tensor}, folder / "sae_weights.safetensors")
-        refused(folder, BadSetting, f"'standard' has no tensor {name}")
+        assert_import_raises(folder, BadSetting, f"'standard' has no tensor {name}")
 
 
 @pytest.mark.parametrize("as_folder", [True, False])
-def test_gemma_scope_comes_in_from_its_arrays(as_folder, tmp_path):
+def test_gemma_scope_arrays_are_imported(as_folder, tmp_path):
     folder = tmp_path / "gemma-scope-2b-pt-res" / "layer_12" / "width_16k" / "average_l0_82"
     tensors = write_scope(folder)
     source = folder if as_folder else folder / "params.npz"
@@ -204,7 +205,7 @@ def test_gemma_scope_comes_in_from_its_arrays(as_folder, tmp_path):
     assert read_origin(tmp_path / "ours")["layer"] == 13
 
 
-def refused(folder, error, message, **options):
+def assert_import_raises(folder, error, message, **options):
     with pytest.raises(error, match=message) as caught:
         import_saelens(folder, folder.parent / "ours", **options)
     assert "\n" not in str(caught.value)
@@ -236,24 +237,24 @@ def refused(folder, error, message, **options):
         ({"d_in": None}, BadSetting, "d_in = None is not a positive .*: fetch an SAE whose settings are whole"),
     ],
 )
-def test_folders_that_cannot_be_taken_over_say_why(given, error, message, tmp_path):
-    refused(their_folder(tmp_path / "theirs", **given), error, message)
+def test_folders_that_cannot_be_imported_raise_an_error(given, error, message, tmp_path):
+    assert_import_raises(their_folder(tmp_path / "theirs", **given), error, message)
 
 
-def test_files_that_cannot_be_read_say_why(tmp_path):
-    refused(tmp_path, DamagedFolder, "holds no cfg.json: give a folder that SAELens's save_model wrote")
+def test_unreadable_files_raise_an_error(tmp_path):
+    assert_import_raises(tmp_path, DamagedFolder, "holds no cfg.json: give a folder that SAELens's save_model wrote")
     folder = their_folder(tmp_path / "theirs")
     weights = folder / "sae_weights.safetensors"
     tensors = load_file(weights)
     tensors["W_dec"][3, 4] = torch.nan
     save_file(tensors, weights)
-    refused(folder, DamagedFolder, "W_dec holds NaN or infinite numbers")
+    assert_import_raises(folder, DamagedFolder, "W_dec holds NaN or infinite numbers")
     weights.write_bytes(b"\x00\x01")
-    refused(folder, DamagedFolder, "sae_weights.safetensors cannot be read")
+    assert_import_raises(folder, DamagedFolder, "sae_weights.safetensors cannot be read")
     weights.unlink()
-    refused(folder, DamagedFolder, "holds no sae_weights.safetensors: fetch the folder again")
+    assert_import_raises(folder, DamagedFolder, "holds no sae_weights.safetensors: fetch the folder again")
     (folder / "cfg.json").write_text("{")
-    refused(folder, DamagedFolder, "is not readable JSON")
+    assert_import_raises(folder, DamagedFolder, "is not readable JSON")
 
 
 @pytest.mark.parametrize("name", THEIRS)
@@ -262,8 +263,8 @@ def test_a_zero_decoder_row_becomes_a_latent_that_never_fires(saelens, name, tmp
     weights = load_file(folder / "sae_weights.safetensors")
     weights["W_dec"][[0, 5]] = 0
     save_file(weights, folder / "sae_weights.safetensors")
-    if name == "topk":  # There it may take one of the k places.
-        refused(folder, BadSetting, "norms from 0 to 1 that topk does not account for")
+    if name == "topk":  # In SAELens, it may be one of the k selected latents.
+        assert_import_raises(folder, BadSetting, "norms from 0 to 1 that topk does not account for")
         return
     theirs, ours = saelens.SAE.load_from_disk(folder), import_saelens(folder, tmp_path / "ours")
     vectors, position = contexts()
@@ -282,30 +283,30 @@ def test_a_zero_decoder_row_becomes_a_latent_that_never_fires(saelens, name, tmp
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_a_zero_decoder_row_of_an_sae_with_a_mask(rule, tmp_path):
+def test_a_zero_decoder_row_of_a_masked_sae_never_fires(rule, tmp_path):
     sae = scaled(make_sae("slice", rule=rule))
     folder = exported(sae, tmp_path)
     weights = load_file(folder / "sae_weights.safetensors")
     weights["W_dec"][5] = 0
     save_file(weights, folder / "sae_weights.safetensors")
     if rule in ("topk", "batchtopk", "matryoshka"):
-        refused(folder, BadSetting, f"norms from 0 to 2.5 that {rule} does not account for")
+        assert_import_raises(folder, BadSetting, f"norms from 0 to 2.5 that {rule} does not account for")
         return
     vectors, position = contexts()
     expected = sae.encode(vectors, position).detach()
     expected[..., 5] = 0
-    back = import_saelens(folder, tmp_path / "back")
-    torch.testing.assert_close(back.encode(vectors, position), expected, atol=2e-5, rtol=1e-5)
-    torch.testing.assert_close(back(vectors, position), sae.decode(expected), atol=1e-4, rtol=1e-5)
+    imported = import_saelens(folder, tmp_path / "back")
+    torch.testing.assert_close(imported.encode(vectors, position), expected, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(imported(vectors, position), sae.decode(expected), atol=1e-4, rtol=1e-5)
 
 
-def test_an_sae_without_any_decoder_rows_is_its_bias(tmp_path):
+def test_an_sae_with_only_zero_decoder_rows_gives_its_bias(tmp_path):
     folder = their_folder(tmp_path / "theirs")
     weights = load_file(folder / "sae_weights.safetensors")
     save_file({**weights, "W_dec": torch.zeros(D_SAE, D_MODEL)}, folder / "sae_weights.safetensors")
     vectors, position = make_vectors(20)
-    found = import_saelens(folder, tmp_path / "ours")(vectors, position)
-    torch.testing.assert_close(found, weights["b_dec"].expand(20, D_MODEL))
+    reconstruction = import_saelens(folder, tmp_path / "ours")(vectors, position)
+    torch.testing.assert_close(reconstruction, weights["b_dec"].expand(20, D_MODEL))
 
 
 HUGE = 10**12
@@ -337,14 +338,14 @@ HUGE = 10**12
         ({"architecture": ["standard"]}, "architecture \\['standard'\\]|unhashable"),
     ],
 )
-def test_absurd_sizes_are_refused_before_anything_is_made(given, message, tmp_path):
+def test_absurd_sizes_raise_before_allocation(given, message, tmp_path):
     metadata = given.pop("metadata", {})
     folder = their_folder(tmp_path / "theirs", given.pop("name", "standard"), **{"metadata": {}, **given})
     cfg = json.loads((folder / "cfg.json").read_text())
     if isinstance(metadata, dict):
         metadata = {**cfg["metadata"], **metadata}
     (folder / "cfg.json").write_text(json.dumps({**cfg, "metadata": metadata}))
-    refused(folder, PosmaskError, message)
+    assert_import_raises(folder, PosmaskError, message)
 
 
 @pytest.mark.parametrize(
@@ -364,22 +365,22 @@ def test_absurd_sizes_are_refused_before_anything_is_made(given, message, tmp_pa
         ("slice", {"rule": {"l1_coefficient": float("inf")}}, "l1_coefficient"),
     ],
 )
-def test_absurd_sizes_of_an_exported_sae_are_refused(kind, changes, message, tmp_path):
+def test_absurd_sizes_of_an_exported_sae_raise_an_error(kind, changes, message, tmp_path):
     folder = exported(scaled(make_sae(kind, rule="relu")), tmp_path)
     cfg = json.loads((folder / "cfg.json").read_text())
     for name, value in changes.items():
         cfg[name] = {**cfg[name], **value} if isinstance(value, dict) else value
     (folder / "cfg.json").write_text(json.dumps(cfg))
-    refused(folder, PosmaskError, message)
+    assert_import_raises(folder, PosmaskError, message)
 
 
-def test_a_band_over_many_positions_is_refused_quickly():
+def test_a_band_over_many_positions_raises_quickly():
     with pytest.raises(BadSetting, match="makes 299999 windows of 300000 positions, more than the 2 latents"):
         make_mask(mask_settings({"kind": "band", "growth": 1.0, "free_fraction": 1.0}), 300_000, 2)
 
 
 def zeros_npz(path, shapes, *, claimed=None):
-    """A compressed params.npz of zeros; `claimed`: shapes that the headers say instead."""
+    """Write a compressed params.npz of zeros; `claimed` gives other shapes for the headers."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, shape in shapes.items():
             with archive.open(f"{name}.npy", "w") as file:
@@ -392,33 +393,35 @@ def scope_shapes(d_in, d_sae):
     return {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_enc": (d_sae,), "b_dec": (d_in,), "threshold": (d_sae,)}
 
 
-def test_an_npz_that_unpacks_to_much_more_than_its_size_is_refused(tmp_path):
+def test_an_npz_with_an_excessive_compression_ratio_raises_an_error(tmp_path):
     (tmp_path / "scope").mkdir()
     path = tmp_path / "scope" / "params.npz"
     zeros_npz(path, scope_shapes(64, 100_000))
     assert path.stat().st_size < 100_000
-    refused(path.parent, DamagedFolder, r"unpack to 52,\d+,\d+ bytes, more than 8 times", n_positions=16)
+    assert_import_raises(path.parent, DamagedFolder, r"unpack to 52,\d+,\d+ bytes, more than 8 times", n_positions=16)
     zeros_npz(path, scope_shapes(4, 8), claimed=scope_shapes(10**6, 10**6))
-    refused(path.parent, DamagedFolder, r"W_enc has the shape \[1000000, 1000000\] in its header", n_positions=16)
+    assert_import_raises(
+        path.parent, DamagedFolder, r"W_enc has the shape \[1000000, 1000000\] in its header", n_positions=16
+    )
     shapes = scope_shapes(12, 32)
     zeros_npz(path, {**shapes, "W_enc": (12, 31)})
-    refused(path.parent, DamagedFolder, r"W_enc has the shape \[12, 31\], not \[12, 32\]", n_positions=16)
+    assert_import_raises(path.parent, DamagedFolder, r"W_enc has the shape \[12, 31\], not \[12, 32\]", n_positions=16)
 
 
 def test_a_compressed_npz_is_read(tmp_path):
     (tmp_path / "scope").mkdir()
     tensors = random_tensors("jumprelu", unit=True)
-    np.savez_compressed(tmp_path / "scope" / "params.npz", **{name: one.numpy() for name, one in tensors.items()})
+    np.savez_compressed(tmp_path / "scope" / "params.npz", **{name: tensor.numpy() for name, tensor in tensors.items()})
     assert import_saelens(tmp_path / "scope", tmp_path / "ours", n_positions=16).d_sae == D_SAE
 
 
-def test_weights_that_overflow_are_refused(tmp_path):
+def test_weights_that_overflow_raise_an_error(tmp_path):
     folder = their_folder(tmp_path / "theirs", unit=False)
     weights = load_file(folder / "sae_weights.safetensors")
     weights["W_dec"] *= 1e30
     weights["W_enc"] *= 1e30
     save_file(weights, folder / "sae_weights.safetensors")
-    refused(folder, DamagedFolder, "encoder holds NaN or infinite numbers")
+    assert_import_raises(folder, DamagedFolder, "encoder holds NaN or infinite numbers")
 
 
 @pytest.mark.parametrize("lossy", [False, True])
@@ -426,7 +429,7 @@ def test_a_damaged_cell_is_not_exported(lossy, tmp_path):
     cell = tmp_path / "cell"
     with write_folder(cell, {"what": "test"}) as draft:
         write_sae(scaled(make_sae("slice")), draft, ORIGIN)
-    export_saelens(cell, tmp_path / "whole", lossy=lossy)
+    export_saelens(cell, tmp_path / "exported", lossy=lossy)
     flip_a_bit(cell / "sae.safetensors")
     with pytest.raises(DamagedFolder, match=r"sae.safetensors is not what was written"):
         export_saelens(cell, tmp_path / "damaged", lossy=lossy)
@@ -435,7 +438,7 @@ def test_a_damaged_cell_is_not_exported(lossy, tmp_path):
 
 def flip_a_bit(path):
     content = bytearray(path.read_bytes())
-    content[-5] ^= 1  # of a number in the last tensor
+    content[-5] ^= 1  # in the last tensor
     path.write_bytes(content)
 
 
@@ -444,15 +447,17 @@ class Bomb:
         return (pytest.fail, ("unpickled",))
 
 
-def test_pickles_are_refused_and_never_opened(tmp_path):
+def test_pickles_raise_an_error_and_are_never_loaded(tmp_path):
     folder = their_folder(tmp_path / "theirs")
     (folder / "sae_weights.safetensors").rename(folder / "sae_weights.pt")
     (folder / "sae_weights.pt").write_bytes(pickle.dumps(Bomb()))
-    refused(folder, DamagedFolder, r"holds its weights pickled \(sae_weights.pt\), .* never read")
+    assert_import_raises(folder, DamagedFolder, r"holds its weights pickled \(sae_weights.pt\), .* never read")
     folder = tmp_path / "scope"
     folder.mkdir()
     np.savez(folder / "params.npz", W_enc=np.array([Bomb()], dtype=object))
-    refused(folder, DamagedFolder, r"cannot be read \(W_enc holds pickled objects, which are never", n_positions=16)
+    assert_import_raises(
+        folder, DamagedFolder, r"cannot be read \(W_enc holds pickled objects, which are never", n_positions=16
+    )
 
 
 def test_nothing_is_overwritten(tmp_path):

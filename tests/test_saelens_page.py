@@ -1,4 +1,4 @@
-"""docs/saelens.md: its blocks are run in their order, the hub's against a stand-in."""
+"""Run the examples of docs/saelens.md in order, with a local hub."""
 
 import re
 import shlex
@@ -9,14 +9,14 @@ from typer.testing import CliRunner
 
 from conftest import make_sae
 from posmask.cli.commands import app
-from test_model_hub import cell_folder, server, whole_hub  # noqa: F401
+from test_model_hub import cell_folder, local_hub, server  # noqa: F401
 from test_saelens import contexts, scaled
 from test_saelens_files import random_tensors
 
 PAGE = Path(__file__).parent.parent / "docs" / "saelens.md"
 
 
-def test_the_page_does_what_it_says(saelens, server, tmp_path, monkeypatch):  # noqa: F811
+def test_examples_of_the_saelens_page_run(saelens, server, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.chdir(tmp_path)
     cells = tmp_path / "runs" / "quick" / "cells"
     scope = tmp_path / "gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82"

@@ -1,4 +1,4 @@
-"""Secrets of the environment stay there: none is in what posmask prints, writes or sends to the hub."""
+"""Secrets in environment variables are never printed, written or sent to the hub."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hub_stand_in import TOKEN, stand_in
+from hub_stand_in import TOKEN, serve_hub
 
 TESTS = Path(__file__).parent
 SECRETS = {
@@ -59,7 +59,7 @@ for words, code in (
 def test_no_secret_is_printed_written_or_sent(tmp_path):
     home = tmp_path / "home"
     home.mkdir()
-    with stand_in() as hub:
+    with serve_hub() as hub:
         environment = os.environ | SECRETS
         environment |= {
             "HF_ENDPOINT": hub.address,
@@ -75,10 +75,10 @@ def test_no_secret_is_printed_written_or_sent(tmp_path):
     assert any("wandb" in name for name in written)
     assert "hub/README.md" in pushed
     everything = {"output": done.stdout.encode(), "errors": done.stderr.encode(), **written, **pushed}
-    found = [
+    leaks = [
         (name, variable)
         for name, content in everything.items()
         for variable, secret in SECRETS.items()
         if secret.encode() in content
     ]
-    assert not found
+    assert not leaks

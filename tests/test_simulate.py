@@ -1,4 +1,4 @@
-"""The simulation of many GPUs: bytes are those that processes send, and docs/scaling.md holds what was measured."""
+"""The simulation of many GPUs: bytes equal those that processes send, and docs/scaling.md has the measured values."""
 
 import json
 import re
@@ -33,37 +33,37 @@ ROUND = Linked(
 
 
 @pytest.mark.parametrize("design", ["data", "position"])
-def test_bytes_of_a_step_are_those_that_a_process_hands_over(activations, tmp_path, design):
+def test_simulated_bytes_equal_the_bytes_sent(activations, tmp_path, design):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
     try:
         sae = make_sae("slice")
         sae.center, sae.scale = activations.center_and_scale
-        together = ByData(sae) if design == "data" else ByPosition(sae, activations.position)
+        strategy = ByData(sae) if design == "data" else ByPosition(sae, activations.position)
         settings = TrainingSettings(n_steps=30, batch_tokens=240, learning_rate=5e-3)
         sent = []
         train(
-            getattr(together, "local_sae", sae),
+            getattr(strategy, "local_sae", sae),
             training_batches(activations, 240, 30, 0),
             settings,
             "test",
-            lambda done: sent.append(together.bytes_sent),
-            Checkpoints(tmp_path / "kept", {"what": design}),
-            processes=together,
+            lambda done: sent.append(strategy.bytes_sent),
+            Checkpoints(tmp_path / "checkpoints", {"what": design}),
+            processes=strategy,
         )
     finally:
         dist.destroy_process_group()
-    steps = {after - before for before, after in pairwise(sent[:4])}  # without points of the curve
+    steps = {after - before for before, after in pairwise(sent[:4])}  # steps without a curve point
     if design == "data":
         assert steps == {simulate.bytes_by_data(D_MODEL, D_SAE, 240, 1)}
     else:
         assert steps == {simulate.bytes_by_position(D_MODEL)}
 
 
-def test_a_forecast_is_what_can_be_reckoned_by_hand():
+def test_a_forecast_equals_a_calculation_by_hand():
     alone, two = (forecast(JOB, ROUND, "data", 50, n) for n in (1, 2))
     assert alone.bytes_sent == alone.parts["network"] == 0
     assert two.bytes_sent == 4 * (201 * 50 + 100) + 50 + 16 + 8 * 500 + 8
-    assert two.parts["network"] == pytest.approx(two.bytes_sent / 1e8)  # each of two sends all of it once in a ring
+    assert two.parts["network"] == pytest.approx(two.bytes_sent / 1e8)  # in a ring of two, each sends everything once
     assert two.parts["products"] == pytest.approx(500 * 2 * 100 * 50 / 1e10)
     assert two.parts["disk"] == pytest.approx(500 * (100 + 4 + 17) / 1e9)
     assert two.seconds == pytest.approx(1000 * sum(two.parts.values()))
@@ -73,47 +73,47 @@ def test_a_forecast_is_what_can_be_reckoned_by_hand():
     assert far.parts["network"] == pytest.approx(2 * 15 / 16 * far.bytes_sent / 5e6)
 
 
-def test_latents_and_positions_divide_what_is_held_and_positions_the_work_too():
+def test_latents_and_positions_divide_memory_and_positions_divide_work():
     latents, position = forecast(JOB, ROUND, "latents", 400, 4), forecast(JOB, ROUND, "position", 400, 4)
-    for one in (latents, position):
-        assert one.bytes_held["weights, gradient, moments"] == 16 * (201 * 100 + 100)
+    for job in (latents, position):
+        assert job.bytes_held["weights, gradient, moments"] == 16 * (201 * 100 + 100)
     assert position.parts["products"] == pytest.approx(250 * 2 * 100 * 100 / 1e10)
     assert latents.parts["products"] == pytest.approx(1000 * 2 * 100 * 100 / 1e10)
     assert latents.parts["disk"] == position.parts["disk"]
     assert latents.parts["host"] == position.parts["host"]
     assert position.bytes_sent == 4 * 100 + 4 + 8
     assert latents.bytes_sent == 121 * 250 + 4 * 8 * 1000 + 4 * 100 * 1000
-    three = forecast(JOB, ROUND, "position", 400, 3)  # of four groups two are one process's
+    three = forecast(JOB, ROUND, "position", 400, 3)  # one process has two of the four groups
     assert three.parts["products"] == pytest.approx(2 * position.parts["products"])
 
 
-def test_what_stops_a_design_is_named():
+def test_the_limit_of_a_design_is_reported():
     assert forecast(JOB, ROUND, "position", 400, 8).limit == "groups"
     wide = forecast(JOB, ROUND, "data", 10**6, 8)
     assert wide.limit == "memory"
     assert not wide.possible
     assert reach(JOB, ROUND, "data", 10**6)[::2] == (None, "memory")
-    first, best, why = reach(JOB, ROUND, "position", 2 * 10**5)
-    assert (first.n_gpus, best.n_gpus, why) == (1, 4, "groups")
-    _, best, why = reach(JOB, ROUND, "data", 10**5)
-    assert why == "network"
+    first, best, limit = reach(JOB, ROUND, "position", 2 * 10**5)
+    assert (first.n_gpus, best.n_gpus, limit) == (1, 4, "groups")
+    _, best, limit = reach(JOB, ROUND, "data", 10**5)
+    assert limit == "network"
     assert best.seconds < 1.5 * forecast(JOB, ROUND, "data", 10**5, 2 * best.n_gpus).seconds
-    # What fits only on some GPUs starts there, and what no number of them can do says so.
+    # A job that needs several GPUs starts at the smallest sufficient number.
     small = replace(ROUND, memory=4e7)
     first, _, _ = reach(JOB, small, "latents", 10**5)
     assert first.n_gpus > 1
     assert sum(forecast(JOB, small, "latents", 10**5, first.n_gpus // 2).bytes_held.values()) > 4e7
 
 
-def test_models_are_those_of_their_configs():
+def test_model_sizes_equal_their_configs():
     study = read_study(ROOT / "studies" / "gemma-2-2b.toml")
     assert MODELS["gemma-2-2b"] == study.model.sizes
     layers = {"gemma-2-2b": 2.6e9, "gemma-2-9b": 9.2e9, "llama-3.1-8b": 7.5e9, "gemma-2-27b": 27.2e9}
-    for name, n_parameters in layers.items():  # the makers' figures, Llama's without its input embeddings
+    for name, n_parameters in layers.items():  # published sizes, for Llama without its input embeddings
         assert Job.of_model(name).weights == pytest.approx(n_parameters, rel=0.02)
 
 
-def test_a_study_gives_its_model_tokens_batches_and_groups():
+def test_a_job_has_the_sizes_of_its_study():
     study = read_study(ROOT / "studies" / "gemma-2-2b.toml")
     job = Job.of_study(study)
     assert (job.d_model, job.k, job.batch_tokens, job.n_groups, job.stored) == (2304, 40, 4096, 8, "int8")
@@ -130,13 +130,13 @@ def run_script(monkeypatch, *words):
     simulate.main()
 
 
-def test_the_script_prints_each_model_at_80_columns_and_what_it_assumes(capsys, monkeypatch):
+def test_the_script_prints_each_model_at_80_columns_with_its_assumptions(capsys, monkeypatch):
     run_script(monkeypatch, "--gpu", "a100")
     output = capsys.readouterr().out
     assert max(map(len, output.splitlines())) <= 80
-    said = " ".join(output.split())
+    text = " ".join(output.split())
     for words in (*MODELS, "groups: no", "memory: no", "312 TFLOP/s", "Nothing here was measured on a GPU"):
-        assert words in said, words
+        assert words in text, words
     assert re.search(r"16,777,216 +1 +data", output)
 
 
@@ -153,25 +153,25 @@ def test_the_script_simulates_a_study(capsys, monkeypatch):
         (["no-such.toml"], "no-such.toml"),
     ],
 )
-def test_what_cannot_be_simulated_is_reported(capsys, monkeypatch, words, message):
+def test_invalid_arguments_raise_an_error(capsys, monkeypatch, words, message):
     with pytest.raises(SystemExit, match=message):
         run_script(monkeypatch, *words)
     assert capsys.readouterr().out == ""
 
 
-def test_the_page_says_what_was_measured_and_the_formulas_are_exact():
-    found = json.loads((ROOT / "benchmarks" / "scaling.json").read_text(encoding="utf8"))
-    made, rows = scaling, found["runs"]
+def test_the_scaling_page_is_current_and_the_formulas_are_exact():
+    measured = json.loads((ROOT / "benchmarks" / "scaling.json").read_text(encoding="utf8"))
+    script, rows = scaling, measured["runs"]
     assert {(row["design"], row["n_processes"]) for row in rows} == {
         (d, n) for d in ("data", "position") for n in (1, 2, 4)
     }
     for row in rows:
-        assert row["bytes_a_step"][-1] == made.formula(row), row  # the fullest step, where processes' differ
-    text = made.PAGE.read_text(encoding="utf8")
-    assert made.page(text, found) == text
+        assert row["bytes_a_step"][-1] == script.formula(row), row  # the largest step if processes differ
+    text = script.PAGE.read_text(encoding="utf8")
+    assert script.page(text, measured) == text
     assert set(re.findall(r"<!-- (?!end of )(.+?) -->", text)) == {"traffic", "stops", "harvest"}
 
 
-def test_the_link_to_other_machines_is_slower():
+def test_the_link_between_machines_is_slower():
     assert simulate.linked_gpu("h100").link_rate(8) == pytest.approx(450e9 * 0.65)
     assert simulate.linked_gpu("h100").link_rate(9) == pytest.approx(50e9 * 0.9)

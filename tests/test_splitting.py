@@ -1,4 +1,4 @@
-"""Adaptive splitting: the function does not change at a split, its cost never does, and planted positions are found."""
+"""Adaptive splitting: a split keeps the function and the cost, and training recovers planted positions."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def split_sae(d_sae=32, **changes):
 
 
 def watch(sae, n_tokens=400, seed=0):
-    """Show the mask one batch; returns what it saw."""
+    """Let the mask observe a batch, and return the observation."""
     vectors, position = make_vectors(n_tokens, seed=seed)
     codes = sae.sparse_encode(vectors, position)
     residual = (vectors - sae.sparse_decode(codes)) / sae.scale
@@ -33,14 +33,14 @@ def watch(sae, n_tokens=400, seed=0):
 
 
 def families(sae, parents):
-    """The latent of the start that each latent descends from."""
+    """Return the initial latent from which each latent descends."""
     root = torch.arange(sae.d_sae)
     for copies in parents:
         root[copies.target] = root[copies.source]
     return root
 
 
-def test_the_function_does_not_change_at_a_split_to_the_last_bit():
+def test_a_split_does_not_change_the_function():
     sae = split_sae()
     vectors, position = make_vectors(300, seed=5)
     parents = []
@@ -54,49 +54,49 @@ def test_the_function_does_not_change_at_a_split_to_the_last_bit():
         root = families(sae, parents)
         by_family = [torch.zeros(300, 32).index_add(1, root, codes.detach()) for codes in (before, after)]
         assert torch.equal(by_family[0], by_family[1])
-        assert torch.equal(sae.decoder, sae.decoder[root])  # nothing has moved yet, so all of a family are equal
+        assert torch.equal(sae.decoder, sae.decoder[root])  # before further training, all copies are equal
         torch.testing.assert_close(sae(vectors, position), sae.decode(before))
 
 
-def test_as_many_latents_are_live_at_every_position_from_start_to_end(activations):
+def test_the_number_of_live_latents_per_position_is_constant(activations):
     sae = split_sae()
     live = []
     train_on(sae, activations, SETTINGS, after_step=lambda done: live.append(sae.mask.live().sum(1).unique().tolist()))
     assert live == [[8.0]] * 40
-    assert int((sae.mask.openness().amax(0) > 0).sum()) > 20  # and they did split
-    for group in sae.mask.groups():  # nothing closed is computed
+    assert int((sae.mask.openness().amax(0) > 0).sum()) > 20  # latents have split
+    for group in sae.mask.groups():  # closed latents are not computed
         assert len(torch.arange(32)[group.latents]) == 8
 
 
 def test_gains_equal_brute_force_least_squares():
-    """What the squared error falls by when the two parts of a latent's tokens get their best decoder rows."""
+    """A gain is the reduction of the squared error if the two parts of a latent's tokens get optimal decoder rows."""
     sae = split_sae()
-    seen = watch(sae, n_tokens=600)
+    observed = watch(sae, n_tokens=600)
     gains, _ = sae.mask.gains()
     assert gains.shape == (7, 32)
-    window = seen.mask_row * 8 // N_POSITIONS
+    window = observed.mask_row * 8 // N_POSITIONS
     compared = 0
     for latent in range(8):
-        entries = (seen.latent == latent).nonzero()[:, 0]
+        entries = (observed.latent == latent).nonzero()[:, 0]
         if len(entries) < 10:
             continue
-        value = seen.value[entries].double()[:, None]
-        target = seen.residual[seen.token[entries]].double() + value * sae.decoder.detach()[latent].double()
+        value = observed.value[entries].double()[:, None]
+        target = observed.residual[observed.token[entries]].double() + value * sae.decoder.detach()[latent].double()
 
-        def error(which, value=value, target=target):
-            if not bool(which.any()):
+        def error(selected, value=value, target=target):
+            if not bool(selected.any()):
                 return 0.0
-            row = torch.linalg.lstsq(value[which], target[which]).solution
-            return float((target[which] - value[which] @ row).square().sum())
+            row = torch.linalg.lstsq(value[selected], target[selected]).solution
+            return float((target[selected] - value[selected] @ row).square().sum())
 
-        at = window[seen.token[entries]]
-        together = error(torch.ones_like(at).bool())
+        token_window = window[observed.token[entries]]
+        error_together = error(torch.ones_like(token_window).bool())
         for cut in range(7):
-            expected = together - error(at <= cut) - error(at > cut)
+            expected = error_together - error(token_window <= cut) - error(token_window > cut)
             assert float(gains[cut, latent]) == pytest.approx(expected, rel=1e-3, abs=1e-3)
             compared += 1
     assert compared >= 35
-    assert bool((gains[:, 8:] == -torch.inf).all())  # the unborn
+    assert bool((gains[:, 8:] == -torch.inf).all())  # unborn latents
 
 
 def test_latents_with_the_largest_gain_split_at_their_best_cut():
@@ -113,11 +113,11 @@ def test_latents_with_the_largest_gain_split_at_their_best_cut():
         assert torch.equal(sae.mask.openness()[:, parent] == 1, ~late)
 
 
-def test_a_latent_that_never_fires_in_a_part_gains_nothing_there():
+def test_a_cut_before_all_firings_has_no_gain():
     sae = split_sae()
-    place = torch.arange(8, 16)
+    mask_row = torch.arange(8, 16)
     token, latent = torch.arange(8), torch.zeros(8, dtype=torch.int64)
-    sae.mask.observe(Observed(place, token, latent, torch.ones(8), torch.ones(8, D_MODEL)))
+    sae.mask.observe(Observed(mask_row, token, latent, torch.ones(8), torch.ones(8, D_MODEL)))
     gains, _ = sae.mask.gains()
     assert gains[:4, 0].tolist() == pytest.approx([0.0] * 4, abs=1e-4)
     assert bool(gains[:, :8].isfinite().all())
@@ -141,8 +141,8 @@ def test_copies_inherit_adam_moments_and_eligible_tokens(activations, monkeypatc
 
 
 @pytest.mark.parametrize("start", ["from scratch", "from an open SAE"])
-def test_planted_positions_are_found(tmp_path, start):
-    """Two features take turns behind one direction: one before, one after the middle. Splitting must cut there."""
+def test_training_recovers_planted_positions(tmp_path, start):
+    """Two features share a direction, one in each half of the context, so that splitting must cut in the middle."""
     random = torch.Generator().manual_seed(0)
     basis = torch.linalg.qr(torch.randn(16, 16, generator=random)).Q
     n_texts = 800
@@ -154,7 +154,7 @@ def test_planted_positions_are_found(tmp_path, start):
     shared = basis[:6] + 0.0
     vectors = active @ shared
     side = torch.where(position < 8, 1.0, -1.0)[:, None]
-    vectors += side * (active[:, :3] @ basis[8:11])  # the first three lean one way early, the other way late
+    vectors += side * (active[:, :3] @ basis[8:11])  # the first three differ between early and late positions
     vectors += 0.01 * torch.randn(vectors.shape, generator=random)
     activations = write_activations(tmp_path / "planted", vectors, position, text)
     settings = TrainingSettings(n_steps=300, batch_tokens=512, learning_rate=3e-3, aux_k=0)
@@ -184,7 +184,7 @@ def test_planted_positions_are_found(tmp_path, start):
 
 
 def trained(tie, activations, **mask):
-    """An SAE of 4 slices started from a trained open one, and trained on."""
+    """Train an SAE of 4 slices that starts from a trained open SAE."""
     source = SparseAutoencoder(
         D_MODEL, rule_settings({"kind": "topk", "k": 4}), make_mask(mask_settings({"kind": "open"}), N_POSITIONS, 8)
     )
@@ -195,14 +195,14 @@ def trained(tie, activations, **mask):
     return sae
 
 
-def apart(sae):
-    """How far copies of a latent have moved apart."""
+def mean_distance(sae):
+    """Return the mean distance of the copies of a latent from their mean."""
     copies = sae.decoder.detach().view(4, 8, D_MODEL)
     return float((copies - copies.mean(0)).norm(dim=2).mean())
 
 
-def test_gradient_sharing_keeps_copies_closer_and_equal_at_1(activations):
-    distances = [apart(trained(tie, activations)) for tie in (0.0, 0.7, 1.0)]
+def test_gradient_sharing_keeps_copies_close_and_equal_at_1(activations):
+    distances = [mean_distance(trained(tie, activations)) for tie in (0.0, 0.7, 1.0)]
     assert distances[0] > 1.5 * distances[1] > 0
     assert distances[2] < 1e-6
 
@@ -210,13 +210,13 @@ def test_gradient_sharing_keeps_copies_closer_and_equal_at_1(activations):
 def test_gradient_sharing_mixes_gradients_of_copies_only():
     sae = split_sae(gradient_sharing=0.25)
     watch(sae)
-    copies = sae.mask._split(8)  # each of the 8 latents has one copy then
+    copies = sae.mask._split(8)  # each of the 8 latents has a copy
     for parameter in sae.latent_parameters():
         parameter.grad = torch.rand_like(parameter)
     before = [parameter.grad.clone() for parameter in sae.latent_parameters()]
     share_gradients_(sae)
-    for parameter, own in zip(sae.latent_parameters(), before, strict=True):
-        mean = (own[copies.source] + own[copies.target]) / 2
+    for parameter, original in zip(sae.latent_parameters(), before, strict=True):
+        mean = (original[copies.source] + original[copies.target]) / 2
         for side in (copies.source, copies.target):
-            torch.testing.assert_close(parameter.grad[side], 0.75 * own[side] + 0.25 * mean)
-        assert torch.equal(parameter.grad[16:], own[16:])  # unborn: copies of none
+            torch.testing.assert_close(parameter.grad[side], 0.75 * original[side] + 0.25 * mean)
+        assert torch.equal(parameter.grad[16:], original[16:])  # unborn latents are no copies

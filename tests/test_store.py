@@ -1,4 +1,4 @@
-"""Vectors in a store: the bits of the disk, little of them here at a time, and what fails is said and mended."""
+"""Vectors in a remote store: the same bits as on disk, a bounded local cache, and recovery from failures."""
 
 import json
 import sys
@@ -28,7 +28,7 @@ ROOM = 10**6
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Ten shards of some 300 tokens, and no waiting."""
+    """Use ten shards of about 300 tokens and no waiting between retries."""
     monkeypatch.setattr(data_harvest, "_TOKENS_PER_FORWARD", 128)
     monkeypatch.setattr(data_harvest, "_TOKENS_PER_SHARD", 300)
     monkeypatch.setattr(remote, "_FIRST_WAIT", 0.0)
@@ -36,7 +36,7 @@ def small(monkeypatch):
 
 @pytest.fixture(scope="session")
 def s3():
-    """The address of a bucket in a store of this process that speaks S3 over loopback."""
+    """Start an S3 server in this process and return the URL of a bucket."""
     server_module = pytest.importorskip("moto.server", reason="moto is not installed: pip install -e '.[dev]'")
     s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed: pip install -e '.[remote]'")
     server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -71,64 +71,64 @@ def local(tokens, language_model, tmp_path):
     return harvest(tokens, language_model, tmp_path / "local", MADE_FROM, "test")
 
 
-def lying(folder):
+def files_in(folder):
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
-def same(one, other):
-    for ours, theirs in zip(one, other, strict=True):
-        for name, tensor in vars(ours).items():
-            assert torch.equal(tensor, getattr(theirs, name)), name
+def assert_same(batches, expected):
+    for batch, expected_batch in zip(batches, expected, strict=True):
+        for name, tensor in vars(batch).items():
+            assert torch.equal(tensor, getattr(expected_batch, name)), name
 
 
-def test_a_store_gives_the_bits_of_the_disk_with_little_of_them_here(
+def test_a_store_gives_the_same_vectors_as_the_disk_with_a_small_cache(
     url, local, tokens, language_model, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(activations, "_SHARDS_PER_WINDOW", 3)
     shard_bytes = max(path.stat().st_size for path in local.folder.glob("*.safetensors"))
-    room = 5 * shard_bytes
-    store = Store(url, tmp_path / "cache", room)
-    most = 0
+    cache_bytes = 5 * shard_bytes
+    store = Store(url, tmp_path / "cache", cache_bytes)
+    most_bytes = 0
 
     def watched(batches):
-        nonlocal most
+        nonlocal most_bytes
         for batch in batches:
-            most = max(most, sum(path.stat().st_size for path in lying(tmp_path / "cache")))
+            most_bytes = max(most_bytes, sum(path.stat().st_size for path in files_in(tmp_path / "cache")))
             yield batch
 
-    found = harvest(tokens, language_model, store.folder("vectors"), MADE_FROM, "test")
-    assert len(local._shards) == len(found._shards) >= 9
-    same(watched(evaluation_batches(found, 100)), evaluation_batches(local, 100))
-    same(watched(training_batches(found, 200, 16, seed=1)), training_batches(local, 200, 16, seed=1))
-    assert 3 * shard_bytes < most <= room
-    for one, other in zip(found.center_and_scale, local.center_and_scale, strict=True):
-        assert torch.equal(one, other)
-    # Another process, another machine: it needs neither model nor tokens, and writes nothing there.
+    stored = harvest(tokens, language_model, store.folder("vectors"), MADE_FROM, "test")
+    assert len(local._shards) == len(stored._shards) >= 9
+    assert_same(watched(evaluation_batches(stored, 100)), evaluation_batches(local, 100))
+    assert_same(watched(training_batches(stored, 200, 16, seed=1)), training_batches(local, 200, 16, seed=1))
+    assert 3 * shard_bytes < most_bytes <= cache_bytes
+    for constant, expected in zip(stored.center_and_scale, local.center_and_scale, strict=True):
+        assert torch.equal(constant, expected)
+    # Another process or machine needs neither the model nor the tokens, and writes nothing to the store.
     again = harvest(tokens, None, Store(url, tmp_path / "other", ROOM).folder("vectors"), MADE_FROM, "test")
     assert again.made_from == local.made_from
-    same(evaluation_batches(again), evaluation_batches(local))
+    assert_same(evaluation_batches(again), evaluation_batches(local))
     assert Store(url, tmp_path / "other", ROOM).folder("vectors").finished({"what": "else"}) is None
 
 
-def test_windows_take_each_token_once_an_epoch_in_a_new_order(local, monkeypatch):
-    whole = torch.cat([batch.vectors for batch in training_batches(local, 100, 29, seed=2)])
+def test_shuffled_windows_contain_each_token_once_per_epoch_in_a_new_order(local, monkeypatch):
+    single_window = torch.cat([batch.vectors for batch in training_batches(local, 100, 29, seed=2)])
     monkeypatch.setattr(activations, "_SHARDS_PER_WINDOW", 3)
     kept = local.keep.nonzero()[:, 0]
     random = torch.Generator().manual_seed(0)
-    one, two = local.shuffled(kept, random), local.shuffled(kept, random)
-    assert torch.equal(one.sort().values, kept)
-    assert not torch.equal(one, two)
-    shard = torch.searchsorted(local._ends, one, right=True)
+    first_order, second_order = local.shuffled(kept, random), local.shuffled(kept, random)
+    assert torch.equal(first_order.sort().values, kept)
+    assert not torch.equal(first_order, second_order)
+    shard = torch.searchsorted(local._ends, first_order, right=True)
     first = shard[: len(kept) // 5].unique()
     assert len(first) <= 3 < len(shard.unique())
-    assert not torch.equal(first, torch.searchsorted(local._ends, two[: len(kept) // 5], right=True).unique())
-    assert int((shard[1:] != shard[:-1]).sum()) > len(kept) // 2  # shards of a window are mixed
+    assert not torch.equal(first, torch.searchsorted(local._ends, second_order[: len(kept) // 5], right=True).unique())
+    assert int((shard[1:] != shard[:-1]).sum()) > len(kept) // 2  # the shards of a window are mixed
     monkeypatch.setattr(activations, "_SHARDS_PER_WINDOW", len(local._shards))
-    assert torch.equal(torch.cat([batch.vectors for batch in training_batches(local, 100, 29, seed=2)]), whole)
+    assert torch.equal(torch.cat([batch.vectors for batch in training_batches(local, 100, 29, seed=2)]), single_window)
 
 
 class Failing:
-    """A file system whose calls of one name fail so many times, or do as they should."""
+    """A file system whose method `name` fails the first `times` calls."""
 
     def __init__(self, fs, name, times):
         self._fs, self._name, self.left = fs, name, times
@@ -147,102 +147,100 @@ class Failing:
         return call
 
 
-def test_a_store_that_fails_for_a_while_is_asked_again_and_that_is_said(
-    tokens, language_model, local, tmp_path, capsys
-):
+def test_failed_requests_are_retried_and_reported(tokens, language_model, local, tmp_path, capsys):
     store = Store(f"memory://{tmp_path.name}", tmp_path / "cache", ROOM)
     store._fs = Failing(store._fs, "put_file", 2)
-    found = harvest(tokens, language_model, store.folder("vectors"), MADE_FROM, "test")
+    stored = harvest(tokens, language_model, store.folder("vectors"), MADE_FROM, "test")
     assert store._fs.left == 0
-    said = capsys.readouterr().err.splitlines()
+    lines = capsys.readouterr().err.splitlines()
     assert (
-        len([line for line in said if "could not write vectors/shard-00000.safetensors (OSError: the line" in line])
+        len([line for line in lines if "could not write vectors/shard-00000.safetensors (OSError: the line" in line])
         == 2
     )
-    assert "number 3 of 6" in said[1]
+    assert "number 3 of 6" in lines[1]
     store._fs = Failing(store._fs, "get_file", 1)
-    same(evaluation_batches(found), evaluation_batches(local))
+    assert_same(evaluation_batches(stored), evaluation_batches(local))
 
 
-def test_a_store_that_fails_for_good_ends_in_a_sentence_and_what_it_has_is_kept(
+def test_a_permanent_failure_raises_an_error_and_keeps_stored_shards(
     tokens, language_model, local, tmp_path, monkeypatch
 ):
     store = Store(f"memory://{tmp_path.name}", tmp_path / "cache", ROOM)
     working, n_added = store._fs, 0
     add = remote.StoredFolder.add
 
-    def until_the_fourth(folder, *given):
+    def until_the_fourth(folder, *arguments):
         nonlocal n_added
         n_added += 1
         if n_added == 4:
             store._fs = Failing(working, "put_file", 100)
-        return add(folder, *given)
+        return add(folder, *arguments)
 
     monkeypatch.setattr(remote.StoredFolder, "add", until_the_fourth)
     with pytest.raises(
         MissingAsset, match=r"could not write vectors/shard-00003.* check the address, your permissions"
     ):
         harvest(tokens, language_model, store.folder("vectors"), MADE_FROM, "test")
-    assert lying(tmp_path / "cache") == []
+    assert files_in(tmp_path / "cache") == []
     assert store.folder("vectors").manifest() is None
     store._fs, n_added = working, 10
-    found = harvest(tokens, language_model, store.folder("vectors"), MADE_FROM, "test")
+    stored = harvest(tokens, language_model, store.folder("vectors"), MADE_FROM, "test")
     assert n_added == 10 + len(local._shards) - 3
-    same(evaluation_batches(found), evaluation_batches(local))
+    assert_same(evaluation_batches(stored), evaluation_batches(local))
 
 
-def test_a_slow_store_is_said(tmp_path, capsys, monkeypatch):
+def test_a_slow_store_is_reported(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(remote, "_SLOW_SECONDS", 0.01)
     store = Store(f"memory://{tmp_path.name}", tmp_path / "cache", ROOM)
     monkeypatch.setattr(store, "_fs", Failing(store._fs, "none", 0))
     put = store._fs._fs.put_file
-    monkeypatch.setattr(store._fs, "put_file", lambda *given: (time.sleep(0.02), put(*given)), raising=False)
+    monkeypatch.setattr(store._fs, "put_file", lambda *args: (time.sleep(0.02), put(*args)), raising=False)
     (tmp_path / "a").write_text("a")
     store.write("a", tmp_path / "a")
     assert "is slow: to write a took 0 s" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("damage", ["flipped", "short", "missing"])
-def test_a_damaged_shard_is_found_and_only_that_is_made_anew(
-    url, tokens, language_model, local, tmp_path, damage, monkeypatch
-):
+def test_only_a_damaged_shard_is_recomputed(url, tokens, language_model, local, tmp_path, damage, monkeypatch):
     store = Store(url, tmp_path / "cache", ROOM)
-    found = harvest(tokens, language_model, store.folder("vectors"), MADE_FROM, "test")
-    place = f"{store._root}/vectors/shard-00002.safetensors"
-    content = store._fs.cat_file(place)
+    harvest(tokens, language_model, store.folder("vectors"), MADE_FROM, "test")
+    path_in_store = f"{store._root}/vectors/shard-00002.safetensors"
+    content = store._fs.cat_file(path_in_store)
     if damage == "missing":
-        store._fs.rm_file(place)
+        store._fs.rm_file(path_in_store)
     else:
-        store._fs.pipe_file(place, content[:-1] if damage == "short" else content[:-1] + bytes([content[-1] ^ 1]))
-    for path in lying(tmp_path / "cache"):
+        store._fs.pipe_file(
+            path_in_store, content[:-1] if damage == "short" else content[:-1] + bytes([content[-1] ^ 1])
+        )
+    for path in files_in(tmp_path / "cache"):
         path.unlink()
-    if damage == "flipped":  # Its size tells nothing, so it is found when it comes.
+    if damage == "flipped":  # The size is right, so the damage is detected on download.
         with pytest.raises(DamagedFolder, match=r"shard-00002.safetensors is missing or damaged .* removed"):
             list(evaluation_batches(Activations(store.folder("vectors"))))
     with pytest.raises(DamagedFolder, match=r"shard-00002.safetensors missing or not of the size"):
         store.folder("vectors").manifest()
-    made = []
+    batch_sizes = []
     vectors = language_model.vectors
 
-    monkeypatch.setattr(language_model, "vectors", lambda ids: (made.append(len(ids)), vectors(ids))[1])
-    found = harvest(tokens, language_model, store.folder("vectors"), MADE_FROM, "test")
-    assert 0 < sum(made) < 0.2 * len(tokens.id)
-    same(evaluation_batches(found), evaluation_batches(local))
-    assert store._fs.cat_file(place) == content
+    monkeypatch.setattr(language_model, "vectors", lambda ids: (batch_sizes.append(len(ids)), vectors(ids))[1])
+    stored = harvest(tokens, language_model, store.folder("vectors"), MADE_FROM, "test")
+    assert 0 < sum(batch_sizes) < 0.2 * len(tokens.id)
+    assert_same(evaluation_batches(stored), evaluation_batches(local))
+    assert store._fs.cat_file(path_in_store) == content
 
 
-def test_a_damaged_manifest_is_no_finished_folder(tokens, language_model, local, tmp_path):
+def test_a_folder_with_a_damaged_manifest_is_not_finished(tokens, language_model, local, tmp_path):
     store = Store(f"memory://{tmp_path.name}", tmp_path / "cache", ROOM)
     harvest(tokens, language_model, store.folder("vectors"), MADE_FROM, "test")
-    place = f"{store._root}/vectors/manifest.json"
-    store._fs.pipe_file(place, store._fs.cat_file(place).replace(b'"bytes": ', b'"bytes": 1', 1))
+    path_in_store = f"{store._root}/vectors/manifest.json"
+    store._fs.pipe_file(path_in_store, store._fs.cat_file(path_in_store).replace(b'"bytes": ', b'"bytes": 1', 1))
     with pytest.raises(DamagedFolder, match=r"manifest.json cannot be read \(it is not what was written\)"):
         store.folder("vectors").finished(MADE_FROM)
-    found = harvest(tokens, language_model, store.folder("vectors"), MADE_FROM, "test")
-    same(evaluation_batches(found), evaluation_batches(local))
+    stored = harvest(tokens, language_model, store.folder("vectors"), MADE_FROM, "test")
+    assert_same(evaluation_batches(stored), evaluation_batches(local))
 
 
-def test_a_store_and_the_disk_have_one_identity(tokens, language_model, local, tmp_path):
+def test_a_store_and_the_disk_have_the_same_identity_and_files(tokens, language_model, local, tmp_path):
     store = Store(f"memory://{tmp_path.name}", tmp_path / "cache", ROOM)
     harvest(tokens, language_model, store.folder("vectors"), MADE_FROM, "test")
     manifest = store.folder("vectors").manifest()
@@ -252,16 +250,16 @@ def test_a_store_and_the_disk_have_one_identity(tokens, language_model, local, t
         assert store._fs.cat_file(f"{store._root}/vectors/{path.name}") == path.read_bytes()
 
 
-def test_too_little_room_for_random_batches_is_said_before_they_are_drawn(tokens, language_model, tmp_path):
+def test_a_cache_too_small_for_random_batches_raises_an_error(tokens, language_model, tmp_path):
     store = Store(f"memory://{tmp_path.name}", tmp_path / "cache", 50_000)
-    found = harvest(tokens, language_model, store.folder("vectors"), MADE_FROM, "test")
+    stored = harvest(tokens, language_model, store.folder("vectors"), MADE_FROM, "test")
     with pytest.raises(
         BadSetting, match=r"activations_cache_gb allows 5e-05 GB here, but random batches are drawn from"
     ):
-        next(training_batches(found, 200, 16, seed=1))
+        next(training_batches(stored, 200, 16, seed=1))
 
 
-def test_urls_and_packages_that_are_not_there_are_said(tmp_path, monkeypatch):
+def test_unknown_urls_and_missing_packages_raise_an_error(tmp_path, monkeypatch):
     with pytest.raises(BadSetting, match=r"activations_url = 'nowhere://x' is not a URL that fsspec knows"):
         Store("nowhere://x", tmp_path, ROOM)
     monkeypatch.setitem(sys.modules, "gcsfs", None)
@@ -270,7 +268,7 @@ def test_urls_and_packages_that_are_not_there_are_said(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_study_with_its_vectors_in_a_store_has_the_cells_of_one_without(model_folder, tmp_path):
+def test_a_study_with_vectors_in_a_store_gives_the_same_cells(model_folder, tmp_path):
     texts, file = tmp_path / "texts.jsonl", tmp_path / "tiny.toml"
     texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in make_texts(1200)))
     file.write_text(STUDY.replace("MODEL", str(model_folder)).replace("TEXTS", str(texts)))
@@ -279,46 +277,48 @@ def test_a_study_with_its_vectors_in_a_store_has_the_cells_of_one_without(model_
     roots = tmp_path / "plain", tmp_path / "stored"
     for study, root in zip((plain, stored), roots, strict=True):
         run_study(study, root, say=lambda text: None)
-    ours, theirs = ((root / "cells" / "slice-seed0" / "sae.safetensors").read_bytes() for root in roots)
-    assert ours == theirs
-    # What one has finished is finished for the other.
+    weights_plain, weights_stored = (
+        (root / "cells" / "slice-seed0" / "sae.safetensors").read_bytes() for root in roots
+    )
+    assert weights_plain == weights_stored
+    # A cell that one study has finished is finished for the other.
     assert {state for _, state in cell_states(plain, roots[1])} == {"finished"}
     folders = {path.name for path in (roots[0] / "activations").iterdir()}
     assert {
-        one.rpartition("/")[2] for one in stored.store(roots[1])._fs.ls(f"/{tmp_path.name}", detail=False)
+        path.rpartition("/")[2] for path in stored.store(roots[1])._fs.ls(f"/{tmp_path.name}", detail=False)
     } == folders
     assert [path.name for path in (roots[1] / "activations").iterdir()] == [".store"]
-    assert sum(path.stat().st_size for path in lying(roots[1] / "activations")) <= 10**6
+    assert sum(path.stat().st_size for path in files_in(roots[1] / "activations")) <= 10**6
 
 
 @pytest.mark.parametrize("name", ["/../../victim.txt", "../victim.txt", "VICTIM", "a/../../victim.txt", "victim.txt"])
-def test_a_hostile_manifest_reaches_no_file_outside_the_cache(
+def test_a_hostile_manifest_cannot_write_outside_the_cache(
     tokens, language_model, local, tmp_path, url, name, monkeypatch
 ):
-    """Somebody who writes to the store lists a file that would lie elsewhere here."""
+    """An attacker with write access to the store lists a file outside the folder."""
     victim = tmp_path / "victim.txt"
     victim.write_text("years of work")
     name = name.replace("VICTIM", str(victim))
     store = Store(url, tmp_path / "cache", ROOM)
     harvest(tokens, language_model, store.folder("vectors"), MADE_FROM, "test")
-    place = f"{store._root}/vectors/manifest.json"
-    manifest = json.loads(store._fs.cat_file(place))
+    path_in_store = f"{store._root}/vectors/manifest.json"
+    manifest = json.loads(store._fs.cat_file(path_in_store))
     for listed in (name, f"{name}.tokens.safetensors"):
         manifest["files"][listed] = {"bytes": 13, "sha256": "0" * 64}
     facts = {key: value for key, value in manifest.items() if key not in ("identity", "made_from", "files", "sha256")}
-    store._fs.pipe_file(place, sealed_manifest(manifest["made_from"], facts, manifest["files"]).encode())
+    store._fs.pipe_file(path_in_store, sealed_manifest(manifest["made_from"], facts, manifest["files"]).encode())
     sizes = Store.sizes
-    monkeypatch.setattr(Store, "sizes", lambda *given: dict.fromkeys(manifest["files"], 13) | sizes(*given))
+    monkeypatch.setattr(Store, "sizes", lambda *arguments: dict.fromkeys(manifest["files"], 13) | sizes(*arguments))
     before = sorted(path for path in tmp_path.rglob("*") if "cache" not in path.parts)
     with pytest.raises(DamagedFolder, match=r"manifest.json lists '.*', which"):
         Activations(store.folder("vectors"))
-    found = harvest(tokens, language_model, store.folder("vectors"), MADE_FROM, "test")
-    same(evaluation_batches(found), evaluation_batches(local))
+    stored = harvest(tokens, language_model, store.folder("vectors"), MADE_FROM, "test")
+    assert_same(evaluation_batches(stored), evaluation_batches(local))
     assert victim.read_text() == "years of work"
     assert sorted(path for path in tmp_path.rglob("*") if "cache" not in path.parts) == before
 
 
-def test_making_room_removes_shards_of_the_cache_only(tokens, language_model, tmp_path):
+def test_freeing_cache_space_removes_only_cached_shards(tokens, language_model, tmp_path):
     cache, weights = tmp_path / "cache", tmp_path / "model.safetensors"
     weights.write_bytes(b"years of work")
     cache.mkdir()
@@ -326,7 +326,7 @@ def test_making_room_removes_shards_of_the_cache_only(tokens, language_model, tm
     (cache / "shard-00000.safetensors").symlink_to(weights)
     (cache / "linked").symlink_to(tmp_path)
     store = Store(f"memory://{tmp_path.name}", cache, 50_000)
-    found = harvest(tokens, language_model, store.folder("vectors"), MADE_FROM, "test")
-    assert len(list(evaluation_batches(found))) > 0
+    stored = harvest(tokens, language_model, store.folder("vectors"), MADE_FROM, "test")
+    assert len(list(evaluation_batches(stored))) > 0
     assert (cache / "shard-00000.safetensors").is_symlink()
     assert (cache / "sae.safetensors").read_bytes() == weights.read_bytes() == b"years of work"

@@ -33,21 +33,21 @@ from posmask.study.saes import make_sae as make_sae_of_cell
 from posmask.study.source import Source
 from posmask.study.study_file import read_study
 
-SECONDS = ("train_seconds", "evaluate_seconds")  # What a clock says, and nothing else, differs between equal runs.
+SECONDS = ("train_seconds", "evaluate_seconds")  # Only these metrics differ between equal runs.
 
 
 def run(path, root):
-    said = []
-    found = study_run.run_study(read_study(path), root, say=said.append)
-    return found, said
+    lines = []
+    result = study_run.run_study(read_study(path), root, say=lines.append)
+    return result, lines
 
 
 def test_a_study_runs_from_text_to_results(study_file, tmp_path):
-    found, _ = run(study_file, tmp_path / "run")
+    results, _ = run(study_file, tmp_path / "run")
     with (tmp_path / "run" / "results.csv").open() as file:
         assert next(csv.reader(file)) == "cell,mask,budget,gating,seed,metric,slice,value,ci_low,ci_high,n".split(",")
-    assert repr(rows.read_rows(tmp_path / "run" / "results.csv")) == repr(found)
-    metrics = {row.metric for row in found if row.cell == "slice-compute"}
+    assert repr(rows.read_rows(tmp_path / "run" / "results.csv")) == repr(results)
+    metrics = {row.metric for row in results if row.cell == "slice-compute"}
     assert metrics >= {
         "explained_variance", "l0", "dead_share", "retention", "retention_chance", "profile_fidelity",
         "order_accuracy", "order_shuffled", "order_permuted", "probe_accuracy", "train_seconds", "train_tokens",
@@ -55,31 +55,31 @@ def test_a_study_runs_from_text_to_results(study_file, tmp_path):
         "position_information", "position_information_null", "position_bound_share", "shift_position",
         "shift_content", "shift_interaction", "mean_openness", "strictness",
     }  # fmt: skip
-    assert all(row.value > 0 for row in found if row.metric in SECONDS)
-    by_slice = {(row.cell, row.metric, row.slice): row for row in found}
+    assert all(row.value > 0 for row in results if row.metric in SECONDS)
+    by_slice = {(row.cell, row.metric, row.slice): row for row in results}
     assert by_slice["slice-compute", "d_sae", ""].value == 4 * 32
     assert by_slice["open", "train_tokens", ""].value == 20 * 256
     assert by_slice["llm", "order_bag_accuracy", "task=toy_order"].value == 0.5
     for pooling in ("mean", "segments4"):
         assert ("open", "order_accuracy", f"task=toy_order;k=5;pooling={pooling}") in by_slice
     for cell, source in (("open", "sae"), ("llm", "llm")):
-        where = f"dataset=toy;k=1;source={source};pooling=mean;protocol=default;train=40"
-        assert (cell, "probe_accuracy", where) in by_slice
-        assert (cell, "probe_accuracy", f"{where};class=odd") in by_slice
+        slice_text = f"dataset=toy;k=1;source={source};pooling=mean;protocol=default;train=40"
+        assert (cell, "probe_accuracy", slice_text) in by_slice
+        assert (cell, "probe_accuracy", f"{slice_text};class=odd") in by_slice
     for after in ("0", "0.05", "0.5", "1"):
         assert ("slice-compute", "retention", f"after={after}") in by_slice
-    said = read_verdicts(tmp_path / "run" / "verdicts.csv")
-    assert {(verdict.label, verdict.against) for verdict in said} == {
+    verdicts = read_verdicts(tmp_path / "run" / "verdicts.csv")
+    assert {(verdict.label, verdict.against) for verdict in verdicts} == {
         ("slice-compute", "open"), ("slice-compute", "open + segments4"),
     }  # fmt: skip
-    assert {verdict.verdict for verdict in said} == {"no evidence"}  # one seed
-    explained = next(verdict for verdict in said if verdict.column == "explained_variance")
-    own, other = (by_slice[cell, "explained_variance", ""].value for cell in ("slice-compute", "open"))
-    assert explained.effect == pytest.approx(own - other)
-    peer = json.loads((tmp_path / "run" / "cells" / "open-seed0" / "saebench.json").read_text())
-    where = "dataset=toy;k=5;source=sae;pooling=mean;protocol=default;train=40"
-    assert peer["eval_result_metrics"]["sae"]["sae_top_5_test_accuracy"] == pytest.approx(
-        by_slice["open", "probe_accuracy", where].value
+    assert {verdict.verdict for verdict in verdicts} == {"no evidence"}  # one seed
+    verdict_ev = next(verdict for verdict in verdicts if verdict.column == "explained_variance")
+    ev_slice, ev_open = (by_slice[cell, "explained_variance", ""].value for cell in ("slice-compute", "open"))
+    assert verdict_ev.effect == pytest.approx(ev_slice - ev_open)
+    saebench_output = json.loads((tmp_path / "run" / "cells" / "open-seed0" / "saebench.json").read_text())
+    slice_text = "dataset=toy;k=5;source=sae;pooling=mean;protocol=default;train=40"
+    assert saebench_output["eval_result_metrics"]["sae"]["sae_top_5_test_accuracy"] == pytest.approx(
+        by_slice["open", "probe_accuracy", slice_text].value
     )
     for name in ("open-seed0", "slice-compute-seed0"):
         folder = tmp_path / "run" / "cells" / name
@@ -89,25 +89,25 @@ def test_a_study_runs_from_text_to_results(study_file, tmp_path):
         }  # fmt: skip
 
 
-def test_a_finished_cell_is_never_made_again_and_a_changed_setting_never_reuses_one(study_file, tmp_path):
+def test_finished_cells_are_reused_only_with_the_same_settings(study_file, tmp_path):
     root = tmp_path / "run"
     run(study_file, root)
     times = {path: path.stat().st_mtime_ns for path in (root / "cells").rglob("*")}
-    _, said = run(study_file, root)
-    assert said == ["3 of 3 folders are finished and stay as they are."]
+    _, lines = run(study_file, root)
+    assert lines == ["3 of 3 folders are finished and stay as they are."]
     assert {path: path.stat().st_mtime_ns for path in (root / "cells").rglob("*")} == times
 
     study_file.write_text(study_file.read_text().replace("n_slices = 4", "n_slices = 2"))
     settings = read_study(study_file)
     assert [state for _, state in targets.cell_states(settings, root)] == ["finished", "finished", "other settings"]
-    _, said = run(study_file, root)
-    assert "slice-compute-seed0 was made from other settings: moved to" in said[1]
+    _, lines = run(study_file, root)
+    assert "slice-compute-seed0 was made from other settings: moved to" in lines[1]
     assert read_manifest(root / "stale" / "slice-compute-seed0-1", verify=True)
     assert read_manifest(root / "cells" / "slice-compute-seed0")["made_from"]["cell"]["mask"]["n_slices"] == 2
     assert set((root / "cells" / "open-seed0").iterdir()) <= set(times)
 
 
-def test_settings_can_be_replaced_on_the_way_in(study_file):
+def test_settings_can_be_overridden(study_file):
     changes = [
         "training.n_steps=30",
         "name = other",
@@ -128,34 +128,34 @@ def test_settings_can_be_replaced_on_the_way_in(study_file):
             read_study(study_file, [change])
 
 
-def test_a_row_may_have_seeds_of_its_own_and_is_compared_on_those_both_have(study_file, tmp_path):
+def test_cells_with_different_seeds_are_compared_on_the_shared_seeds(study_file, tmp_path):
     text = (
         study_file.read_text()
         .replace("measure_forgetting = true", "seeds = [1]")
         .replace("seeds = [0]", "seeds = [0, 1]", 1)
     )
     study_file.write_text(text)
-    found, _ = run(study_file, tmp_path / "run")
-    seeds = {cell: {row.seed for row in found if row.cell == cell} for cell in ("open", "slice-compute")}
+    results, _ = run(study_file, tmp_path / "run")
+    seeds = {cell: {row.seed for row in results if row.cell == cell} for cell in ("open", "slice-compute")}
     assert seeds == {"open": {0, 1}, "slice-compute": {1}}
     by_seed = {
-        (row.cell, row.seed): row.value for row in found if (row.metric, row.slice) == ("explained_variance", "")
+        (row.cell, row.seed): row.value for row in results if (row.metric, row.slice) == ("explained_variance", "")
     }
-    (line,) = (
-        verdict
-        for verdict in read_verdicts(tmp_path / "run" / "verdicts.csv")
-        if (verdict.column, verdict.against) == ("explained_variance", "open")
+    (verdict,) = (
+        v
+        for v in read_verdicts(tmp_path / "run" / "verdicts.csv")
+        if (v.column, v.against) == ("explained_variance", "open")
     )
-    assert line.n_seeds == 1
-    assert line.effect == pytest.approx(by_seed["slice-compute", 1] - by_seed["open", 1])
-    # More seeds leave what is there as it is.
+    assert verdict.n_seeds == 1
+    assert verdict.effect == pytest.approx(by_seed["slice-compute", 1] - by_seed["open", 1])
+    # Adding seeds keeps the finished cells.
     study_file.write_text(text.replace("seeds = [1]", "seeds = [0, 1]"))
     states = dict(targets.cell_states(read_study(study_file), tmp_path / "run"))
     assert states["slice-compute-seed1"] == "finished"
     assert states["slice-compute-seed0"] == "missing"
 
 
-def test_recipes_are_chosen_on_texts_that_nothing_reported_rests_on(study_file, tmp_path):
+def test_validation_and_evaluation_use_disjoint_texts(study_file, tmp_path):
     heldout = []
     for split in ("evaluation", "validation"):
         settings = read_study(study_file, [f"corpus.eval_split={split}"])
@@ -164,60 +164,60 @@ def test_recipes_are_chosen_on_texts_that_nothing_reported_rests_on(study_file, 
         assert {split_of(text) for text in (*task.texts[::2], *dataset.texts)} == {split}
         heldout.append(data.heldout.token_id[:400])
     assert not torch.equal(*heldout)
-    assert len(list((tmp_path / "run" / "activations").glob("training-*"))) == 1  # both are trained on the same
+    assert len(list((tmp_path / "run" / "activations").glob("training-*"))) == 1  # both use the same training tokens
 
 
-def test_processes_on_one_root_do_the_work_once_between_them(study_file, tmp_path, monkeypatch):
-    """Threads in the place of processes: a claim holds against both."""
+def test_processes_with_the_same_root_share_the_work(study_file, tmp_path, monkeypatch):
+    """Threads replace processes here: a claim excludes both."""
     alone, _ = run(study_file, tmp_path / "alone")
-    made, make = [], study_cell.fill
+    labels, fill = [], study_cell.fill
     monkeypatch.setattr(
-        engines, "fill", lambda study, place, *rest: (made.append(place.label), make(study, place, *rest))
+        engines, "fill", lambda study, target, *rest: (labels.append(target.label), fill(study, target, *rest))
     )
     with ThreadPoolExecutor(2) as pool:
         both = [job.result()[0] for job in [pool.submit(run, study_file, tmp_path / "shared") for _ in range(2)]]
-    assert sorted(made) == ["baselines", "open-seed0", "slice-compute-seed0"]
+    assert sorted(labels) == ["baselines", "open-seed0", "slice-compute-seed0"]
     assert repr(both[0]) == repr(both[1])
-    for one, other in zip(both[0], alone, strict=True):
-        assert one.metric in SECONDS or repr(one) == repr(other)
+    for row, expected in zip(both[0], alone, strict=True):
+        assert row.metric in SECONDS or repr(row) == repr(expected)
 
 
 @pytest.mark.slow
 @pytest.mark.embedded
-def test_two_jobs_make_what_one_makes(tmp_path):
-    two = 'cells=[{name = "open", mask = {kind = "open"}}, {name = "cut", mask = {kind = "slice", n_slices = 8}}]'
+def test_two_jobs_give_the_same_results_as_one(tmp_path):
+    cells = 'cells=[{name = "open", mask = {kind = "open"}}, {name = "cut", mask = {kind = "slice", n_slices = 8}}]'
     changes = [
-        two, "comparisons=[]", "corpus.training_tokens=20000", "corpus.heldout_tokens=20000", "training.n_steps=10",
+        cells, "comparisons=[]", "corpus.training_tokens=20000", "corpus.heldout_tokens=20000", "training.n_steps=10",
         "evaluation.forgetting_fractions=[0, 0.5, 1]",
         'evaluation.order_tasks=["chronology"]', 'evaluation.probe_datasets=["ag_news"]', "sae.d_sae=512",
     ]  # fmt: skip
     settings = read_study(Path(__file__).parents[1] / "studies" / "quick.toml", changes)
-    found = [study_run.run_study(settings, tmp_path / str(n_jobs), print, n_jobs) for n_jobs in (1, 2)]
+    results = [study_run.run_study(settings, tmp_path / str(n_jobs), print, n_jobs) for n_jobs in (1, 2)]
     log = (tmp_path / "2" / "jobs" / "2.log").read_text()
     assert "Traceback" not in log
-    for one, other in zip(*found, strict=True):
-        assert (one.cell, one.metric, one.slice, one.n) == (other.cell, other.metric, other.slice, other.n)
-        assert one.metric in SECONDS or one.value == pytest.approx(other.value, rel=0.02, abs=0.02, nan_ok=True)
+    for expected, row in zip(*results, strict=True):
+        assert (row.cell, row.metric, row.slice, row.n) == (expected.cell, expected.metric, expected.slice, expected.n)
+        assert row.metric in SECONDS or row.value == pytest.approx(expected.value, rel=0.02, abs=0.02, nan_ok=True)
 
 
-def test_layers_and_seeds_never_share_a_record(study_file):
+def test_layers_and_seeds_have_different_identities(study_file):
     settings = read_study(study_file)
     other_layer = settings.model_copy(update={"model": settings.model.model_copy(update={"layer": 1})})
     other_seed = settings.model_copy(update={"seeds": (1,)})
     identities = [
-        identity(place.made_from)
-        for some in (settings, other_layer, other_seed)
-        for place in targets.targets_of(some, Source(some.model), study_file.parent)
-        if place.cell is not None
+        identity(target.made_from)
+        for study in (settings, other_layer, other_seed)
+        for target in targets.targets_of(study, Source(study.model), study_file.parent)
+        if target.cell is not None
     ]
     assert len(set(identities)) == 6
 
 
 def test_running_a_cell_twice_gives_the_same_bytes(study_file, tmp_path):
-    for name in ("one", "two"):
+    for name in ("first", "second"):
         run(study_file, tmp_path / name)
     for cell in ("open-seed0", "slice-compute-seed0"):
-        pair = [tmp_path / name / "cells" / cell for name in ("one", "two")]
+        pair = [tmp_path / name / "cells" / cell for name in ("first", "second")]
         for file in ("sae.safetensors", "curve.csv", "settings.json"):
             assert (pair[0] / file).read_bytes() == (pair[1] / file).read_bytes()
         lines = [
@@ -227,29 +227,29 @@ def test_running_a_cell_twice_gives_the_same_bytes(study_file, tmp_path):
         assert lines[0] == lines[1]
 
 
-def test_what_is_damaged_is_found_named_and_alone_made_anew(study_file, tmp_path):
+def test_only_damaged_folders_are_reported_and_recomputed(study_file, tmp_path):
     root = tmp_path / "run"
     before, _ = run(study_file, root)
     cell = root / "cells" / "open-seed0"
     (cell / "rows.csv").write_text((cell / "rows.csv").read_text().replace("open,open", "open,shut", 1))
-    kept = (root / "cells" / "slice-compute-seed0" / "rows.csv").stat().st_mtime_ns
+    time_of_other = (root / "cells" / "slice-compute-seed0" / "rows.csv").stat().st_mtime_ns
     (n_folders, (damage,)) = damage_under(root)
-    assert n_folders == 3 + 5  # with training, held-out, shift, a task and a dataset
+    assert n_folders == 3 + 5  # training, held-out and shift harvests, a task and a dataset
     assert damage.startswith(f"{cell / 'rows.csv'} is not what was written")
-    after, said = run(study_file, root)
-    assert said[1] == f"open-seed0 is damaged: moved to {root / 'stale' / 'open-seed0-1'}."
-    assert (root / "cells" / "slice-compute-seed0" / "rows.csv").stat().st_mtime_ns == kept
+    after, lines = run(study_file, root)
+    assert lines[1] == f"open-seed0 is damaged: moved to {root / 'stale' / 'open-seed0-1'}."
+    assert (root / "cells" / "slice-compute-seed0" / "rows.csv").stat().st_mtime_ns == time_of_other
     assert damage_under(root) == (n_folders, [])
-    for one, other in zip(before, after, strict=True):
-        assert one.metric in SECONDS or repr(one) == repr(other)
+    for expected, row in zip(before, after, strict=True):
+        assert expected.metric in SECONDS or repr(expected) == repr(row)
 
 
 @pytest.fixture
 def precious(tmp_path):
-    """A user's folder with a manifest of its own, outside of every root."""
+    """Write a user's folder with an unrelated manifest, outside every run folder."""
     folder = tmp_path / "precious"
     folder.mkdir()
-    (folder / "manifest.json").write_text('{"mine": true}')
+    (folder / "manifest.json").write_text('{"name": "my site"}')
     (folder / "thesis.txt").write_text("years of work")
     return folder
 
@@ -259,11 +259,11 @@ def files_in(folder):
 
 
 @pytest.mark.parametrize("where", ["checkpoints/open-seed0/notes", "checkpoints/open-seed0", "checkpoints"])
-def test_a_run_removes_nothing_through_a_link_among_the_checkpoints(study_file, tmp_path, precious, where):
+def test_a_run_removes_nothing_through_a_link_in_the_checkpoints(study_file, tmp_path, precious, where):
     root = tmp_path / "run"
     (root / where).parent.mkdir(parents=True)
     (root / where).symlink_to(precious)
-    mine = files_in(precious)
+    before = files_in(precious)
     if where.endswith("notes"):
         (root / "checkpoints" / "open-seed0" / ".DS_Store").write_bytes(b"junk")
         run(study_file, root)
@@ -271,13 +271,13 @@ def test_a_run_removes_nothing_through_a_link_among_the_checkpoints(study_file, 
     else:
         with pytest.raises(BadSetting, match=f"{where} is a symbolic link, which posmask did not write"):
             run(study_file, root)
-        assert not (root / "activations").exists()  # refused before the harvest
-    assert files_in(precious) == mine
+        assert not (root / "activations").exists()  # raised before the harvest
+    assert files_in(precious) == before
 
 
 @pytest.mark.parametrize("name", ["results.csv", "verdicts.csv", "report.html"])
 @pytest.mark.parametrize("kind", ["a file", "a link"])
-def test_files_of_a_users_folder_are_refused_before_work_and_kept(study_file, tmp_path, name, kind):
+def test_existing_user_files_raise_before_work_and_are_kept(study_file, tmp_path, name, kind):
     root = tmp_path / "project"
     root.mkdir()
     file = root / name if kind == "a file" else tmp_path / "elsewhere"
@@ -291,12 +291,12 @@ def test_files_of_a_users_folder_are_refused_before_work_and_kept(study_file, tm
     assert [path.name for path in root.iterdir()] == [name]
 
 
-def test_a_run_replaces_its_own_results_and_page(study_file, tmp_path):
+def test_a_run_replaces_its_earlier_results_and_page(study_file, tmp_path):
     root = tmp_path / "run"
     run(study_file, root)
     page = write_report(root)
     assert b'<meta name="generator" content="posmask ' in page.read_bytes()
-    old = re.sub(rb'<meta name="generator"[^>]*>\n', b"", page.read_bytes())  # as pages were written before
+    old = re.sub(rb'<meta name="generator"[^>]*>\n', b"", page.read_bytes())  # as earlier versions wrote pages
     page.write_bytes(old)
     study_file.write_text(study_file.read_text().replace("n_slices = 4", "n_slices = 2"))
     run(study_file, root)
@@ -306,7 +306,7 @@ def test_a_run_replaces_its_own_results_and_page(study_file, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["baselines", "cells/open-seed0"])
-def test_a_folder_that_posmask_did_not_write_is_not_moved_away(study_file, tmp_path, precious, name):
+def test_a_folder_that_posmask_did_not_write_is_not_moved(study_file, tmp_path, precious, name):
     root = tmp_path / "run"
     (root / name).parent.mkdir(parents=True, exist_ok=True)
     (precious / "manifest.json").unlink()
@@ -317,7 +317,7 @@ def test_a_folder_that_posmask_did_not_write_is_not_moved_away(study_file, tmp_p
     assert not (root / "activations").exists()
 
 
-def test_an_interrupted_cell_leaves_nothing_and_the_next_run_goes_on(study_file, tmp_path, monkeypatch):
+def test_an_interrupted_cell_leaves_no_files_and_the_next_run_resumes(study_file, tmp_path, monkeypatch):
     evaluate = study_cell.evaluate
 
     def stop(sae, *rest):
@@ -331,20 +331,22 @@ def test_an_interrupted_cell_leaves_nothing_and_the_next_run_goes_on(study_file,
     assert [path.name for path in (tmp_path / "run" / "cells").iterdir()] == ["open-seed0"]
     assert not (tmp_path / "run" / "results.csv").exists()
     monkeypatch.setattr(study_cell, "evaluate", evaluate)
-    _, said = run(study_file, tmp_path / "run")
-    assert said == ["2 of 3 folders are finished and stay as they are."]
+    _, lines = run(study_file, tmp_path / "run")
+    assert lines == ["2 of 3 folders are finished and stay as they are."]
 
 
 def test_training_tokens_are_never_held_out_tokens(study_file, tmp_path):
     settings = read_study(study_file)
     data = harvests.prepare(settings, Source(settings.model), tmp_path)
-    seen = {}
+    texts_of = {}
     for name in ("training", "heldout"):
-        found = getattr(data, name)
-        texts = [found.token_id[(found.text == number) & found.keep] for number in found.text.unique() if number >= 0]
-        seen[name] = {tuple(ids.tolist()) for ids in texts if len(ids) == 14}
-        assert len(seen[name]) > 50
-    assert not seen["training"] & seen["heldout"]
+        vectors = getattr(data, name)
+        texts = [
+            vectors.token_id[(vectors.text == number) & vectors.keep] for number in vectors.text.unique() if number >= 0
+        ]
+        texts_of[name] = {tuple(ids.tolist()) for ids in texts if len(ids) == 14}
+        assert len(texts_of[name]) > 50
+    assert not texts_of["training"] & texts_of["heldout"]
 
 
 STARTED = """
@@ -372,20 +374,20 @@ mask = { kind = "soft", low = 0.3, high = 0.7, position_origin = "sentence", fre
 """
 
 
-def test_cells_that_start_from_another_take_the_rest_of_its_steps(study_file, tmp_path):
+def test_cells_with_init_from_train_for_the_remaining_steps(study_file, tmp_path):
     study_file.write_text(study_file.read_text().replace("measure_forgetting = true\n", "") + STARTED)
     root = tmp_path / "run"
-    found, _ = run(study_file, root)
-    value = {(row.cell, row.metric): row.value for row in found if not row.slice}
-    for cell, n_own in (("open", 20), ("open-half", 10), ("upcycled", 10), ("split", 10), ("switch", 20)):
-        total = 10 if cell == "open-half" else 20  # No free steps: those of the source count.
+    results, _ = run(study_file, root)
+    value = {(row.cell, row.metric): row.value for row in results if not row.slice}
+    for cell, n_steps in (("open", 20), ("open-half", 10), ("upcycled", 10), ("split", 10), ("switch", 20)):
+        total = 10 if cell == "open-half" else 20  # The source's steps count towards the total.
         assert value[cell, "train_tokens"] == total * 256
         curve = (root / "cells" / f"{cell}-seed0" / "curve.csv").read_text().splitlines()
-        assert int(curve[-1].split(",")[0]) == n_own
+        assert int(curve[-1].split(",")[0]) == n_steps
     assert [value[cell, "d_sae"] for cell in ("upcycled", "split", "switch")] == [128, 48, 128]
     assert value["upcycled", "strictness"] == 1
     assert value["switch", "mean_openness"] == 1
-    # What it starts from is part of a cell's identity, and its source is made first.
+    # The start is part of a cell's identity, and the source cell is trained first.
     study_file.write_text(study_file.read_text().replace("step_fraction = 0.5", "step_fraction = 0.4"))
     settings = read_study(study_file)
     states = dict(targets.cell_states(settings, root))
@@ -394,18 +396,18 @@ def test_cells_that_start_from_another_take_the_rest_of_its_steps(study_file, tm
     }  # fmt: skip
 
 
-def test_cells_may_start_from_an_sae_that_a_user_brings(study_file, tmp_path):
+def test_cells_can_start_from_a_users_sae(study_file, tmp_path):
     run(study_file, tmp_path / "first")
-    brought = tmp_path / "first" / "cells" / "open-seed0"
+    sae_folder = tmp_path / "first" / "cells" / "open-seed0"
     base = study_file.read_text().replace("measure_forgetting = true\n", "")
-    everywhere = base.replace('{ kind = "open" }', f'{{ kind = "open" }}\ninit_from = "{brought}"').replace(
-        'budget = "compute"', f'budget = "compute"\ninit_from = "{brought}"'
+    both_cells = base.replace('{ kind = "open" }', f'{{ kind = "open" }}\ninit_from = "{sae_folder}"').replace(
+        'budget = "compute"', f'budget = "compute"\ninit_from = "{sae_folder}"'
     )
-    study_file.write_text(everywhere)
-    found, _ = run(study_file, tmp_path / "second")
-    tokens = {row.cell: row.value for row in found if row.metric == "train_tokens"}
+    study_file.write_text(both_cells)
+    results, _ = run(study_file, tmp_path / "second")
+    tokens = {row.cell: row.value for row in results if row.metric == "train_tokens"}
     assert tokens == {"open": 2 * 20 * 256, "slice-compute": 2 * 20 * 256}
-    start = json.loads((brought / "sae.json").read_text())
+    start = json.loads((sae_folder / "sae.json").read_text())
     for change, message in (
         ({"layer": 3}, "was trained on the residual stream after layer 3, .* the residual stream after layer 2"),
         ({"site": "residual_before"}, "was trained on the residual stream after layer 1, .* after layer 2"),
@@ -414,30 +416,30 @@ def test_cells_may_start_from_an_sae_that_a_user_brings(study_file, tmp_path):
         ({"layer": "2"}, "layer '2' and site 'residual_after' are not a place in a model"),
         ({"weights": "others"}, "was trained on weights 'others' of a model"),
     ):
-        (brought / "sae.json").write_text(json.dumps({**start, "origin": {**start["origin"], **change}}))
+        (sae_folder / "sae.json").write_text(json.dumps({**start, "origin": {**start["origin"], **change}}))
         with pytest.raises(BadSetting, match=message):
             run(study_file, tmp_path / "third")
-    (brought / "sae.json").write_text(json.dumps(start))
-    study_file.write_text(everywhere.replace("k = 4", "k = 3"))
+    (sae_folder / "sae.json").write_text(json.dumps(start))
+    study_file.write_text(both_cells.replace("k = 4", "k = 3"))
     with pytest.raises(BadSetting, match=r"would start from an SAE with the rule .* but sae.rule is"):
         run(study_file, tmp_path / "third")
-    study_file.write_text(everywhere.replace("d_sae = 32", "d_sae = 24"))
+    study_file.write_text(both_cells.replace("d_sae = 32", "d_sae = 24"))
     with pytest.raises(BadSetting, match="does not open one copy of each of the 32 latents"):
         run(study_file, tmp_path / "third")
-    study_file.write_text(everywhere.replace(str(brought), str(tmp_path / "nowhere")))
+    study_file.write_text(both_cells.replace(str(sae_folder), str(tmp_path / "nowhere")))
     with pytest.raises(BadSetting, match="holds no readable SAE"):
         run(study_file, tmp_path / "third")
-    alone = base.replace('budget = "compute"', f'budget = "compute"\ninit_from = "{brought}"')
-    study_file.write_text(alone)
+    single_cell = base.replace('budget = "compute"', f'budget = "compute"\ninit_from = "{sae_folder}"')
+    study_file.write_text(single_cell)
     with pytest.raises(BadSetting, match="let all start from the same folder, or none"):
         read_study(study_file)
 
 
-def test_one_place_of_the_stream_has_two_names(tmp_path):
-    place = {"weights": "some", "layer": 3, "site": "residual_before"}
+def test_the_residual_stream_between_two_layers_has_two_names(tmp_path):
+    site = {"weights": "abc", "layer": 3, "site": "residual_before"}
     for origin, fits in (
         ({"layer": 2, "site": "residual_after"}, True),
-        ({"layer": 2}, True),  # Cells did not say their site once.
+        ({"layer": 2}, True),  # Earlier versions did not record the site.
         ({"layer": 3, "site": "residual_before"}, True),
         ({}, True),
         ({"layer": 3, "site": "residual_after"}, False),
@@ -447,21 +449,21 @@ def test_one_place_of_the_stream_has_two_names(tmp_path):
     ):
         write_sae(make_sae("open"), tmp_path, origin)
         if fits:
-            assert set(targets.checked_init(tmp_path, place)) == {"sha256"}
+            assert set(targets.checked_init(tmp_path, site)) == {"sha256"}
         else:
             with pytest.raises(BadSetting, match="start from an SAE of the same layer and site"):
-                targets.checked_init(tmp_path, place)
+                targets.checked_init(tmp_path, site)
 
 
-def test_an_imported_sae_is_evaluated_and_trained_on(study_file, tmp_path):
-    """Sent to SAELens's own architecture and back, an open cell keeps its numbers and can be started from."""
+def test_an_imported_sae_is_evaluated_and_used_as_a_start(study_file, tmp_path):
+    """An open cell that is exported to SAELens and imported keeps its numbers and can initialize cells."""
     first, _ = run(study_file, tmp_path / "first")
     export_saelens(tmp_path / "first" / "cells" / "open-seed0", tmp_path / "theirs", lossy=True)
     import_saelens(tmp_path / "theirs", tmp_path / "imported")
     settings = read_study(study_file)
-    found = study_run.evaluate_folder(settings, tmp_path / "first", tmp_path / "imported")
-    assert {row.cell for row in found} == {"imported", "llm"}
-    values = {(row.metric, row.slice): row.value for row in found if row.cell == "imported"}
+    results = study_run.evaluate_folder(settings, tmp_path / "first", tmp_path / "imported")
+    assert {row.cell for row in results} == {"imported", "llm"}
+    values = {(row.metric, row.slice): row.value for row in results if row.cell == "imported"}
     expected = {(row.metric, row.slice): row.value for row in first if row.cell == "open" and row.metric in METRICS}
     expected = {key: value for key, value in expected.items() if key in values}
     assert len(expected) > 50
@@ -471,18 +473,18 @@ def test_an_imported_sae_is_evaluated_and_trained_on(study_file, tmp_path):
     assert "dead_share" not in {metric for metric, _ in values}
     folder = tmp_path / "first" / "evaluated" / "imported"
     written = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert len(study_run.evaluate_folder(settings, tmp_path / "first", tmp_path / "imported")) == len(found)
+    assert len(study_run.evaluate_folder(settings, tmp_path / "first", tmp_path / "imported")) == len(results)
     assert written == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     base = study_file.read_text()
     text = base.replace("measure_forgetting = true\n", "")
-    brought = f'init_from = "{tmp_path / "imported"}"'
-    text = text.replace('{ kind = "open" }', f'{{ kind = "open" }}\n{brought}')
-    study_file.write_text(text.replace('budget = "compute"', f'budget = "compute"\n{brought}'))
+    init_from = f'init_from = "{tmp_path / "imported"}"'
+    text = text.replace('{ kind = "open" }', f'{{ kind = "open" }}\n{init_from}')
+    study_file.write_text(text.replace('budget = "compute"', f'budget = "compute"\n{init_from}'))
     second, _ = run(study_file, tmp_path / "second")
     started = read_sae(tmp_path / "second" / "cells" / "slice-compute-seed0")
     assert torch.equal(started.scale, read_sae(tmp_path / "first" / "cells" / "open-seed0").scale)
-    better = {row.cell: row.value for row in second if row.metric == "explained_variance" and not row.slice}
-    assert better["open"] > values["explained_variance", ""]
+    explained = {row.cell: row.value for row in second if row.metric == "explained_variance" and not row.slice}
+    assert explained["open"] > values["explained_variance", ""]
     study_file.write_text(base.replace("n_positions = 16", "n_positions = 12"))
     with pytest.raises(BadSetting, match="for contexts of 16 positions, the study's have 12: set"):
         study_run.evaluate_folder(read_study(study_file), tmp_path / "third", tmp_path / "imported")
@@ -517,7 +519,7 @@ METRICS = ("explained_variance", "l0", "order_accuracy", "probe_accuracy", "rete
         ),
     ],
 )
-def test_starts_that_make_no_sense_are_refused_before_any_work(study_file, old, new, message):
+def test_invalid_starts_raise_before_any_work(study_file, old, new, message):
     text = study_file.read_text() + STARTED
     assert old in text
     study_file.write_text(text.replace(old, new))
@@ -525,8 +527,8 @@ def test_starts_that_make_no_sense_are_refused_before_any_work(study_file, old, 
         read_study(study_file)
 
 
-def test_a_new_kind_and_a_new_rule_take_one_class_and_one_entry(study_file, tmp_path, monkeypatch):
-    """As docs/architecture.md says; a study, its table and its page need no other change."""
+def test_a_new_mask_or_rule_needs_one_class_and_one_registry_entry(study_file, tmp_path, monkeypatch):
+    """As documented in docs/architecture.md: the study, its table and its page need no other change."""
 
     class Odd(PositionMask):
         class Settings(MaskSettings):
@@ -550,12 +552,12 @@ def test_a_new_kind_and_a_new_rule_take_one_class_and_one_entry(study_file, tmp_
     text = study_file.read_text().replace('{ kind = "topk", k = 4 }', '{ kind = "floored", floor = 0.1 }')
     text = text.replace('{ kind = "slice", n_slices = 4 }\nbudget = "compute"', '{ kind = "odd", leak = 0.1 }')
     study_file.write_text(text)
-    found, _ = run(study_file, tmp_path / "run")
-    assert {row.mask for row in found} == {"none", "open", "odd"}
+    results, _ = run(study_file, tmp_path / "run")
+    assert {row.mask for row in results} == {"none", "open", "odd"}
     assert write_report(tmp_path / "run").is_file()
-    back = read_sae(tmp_path / "run" / "cells" / "slice-compute-seed0")
-    assert isinstance(back.mask, Odd)
-    assert isinstance(back.rule, Floored)
+    sae = read_sae(tmp_path / "run" / "cells" / "slice-compute-seed0")
+    assert isinstance(sae.mask, Odd)
+    assert isinstance(sae.rule, Floored)
 
 
 @pytest.mark.parametrize(
@@ -611,21 +613,21 @@ def test_a_new_kind_and_a_new_rule_take_one_class_and_one_entry(study_file, tmp_
         ("[model]", "[model", "is not a readable TOML file"),
     ],
 )
-def test_mistakes_are_found_before_any_work_in_one_sentence(study_file, old, new, message):
+def test_invalid_settings_raise_before_any_work(study_file, old, new, message):
     assert old in study_file.read_text()
     study_file.write_text(study_file.read_text().replace(old, new))
     with pytest.raises(BadSetting, match=re.escape(message)):
         read_study(study_file)
 
 
-def test_a_layer_the_model_lacks_stops_before_anything_is_written(study_file, tmp_path):
+def test_a_missing_layer_raises_before_anything_is_written(study_file, tmp_path):
     study_file.write_text(study_file.read_text().replace("layer = 2", "layer = 9"))
     with pytest.raises(BadSetting, match="layer = 9 does not exist: the model has 3 layers"):
         run(study_file, tmp_path / "run")
     assert not list((tmp_path / "run").rglob("*.safetensors"))
 
 
-def test_a_run_that_cannot_be_prepared_costs_nothing_that_was_finished(study_file, tmp_path):
+def test_a_run_that_fails_to_prepare_keeps_finished_results(study_file, tmp_path):
     root = tmp_path / "run"
     run(study_file, root)
     good = study_file.read_text()
@@ -640,7 +642,7 @@ def test_a_run_that_cannot_be_prepared_costs_nothing_that_was_finished(study_fil
     assert run(study_file, root)[1] == ["3 of 3 folders are finished and stay as they are."]
 
 
-def test_old_results_never_stand_beside_new_cells(study_file, tmp_path, monkeypatch):
+def test_old_results_are_removed_before_new_cells(study_file, tmp_path, monkeypatch):
     root = tmp_path / "run"
     run(study_file, root)
     study_file.write_text(study_file.read_text().replace("n_steps = 20", "n_steps = 21"))
@@ -654,54 +656,56 @@ def test_old_results_never_stand_beside_new_cells(study_file, tmp_path, monkeypa
     assert not (root / "results.csv").exists()
 
 
-def test_seeds_are_paired_and_enough_of_them_may_be_judged(study_file, tmp_path):
-    few = study_file.read_text().replace("seeds = [0]", "seeds = [0, 1, 2]").replace("measure_forgetting = true\n", "")
-    study_file.write_text(few.replace("n_steps = 20", "n_steps = 60"))
-    found, _ = run(study_file, tmp_path / "run")
-    said = {
-        (verdict.against, verdict.column): verdict
-        for verdict in read_verdicts(tmp_path / "run" / "verdicts.csv")
-        if verdict.column == "explained_variance"
+def test_seeds_are_paired_and_three_seeds_give_a_verdict(study_file, tmp_path):
+    text = study_file.read_text().replace("seeds = [0]", "seeds = [0, 1, 2]").replace("measure_forgetting = true\n", "")
+    study_file.write_text(text.replace("n_steps = 20", "n_steps = 60"))
+    results, _ = run(study_file, tmp_path / "run")
+    verdicts = {
+        (v.against, v.column): v
+        for v in read_verdicts(tmp_path / "run" / "verdicts.csv")
+        if v.column == "explained_variance"
     }
-    verdict = said["open", "explained_variance"]
+    verdict = verdicts["open", "explained_variance"]
     assert verdict.n_seeds == 3
-    by_seed = {(row.cell, row.seed): row.value for row in found if row.metric == "explained_variance" and not row.slice}
+    by_seed = {
+        (row.cell, row.seed): row.value for row in results if row.metric == "explained_variance" and not row.slice
+    }
     differences = [by_seed["slice-compute", seed] - by_seed["open", seed] for seed in (0, 1, 2)]
     assert verdict.effect == pytest.approx(sum(differences) / 3)
     assert verdict.ci_low < verdict.effect < verdict.ci_high
-    decided = "better" if verdict.effect > 0 else "worse"
-    assert verdict.verdict == (decided if verdict.p_corrected < LEVEL else "no evidence")
+    direction = "better" if verdict.effect > 0 else "worse"
+    assert verdict.verdict == (direction if verdict.p_corrected < LEVEL else "no evidence")
 
 
-def test_a_class_without_texts_stops_the_study_by_its_name(study_file, tmp_path, monkeypatch):
+def test_a_class_without_texts_raises_an_error(study_file, tmp_path, monkeypatch):
     monkeypatch.setitem(datasets.DATASETS, "toy", {"even": ("words", "0"), "missing": ("words", "7")})
     with pytest.raises(BadSetting, match="toy has no texts of its class 'missing': leave the dataset out"):
         run(study_file, tmp_path / "run")
 
 
-def test_a_dataset_too_small_is_cut_and_the_real_sizes_stand_in_the_rows(study_file, tmp_path):
+def test_a_small_dataset_is_capped_and_rows_record_the_real_sizes(study_file, tmp_path):
     study_file.write_text(study_file.read_text().replace("probe_train = 40", "probe_train = 40_000"))
     study_file.write_text(study_file.read_text().replace("probe_test = 10", "probe_test = 10_000"))
-    found, _ = run(study_file, tmp_path / "run")
+    results, _ = run(study_file, tmp_path / "run")
     row = next(
-        row for row in found if row.metric == "probe_accuracy" and row.cell == "open" and "class" not in row.slice
+        row for row in results if row.metric == "probe_accuracy" and row.cell == "open" and "class" not in row.slice
     )
     n_train = int(rows.parse_slice(row.slice)["train"])
     assert 200 < n_train < 1000
     assert n_train / (n_train + row.n) == pytest.approx(0.8, abs=0.01)
 
 
-def test_the_saebench_protocol_runs_through_a_study(study_file, tmp_path):
+def test_a_study_with_the_saebench_protocol(study_file, tmp_path):
     study_file.write_text(study_file.read_text().replace("ks = [1", 'probe_protocol = "saebench"\nks = [1'))
-    found, _ = run(study_file, tmp_path / "run")
-    protocols = {rows.parse_slice(row.slice)["protocol"] for row in found if row.metric == "probe_accuracy"}
+    results, _ = run(study_file, tmp_path / "run")
+    protocols = {rows.parse_slice(row.slice)["protocol"] for row in results if row.metric == "probe_accuracy"}
     assert protocols == {"saebench"}
-    peer = json.loads((tmp_path / "run" / "cells" / "open-seed0" / "saebench.json").read_text())
-    assert peer["sae_cfg_dict"]["probe_protocol"] == "saebench"
-    assert peer["eval_result_metrics"]["sae"]["sae_test_accuracy"] > 0
+    saebench_output = json.loads((tmp_path / "run" / "cells" / "open-seed0" / "saebench.json").read_text())
+    assert saebench_output["sae_cfg_dict"]["probe_protocol"] == "saebench"
+    assert saebench_output["eval_result_metrics"]["sae"]["sae_test_accuracy"] > 0
 
 
-def test_a_study_may_ask_no_probes_and_have_no_open_cell(study_file, tmp_path):
+def test_a_study_without_probes_and_without_an_open_cell(study_file, tmp_path):
     text = study_file.read_text()
     for old, new in (
         ('order_tasks = ["toy_order"]', "order_tasks = []"),
@@ -712,18 +716,18 @@ def test_a_study_may_ask_no_probes_and_have_no_open_cell(study_file, tmp_path):
         assert old in text
         text = text.replace(old, new)
     study_file.write_text(text)
-    found, _ = run(study_file, tmp_path / "run")
+    results, _ = run(study_file, tmp_path / "run")
     assert read_verdicts(tmp_path / "run" / "verdicts.csv") == []
-    assert "order_accuracy" not in {row.metric for row in found}
+    assert "order_accuracy" not in {row.metric for row in results}
     page = write_report(tmp_path / "run").read_text(encoding="utf8")
     assert "The verdicts" not in page
     assert "explained variance" in page
 
 
-def test_latents_to_ablate_are_chosen_on_other_texts_than_they_are_tried_on(study_file, tmp_path, monkeypatch):
+def test_ablated_latents_are_chosen_on_other_texts_than_the_evaluation(study_file, tmp_path, monkeypatch):
     settings = read_study(study_file)
     data = harvests.prepare(settings, Source(settings.model), tmp_path)
-    chosen_on, tried_on = set(), set()
+    chosen_on, evaluated_on = set(), set()
     update, replace = WindowMass.update, suite.without_latents
 
     def spy(self, batch, codes):
@@ -733,11 +737,11 @@ def test_latents_to_ablate_are_chosen_on_other_texts_than_they_are_tried_on(stud
     def spy_replace(sae, latents):
         inner = replace(sae, latents)
 
-        def taken_out(batch, context):
-            tried_on.update(batch.text.tolist())
+        def replaced(batch, context):
+            evaluated_on.update(batch.text.tolist())
             return inner(batch, context)
 
-        return taken_out
+        return replaced
 
     monkeypatch.setattr(WindowMass, "update", spy)
     monkeypatch.setattr(suite, "without_latents", spy_replace)
@@ -745,11 +749,11 @@ def test_latents_to_ablate_are_chosen_on_other_texts_than_they_are_tried_on(stud
     train_on(sae, data.training, settings.training)
     suite.evaluate(sae, torch.zeros(32).bool(), data, "test")
     assert len(chosen_on) > 20
-    assert len(tried_on) > 4
-    assert not chosen_on & tried_on
+    assert len(evaluated_on) > 4
+    assert not chosen_on & evaluated_on
 
 
-def test_an_untrained_sae_gets_no_numbers(study_file, tmp_path):
+def test_evaluating_an_untrained_sae_raises_an_error(study_file, tmp_path):
     settings = read_study(study_file)
     data = harvests.prepare(settings, Source(settings.model), tmp_path)
     sae = make_sae_of_cell(settings, settings.cells[0], 12, 0)
@@ -760,7 +764,7 @@ def test_an_untrained_sae_gets_no_numbers(study_file, tmp_path):
 
 
 @pytest.mark.parametrize("fast", ["float32", "bfloat16"])
-def test_forced_bfloat16_is_reported_with_its_cost_and_the_precision_is_in_the_manifest(
+def test_slow_bfloat16_is_reported_and_the_manifest_records_the_precision(
     model_folder, tmp_path, texts, monkeypatch, fast
 ):
     monkeypatch.setattr(runtime, "fast_precision", lambda device="cpu": fast)

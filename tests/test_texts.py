@@ -9,12 +9,12 @@ from posmask.data import texts, tokens
 from posmask.errors import BadSetting, MissingAsset
 from posmask.study.settings import CorpusSettings
 
-LINES = [f"text number {n}, of its own" for n in range(40)]
+LINES = [f"this is text number {n}" for n in range(40)]
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """What a user may have: single texts, and the schema of the Pile as files and as the hub's parquet."""
+    """Write text files of a user: a plain text, JSON lines with the schema of the Pile, and a compressed file."""
     (tmp_path / "a.txt").write_text("one text\nof two lines\n")
     rows = [json.dumps({"text": line, "meta": {"pile_set_name": "x"}}) for line in LINES]
     (tmp_path / "b.jsonl").write_text("\n".join(rows[:20]) + "\n\n")
@@ -23,7 +23,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_files_are_read_in_the_order_of_their_names(folder):
+def test_files_are_read_in_alphabetical_order(folder):
     assert list(texts.read_texts(str(folder))) == ["one text\nof two lines\n", *LINES]
     assert list(texts.read_texts(str(folder / "b.jsonl"), 3)) == LINES[:3]
 
@@ -38,24 +38,24 @@ def test_the_identity_follows_the_content(folder):
     assert texts.content_of("hf:monology/pile-uncopyrighted@abc") == {"hub": "monology/pile-uncopyrighted@abc"}
 
 
-def test_a_dataset_of_the_hub_is_streamed(tmp_path, monkeypatch):
+def test_a_hub_dataset_is_streamed(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     table = pyarrow.Table.from_pylist([{"text": line, "meta": {"pile_set_name": "x"}} for line in LINES])
     pyarrow.parquet.write_table(table, tmp_path / "data" / "train-00000-of-00001.parquet")
-    asked = []
+    calls = []
     load = texts.load_from_hub
 
-    def local(path, **options):  # a folder in the hub's place; the library that reads it is the real one
-        asked.append((path, options))
+    def local(path, **options):  # reads a local folder with the real library
+        calls.append((path, options))
         return load(str(tmp_path), **{**options, "name": None, "revision": None})
 
     monkeypatch.setattr(texts, "load_from_hub", local)
     assert list(texts.read_texts("hf:monology/pile-uncopyrighted:all@abc", 5)) == LINES[:5]
     options = {"split": "train", "streaming": True, "name": "all", "revision": "abc"}
-    assert asked == [("monology/pile-uncopyrighted", options)]
+    assert calls == [("monology/pile-uncopyrighted", options)]
 
 
-def test_a_missing_dataset_raises_one_sentence(monkeypatch):
+def test_a_missing_dataset_raises_an_error(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(MissingAsset, match=r"no/such could not be loaded \(.+\): check the network"):
@@ -63,13 +63,13 @@ def test_a_missing_dataset_raises_one_sentence(monkeypatch):
 
 
 @pytest.mark.parametrize("line", ["{", '{"content": "x"}', '["text"]', '{"text": 3}'])
-def test_a_line_without_a_text_is_named(tmp_path, line):
+def test_a_line_without_a_text_raises_an_error(tmp_path, line):
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n' + line)
     with pytest.raises(BadSetting, match=r'line 2 of .*a\.jsonl is not a JSON object with a text in "text"'):
         list(texts.read_texts(str(tmp_path)))
 
 
-def test_a_folder_without_texts_is_refused(tmp_path):
+def test_a_folder_without_texts_raises_an_error(tmp_path):
     for source in (tmp_path, tmp_path / "none.txt"):
         with pytest.raises(BadSetting, match=r"is not a file or folder with \.txt, \.jsonl, \.jsonl\.zst in it"):
             list(texts.read_texts(str(source)))
@@ -83,13 +83,13 @@ def test_a_folder_without_texts_is_refused(tmp_path):
         ({"texts": "hf:a/b"}, "may be unlimited: set n_texts to the number of texts to read"),
     ],
 )
-def test_a_corpus_has_one_source(given, message):
+def test_a_corpus_has_a_single_source(given, message):
     sizes = {"n_positions": 16, "training_tokens": 10, "heldout_tokens": 10}
     with pytest.raises(ValueError, match=message):
         CorpusSettings(**given, **sizes)
 
 
-def test_texts_of_a_user_are_split_too(folder):
+def test_user_texts_are_split(folder):
     sides = {split: set(tokens.unique_texts(texts.read_texts(str(folder)), split)) for split in tokens.Split.__args__}
     assert sum(map(len, sides.values())) == 41
     assert all(sides.values())

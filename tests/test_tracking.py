@@ -1,4 +1,4 @@
-"""Curves arrive in each tracker's own files, read back by its own reader. Nothing here needs a network."""
+"""Curves are written to the files of each tracker and read back with its reader, without a network."""
 
 import json
 import os
@@ -33,18 +33,18 @@ for name in sorted(trackers):
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 events = EventAccumulator(str(folder / "tensorboard" / "open-seed0"))
 events.Reload()
-found = {"tensorboard": {tag: [[p.step, p.value] for p in events.Scalars(tag)] for tag in events.Tags()["scalars"]}}
+curves = {"tensorboard": {tag: [[p.step, p.value] for p in events.Scalars(tag)] for tag in events.Tags()["scalars"]}}
 
 from trackio.sqlite_storage import SQLiteStorage
-found["trackio"] = {}
+curves["trackio"] = {}
 for row in SQLiteStorage.get_logs("posmask-tiny", "open-seed0"):
     for key, value in row.items():
-        found["trackio"].setdefault(key, []).append([row["step"], value])
+        curves["trackio"].setdefault(key, []).append([row["step"], value])
 
 from wandb.proto.wandb_internal_pb2 import Record
-found["wandb"], settings = {}, {}
+curves["wandb"], settings = {}, {}
 (path,) = glob.glob(str(folder / "wandb" / "offline-run-*" / "run-*.wandb"))
-data, at, record = Path(path).read_bytes(), 7, b""  # LevelDB's log format behind a header
+data, at, record = Path(path).read_bytes(), 7, b""  # the log format of LevelDB after a header
 while at + 7 <= len(data):
     if (left := 32768 - at % 32768) < 7:
         at += left
@@ -53,28 +53,28 @@ while at + 7 <= len(data):
     record += data[at + 7 : at + 7 + length]
     at += 7 + length
     if kind in (1, 4):
-        settings |= {one.key: json.loads(one.value_json) for one in Record.FromString(record).run.config.update}
+        settings |= {item.key: json.loads(item.value_json) for item in Record.FromString(record).run.config.update}
         history = Record.FromString(record).history
         for item in history.item:
             key = item.key or item.nested_key[0]
-            found["wandb"].setdefault(key, []).append([history.step.num, json.loads(item.value_json)])
+            curves["wandb"].setdefault(key, []).append([history.step.num, json.loads(item.value_json)])
         record = b""
 assert settings["seed"] == 7, settings
-print(json.dumps(found))
+print(json.dumps(curves))
 """
 
 
-def test_every_tracker_gets_all_points_and_none_is_imported_without_one(tmp_path):
+def test_every_tracker_records_all_points_and_is_imported_only_if_used(tmp_path):
     (tmp_path / "run").mkdir()
     offline = {"WANDB_MODE": "offline", "TRACKIO_DIR": str(tmp_path / "trackio"), "HOME": str(tmp_path)}
     command = [sys.executable, "-c", WRITE_AND_READ, str(tmp_path / "run")]
     run = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **offline})
     assert run.returncode == 0, run.stdout + run.stderr
-    for found in json.loads(run.stdout.splitlines()[-1]).values():
-        assert "mean_openness" not in found  # A number that is none is left out.
+    for points in json.loads(run.stdout.splitlines()[-1]).values():
+        assert "mean_openness" not in points  # NaN is omitted.
         for key in ("loss", "explained_variance", "tokens"):
             expected = [(point.step, getattr(point, key)) for point in POINTS]
-            assert [tuple(pair) for pair in found[key]] == [pytest.approx(pair) for pair in expected]
+            assert [tuple(pair) for pair in points[key]] == [pytest.approx(pair) for pair in expected]
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])

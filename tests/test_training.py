@@ -2,7 +2,6 @@ import contextlib
 
 import pytest
 import torch
-from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 from conftest import D_SAE, KINDS, MASKS, N_POSITIONS, RULES, codes_of, train_on
@@ -40,7 +39,7 @@ def write_activations(folder, vectors, position, text):
 
 
 @pytest.mark.parametrize(("kind", "gating"), KINDS)
-def test_training_lowers_the_loss_and_repeats_to_the_last_byte(kind, gating, activations):
+def test_training_lowers_the_loss_and_is_deterministic(kind, gating, activations):
     runs = [train_on(fresh_sae(kind, gating=gating), activations, SETTINGS) for _ in range(2)]
     first, second = (run.sae.state_dict() for run in runs)
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -53,7 +52,7 @@ def test_training_lowers_the_loss_and_repeats_to_the_last_byte(kind, gating, act
 
 
 @pytest.mark.parametrize("kind", ["soft", "importance", "split"])
-def test_snapshots_show_a_mask_that_changes_from_the_first_step_to_the_last(kind, activations, tmp_path):
+def test_snapshots_record_a_changing_mask_from_the_first_to_the_last_step(kind, activations, tmp_path):
     sae, seen = fresh_sae(kind), {}
 
     def after_step(done):
@@ -61,13 +60,13 @@ def test_snapshots_show_a_mask_that_changes_from_the_first_step_to_the_last(kind
 
     trained = train_on(sae, activations, SETTINGS, after_step=after_step)
     trained.snapshots.write(tmp_path / "snapshots", SETTINGS.batch_tokens)
-    found = load_file(tmp_path / "snapshots")
-    steps = (found["tokens"] / SETTINGS.batch_tokens).tolist()
+    snapshots = load_file(tmp_path / "snapshots")
+    steps = (snapshots["tokens"] / SETTINGS.batch_tokens).tolist()
     assert steps == [1, 6, 11, 17, 23, 29, 34, 40]
-    assert found["latent"].tolist() == list(range(D_SAE))
-    for step, openness in zip(steps, found["openness"], strict=True):
+    assert snapshots["latent"].tolist() == list(range(D_SAE))
+    for step, openness in zip(steps, snapshots["openness"], strict=True):
         torch.testing.assert_close(openness / 255, seen[step], atol=0.51 / 255, rtol=0)
-    assert not torch.equal(found["openness"][0], found["openness"][-1])
+    assert not torch.equal(snapshots["openness"][0], snapshots["openness"][-1])
 
 
 def test_a_fixed_mask_has_no_snapshots(activations, tmp_path):
@@ -76,7 +75,7 @@ def test_a_fixed_mask_has_no_snapshots(activations, tmp_path):
 
 
 def plain_losses(sae, batches, settings, dead):
-    """The losses of a training by autograd, torch's own Adam, its own clipping and a plain normalization."""
+    """Return the losses of training with autograd, torch's Adam and clipping, and a plain decoder normalization."""
     parameters = [p for name, p in sae.named_parameters() if "mask." not in name]
     optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate, foreach=False)
     losses = []
@@ -95,16 +94,16 @@ def plain_losses(sae, batches, settings, dead):
 
 
 def sparse_sums(n_batches, n_tokens, d_model):
-    """Batches of vectors that are sums of few of many directions, at positions 0, 1, .. and again."""
+    """Make batches of vectors that are sparse sums of many directions, at positions 0, 1, ... repeatedly."""
     random = torch.Generator().manual_seed(0)
     directions = torch.nn.functional.normalize(torch.randn(4 * d_model, d_model, generator=random))
     batches = []
     for _ in range(n_batches):
         weights = torch.rand(n_tokens, 4 * d_model, generator=random) * 8
         vectors = (weights * (torch.rand(weights.shape, generator=random) < 0.05)) @ directions
-        place = torch.arange(n_tokens, dtype=torch.int32) % N_POSITIONS
+        position = torch.arange(n_tokens, dtype=torch.int32) % N_POSITIONS
         keep = torch.ones(n_tokens, dtype=torch.bool)
-        batches.append(Batch(vectors, place, place, place, keep, place, place, place))
+        batches.append(Batch(vectors, position, position, position, keep, position, position, position))
     return batches
 
 
@@ -114,10 +113,10 @@ def sparse_sums(n_batches, n_tokens, d_model):
     "kind",
     ["open", "slice", pytest.param("hard", marks=pytest.mark.slow), pytest.param("cohort", marks=pytest.mark.slow)],
 )
-def test_the_loss_curve_is_that_of_plain_autograd_and_adam(kind, rule, precision, monkeypatch):
+def test_the_loss_curve_equals_that_of_plain_autograd_and_adam(kind, rule, precision, monkeypatch):
     if precision == "bfloat16" and rule in ("relu", "jumprelu", "gated"):
         pytest.skip("their products carry bfloat16's rounding: see test_contract.py")
-    d_sae, d_model = (768, 96) if precision == "float32" else (1536, 384)  # where bfloat16 is of use
+    d_sae, d_model = (768, 96) if precision == "float32" else (1536, 384)  # sizes for which bfloat16 is used
     settings = TrainingSettings(
         n_steps=12, batch_tokens=1024, learning_rate=1e-3, warmup_fraction=0, decay_fraction=0, precision=precision
     )
@@ -129,16 +128,16 @@ def test_the_loss_curve_is_that_of_plain_autograd_and_adam(kind, rule, precision
     expected = torch.tensor(plain_losses(plain, batches, settings, dead))
     losses, fast = [], fast_loss.fast_gradients
 
-    def noted(*given, **options):
-        losses.append(fast(*given, **options))
+    def recorded(*args, **options):
+        losses.append(fast(*args, **options))
         return losses[-1]
 
-    monkeypatch.setattr(fast_loss, "fast_gradients", noted)
-    with contextlib.suppress(DegenerateResult):  # 12 steps need not explain anything
+    monkeypatch.setattr(fast_loss, "fast_gradients", recorded)
+    with contextlib.suppress(DegenerateResult):  # 12 steps may explain no variance
         train(sae, iter(batches), settings, "test")
-    found = torch.tensor([step.reconstruction for step in losses])
-    assert len(found) == 12
-    assert float((found / expected - 1).abs().max()) <= (1e-5 if precision == "float32" else 1e-3)
+    actual = torch.tensor([step.reconstruction for step in losses])
+    assert len(actual) == 12
+    assert float((actual / expected - 1).abs().max()) <= (1e-5 if precision == "float32" else 1e-3)
     assert float(expected[-1]) < float(expected[0])
 
 
@@ -150,13 +149,13 @@ def test_every_rule_trains_with_every_kind_of_mask(kind, rule, activations):
     first, last = trained.curve[0], trained.curve[-1]
     assert last.explained_variance > first.explained_variance + 0.1
     if "k" in RULES[rule]:
-        assert 3 < last.l0 <= 4  # Of 8 live latents not always 4 are positive.
+        assert 3 < last.l0 <= 4  # Fewer than 4 of the 8 live latents may be positive.
     elif kind in ("open", "soft"):
         assert last.l0 < first.l0
 
 
 def test_batchtopk_keeps_its_mean_l0_at_inference(activations):
-    """One threshold for all tokens, learned in training, gives k in the mean on tokens it has not seen together."""
+    """The threshold learned in training gives a mean of k active latents at inference."""
     sae = fresh_sae("open", rule=RULES["batchtopk"])
     train_on(sae, activations, SETTINGS.model_copy(update={"n_steps": 200}))
     batch = activations.batch(activations.keep.nonzero()[:, 0])
@@ -165,8 +164,8 @@ def test_batchtopk_keeps_its_mean_l0_at_inference(activations):
     assert float(n_active.std()) > 0.5  # not k on each
 
 
-def test_matryoshka_parts_reconstruct_by_themselves(activations):
-    """The first quarter of the latents explains more than a quarter that was not trained to stand alone."""
+def test_the_first_matryoshka_part_reconstructs_better_alone(activations):
+    """The first quarter of the latents explains more than a quarter that was not trained to reconstruct alone."""
     alone = {}
     for rule in ("batchtopk", "matryoshka"):
         sae = fresh_sae("open", rule=RULES[rule])
@@ -180,17 +179,17 @@ def test_matryoshka_parts_reconstruct_by_themselves(activations):
     assert alone["matryoshka"] > alone["batchtopk"] + 0.1
 
 
-def test_matryoshka_nests_each_slice_in_itself():
+def test_matryoshka_nests_parts_within_each_slice():
     level = fresh_sae("slice", rule=RULES["matryoshka"]).rule.level
     assert level.view(4, 8).tolist() == [[0, 0, 1, 1, 2, 2, 2, 2]] * 4
-    level = fresh_sae("hard", rule=RULES["matryoshka"]).rule.level  # hardly two latents share a set
+    level = fresh_sae("hard", rule=RULES["matryoshka"]).rule.level  # hardly any two latents share their positions
     assert torch.bincount(level).tolist() == [8, 8, 16]
 
 
-def test_another_seed_gives_another_sae(activations):
-    one = train_on(fresh_sae("open"), activations, SETTINGS).sae
-    other = train_on(fresh_sae("open"), activations, SETTINGS, 1).sae
-    assert not torch.equal(one.encoder, other.encoder)
+def test_another_seed_gives_a_different_sae(activations):
+    first = train_on(fresh_sae("open"), activations, SETTINGS).sae
+    second = train_on(fresh_sae("open"), activations, SETTINGS, 1).sae
+    assert not torch.equal(first.encoder, second.encoder)
 
 
 def test_soft_masks_learn_their_openness(activations):
@@ -200,15 +199,10 @@ def test_soft_masks_learn_their_openness(activations):
     assert float((sae.mask.openness().detach() - before).abs().mean()) > 0.01
 
 
-def test_importance_ends_strict(activations):
+def test_importance_masks_end_strict(activations):
     sae = train_on(fresh_sae("importance"), activations, SETTINGS).sae
     assert sae.mask.openness().sum(0).tolist() == [4.0] * D_SAE
     assert set(sae.mask.openness().unique().tolist()) == {0.0, 1.0}
-
-
-def test_zero_steps_raise_an_error():
-    with pytest.raises(ValidationError, match="greater than 0"):
-        TrainingSettings(n_steps=0, batch_tokens=128, learning_rate=1e-3)
 
 
 def test_an_sae_that_explains_nothing_raises_an_error(activations):
@@ -259,14 +253,14 @@ def test_the_auxiliary_loss_revives_dead_latents(activations):
 
 
 def planted(n_texts=1500, n_positions=16, d_model=24, n_latents=20, seed=0):
-    """Vectors of a known dictionary: half of its latents occur only at 4 positions each, the rest anywhere."""
+    """Make vectors from a known dictionary: half of its latents occur at 4 positions each, the others anywhere."""
     random = torch.Generator().manual_seed(seed)
     dictionary = torch.linalg.qr(torch.randn(d_model, d_model, generator=random)).Q[:n_latents]
     allowed = torch.ones(n_positions, n_latents)
     for latent in range(n_latents // 2):
-        places = 1 + torch.randperm(n_positions - 1, generator=random)[:4]
+        positions = 1 + torch.randperm(n_positions - 1, generator=random)[:4]
         allowed[:, latent] = 0
-        allowed[places, latent] = 1
+        allowed[positions, latent] = 1
     position = torch.arange(n_positions).repeat(n_texts)
     text = torch.arange(n_texts).repeat_interleave(n_positions)
     active = torch.rand(len(position), n_latents, generator=random) < 0.12
@@ -285,10 +279,10 @@ def test_importance_finds_planted_positions_and_retention_separates_bound_from_f
     similarity = sae.decoder.detach() @ dictionary.T
     closest = similarity.max(1)
     bound = (closest.indices < 10) & (closest.values > 0.9)
-    found = sae.mask.openness()[:, bound] > 0
+    learned = sae.mask.openness()[:, bound] > 0
     truth = allowed[:, closest.indices[bound]] > 0
-    true_positives = float((found & truth).sum())
-    precision, recall = true_positives / float(found.sum()), true_positives / float(truth.sum())
+    true_positives = float((learned & truth).sum())
+    precision, recall = true_positives / float(learned.sum()), true_positives / float(truth.sum())
     record_property("precision", precision)
     record_property("recall", recall)
     print(f"planted positions: precision {precision:.3f}, recall {recall:.3f}, {int(bound.sum())} latents")
@@ -296,7 +290,7 @@ def test_importance_finds_planted_positions_and_retention_separates_bound_from_f
     assert precision > 0.9
     assert recall > 0.9
 
-    # Retention of an SAE that was never masked: which latents live at positions is in the data alone.
+    # Retention of an unmasked SAE: only the data bind latents to positions.
     sae = fresh_sae("open", k=3, d_sae=20, d_model=24)
     train_on(sae, activations, settings)
     closest = (sae.decoder.detach() @ dictionary.T).max(1)
@@ -316,21 +310,21 @@ def test_importance_finds_planted_positions_and_retention_separates_bound_from_f
             assert share.value == pytest.approx(chance.value, abs=0.05)
 
 
-def test_training_on_late_positions_leaves_early_latents_as_they_were(activations, tmp_path):
+def test_training_on_late_positions_does_not_change_early_latents(activations, tmp_path):
     late = ((activations.position >= 4) & activations.keep).nonzero()[:, 0]
     batch = activations.batch(late)
-    some = write_activations(tmp_path / "late", batch.vectors, batch.position, batch.text)
+    late_activations = write_activations(tmp_path / "late", batch.vectors, batch.position, batch.text)
     for gating in ("forward", "gradient"):
         sae = fresh_sae("slice", gating=gating)
         before = sae.encoder.detach().clone()
-        train_on(sae, some, SETTINGS.model_copy(update={"aux_k": 0}))
+        train_on(sae, late_activations, SETTINGS.model_copy(update={"aux_k": 0}))
         assert torch.equal(sae.encoder[:8], before[:8])
         assert bool((sae.encoder_bias[:8] == 0).all())
         assert not torch.equal(sae.encoder[8:], before[8:])
 
 
 def separately(activations, settings, source, n_slices, d_sae, *, share_bias):
-    """Static slicing as separate SAEs: one for each window of positions, on its tokens of the same batches."""
+    """Train separate SAEs, one per window of positions, on the same batches restricted to the window."""
     rows, biases = [], []
     for number in range(n_slices):
         sae = fresh_sae("open", d_sae=d_sae // n_slices, d_model=source.d_model, k=2).double()
@@ -346,8 +340,8 @@ def separately(activations, settings, source, n_slices, d_sae, *, share_bias):
     return torch.cat(rows), biases
 
 
-def test_one_sliced_sae_and_separate_saes_on_windows_agree(activations, record_property):
-    """With the bias that they share held fixed they are the same; left free, it is all that makes them differ."""
+def test_a_sliced_sae_equals_separate_saes_on_windows(activations, record_property):
+    """They agree if the shared decoder bias is frozen; a learned bias is the only difference."""
     settings = SETTINGS.model_copy(update={"aux_k": 0, "n_steps": 100, "max_gradient_norm": None})
     drift = {}
     for bias_learns in (False, True):
@@ -360,12 +354,12 @@ def test_one_sliced_sae_and_separate_saes_on_windows_agree(activations, record_p
             assert max(float((bias - sliced.decoder_bias.detach()).abs().max()) for bias in biases) > 1e-3
     record_property("largest difference of decoder rows", drift)
     print(f"decoder rows differ by at most {drift[False]:.1e} with the bias fixed, {drift[True]:.1e} with it learned")
-    assert float((sliced.decoder - source.decoder).detach().abs().max()) > 0.1  # they did learn
+    assert float((sliced.decoder - source.decoder).detach().abs().max()) > 0.1  # training changed the decoder
     assert drift[False] < 1e-4
     assert drift[True] > 10 * drift[False]
 
 
-def test_frozen_parameters_stay_as_they_are(activations):
+def test_frozen_parameters_do_not_change(activations):
     sae = fresh_sae("slice")
     sae.decoder_bias.requires_grad_(False)
     train_on(sae, activations, SETTINGS)
@@ -373,7 +367,7 @@ def test_frozen_parameters_stay_as_they_are(activations):
 
 
 def test_a_mask_counts_positions_from_its_origin(activations):
-    """Trained by sentence, a slice's latents fire in their part of the sentence, wherever that stands."""
+    """With positions from the end, the latents of a slice fire at their distance from the end."""
     trained = train_on(fresh_sae("slice", position_origin="end"), activations, SETTINGS)
     batch = activations.batch(activations.keep.nonzero()[:, 0])
     codes = trained.sae.sparse_encode(batch.vectors, batch.positions("end"))
@@ -382,7 +376,7 @@ def test_a_mask_counts_positions_from_its_origin(activations):
 
 
 @pytest.mark.parametrize("kind", ["open", "switch"])
-def test_the_batch_threshold_fits_codes_before_a_router_weighs_them(kind, activations):
+def test_the_batch_threshold_applies_before_router_weights(kind, activations):
     sae = fresh_sae(kind, rule=RULES["batchtopk"])
     trained = train_on(sae, activations, SETTINGS.model_copy(update={"n_steps": 150}))
     batch = activations.batch(activations.keep.nonzero()[:, 0])

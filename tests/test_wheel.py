@@ -1,4 +1,4 @@
-"""What `pip install .` gives works away from the checkout."""
+"""An installed wheel works without the repository."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.slow
 def test_the_wheel_works_in_an_empty_environment(tmp_path, model_folder):
-    """The packages it needs are lent by this environment: a line in a .pth file, which does not lend posmask itself."""
+    """A .pth file makes the dependencies of this environment importable, but not posmask itself."""
 
     def run(*words, **more):
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | more
@@ -29,10 +29,10 @@ def test_the_wheel_works_in_an_empty_environment(tmp_path, model_folder):
     python = tmp_path / "env" / "bin" / "python"
     (wheel,) = (tmp_path / "wheels").iterdir()
     run(python, *pip, "install", "--no-deps", wheel)
-    own = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])").strip())
-    (own / "lent.pth").write_text(sysconfig.get_paths()["purelib"])
-    where = run(python, "-c", "import posmask; print(posmask.__file__)").strip()
-    assert Path(where).is_relative_to(own)
+    site_packages = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])").strip())
+    (site_packages / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"])
+    module_file = run(python, "-c", "import posmask; print(posmask.__file__)").strip()
+    assert Path(module_file).is_relative_to(site_packages)
 
     posmask = tmp_path / "env" / "bin" / "posmask"
     assert "auto means" in run(posmask, "doctor", POSMASK_CACHE=str(tmp_path / "cache"))
@@ -41,8 +41,8 @@ def test_the_wheel_works_in_an_empty_environment(tmp_path, model_folder):
         (tmp_path / "texts").mkdir(exist_ok=True)
         (tmp_path / "texts" / f"{number:04}.txt").write_text(text + " and sleeps" * (number % 7))
     (tmp_path / "study.toml").write_text(STUDY.format(model=model_folder))
-    said = run(posmask, "run", "study.toml", "--root", "run")
-    assert "The page: run/report.html" in said
+    output = run(posmask, "run", "study.toml", "--root", "run")
+    assert "The page: run/report.html" in output
     assert (tmp_path / "run" / "report.html").stat().st_size > 100_000
 
 

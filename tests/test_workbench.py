@@ -1,4 +1,4 @@
-"""The way in from Python: the whole path in a dozen lines, and an import that loads nothing."""
+"""The Python interface: training in a dozen lines, lazy imports, and protection of user files."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ from posmask.errors import BadSetting, NothingToDo
 from posmask.storage.manifest import write_folder
 
 
-def test_importing_loads_nothing_and_every_name_is_there():
+def test_imports_are_lazy_and_every_name_exists():
     code = "import sys, posmask; assert 'torch' not in sys.modules; posmask.summarize; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     assert set(posmask.__all__) <= set(dir(posmask))
@@ -23,7 +23,7 @@ def test_importing_loads_nothing_and_every_name_is_there():
         posmask.nothing  # noqa: B018
 
 
-def test_the_whole_path_by_hand(model_folder, tmp_path):
+def test_vectors_training_and_measures_from_python(model_folder, tmp_path):
     options = {"model": str(model_folder), "layer": 2, "n_positions": 16, "precision": "float32"}
     training = posmask.read_vectors(make_texts(200), folder=tmp_path / "training", n_tokens=3000, **options)
     heldout = posmask.read_vectors(make_texts(80, seed=1), folder=tmp_path / "heldout", n_tokens=1000, **options)
@@ -37,20 +37,22 @@ def test_the_whole_path_by_hand(model_folder, tmp_path):
     )
     assert sae.d_sae == 64
     trained = posmask.fit(sae, training, n_steps=60, batch_tokens=256)
-    found = {
-        one.metric: one.value for one in posmask.measure(trained.sae, heldout, retention_positions=4) if not one.slice
+    values = {
+        measure.metric: measure.value
+        for measure in posmask.measure(trained.sae, heldout, retention_positions=4)
+        if not measure.slice
     }
-    assert 0.2 < found["explained_variance"] < 1
-    assert found["l0"] <= 4
-    assert found["mean_openness"] == pytest.approx(0.25)
-    assert {"retention", "retention_chance", "strictness"} <= set(found)
+    assert 0.2 < values["explained_variance"] < 1
+    assert values["l0"] <= 4
+    assert values["mean_openness"] == pytest.approx(0.25)
+    assert {"retention", "retention_chance", "strictness"} <= set(values)
     posmask.write_sae(sae, tmp_path / "sae")
-    back = posmask.read_sae(tmp_path / "sae")
+    read = posmask.read_sae(tmp_path / "sae")
     batch = heldout.batch(torch.arange(20))
-    assert torch.equal(back.encode(batch.vectors, batch.position), sae.encode(batch.vectors, batch.position))
+    assert torch.equal(read.encode(batch.vectors, batch.position), sae.encode(batch.vectors, batch.position))
 
 
-def test_vectors_are_read_once_and_other_texts_are_never_taken_for_them(model_folder, tmp_path, monkeypatch):
+def test_vectors_are_reused_only_for_the_same_texts(model_folder, tmp_path, monkeypatch):
     options = {"model": str(model_folder), "layer": 2, "n_positions": 16, "n_tokens": 500, "folder": tmp_path / "v"}
     first = posmask.read_vectors(make_texts(40), **options)
     written = (tmp_path / "v" / "manifest.json").stat().st_mtime_ns
@@ -67,7 +69,7 @@ def snapshot(folder):
 
 
 def a_study_beside_others(folder):
-    with write_folder(folder / "one" / "cells" / "open-seed0", {"cell": "open"}) as draft:
+    with write_folder(folder / "study" / "cells" / "open-seed0", {"cell": "open"}) as draft:
         (draft / "rows.csv").write_text("value")
 
 
@@ -82,7 +84,7 @@ def a_cell(folder):
 
 
 @pytest.mark.parametrize("fill", [a_study_beside_others, a_site, a_cell])
-def test_vectors_never_replace_what_posmask_did_not_write_as_vectors(model_folder, tmp_path, monkeypatch, fill):
+def test_vectors_replace_only_vectors(model_folder, tmp_path, monkeypatch, fill):
     folder = tmp_path / "runs"
     folder.mkdir()
     fill(folder)
@@ -99,7 +101,7 @@ def test_files_added_to_vectors_are_kept(model_folder, tmp_path):
     options = {"model": str(model_folder), "layer": 2, "n_positions": 16, "n_tokens": 500, "folder": tmp_path / "v"}
     posmask.read_vectors(make_texts(40), **options)
     (tmp_path / "v" / "notes.txt").write_text("what I saw")
-    posmask.read_vectors(make_texts(40), **options)  # reads, replaces nothing
+    posmask.read_vectors(make_texts(40), **options)  # reads the vectors and replaces nothing
     with pytest.raises(BadSetting, match=r"v holds notes.txt, which posmask did not write"):
         posmask.read_vectors(make_texts(40, seed=5), **options)
     shard = tmp_path / "v" / "shard-00000.safetensors"

@@ -1,7 +1,7 @@
-"""Record what sae-bench itself does with synthetic activations, in its environment: `record_saebench.py OUT.json`.
+"""Record the results of sae-bench on synthetic activations, in its environment: `record_saebench.py OUT.json`.
 
-A row is `class number * N_TRAIN + text` in training, `class number * N_TEST + text` in test; its label is whether that
-class is the probe's. Rows stand in the order in which the probe sees them.
+A row is `class number * N_TRAIN + text` in training and `class number * N_TEST + text` in test. Its label is whether
+the class is that of the probe. Rows are in the order in which the probe reads them.
 """
 
 import hashlib
@@ -28,14 +28,14 @@ ALL_LATENTS = {"select_top_k": None, "use_sklearn": False, "batch_size": 250, "e
 SEED, LATENTS_SEED, STREAM_SEED = 7, 0, 42
 STREAM_KS = (1, 2, 5)
 TEXTS = (80, 20, 42)  # Training and test texts of a probe, seed.
-STREAM_DATASETS = {"one": 1, "two": 2}  # name: seed of its latents; its channels have that + 100.
+STREAM_DATASETS = {"one": 1, "two": 2}  # name: seed of its latents; the seed of its channels is larger by 100.
 
 
 class Recorder:
-    """Stands between sae-bench and four of its own functions, calls them unchanged, and notes what came out.
+    """Wraps four functions of sae-bench, calls them unchanged and records their results.
 
-    Rows are read off by calling `prepare_probe_data` a second time, from the same state of torch's generator, with
-    each text's row in place of its activations.
+    Rows are recorded by calling `prepare_probe_data` a second time, from the same state of torch's generator, with the
+    row number of each text instead of its activations.
     """
 
     def __init__(self):
@@ -57,10 +57,10 @@ class Recorder:
             }
             rows, labels = prepare(numbered, name, perform_scr)
             torch.set_rng_state(state)
-            found = prepare(activations, name, perform_scr)
-            assert torch.equal(found[1], labels)
+            prepared = prepare(activations, name, perform_scr)
+            assert torch.equal(prepared[1], labels)
             self.rows.append(rows[:, 0].long().numpy())
-            return found
+            return prepared
 
         def get_top_k_mean_diff_mask(acts, labels, k):
             mask = top_k(acts, labels, k)
@@ -78,7 +78,7 @@ class Recorder:
 
             def note(fitted):
                 by_class.append(self.features)
-                curves.append(self.curve[1::2])  # Training and test accuracy take turns.
+                curves.append(self.curve[1::2])  # Training and test accuracy alternate.
                 self.features, self.curve = None, []
                 return fitted
 
@@ -104,11 +104,11 @@ class Recorder:
 
 
 def tensors(sides):
-    return [{name: torch.from_numpy(found) for name, found in side.items()} for side in sides]
+    return [{name: torch.from_numpy(array) for name, array in side.items()} for side in sides]
 
 
 def each_k(recorder):
-    """One call of `train_probe_on_activations` a k, the all-latent probes last; seeded once, before the first."""
+    """Call `train_probe_on_activations` per k, all-latent probes last; the seed is set once, before the first call."""
     torch.manual_seed(SEED)
     for options in [{"select_top_k": k} for k in KS] + [ALL_LATENTS]:
         probes.train_probe_on_activations(*tensors(latents(LATENTS_SEED)), **options)
@@ -118,8 +118,8 @@ def each_k(recorder):
     ]
 
 
-def whole_stream(recorder):
-    """`run_eval_single_sae` itself over two datasets; only where the activations come from is replaced."""
+def evaluation_stream(recorder):
+    """Run `run_eval_single_sae` over two datasets; only the source of the activations is replaced."""
     recorder.calls.clear()
     now = iter(STREAM_DATASETS)
 
@@ -139,34 +139,34 @@ def whole_stream(recorder):
     with tempfile.TemporaryDirectory() as folder:
         means, _ = peer.run_eval_single_sae(config, sae, None, "cpu", folder, save_activations=False)
     datasets = np.repeat(list(STREAM_DATASETS), 2 * len(CLASSES) * (1 + len(STREAM_KS)))
-    found = []
+    recorded = []
     for dataset, call in zip(datasets.tolist(), recorder.calls, strict=True):
         where = {"dataset": dataset, "source": "llm" if call["n_features"] == 24 else "sae"}
         call["rows_sha256"] = sha256(call.pop("train_rows"), call.pop("test_rows"))
         if "epoch_accuracies" in call:
             call["n_epochs"] = len(call.pop("epoch_accuracies"))
-        found.append(where | call)
-    return {"probes": found, "means": means}
+        recorded.append(where | call)
+    return {"probes": recorded, "means": means}
 
 
 def sampled_texts():
-    """For each dataset and class, the SHA-256 of the training and the test texts, of synthetic rows, joined by NUL."""
+    """Return the SHA-256 of the NUL-joined training and test texts per dataset and class, for synthetic rows."""
 
     def load_dataset(path, pair=None, **_):
-        if path == "codeparrot/github-code":  # What its loading script makes of its files.
+        if path == "codeparrot/github-code":  # as its loading script converts the files
             rows = [row | {"language": EXTENSIONS["." + row["path"].rpartition(".")[2]]} for row in code_rows()]
             return [row | {"code": row["content"]} for row in rows if row["language"] != "Rust"]
         return translation_rows(pair) if pair else {split: table_rows(path, split) for split in ("train", "test")}
 
     dataset_utils.load_dataset = load_dataset
-    found = {}
+    checksums = {}
     for name, classes in dataset_info.chosen_classes_per_dataset.items():
         sides = dataset_utils.get_multi_label_train_test_data(name, *TEXTS)
         sides = [dataset_utils.filter_dataset(side, classes) for side in sides]
-        found[name] = {
+        checksums[name] = {
             label: [hashlib.sha256("\0".join(side[label]).encode()).hexdigest() for side in sides] for label in classes
         }
-    return found
+    return checksums
 
 
 def main(path):
@@ -178,15 +178,15 @@ def main(path):
         "each_k": {
             "seed": SEED,
             "latents_seed": LATENTS_SEED,
-            "latents_sha256": sha256(*(found for side in latents(LATENTS_SEED) for found in side.values())),
+            "latents_sha256": sha256(*(array for side in latents(LATENTS_SEED) for array in side.values())),
             "probes": each_k(recorder),
         },
         "stream": {
             "seed": STREAM_SEED,
             "latents_seeds": STREAM_DATASETS,
-            "channels_sha256": sha256(*(found for side in channels(101) for found in side.values())),
+            "channels_sha256": sha256(*(array for side in channels(101) for array in side.values())),
         }
-        | whole_stream(recorder),
+        | evaluation_stream(recorder),
         "texts": dict(zip(("n_train", "n_test", "seed"), TEXTS, strict=True)) | {"sha256": sampled_texts()},
     }
     text = json.dumps(head)

@@ -1,6 +1,6 @@
-"""Runs in sae-bench's environment, in a folder that holds gpt2/, fancyzhx/ag_news/, texts/ and sae/.
+"""Evaluate an exported SAE with sae-bench and sae-probes, in a folder with gpt2/, fancyzhx/ag_news/, texts/ and sae/.
 
-Nothing of theirs is replaced: what they name on the hub is found under its name in the folder at hand.
+Runs in sae-bench's environment. Nothing is patched: hub names resolve to folders of that name in the working folder.
 """
 
 import json
@@ -49,10 +49,10 @@ def main(ours):
     )  # fmt: skip
     pooled = get_sae_meaned_activations({"any": load_file("vectors.safetensors")["vectors"]}, load(), 7)
     save_file(pooled, "pooled.safetensors")
-    ask = {"reg_type": "l2", "setting": "normal", "ks": [1, 4], "datasets": [sys.argv[2]], "device": "cpu"}
-    ask |= {"results_path": "sae-probes", "model_cache_path": "probes-cache"}
+    options = {"reg_type": "l2", "setting": "normal", "ks": [1, 4], "datasets": [sys.argv[2]], "device": "cpu"}
+    options |= {"results_path": "sae-probes", "model_cache_path": "probes-cache"}
     with load().at(15) as sae:
-        run_sae_evals(sae, "gpt2", sae.cfg.metadata.hook_name, **ask)
+        run_sae_evals(sae, "gpt2", sae.cfg.metadata.hook_name, **options)
     probes = [json.loads(path.read_text()) for path in Path("sae-probes").rglob("*.json")]
     print(json.dumps({"read": read, "core": core[0]["metrics"], "probes": probes}))
 

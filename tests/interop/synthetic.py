@@ -1,17 +1,17 @@
-"""Pooled activations to probe, the same bytes under any numpy: only uniform draws, sums and products of float64."""
+"""Synthetic pooled activations, identical under any NumPy: only uniform draws, sums and products of float64."""
 
 import hashlib
 
 import numpy as np
 
 CLASSES = ("0", "1", "2", "3", "4")
-N_TRAIN, N_TEST = 250, 60  # Texts a class.
+N_TRAIN, N_TEST = 250, 60  # Texts per class.
 
 
 def latents(seed: int, n_features: int = 96) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """(training, test): class -> [text feature], float32, non-negative and mostly zero, as pooled SAE codes are.
+    """Return (training, test): class -> [text feature], float32, non-negative and sparse, as pooled SAE codes.
 
-    Latents 0 to 39 fire more often and stronger in one class, by eight degrees; the last two never fire.
+    Latents 0 to 39 fire more often and more strongly in one class, in eight steps; the last two never fire.
     """
     random = np.random.default_rng(seed)
     rate = 0.02 + 0.2 * random.random(n_features) * random.random(n_features)
@@ -19,8 +19,10 @@ def latents(seed: int, n_features: int = 96) -> tuple[dict[str, np.ndarray], dic
     for n_texts in (N_TRAIN, N_TEST):
         side = {}
         for number, name in enumerate(CLASSES):
-            mine = np.arange(n_features) % len(CLASSES) == number
-            excess = np.where(mine & (np.arange(n_features) < 40), 0.5 - 0.06 * (np.arange(n_features) // 5), 0.0)
+            class_latents = np.arange(n_features) % len(CLASSES) == number
+            excess = np.where(
+                class_latents & (np.arange(n_features) < 40), 0.5 - 0.06 * (np.arange(n_features) // 5), 0.0
+            )
             fires = random.random((n_texts, n_features)) < rate + excess
             value = random.random((n_texts, n_features)) * (0.2 + excess)
             value[:, -2:] = 0.0
@@ -30,7 +32,7 @@ def latents(seed: int, n_features: int = 96) -> tuple[dict[str, np.ndarray], dic
 
 
 def channels(seed: int, n_features: int = 24) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """(training, test) as `latents`, but dense and of either sign, as a model's pooled channels are."""
+    """Like `latents`, but dense and of either sign, as the pooled channels of a model."""
     random = np.random.default_rng(seed)
     middle = random.random((len(CLASSES), n_features)) - 0.5
     sides = [
@@ -44,11 +46,11 @@ def channels(seed: int, n_features: int = 24) -> tuple[dict[str, np.ndarray], di
 
 
 def sha256(*arrays: np.ndarray) -> str:
-    """Of the arrays' bytes, little-endian."""
-    whole = hashlib.sha256()
+    """Return the checksum of the little-endian bytes of the arrays."""
+    checksum = hashlib.sha256()
     for array in arrays:
-        whole.update(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).tobytes())
-    return whole.hexdigest()
+        checksum.update(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).tobytes())
+    return checksum.hexdigest()
 
 
 TABLES = {
@@ -61,7 +63,7 @@ EXTENSIONS = {".c": "C", ".h": "C", ".py": "Python", ".html": "HTML", ".java": "
 
 
 def table_rows(path: str, split: str) -> list[dict]:
-    """Rows of a hub table with its real columns."""
+    """Return rows with the columns of a hub table."""
     text, label, labels, other, values = TABLES[path]
     random = np.random.default_rng(len(path) + len(split))
     n_rows = {"train": 2400, "test": 800}[split]
@@ -72,12 +74,12 @@ def table_rows(path: str, split: str) -> list[dict]:
 
 
 def translation_rows(pair: str) -> list[dict]:
-    """Rows of one language pair of Helsinki-NLP/europarl."""
+    """Return rows of a language pair of Helsinki-NLP/europarl."""
     return [{"translation": {language: f"{language} {pair} {i}" for language in pair.split("-")}} for i in range(90)]
 
 
 def code_rows() -> list[dict]:
-    """Rows as the files of codeparrot/github-code hold them: no language, only a path."""
+    """Return rows as stored in the files of codeparrot/github-code, with a path but no language."""
     random = np.random.default_rng(5)
     extensions = list(EXTENSIONS)
     return [

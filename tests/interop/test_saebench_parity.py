@@ -1,4 +1,4 @@
-"""sae-bench in its own environment: the recorded fixture is what it does, and it reads the files we write."""
+"""sae-bench in its own environment: it reproduces the recorded fixture and reads the files that posmask writes."""
 
 import json
 import os
@@ -13,23 +13,23 @@ from test_saebench import CONFIG, HEAD, SCHEMA, eval_output, recorded
 PYTHON = os.environ.get("POSMASK_SAEBENCH_PYTHON")
 pytestmark = [
     pytest.mark.interop,
-    pytest.mark.skipif(not PYTHON, reason="POSMASK_SAEBENCH_PYTHON names no Python with sae-bench"),
+    pytest.mark.skipif(not PYTHON, reason="POSMASK_SAEBENCH_PYTHON is not set to a Python with sae-bench"),
 ]
 HERE = Path(__file__).parent
 FIXTURE = HERE.parent / "data" / "saebench_probing.json"
 
 
-def test_fixture_is_what_sae_bench_does(tmp_path):
+def test_sae_bench_reproduces_the_recorded_fixture(tmp_path):
     path = tmp_path / "again.json"
     subprocess.run([PYTHON, HERE / "record_saebench.py", path], check=True, capture_output=True, text=True)
     again, recorded = (json.loads(file.read_text(encoding="utf8")) for file in (path, FIXTURE))
     for case in ("each_k", "stream"):
-        for probe in (found := again[case].pop("probes")):
+        for probe in (probes := again[case].pop("probes")):
             probe["accuracy"] = pytest.approx(probe["accuracy"], abs=1e-6)
             if "epoch_accuracies" in probe:
                 probe["epoch_accuracies"] = pytest.approx(probe["epoch_accuracies"], abs=1e-6)
-        assert recorded[case].pop("probes") == found
-    assert recorded == again, "recorded with other versions, seeds or activations: record anew"
+        assert recorded[case].pop("probes") == probes
+    assert recorded == again, "recorded with other versions, seeds or activations: record the fixture again"
 
 
 READ_WITH_SAE_BENCH = """
@@ -42,24 +42,24 @@ print(json.dumps({"output": json.loads(output.to_json()), "schema": schema}))
 """
 
 
-def test_sae_bench_reads_what_we_write_and_writes_the_same(tmp_path):
+def test_sae_bench_reads_our_output_and_writes_it_unchanged(tmp_path):
     path = tmp_path / "eval.json"
     output = eval_output(recorded("llm"), recorded("sae"), CONFIG, **HEAD)
     write_eval_output(path, output)
     command = [PYTHON, "-c", READ_WITH_SAE_BENCH, path]
     environment = os.environ | {"JAXTYPING_DISABLE": "1"}
-    found = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-    found = json.loads(found.stdout.splitlines()[-1])
-    assert found["output"] == output
-    assert list(found["output"]) == list(output)
-    assert facts(found["schema"]) == {key: value for key, value in SCHEMA.items() if key != "$comment"}
+    result = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    written = json.loads(result.stdout.splitlines()[-1])
+    assert written["output"] == output
+    assert list(written["output"]) == list(output)
+    assert facts(written["schema"]) == {key: value for key, value in SCHEMA.items() if key != "$comment"}
 
 
 def facts(schema):
-    """A schema without what is only said about its fields."""
+    """Remove descriptive fields from a schema."""
     if isinstance(schema, list):
         return [facts(part) for part in schema]
     if not isinstance(schema, dict):
         return schema
-    told = ("description", "title", "ui_default_display")
-    return {key: facts(value) for key, value in schema.items() if key not in told or isinstance(value, dict)}
+    descriptive = ("description", "title", "ui_default_display")
+    return {key: facts(value) for key, value in schema.items() if key not in descriptive or isinstance(value, dict)}

@@ -1,4 +1,4 @@
-"""sae-bench and sae-probes, unchanged, run the SAE that we export; models and texts are local and small."""
+"""Unchanged sae-bench and sae-probes evaluate an exported SAE, with small local models and texts."""
 
 import json
 import os
@@ -25,7 +25,7 @@ PYTHON = os.environ.get("POSMASK_SAEBENCH_PYTHON")
 pytestmark = [
     pytest.mark.interop,
     pytest.mark.slow,
-    pytest.mark.skipif(not PYTHON, reason="POSMASK_SAEBENCH_PYTHON names no Python with sae-bench"),
+    pytest.mark.skipif(not PYTHON, reason="POSMASK_SAEBENCH_PYTHON is not set to a Python with sae-bench"),
 ]
 HERE = Path(__file__).parent
 N_POSITIONS, D_MODEL, D_SAE = 16, 32, 64
@@ -33,7 +33,7 @@ PROBES_DATASET = "105_click_bait"
 
 
 def write_model(folder):
-    """A GPT-2 with random weights and a token for each byte, with which BOS stands first."""
+    """Write a GPT-2 with random weights and a byte tokenizer that prepends BOS."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {word: number for number, word in enumerate(["<bos>", "<pad>", *alphabet])}
     backend = Tokenizer(BPE(vocabulary, []))
@@ -56,7 +56,7 @@ def write_model(folder):
 
 
 def write_texts(folder):
-    """Under the names of ag_news, texts whose class shows in their words; and others to reconstruct."""
+    """Write a dataset with the layout of ag_news whose words show the class, and texts to reconstruct."""
     news = folder / "fancyzhx" / "ag_news"
     news.mkdir(parents=True)
     for split, n in (("train", 60), ("test", 30)):
@@ -69,7 +69,7 @@ def write_texts(folder):
     (folder / "texts" / "train.jsonl").write_text("".join(lines))
 
 
-def test_their_evaluations_run_on_our_sae_and_see_its_positions(tmp_path):
+def test_sae_bench_evaluates_an_exported_sae_with_positions(tmp_path):
     write_model(tmp_path / "gpt2")
     write_texts(tmp_path)
     mask = make_mask(mask_settings({"kind": "slice", "n_slices": 4}), N_POSITIONS, D_SAE)
@@ -79,7 +79,7 @@ def test_their_evaluations_run_on_our_sae_and_see_its_positions(tmp_path):
     write_sae(sae, tmp_path / "cell", {"model": "gpt2", "layer": 2})
     export_saelens(tmp_path / "cell", tmp_path / "sae")
     vectors = torch.randn(20, N_POSITIONS, D_MODEL, generator=torch.Generator().manual_seed(0))
-    vectors[:, 0] = 0  # as sae-bench leaves out BOS
+    vectors[:, 0] = 0  # as sae-bench excludes BOS
     vectors[::2, 11:] = 0  # and padding
     save_file({"vectors": vectors}, tmp_path / "vectors.safetensors")
     write_eval_output(tmp_path / "ours.json", eval_output(recorded("llm"), recorded("sae"), CONFIG, **HEAD))
@@ -88,16 +88,16 @@ def test_their_evaluations_run_on_our_sae_and_see_its_positions(tmp_path):
     command = [PYTHON, HERE / "run_on_saebench.py", "ours.json", PROBES_DATASET]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
-    found = json.loads(result.stdout.splitlines()[-1])
+    output = json.loads(result.stdout.splitlines()[-1])
 
-    for metrics in found["read"].values():
+    for metrics in output["read"].values():
         assert 0.4 < metrics["sae_top_1_test_accuracy"] <= 1
-    assert found["read"]["theirs"]["sae_test_accuracy"] > 0.7  # The class shows in the first words.
-    core = found["core"]
+    assert output["read"]["theirs"]["sae_test_accuracy"] > 0.7  # The class shows in the first words.
+    core = output["core"]
     assert 0 < core["sparsity"]["l0"] <= 4
     assert core["reconstruction_quality"]["explained_variance"] < 1
     assert {"kl_div_score", "kl_div_with_sae"} <= set(core["model_behavior_preservation"])
-    (probes,) = found["probes"]
+    (probes,) = output["probes"]
     assert [entry["k"] for entry in probes] == [1, 4]
     assert all(0 <= entry["test_acc"] <= 1 for entry in probes)
 

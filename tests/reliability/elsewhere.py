@@ -1,4 +1,4 @@
-"""Runs the tiny study in one place or another; prints a checksum of each file, as `harness.contents` reads it.
+"""Run the tiny study with given sizes and print a checksum of each file, as `harness.contents` reads it.
 
 python tests/reliability/elsewhere.py MODEL ROOT JOBS TOKENS_PER_SHARD TOKENS_PER_FORWARD
 """
@@ -21,21 +21,21 @@ from posmask.study import run
 from posmask.study.study_file import read_study
 from posmask.training import loop
 
-# The helpers of a run import this file again, so that what stands here holds for them too.
+# The worker processes of a run import this file again, so these settings hold for them too.
 MODEL, ROOT = Path(sys.argv[1]), Path(sys.argv[2])
 JOBS, harvest._TOKENS_PER_SHARD, harvest._TOKENS_PER_FORWARD = map(int, sys.argv[3:])
-os.cpu_count = lambda: 2  # One thread for each of two processes, whatever the machine.
+os.cpu_count = lambda: 2  # One thread per process on every machine.
 torch.set_num_threads(1)
 put_toy_texts()
 
 
 def sharing(train):
-    """Its first cell waits for one that the other process makes, so that both have a part in the work."""
+    """Delay the first training until the other process has finished a cell, so that both processes work."""
 
     def waiting(*args, **kwargs):
-        over = time.monotonic() + 300
+        deadline = time.monotonic() + 300
         while not list(ROOT.glob("cells/*/manifest.json")):
-            assert time.monotonic() < over, "the other process made no cell"
+            assert time.monotonic() < deadline, "the other process finished no cell"
             time.sleep(0.1)
         return train(*args, **kwargs)
 

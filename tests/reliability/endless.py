@@ -1,4 +1,4 @@
-"""A run with two jobs that never ends: its helper reports that it is at work, then keeps the interpreter busy.
+"""Start a run with two jobs that never ends: its worker creates a file, then keeps the interpreter busy.
 
 python tests/reliability/endless.py MODEL ROOT
 """
@@ -6,6 +6,8 @@ python tests/reliability/endless.py MODEL ROOT
 import sys
 import time
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tiny_study import STUDY, put_toy_texts
 
@@ -23,7 +25,7 @@ def endless(*args):
         time.sleep(0.01)
 
 
-engines._share = endless  # The helper imports this file again, so this holds for it too.
+engines._share = endless  # The worker process imports this file again, so this holds for it too.
 
 if __name__ == "__main__":
     path = ROOT.with_suffix(".toml")

@@ -1,4 +1,4 @@
-"""A GGUF file of a tiny random model with a tokenizer of a few letters."""
+"""Write a GGUF file of a tiny random model with a tokenizer of a few letters."""
 
 from pathlib import Path
 

@@ -1,13 +1,13 @@
-"""Kills real runs at random moments, in every stage, until they end, and compares them with a run never stopped.
+"""Kill real runs at random moments, in every stage, and compare the results with those of an uninterrupted run.
 
-Each run is a process of its own (a fork of this one, which has loaded everything once), killed with SIGKILL. A kill
-counts when it found its run at work. After each, everything that says it is finished must be whole; whenever a run
-reaches its end, every file must hold the bytes of the one that was never stopped, but for what depends on the clock:
-the rows of seconds, the seconds in checkpoints, the moment in `saebench.json`, and checksums of these.
+Each run is a forked process (the imports happen once, before the fork), killed with SIGKILL. A kill counts if the run
+was still working. After each kill, every folder marked as finished must be undamaged. Whenever a run completes, every
+file must equal that of the uninterrupted run, except for what depends on the clock: the rows of seconds, the seconds in
+checkpoints, the time stamp in `saebench.json`, and their checksums.
 
     python tests/reliability/harness.py --kills 100 --out FILE
 
-Each run is a line of the file, added once it is found right; called again, the harness does what is missing there.
+Each verified run is a line of FILE; when called again, the harness does only the missing runs.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from collections.abc import Callable
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
-# Threads do not live on in a fork, and GNU's OpenMP refuses to.
+# Threads do not survive a fork, and GNU OpenMP refuses to run after one.
 os.environ.update(
     NUMBA_NUM_THREADS="1", OMP_NUM_THREADS="1", NUMBA_THREADING_LAYER="workqueue", TOKENIZERS_PARALLELISM="false"
 )
@@ -56,13 +56,13 @@ STAGES = ("fetch", "convert", "harvest", "train", "evaluate", "report")
 
 
 def contents(root: Path) -> dict[str, bytes]:
-    """Every file under `root` without what depends on the clock; locks and logs left out."""
-    found = {}
+    """Return the clock-independent content of every file under `root`, without locks and logs."""
+    files = {}
     for path in sorted(root.rglob("*")):
         name = path.relative_to(root).as_posix()
         if path.is_file() and not name.startswith((".locks/", "jobs/")):
-            found[name] = _timeless(path)
-    return found
+            files[name] = _timeless(path)
+    return files
 
 
 def _timeless(path: Path) -> bytes:
@@ -74,7 +74,7 @@ def _timeless(path: Path) -> bytes:
         return json.dumps({**output, "datetime_epoch_millis": 0}, sort_keys=True).encode()
     if path.name == "state.safetensors":  # of a checkpoint
         return save({name: tensor for name, tensor in load(content).items() if name != "seconds"})
-    if path.name == storage_manifest.MANIFEST:  # It holds checksums of the former.
+    if path.name == storage_manifest.MANIFEST:  # It holds checksums of the files above.
         manifest = json.loads(content)
         return json.dumps([manifest["identity"], manifest["made_from"], sorted(manifest["files"])]).encode()
     return content
@@ -84,19 +84,19 @@ LONGEST_SECONDS = 600
 
 
 def in_a_fork(work: Callable[[], None], kill_after: float | None = None) -> bool:
-    """Whether it came to its end in a process of its own, and was not killed before.
+    """Run `work` in a forked process; return whether it completed before it was killed.
 
-    This process does nothing of the kind itself: it would have threads then, whose locks a fork may find taken.
+    The parent never does such work itself: it would then have threads whose locks a fork could inherit locked.
 
     Args:
-        kill_after: seconds; None for a run that must come to its end.
+        kill_after: seconds; None for a run that must complete.
     """
     process = os.fork()
     if process == 0:
         os.setsid()
         status = 1
         try:
-            with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+            with open(os.devnull, "w") as null_device, redirect_stdout(null_device), redirect_stderr(null_device):
                 work()
             status = 0
         except BaseException:
@@ -104,30 +104,30 @@ def in_a_fork(work: Callable[[], None], kill_after: float | None = None) -> bool
 
             traceback.print_exc(file=sys.__stderr__)
         os._exit(status)
-    over = time.monotonic() + (LONGEST_SECONDS if kill_after is None else kill_after)
+    deadline = time.monotonic() + (LONGEST_SECONDS if kill_after is None else kill_after)
     ended, status = os.waitpid(process, os.WNOHANG)
-    while not ended and time.monotonic() < over:
+    while not ended and time.monotonic() < deadline:
         time.sleep(0.01)
         ended, status = os.waitpid(process, os.WNOHANG)
     if not ended:
-        with suppress(ProcessLookupError):  # It has no group of its own yet, and has started nothing.
-            os.killpg(process, signal.SIGKILL)  # with what it started, as a machine would
+        with suppress(ProcessLookupError):  # The process has no group yet, and so no children.
+            os.killpg(process, signal.SIGKILL)  # with its children, as a failing machine would
         with suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
         _, status = os.waitpid(process, 0)
         if kill_after is None:
             raise AssertionError(f"a run did not end in {LONGEST_SECONDS} seconds")
     if status not in (0, signal.SIGKILL):
-        raise AssertionError(f"a run failed on its own with status {status}, see above")
+        raise AssertionError(f"a run failed with status {status}, see above")
     return status == 0
 
 
 class Stage:
-    """One stage of a study: what it starts from, and what it does.
+    """One stage of a study.
 
     Args:
-        work: does the stage under a folder; a second call goes on from what is there.
-        start: makes a folder to begin with, as the stage before left it, or finds it made.
+        work: runs the stage in a folder; a second call resumes it.
+        start: returns the folder that the previous stage left, which it makes on the first call.
     """
 
     def __init__(self, name: str, work: Callable[[Path], None], start: Callable[[], Path] | None = None) -> None:
@@ -141,12 +141,12 @@ class Stage:
             shutil.copytree(self._start(), root)
 
     def run(self, root: Path, kill_after: float | None) -> bool:
-        """Whether it came to its end."""
+        """Run the stage; return whether it completed."""
         return in_a_fork(lambda: self._work(root), kill_after)
 
-    def kill(self, folder: Path, kills: int, chance: random.Random, tell: Callable[[str], None]) -> None:
-        """Kill it so often; `tell` is given "killed" or "ended" after each run, once what it left is found right."""
-        root = folder / self.name / "run"  # The same path for all: it stands in some files.
+    def kill(self, folder: Path, kills: int, chance: random.Random, record: Callable[[str], None]) -> None:
+        """Kill the stage `kills` times; call `record` with "killed" or "ended" after each verified run."""
+        root = folder / self.name / "run"  # The same path for all runs: some files contain it.
         self.begin(root)
         started = time.perf_counter()
         self.run(root, None)
@@ -156,7 +156,7 @@ class Stage:
         self.begin(root)
         while n_kills < kills:
             kill_after = chance.uniform(0, seconds)
-            # Some come to their end however slow the machine has become.
+            # Some runs complete however slow the machine has become.
             ended = self.run(root, None if chance.random() < 0.1 else kill_after)
             n_kills += not ended
             _, damage = storage_manifest.damage_under(root)
@@ -164,23 +164,23 @@ class Stage:
             if ended:
                 assert_same(contents(root), expected, self.name)
                 self.begin(root)
-            tell("ended" if ended else "killed")
+            record("ended" if ended else "killed")
         self.run(root, None)
         assert_same(contents(root), expected, self.name)
-        tell("ended")
+        record("ended")
 
 
-def assert_same(found: dict[str, bytes], expected: dict[str, bytes], what: str) -> None:
-    names = [name for name in {**found, **expected} if found.get(name) != expected.get(name)]
-    assert not names, f"{what}: other bytes in, or only on one side, {names}"
+def assert_same(actual: dict[str, bytes], expected: dict[str, bytes], stage: str) -> None:
+    names = [name for name in {**actual, **expected} if actual.get(name) != expected.get(name)]
+    assert not names, f"{stage}: files differ or are missing: {names}"
 
 
 def stages(folder: Path) -> list[Stage]:
-    """All stages of a study on a tiny model, each with what it starts from, made here."""
+    """Return all stages of a study on a tiny model, each with its starting folder."""
     torch.set_num_threads(1)
     put_toy_texts()
     data_harvest._TOKENS_PER_SHARD, data_harvest._TOKENS_PER_FORWARD = 512, 256
-    cell.CHECKPOINT_SECONDS = checkpoints._COST_MULTIPLE = 0  # one after each step
+    cell.CHECKPOINT_SECONDS = checkpoints._COST_MULTIPLE = 0  # a checkpoint after each step
     in_a_fork(lambda: write_tiny_model(folder / "model"))
     path = folder / "tiny.toml"
     path.write_text(STUDY.replace("MODEL", str(folder / "model")), encoding="utf8")
@@ -194,7 +194,7 @@ def stages(folder: Path) -> list[Stage]:
         harvests.prepare(settings, Source(settings.model), root)
 
     def report(root: Path) -> None:
-        run(root)  # joins the rows
+        run(root)  # merges the rows
         write_report(root)
 
     def made(name: str, work: Callable[[Path], None], start: Callable[[], Path] | None = None) -> Callable[[], Path]:
@@ -222,14 +222,14 @@ def stages(folder: Path) -> list[Stage]:
     ]
 
 
-class _Enough(Exception):
+class _Trained(Exception):
     pass
 
 
 @contextmanager
 def _evaluation_stops():
     def stop(*_: object) -> None:
-        raise _Enough
+        raise _Trained
 
     evaluate, cell.evaluate = cell.evaluate, stop
     try:
@@ -239,25 +239,25 @@ def _evaluation_stops():
 
 
 def _evaluate_baselines(settings: StudySettings, root: Path) -> None:
-    places = targets.targets_of(settings, Source(settings.model), root)
+    targets = targets.targets_of(settings, Source(settings.model), root)
     data = harvests.prepare(settings, Source(settings.model), root)
-    cell.fill(settings, places[0], data, [])
+    cell.fill(settings, targets[0], data, [])
 
 
 def _train_only(settings: StudySettings, root: Path) -> None:
-    """Every cell as far as the checkpoint at the end of its training."""
+    """Train every cell up to the checkpoint at the end of its training."""
     source = Source(settings.model)
     data = harvests.prepare(settings, source, root)
-    for place in targets.targets_of(settings, source, root)[1:]:
+    for target in targets.targets_of(settings, source, root)[1:]:
         try:
             with _evaluation_stops():
-                cell.fill(settings, place, data, [])
-        except _Enough:
+                cell.fill(settings, target, data, [])
+        except _Trained:
             pass
 
 
 def _fetching(folder: Path) -> Callable[[Path], None]:
-    """Through pip, from a folder in the place of a registry."""
+    """Fetch a package with pip from a folder instead of a registry."""
     wheels = folder / "wheels"
     wheels.mkdir()
     wheel = wheels / "posmask_carrier-1.0-py3-none-any.whl"
@@ -297,27 +297,27 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100, help="in each stage")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="a file of JSON lines to go on from and to add to")
-    asked = parser.parse_args()
-    seen: Counter[tuple[str, str]] = Counter()
-    if asked.out is not None and asked.out.exists():
-        lines = map(json.loads, asked.out.read_text(encoding="utf8").splitlines())
-        seen.update((line["stage"], line["run"]) for line in lines)
+    parser.add_argument("--out", type=Path, help="a file of JSON lines to resume from and append to")
+    options = parser.parse_args()
+    counts: Counter[tuple[str, str]] = Counter()
+    if options.out is not None and options.out.exists():
+        lines = map(json.loads, options.out.read_text(encoding="utf8").splitlines())
+        counts.update((line["stage"], line["run"]) for line in lines)
     with tempfile.TemporaryDirectory() as folder:
         for stage in stages(Path(folder)):
-            missing = asked.kills - seen[stage.name, "killed"]
-            if stage.name not in asked.stages or missing <= 0:
+            missing = options.kills - counts[stage.name, "killed"]
+            if stage.name not in options.stages or missing <= 0:
                 continue
 
-            def tell(how: str, name: str = stage.name) -> None:
-                seen[name, how] += 1
-                if asked.out is not None:
-                    with asked.out.open("a", encoding="utf8") as file:
-                        file.write(json.dumps({"stage": name, "run": how}) + "\n")
+            def record(outcome: str, name: str = stage.name) -> None:
+                counts[name, outcome] += 1
+                if options.out is not None:
+                    with options.out.open("a", encoding="utf8") as file:
+                        file.write(json.dumps({"stage": name, "run": outcome}) + "\n")
 
-            stage.kill(Path(folder), missing, random.Random(asked.seed + asked.kills - missing), tell)
-    for name in asked.stages:
-        print(json.dumps({"stage": name, "kills": seen[name, "killed"], "ends": seen[name, "ended"]}))
+            stage.kill(Path(folder), missing, random.Random(options.seed + options.kills - missing), record)
+    for name in options.stages:
+        print(json.dumps({"stage": name, "kills": counts[name, "killed"], "ends": counts[name, "ended"]}))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A study of seconds: a random model of three layers, toy texts, cells whose masks change in training."""
+"""A study that runs in seconds: a random three-layer model, toy texts, and masks that change during training."""
 
 from pathlib import Path
 
@@ -10,40 +10,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from posmask.data import embedded, tokens
 from posmask.probing import datasets, order_tasks
+from study_toml import tiny_study
 
-STUDY = """
-name = "tiny"
-seeds = [0]
-[model]
-name = "MODEL"
-layer = 2
-precision = "float32"
-[corpus]
-n_positions = 16
-training_tokens = 3000
-heldout_tokens = 1500
-tables = ["words"]
-[sae]
-d_sae = 32
-rule = { kind = "topk", k = 4 }
-[training]
-n_steps = 60
-batch_tokens = 256
-learning_rate = 5e-3
-dead_after_eligible_tokens = 2000
-[evaluation]
-retention_positions = 4
-shift_texts = 20
-shift_windows = 4
-model_contexts = 8
-order_tasks = ["toy_order"]
-order_train_groups = 30
-order_test_groups = 10
-order_segments = 4
-probe_datasets = ["toy"]
-probe_train = 40
-probe_test = 10
-ks = [1, 5]
+STUDY = tiny_study(
+    """
 [[cells]]
 name = "open"
 mask = { kind = "open" }
@@ -54,12 +24,18 @@ mask = { kind = "importance", positions_per_latent = 4, regrow = 0.2 }
 name = "split"
 mask = { kind = "split", start_latents = 32, max_latents = 48, n_windows = 4, n_splittings = 3, watch_steps = 8 }
 budget = "compute"
-"""
+""",
+    training_tokens="training_tokens = 3000",
+    n_steps="n_steps = 60",
+    learning_rate="learning_rate = 5e-3\ndead_after_eligible_tokens = 2000",
+    shift_texts="shift_texts = 20",
+    ks="ks = [1, 5]",
+)
 WORDS = "red blue green old new big small house tree road sea sky bird fish runs flies sleeps sings and or".split()
 
 
 def put_toy_texts() -> None:
-    """Toy texts in the place of the embedded ones, with a dataset and an order task made from them."""
+    """Replace the embedded texts by toy texts; add a toy dataset and a toy order task made from them."""
     random = torch.Generator().manual_seed(0)
     texts = [" ".join(WORDS[i] for i in torch.randint(len(WORDS), (14,), generator=random)) for _ in range(1600)]
     table = [(text, str(number % 2)) for number, text in enumerate(texts)]

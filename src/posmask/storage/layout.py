@@ -15,6 +15,7 @@ __all__ = [
     "LATENT_WORDS_FILE",
     "OPENNESS_FILE",
     "PAGE_MARK",
+    "PAGE_MARK",
     "REPORT_FILE",
     "RESULTS_FILE",
     "ROWS_FILE",
@@ -42,6 +43,8 @@ STUDY_FILE = "study.json"
 RESULTS_FILE = "results.csv"
 VERDICTS_FILE = "verdicts.csv"
 REPORT_FILE = "report.html"
+PAGE_MARK = b'<meta name="generator" content="posmask'
+"""At the beginning of every page that posmask wrote."""
 PAGE_MARK = b'<meta name="generator" content="posmask'
 """At the beginning of every page that posmask wrote."""
 BASELINES = "baselines"
