@@ -139,7 +139,7 @@ def test_weights_go_and_come_by_xet_as_on_the_hub(whole_hub, tmp_path, monkeypat
 def test_an_upload_that_is_refused_half_way_is_said_and_leaves_the_repository_as_it_was(whole_hub, tmp_path):
     cell = cell_folder(tmp_path / "cell", make_sae("slice"))
     whole_hub.broken = "storage"
-    with pytest.raises(MissingAsset, match="the hub answered with status 400 when asked to write to user/new: try"):
+    with pytest.raises(MissingAsset, match="the hub returned status 400 to a request to write to user/new: try"):
         hub.push(cell, "user/new")
     assert whole_hub.files["user/new"] == {}
 
@@ -216,7 +216,7 @@ def test_without_a_network_the_cache_serves_and_else_it_says_so(server, tmp_path
     hub.from_pretrained("user/new", "cell")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert hub.from_pretrained("user/new", "cell").mask.settings.kind == "slice"
-    with pytest.raises(MissingAsset, match="could not be reached to read user/away, and the cache does not help"):
+    with pytest.raises(MissingAsset, match="could not be reached to read user/away, and the cache lacks it"):
         hub.from_pretrained("user/away", "cell")
     with pytest.raises(MissingAsset, match="could not be reached to write to user/new"):
         hub.push(tmp_path / "cell", "user/new")

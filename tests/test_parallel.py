@@ -75,10 +75,10 @@ def trained(folder, kind, rule, together=None, kept=None, write_at=0, stop=False
     sae = SparseAutoencoder(D_MODEL, rule_settings(RULES[rule]), mask)
     sae.center, sae.scale = activations.center_and_scale
     if together is None:
-        way, part, mine, rest = None, sae, None, {}
+        way, part, token_indices, rest = None, sae, None, {}
     else:
         way = ByData(sae) if together == "data" else ByPosition(sae, activations.position[activations.keep])
-        part, mine, rest = getattr(way, "local_sae", sae), way.token_indices, {"processes": way}
+        part, token_indices, rest = getattr(way, "local_sae", sae), way.token_indices, {"processes": way}
     checkpoints = None if kept is None else Checkpoints(Path(kept), {"what": kind})
     behind = 0 if checkpoints is None else checkpoints.done
 
@@ -89,7 +89,7 @@ def trained(folder, kind, rule, together=None, kept=None, write_at=0, stop=False
             checkpoints.due = lambda at_end: done == write_at
 
     batches = training_batches(
-        activations, SETTINGS.batch_tokens, SETTINGS.n_steps - behind, 0, after=behind, mine=mine
+        activations, SETTINGS.batch_tokens, SETTINGS.n_steps - behind, 0, after=behind, token_indices=token_indices
     )
     curve = train(part, batches, SETTINGS, "test", after_step, checkpoints, **rest).curve
     return curve, way.merge_() if together == "position" else sae, getattr(way, "bytes_sent", 0)

@@ -265,7 +265,7 @@ def test_the_lossy_export_is_the_sae_with_its_mask_lifted(saelens, rule, kind, g
 
 def test_a_switch_has_no_lossy_export(tmp_path):
     assert "switch" in FORWARD_ONLY
-    with pytest.raises(BadSetting, match="'switch' chooses latents by a router"):
+    with pytest.raises(BadSetting, match="'switch' mask chooses latents by a router"):
         exported(make_sae("switch"), tmp_path, lossy=True)
 
 

@@ -409,8 +409,8 @@ def test_cells_may_start_from_an_sae_that_a_user_brings(study_file, tmp_path):
         ({"layer": 3}, "was trained on the residual stream after layer 3, .* the residual stream after layer 2"),
         ({"site": "residual_before"}, "was trained on the residual stream after layer 1, .* after layer 2"),
         ({"site": "mlp"}, "was trained on the MLP output of layer 2, .* the residual stream after layer 2"),
-        ({"site": "head"}, "layer 2 and site 'head' are not a place in a model"),
-        ({"layer": "2"}, "layer '2' and site 'residual_after' are not a place in a model"),
+        ({"site": "head"}, "layer 2 and site 'head' are not a site of a model"),
+        ({"layer": "2"}, "layer '2' and site 'residual_after' are not a site of a model"),
         ({"weights": "others"}, "was trained on weights 'others' of a model"),
     ):
         (brought / "sae.json").write_text(json.dumps({**start, "origin": {**start["origin"], **change}}))
