@@ -333,8 +333,11 @@ class _BlockGradients:
         assert preactivation.grad is not None
         self._add_to_parameters(rows, latents, gate, preactivation.grad, values, output_gradient)
         if work.table_gradient is not None and gate.leaf is not None and gate.leaf.grad is not None:
-            index = (work.mask_row[rows, None], self._latents[latents])
-            work.table_gradient.index_put_(index, gate.leaf.grad, accumulate=True)
+            # index_put_ would add in an order that differs between runs.
+            tokens = torch.arange(rows.stop - rows.start, device=values.device)
+            by_row = operations.Grouped(work.mask_row[rows], len(work.table))
+            sums = by_row.sum_rows(values.new_ones(len(values)), gate.leaf.grad.contiguous(), tokens)
+            work.table_gradient[:, latents] += sums
         self._residual[rows] = -error
         self._n_active[latents] += (values > 0).sum(0)
         if self._details:

@@ -146,7 +146,7 @@ class _Forward:
         self.x = sae.normalize(vectors)
         self.routing = sae.mask.route(self.x, position)
         self.table = sae.mask.table().detach().clone().requires_grad_(sae.mask.learns)
-        rows = self.table[self.routing.mask_row]
+        rows = self.table.index_select(0, self.routing.mask_row)  # adds gradients in the same order in every run
         if sae.mask.gates_code():
             self.share, self.openness = torch.ones_like(rows), rows
         else:  # The openness is exactly 1, but has the gradient of the gate.
