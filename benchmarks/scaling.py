@@ -81,7 +81,7 @@ def one_of(rank: int, n_processes: int, design: str, folder: Path, out: Path) ->
             spent.append(time.process_time())
             clock.append(time.perf_counter())
 
-        batches = training_batches(activations, BATCH, N_STEPS, 0, mine=together.token_indices)
+        batches = training_batches(activations, BATCH, N_STEPS, 0, token_indices=together.token_indices)
         checkpoints = Checkpoints(Path(f"{out}-checkpoints"), {"what": design}, every_seconds=1e9)
         train(part, batches, settings, design, after_step, checkpoints, processes=together)
         quiet = range(1, N_STEPS - 1)  # the first and last step put a point on the curve

@@ -3,7 +3,15 @@ import torch
 
 from posmask.masks.groups import LiveGroup, live_groups
 from posmask.sae import selection
-from posmask.sae.selection import Above, LargestOfBatch, LargestOfToken, choose, in_group_order
+from posmask.sae.selection import (
+    Above,
+    GatedEncoder,
+    GroupedInputs,
+    LargestOfBatch,
+    LargestOfToken,
+    choose,
+    in_group_order,
+)
 
 TYPES = [torch.float32, torch.float64, torch.bfloat16]
 
@@ -27,9 +35,8 @@ def chosen(value, choice, openness=None, **options):
     order = torch.arange(n_tokens) if order is None else order
     precision = "bfloat16" if low else "float32"
     identity, bias = torch.eye(n_latents, dtype=value.dtype), value.new_zeros(n_latents)
-    entries = choose(
-        value[order], mask_row[order], ends, identity, bias, groups, openness, choice, precision=precision, **options
-    )
+    inputs, encoder = GroupedInputs(value[order], mask_row[order], ends), GatedEncoder(identity, bias, groups, openness)
+    entries = choose(inputs, encoder, choice, precision=precision, **options)
     assert bool((entries.token.diff() >= 0).all())
     token, latent = order[entries.token], entries.latent
     torch.testing.assert_close(entries.preactivation, value[token, latent])
@@ -104,8 +111,8 @@ def test_dropping_candidates_keeps_the_largest_of_the_batch(monkeypatch):
     )
     x, mask_row = value, torch.zeros(2000, dtype=torch.int64)
     groups = [LiveGroup(torch.tensor([0]), slice(0, 5000), gated=False)]
-    encoder, bias, openness = torch.eye(5000), torch.zeros(5000), torch.ones(1, 5000)
-    entries = choose(x, mask_row, [2000], encoder, bias, groups, openness, LargestOfBatch(4))
+    encoder = GatedEncoder(torch.eye(5000), torch.zeros(5000), groups, torch.ones(1, 5000))
+    entries = choose(GroupedInputs(x, mask_row, [2000]), encoder, LargestOfBatch(4))
     pairs = value[entries.token, entries.latent].sort(descending=True).values
     assert len(cuts) > 2
     assert max(cuts) < 0.2 * value.numel()
@@ -126,9 +133,10 @@ def test_tokens_in_group_order_are_not_copied():
 def test_infinite_values_give_at_most_k_latents_per_token(either_way):
     """Codes of infinite values are useless, but all indices stay valid."""
     x = torch.where(torch.arange(130) < 70, 1e38, table(130))
-    mask_row, openness = torch.zeros(20, dtype=torch.int64), torch.ones(1, 130)
-    groups, encoder = live_groups(openness), 1e3 * torch.eye(130)  # 1e41 is more than float32 holds
-    entries = choose(x, mask_row, [20], encoder, torch.zeros(130), groups, openness, LargestOfToken(32))
+    mask_row, everywhere = torch.zeros(20, dtype=torch.int64), torch.ones(1, 130)
+    weight = 1e3 * torch.eye(130)  # 1e41 is more than float32 holds
+    encoder = GatedEncoder(weight, torch.zeros(130), live_groups(everywhere), everywhere)
+    entries = choose(GroupedInputs(x, mask_row, [20]), encoder, LargestOfToken(32))
     assert int(torch.bincount(entries.token, minlength=20).max()) <= 32
     assert 0 <= int(entries.latent.min()) <= int(entries.latent.max()) < 130
 
@@ -143,11 +151,12 @@ def test_products_have_few_shapes_for_any_batch(monkeypatch):
 
     monkeypatch.setattr(torch, "mm", recorded)
     openness = torch.block_diag(*torch.ones(3, 1, 32))
-    groups, encoder = live_groups(openness), torch.randn(96, 16)
+    groups = live_groups(openness)
+    encoder = GatedEncoder(torch.randn(96, 16), torch.zeros(96), groups, openness)
     for seed in range(30):
         mask_row = torch.randint(3, (400,), generator=torch.Generator().manual_seed(seed)).sort().values
         order, ends = in_group_order(groups, mask_row)
         assert order is None
-        choose(torch.randn(400, 16), mask_row, ends, encoder, torch.zeros(96), groups, openness, LargestOfToken(4))
+        choose(GroupedInputs(torch.randn(400, 16), mask_row, ends), encoder, LargestOfToken(4))
     assert {n_rows % 32 for n_rows, _ in shapes} == {0}
     assert len(shapes) <= 5

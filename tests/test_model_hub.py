@@ -139,7 +139,7 @@ def test_weights_are_transferred_with_xet(local_hub, tmp_path, monkeypatch):
 def test_a_failed_upload_raises_and_leaves_the_repository_unchanged(local_hub, tmp_path):
     cell = cell_folder(tmp_path / "cell", make_sae("slice"))
     local_hub.broken = "storage"
-    with pytest.raises(MissingAsset, match="the hub answered with status 400 when asked to write to user/new: try"):
+    with pytest.raises(MissingAsset, match="the hub returned status 400 to a request to write to user/new: try"):
         hub.push(cell, "user/new")
     assert local_hub.files["user/new"] == {}
 
@@ -214,7 +214,7 @@ def test_offline_the_cache_is_used_or_an_error_raised(server, tmp_path, monkeypa
     hub.from_pretrained("user/new", "cell")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert hub.from_pretrained("user/new", "cell").mask.settings.kind == "slice"
-    with pytest.raises(MissingAsset, match="could not be reached to read user/away, and the cache does not help"):
+    with pytest.raises(MissingAsset, match="could not be reached to read user/away, and the cache lacks it"):
         hub.from_pretrained("user/away", "cell")
     with pytest.raises(MissingAsset, match="could not be reached to write to user/new"):
         hub.push(tmp_path / "cell", "user/new")

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from conftest import D_SAE, KINDS, RULES, make_sae, make_vectors
+from posmask.kernels import runtime
 from posmask.training.fast_loss import fast_gradients
 from posmask.training.reference_loss import plain_gradients
 
@@ -98,6 +99,16 @@ def test_a_learned_openness_agrees_with_finite_differences():
         assert sae.mask.theta.grad.view(-1)[flat].item() == pytest.approx(expected, rel=1e-5, abs=1e-8)
         compared += expected != 0
     assert compared > 10
+
+
+@pytest.mark.parametrize("gradients", [fast_gradients, plain_gradients])
+def test_a_learned_openness_has_the_same_gradient_in_every_run(gradients):
+    sae = make_sae("soft", rule="relu", d_sae=256)
+    vectors, position = make_vectors(2000)
+    position = position[torch.randperm(2000)]  # so that threads add to the same rows
+    with runtime.threads(2):
+        first, *others = (gradients(sae, vectors, position).openness_gradient for _ in range(5))
+    assert all(torch.equal(first, other) for other in others)
 
 
 def test_a_jumprelu_threshold_learns_from_the_values_near_it():

@@ -67,7 +67,7 @@ def trained(folder, kind, rule, parallel_by=None, checkpoint_folder=None, write_
             checkpoints.due = lambda at_end: done == write_at
 
     batches = training_batches(
-        activations, SETTINGS.batch_tokens, SETTINGS.n_steps - n_done, 0, after=n_done, mine=token_indices
+        activations, SETTINGS.batch_tokens, SETTINGS.n_steps - n_done, 0, after=n_done, token_indices=token_indices
     )
     curve = train(local_sae, batches, SETTINGS, "test", after_step, checkpoints, **options).curve
     return curve, strategy.merge_() if parallel_by == "position" else sae, getattr(strategy, "bytes_sent", 0)

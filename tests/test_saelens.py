@@ -265,7 +265,7 @@ def test_the_lossy_export_equals_lifting_the_mask(saelens, rule, kind, gating, t
 
 def test_lossy_export_of_a_switch_raises_an_error(tmp_path):
     assert "switch" in FORWARD_ONLY
-    with pytest.raises(BadSetting, match="'switch' chooses latents by a router"):
+    with pytest.raises(BadSetting, match="'switch' mask chooses latents by a router"):
         exported(make_sae("switch"), tmp_path, lossy=True)
 
 

@@ -217,8 +217,8 @@ def assert_import_raises(folder, error, message, **options):
     [
         ({"drop": ("b_enc",)}, DamagedFolder, "the weights lack b_enc, which 'standard' has: fetch them again"),
         ({"name": "gated", "drop": ("r_mag",)}, DamagedFolder, "the weights lack r_mag, which 'gated' has"),
-        ({"name": "temporal"}, BadSetting, "architecture 'temporal' has no rule here: choose an SAE that is one of"),
-        ({"metadata": {"sae_lens_version": "5.9.1"}}, BadSetting, "SAELens 5.9.1, whose settings meant other things"),
+        ({"name": "temporal"}, BadSetting, "architecture 'temporal' is not supported: choose an SAE of one of"),
+        ({"metadata": {"sae_lens_version": "5.9.1"}}, BadSetting, "SAELens 5.9.1, whose settings have other meanings"),
         ({"metadata": {"sae_lens_version": None}}, BadSetting, "SAELens before 6.0, .* load it with SAELens 6"),
         ({"d_sae": 8}, DamagedFolder, r"W_enc has the shape \[12, 32\], not \[12, 8\] as d_in = 12 and d_sae = 8"),
         (
@@ -230,11 +230,11 @@ def assert_import_raises(folder, error, message, **options):
         ({"metadata": {"hook_head_index": 3}}, BadSetting, "hook_head_index = 3: .* one attention head"),
         ({"metadata": {"hook_name_out": "blocks.1.hook_mlp_out"}}, BadSetting, "hook_name_out = .*: a transcoder"),
         ({"metadata": {"hook_name": ["blocks.1.hook_resid_post"]}}, BadSetting, "hook_name = .* is not a site"),
-        ({"metadata": {"context_size": None}}, BadSetting, "no context_size is named: .* --n-positions"),
+        ({"metadata": {"context_size": None}}, BadSetting, "metadata has no context_size: .* --n-positions"),
         ({"normalize_activations": "layer_norm"}, BadSetting, "normalize_activations = 'layer_norm' is not in the"),
         ({"reshape_activations": "hook_z"}, BadSetting, "reshape_activations = 'hook_z' reads attention heads"),
         ({"name": "topk", "k": None}, BadSetting, "k Input should be a valid integer"),
-        ({"d_in": None}, BadSetting, "d_in = None is not a positive .*: fetch an SAE whose settings are whole"),
+        ({"d_in": None}, BadSetting, "d_in = None is not a positive .*: fetch an SAE with complete settings"),
     ],
 )
 def test_folders_that_cannot_be_imported_raise_an_error(given, error, message, tmp_path):
@@ -359,8 +359,8 @@ def test_absurd_sizes_raise_before_allocation(given, message, tmp_path):
         ("switch", {"mask": {"n_experts": HUGE}}, "n_experts = 1000000000000 is more than the 32 latents"),
         ("switch", {"mask": {"n_experts": HUGE, "free_fraction": 1.0}}, "n_experts = 1000000000000 is more than"),
         ("cohort", {"mask": {"n_cohorts": HUGE, "free_fraction": 1.0}}, "n_cohorts = 1000000000000"),
-        ("slice", {"mask": "slice"}, "fetch an SAE whose settings are whole"),
-        ("slice", {"rule": None}, "fetch an SAE whose settings are whole"),
+        ("slice", {"mask": "slice"}, "fetch an SAE with complete settings"),
+        ("slice", {"rule": None}, "fetch an SAE with complete settings"),
         ("slice", {"rule": {"l1_coefficient": 10**400}}, "l1_coefficient"),
         ("slice", {"rule": {"l1_coefficient": float("inf")}}, "l1_coefficient"),
     ],

@@ -412,8 +412,8 @@ def test_cells_can_start_from_a_users_sae(study_file, tmp_path):
         ({"layer": 3}, "was trained on the residual stream after layer 3, .* the residual stream after layer 2"),
         ({"site": "residual_before"}, "was trained on the residual stream after layer 1, .* after layer 2"),
         ({"site": "mlp"}, "was trained on the MLP output of layer 2, .* the residual stream after layer 2"),
-        ({"site": "head"}, "layer 2 and site 'head' are not a place in a model"),
-        ({"layer": "2"}, "layer '2' and site 'residual_after' are not a place in a model"),
+        ({"site": "head"}, "layer 2 and site 'head' are not a site of a model"),
+        ({"layer": "2"}, "layer '2' and site 'residual_after' are not a site of a model"),
         ({"weights": "others"}, "was trained on weights 'others' of a model"),
     ):
         (sae_folder / "sae.json").write_text(json.dumps({**start, "origin": {**start["origin"], **change}}))
@@ -504,7 +504,7 @@ METRICS = ("explained_variance", "l0", "order_accuracy", "probe_accuracy", "rete
         (
             'init_from = "open-half"',
             'init_from = "switch"',
-            "starts from switch, which is not an open cell that starts from random",
+            "which is not an open cell that starts from random",
         ),
         ("step_fraction = 0.5", "", "which leaves no step of its 20"),
         ("step_fraction = 0.5", "step_fraction = 0.01", "step_fraction = 0.01 of open-half makes 0 steps"),

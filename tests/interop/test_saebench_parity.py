@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from posmask.interop.saebench import write_eval_output
-from test_saebench import CONFIG, HEAD, SCHEMA, eval_output, recorded
+from test_saebench import CONFIG, RUN, SCHEMA, eval_output, recorded
 
 PYTHON = os.environ.get("POSMASK_SAEBENCH_PYTHON")
 pytestmark = [
@@ -44,7 +44,7 @@ print(json.dumps({"output": json.loads(output.to_json()), "schema": schema}))
 
 def test_sae_bench_reads_our_output_and_writes_it_unchanged(tmp_path):
     path = tmp_path / "eval.json"
-    output = eval_output(recorded("llm"), recorded("sae"), CONFIG, **HEAD)
+    output = eval_output(recorded("llm"), recorded("sae"), CONFIG, RUN)
     write_eval_output(path, output)
     command = [PYTHON, "-c", READ_WITH_SAE_BENCH, path]
     environment = os.environ | {"JAXTYPING_DISABLE": "1"}

@@ -19,7 +19,7 @@ from posmask.masks import make_mask, mask_settings
 from posmask.sae.autoencoder import SparseAutoencoder
 from posmask.sae.files import write_sae
 from posmask.sae.rules import rule_settings
-from test_saebench import CONFIG, HEAD, eval_output, recorded
+from test_saebench import CONFIG, RUN, eval_output, recorded
 
 PYTHON = os.environ.get("POSMASK_SAEBENCH_PYTHON")
 pytestmark = [
@@ -82,7 +82,7 @@ def test_sae_bench_evaluates_an_exported_sae_with_positions(tmp_path):
     vectors[:, 0] = 0  # as sae-bench excludes BOS
     vectors[::2, 11:] = 0  # and padding
     save_file({"vectors": vectors}, tmp_path / "vectors.safetensors")
-    write_eval_output(tmp_path / "ours.json", eval_output(recorded("llm"), recorded("sae"), CONFIG, **HEAD))
+    write_eval_output(tmp_path / "ours.json", eval_output(recorded("llm"), recorded("sae"), CONFIG, RUN))
     environment = os.environ | {"JAXTYPING_DISABLE": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
     environment |= {"PYTHONPATH": str(HERE.parent.parent / "src"), "WANDB_MODE": "disabled"}
     command = [PYTHON, HERE / "run_on_saebench.py", "ours.json", PROBES_DATASET]

@@ -239,9 +239,9 @@ def _evaluation_stops():
 
 
 def _evaluate_baselines(settings: StudySettings, root: Path) -> None:
-    targets = targets.targets_of(settings, Source(settings.model), root)
+    baselines, *_ = targets.targets_of(settings, Source(settings.model), root)
     data = harvests.prepare(settings, Source(settings.model), root)
-    cell.fill(settings, targets[0], data, [])
+    cell.fill(settings, baselines, data, [])
 
 
 def _train_only(settings: StudySettings, root: Path) -> None:

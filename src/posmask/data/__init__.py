@@ -1,0 +1,1 @@
+"""Data: texts, tokens, language models and the vectors harvested from them."""

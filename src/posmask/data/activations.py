@@ -221,7 +221,7 @@ def training_batches(
     seed: int,
     *,
     after: int = 0,
-    mine: Callable[[Int[Tensor, " token"]], Int[Tensor, " selected"]] | None = None,
+    token_indices: Callable[[Int[Tensor, " token"]], Int[Tensor, " selected"]] | None = None,
 ) -> Iterator[Batch]:
     """Iterate over random batches of kept tokens: each token at most once per epoch, in a new order each epoch.
 
@@ -236,7 +236,8 @@ def training_batches(
         n_batches: number of batches to yield.
         seed: of the order of the tokens.
         after: number of batches to skip.
-        mine: returns the indices of the tokens to read from a batch's positions, if several processes share the batch.
+        token_indices: given the positions of a batch's tokens, returns the indices of the tokens to read, for
+            processes that share each batch; None reads all.
 
     Raises:
         NothingToDo: there are fewer kept tokens than one batch.
@@ -259,4 +260,4 @@ def training_batches(
             continue
         index = order[batch_in_epoch * batch_tokens : (batch_in_epoch + 1) * batch_tokens]
         index = index[torch.sort(activations.position[index], stable=True).indices]
-        yield activations.batch(index if mine is None else index[mine(activations.position[index])])
+        yield activations.batch(index if token_indices is None else index[token_indices(activations.position[index])])

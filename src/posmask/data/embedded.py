@@ -182,7 +182,11 @@ def _checksum_once(path: Path, modified_ns: int) -> str:
 
 
 def table_names() -> list[str]:
-    """The names of all embedded tables."""
+    """The names of all embedded tables.
+
+    Raises:
+        MissingAsset: the carrier is unavailable.
+    """
     folder, ending = "sae_probes/data/cleaned_data/", ".csv.zst"
     with zipfile.ZipFile(wheel_path(TEXT_CARRIER)) as wheel:
         names = [name for name in wheel.namelist() if name.startswith(folder) and name.endswith(ending)]

@@ -61,7 +61,8 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
 
 
 def _check_not_split(gguf: Path) -> None:
-    """
+    """Check that a file is not one part of a split model.
+
     Raises:
         BadSetting: the file holds one part of a model's tensors; transformers reads no others.
     """

@@ -170,6 +170,9 @@ def layer_number(name: str, layer: int | float) -> int:
 
     >>> layer_number("any", 10)
     10
+
+    Raises:
+        BadSetting: the depth is needed, and the model does not exist.
     """
     if isinstance(layer, int):
         return layer

@@ -139,6 +139,9 @@ class LanguageModel:
 
         Args:
             ids: token ids, without padding on the left.
+
+        Raises:
+            BadSetting: the site is a sublayer, and the layer is not the sum of its input and two of its parts.
         """
         ids = ids.to(self.device)
         with contextlib.suppress(_Stop), fast_float32():
@@ -155,6 +158,9 @@ class LanguageModel:
         """Next-token logits with `vectors` in place of the vectors at the site, on the model's device.
 
         If the site is the residual stream, the layers below it do not run.
+
+        Raises:
+            BadSetting: as `vectors`.
         """
         ids = ids.to(self.device)
         with fast_float32():

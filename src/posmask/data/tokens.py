@@ -50,7 +50,9 @@ class Tokenizer(Protocol):
 
     def __call__(self, text: list[str], *, add_special_tokens: bool) -> Any: ...
 
-    def convert_ids_to_tokens(self, ids: list[int]) -> Any: ...
+    def convert_ids_to_tokens(self, ids: list[int]) -> Any:
+        """The vocabulary's string for each id."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -139,9 +141,9 @@ def _tokens(
     position = torch.arange(ids.shape[1]).expand(len(ids), -1).contiguous()
     new_sentence, new_line = _starts(ids, text, keep, tokenizer)
     since = [position - torch.where(new, position, 0).cummax(1).values + 1 for new in (new_sentence, new_line)]
-    goes_on = torch.zeros_like(keep)
-    goes_on[:, :-1] = keep[:, 1:] & (text[:, 1:] == text[:, :-1])
-    last = torch.where(goes_on, ids.shape[1], position).flip(1).cummin(1).values.flip(1)
+    continues = torch.zeros_like(keep)
+    continues[:, :-1] = keep[:, 1:] & (text[:, 1:] == text[:, :-1])
+    last = torch.where(continues, ids.shape[1], position).flip(1).cummin(1).values.flip(1)
     sentence, line, end = (counted.masked_fill(~keep, 0) for counted in (*since, last - position + 1))
     return Tokens(ids, position, text, keep, sentence, line, end)
 
@@ -182,7 +184,7 @@ def pack(texts: list[str], tokenizer: Tokenizer, n_positions: int, kept_tokens: 
         seed: of the order of the texts.
 
     Raises:
-        NothingToDo: the texts have fewer tokens than `kept_tokens`.
+        NothingToDo: the texts have fewer tokens than `kept_tokens`, or the tokenizer has neither BOS nor EOS.
     """
     bos, eos = _special_ids(tokenizer)
     order = torch.randperm(len(texts), generator=generator(seed, "text order")).tolist()
@@ -218,12 +220,15 @@ def pack(texts: list[str], tokenizer: Tokenizer, n_positions: int, kept_tokens: 
 
 
 def pad(texts: Sequence[str], tokenizer: Tokenizer, n_positions: int) -> Tokens:
-    """Put each text into a context of its own: BOS, the truncated text, then padding (EOS ids that are not kept).
+    """Put each text into a separate context: BOS, the truncated text, then padding (EOS ids that are not kept).
 
     Context i holds text i. BOS and EOS tokens within a text are not kept.
 
     Args:
         n_positions: tokens per context.
+
+    Raises:
+        NothingToDo: the tokenizer has neither BOS nor EOS.
     """
     bos, eos = _special_ids(tokenizer)
     ids = torch.full((len(texts), n_positions), eos, dtype=torch.int64)
@@ -277,7 +282,7 @@ def shifted(
 
     Raises:
         BadSetting: a window has fewer than two tokens.
-        NothingToDo: too few texts are long enough.
+        NothingToDo: too few texts are long enough, or the tokenizer has neither BOS nor EOS.
     """
     bos, eos = _special_ids(tokenizer)
     length = shift_length(n_positions, n_windows)

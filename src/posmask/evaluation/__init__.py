@@ -1,0 +1,1 @@
+"""Evaluation of trained SAEs: one module per metric family, and the suite that runs them."""

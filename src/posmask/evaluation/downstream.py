@@ -95,9 +95,9 @@ class InModel:
             clean = self._clean_logits[contexts].to(self._model.device).float().log_softmax(-1)
             probability = clean.exp()
             parts[0].append(_losses(clean, probability, clean, ids, scored))
-            for number, instead in enumerate(replacements, start=1):
+            for number, replacement in enumerate(replacements, start=1):
                 vectors = batch.vectors.clone()
-                vectors[batch.keep] = instead(batch.kept(), context[batch.keep]).to(vectors.dtype)
+                vectors[batch.keep] = replacement(batch.kept(), context[batch.keep]).to(vectors.dtype)
                 replaced = self._logits(ids, vectors).float().log_softmax(-1)
                 if not bool(replaced.isfinite().all()):
                     raise DegenerateResult(

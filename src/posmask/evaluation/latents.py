@@ -30,7 +30,7 @@ N_BEFORE, N_AFTER = 15, 8  # tokens shown around the strongest one
 N_WORDS = 10
 MOST_TOKENS = 200_000
 MOST_CODES = 16_000_000  # 200 MB while they are gathered
-MOST_PROBED = 20  # In a probe on more latents each latent says little.
+MOST_PROBED = 20  # Larger probes are not recorded, because each of their latents contributes little.
 _LATENTS_AT_ONCE = 256
 
 

@@ -27,8 +27,7 @@ class PositionInformation:
 
     `position_information` = mean over latents of (information - its mean over the null draws);
     `position_information_null` = that mean; `position_bound_share` = the share of latents whose information is above
-    all of their 19 null draws: 0.05 by chance. Only latents with 20 firings in
-    each half of the texts count.
+    all of their 19 null draws: 0.05 by chance. Only latents with 20 firings in each half of the texts count.
     """
 
     def __init__(self, n_positions: int, d_sae: int, n_texts: int) -> None:

@@ -133,6 +133,9 @@ def retention_by_latent(
     Args:
         lifted: accumulated from codes with the mask lifted.
         special: positions of each latent.
+
+    Raises:
+        DegenerateResult: no latent fires often enough.
     """
     counted = lifted.counted()
     shares, chances = [], []

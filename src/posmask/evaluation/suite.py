@@ -275,6 +275,9 @@ def forgetting(
         settings: of the SAE's training.
         seed: of the batch order.
         label: name of the cell, for the progress bar.
+
+    Raises:
+        DegenerateResult: training fails, or no latent fires often enough.
     """
     steps = {round(share * settings.n_steps): float(share) for share in data.settings.forgetting_fractions}
     open_sae = without_mask(sae).to(sae.encoder.device)
@@ -294,7 +297,11 @@ def forgetting(
 
 
 def baselines(data: EvaluationData) -> list[Measure]:
-    """Measures that need no SAE: the model's losses, probes on its own channels, and order tasks without order."""
+    """Measures that need no SAE: the model's losses, probes on its own channels, and order tasks without order.
+
+    Raises:
+        BadSetting: the groups of an order task do not have equal token counts.
+    """
     measures = data.in_model.reference_measures()
     with progress_bar("evaluate the model itself", data.n_probed_tokens, "tokens") as advance:
         for task, activations in data.order.values():

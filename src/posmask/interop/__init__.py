@@ -1,1 +1,1 @@
-"""What other tools read and write: their words and formats end here."""
+"""Conversion from and to the formats of other tools. Only this package uses their names for sites and tensors."""

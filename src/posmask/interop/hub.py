@@ -231,12 +231,12 @@ def _hub_errors(repo: str, action: str) -> Iterator[None]:
     except errors.HfHubHTTPError as error:
         code = error.response.status_code
         if code in (401, 403):
-            remedy = f"{log_in}, with a token that may"
+            remedy = f"{log_in}, with a token that has this permission"
             raise MissingAsset(f"the hub does not let you {action} {repo} (status {code}): {remedy}") from None
-        raise MissingAsset(f"the hub answered with status {code} when asked to {action} {repo}: try later") from None
+        raise MissingAsset(f"the hub returned status {code} to a request to {action} {repo}: try later") from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError, _network_error()):
         raise MissingAsset(
-            f"the hub could not be reached to {action} {repo}, and the cache does not help: check the network, "
+            f"the hub could not be reached to {action} {repo}, and the cache lacks it: check the network, "
             "HF_ENDPOINT and HF_HUB_OFFLINE"
         ) from None
 

@@ -6,6 +6,7 @@ Source: sae-bench 0.6.0, evals/sparse_probing/{main,eval_config,eval_output}.py.
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from posmask.errors import BadSetting
 from posmask.probing.saebench_datasets import HUB_DATASETS
 from posmask.storage.atomic import check_file
 
-__all__ = ["KS", "Accuracies", "EvalConfig", "eval_file_name", "eval_output", "write_eval_output"]
+__all__ = ["KS", "Accuracies", "EvalConfig", "EvalRun", "eval_file_name", "eval_output", "write_eval_output"]
 
 KS = (1, 2, 5, 10, 20, 50, 100)
 """The k for which SAEBench's format has fields. Other k are only in the rows of posmask."""
@@ -32,7 +33,7 @@ class EvalConfig(BaseModel):
     random_seed: int = 42
     """Seed of the choice of texts."""
     dataset_names: tuple[str, ...] = tuple(HUB_DATASETS)
-    """Data sets, by their names on the hub."""
+    """Datasets, by their names on the hub."""
     probe_train_set_size: int = 4000
     """Texts per probe for training, half of them of its class."""
     probe_test_set_size: int = 1000
@@ -53,25 +54,11 @@ class EvalConfig(BaseModel):
     """Whether SAEBench omits the probe on all latents."""
 
 
-def eval_output(
-    llm: Accuracies,
-    sae: Accuracies,
-    config: EvalConfig,
-    *,
-    eval_id: str,
-    epoch_milliseconds: int,
-    sae_name: str,
-    sae_config: Mapping[str, Any],
-    sae_id: str | None = "custom_sae",
-    sae_lens_version: str | None = None,
-    commit: str = "Unknown",
-) -> dict[str, Any]:
-    """Return SAEBench's output: each accuracy is a mean over the classes of a dataset, then over datasets, unweighted.
+@dataclass(frozen=True)
+class EvalRun:
+    """Identity of an evaluation: the fields of SAEBench's output besides settings and results.
 
-    Args:
-        llm: accuracies of probes on the model's channels, for each dataset and k of `config`, and "all".
-        sae: accuracies of probes on latents, for the same; "all" may be missing.
-        config: settings of the evaluation.
+    Attributes:
         eval_id: identifier of the evaluation.
         epoch_milliseconds: time of the evaluation in milliseconds since 1970.
         sae_name: value of `sae_lens_release_id`, as SAEBench fills it for an SAE that is passed as an object.
@@ -79,12 +66,36 @@ def eval_output(
         sae_id: value of `sae_lens_id`, as SAEBench fills it for an SAE that is passed as an object.
         sae_lens_version: version of SAELens that ran; None if none did.
         commit: commit of SAEBench that ran; "Unknown" if none did.
+    """
+
+    eval_id: str
+    epoch_milliseconds: int
+    sae_name: str
+    sae_config: Mapping[str, Any]
+    sae_id: str | None = "custom_sae"
+    sae_lens_version: str | None = None
+    commit: str = "Unknown"
+
+
+def eval_output(
+    llm: Accuracies,
+    sae: Accuracies,
+    config: EvalConfig,
+    run: EvalRun,
+) -> dict[str, Any]:
+    """Return SAEBench's output: each accuracy is a mean over the classes of a dataset, then over datasets, unweighted.
+
+    Args:
+        llm: accuracies of probes on the model's channels, for each dataset and k of `config`, and "all".
+        sae: accuracies of probes on latents, for the same; "all" may be missing.
+        config: settings of the evaluation.
+        run: identity of the evaluation.
 
     Raises:
         BadSetting: an accuracy is missing or out of range, or SAEBench cannot read the time.
     """
-    if not 0 <= epoch_milliseconds <= 9_999_999_999_999:
-        raise BadSetting(f"{epoch_milliseconds} is not a time in milliseconds since 1970: multiply seconds by 1000")
+    if not 0 <= run.epoch_milliseconds <= 9_999_999_999_999:
+        raise BadSetting(f"{run.epoch_milliseconds} is not a time in milliseconds since 1970: multiply seconds by 1000")
     classes = _by_metric(llm, "llm", config), _by_metric(sae, "sae", config)
     per_dataset = [
         {name: {metric: _mean(by_class) for metric, by_class in source[name].items()} for name in config.dataset_names}
@@ -93,8 +104,8 @@ def eval_output(
     return {
         "eval_type_id": "sparse_probing",
         "eval_config": config.model_dump(mode="json"),
-        "eval_id": eval_id,
-        "datetime_epoch_millis": epoch_milliseconds,
+        "eval_id": run.eval_id,
+        "datetime_epoch_millis": run.epoch_milliseconds,
         "eval_result_metrics": {
             source: _fields(source) | _over_datasets(datasets)
             for source, datasets in zip(("llm", "sae"), per_dataset, strict=True)
@@ -107,11 +118,11 @@ def eval_output(
             | per_dataset[1][name]
             for name in config.dataset_names
         ],
-        "sae_bench_commit_hash": commit,
-        "sae_lens_id": sae_id,
-        "sae_lens_release_id": sae_name,
-        "sae_lens_version": sae_lens_version,
-        "sae_cfg_dict": dict(sae_config),
+        "sae_bench_commit_hash": run.commit,
+        "sae_lens_id": run.sae_id,
+        "sae_lens_release_id": run.sae_name,
+        "sae_lens_version": run.sae_lens_version,
+        "sae_cfg_dict": dict(run.sae_config),
         "eval_result_unstructured": {
             f"{name}_results": classes[0][name] | classes[1][name] for name in config.dataset_names
         },
@@ -151,7 +162,7 @@ def _by_metric(accuracies: Accuracies, source: str, config: EvalConfig) -> dict[
     for (name, label, k), accuracy in accuracies.items():
         if not (math.isfinite(accuracy) and 0 <= accuracy <= 1):
             raise BadSetting(
-                f"{source} accuracy {accuracy} of {name}, class {label!r}, k {k} lies outside 0 to 1: give shares"
+                f"{source} accuracy {accuracy} of {name}, class {label!r}, k {k} is outside 0 to 1: give fractions"
             )
         if name not in by_dataset:
             raise BadSetting(f"{source} accuracies of {name} are not of the dataset_names: add it, or leave them out")
@@ -161,8 +172,8 @@ def _by_metric(accuracies: Accuracies, source: str, config: EvalConfig) -> dict[
     wanted = {_metric(source, k) for k in (*config.k_values, *(("all",) if has_all else ())) if k == "all" or k in KS}
     for name, metrics in by_dataset.items():
         if set(metrics) != wanted:
-            odd = ", ".join(sorted(wanted ^ set(metrics)))
-            raise BadSetting(f"{source} accuracies of {name} and k_values differ in {odd}: give both the same k")
+            differing = ", ".join(sorted(wanted ^ set(metrics)))
+            raise BadSetting(f"{source} accuracies of {name} and k_values differ in {differing}: give both the same k")
         if len({frozenset(labels) for labels in metrics.values()}) > 1:
             raise BadSetting(f"{source} accuracies of {name} have other classes for other k: give all classes every k")
     return by_dataset

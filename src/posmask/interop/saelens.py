@@ -83,7 +83,7 @@ class PosmaskSAE(SAE[PosmaskSAEConfig]):
         super().initialize_weights()
         cfg = self.cfg
         self.b_enc = nn.Parameter(torch.zeros(cfg.d_sae, dtype=self.dtype, device=self.device))
-        # Made on the CPU: they inspect their values, which tensors on the loader's meta device do not have.
+        # On the CPU, because they inspect their values, which tensors on the loader's meta device do not have.
         self.rule = make_rule(rule_settings(cfg.rule), cfg.d_sae).to(dtype=self.dtype)
         self.mask = make_mask(mask_settings(cfg.mask), cfg.n_positions, cfg.d_sae)
         self.mask.meet(cfg.d_in, 0)

@@ -160,8 +160,8 @@ def lossy_saelens_form(
     mask = sae.mask
     if mask.reads_vectors:
         raise BadSetting(
-            f"a {mask.settings.kind!r} chooses latents by a router, for which SAELens's own architectures have no "
-            "place: export it as saelens"
+            f"a {mask.settings.kind!r} mask chooses latents by a router, which SAELens's own architectures cannot "
+            "represent: export it as saelens"
         )
     tensors = without_constants(sae)
     kind, exported = sae.rule.settings.kind, {name: tensors[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
@@ -214,7 +214,7 @@ def export_saelens(cell: Path, folder: Path, *, lossy: bool = False, model_name:
         (draft / CFG_FILE).write_text(as_json(cfg), encoding="utf8")
         if lossy:
             lost = cfg["metadata"]["posmask_lossy"]
-            (draft / LOSSY_FILE).write_text(f"# A lossy export of posmask\n\nLost is {lost}.\n", encoding="utf8")
+            (draft / LOSSY_FILE).write_text(f"# Lossy export of an SAE of posmask\n\nLost: {lost}.\n", encoding="utf8")
     return cfg
 
 
@@ -285,7 +285,7 @@ def read_saelens(source: Path, *, n_positions: int | None = None) -> tuple[Spars
         raise type(error)(f"{weights.path.parent}: {error}") from None
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         reason = f"{CFG_FILE} lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
-        raise BadSetting(f"{weights.path.parent}: {reason}: fetch an SAE whose settings are whole") from None
+        raise BadSetting(f"{weights.path.parent}: {reason}: fetch an SAE with complete settings") from None
     origin["imported"] = {"architecture": cfg["architecture"], "sha256": file_sha256(weights.path)}
     return sae, origin
 
@@ -301,15 +301,15 @@ def _read_folder(source: Path) -> tuple[dict[str, Any], WeightsFile]:
         raise DamagedFolder(f"{source / CFG_FILE} is not readable JSON ({error}): fetch the folder again") from None
     if not re.match(r"([6-9]|\d\d)\.", version):
         raise BadSetting(
-            f"{source} was written by SAELens {version or 'before 6.0'}, whose settings meant other things: load it "
+            f"{source} was written by SAELens {version or 'before 6.0'}, whose settings have other meanings: load it "
             "with SAELens 6 and save it again (SAE.load_from_disk, save_model)"
         )
     if not (source / SAELENS_WEIGHTS_FILE).is_file():
         pickled = [path.name for path in source.iterdir() if path.suffix in (".pt", ".pth", ".bin", ".pkl", ".ckpt")]
         if pickled:
             raise DamagedFolder(
-                f"{source} holds its weights pickled ({pickled[0]}), which could run any code and is never read: ask "
-                f"for {SAELENS_WEIGHTS_FILE}, or load it where you trust it and save_model it"
+                f"{source} holds its weights pickled ({pickled[0]}), which could run any code and are never read: get "
+                f"{SAELENS_WEIGHTS_FILE}, or load them with SAELens if you trust them and save them with save_model"
             )
         raise DamagedFolder(f"{source} holds no {SAELENS_WEIGHTS_FILE}: fetch the folder again")
     return cfg, safetensors_file(source / SAELENS_WEIGHTS_FILE)
@@ -338,7 +338,7 @@ def _unfilled(cfg: Mapping[str, Any], context_size: Any, shapes: Mapping[str, tu
     ours = cfg["architecture"] == ARCHITECTURE
     settings = mask_settings(cfg["mask"] if ours else {"kind": "open"})
     if context_size is None and not ours:
-        raise BadSetting("no context_size is named: give the contexts' length with --n-positions")
+        raise BadSetting("metadata has no context_size: pass the length of the contexts with --n-positions")
     n_positions: Any = cfg["n_positions"] if ours else context_size
     d_in, d_sae = cfg["d_in"], cfg["d_sae"]
     check_sizes(d_in=d_in, d_sae=d_sae, n_positions=n_positions)
@@ -370,7 +370,7 @@ def _check_shape(
     if shapes[name] != wanted:
         raise DamagedFolder(
             f"{name} has the shape {list(shapes[name])}, not {list(wanted)} as d_in = {cfg['d_in']} and d_sae = "
-            f"{cfg['d_sae']} ask: fetch cfg and weights of one SAE"
+            f"{cfg['d_sae']} require: fetch cfg and weights of one SAE"
         )
 
 
@@ -379,9 +379,7 @@ def _rule_of(cfg: Mapping[str, Any]) -> RuleSettings:
     if architecture == ARCHITECTURE:
         return rule_settings(cfg["rule"])
     if architecture not in _RULES:
-        raise BadSetting(
-            f"architecture {architecture!r} has no rule here: choose an SAE that is one of {', '.join(_RULES)}"
-        )
+        raise BadSetting(f"architecture {architecture!r} is not supported: choose an SAE of one of {', '.join(_RULES)}")
     if (normalize := cfg.get("normalize_activations", "none")) != "none":
         raise BadSetting(
             f"normalize_activations = {normalize!r} is not in the weights: fold it into them with SAELens first"

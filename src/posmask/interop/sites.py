@@ -61,7 +61,7 @@ def canonical(layer: Any, site: Any) -> tuple[int, str]:
 def _check(layer: Any, site: Any) -> None:
     if type(layer) is not int or layer < 1 or site not in list(_HOOKS):
         raise BadSetting(
-            f"layer {layer!r} and site {site!r} are not a place in a model: layers count from 1, sites are "
+            f"layer {layer!r} and site {site!r} are not a site of a model: layers count from 1, sites are "
             f"{', '.join(_HOOKS)}"
         )
 

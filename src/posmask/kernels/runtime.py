@@ -64,7 +64,7 @@ def give_back_freed_memory() -> None:
 
 @contextlib.contextmanager
 def threads(n_threads: int) -> Iterator[None]:
-    """Let torch and the compiled loops use `n_threads` threads; numba not more than it had before."""
+    """Set the number of threads of torch and the compiled loops; numba never gets more threads than it had before."""
     import numba
 
     before = torch.get_num_threads(), numba.get_num_threads()

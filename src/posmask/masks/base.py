@@ -100,6 +100,9 @@ class PositionMask(nn.Module):
         n_positions: length of the context, including position 0 (BOS).
         d_sae: number of latents.
         seed: seed of all random choices of the kind.
+
+    Raises:
+        BadSetting: the settings do not fit the context length or the number of latents.
     """
 
     Settings: ClassVar[type[MaskSettings]]
@@ -191,14 +194,17 @@ class PositionMask(nn.Module):
         return Routing(position.long())
 
     def learn(self, gradient: Float[Tensor, "row latent"]) -> None:
-        """Process dL/dM of one batch: the gradient that the gate receives, or would receive if it were applied."""
+        """Process dL/dM of one batch: the gradient that the gate receives, or would receive if it were applied.
+
+        Called only if `learns`.
+        """
         self._learn(gradient[:, self.n_free :] * (1 - self.settings.leak))
 
     def _learn(self, gradient: Float[Tensor, "row bound"]) -> None:
         raise NotImplementedError
 
     def observe(self, seen: Observed) -> None:
-        """Process the codes and the residual of one batch."""
+        """Process the codes and the residual of one batch. Called only if `watches`."""
         raise NotImplementedError
 
     def before_step(self, done: int, n_steps: int) -> None:

@@ -21,6 +21,8 @@ class Open(PositionMask):
     """Every latent is open everywhere: the baseline, bit for bit equal to no mask."""
 
     class Settings(MaskSettings):
+        """Settings of an open mask: only the shared ones."""
+
         kind: Literal["open"] = "open"
 
     def _start(self, random: torch.Generator) -> None:
@@ -28,6 +30,7 @@ class Open(PositionMask):
 
     @classmethod
     def growth(cls, settings: MaskSettings, n_positions: int) -> Fraction:
+        """1, because every latent is open everywhere."""
         return Fraction(1)
 
 
@@ -35,6 +38,8 @@ class Slice(PositionMask):
     """Static slicing: the contiguous latent block b is open on the contiguous position block b only."""
 
     class Settings(MaskSettings):
+        """Settings of static slicing."""
+
         kind: Literal["slice"] = "slice"
         n_slices: int = Field(gt=0)
         """Number of blocks. Block b covers positions b*T/n to (b+1)*T/n, rounded down, and latents likewise."""
@@ -53,11 +58,13 @@ class Slice(PositionMask):
 
     @classmethod
     def n_blocks(cls, settings: MaskSettings, n_positions: int) -> int:
+        """`n_slices`."""
         assert isinstance(settings, cls.Settings)
         return settings.n_slices
 
     @classmethod
     def growth(cls, settings: MaskSettings, n_positions: int) -> Fraction:
+        """`n_slices`, because each bound latent is open in one of that many slices."""
         return Fraction(cls.n_blocks(settings, n_positions))
 
 
@@ -69,6 +76,8 @@ class Band(PositionMask):
     """
 
     class Settings(MaskSettings):
+        """Settings of growing windows."""
+
         kind: Literal["band"] = "band"
         growth: float = Field(default=1.5, ge=1)
         """Ratio of the widths of consecutive windows after position 3."""
@@ -115,11 +124,13 @@ class Band(PositionMask):
 
     @classmethod
     def n_blocks(cls, settings: MaskSettings, n_positions: int) -> int:
+        """The number of windows."""
         assert isinstance(settings, cls.Settings)
         return int(cls.windows(settings, n_positions)[-1]) + 1
 
     @classmethod
     def growth(cls, settings: MaskSettings, n_positions: int) -> Fraction | None:
+        """The number of windows; None for smooth windows, which overlap."""
         assert isinstance(settings, cls.Settings)
         return None if settings.smoothness else Fraction(cls.n_blocks(settings, n_positions))
 
@@ -132,6 +143,8 @@ class Windows(PositionMask):
     """
 
     class Settings(MaskSettings):
+        """Settings of windows at several scales."""
+
         kind: Literal["windows"] = "windows"
         cuts: tuple[tuple[Annotated[int, Field(gt=0)], ...], ...] = Field(min_length=1)
         """Ways to cut the context, each followed by an equal share of the latents: [] does not cut, [24] makes two
@@ -171,11 +184,13 @@ class Windows(PositionMask):
 
     @classmethod
     def n_blocks(cls, settings: MaskSettings, n_positions: int) -> int:
+        """The number of windows of all cuts."""
         assert isinstance(settings, cls.Settings)
         return sum(len(cut) + 1 for cut in settings.cuts)
 
     @classmethod
     def growth(cls, settings: MaskSettings, n_positions: int) -> Fraction:
+        """Windows per cut, because one window of each cut is open at a position."""
         assert isinstance(settings, cls.Settings)
         return Fraction(cls.n_blocks(settings, n_positions), len(settings.cuts))
 
@@ -192,6 +207,8 @@ class Hard(PositionMask):
     """Each latent is open at exactly `positions_per_latent` random positions, drawn without replacement."""
 
     class Settings(MaskSettings):
+        """Settings of independent sets of positions per latent."""
+
         kind: Literal["hard"] = "hard"
         positions_per_latent: int = Field(gt=0)
         contiguous: bool = False
@@ -219,6 +236,8 @@ class Cohort(PositionMask):
     """
 
     class Settings(MaskSettings):
+        """Settings of sets of positions that cohorts of latents share."""
+
         kind: Literal["cohort"] = "cohort"
         n_cohorts: int = Field(gt=0)
         positions_per_latent: int = Field(gt=0)
@@ -243,10 +262,12 @@ class Cohort(PositionMask):
 
     @classmethod
     def n_blocks(cls, settings: MaskSettings, n_positions: int) -> int:
+        """`n_cohorts`."""
         assert isinstance(settings, cls.Settings)
         return settings.n_cohorts
 
     @classmethod
     def growth(cls, settings: MaskSettings, n_positions: int) -> Fraction:
+        """`n_positions` / `positions_per_latent`, because every position is open for equally many cohorts."""
         assert isinstance(settings, cls.Settings)
         return Fraction(n_positions, settings.positions_per_latent)

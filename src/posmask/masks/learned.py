@@ -32,6 +32,8 @@ class Soft(PositionMask):
     """
 
     class Settings(MaskSettings):
+        """Settings of learned openness."""
+
         kind: Literal["soft"] = "soft"
         low: float = Field(gt=0, lt=1)
         high: float = Field(gt=0, lt=1)
@@ -85,6 +87,7 @@ class Soft(PositionMask):
         self._changed()
 
     def openness_parameters(self) -> list[nn.Parameter]:
+        """theta, the logits of the openness before the temperature divides them."""
         return [self.theta]
 
     def _learn(self, gradient: Float[Tensor, "position bound"]) -> None:
@@ -100,6 +103,8 @@ class Importance(PositionMask):
     """
 
     class Settings(MaskSettings):
+        """Settings of pruning by saliency."""
+
         kind: Literal["importance"] = "importance"
         positions_per_latent: int = Field(gt=0)
         n_prunings: int = Field(default=8, gt=0)

@@ -24,6 +24,8 @@ class Switch(PositionMask):
     """
 
     class Settings(MaskSettings):
+        """Settings of a learned router."""
+
         kind: Literal["switch"] = "switch"
         n_experts: int = Field(gt=0)
         balance: float = Field(default=3.0, ge=0)
@@ -71,9 +73,11 @@ class Switch(PositionMask):
 
     @classmethod
     def n_blocks(cls, settings: MaskSettings, n_positions: int) -> int:
+        """`n_experts`."""
         assert isinstance(settings, cls.Settings)
         return settings.n_experts
 
     @classmethod
     def growth(cls, settings: MaskSettings, n_positions: int) -> Fraction:
+        """`n_experts`, because each token uses one expert's latents."""
         return Fraction(cls.n_blocks(settings, n_positions))

@@ -33,6 +33,8 @@ class Split(PositionMask):
     copies_latents = True
 
     class Settings(MaskSettings):
+        """Settings of adaptive splitting."""
+
         kind: Literal["split"] = "split"
         start_latents: int = Field(gt=0)
         """Number of open latents at the start."""
@@ -184,11 +186,17 @@ class Split(PositionMask):
 
     @classmethod
     def growth(cls, settings: MaskSettings, n_positions: int) -> Fraction:
+        """`max_latents` / `start_latents`; splitting keeps the number of live latents per position."""
         assert isinstance(settings, cls.Settings)
         return Fraction(settings.max_latents, settings.start_latents)
 
     @classmethod
     def width_at_equal_compute(cls, settings: MaskSettings, n_positions: int, d_live: int) -> int:
+        """`max_latents`.
+
+        Raises:
+            BadSetting: `start_latents` is not `d_live`.
+        """
         assert isinstance(settings, cls.Settings)
         if settings.start_latents != d_live:
             raise BadSetting(

@@ -1,0 +1,1 @@
+"""Probing tasks: labeled datasets, order tasks, pooling and probes."""

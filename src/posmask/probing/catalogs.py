@@ -19,6 +19,9 @@ def sentences_by_language(split: tokens.EvalSplit) -> dict[str, list[str]]:
     """The unique sentences of one split in each of `LANGUAGES`.
 
     A text that occurs in two languages (untranslated, or equal in both) is left out of both.
+
+    Raises:
+        MissingAsset: the carrier is unavailable.
     """
     by_language = {
         language: tokens.unique_texts(filter(_is_sentence, embedded.read_messages(language).values()), split)
@@ -40,6 +43,9 @@ def translations(language: str) -> dict[str, str]:
     """English sentences and the same messages in another language. No text occurs twice.
 
     Sentences are from all splits; callers filter the texts that they use by split.
+
+    Raises:
+        MissingAsset: there are no messages in this language, or the carrier is unavailable.
     """
     translated = embedded.read_messages(language)
     pairs: dict[str, str] = {}

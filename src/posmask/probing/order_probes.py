@@ -47,6 +47,9 @@ def order_accuracy(
         ks: numbers of features.
         pooling: name of the pooling of `features`, reported in the slice.
         on_fit: called with the probes of `positives(task)` in order, followed by the permuted probes.
+
+    Raises:
+        DegenerateResult: the chosen features are constant over the training texts.
     """
     n_texts = len(task.texts)
     test = torch.arange(task.n_train_groups, task.n_train_groups + task.n_test_groups)

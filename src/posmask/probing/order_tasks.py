@@ -49,7 +49,7 @@ class OrderRecipe:
 
     Args:
         groups: makes (training, test) groups from a random generator and a split.
-        question: that the task asks of a text.
+        question: the question about a text that its class answers.
         labels: meaning of each class.
         split_by: what is never in both the training and the test groups.
         sources: each carrier with a description of the part that is used.
@@ -197,7 +197,7 @@ def _agreement_swap(random: torch.Generator, split: tokens.EvalSplit) -> _Groups
         seen = set()
         while len(seen) < len(nouns) * (len(nouns) - 1) * 4:
             noun_a, noun_b = (nouns[i] for i in torch.randperm(len(nouns), generator=random)[:2].tolist())
-            where = _PLACES[int(torch.randint(len(_PLACES), (), generator=random))]
+            where = _PREPOSITIONS[int(torch.randint(len(_PREPOSITIONS), (), generator=random))]
             how = _STATES[int(torch.randint(len(_STATES), (), generator=random))]
             verb = ("is", "are")[int(torch.randint(2, (), generator=random))]
             if (key := (noun_a, noun_b, where, how, verb)) in seen:
@@ -219,7 +219,7 @@ _NOUNS: list[str] = [
     statue station hotel museum theater hospital temple castle cottage barn fence gate
     """.split()
 ]
-_PLACES = ("near", "behind", "beside", "above", "below", "beyond", "opposite")
+_PREPOSITIONS = ("near", "behind", "beside", "above", "below", "beyond", "opposite")
 _STATES = "old new small large famous empty beautiful dirty expensive ugly clean".split()
 
 
@@ -235,9 +235,9 @@ def _bigram_shift(random: torch.Generator, split: tokens.EvalSplit) -> _Groups:
         for (sentence,) in _each_once(_in_rounds(fitting), seen):
             words = sentence.split()
             plain = [re.fullmatch("[a-z]+", word) is not None for word in words]
-            places = [i for i in range(1, len(words) - 2) if plain[i] and plain[i + 1] and words[i] != words[i + 1]]
-            if places:
-                i = places[int(torch.randint(len(places), (), generator=random))]
+            starts = [i for i in range(1, len(words) - 2) if plain[i] and plain[i + 1] and words[i] != words[i + 1]]
+            if starts:
+                i = starts[int(torch.randint(len(starts), (), generator=random))]
                 swapped = [*words[:i], words[i + 1], words[i], *words[i + 2 :]]
                 yield f"Sentence: {' '.join(swapped)} ;", f"Sentence: {sentence} ;"
 

@@ -145,6 +145,9 @@ class Pooling:
         """Add kept tokens (`batch.kept()`) with their sparse codes, or with their vectors if `codes` is None.
 
         All tokens of a text must be in one batch, as in `evaluation_batches` of padded texts.
+
+        Raises:
+            DegenerateResult: a number is NaN or infinite.
         """
         text, inverse = batch.text.long().unique(return_inverse=True)
         assert int(self.texts.n_tokens[text].sum()) == 0, "a text's tokens came in two batches"

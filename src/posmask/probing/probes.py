@@ -121,7 +121,7 @@ def logistic_regression(
         return (F.softplus(-target * margin) * counts).sum(1) + (penalty * solution.square()).sum(1) / 2
 
     margin = (design @ solution[..., None])[..., 0]
-    now = loss(margin, solution)
+    objective = loss(margin, solution)
     for _ in range(_MOST_NEWTON_STEPS):
         probability = torch.sigmoid(margin)
         error = (probability - (target > 0).double()) * counts
@@ -133,17 +133,17 @@ def logistic_regression(
         # The ridge on the intercept keeps the system solvable if all texts are separated with certainty.
         step = torch.linalg.solve(curvature + torch.diag(penalty + 1e-9), gradient)
         along = (design @ step[..., None])[..., 0]
-        size, then = torch.ones(len(design), dtype=design.dtype), now + 1
+        size, proposed = torch.ones(len(design), dtype=design.dtype), objective + 1
         for _ in range(_MOST_HALVINGS):
-            then = loss(margin - size[:, None] * along, solution - size[:, None] * step)
-            if not bool((then > now).any()):
+            proposed = loss(margin - size[:, None] * along, solution - size[:, None] * step)
+            if not bool((proposed > objective).any()):
                 break
-            size = torch.where(then > now, size / 2, size)
-        size = torch.where(then <= now, size, 0.0)
+            size = torch.where(proposed > objective, size / 2, size)
+        size = torch.where(proposed <= objective, size, 0.0)
         if not bool(size.any()):
             break
         margin, solution = margin - size[:, None] * along, solution - size[:, None] * step
-        now = torch.minimum(then, now)
+        objective = torch.minimum(proposed, objective)
     return solution[:, :-1], solution[:, -1]
 
 

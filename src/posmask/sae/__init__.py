@@ -1,0 +1,1 @@
+"""Sparse autoencoders: activation rules, selection of latents, encoding, decoding and files."""

@@ -20,7 +20,7 @@ from posmask.kernels import operations, runtime
 from posmask.masks.base import PositionMask, PositionOrigin
 from posmask.masks.groups import LiveGroup
 from posmask.sae.rules import RuleSettings, make_rule
-from posmask.sae.selection import choose, in_group_order, pieces
+from posmask.sae.selection import GatedEncoder, GroupedInputs, choose, in_group_order, pieces
 from posmask.seeds import generator
 
 __all__ = ["Codes", "PositionedVectors", "SparseAutoencoder", "check_sizes", "check_table"]
@@ -91,9 +91,13 @@ class SparseAutoencoder(nn.Module):
     d_model on the training data.
 
     Args:
+        d_model: size of a vector.
         rule: settings of the activation rule.
         mask: sets the number of latents (d_sae) and the number of positions that can be encoded (n_positions).
         seed: seed of the initial weights.
+
+    Raises:
+        BadSetting: the rule needs more latents.
     """
 
     center: Tensor
@@ -197,16 +201,17 @@ class SparseAutoencoder(nn.Module):
         gates = self.mask.gates_code() and use_mask
         softens = gates and not self.mask.is_strict()
         order, ends = in_group_order(groups, routing.mask_row)
-        inputs = operations.centered(vectors, order, self.center, self.scale, self.decoder_bias.detach())
-        mask_row, choice = routing.mask_row if order is None else routing.mask_row[order], self.rule.choice()
+        x = operations.centered(vectors, order, self.center, self.scale, self.decoder_bias.detach())
+        inputs = GroupedInputs(x, routing.mask_row if order is None else routing.mask_row[order], ends)
+        choice = self.rule.choice()
         if choice is None:
-            token, latent, value = self._encode_blocks(inputs, mask_row, ends, groups, table if gates else None)
+            token, latent, value = self._encode_blocks(inputs, groups, table if gates else None)
         else:
-            encoder, bias = self.encoder.detach(), self.encoder_bias.detach()
-            chosen = choose(inputs, mask_row, ends, encoder, bias, groups, table, choice, precision=precision)
+            encoder = GatedEncoder(self.encoder.detach(), self.encoder_bias.detach(), groups, table)
+            chosen = choose(inputs, encoder, choice, precision=precision)
             token, latent, value = chosen.token, chosen.latent, chosen.preactivation
             if softens:
-                value = value * table[mask_row[token], latent]
+                value = value * table[inputs.mask_row[token], latent]
         if order is not None:
             token = order[token]
             entry = operations.Grouped(token, len(vectors)).order
@@ -216,24 +221,29 @@ class SparseAutoencoder(nn.Module):
         return Codes(token, latent, value, len(vectors), self.d_sae).to(device)
 
     def _encode_blocks(
-        self, inputs: Tensor, mask_row: Tensor, ends: list[int], groups: list[LiveGroup], table: Tensor | None
+        self, inputs: GroupedInputs, groups: list[LiveGroup], table: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(token, latent, value) of the active codes, for rules that need all pre-activations of the live latents."""
-        entries = [(mask_row[:0], mask_row[:0], inputs.new_zeros(0))]
-        for rows, group in pieces(groups, ends):
+        x, mask_row = inputs.x, inputs.mask_row
+        entries = [(mask_row[:0], mask_row[:0], x.new_zeros(0))]
+        for rows, group in pieces(groups, inputs.ends):
             latents = group.latents
             with runtime.fast_float32():
-                preactivation = inputs[rows] @ self.encoder[latents].T + self.encoder_bias[latents]
+                preactivation = x[rows] @ self.encoder[latents].T + self.encoder_bias[latents]
             openness = table[:, latents][mask_row[rows]] if table is not None and group.gated else None
             codes = self.rule.codes(preactivation, openness, lambda parameter, latents=latents: parameter[latents])
             row, column = codes.nonzero(as_tuple=True)
-            live = torch.arange(self.d_sae, device=inputs.device)[latents]
+            live = torch.arange(self.d_sae, device=x.device)[latents]
             entries.append((row + rows.start, live[column], codes[row, column]))
         token, latent, value = (torch.cat(parts) for parts in zip(*entries, strict=True))
         return token, latent, value
 
     def encode_batch(self, batch: PositionedVectors, *, use_mask: bool = True) -> Codes:
-        """`sparse_encode` of a batch, with positions counted from the mask's origin."""
+        """`sparse_encode` of a batch, with positions counted from the mask's origin.
+
+        Raises:
+            BadSetting: a position is outside the context.
+        """
         position = batch.positions(self.mask.settings.position_origin)
         return self.sparse_encode(batch.vectors, position, use_mask=use_mask)
 

@@ -156,6 +156,8 @@ class ReLU(_WithPenalty):
     """All positive pre-activations, with an L1 penalty (Bricken et al. 2023)."""
 
     class Settings(_Penalized):
+        """Settings of the ReLU rule."""
+
         kind: Literal["relu"] = "relu"
         l1_coefficient: float = Field(ge=0)
         """Coefficient of the sum of codes."""
@@ -163,13 +165,16 @@ class ReLU(_WithPenalty):
     settings: Settings
 
     def codes(self, preactivation: Tensor, openness: Tensor | None, take: Take) -> Tensor:
+        """openness * relu(preactivation)."""
         return gated(preactivation, openness)
 
     def training_codes(self, preactivation: Tensor, openness: Tensor | None, take: Take) -> Coded:
+        """The codes; the penalty is `l1_coefficient` times their sum, with warm-up."""
         codes = gated(preactivation, openness)
         return Coded(codes, self._penalty_factor * self.settings.l1_coefficient * codes.sum())
 
     def choice(self) -> Choice:
+        """All values above 0."""
         return Above(0.0)
 
 
@@ -177,6 +182,8 @@ class TopK(ActivationRule):
     """The k largest gated pre-activations of each token (Gao et al. 2024, arXiv 2406.04093, section 2.3)."""
 
     class Settings(RuleSettings):
+        """Settings of the TopK rule."""
+
         kind: Literal["topk"] = "topk"
         k: int = Field(gt=0)
         """Maximum number of active latents per token."""
@@ -191,15 +198,18 @@ class TopK(ActivationRule):
             raise BadSetting(f"k = {settings.k} is more than the {d_sae} latents: lower k or raise d_sae")
 
     def codes(self, preactivation: Tensor, openness: Tensor | None, take: Take) -> Tensor:
+        """The k largest gated pre-activations of each token; all others are 0."""
         value = gated(preactivation, openness)
         top = value.topk(min(self.settings.k, value.shape[-1]), dim=-1)
         # If fewer than k are positive, topk fills up with zeros, which must send no gradient.
         return torch.zeros_like(value).scatter(-1, top.indices, top.values * (top.values > 0))
 
     def choice(self) -> Choice:
+        """The k largest values of each token."""
         return LargestOfToken(self.settings.k)
 
     def training_choice(self) -> Choice:
+        """The same as `choice`."""
         return self.choice()
 
 
@@ -211,6 +221,8 @@ class BatchTopK(TopK):
     """
 
     class Settings(TopK.Settings):
+        """Settings of the BatchTopK rule."""
+
         only_for_training = frozenset({"threshold_rate"})
 
         kind: Literal["batchtopk"] = "batchtopk"  # type: ignore[assignment]
@@ -230,12 +242,14 @@ class BatchTopK(TopK):
         return True
 
     def codes(self, preactivation: Tensor, openness: Tensor | None, take: Take) -> Tensor:
+        """The gated pre-activations above the threshold; all others are 0."""
         if not self._by_batch:
             return super().codes(preactivation, openness, take)
         value = gated(preactivation, openness)
         return value * (value > self.threshold)
 
     def training_codes(self, preactivation: Tensor, openness: Tensor | None, take: Take) -> Coded:
+        """The k B largest gated pre-activations of the batch; all others are 0."""
         if not self._by_batch:
             return super().training_codes(preactivation, openness, take)
         value = gated(preactivation, openness)
@@ -245,15 +259,19 @@ class BatchTopK(TopK):
         )
 
     def rescale_(self, factor: Tensor) -> None:
+        """Scale the threshold; all factors are equal."""
         self.threshold.mul_(factor[0])
 
     def choice(self) -> Choice:
+        """All values above the threshold."""
         return Above(float(self.threshold)) if self._by_batch else super().choice()
 
     def training_choice(self) -> Choice:
+        """The k B largest values of the batch, with a guess of the smallest from the last step."""
         return LargestOfBatch(self.settings.k, near=0.8 * self._least) if self._by_batch else super().choice()
 
     def after_step(self, least: float) -> None:
+        """Update the threshold, the running mean of the smallest active code of each batch."""
         if self._by_batch and least > 0:
             self._least = least
             rate = self.settings.threshold_rate if float(self.threshold) > 0 else 1.0
@@ -269,6 +287,8 @@ class Matryoshka(BatchTopK):
     """
 
     class Settings(BatchTopK.Settings):
+        """Settings of nested dictionaries."""
+
         kind: Literal["matryoshka"] = "matryoshka"  # type: ignore[assignment]
         select: Literal["token", "batch"] = "batch"
         """Whether codes are chosen per token, as by topk, or per batch, as by batchtopk."""
@@ -358,6 +378,8 @@ class JumpReLU(_WithPenalty):
     """
 
     class Settings(_Penalized):
+        """Settings of the JumpReLU rule."""
+
         kind: Literal["jumprelu"] = "jumprelu"
         l0_coefficient: float = Field(ge=0)
         """Coefficient of the number of active codes."""
@@ -374,19 +396,27 @@ class JumpReLU(_WithPenalty):
         self.threshold = nn.Parameter(torch.full((d_sae,), settings.initial_threshold))
 
     def codes(self, preactivation: Tensor, openness: Tensor | None, take: Take) -> Tensor:
+        """The gated pre-activations above the threshold of their latent; all others are 0."""
         value = gated(preactivation, openness)
         return value * (value > take(self.threshold))
 
     def training_codes(self, preactivation: Tensor, openness: Tensor | None, take: Take) -> Coded:
+        """The codes; the penalty is `l0_coefficient` times the number of active codes, with warm-up.
+
+        Codes and penalty have straight-through gradients: a rectangle of width `bandwidth` around the threshold
+        replaces the derivative of the step function, as in the paper.
+        """
         value, threshold = gated(preactivation, openness), take(self.threshold).expand_as(preactivation)
         codes = _Jump.apply(value, threshold, self.settings.bandwidth)
         active = _Count.apply(value, threshold, self.settings.bandwidth)
         return Coded(codes, self._penalty_factor * self.settings.l0_coefficient * active.sum())
 
     def rescale_(self, factor: Tensor) -> None:
+        """Scale the thresholds."""
         self.threshold.data.mul_(factor)
 
     def after_step(self, least: float) -> None:
+        """Keep the thresholds at or above 0."""
         self.threshold.data.clamp_(min=0)
 
 
@@ -397,6 +427,8 @@ class Gated(_WithPenalty):
     """
 
     class Settings(_Penalized):
+        """Settings of the Gated rule."""
+
         kind: Literal["gated"] = "gated"
         l1_coefficient: float = Field(ge=0)
         """Coefficient of the sum of gates."""
@@ -409,15 +441,21 @@ class Gated(_WithPenalty):
         self.magnitude_bias = nn.Parameter(torch.zeros(d_sae))
 
     def codes(self, preactivation: Tensor, openness: Tensor | None, take: Take) -> Tensor:
+        """openness * relu(e^magnitude * preactivation + magnitude_bias) where preactivation > 0; all others are 0."""
         magnitude = take(self.magnitude).exp() * preactivation + take(self.magnitude_bias)
         return gated(magnitude, openness) * (preactivation > 0)
 
     def training_codes(self, preactivation: Tensor, openness: Tensor | None, take: Take) -> Coded:
+        """The codes; the penalty is `l1_coefficient` times the sum of the gates M relu(preactivation), with warm-up.
+
+        The gates must reconstruct the vector, too: the paper's auxiliary loss, which holds the decoder constant.
+        """
         gate = gated(preactivation, openness)
         penalty = self._penalty_factor * self.settings.l1_coefficient * gate.sum()
         return Coded(self.codes(preactivation, openness, take), penalty, gate)
 
     def rescale_(self, factor: Tensor) -> None:
+        """Scale the magnitude biases; the gates scale with their pre-activations."""
         self.magnitude_bias.data.mul_(factor)
 
 

@@ -17,7 +17,18 @@ from torch import Tensor
 from posmask.kernels import backend, cpu_selection, operations, runtime
 from posmask.masks.groups import LiveGroup
 
-__all__ = ["Above", "Choice", "Entries", "LargestOfBatch", "LargestOfToken", "choose", "in_group_order", "pieces"]
+__all__ = [
+    "Above",
+    "Choice",
+    "Entries",
+    "GatedEncoder",
+    "GroupedInputs",
+    "LargestOfBatch",
+    "LargestOfToken",
+    "choose",
+    "in_group_order",
+    "pieces",
+]
 
 
 @dataclass(frozen=True)
@@ -96,14 +107,41 @@ def pieces(groups: Sequence[LiveGroup], ends: Sequence[int], numbers: int = 2**2
 _LEAST_ROWS = 256  # with fewer tokens the product is slower
 
 
+@dataclass(frozen=True)
+class GroupedInputs:
+    """The encoder's inputs of a batch, with tokens sorted by live group (see `in_group_order`).
+
+    Attributes:
+        x: vectors minus the decoder bias, [token d_model].
+        mask_row: row of the mask's table, [token].
+        ends: end of each group's tokens.
+    """
+
+    x: Tensor
+    mask_row: Tensor
+    ends: Sequence[int]
+
+
+@dataclass(frozen=True)
+class GatedEncoder:
+    """An encoder and the mask that gates its latents.
+
+    Attributes:
+        weight: [latent d_model].
+        bias: [latent].
+        groups: live groups; only their latents are computed.
+        openness: the mask's table, [row latent].
+    """
+
+    weight: Tensor
+    bias: Tensor
+    groups: Sequence[LiveGroup]
+    openness: Tensor
+
+
 def choose(
-    x: Tensor,
-    mask_row: Tensor,
-    ends: Sequence[int],
-    encoder: Tensor,
-    bias: Tensor,
-    groups: Sequence[LiveGroup],
-    openness: Tensor,
+    inputs: GroupedInputs,
+    encoder: GatedEncoder,
     choice: Choice,
     *,
     precision: runtime.Precision = "float32",
@@ -114,67 +152,85 @@ def choose(
     Ties are broken arbitrarily; there are never more entries than `choice` allows.
 
     Args:
-        x: vectors minus the decoder bias, [token d_model], sorted by group.
-        mask_row: row of `openness`, [token].
-        ends: end of each group's tokens (see `in_group_order`).
-        encoder: [latent d_model].
-        bias: [latent].
-        groups: live groups; only their latents are computed.
-        openness: [row latent].
+        inputs: the tokens.
+        encoder: the latents.
         choice: what to choose.
         precision: of the product; with bfloat16 the pre-activations of the chosen entries are recomputed in full.
         among: the latents to choose among, [latent] bool; None for all.
     """
-    low = precision == "bfloat16" and x.dtype == torch.float32
-    inputs, weights = (x.bfloat16(), encoder.bfloat16()) if low else (x, encoder)
-    if isinstance(choice, LargestOfToken) and backend.compiled(x):
-        candidates = _LargestOfTokens(choice.k, len(x), bias)
-    else:
-        candidates = _Candidates(choice, len(x), bias)
-    buffer = inputs.new_empty(0)
-    latents, live_bias, gathered = bias, bias, weights
-    last: LiveGroup | None = None
+    low = precision == "bfloat16" and inputs.x.dtype == torch.float32
+    candidates = _candidates(choice, inputs, encoder)
     with runtime.fast_float32():
-        for rows, group in pieces(groups, ends):
-            if group is not last:
-                latents, gathered = _live_rows(weights, group, among)
-                live_bias, last = bias[latents], group
-            if not len(latents):
-                continue
-            # The number of rows is rounded up, with rows of the next group or, at the end, of the one before: oneDNN
-            # compiles and keeps a kernel per shape, so there should be few shapes.
-            n_rows = min(len(inputs), -(-(rows.stop - rows.start) // _ROWS_MULTIPLE) * _ROWS_MULTIPLE)
-            start = min(rows.start, len(inputs) - n_rows)
-            if buffer.numel() < n_rows * len(gathered):
-                buffer = inputs.new_empty(n_rows * len(gathered))
-            product = buffer[: n_rows * len(gathered)].view(n_rows, len(gathered))
-            torch.mm(inputs[start : start + n_rows], gathered.T, out=product)
-            gate = (openness, mask_row[rows]) if group.gated else None
-            candidates.add(product[rows.start - start :], rows, live_bias, latents, gate)
+        for rows, live, product in _products(inputs, encoder, among, low=low):
+            gate = (encoder.openness, inputs.mask_row[rows]) if live.gated else None
+            candidates.add(product, rows, live.bias, live.latents, gate)
     if isinstance(choice, LargestOfBatch) and choice.near > 0 and candidates.missing:
-        lower = replace(choice, near=0.0)
-        return choose(x, mask_row, ends, encoder, bias, groups, openness, lower, precision=precision, among=among)
+        return choose(inputs, encoder, replace(choice, near=0.0), precision=precision, among=among)
     token, latent, preactivation = candidates.entries()
     if low:
-        preactivation = (operations.dot_rows(x, token, encoder, latent) + bias[latent]).clamp(
-            min=torch.finfo(x.dtype).tiny
+        preactivation = (operations.dot_rows(inputs.x, token, encoder.weight, latent) + encoder.bias[latent]).clamp(
+            min=torch.finfo(inputs.x.dtype).tiny
         )
     return Entries(token, latent, preactivation)
+
+
+def _candidates(choice: Choice, inputs: GroupedInputs, encoder: GatedEncoder) -> "_LargestOfTokens | _Candidates":
+    if isinstance(choice, LargestOfToken) and backend.compiled(inputs.x):
+        return _LargestOfTokens(choice.k, len(inputs.x), encoder.bias)
+    return _Candidates(choice, len(inputs.x), encoder.bias)
+
+
+@dataclass(frozen=True)
+class _LiveLatents:
+    """The live latents of a group that can be chosen."""
+
+    latents: Tensor  # indices, [live]
+    weight: Tensor  # may have more rows than `latents`, [row d_model]
+    bias: Tensor  # [live]
+    gated: bool
+
+
+def _products(
+    inputs: GroupedInputs, encoder: GatedEncoder, among: Tensor | None, *, low: bool
+) -> Iterator[tuple[slice, _LiveLatents, Tensor]]:
+    """The tokens, the live latents and the product x . encoder of each piece, in bfloat16 where `low`.
+
+    A product may have more rows and columns than the piece, and is valid until the next one is computed.
+    """
+    x, weight = (inputs.x.bfloat16(), encoder.weight.bfloat16()) if low else (inputs.x, encoder.weight)
+    buffer = x.new_empty(0)
+    last: LiveGroup | None = None
+    live: _LiveLatents | None = None
+    for rows, group in pieces(encoder.groups, inputs.ends):
+        if live is None or group is not last:
+            live, last = _live_latents(weight, encoder.bias, group, among), group
+        if not len(live.latents):
+            continue
+        # The number of rows is rounded up, with rows of the next group or, at the end, of the one before: oneDNN
+        # compiles and keeps a kernel per shape, so there should be few shapes.
+        n_rows = min(len(x), -(-(rows.stop - rows.start) // _ROWS_MULTIPLE) * _ROWS_MULTIPLE)
+        start = min(rows.start, len(x) - n_rows)
+        if buffer.numel() < n_rows * len(live.weight):
+            buffer = x.new_empty(n_rows * len(live.weight))
+        product = buffer[: n_rows * len(live.weight)].view(n_rows, len(live.weight))
+        torch.mm(x[start : start + n_rows], live.weight.T, out=product)
+        yield rows, live, product[rows.start - start :]
 
 
 _ROWS_MULTIPLE = 32
 _COLUMNS_MULTIPLE = 32
 
 
-def _live_rows(weights: Tensor, group: LiveGroup, among: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(indices of a group's live latents, their rows of the encoder padded to a multiple of `_COLUMNS_MULTIPLE`)."""
-    latents = torch.arange(len(weights), device=weights.device)[group.latents]
+def _live_latents(weight: Tensor, bias: Tensor, group: LiveGroup, among: Tensor | None) -> _LiveLatents:
+    """The live latents of a group; gathered rows are padded to a multiple of `_COLUMNS_MULTIPLE`."""
+    latents = torch.arange(len(weight), device=weight.device)[group.latents]
     if among is not None:
         latents = latents[among[latents]]
     elif isinstance(group.latents, slice):
-        return latents, weights[group.latents]
+        return _LiveLatents(latents, weight[group.latents], bias[latents], group.gated)
     padding = latents.new_zeros(-len(latents) % _COLUMNS_MULTIPLE)
-    return latents, weights.index_select(0, torch.cat([latents, padding]))
+    gathered = weight.index_select(0, torch.cat([latents, padding]))
+    return _LiveLatents(latents, gathered, bias[latents], group.gated)
 
 
 class _LargestOfTokens:
@@ -300,8 +356,8 @@ def _take_above(
     arrays = _arrays(product, bias, latents, gate, n_rows)
     cpu_selection.above_floor(*arrays, value.dtype.type(floor), latent, preactivation, value, count)
     *_, values = cpu_selection.join_entries(latent, value, count)
-    found = (*cpu_selection.join_entries(latent, preactivation, count), values)
-    return tuple(torch.from_numpy(array) for array in found)
+    entries = (*cpu_selection.join_entries(latent, preactivation, count), values)
+    return tuple(torch.from_numpy(array) for array in entries)
 
 
 def _arrays(

@@ -15,7 +15,6 @@ __all__ = [
     "LATENT_WORDS_FILE",
     "OPENNESS_FILE",
     "PAGE_MARK",
-    "PAGE_MARK",
     "REPORT_FILE",
     "RESULTS_FILE",
     "ROWS_FILE",

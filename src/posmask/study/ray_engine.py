@@ -237,7 +237,7 @@ def _compute_shard(
 
 
 def _make(worker: _Worker, root: Path, label: str, stage: Stage) -> list[str]:
-    """Train a cell as far as the checkpoint at its end, or make the rest of its folder; returns messages for the user."""
+    """Train a cell as far as the checkpoint at its end, or make the rest of its folder; return messages."""
     messages: list[str] = []
     study = worker.study
     with worker.at_work():

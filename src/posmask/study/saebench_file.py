@@ -51,10 +51,7 @@ def write_saebench(
         for row, where in zip(baseline, slices, strict=True)
         if row.metric == "probe_accuracy" and "class" not in where
     }
-    output = saebench.eval_output(
-        llm,
-        sae,
-        config,
+    run = saebench.EvalRun(
         eval_id=str(uuid.uuid5(uuid.NAMESPACE_URL, identity)),
         epoch_milliseconds=round(time.time() * 1000),
         sae_name=f"posmask {study.name} {label}",
@@ -66,7 +63,7 @@ def write_saebench(
             **made_from,
         },
     )
-    saebench.write_eval_output(path, output)
+    saebench.write_eval_output(path, saebench.eval_output(llm, sae, config, run))
 
 
 def _accuracies(values: Iterable[tuple[str, Mapping[str, str], float]]) -> saebench.Accuracies:

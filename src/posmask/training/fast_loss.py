@@ -27,7 +27,15 @@ from posmask.kernels import operations, runtime
 from posmask.masks.groups import LiveGroup
 from posmask.sae.autoencoder import Codes, SparseAutoencoder
 from posmask.sae.rules import Coded
-from posmask.sae.selection import Choice, LargestOfToken, choose, in_group_order, pieces
+from posmask.sae.selection import (
+    Choice,
+    GatedEncoder,
+    GroupedInputs,
+    LargestOfToken,
+    choose,
+    in_group_order,
+    pieces,
+)
 from posmask.training.reference_loss import AUX_WEIGHT, SharedParameter, StepLoss
 
 __all__ = ["fast_gradients"]
@@ -54,7 +62,7 @@ def fast_gradients(
     Args:
         sae: on any device; its gradients are overwritten.
         vectors: before normalization, of any floating precision.
-        position: counted as the mask's `position_origin` says.
+        position: position of each token, counted from the mask's `position_origin`.
         dead: the latents that the auxiliary loss revives.
         aux_k: the number of dead latents that reconstruct the error on each token.
         precision: bfloat16 requires a float32 SAE. For rules that select few codes it affects only the selection, and
@@ -195,18 +203,9 @@ class _Chosen:
 
 def _choose(work: _Work, choice: Choice, precision: runtime.Precision, among: Tensor | None = None) -> _Chosen:
     sae = work.sae
-    entries = choose(
-        work.inputs,
-        work.mask_row,
-        work.ends,
-        sae.encoder.detach(),
-        sae.encoder_bias.detach(),
-        sae.mask.groups(),
-        work.table,
-        choice,
-        precision=precision,
-        among=among,
-    )
+    inputs = GroupedInputs(work.inputs, work.mask_row, work.ends)
+    encoder = GatedEncoder(sae.encoder.detach(), sae.encoder_bias.detach(), sae.mask.groups(), work.table)
+    entries = choose(inputs, encoder, choice, precision=precision, among=among)
     openness = None
     if not (sae.mask.gates_code() and sae.mask.is_strict()):
         openness = work.table[work.mask_row[entries.token], entries.latent]
@@ -334,8 +333,11 @@ class _BlockGradients:
         assert preactivation.grad is not None
         self._add_to_parameters(rows, latents, gate, preactivation.grad, values, output_gradient)
         if work.table_gradient is not None and gate.leaf is not None and gate.leaf.grad is not None:
-            index = (work.mask_row[rows, None], self._latents[latents])
-            work.table_gradient.index_put_(index, gate.leaf.grad, accumulate=True)
+            # index_put_ would add in an order that differs between runs.
+            tokens = torch.arange(rows.stop - rows.start, device=values.device)
+            by_row = operations.Grouped(work.mask_row[rows], len(work.table))
+            sums = by_row.sum_rows(values.new_ones(len(values)), gate.leaf.grad.contiguous(), tokens)
+            work.table_gradient[:, latents] += sums
         self._residual[rows] = -error
         self._n_active[latents] += (values > 0).sum(0)
         if self._details:

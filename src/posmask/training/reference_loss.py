@@ -8,7 +8,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd import Function
 
-from posmask.masks.base import Routing
 from posmask.sae.autoencoder import Codes, SparseAutoencoder
 from posmask.sae.rules import Coded
 
@@ -83,11 +82,13 @@ class SharedParameter(Function):
 
     @staticmethod
     def forward(ctx: Any, parameter: Tensor, share: Tensor) -> Tensor:
+        """The parameter, repeated for each row of `share`."""
         ctx.save_for_backward(share)
         return parameter.expand_as(share).clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        """The gradient of the parameter, summed over tokens with their shares."""
         (gradient,) = gradients
         (share,) = ctx.saved_tensors
         return (gradient * share).sum(0), None
@@ -104,58 +105,93 @@ def plain_gradients(
 ) -> StepLoss:
     """Compute the loss and set the gradients by dense products and autograd; slow, for any device, rule and mask.
 
+    The formula of the loss is in `fast_loss`.
+
     Args:
         sae: its gradients are accumulated, so they must be None or zero before.
         vectors: before normalization.
-        position: counted as the mask's `position_origin` says.
+        position: position of each token, counted from the mask's `position_origin`.
         dead: the latents that the auxiliary loss revives.
         aux_k: the number of dead latents that reconstruct the error on each token.
         loss_tokens: the divisor of the sums over tokens, by default the number of tokens; for a process that has a
             part of the batch.
     """
-    x = sae.normalize(vectors)
-    n = loss_tokens or len(x)
-    routing = sae.mask.route(x, position)
-    table = sae.mask.table().detach().clone().requires_grad_(sae.mask.learns)
-    rows = table[routing.mask_row]
-    if sae.mask.gates_code():
-        share, openness = torch.ones_like(rows), rows
-    else:  # The openness is exactly 1, but has the gradient of the gate.
-        share, openness = rows.detach(), 1 + (rows - rows.detach())
+    forward = _Forward(sae, vectors, position)
+    n = loss_tokens or len(forward.x)
+    error = forward.decode(forward.codes) + sae.decoder_bias - forward.x
+    loss = _loss(forward, error, n)
+    auxiliary = forward.x.new_zeros(())
+    if sae.rule.revives and dead is not None and aux_k and dead.any():
+        auxiliary = _auxiliary_loss(forward, error.detach(), dead, aux_k)
+    (loss + AUX_WEIGHT * auxiliary * (len(forward.x) / n)).backward()
+    return _step_loss(forward, error.detach(), float(auxiliary.detach()))
 
-    preactivation = _MaskedLinear.apply(x - sae.decoder_bias, sae.encoder, sae.encoder_bias, share)
-    coded: Coded = sae.rule.training_codes(
-        preactivation, openness, lambda parameter: SharedParameter.apply(parameter, share)
-    )
-    codes = coded.codes if routing.strength is None else coded.codes * routing.strength[:, None]
 
-    def decode(codes: Tensor) -> Tensor:
-        return _MaskedDecode.apply(codes, sae.decoder, share)
+class _Forward:
+    """The codes of a batch as dense tensors, with the graph of their gradients.
 
-    error = decode(codes) + sae.decoder_bias - x
+    Attributes:
+        x: normalized vectors, [token d_model].
+        routing: each token's row of the mask's table.
+        table: the mask's table, whose .grad is the openness gradient, [mask_row latent].
+        share: of each token's gradient that the latents' parameters get, [token latent].
+        openness: what the rule multiplies pre-activations by, [token latent].
+        preactivation: [token latent].
+        coded: codes and penalty of the rule.
+        codes: the rule's codes times the router's strength, [token latent].
+    """
+
+    def __init__(self, sae: SparseAutoencoder, vectors: Tensor, position: Tensor) -> None:
+        self.sae = sae
+        self.x = sae.normalize(vectors)
+        self.routing = sae.mask.route(self.x, position)
+        self.table = sae.mask.table().detach().clone().requires_grad_(sae.mask.learns)
+        rows = self.table.index_select(0, self.routing.mask_row)  # adds gradients in the same order in every run
+        if sae.mask.gates_code():
+            self.share, self.openness = torch.ones_like(rows), rows
+        else:  # The openness is exactly 1, but has the gradient of the gate.
+            self.share, self.openness = rows.detach(), 1 + (rows - rows.detach())
+        self.preactivation = _MaskedLinear.apply(self.x - sae.decoder_bias, sae.encoder, sae.encoder_bias, self.share)
+        self.coded: Coded = sae.rule.training_codes(
+            self.preactivation, self.openness, lambda parameter: SharedParameter.apply(parameter, self.share)
+        )
+        self.codes = self.with_strength(self.coded.codes)
+
+    def with_strength(self, codes: Tensor) -> Tensor:
+        """Codes times the router's strength, if there is a router."""
+        strength = self.routing.strength
+        return codes if strength is None else codes * strength[:, None]
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """codes . decoder, [token d_model]."""
+        return _MaskedDecode.apply(codes, self.sae.decoder, self.share)
+
+
+def _loss(forward: _Forward, error: Tensor, n: int) -> Tensor:
+    """The loss without its auxiliary term; `error` is x_hat - x of all codes together, `n` the divisor."""
+    sae, x, coded = forward.sae, forward.x, forward.coded
     loss, level = error.square().sum() / n, sae.rule.level
     if level is not None:
-        errors = [decode(codes * (level <= part)) + sae.decoder_bias - x for part in range(int(level.max()) + 1)]
+        errors = [
+            forward.decode(forward.codes * (level <= part)) + sae.decoder_bias - x
+            for part in range(int(level.max()) + 1)
+        ]
         loss = torch.stack([part.square().sum() / n for part in errors]).mean()
     if coded.penalty is not None:
         loss = loss + coded.penalty / n
-    if routing.penalty is not None:
-        loss = loss + routing.penalty
+    if forward.routing.penalty is not None:
+        loss = loss + forward.routing.penalty
     if coded.through_gate is not None:
         gate_error = coded.through_gate @ sae.decoder.detach() + sae.decoder_bias.detach() - x
         loss = loss + gate_error.square().sum() / n
+    return loss
 
-    auxiliary = x.new_zeros(())
-    if sae.rule.revives and dead is not None and aux_k and dead.any():
-        codes_dead = _largest_of_rows((preactivation.relu() * openness).masked_fill(~dead, 0), aux_k)
-        if routing.strength is not None:
-            codes_dead = codes_dead * routing.strength[:, None]
-        auxiliary = (decode(codes_dead) + error.detach()).square().sum(1).mean()
 
-    (loss + AUX_WEIGHT * auxiliary * (len(x) / n)).backward()
-    return _step_loss(
-        sae, codes.detach(), coded.codes.detach(), error.detach(), auxiliary.detach(), routing, table.grad
-    )
+def _auxiliary_loss(forward: _Forward, error: Tensor, dead: Tensor, aux_k: int) -> Tensor:
+    """Squared error of the reconstruction of -error by the `aux_k` most active dead latents, mean over tokens."""
+    gated = forward.preactivation.relu() * forward.openness
+    codes = forward.with_strength(_largest_of_rows(gated.masked_fill(~dead, 0), aux_k))
+    return (forward.decode(codes) + error).square().sum(1).mean()
 
 
 def _largest_of_rows(numbers: Float[Tensor, "token latent"], k: int) -> Float[Tensor, "token latent"]:
@@ -164,25 +200,19 @@ def _largest_of_rows(numbers: Float[Tensor, "token latent"], k: int) -> Float[Te
     return torch.zeros_like(numbers).scatter(1, top.indices, top.values * (top.values > 0))
 
 
-def _step_loss(
-    sae: SparseAutoencoder,
-    codes: Float[Tensor, "token latent"],
-    codes_before_strength: Float[Tensor, "token latent"],
-    error: Float[Tensor, "token d_model"],
-    auxiliary: Tensor,
-    routing: Routing,
-    openness_gradient: Float[Tensor, "mask_row latent"] | None,
-) -> StepLoss:
+def _step_loss(forward: _Forward, error: Tensor, auxiliary: float) -> StepLoss:
+    codes, routing, table = forward.codes.detach(), forward.routing, forward.table
     token, latent = codes.nonzero(as_tuple=True)
+    before_strength = forward.coded.codes.detach()[token, latent]
     return StepLoss(
         reconstruction=float(error.square().sum(1).mean()),
-        auxiliary=float(auxiliary),
+        auxiliary=auxiliary,
         fired=(codes > 0).any(0),
         n_active=len(token),
-        least=float(codes_before_strength[token, latent].min()) if len(token) else 0.0,
-        codes=Codes(token, latent, codes[token, latent], len(codes), sae.d_sae),
+        least=float(before_strength.min()) if len(token) else 0.0,
+        codes=Codes(token, latent, codes[token, latent], len(codes), forward.sae.d_sae),
         mask_row=routing.mask_row,
         residual=-error,
         strength=None if routing.strength is None else routing.strength.detach(),
-        openness_gradient=openness_gradient,
+        openness_gradient=table.grad,
     )
