@@ -22,11 +22,7 @@ from posmask.results.table import COMPARED, PRINTED, Line, format_number, summar
 ROOT = Path(__file__).parents[1] / "docs" / "results"
 PAGE = ROOT / "README.md"
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "trade-off.png"
-PICTURED = (
-    "open", "slice", "hard", "cohort", "soft-low", "importance", "budget", "slice-gradient", "slice-upcycled",
-    "split-width",
-    "split-tied", "windows", "switch", "open + segments8",
-)  # fmt: skip
+PICTURED = ("open", "slice", "hard", "switch", "windows", "open + segments8")
 
 LOG_ROWS = (
     ("Run 0, no mask", "0.5 everywhere", "open"),

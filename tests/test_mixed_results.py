@@ -192,7 +192,7 @@ def alive(process):
         return False
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("sent", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
 def test_workers_end_when_their_run_is_killed(sent, tmp_path, model_folder):
     script = Path(__file__).parent / "reliability" / "endless.py"
     command = [sys.executable, str(script), str(model_folder), str(tmp_path / "run")]

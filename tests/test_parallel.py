@@ -103,7 +103,7 @@ def train_all_cases(rank, n_processes, rendezvous, folder, checkpoint_folder, ou
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("n_processes", CASES)
+@pytest.mark.parametrize("n_processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_several_processes_train_the_same_sae_and_send_few_bytes(activations, tmp_path, n_processes):
     spawn = multiprocessing.get_context("spawn")
     arguments = (n_processes, tmp_path / "meeting", activations.folder, tmp_path / "checkpoints", tmp_path / "result")

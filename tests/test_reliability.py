@@ -41,8 +41,8 @@ def run_harness(kills, *stages):
 
 
 def test_killed_runs_end_with_the_same_bytes():
-    stages = run_harness(2, "harvest", "train", "report")
-    assert [(stage["stage"], stage["kills"]) for stage in stages] == [("harvest", 2), ("train", 2), ("report", 2)]
+    stages = run_harness(1, "harvest", "train")
+    assert [(stage["stage"], stage["kills"]) for stage in stages] == [("harvest", 1), ("train", 1)]
     assert all(stage["ends"] for stage in stages)
 
 
