@@ -1,8 +1,9 @@
 """Selection of the active latents: the encoder's product for live latents only, and the choice among its values.
 
 The product is computed in pieces, each for tokens of one live group and small enough to stay in the processor's cache
-until the choice is made; the product of a whole batch never exists. On the CPU the choice is compiled by numba; on
-other devices it uses torch operations.
+until the choice is made; the product of a whole batch never exists. Triton kernels take larger pieces, so that the GPU
+reads the weights once. `kernels.backend` says whether loops compiled by numba, Triton kernels or torch operations make
+the choice.
 """
 
 from collections.abc import Iterator, Sequence
@@ -54,6 +55,9 @@ class Entries:
     latent: Tensor
     preactivation: Tensor
     """x . encoder + bias, above 0, before the gate."""
+    slots: int | None = None
+    """The number of entries of each token if all have the same number. Then some may be empty, with latent -1 and
+    preactivation 0."""
 
 
 def in_group_order(groups: Sequence[LiveGroup], mask_row: Tensor) -> tuple[Tensor | None, list[int]]:
@@ -72,28 +76,35 @@ def in_group_order(groups: Sequence[LiveGroup], mask_row: Tensor) -> tuple[Tenso
     group_of_row = torch.empty_like(positions)
     group_of_row[positions] = torch.arange(len(groups), device=mask_row.device).repeat_interleave(sizes)
     group_of_token = group_of_row[mask_row]
-    ends = torch.bincount(group_of_token, minlength=len(groups)).cumsum(0).tolist()
-    if bool((group_of_token[1:] >= group_of_token[:-1]).all()):
+    ends = torch.bincount(group_of_token, minlength=len(groups)).cumsum(0)
+    is_sorted = (group_of_token[1:] >= group_of_token[:-1]).all()
+    *ends, is_sorted = torch.cat([ends, is_sorted[None]]).tolist()  # one transfer from a GPU
+    if is_sorted:
         return None, ends
     return torch.sort(group_of_token.to(torch.int16), stable=True).indices, ends
 
 
-def pieces(groups: Sequence[LiveGroup], ends: Sequence[int], numbers: int = 2**20) -> Iterator[tuple[slice, LiveGroup]]:
+def pieces(
+    groups: Sequence[LiveGroup], ends: Sequence[int], numbers: int = 2**20, most_rows: int | None = None
+) -> Iterator[tuple[slice, LiveGroup]]:
     """Slices of tokens of one group each, so small that their product with the live latents stays in the cache.
 
     Args:
         groups: live groups.
         ends: end of each group's tokens (see `in_group_order`).
         numbers: number of values of a product, [token live].
+        most_rows: the largest number of tokens in a piece; None for no limit.
     """
     for group, start, end in zip(groups, [0, *ends[:-1]], ends, strict=True):
         live = group.latents.stop - group.latents.start if isinstance(group.latents, slice) else len(group.latents)
         step = max(_LEAST_ROWS, numbers // max(live, 1) // 64 * 64)
+        step = step if most_rows is None else min(step, most_rows)
         for first in range(start, end, step):
             yield slice(first, min(end, first + step)), group
 
 
 _LEAST_ROWS = 256  # with fewer tokens the product is slower
+_GPU_NUMBERS, _GPU_ROWS = 2**28, 4096  # of a piece for Triton kernels: 512 MB of bfloat16
 
 
 def choose(
@@ -108,6 +119,7 @@ def choose(
     *,
     precision: runtime.Precision = "float32",
     among: Tensor | None = None,
+    in_slots: bool = False,
 ) -> Entries:
     """The entries that `choice` selects by openness * relu(x . encoder + bias) among the live latents of each token.
 
@@ -124,18 +136,20 @@ def choose(
         choice: what to choose.
         precision: of the product; with bfloat16 the pre-activations of the chosen entries are recomputed in full.
         among: the latents to choose among, [latent] bool; None for all.
+        in_slots: whether entries may be in slots, see `Entries.slots`. Finding the empty ones makes the host wait for a
+            GPU.
     """
     low = precision == "bfloat16" and x.dtype == torch.float32
     inputs, weights = (x.bfloat16(), encoder.bfloat16()) if low else (x, encoder)
-    if isinstance(choice, LargestOfToken) and backend.compiled(x):
-        candidates = _LargestOfTokens(choice.k, len(x), bias)
-    else:
-        candidates = _Candidates(choice, len(x), bias)
+    implementation = backend.implementation(x)
+    candidates = _candidates(choice, len(x), bias, implementation)
+    slots = choice.k if isinstance(candidates, _Slots) else None
+    of_gpu = (_GPU_NUMBERS, _GPU_ROWS) if implementation == "triton" else ()
     buffer = inputs.new_empty(0)
     latents, live_bias, gathered = bias, bias, weights
     last: LiveGroup | None = None
-    with runtime.fast_float32():
-        for rows, group in pieces(groups, ends):
+    with runtime.fast_float32(x.device):
+        for rows, group in pieces(groups, ends, *of_gpu):
             if group is not last:
                 latents, gathered = _live_rows(weights, group, among)
                 live_bias, last = bias[latents], group
@@ -155,11 +169,25 @@ def choose(
         lower = replace(choice, near=0.0)
         return choose(x, mask_row, ends, encoder, bias, groups, openness, lower, precision=precision, among=among)
     token, latent, preactivation = candidates.entries()
+    if isinstance(candidates, _Slots) and not in_slots:
+        entry = (latent >= 0).nonzero()[:, 0]
+        token, latent, preactivation, slots = token[entry], latent[entry], preactivation[entry], None
     if low:
-        preactivation = (operations.dot_rows(x, token, encoder, latent) + bias[latent]).clamp(
-            min=torch.finfo(x.dtype).tiny
-        )
-    return Entries(token, latent, preactivation)
+        exact = operations.dot_rows(x, token, encoder, latent) + bias[latent]
+        preactivation = exact.clamp(min=torch.finfo(x.dtype).tiny)
+        if slots is not None:
+            preactivation = preactivation.masked_fill(latent < 0, 0)
+    return Entries(token, latent, preactivation, slots)
+
+
+def _candidates(
+    choice: Choice, n_tokens: int, bias: Tensor, implementation: backend.Implementation
+) -> "_LargestOfTokens | _Slots | _Candidates":
+    if isinstance(choice, LargestOfToken) and implementation == "numba":
+        return _LargestOfTokens(choice.k, n_tokens, bias)
+    if isinstance(choice, LargestOfToken) and implementation == "triton":
+        return _Slots(choice.k, n_tokens, bias)
+    return _Candidates(choice, n_tokens, bias)
 
 
 _ROWS_MULTIPLE = 32
@@ -204,6 +232,39 @@ class _LargestOfTokens:
         return torch.from_numpy(token), torch.from_numpy(latent), torch.from_numpy(preactivation)
 
 
+class _Slots:
+    """The k largest values of each token, written by Triton kernels into slots; the last slots of a token may be empty.
+
+    The table is on the device, and the host does not wait for it.
+    """
+
+    missing = False
+
+    def __init__(self, k: int, n_tokens: int, bias: Tensor) -> None:
+        self._latent = torch.full((n_tokens, k), -1, dtype=torch.int64, device=bias.device)
+        self._preactivation = bias.new_zeros(n_tokens, k)
+
+    def add(
+        self, product: Tensor, rows: slice, bias: Tensor, latents: Tensor, gate: tuple[Tensor, Tensor] | None
+    ) -> None:
+        """Choose from a piece; arguments as in `_Candidates.add`."""
+        product = product[: rows.stop - rows.start, : len(latents)]
+        _triton().largest_of_rows(product, bias, latents, gate, self._latent[rows], self._preactivation[rows])
+
+    def entries(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(token, latent, preactivation) of all slots."""
+        n_tokens, k = self._latent.shape
+        token = torch.arange(n_tokens, device=self._latent.device).repeat_interleave(k, output_size=n_tokens * k)
+        return token, self._latent.flatten(), self._preactivation.flatten()
+
+
+def _triton() -> Any:
+    """The module of Triton kernels; triton is an optional package."""
+    from posmask.kernels import triton_selection
+
+    return triton_selection
+
+
 class _Candidates:
     """The entries chosen so far, for every choice and device."""
 
@@ -229,10 +290,14 @@ class _Candidates:
             gate: (openness of all latents by row of the mask's table, that row per token); None if ungated.
         """
         n_rows = rows.stop - rows.start
-        if backend.compiled(product):
-            entries = _take_above(product, n_rows, bias, latents, gate, self._floor)
-        else:
-            entries = _take(product[:n_rows, : len(latents)], bias, latents, gate, self._choice, self._floor)
+        match backend.implementation(product):
+            case "numba":
+                entries = _take_above(product, n_rows, bias, latents, gate, self._floor)
+            case "triton":
+                live = product[:n_rows, : len(latents)]
+                entries = _triton().above_floor(live, bias, latents, gate, self._floor)
+            case "torch":
+                entries = _take(product[:n_rows, : len(latents)], bias, latents, gate, self._choice, self._floor)
         row, *rest = entries
         self._entries.append((row + rows.start, *rest))
         if self._wanted is not None and self._n_entries > 2 * self._wanted:

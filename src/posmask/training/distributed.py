@@ -42,9 +42,9 @@ class SingleProcess:
         """Combine a step over the processes, and set the gradients of `sae` to those of the whole batch."""
         return step
 
-    def clip_gradients_(self, sae: SparseAutoencoder, parameters: list[nn.Parameter], max_norm: float) -> None:
-        """Scale gradients down to `max_norm`, the norm over the parameters of all processes."""
-        torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    def gradient_norm(self, sae: SparseAutoencoder, parameters: list[nn.Parameter]) -> Tensor:
+        """The norm of the gradients over the parameters of all processes."""
+        return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
     def totals(self, *values: float) -> list[float]:
         """Each value summed over the processes."""
@@ -199,14 +199,14 @@ class ByPosition(Distributed):
         self._sum_(sae.decoder_bias.grad)
         return step
 
-    def clip_gradients_(self, sae: SparseAutoencoder, parameters: list[nn.Parameter], max_norm: float) -> None:
-        """Scale gradients down to `max_norm`, the norm over the latents of all processes and the decoder bias."""
+    def gradient_norm(self, sae: SparseAutoencoder, parameters: list[nn.Parameter]) -> Tensor:
+        """The norm of the gradients over the latents of all processes and the decoder bias."""
         norms = [
             torch.linalg.vector_norm(parameter.grad) for parameter in parameters if parameter is not sae.decoder_bias
         ]
         of_latents = self._sum_(torch.stack(norms).square().sum())
         of_shared = torch.linalg.vector_norm(sae.decoder_bias.grad).square()
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, (of_latents + of_shared).sqrt())
+        return (of_latents + of_shared).sqrt()
 
     def full_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The training state of all latents, gathered from all processes."""

@@ -21,6 +21,7 @@ from posmask.training import fast_loss
 from posmask.training.checkpoints import Checkpoints
 from posmask.training.curve import CurvePoint, MaskSnapshots
 from posmask.training.distributed import SingleProcess
+from posmask.training.optimizer import UnitRowAdam
 from posmask.training.reference_loss import StepLoss
 from posmask.training.settings import TrainingSettings, product_precision
 from posmask.training.state import restore_state_, training_state
@@ -107,12 +108,12 @@ class _Trainer:
         self._parameters = [
             p for p in sae.parameters() if p.requires_grad and all(p is not other for other in mask_parameters)
         ]
-        self._optimizer = torch.optim.Adam(
+        self._optimizer = UnitRowAdam(
             [
                 {"params": self._parameters, "lr": settings.learning_rate},
                 {"params": mask_parameters, "lr": settings.mask_learning_rate},
             ],
-            fused=True,
+            unit_rows=sae.decoder,
         )
         self._peak_rates = [group["lr"] for group in self._optimizer.param_groups]
         self._precision: runtime.Precision = product_precision(settings, sae.rule, sae.encoder.device.type)
@@ -148,9 +149,10 @@ class _Trainer:
         for part in (sae.mask, sae.rule):
             part.before_step(done - 1, self._settings.n_steps)
         step = self._set_gradients(batch, done)
-        self._optimizer.step()
+        max_norm = self._settings.max_gradient_norm
+        norm = None if max_norm is None else self._processes.gradient_norm(sae, self._parameters)
+        self._optimizer.clipped_step(norm, max_norm)
         sae.mask.zero_grad()  # fast_gradients overwrites the other gradients
-        operations.unit_rows_(sae.decoder.detach())
         sae.rule.after_step(step.least)
         self._deaths.update(sae, step)
         copies = sae.mask.after_step(done, self._settings.n_steps)
@@ -162,7 +164,7 @@ class _Trainer:
         return step
 
     def _set_gradients(self, batch: Batch, done: int) -> StepLoss:
-        """Set the gradients of the batch over all processes, shared between copies and clipped."""
+        """Set the gradients of the batch over all processes, shared between copies."""
         sae, settings = self._sae, self._settings
         step = fast_loss.fast_gradients(
             sae,
@@ -186,8 +188,6 @@ class _Trainer:
             sae.mask.observe(_observed(sae, step))
         if sae.mask.settings.gradient_sharing:
             share_gradients_(sae)
-        if settings.max_gradient_norm is not None:
-            self._processes.clip_gradients_(sae, self._parameters, settings.max_gradient_norm)
         return step
 
     def record(self, batch: Batch, step: StepLoss, done: int) -> CurvePoint:
