@@ -16,7 +16,7 @@ from torch import Tensor
 
 from posmask.kernels import backend, cpu
 
-__all__ = ["Grouped", "add_at_", "centered", "dot_rows", "explain", "unit_rows_"]
+__all__ = ["Grouped", "add_at_", "centered", "counts", "dot_rows", "explain", "unit_rows_"]
 
 
 def centered(vectors: Tensor, order: Tensor | None, center: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
@@ -65,6 +65,18 @@ def dot_rows(rows: Tensor, row: Tensor, table: Tensor, latent: Tensor) -> Tensor
         case "triton":
             return _triton().dot_rows(rows, row, table, latent)
     return torch.einsum("ed,ed->e", rows[row], table[latent])
+
+
+def counts(key: Tensor, n_keys: int) -> Tensor:
+    """The number of entries of each key; [key]. Unlike `torch.bincount` it does not make the host wait for a GPU.
+
+    Args:
+        key: [entry], each in 0 .. n_keys - 1.
+        n_keys: the number of keys.
+    """
+    if key.device.type == "cpu":
+        return torch.bincount(key, minlength=n_keys)
+    return key.new_zeros(n_keys).index_add_(0, key, torch.ones_like(key))
 
 
 def add_at_(total: Tensor, index: Tensor, value: Tensor) -> None:

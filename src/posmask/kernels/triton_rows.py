@@ -2,7 +2,8 @@
 
 `posmask.kernels.operations` is the interface and defines the results; `posmask.training.optimizer` calls `adam_rows`.
 Entries are active codes: pairs of a token and a latent. An entry with a negative latent, key or index is empty: its
-product is 0, and it is part of no sum. Sums have a fixed order and no atomic additions, so equal inputs give equal bytes.
+product is 0, and it is part of no sum. Sums have a fixed order and no atomic additions, so equal inputs give equal
+bytes.
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["AdamStep", "MOST_SLOTS", "adam_rows", "dot_rows", "explain_rows", "sum_entries", "sum_rows"]
+__all__ = ["MOST_SLOTS", "AdamStep", "adam_rows", "dot_rows", "explain_rows", "sum_entries", "sum_rows"]
 
 MOST_SLOTS = 128
 """The largest number of entries per token for which `explain_rows` keeps the decoder rows of a token in registers."""
@@ -111,7 +112,9 @@ def sum_entries(weight: Tensor, order: Tensor, first: Tensor) -> Tensor:
     out = weight.new_empty(n_keys)
     if n_keys:
         with torch.cuda.device_of(weight):
-            _sum_entries[(triton.cdiv(n_keys, _KEYS),)](weight, order, first, out, n_keys, KEYS=_KEYS, LANES=32, **_LAUNCH)
+            _sum_entries[(triton.cdiv(n_keys, _KEYS),)](
+                weight, order, first, out, n_keys, KEYS=_KEYS, LANES=32, **_LAUNCH
+            )
     return out
 
 
@@ -183,9 +186,7 @@ def _explain_rows(  # pragma: no cover (compiled)
     for start in range(0, d, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < d
-        rows = tl.load(
-            table + row[:, None] * d + column[None, :], mask=filled[:, None] & inside[None, :], other=0.0
-        )
+        rows = tl.load(table + row[:, None] * d + column[None, :], mask=filled[:, None] & inside[None, :], other=0.0)
         left = tl.load(target + token * d + column, mask=inside, other=0.0) - tl.sum(weight[:, None] * rows, 0)
         tl.store(residual + token * d + column, left, mask=inside)
         total += tl.sum(rows * left[None, :], 1)

@@ -1,9 +1,9 @@
 """Selection of the active latents by Triton kernels, for CUDA GPUs.
 
-The definition of what these kernels compute is `_take` in `posmask.sae.selection`. A product is a row of x . encoder per
-token, in bfloat16, float32 or float64; biases, openness and results have one other precision, float32 or float64.
-Each program of a kernel processes one row. NaN and numbers that are not positive are never chosen. Of equal numbers the
-one of the lower column is chosen, so equal inputs give equal results.
+The definition of what these kernels compute is `_take` in `posmask.sae.selection`. A product is a row of x . encoder
+per token, in bfloat16, float32 or float64; biases, openness and results are all float32 or all float64. Each program of
+a kernel processes one row. NaN and numbers that are not positive are never chosen. Of equal numbers the one of the
+lower column is chosen, so equal inputs give equal results.
 """
 
 import torch
@@ -176,9 +176,9 @@ def choose_rows(  # pragma: no cover (compiled)
 ):
     """Write at most ROOM candidates per row, which include its k largest positive numbers; k is at most ROOM.
 
-    Column c of a row belongs to lane c % LANES. The k-th largest of the lanes' maxima is a floor that at least k numbers
-    of the row reach; a second pass, for which the row is in the L2 cache, writes all numbers that reach it. If these are
-    more than ROOM, the exact cut is found by bisection over the row, and only the k largest numbers are written.
+    Column c of a row belongs to lane c % LANES. The k-th largest of the lanes' maxima is a floor that at least k
+    numbers of the row reach; a second pass, for which the row is in the L2 cache, writes all numbers that reach it. If
+    these are more than ROOM, bisection over the row finds the exact cut, and only the k largest numbers are written.
     """
     row = tl.program_id(0).to(tl.int64)
     product += row * stride
@@ -289,7 +289,7 @@ def above_rows(  # pragma: no cover (compiled)
         number = _positive(product, bias, latents, openness, start, n, GATED, LANES)
         chosen = (number > threshold) & (number > 0)
         n_chosen = tl.sum(chosen.to(tl.int32), 0)
-        if WRITE:
+        if WRITE:  # noqa: SIM102 (known when compiled)
             if n_chosen > 0:
                 entry = n_found + tl.cumsum(chosen.to(tl.int32), 0) - 1
                 c = start + tl.arange(0, LANES)

@@ -72,11 +72,11 @@ def in_group_order(groups: Sequence[LiveGroup], mask_row: Tensor) -> tuple[Tenso
     if len(groups) == 1:
         return None, [len(mask_row)]
     positions = torch.cat([group.positions for group in groups])
-    sizes = torch.tensor([len(group.positions) for group in groups], device=mask_row.device)
+    numbers = [torch.full_like(group.positions, number) for number, group in enumerate(groups)]
     group_of_row = torch.empty_like(positions)
-    group_of_row[positions] = torch.arange(len(groups), device=mask_row.device).repeat_interleave(sizes)
+    group_of_row[positions] = torch.cat(numbers)
     group_of_token = group_of_row[mask_row]
-    ends = torch.bincount(group_of_token, minlength=len(groups)).cumsum(0)
+    ends = operations.counts(group_of_token, len(groups)).cumsum(0)
     is_sorted = (group_of_token[1:] >= group_of_token[:-1]).all()
     *ends, is_sorted = torch.cat([ends, is_sorted[None]]).tolist()  # one transfer from a GPU
     if is_sorted:
@@ -119,6 +119,7 @@ def choose(
     *,
     precision: runtime.Precision = "float32",
     among: Tensor | None = None,
+    low_encoder: Tensor | None = None,
     in_slots: bool = False,
 ) -> Entries:
     """The entries that `choice` selects by openness * relu(x . encoder + bias) among the live latents of each token.
@@ -136,11 +137,14 @@ def choose(
         choice: what to choose.
         precision: of the product; with bfloat16 the pre-activations of the chosen entries are recomputed in full.
         among: the latents to choose among, [latent] bool; None for all.
+        low_encoder: the encoder in bfloat16, which saves the conversion for products in that precision.
         in_slots: whether entries may be in slots, see `Entries.slots`. Finding the empty ones makes the host wait for a
             GPU.
     """
     low = precision == "bfloat16" and x.dtype == torch.float32
-    inputs, weights = (x.bfloat16(), encoder.bfloat16()) if low else (x, encoder)
+    inputs, weights = x, encoder
+    if low:
+        inputs, weights = x.bfloat16(), encoder.bfloat16() if low_encoder is None else low_encoder
     implementation = backend.implementation(x)
     candidates = _candidates(choice, len(x), bias, implementation)
     slots = choice.k if isinstance(candidates, _Slots) else None

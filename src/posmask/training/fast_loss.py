@@ -44,6 +44,7 @@ def fast_gradients(
     precision: runtime.Precision = "float32",
     loss_tokens: int | None = None,
     details: bool = True,
+    low_encoder: Float[Tensor, "latent d_model"] | None = None,
 ) -> StepLoss:
     """Compute the loss of a batch and set the gradients of the SAE and its rule.
 
@@ -61,6 +62,7 @@ def fast_gradients(
             values and gradients are float32. For the other rules all products with the dictionary carry its rounding.
         loss_tokens: the divisor of the sums over tokens, by default the number of tokens.
         details: whether to return codes and residual.
+        low_encoder: the encoder in bfloat16 if it is available; it is converted otherwise, where it is needed.
     """
     with torch.enable_grad():
         routing = sae.mask.route(sae.normalize(vectors) if sae.mask.reads_vectors else vectors, position)
@@ -72,6 +74,7 @@ def fast_gradients(
         ends=ends,
         strength=None if routing.strength is None else _in_order(routing.strength.detach(), order),
         loss_tokens=loss_tokens or len(vectors),
+        low_encoder=low_encoder,
     )
     if sae.rule.training_choice() is None:
         step = _through_blocks(work, precision, details)
@@ -108,6 +111,7 @@ class _Work:
         ends: list[int],
         strength: Tensor | None,
         loss_tokens: int,
+        low_encoder: Tensor | None = None,
     ) -> None:
         self.sae = sae
         self.inputs = inputs
@@ -115,6 +119,7 @@ class _Work:
         self.ends = ends
         self.strength = strength
         self.loss_tokens = loss_tokens
+        self.low_encoder = low_encoder
         self.table = sae.mask.table().detach()
         self.table_gradient = torch.zeros_like(self.table) if sae.mask.learns else None
         self.strength_gradient = inputs.new_zeros(len(inputs))
@@ -225,6 +230,7 @@ def _choose(work: _Work, choice: Choice, precision: runtime.Precision, among: Te
         choice,
         precision=precision,
         among=among,
+        low_encoder=work.low_encoder,
         in_slots=True,
     )
     openness = None
@@ -303,12 +309,14 @@ def _through_blocks(work: _Work, precision: runtime.Precision, details: bool) ->
     """Set the gradients of a rule that needs the pre-activations of all live latents."""
     gradients = _BlockGradients(work, precision, details)
     with runtime.fast_float32(work.inputs.device):
-        for rows, group in pieces(work.sae.mask.groups(), work.ends, _BLOCK_NUMBERS):
+        numbers = _BLOCK_NUMBERS if work.inputs.device.type == "cpu" else _GPU_BLOCK_NUMBERS
+        for rows, group in pieces(work.sae.mask.groups(), work.ends, numbers):
             gradients.add(rows, group)
     return gradients.finish()
 
 
 _BLOCK_NUMBERS = 2**22  # 16 MB of float32; sums over tokens are slow with fewer rows per block
+_GPU_BLOCK_NUMBERS = 2**26  # 256 MB of float32, about ten times per block
 
 
 @dataclass(frozen=True)

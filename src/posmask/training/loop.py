@@ -104,6 +104,7 @@ class _Trainer:
         self._label = label
         self._checkpoints = checkpoints
         self._processes = processes
+        self._precision: runtime.Precision = product_precision(settings, sae.rule, sae.encoder.device.type)
         mask_parameters = sae.mask.openness_parameters()
         self._parameters = [
             p for p in sae.parameters() if p.requires_grad and all(p is not other for other in mask_parameters)
@@ -114,9 +115,9 @@ class _Trainer:
                 {"params": mask_parameters, "lr": settings.mask_learning_rate},
             ],
             unit_rows=sae.decoder,
+            copied=sae.encoder if self._precision == "bfloat16" else None,
         )
         self._peak_rates = [group["lr"] for group in self._optimizer.param_groups]
-        self._precision: runtime.Precision = product_precision(settings, sae.rule, sae.encoder.device.type)
         self._deaths = DeadLatents(sae, settings.dead_after_eligible_tokens)
         self._curve: list[CurvePoint] = []
         self._snapshots = MaskSnapshots(sae.mask, settings.n_steps)
@@ -175,6 +176,7 @@ class _Trainer:
             precision=self._precision,
             loss_tokens=settings.batch_tokens,
             details=sae.mask.watches,
+            low_encoder=self._optimizer.low_copy(),
         )
         if not math.isfinite(step.reconstruction):
             raise DegenerateResult(
@@ -309,7 +311,7 @@ class DeadLatents:
     def update(self, sae: SparseAutoencoder, step: StepLoss) -> None:
         """Count the tokens of a step, and restart the count of latents that fired."""
         live = sae.mask.live()
-        eligible = torch.bincount(step.mask_row, minlength=len(live)).to(live.dtype) @ live
+        eligible = operations.counts(step.mask_row, len(live)).to(live.dtype) @ live
         self.eligible_since_fired = torch.where(step.fired, 0.0, self.eligible_since_fired + eligible)
 
     def copy_(self, copies: Copies) -> None:
