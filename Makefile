@@ -62,7 +62,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 $(DEV): $(READY)
-	@echo "Adding packages for tests, checks and benchmarks: about 0.9 GB the first time."
+	@echo "Adding packages for tests, checks and benchmarks: about 1.9 GB the first time."
 	$(PIP) --editable '.[dev]'
 	@touch $@
 

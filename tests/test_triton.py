@@ -19,6 +19,7 @@ from posmask.training.loop import train
 from posmask.training.optimizer import UnitRowAdam
 from posmask.training.reference_loss import plain_gradients
 from posmask.training.settings import TrainingSettings
+from test_contract import CHANGES, changed
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.[gpu]'")
 pytestmark = pytest.mark.usefixtures("on_triton")
@@ -265,8 +266,8 @@ def test_an_optimizer_resumes_on_either_implementation():
     assert int(optimizers[1].state[parameters[1]]["step"]) == 3
 
 
-def assert_gradients_of_the_definition(rule, kind, gating, n_tokens):
-    sae = make_sae(kind, gating, rule=rule, dtype=torch.float64)
+def assert_gradients_of_the_definition(rule, kind, gating, n_tokens, **changes):
+    sae = make_sae(kind, gating, rule=rule, dtype=torch.float64, **changes)
     vectors, position = make_vectors(n_tokens, dtype=torch.float64)
     dead = torch.arange(D_SAE) % 3 == 0
     plain = plain_gradients(sae, vectors, position, dead=dead, aux_k=3)
@@ -309,8 +310,42 @@ def test_gradients_equal_the_definition(rule, kind, gating):
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(("kind", "gating"), KINDS)
-def test_gradients_of_every_rule_and_mask_equal_the_definition(rule, kind, gating):
-    assert_gradients_of_the_definition(rule, kind, gating, 60)
+@pytest.mark.parametrize("changes", CHANGES)
+def test_gradients_of_every_rule_and_mask_equal_the_definition(rule, kind, gating, changes):
+    assert_gradients_of_the_definition(rule, kind, gating, 16, **changed(kind, changes))
+
+
+@pytest.mark.parametrize("kind", ["open", "slice"])
+def test_the_host_waits_once_for_the_groups_of_tokens_and_once_for_the_loss(kind, monkeypatch):
+    sae = make_sae(kind)
+    vectors, position = make_vectors(6)
+    fast_gradients(sae, vectors, position, details=False)  # the mask's groups are cached from now on
+    waits = []
+    for name in ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "nonzero", "cpu", "numpy"):
+        method = getattr(torch.Tensor, name)
+
+        def counted(*given, name=name, method=method, **options):
+            waits.append(name)
+            return method(*given, **options)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    with monkeypatch.context() as kernels:  # whose arguments the interpreter copies
+        for module in (triton_rows, triton_selection):
+            for name, function in vars(module).items():
+                if name in module.__all__ and name.endswith(("rows", "entries")):
+                    kernels.setattr(module, name, uncounted(function, waits))
+        fast_gradients(sae, vectors, position, details=False)
+    assert waits == (["tolist"] if kind == "open" else ["tolist", "tolist"])
+
+
+def uncounted(function, waits):
+    def call(*given, **options):
+        before = len(waits)
+        result = function(*given, **options)
+        del waits[before:]
+        return result
+
+    return call
 
 
 def test_matryoshka_of_tokens_and_many_slots():
@@ -327,11 +362,12 @@ def test_k_above_the_live_latents():
     assert_gradients_of_the_definition({"kind": "topk", "k": 20}, "slice", "forward", 8)
 
 
-def test_the_kernels_compile_for_gpus():
+@pytest.mark.parametrize("types", [[], pytest.param(["every-type"], marks=pytest.mark.slow)])
+def test_the_kernels_compile_for_gpus(types):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     script = Path(__file__).with_name("compile_triton.py")
     done = subprocess.run(
-        [sys.executable, "-W", "error", script, "80", "90"], env=environment, capture_output=True, text=True
+        [sys.executable, "-W", "error", script, "80", "90", *types], env=environment, capture_output=True, text=True
     )
     assert not done.returncode, done.stderr
     kernels = {line.split()[0] for line in done.stdout.splitlines()}
