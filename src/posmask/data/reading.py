@@ -49,7 +49,7 @@ def read_ahead(items: Iterable[T], n_ahead: int) -> Iterator[T]:
             yield item  # type: ignore[misc]
     finally:
         abandoned.set()
-        thread.join(_SECONDS)
+        thread.join(10 * _SECONDS)
 
 
 class _Failure:

@@ -6,6 +6,9 @@ product is 0, and it is part of no sum. Sums have a fixed order and no atomic ad
 bytes.
 """
 
+# The language of kernels has types of its own.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+
 from dataclasses import dataclass
 
 import torch
@@ -61,7 +64,7 @@ def dot_rows(rows: Tensor, row: Tensor, table: Tensor, latent: Tensor) -> Tensor
             _dot_rows[(triton.cdiv(n, 16),)](
                 *(rows, row, table, latent, out, n, d),
                 ENTRIES=16,
-                BLOCK=min(triton.next_power_of_2(d), 256),
+                BLOCK=min(triton.next_power_of_2(d), 128),
                 **_LAUNCH,
             )
     return out

@@ -6,6 +6,9 @@ a kernel processes one row. NaN and numbers that are not positive are never chos
 lower column is chosen, so equal inputs give equal results.
 """
 
+# The language of kernels has types of its own.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +17,7 @@ from torch import Tensor
 __all__ = ["above_floor", "largest_of_rows"]
 
 _LANES = 2048  # numbers of a row that a program reads in one pass
+_LEAST_LANES = 128  # Fewer would need a compilation for each small number of dead latents.
 _LEAST_ROOM = 64  # candidates per row
 _LAUNCH = {"enable_fp_fusion": True}  # Releases of Triton have different defaults.
 
@@ -44,7 +48,7 @@ def largest_of_rows(
     room = max(_LEAST_ROOM, triton.next_power_of_2(4 * k))
     column = torch.empty(n_rows, room, dtype=torch.int32, device=bias.device)
     value, n_candidates = bias.new_empty(n_rows, room), torch.empty(n_rows, dtype=torch.int32, device=bias.device)
-    lanes = min(_LANES, triton.next_power_of_2(n))
+    lanes = min(_LANES, max(_LEAST_LANES, triton.next_power_of_2(n)))
     with torch.cuda.device_of(product):
         choose_rows[(n_rows,)](
             *(product, bias, latents, table, mask_row, column, value, n_candidates),
@@ -76,7 +80,7 @@ def above_floor(
     table, mask_row = gate if gate is not None else (bias, latents)
     count = torch.zeros(n_rows + 1, dtype=torch.int64, device=bias.device)
     threshold = torch.full((1,), floor, dtype=bias.dtype, device=bias.device)
-    lanes = min(_LANES, triton.next_power_of_2(n))
+    lanes = min(_LANES, max(_LEAST_LANES, triton.next_power_of_2(n)))
 
     def run(first: Tensor, latent: Tensor, preactivation: Tensor, value: Tensor, write: bool) -> None:
         if n_rows and n:

@@ -147,7 +147,7 @@ def choose(
         inputs, weights = x.bfloat16(), encoder.bfloat16() if low_encoder is None else low_encoder
     implementation = backend.implementation(x)
     candidates = _candidates(choice, len(x), bias, implementation)
-    slots = choice.k if isinstance(candidates, _Slots) else None
+    slots = candidates.k if isinstance(candidates, _Slots) else None
     of_gpu = (_GPU_NUMBERS, _GPU_ROWS) if implementation == "triton" else ()
     buffer = inputs.new_empty(0)
     latents, live_bias, gathered = bias, bias, weights
@@ -245,6 +245,7 @@ class _Slots:
     missing = False
 
     def __init__(self, k: int, n_tokens: int, bias: Tensor) -> None:
+        self.k = k
         self._latent = torch.full((n_tokens, k), -1, dtype=torch.int64, device=bias.device)
         self._preactivation = bias.new_zeros(n_tokens, k)
 

@@ -210,11 +210,10 @@ class _Chosen:
 
     def codes(self, n_tokens: int, d_sae: int) -> Codes:
         """The codes without empty entries."""
-        parts = self.token, self.latent, self.value
-        if self.slots is not None:
-            entry = (self.latent >= 0).nonzero()[:, 0]
-            parts = tuple(part[entry] for part in parts)
-        return Codes(*parts, n_tokens, d_sae)
+        if self.slots is None:
+            return Codes(self.token, self.latent, self.value, n_tokens, d_sae)
+        entry = (self.latent >= 0).nonzero()[:, 0]
+        return Codes(self.token[entry], self.latent[entry], self.value[entry], n_tokens, d_sae)
 
 
 def _choose(work: _Work, choice: Choice, precision: runtime.Precision, among: Tensor | None = None) -> _Chosen:
