@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 DEV := .venv/.ready-dev
 
-.PHONY: run test test-all check audit bench docs results-pages second-model clean
+.PHONY: run test test-all check audit bench gpu-bench docs results-pages second-model clean
 
 run: $(READY)
 	$(BIN)/posmask run studies/quick.toml --jobs 2
@@ -31,6 +31,10 @@ audit: $(READY)
 # Benchmarks against other packages, which are installed in .bench/: about an hour, or minutes with QUICK=1 (main ratios).
 bench: $(DEV)
 	$(BIN)/python benchmarks/bench.py $(if $(QUICK),--quick) $(GROUPS)
+
+# What a training step takes on this machine's CUDA GPU, in at most 8 minutes; REHEARSE=1 runs it at tiny shapes without one.
+gpu-bench: $(DEV)
+	$(BIN)/python benchmarks/gpu.py $(if $(REHEARSE),--rehearse)
 
 # Build the documentation in site/; a broken link is an error.
 docs: $(DEV)

@@ -1,6 +1,7 @@
 """Triton kernels in Triton's interpreter against plain loops and the dense definition, and compiled for GPUs."""
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -360,6 +361,18 @@ def test_more_slots_than_registers(monkeypatch):
 
 def test_k_above_the_live_latents():
     assert_gradients_of_the_definition({"kind": "topk", "k": 20}, "slice", "forward", 8)
+
+
+@pytest.mark.slow
+def test_the_benchmark_for_gpus_can_be_rehearsed(tmp_path):
+    script = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
+    out = tmp_path / "gpu.json"
+    done = subprocess.run([sys.executable, script, "--rehearse", "--out", out], capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    results = json.loads(out.read_text(encoding="utf8"))
+    assert results["checks"].pop("equal bytes")
+    assert max(results["checks"].values()) < 1e-5
+    assert len(results["steps"]) == 6
 
 
 @pytest.mark.parametrize("types", [[], pytest.param(["every-type"], marks=pytest.mark.slow)])
