@@ -219,13 +219,22 @@ def test_other_sizes_of_shards_change_no_bit_and_other_batches_of_the_model_only
     assert apart < 1e-5  # of the largest number: the order of float32 sums
 
 
-def test_tokens_are_read_shard_by_shard_and_returned_in_the_order_of_the_batch(activations):
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_tokens_are_read_shard_by_shard_and_returned_in_the_order_of_the_batch(
+    dtype, language_model, tokenizer, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(data_harvest, "_TOKENS_PER_SHARD", 100)
+    monkeypatch.setattr(data_harvest, "_TOKENS_PER_FORWARD", 48)
+    tokens = pack(make_texts(40), tokenizer, N_POSITIONS, 500)
+    activations = harvest(tokens, language_model, tmp_path / "a", {}, "test", dtype)
+    shards = [shard["vectors"] * shard["scale"][:, None] if dtype == "int8" else shard["vectors"]
+              for shard in activations._shards]  # fmt: skip
+    assert len(shards) > 3
     index = torch.randperm(activations.n_tokens, generator=torch.Generator().manual_seed(0))[:50]
     stored = activations.read(index)
-    first = activations.read(torch.arange(activations.n_tokens)).to(torch.device("cpu"))
-    assert torch.equal(stored.vectors[stored.place], first.vectors[index])
+    assert stored.vectors.dtype == getattr(torch, dtype)
     batch = stored.to(torch.device("cpu"))
-    assert torch.equal(batch.vectors, first.vectors[index])
+    assert torch.equal(batch.vectors, torch.cat(shards)[index])
     assert torch.equal(batch.text, activations.text[index])
 
 

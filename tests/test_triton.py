@@ -96,12 +96,13 @@ def test_rows_that_are_hard_to_choose_from(k, lanes, monkeypatch):
 def test_more_candidates_than_room_are_cut_exactly(equal, monkeypatch):
     monkeypatch.setattr(triton_selection, "_LANES", 8)
     monkeypatch.setattr(triton_selection, "_LEAST_ROOM", 16)
-    rows = random_numbers(2, 60).abs()
-    rows = (rows * 4).round() / 4 if equal else rows
-    rows[:, 40:] *= -1
-    assert int((rows > 0).sum(1).min()) > 32  # the room for k = 8, of which all lanes are the floor
-    assert_chosen(rows, torch.zeros(60), torch.arange(60), None, 8)
-    assert_chosen(rows, torch.zeros(60), torch.arange(60), None, 9)  # more than lanes
+    rows = random_numbers(2, 120).abs()
+    rows = (rows * 4).ceil() / 4 if equal else rows
+    rows[:, 90:] *= -1
+    rows[:, ::9] = float("nan")
+    assert int((rows > 0).sum(1).min()) > 64  # the room for k = 9, for which there are too few lanes
+    for k in (8, 9):
+        assert_chosen(rows, torch.zeros(120), torch.arange(120), None, k)
 
 
 def test_masked_rows_have_no_entries():
@@ -357,6 +358,19 @@ def test_matryoshka_of_tokens_and_many_slots():
 def test_more_slots_than_registers(monkeypatch):
     monkeypatch.setattr(triton_rows, "MOST_SLOTS", 2)
     assert_gradients_of_the_definition("topk", "slice", "forward", 8)
+
+
+def test_bfloat16_only_selects_also_where_slots_stay_empty():
+    sae = make_sae("slice", rule={"kind": "topk", "k": 20})  # more than are live, so rounding selects the same
+    vectors, position = make_vectors(8)
+    plain = plain_gradients(sae, vectors, position)
+    expected = {name: p.grad.clone() for name, p in sae.named_parameters()}
+    sae.zero_grad()
+    fast = fast_gradients(sae, vectors, position, precision="bfloat16")
+    assert fast.n_active == plain.n_active < 20 * 8
+    torch.testing.assert_close(fast.codes.dense(), plain.codes.dense())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(sae.get_parameter(name).grad, gradient, msg=name)
 
 
 def test_k_above_the_live_latents():

@@ -4,8 +4,7 @@ Active codes are entries (token, latent), grouped by token in the order of token
 directions use these entries alone, so their cost does not grow with d_sae. Each function runs the compiled loops of
 `cpu`, the Triton kernels of `triton_rows` or torch operations, as `backend.implementation` says.
 
-Triton kernels also take empty entries, whose latent is -1 and whose value is 0: they are part of no sum, and their
-products are 0.
+Triton kernels also take empty entries, whose latent is -1: they are part of no sum, and their products are 0.
 """
 
 from typing import Any

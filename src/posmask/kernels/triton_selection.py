@@ -131,7 +131,7 @@ def _positive(
     value = _preactivation(product, bias, column, inside)
     if GATED:
         value *= tl.load(openness + tl.load(latents + column, mask=inside, other=0), mask=inside, other=0.0)
-    return tl.where(inside & (value > 0), value, 0.0)
+    return tl.where(value > 0, value, 0.0)
 
 
 @triton.jit
@@ -178,11 +178,11 @@ def choose_rows(  # pragma: no cover (compiled)
     LANES: tl.constexpr,
     ROOM: tl.constexpr,
 ):
-    """Write at most ROOM candidates per row, which include its k largest positive numbers; k is at most ROOM.
+    """Write at most ROOM candidates per row, which include its k largest positive numbers; 2 k is at most ROOM.
 
     Column c of a row belongs to lane c % LANES. The k-th largest of the lanes' maxima is a floor that at least k
     numbers of the row reach; a second pass, for which the row is in the L2 cache, writes all numbers that reach it. If
-    these are more than ROOM, bisection over the row finds the exact cut, and only the k largest numbers are written.
+    these are more than ROOM, bisection over the row finds the exact cut, and fewer than 2 k numbers are written.
     """
     row = tl.program_id(0).to(tl.int64)
     product += row * stride
@@ -208,7 +208,6 @@ def choose_rows(  # pragma: no cover (compiled)
     if n_found > ROOM:
         low = floor
         high = tl.max(_bits(lane), 0) + 1
-        n_above = tl.full((), 0, tl.int32)
         n_reached = tl.full((), 0, tl.int32)
         while (high - low > 1) & (n_reached != k):
             middle = low + (high - low) // 2
@@ -218,9 +217,8 @@ def choose_rows(  # pragma: no cover (compiled)
                 n_reached += tl.sum((_bits(number) >= middle).to(tl.int32), 0)
             low = tl.where(n_reached >= k, middle, low)
             high = tl.where(n_reached >= k, high, middle)
-            n_above = tl.where(n_reached >= k, n_above, n_reached)
         tl.debug_barrier()  # What is written above must not arrive after what is written below.
-        n_ties = k - n_above
+        n_ties = k  # With fewer than k numbers above them these fit in ROOM; cut_rows drops those too many.
         n_found = tl.full((), 0, tl.int32)
         for start in range(0, n, LANES):
             number = _positive(product, bias, latents, openness, start, n, GATED, LANES)

@@ -56,8 +56,8 @@ class Entries:
     preactivation: Tensor
     """x . encoder + bias, above 0, before the gate."""
     slots: int | None = None
-    """The number of entries of each token if all have the same number. Then some may be empty, with latent -1 and
-    preactivation 0."""
+    """The number of entries of each token if all have the same number. Some of them may be empty, with latent -1 and a
+    preactivation that means nothing."""
 
 
 def in_group_order(groups: Sequence[LiveGroup], mask_row: Tensor) -> tuple[Tensor | None, list[int]]:
@@ -179,8 +179,6 @@ def choose(
     if low:
         exact = operations.dot_rows(x, token, encoder, latent) + bias[latent]
         preactivation = exact.clamp(min=torch.finfo(x.dtype).tiny)
-        if slots is not None:
-            preactivation = preactivation.masked_fill(latent < 0, 0)
     return Entries(token, latent, preactivation, slots)
 
 

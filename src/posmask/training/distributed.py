@@ -103,7 +103,8 @@ class Distributed(SingleProcess):
 
     def totals(self, *values: float) -> list[float]:
         """Each value summed over the processes."""
-        return self._sum_(torch.tensor(values, dtype=torch.float64)).tolist()
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"  # nccl sums no tensors of the CPU
+        return self._sum_(torch.tensor(values, dtype=torch.float64, device=device)).tolist()
 
     def leader_decision(self, decision: bool) -> bool:
         """The decision of the leading process."""
@@ -255,7 +256,7 @@ def _owners(
     mask = sae.mask
     if why := why_undivided(mask):
         raise BadSetting(why)
-    live = mask.live() > 0
+    live = mask.live().cpu() > 0
     n_groups, group = position_groups(mask)
     if n_groups < n_processes:
         raise BadSetting(
@@ -284,13 +285,14 @@ def why_undivided(mask: PositionMask) -> str | None:
 
 def position_groups(mask: PositionMask) -> tuple[int, Int[Tensor, " position"]]:
     """Count the groups of positions that share no latent, and return the group of each position."""
-    live = mask.live()
+    live = mask.live().cpu()
     n_groups, group = connected_components((live @ live.T).numpy() > 0)
     return n_groups, torch.from_numpy(group).long()
 
 
 def _local_sae(sae: SparseAutoencoder, latents: Int[Tensor, " local_latent"]) -> SparseAutoencoder:
-    local = SparseAutoencoder(sae.d_model, sae.rule.settings, sae.mask.part(latents)).to(sae.encoder.dtype)
+    local = SparseAutoencoder(sae.d_model, sae.rule.settings, sae.mask.part(latents))
+    local = local.to(sae.encoder.device, sae.encoder.dtype)
     with torch.no_grad():
         for parameter, full in zip(local.latent_parameters(), sae.latent_parameters(), strict=True):
             parameter.copy_(full[latents])
