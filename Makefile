@@ -32,7 +32,7 @@ audit: $(READY)
 bench: $(DEV)
 	$(BIN)/python benchmarks/bench.py $(if $(QUICK),--quick) $(GROUPS)
 
-# What a training step takes on this machine's CUDA GPU, in at most 8 minutes; REHEARSE=1 runs it at tiny shapes without one.
+# Measure a training step on a CUDA GPU, in at most 8 minutes; REHEARSE=1 runs the script without one, at tiny shapes.
 gpu-bench: $(DEV)
 	$(BIN)/python benchmarks/gpu.py $(if $(REHEARSE),--rehearse)
 

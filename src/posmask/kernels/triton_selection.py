@@ -44,7 +44,7 @@ def largest_of_rows(
     k = latent.shape[1]
     if not n_rows or not n or not k:
         return
-    table, mask_row = gate if gate is not None else (bias, latents)
+    table, mask_row = (bias, latents) if gate is None else (gate[0].contiguous(), gate[1].contiguous())
     room = max(_LEAST_ROOM, triton.next_power_of_2(4 * k))
     column = torch.empty(n_rows, room, dtype=torch.int32, device=bias.device)
     value, n_candidates = bias.new_empty(n_rows, room), torch.empty(n_rows, dtype=torch.int32, device=bias.device)
@@ -77,7 +77,7 @@ def above_floor(
         row, latent, preactivation and value of each, [entry], sorted by row and column.
     """
     n_rows, n = product.shape
-    table, mask_row = gate if gate is not None else (bias, latents)
+    table, mask_row = (bias, latents) if gate is None else (gate[0].contiguous(), gate[1].contiguous())
     count = torch.zeros(n_rows + 1, dtype=torch.int64, device=bias.device)
     threshold = torch.full((1,), floor, dtype=bias.dtype, device=bias.device)
     lanes = min(_LANES, max(_LEAST_LANES, triton.next_power_of_2(n)))
@@ -153,6 +153,23 @@ def _cut(bits, k):  # pragma: no cover (compiled)
 
 
 @triton.jit
+def _cut_of_row(  # pragma: no cover (compiled)
+    product, bias, latents, openness, low, high, n, k, GATED: tl.constexpr, LANES: tl.constexpr
+):
+    """The bounds of `_cut` for a whole row, from bounds that at least k and fewer than k numbers reach."""
+    n_reached = tl.full((), 0, tl.int32)
+    while (high - low > 1) & (n_reached != k):
+        middle = low + (high - low) // 2
+        n_reached = tl.full((), 0, tl.int32)
+        for start in range(0, n, LANES):
+            number = _positive(product, bias, latents, openness, start, n, GATED, LANES)
+            n_reached += tl.sum((_bits(number) >= middle).to(tl.int32), 0)
+        low = tl.where(n_reached >= k, middle, low)
+        high = tl.where(n_reached >= k, high, middle)
+    return low, high
+
+
+@triton.jit
 def _chosen(bits, low, high, n_ties):  # pragma: no cover (compiled)
     """Which bits are above the bounds of `_cut`, or are among the first `n_ties` between them; number of the latter."""
     tie = (bits >= low) & (bits < high) & (bits > 0)
@@ -206,17 +223,8 @@ def choose_rows(  # pragma: no cover (compiled)
             tl.store(value + slot, number, mask=chosen)
             n_found += n_chosen
     if n_found > ROOM:
-        low = floor
         high = tl.max(_bits(lane), 0) + 1
-        n_reached = tl.full((), 0, tl.int32)
-        while (high - low > 1) & (n_reached != k):
-            middle = low + (high - low) // 2
-            n_reached = tl.full((), 0, tl.int32)
-            for start in range(0, n, LANES):
-                number = _positive(product, bias, latents, openness, start, n, GATED, LANES)
-                n_reached += tl.sum((_bits(number) >= middle).to(tl.int32), 0)
-            low = tl.where(n_reached >= k, middle, low)
-            high = tl.where(n_reached >= k, high, middle)
+        low, high = _cut_of_row(product, bias, latents, openness, floor, high, n, k, GATED, LANES)
         tl.debug_barrier()  # What is written above must not arrive after what is written below.
         n_ties = k  # With fewer than k numbers above them these fit in ROOM; cut_rows drops those too many.
         n_found = tl.full((), 0, tl.int32)

@@ -147,7 +147,6 @@ def choose(
         inputs, weights = x.bfloat16(), encoder.bfloat16() if low_encoder is None else low_encoder
     implementation = backend.implementation(x)
     candidates = _candidates(choice, len(x), bias, implementation)
-    slots = candidates.k if isinstance(candidates, _Slots) else None
     of_gpu = (_GPU_NUMBERS, _GPU_ROWS) if implementation == "triton" else ()
     buffer = inputs.new_empty(0)
     latents, live_bias, gathered = bias, bias, weights
@@ -170,16 +169,23 @@ def choose(
             gate = (openness, mask_row[rows]) if group.gated else None
             candidates.add(product[rows.start - start :], rows, live_bias, latents, gate)
     if isinstance(choice, LargestOfBatch) and choice.near > 0 and candidates.missing:
-        lower = replace(choice, near=0.0)
-        return choose(x, mask_row, ends, encoder, bias, groups, openness, lower, precision=precision, among=among)
+        lower, options = replace(choice, near=0.0), {"precision": precision, "among": among, "low_encoder": low_encoder}
+        return choose(x, mask_row, ends, encoder, bias, groups, openness, lower, **options)
+    entries = _entries(candidates, in_slots)
+    if not low:
+        return entries
+    exact = operations.dot_rows(x, entries.token, encoder, entries.latent) + bias[entries.latent]
+    return replace(entries, preactivation=exact.clamp(min=torch.finfo(x.dtype).tiny))
+
+
+def _entries(candidates: "_LargestOfTokens | _Slots | _Candidates", in_slots: bool) -> Entries:
     token, latent, preactivation = candidates.entries()
-    if isinstance(candidates, _Slots) and not in_slots:
-        entry = (latent >= 0).nonzero()[:, 0]
-        token, latent, preactivation, slots = token[entry], latent[entry], preactivation[entry], None
-    if low:
-        exact = operations.dot_rows(x, token, encoder, latent) + bias[latent]
-        preactivation = exact.clamp(min=torch.finfo(x.dtype).tiny)
-    return Entries(token, latent, preactivation, slots)
+    if not isinstance(candidates, _Slots):
+        return Entries(token, latent, preactivation)
+    if in_slots:
+        return Entries(token, latent, preactivation, candidates.k)
+    entry = (latent >= 0).nonzero()[:, 0]
+    return Entries(token[entry], latent[entry], preactivation[entry])
 
 
 def _candidates(
@@ -188,7 +194,7 @@ def _candidates(
     if isinstance(choice, LargestOfToken) and implementation == "numba":
         return _LargestOfTokens(choice.k, n_tokens, bias)
     if isinstance(choice, LargestOfToken) and implementation == "triton":
-        return _Slots(choice.k, n_tokens, bias)
+        return _Slots(min(choice.k, len(bias)), n_tokens, bias)
     return _Candidates(choice, n_tokens, bias)
 
 
