@@ -169,8 +169,13 @@ def choose(
             gate = (openness, mask_row[rows]) if group.gated else None
             candidates.add(product[rows.start - start :], rows, live_bias, latents, gate)
     if isinstance(choice, LargestOfBatch) and choice.near > 0 and candidates.missing:
-        lower, options = replace(choice, near=0.0), {"precision": precision, "among": among, "low_encoder": low_encoder}
-        return choose(x, mask_row, ends, encoder, bias, groups, openness, lower, **options)
+        lower = replace(choice, near=0.0)
+        return choose(
+            *(x, mask_row, ends, encoder, bias, groups, openness, lower),
+            precision=precision,
+            among=among,
+            low_encoder=low_encoder,
+        )
     entries = _entries(candidates, in_slots)
     if not low:
         return entries
