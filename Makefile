@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 DEV := .venv/.ready-dev
 
-.PHONY: run test test-all check audit bench docs results-pages second-model clean
+.PHONY: run test test-all check audit bench gpu-bench docs results-pages second-model clean
 
 run: $(READY)
 	$(BIN)/posmask run studies/quick.toml --jobs 2
@@ -31,6 +31,10 @@ audit: $(READY)
 # Benchmarks against other packages, which are installed in .bench/: about an hour, or minutes with QUICK=1 (main ratios).
 bench: $(DEV)
 	$(BIN)/python benchmarks/bench.py $(if $(QUICK),--quick) $(GROUPS)
+
+# Measure a training step on a CUDA GPU, in at most 8 minutes; REHEARSE=1 runs the script without one, at tiny shapes.
+gpu-bench: $(DEV)
+	$(BIN)/python benchmarks/gpu.py $(if $(REHEARSE),--rehearse)
 
 # Build the documentation in site/; a broken link is an error.
 docs: $(DEV)
@@ -62,7 +66,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 $(DEV): $(READY)
-	@echo "Adding packages for tests, checks and benchmarks: about 0.9 GB the first time."
+	@echo "Adding packages for tests, checks and benchmarks: about 1.9 GB the first time."
 	$(PIP) --editable '.[dev]'
 	@touch $@
 

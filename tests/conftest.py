@@ -1,10 +1,14 @@
 """Shared fixtures: a random three-layer model, toy texts, their vectors, and small settings of every mask and rule."""
 
+import importlib.util
 import os
 import warnings
+from types import SimpleNamespace
 
 # With several threads each, parallel test processes slow each other's loops down up to twentyfold.
 os.environ.setdefault("NUMBA_NUM_THREADS", "1")
+# Triton kernels run in its interpreter, on the CPU. Triton reads this when the kernels are imported.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from jaxtyping import install_import_hook
 
@@ -39,11 +43,47 @@ torch.set_num_threads(1)  # The tensors are so small that a second thread would 
 collect_ignore = ["interop/record_saebench.py", "interop/run_on_saebench.py", "reliability"]
 
 
-@pytest.fixture(params=["compiled", "torch operations"])
-def either_way(request, monkeypatch):
-    """Run the test with the compiled CPU loops and again with the torch operations of other devices."""
-    if request.param != "compiled":
-        monkeypatch.setattr(backend, "compiled", lambda tensor: False)
+@pytest.fixture(params=["numba", "torch", "triton"])
+def either_way(request):
+    """With the compiled loops of the CPU, with torch operations, and with the Triton kernels of GPUs."""
+    if request.param == "triton":
+        interpret_triton()
+    with backend.use(request.param):
+        yield
+
+
+@pytest.fixture
+def on_triton():
+    """Triton kernels compute on all tensors, in the interpreter."""
+    interpret_triton()
+    with backend.use("triton"):
+        yield
+
+
+def interpret_triton():
+    """Skip the test if Triton is not installed, and make its interpreter twice as fast.
+
+    At each call of a function of a kernel the interpreter replaces the language again; once per module is enough.
+    """
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed: pip install -e '.[gpu]'")
+    from triton.runtime import interpreter
+
+    replace_language = interpreter._patch_lang
+    if replace_language.__name__ == "once":
+        return
+    replaced = set()
+
+    def once(function):
+        if id(function.__globals__) in replaced:
+            return SimpleNamespace(restore=lambda: None)
+        replaced.add(id(function.__globals__))
+        scope = replace_language(function)
+        restore = scope.restore
+        scope.restore = lambda: (replaced.clear(), restore())
+        return scope
+
+    interpreter._patch_lang = once
 
 
 N_POSITIONS = 16

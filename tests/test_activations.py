@@ -1,4 +1,6 @@
+import itertools
 import shutil
+import threading
 
 import pytest
 import torch
@@ -7,6 +9,7 @@ from conftest import N_POSITIONS, make_texts
 from posmask.data import harvest as data_harvest
 from posmask.data.activations import Activations, evaluation_batches, training_batches
 from posmask.data.harvest import harvest
+from posmask.data.reading import read_ahead
 from posmask.data.sites import LanguageModel
 from posmask.data.tokens import pack, pad
 from posmask.errors import BadSetting, DamagedFolder, DegenerateResult, NothingToDo
@@ -213,3 +216,51 @@ def test_shard_size_changes_no_bit_and_model_batch_size_only_rounding(language_m
     assert torch.equal(small.vectors, expected.vectors)
     difference = float((other.vectors - expected.vectors).abs().max() / expected.vectors.abs().max())
     assert difference < 1e-5  # relative to the largest value: float32 sums in another order
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_tokens_are_read_shard_by_shard_and_returned_in_the_order_of_the_batch(
+    dtype, language_model, tokenizer, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(data_harvest, "_TOKENS_PER_SHARD", 100)
+    monkeypatch.setattr(data_harvest, "_TOKENS_PER_FORWARD", 48)
+    tokens = pack(make_texts(40), tokenizer, N_POSITIONS, 500)
+    activations = harvest(tokens, language_model, tmp_path / "a", {}, "test", dtype)
+    shards = [shard["vectors"] * shard["scale"][:, None] if dtype == "int8" else shard["vectors"]
+              for shard in activations._shards]  # fmt: skip
+    assert len(shards) > 3
+    index = torch.randperm(activations.n_tokens, generator=torch.Generator().manual_seed(0))[:50]
+    stored = activations.read(index)
+    assert stored.vectors.dtype == getattr(torch, dtype)
+    batch = stored.to(torch.device("cpu"))
+    assert torch.equal(batch.vectors, torch.cat(shards)[index])
+    assert torch.equal(batch.text, activations.text[index])
+
+
+def test_a_thread_reads_no_more_than_allowed_ahead_and_ends_with_the_iteration():
+    produced, wanted = [], threading.Event()
+
+    def items():
+        for number in itertools.count():
+            produced.append(number)
+            if number == 3:
+                wanted.set()
+            yield number
+
+    iterator = read_ahead(items(), 2)
+    assert next(iterator) == 0
+    assert wanted.wait(10)  # one returned, two ahead, one in the hands of the thread
+    assert produced == [0, 1, 2, 3]
+    iterator.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "read ahead"]
+
+
+def test_an_error_of_the_thread_is_raised_where_its_item_was_expected():
+    def items():
+        yield 1
+        raise OSError("the shard is gone")
+
+    iterator = read_ahead(items(), 2)
+    assert next(iterator) == 1
+    with pytest.raises(OSError, match="the shard is gone"):
+        next(iterator)

@@ -1,7 +1,9 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from posmask.kernels import operations, runtime
+from posmask.kernels import backend, operations, runtime
 
 
 def test_dictionary_products_equal_plain_loops(either_way):
@@ -87,3 +89,37 @@ def test_fast_float32_restores_the_setting():
     with runtime.fast_float32():
         pass
     assert torch.get_float32_matmul_precision() == before
+
+
+def test_tf32_is_not_used_on_cuda(monkeypatch):
+    monkeypatch.setattr(runtime, "float32_stays_float32", lambda: True)  # of the CPU
+    with runtime.fast_float32("cuda:0"):
+        assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize(
+    ("capability", "triton", "chosen", "reason"),
+    [
+        ((9, 0), True, "triton", ""),
+        ((8, 0), True, "triton", ""),
+        ((7, 5), True, "torch", "need CUDA capability 8.0, and cuda:0 has 7.5."),
+        ((9, 0), False, "torch", "Triton is not installed: pip install 'posmask[gpu]'."),
+    ],
+)
+def test_a_gpu_uses_triton_if_it_can_and_says_once_why_not(capability, triton, chosen, reason, monkeypatch, capsys):
+    backend._triton_runs_on.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: triton or None)
+    tensor = SimpleNamespace(device=torch.device("cuda:0"), get_device=lambda: 0)
+    assert [backend.implementation(tensor) for _ in range(2)] == [chosen, chosen]
+    said = capsys.readouterr().err
+    assert said.count("\n") == bool(reason)
+    assert said.endswith(f"{reason}\n" if reason else "")
+    backend._triton_runs_on.cache_clear()
+
+
+def test_the_choice_depends_on_the_device():
+    assert backend.implementation(torch.ones(1)) == "numba"
+    assert backend.implementation(torch.ones(1, device="meta")) == "torch"
+    with backend.use("torch"):
+        assert backend.implementation(torch.ones(1)) == "torch"

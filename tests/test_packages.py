@@ -32,7 +32,7 @@ def test_imported_packages_are_declared():
     declared = names(PROJECT["dependencies"]).union(*(names(PROJECT["optional-dependencies"][x]) for x in USERS_EXTRAS))
     for path, text in SOURCES.items():
         for module in set(imported(text)) - set(sys.stdlib_module_names) - {"posmask"}:
-            packages_of_module = {name.lower().replace("_", "-") for name in packages[module]}
+            packages_of_module = {name.lower().replace("_", "-") for name in packages.get(module, [module])}
             assert packages_of_module & declared, (
                 f"{path.name} imports {module} of {packages_of_module}, which pyproject.toml does not declare"
             )

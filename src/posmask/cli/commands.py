@@ -194,6 +194,7 @@ def train_distributed(
     import os
     from contextlib import nullcontext
 
+    import torch
     import torch.distributed as dist
 
     from posmask.progress import no_progress
@@ -207,6 +208,8 @@ def train_distributed(
         )
     settings = read_study(study_file, changes or ())
     root = root or Path("runs") / settings.name
+    if settings.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # each process of a machine has a GPU of its own
     dist.init_process_group("nccl" if settings.device.startswith("cuda") else "gloo")
     is_first = dist.get_rank() == 0
     try:

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_file
 from torch import Tensor
 
+from posmask.data.reading import read_ahead
 from posmask.errors import BadSetting, DegenerateResult, NothingToDo
 from posmask.masks.base import PositionOrigin
 from posmask.seeds import generator
@@ -33,6 +34,7 @@ __all__ = [
 ]
 
 _SHARDS_PER_WINDOW = 512
+_BATCHES_AHEAD = 2
 StorageDtype = Literal["model", "float32", "bfloat16", "int8"]
 """Precision of vectors on disk; `model` is the precision in which the model computes."""
 
@@ -76,6 +78,31 @@ class Batch:
     def kept(self) -> "Batch":
         """The tokens with `keep` True."""
         return self.select(self.keep)
+
+
+@dataclass(frozen=True)
+class StoredTokens:
+    """Tokens as they are stored, with their vectors in the order of shards.
+
+    Attributes:
+        vectors: [token d_model].
+        scale: the factor of each vector; None for 1.
+        place: the row of each token's vector, in the order of the batch.
+        fields: the other fields of a `Batch`, in the order of the batch.
+    """
+
+    vectors: Tensor
+    scale: Tensor | None
+    place: Int[Tensor, " token"]
+    fields: tuple[Tensor, ...]
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device, which orders and scales the vectors."""
+        place, *fields = (tensor.to(device, non_blocking=True) for tensor in (self.place, *self.fields))
+        vectors = self.vectors.to(device, non_blocking=True)[place]
+        if self.scale is not None:
+            vectors = vectors * self.scale.to(device, non_blocking=True)[place, None]
+        return Batch(vectors, *fields)
 
 
 class Activations:
@@ -150,15 +177,31 @@ class Activations:
 
     def batch(self, index: Int[Tensor, " token"]) -> Batch:
         """The tokens with these indices, in this order."""
+        return self.read(index).to(torch.device("cpu"))
+
+    def read(self, index: Int[Tensor, " token"], *, pin_memory: bool = False) -> "StoredTokens":
+        """Read the tokens with these indices as they are stored, shard by shard.
+
+        Args:
+            pin_memory: read into page-locked memory, which a GPU copies while the host goes on.
+        """
         shard_of = torch.searchsorted(self._ends, index, right=True)
-        stored = self._stored
-        vectors = torch.empty(len(index), self.d_model, dtype=torch.float32 if stored == torch.int8 else stored)
-        for number in shard_of.unique().tolist():
-            rows = (shard_of == number).nonzero()[:, 0]
-            offset, shard = index[rows] - self._starts[number], self._shards[number]
-            values = shard["vectors"][offset]
-            vectors[rows] = values * shard["scale"][offset, None] if stored == torch.int8 else values
-        return Batch(vectors, *(getattr(self, name)[index] for name in _FIELDS))
+        order = torch.sort(shard_of, stable=True).indices
+        vectors = torch.empty(len(index), self.d_model, dtype=self._stored, pin_memory=pin_memory)
+        scale = torch.empty(len(index), pin_memory=pin_memory) if self._stored == torch.int8 else None
+        end = 0
+        for number, count in zip(*(part.tolist() for part in shard_of.unique(return_counts=True)), strict=True):
+            start, end = end, end + count
+            offset, shard = index[order[start:end]] - self._starts[number], self._shards[number]
+            torch.index_select(shard["vectors"], 0, offset, out=vectors[start:end])
+            if scale is not None:
+                scale[start:end] = shard["scale"][offset]
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order))
+        fields = [getattr(self, name)[index] for name in _FIELDS]
+        if pin_memory:
+            place, *fields = (tensor.pin_memory() for tensor in (place, *fields))
+        return StoredTokens(vectors, scale, place, tuple(fields))
 
     def shuffled(self, kept: Int[Tensor, " token"], random: torch.Generator) -> Int[Tensor, " token"]:
         """The order of one epoch over the tokens with these sorted indices; see `training_batches`."""
@@ -222,6 +265,7 @@ def training_batches(
     *,
     after: int = 0,
     token_indices: Callable[[Int[Tensor, " token"]], Int[Tensor, " selected"]] | None = None,
+    device: torch.device | None = None,
 ) -> Iterator[Batch]:
     """Iterate over random batches of kept tokens: each token at most once per epoch, in a new order each epoch.
 
@@ -238,6 +282,7 @@ def training_batches(
         after: number of batches to skip.
         token_indices: given the positions of a batch's tokens, returns the indices of the tokens to read, for
             processes that share each batch; None reads all.
+        device: of the batches. For a CUDA device a thread reads two batches ahead into page-locked memory.
 
     Raises:
         NothingToDo: there are fewer kept tokens than one batch.
@@ -249,15 +294,29 @@ def training_batches(
         raise NothingToDo(
             f"batch_tokens = {batch_tokens:,} is more than the {len(kept):,} kept tokens: lower it, or harvest more"
         )
+    indices = _batch_indices(activations, kept, batch_tokens, range(after, after + n_batches), seed)
+    if token_indices is not None:
+        indices = (index[token_indices(activations.position[index])] for index in indices)
+    if device is None or device.type != "cuda":
+        batches = (activations.batch(index) for index in indices)
+        yield from batches if device is None else (batch.to(device) for batch in batches)
+        return
+    for tokens in read_ahead((activations.read(index, pin_memory=True) for index in indices), _BATCHES_AHEAD):
+        yield tokens.to(device)
+
+
+def _batch_indices(
+    activations: Activations, kept: Int[Tensor, " token"], batch_tokens: int, numbers: range, seed: int
+) -> Iterator[Int[Tensor, " index"]]:
+    """The token indices of the batches with these numbers, see `training_batches`."""
     random = generator(seed, "batches")
     batches_per_epoch = len(kept) // batch_tokens
     order = kept
-    for number in range(after + n_batches):
+    for number in range(numbers.stop):
         batch_in_epoch = number % batches_per_epoch
         if batch_in_epoch == 0:
             order = activations.shuffled(kept, random)
-        if number < after:
+        if number < numbers.start:
             continue
         index = order[batch_in_epoch * batch_tokens : (batch_in_epoch + 1) * batch_tokens]
-        index = index[torch.sort(activations.position[index], stable=True).indices]
-        yield activations.batch(index if token_indices is None else index[token_indices(activations.position[index])])
+        yield index[torch.sort(activations.position[index], stable=True).indices]

@@ -99,7 +99,7 @@ class LanguageModel:
         inputs = torch.cat([torch.zeros_like(rows[:1]), rows]).to(head.weight)
         for norm in norms[-1:]:  # Some models have no final norm.
             inputs = norm(inputs)
-        with fast_float32():
+        with fast_float32(inputs.device):
             logits = head(inputs).float()
         return logits[1:] - logits[:1]
 
@@ -144,7 +144,7 @@ class LanguageModel:
             BadSetting: the site is a sublayer, and the layer is not the sum of its input and two of its parts.
         """
         ids = ids.to(self.device)
-        with contextlib.suppress(_Stop), fast_float32():
+        with contextlib.suppress(_Stop), fast_float32(self.device):
             self._hook_sublayer(ids)
             self._body(input_ids=ids, use_cache=False)
         assert self._caught is not None
@@ -163,7 +163,7 @@ class LanguageModel:
             BadSetting: as `vectors`.
         """
         ids = ids.to(self.device)
-        with fast_float32():
+        with fast_float32(self.device):
             self._hook_sublayer(ids)
             self._replacement = vectors.to(self.device)
             for block in self._skipped:

@@ -291,7 +291,9 @@ def forgetting(
             measures.extend(retention(mass, special, after=steps[done]))
 
     continued = settings.model_copy(update={"n_steps": max(steps), "decay_fraction": 0.0})
-    batches = training_batches(data.training, continued.batch_tokens, continued.n_steps, seed)
+    batches = training_batches(
+        data.training, continued.batch_tokens, continued.n_steps, seed, device=open_sae.encoder.device
+    )
     loop.train(open_sae, batches, continued, f"{label} without its mask", measure_retention)
     return measures
 

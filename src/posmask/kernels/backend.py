@@ -1,10 +1,67 @@
-"""The choice between compiled CPU loops and torch operations."""
+"""The choice between compiled CPU loops, Triton kernels and torch operations."""
 
+import contextlib
+import importlib.util
+from collections.abc import Iterator
+from functools import cache
+from typing import Literal
+
+import torch
 from torch import Tensor
 
-__all__ = ["compiled"]
+from posmask.progress import announce
+
+__all__ = ["Implementation", "implementation", "use"]
+
+Implementation = Literal["numba", "triton", "torch"]
+
+_LEAST_CAPABILITY = (8, 0)  # of a CUDA device, for the Triton kernels: the first with bfloat16 products
+_forced: Implementation | None = None
 
 
-def compiled(tensor: Tensor) -> bool:
-    """Whether the compiled loops run on this tensor: it is on the CPU. If not, torch operations do the same."""
-    return tensor.device.type == "cpu"
+def implementation(tensor: Tensor) -> Implementation:
+    """What computes on this tensor: "numba" on the CPU, "triton" on a CUDA device if possible, else "torch"."""
+    if _forced is not None:
+        return _forced
+    if tensor.device.type == "cpu":
+        return "numba"
+    if tensor.device.type == "cuda" and _triton_runs_on(tensor.get_device()):
+        return "triton"
+    return "torch"
+
+
+@contextlib.contextmanager
+def use(name: Implementation) -> Iterator[None]:
+    """Use one implementation for all tensors, for tests.
+
+    Triton kernels run on CPU tensors only if TRITON_INTERPRET=1 was set before they were imported.
+    """
+    global _forced
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+@cache
+def _triton_runs_on(index: int) -> bool:
+    """Whether the Triton kernels run on a CUDA device; the reason if not is printed once."""
+    capability = torch.cuda.get_device_capability(index)
+    if torch.version.hip is not None:
+        reason = "the Triton kernels are not tested on AMD GPUs"
+    elif capability < _LEAST_CAPABILITY:
+        reason = (
+            f"the Triton kernels need CUDA capability {_text(_LEAST_CAPABILITY)}, and cuda:{index} has "
+            f"{_text(capability)}"
+        )
+    elif importlib.util.find_spec("triton") is None:
+        reason = "Triton is not installed: pip install 'posmask[gpu]'"
+    else:
+        return True
+    announce(f"cuda:{index} uses torch operations, which are slower than Triton kernels: {reason}.")
+    return False
+
+
+def _text(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))

@@ -2,8 +2,12 @@
 
 Active codes are entries (token, latent), grouped by token in the order of tokens. Products with the dictionary in both
 directions use these entries alone, so their cost does not grow with d_sae. Each function runs the compiled loops of
-`cpu` where `backend.compiled` allows it, and torch operations elsewhere.
+`cpu`, the Triton kernels of `triton_rows` or torch operations, as `backend.implementation` says.
+
+Triton kernels also take empty entries, whose latent is -1: they are part of no sum, and their products are 0.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +15,7 @@ from torch import Tensor
 
 from posmask.kernels import backend, cpu
 
-__all__ = ["Grouped", "centered", "dot_rows", "explain", "unit_rows_"]
+__all__ = ["Grouped", "add_at_", "centered", "counts", "dot_rows", "explain", "unit_rows_"]
 
 
 def centered(vectors: Tensor, order: Tensor | None, center: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
@@ -25,7 +29,7 @@ def centered(vectors: Tensor, order: Tensor | None, center: Tensor, scale: Tenso
         bias: [d_model].
     """
     vectors, center, scale = (tensor.to(bias.dtype) for tensor in (vectors, center, scale))
-    if backend.compiled(vectors):
+    if backend.implementation(vectors) == "numba":
         out = torch.empty(vectors.shape, dtype=bias.dtype)
         rows = torch.empty(0, dtype=torch.int64) if order is None else order
         arrays = (vectors.contiguous().numpy(), rows.numpy(), center.contiguous().numpy(), scale.numpy()[()])
@@ -36,7 +40,7 @@ def centered(vectors: Tensor, order: Tensor | None, center: Tensor, scale: Tenso
 
 def unit_rows_(table: Tensor) -> None:
     """Scale each row to unit norm, in place; rows of zeros stay zero."""
-    if backend.compiled(table):
+    if backend.implementation(table) == "numba":
         cpu.normalize_rows(table.numpy())
     else:
         norms = table.norm(dim=1, keepdim=True)
@@ -52,15 +56,50 @@ def dot_rows(rows: Tensor, row: Tensor, table: Tensor, latent: Tensor) -> Tensor
         table: [latent d].
         latent: [entry].
     """
-    if backend.compiled(rows):
-        out = rows.new_empty(len(latent))
-        cpu.dot_rows(rows.numpy(), row.numpy(), table.numpy(), latent.numpy(), out.numpy())
-        return out
+    match backend.implementation(rows):
+        case "numba":
+            out = rows.new_empty(len(latent))
+            cpu.dot_rows(rows.numpy(), row.numpy(), table.numpy(), latent.numpy(), out.numpy())
+            return out
+        case "triton":
+            return _triton().dot_rows(rows, row, table, latent)
     return torch.einsum("ed,ed->e", rows[row], table[latent])
 
 
+def counts(key: Tensor, n_keys: int) -> Tensor:
+    """The number of entries of each key; [key]. Unlike `torch.bincount` it does not make the host wait for a GPU.
+
+    Args:
+        key: [entry], each in 0 .. n_keys - 1.
+        n_keys: the number of keys.
+    """
+    if key.device.type == "cpu":
+        return torch.bincount(key, minlength=n_keys)
+    return key.new_zeros(n_keys).index_add_(0, key, torch.ones_like(key))
+
+
+def add_at_(total: Tensor, index: Tensor, value: Tensor) -> None:
+    """total[index[e]] += value[e] for each entry e, in place, in an order that is the same in every run.
+
+    Args:
+        total: [n].
+        index: [entry].
+        value: [entry].
+    """
+    if total.device.type == "cpu":
+        total.index_add_(0, index, value)
+    else:  # index_add_ of CUDA adds in any order.
+        total.index_put_((index,), value, accumulate=True)
+
+
 def explain(
-    target: Tensor, token: Tensor, latent: Tensor, value: Tensor, table: Tensor, level: Tensor | None = None
+    target: Tensor,
+    token: Tensor,
+    latent: Tensor,
+    value: Tensor,
+    table: Tensor,
+    level: Tensor | None = None,
+    slots: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Subtract the reconstruction by the entries from a target, and project the rest on each entry's latent.
 
@@ -78,23 +117,35 @@ def explain(
         value: [entry].
         table: [latent d].
         level: [latent], the number of the first part that has the latent.
+        slots: the number of entries of each token if all tokens have the same number; Triton kernels use it.
 
     Returns:
         left [part token d], along [entry].
     """
     n_parts = 1 if level is None else int(level.max()) + 1
-    if backend.compiled(target):
+    chosen = backend.implementation(target)
+    if chosen == "numba":
         left, along = target.new_empty(n_parts, *target.shape), target.new_empty(len(latent))
         first = _first_of_each(token, len(target))
         levels = latent[:0] if level is None else level
         tensors = (target, first, latent, value, table, levels, left, along)
         cpu.explain(*(tensor.numpy() for tensor in tensors))
         return left, along
+    if chosen == "triton" and level is None and slots is not None and slots <= _triton().MOST_SLOTS:
+        left, along = _triton().explain_rows(target, latent.view(-1, slots), value.view(-1, slots), table)
+        return left[None], along.flatten()
     row = token if level is None else level[latent] * len(target) + token
     by_level = Grouped(row, n_parts * len(target)).sum_rows(-value, table, latent).view(n_parts, *target.shape)
     by_level[0] += target
     left = by_level.cumsum(0).flip(0).cumsum(0).flip(0)
     return left, dot_rows(left.flatten(0, 1), row, table, latent)
+
+
+def _triton() -> Any:
+    """The module of Triton kernels; triton is an optional package."""
+    from posmask.kernels import triton_rows
+
+    return triton_rows
 
 
 def _first_of_each(key: Tensor, n_keys: int) -> Tensor:
@@ -111,19 +162,20 @@ class Grouped:
         order: [entry] indices of the entries, sorted stably by key.
 
     Args:
-        key: [entry], each in 0 .. n_keys - 1.
+        key: [entry], each in 0 .. n_keys - 1, or -1 for empty entries.
         n_keys: the number of keys.
     """
 
     def __init__(self, key: Tensor, n_keys: int) -> None:
         self._key = key
         self._n_keys = n_keys
-        if backend.compiled(key):
+        self._implementation = backend.implementation(key)
+        if self._implementation == "numba":
             order, first = cpu.count_sort(key.numpy(), n_keys)
             self.order, self._first = torch.from_numpy(order), torch.from_numpy(first)
         else:
-            ordered, self.order = torch.sort(key, stable=True)
-            self._first = _first_of_each(ordered, n_keys)
+            self._ordered, self.order = torch.sort(key, stable=True)
+            self._first = _first_of_each(self._ordered, n_keys)
 
     def sum_rows(
         self, weight: Tensor, table: Tensor, index: Tensor, out: Tensor | None = None, *, add: bool = False
@@ -139,7 +191,10 @@ class Grouped:
         """
         if out is None:
             out = table.new_empty(self._n_keys, table.shape[1])
-        if backend.compiled(table):
+        if self._implementation == "triton":
+            _triton().sum_rows(weight, table, index, self.order, self._ordered, self._first, out, add)
+            return out
+        if self._implementation == "numba":
             arrays = (weight.numpy(), table.numpy(), index.numpy(), self.order.numpy(), self._first.numpy())
             cpu.sum_rows(*arrays, out.numpy(), not add)
             return out
@@ -154,4 +209,8 @@ class Grouped:
         Args:
             weight: [entry].
         """
-        return weight.new_zeros(self._n_keys).index_add_(0, self._key, weight)
+        if self._implementation == "triton":
+            return _triton().sum_entries(weight, self.order, self._first)
+        total = weight.new_zeros(self._n_keys)
+        add_at_(total, self._key, weight)
+        return total

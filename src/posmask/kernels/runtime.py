@@ -27,14 +27,18 @@ Precision = Literal["float32", "bfloat16"]
 
 
 @contextlib.contextmanager
-def fast_float32() -> Iterator[None]:
-    """Use oneDNN's kernels for float32 products if they keep float32 precision on this CPU.
+def fast_float32(device: torch.device | str = "cpu") -> Iterator[None]:
+    """Use the fastest kernels that keep float32 precision for float32 products on a device.
+
+    On the CPU these are oneDNN's, if they keep it. On other devices they are torch's default kernels: the setting that
+    chooses oneDNN's kernels also permits TF32 on CUDA, which rounds to 10 bits.
 
     torch uses MKL's kernels by default, which run at about half the speed on AMD processors. The setting that changes
     this also permits bfloat16 products on processors with AMX, so the error is checked once per process.
     """
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium" if float32_stays_float32() else "highest")
+    on_cpu = torch.device(device).type == "cpu"
+    torch.set_float32_matmul_precision("medium" if on_cpu and float32_stays_float32() else "highest")
     try:
         yield
     finally:

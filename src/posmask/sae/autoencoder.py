@@ -228,7 +228,7 @@ class SparseAutoencoder(nn.Module):
         entries = [(mask_row[:0], mask_row[:0], x.new_zeros(0))]
         for rows, group in pieces(groups, inputs.ends):
             latents = group.latents
-            with runtime.fast_float32():
+            with runtime.fast_float32(x.device):
                 preactivation = x[rows] @ self.encoder[latents].T + self.encoder_bias[latents]
             openness = table[:, latents][mask_row[rows]] if table is not None and group.gated else None
             codes = self.rule.codes(preactivation, openness, lambda parameter, latents=latents: parameter[latents])

@@ -1,8 +1,9 @@
 """Selection of the active latents: the encoder's product for live latents only, and the choice among its values.
 
 The product is computed in pieces, each for tokens of one live group and small enough to stay in the processor's cache
-until the choice is made; the product of a whole batch never exists. On the CPU the choice is compiled by numba; on
-other devices it uses torch operations.
+until the choice is made; the product of a whole batch never exists. Triton kernels take larger pieces, so that the GPU
+reads the weights once. `kernels.backend` says whether loops compiled by numba, Triton kernels or torch operations make
+the choice.
 """
 
 from collections.abc import Iterator, Sequence
@@ -65,6 +66,9 @@ class Entries:
     latent: Tensor
     preactivation: Tensor
     """x . encoder + bias, above 0, before the gate."""
+    slots: int | None = None
+    """The number of entries of each token if all have the same number. Some of them may be empty, with latent -1 and a
+    preactivation that means nothing."""
 
 
 def in_group_order(groups: Sequence[LiveGroup], mask_row: Tensor) -> tuple[Tensor | None, list[int]]:
@@ -79,32 +83,39 @@ def in_group_order(groups: Sequence[LiveGroup], mask_row: Tensor) -> tuple[Tenso
     if len(groups) == 1:
         return None, [len(mask_row)]
     positions = torch.cat([group.positions for group in groups])
-    sizes = torch.tensor([len(group.positions) for group in groups], device=mask_row.device)
+    numbers = [torch.full_like(group.positions, number) for number, group in enumerate(groups)]
     group_of_row = torch.empty_like(positions)
-    group_of_row[positions] = torch.arange(len(groups), device=mask_row.device).repeat_interleave(sizes)
+    group_of_row[positions] = torch.cat(numbers)
     group_of_token = group_of_row[mask_row]
-    ends = torch.bincount(group_of_token, minlength=len(groups)).cumsum(0).tolist()
-    if bool((group_of_token[1:] >= group_of_token[:-1]).all()):
+    ends = operations.counts(group_of_token, len(groups)).cumsum(0)
+    is_sorted = (group_of_token[1:] >= group_of_token[:-1]).all()
+    *ends, is_sorted = torch.cat([ends, is_sorted[None]]).tolist()  # one transfer from a GPU
+    if is_sorted:
         return None, ends
     return torch.sort(group_of_token.to(torch.int16), stable=True).indices, ends
 
 
-def pieces(groups: Sequence[LiveGroup], ends: Sequence[int], numbers: int = 2**20) -> Iterator[tuple[slice, LiveGroup]]:
+def pieces(
+    groups: Sequence[LiveGroup], ends: Sequence[int], numbers: int = 2**20, most_rows: int | None = None
+) -> Iterator[tuple[slice, LiveGroup]]:
     """Slices of tokens of one group each, so small that their product with the live latents stays in the cache.
 
     Args:
         groups: live groups.
         ends: end of each group's tokens (see `in_group_order`).
         numbers: number of values of a product, [token live].
+        most_rows: the largest number of tokens in a piece; None for no limit.
     """
     for group, start, end in zip(groups, [0, *ends[:-1]], ends, strict=True):
         live = group.latents.stop - group.latents.start if isinstance(group.latents, slice) else len(group.latents)
         step = max(_LEAST_ROWS, numbers // max(live, 1) // 64 * 64)
+        step = step if most_rows is None else min(step, most_rows)
         for first in range(start, end, step):
             yield slice(first, min(end, first + step)), group
 
 
 _LEAST_ROWS = 256  # with fewer tokens the product is slower
+_GPU_NUMBERS, _GPU_ROWS = 2**28, 4096  # of a piece for Triton kernels: 512 MB of bfloat16
 
 
 @dataclass(frozen=True)
@@ -131,12 +142,14 @@ class GatedEncoder:
         bias: [latent].
         groups: live groups; only their latents are computed.
         openness: the mask's table, [row latent].
+        low_weight: the weight in bfloat16, which saves the conversion for products in that precision.
     """
 
     weight: Tensor
     bias: Tensor
     groups: Sequence[LiveGroup]
     openness: Tensor
+    low_weight: Tensor | None = None
 
 
 def choose(
@@ -146,6 +159,7 @@ def choose(
     *,
     precision: runtime.Precision = "float32",
     among: Tensor | None = None,
+    in_slots: bool = False,
 ) -> Entries:
     """The entries that `choice` selects by openness * relu(x . encoder + bias) among the live latents of each token.
 
@@ -157,27 +171,45 @@ def choose(
         choice: what to choose.
         precision: of the product; with bfloat16 the pre-activations of the chosen entries are recomputed in full.
         among: the latents to choose among, [latent] bool; None for all.
+        in_slots: whether entries may be in slots, see `Entries.slots`. Finding the empty ones makes the host wait for a
+            GPU.
     """
     low = precision == "bfloat16" and inputs.x.dtype == torch.float32
-    candidates = _candidates(choice, inputs, encoder)
-    with runtime.fast_float32():
-        for rows, live, product in _products(inputs, encoder, among, low=low):
+    implementation = backend.implementation(inputs.x)
+    candidates = _candidates(choice, inputs, encoder, implementation)
+    with runtime.fast_float32(inputs.x.device):
+        for rows, live, product in _products(inputs, encoder, among, implementation, low=low):
             gate = (encoder.openness, inputs.mask_row[rows]) if live.gated else None
             candidates.add(product, rows, live.bias, live.latents, gate)
     if isinstance(choice, LargestOfBatch) and choice.near > 0 and candidates.missing:
-        return choose(inputs, encoder, replace(choice, near=0.0), precision=precision, among=among)
+        lower = replace(choice, near=0.0)
+        return choose(inputs, encoder, lower, precision=precision, among=among, in_slots=in_slots)
+    entries = _entries(candidates, in_slots)
+    if not low:
+        return entries
+    exact = operations.dot_rows(inputs.x, entries.token, encoder.weight, entries.latent) + encoder.bias[entries.latent]
+    return replace(entries, preactivation=exact.clamp(min=torch.finfo(inputs.x.dtype).tiny))
+
+
+def _entries(candidates: "_LargestOfTokens | _Slots | _Candidates", in_slots: bool) -> Entries:
     token, latent, preactivation = candidates.entries()
-    if low:
-        preactivation = (operations.dot_rows(inputs.x, token, encoder.weight, latent) + encoder.bias[latent]).clamp(
-            min=torch.finfo(inputs.x.dtype).tiny
-        )
-    return Entries(token, latent, preactivation)
+    if not isinstance(candidates, _Slots):
+        return Entries(token, latent, preactivation)
+    if in_slots:
+        return Entries(token, latent, preactivation, candidates.k)
+    entry = (latent >= 0).nonzero()[:, 0]
+    return Entries(token[entry], latent[entry], preactivation[entry])
 
 
-def _candidates(choice: Choice, inputs: GroupedInputs, encoder: GatedEncoder) -> "_LargestOfTokens | _Candidates":
-    if isinstance(choice, LargestOfToken) and backend.compiled(inputs.x):
-        return _LargestOfTokens(choice.k, len(inputs.x), encoder.bias)
-    return _Candidates(choice, len(inputs.x), encoder.bias)
+def _candidates(
+    choice: Choice, inputs: GroupedInputs, encoder: GatedEncoder, implementation: backend.Implementation
+) -> "_LargestOfTokens | _Slots | _Candidates":
+    n_tokens, bias = len(inputs.x), encoder.bias
+    if isinstance(choice, LargestOfToken) and implementation == "numba":
+        return _LargestOfTokens(choice.k, n_tokens, bias)
+    if isinstance(choice, LargestOfToken) and implementation == "triton":
+        return _Slots(min(choice.k, len(bias)), n_tokens, bias)
+    return _Candidates(choice, n_tokens, bias)
 
 
 @dataclass(frozen=True)
@@ -191,17 +223,25 @@ class _LiveLatents:
 
 
 def _products(
-    inputs: GroupedInputs, encoder: GatedEncoder, among: Tensor | None, *, low: bool
+    inputs: GroupedInputs,
+    encoder: GatedEncoder,
+    among: Tensor | None,
+    implementation: backend.Implementation,
+    *,
+    low: bool,
 ) -> Iterator[tuple[slice, _LiveLatents, Tensor]]:
     """The tokens, the live latents and the product x . encoder of each piece, in bfloat16 where `low`.
 
     A product may have more rows and columns than the piece, and is valid until the next one is computed.
     """
-    x, weight = (inputs.x.bfloat16(), encoder.weight.bfloat16()) if low else (inputs.x, encoder.weight)
+    x, weight = inputs.x, encoder.weight
+    if low:
+        x, weight = x.bfloat16(), weight.bfloat16() if encoder.low_weight is None else encoder.low_weight
     buffer = x.new_empty(0)
     last: LiveGroup | None = None
     live: _LiveLatents | None = None
-    for rows, group in pieces(encoder.groups, inputs.ends):
+    piece_size = (_GPU_NUMBERS, _GPU_ROWS) if implementation == "triton" else ()
+    for rows, group in pieces(encoder.groups, inputs.ends, *piece_size):
         if live is None or group is not last:
             live, last = _live_latents(weight, encoder.bias, group, among), group
         if not len(live.latents):
@@ -260,6 +300,40 @@ class _LargestOfTokens:
         return torch.from_numpy(token), torch.from_numpy(latent), torch.from_numpy(preactivation)
 
 
+class _Slots:
+    """The k largest values of each token, written by Triton kernels into slots; the last slots of a token may be empty.
+
+    The table is on the device, and the host does not wait for it.
+    """
+
+    missing = False
+
+    def __init__(self, k: int, n_tokens: int, bias: Tensor) -> None:
+        self.k = k
+        self._latent = torch.full((n_tokens, k), -1, dtype=torch.int64, device=bias.device)
+        self._preactivation = bias.new_zeros(n_tokens, k)
+
+    def add(
+        self, product: Tensor, rows: slice, bias: Tensor, latents: Tensor, gate: tuple[Tensor, Tensor] | None
+    ) -> None:
+        """Choose from a piece; arguments as in `_Candidates.add`."""
+        product = product[: rows.stop - rows.start, : len(latents)]
+        _triton().largest_of_rows(product, bias, latents, gate, self._latent[rows], self._preactivation[rows])
+
+    def entries(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(token, latent, preactivation) of all slots."""
+        n_tokens, k = self._latent.shape
+        token = torch.arange(n_tokens, device=self._latent.device).repeat_interleave(k, output_size=n_tokens * k)
+        return token, self._latent.flatten(), self._preactivation.flatten()
+
+
+def _triton() -> Any:
+    """The module of Triton kernels; triton is an optional package."""
+    from posmask.kernels import triton_selection
+
+    return triton_selection
+
+
 class _Candidates:
     """The entries chosen so far, for every choice and device."""
 
@@ -285,10 +359,14 @@ class _Candidates:
             gate: (openness of all latents by row of the mask's table, that row per token); None if ungated.
         """
         n_rows = rows.stop - rows.start
-        if backend.compiled(product):
-            entries = _take_above(product, n_rows, bias, latents, gate, self._floor)
-        else:
-            entries = _take(product[:n_rows, : len(latents)], bias, latents, gate, self._choice, self._floor)
+        match backend.implementation(product):
+            case "numba":
+                entries = _take_above(product, n_rows, bias, latents, gate, self._floor)
+            case "triton":
+                live = product[:n_rows, : len(latents)]
+                entries = _triton().above_floor(live, bias, latents, gate, self._floor)
+            case "torch":
+                entries = _take(product[:n_rows, : len(latents)], bias, latents, gate, self._choice, self._floor)
         row, *rest = entries
         self._entries.append((row + rows.start, *rest))
         if self._wanted is not None and self._n_entries > 2 * self._wanted:

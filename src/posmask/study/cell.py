@@ -54,6 +54,7 @@ def train_cell(
         target.seed,
         after=n_steps_of_source + checkpoints.done,
         token_indices=None if processes is None else processes.token_indices,
+        device=sae.encoder.device,
     )
     track = study.track if processes is None or processes.leads else None
     with curve_writer(track, target.root, study.name, target.label, target.made_from) as write:

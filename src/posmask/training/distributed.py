@@ -42,9 +42,9 @@ class SingleProcess:
         """Combine a step over the processes, and set the gradients of `sae` to those of the whole batch."""
         return step
 
-    def clip_gradients_(self, sae: SparseAutoencoder, parameters: list[nn.Parameter], max_norm: float) -> None:
-        """Scale gradients down to `max_norm`, the norm over the parameters of all processes."""
-        torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    def gradient_norm(self, sae: SparseAutoencoder, parameters: list[nn.Parameter]) -> Tensor:
+        """The norm of the gradients over the parameters of all processes."""
+        return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
     def totals(self, *values: float) -> list[float]:
         """Each value summed over the processes."""
@@ -103,7 +103,8 @@ class Distributed(SingleProcess):
 
     def totals(self, *values: float) -> list[float]:
         """Each value summed over the processes."""
-        return self._sum_(torch.tensor(values, dtype=torch.float64)).tolist()
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"  # nccl sums no tensors of the CPU
+        return self._sum_(torch.tensor(values, dtype=torch.float64, device=device)).tolist()
 
     def leader_decision(self, decision: bool) -> bool:
         """The decision of the leading process."""
@@ -199,14 +200,14 @@ class ByPosition(Distributed):
         self._sum_(sae.decoder_bias.grad)
         return step
 
-    def clip_gradients_(self, sae: SparseAutoencoder, parameters: list[nn.Parameter], max_norm: float) -> None:
-        """Scale gradients down to `max_norm`, the norm over the latents of all processes and the decoder bias."""
+    def gradient_norm(self, sae: SparseAutoencoder, parameters: list[nn.Parameter]) -> Tensor:
+        """The norm of the gradients over the latents of all processes and the decoder bias."""
         norms = [
             torch.linalg.vector_norm(parameter.grad) for parameter in parameters if parameter is not sae.decoder_bias
         ]
         of_latents = self._sum_(torch.stack(norms).square().sum())
         of_shared = torch.linalg.vector_norm(sae.decoder_bias.grad).square()
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, (of_latents + of_shared).sqrt())
+        return (of_latents + of_shared).sqrt()
 
     def full_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The training state of all latents, gathered from all processes."""
@@ -255,7 +256,7 @@ def _owners(
     mask = sae.mask
     if why := why_undivided(mask):
         raise BadSetting(why)
-    live = mask.live() > 0
+    live = mask.live().cpu() > 0
     n_groups, group = position_groups(mask)
     if n_groups < n_processes:
         raise BadSetting(
@@ -284,13 +285,14 @@ def why_undivided(mask: PositionMask) -> str | None:
 
 def position_groups(mask: PositionMask) -> tuple[int, Int[Tensor, " position"]]:
     """Count the groups of positions that share no latent, and return the group of each position."""
-    live = mask.live()
+    live = mask.live().cpu()
     n_groups, group = connected_components((live @ live.T).numpy() > 0)
     return n_groups, torch.from_numpy(group).long()
 
 
 def _local_sae(sae: SparseAutoencoder, latents: Int[Tensor, " local_latent"]) -> SparseAutoencoder:
-    local = SparseAutoencoder(sae.d_model, sae.rule.settings, sae.mask.part(latents)).to(sae.encoder.dtype)
+    local = SparseAutoencoder(sae.d_model, sae.rule.settings, sae.mask.part(latents))
+    local = local.to(sae.encoder.device, sae.encoder.dtype)
     with torch.no_grad():
         for parameter, full in zip(local.latent_parameters(), sae.latent_parameters(), strict=True):
             parameter.copy_(full[latents])

@@ -52,6 +52,7 @@ def fast_gradients(
     precision: runtime.Precision = "float32",
     loss_tokens: int | None = None,
     details: bool = True,
+    low_encoder: Float[Tensor, "latent d_model"] | None = None,
 ) -> StepLoss:
     """Compute the loss of a batch and set the gradients of the SAE and its rule.
 
@@ -69,6 +70,7 @@ def fast_gradients(
             values and gradients are float32. For the other rules all products with the dictionary carry its rounding.
         loss_tokens: the divisor of the sums over tokens, by default the number of tokens.
         details: whether to return codes and residual.
+        low_encoder: the encoder in bfloat16 if it is available; it is converted otherwise, where it is needed.
     """
     with torch.enable_grad():
         routing = sae.mask.route(sae.normalize(vectors) if sae.mask.reads_vectors else vectors, position)
@@ -80,12 +82,13 @@ def fast_gradients(
         ends=ends,
         strength=None if routing.strength is None else _in_order(routing.strength.detach(), order),
         loss_tokens=loss_tokens or len(vectors),
+        low_encoder=low_encoder,
     )
     if sae.rule.training_choice() is None:
         step = _through_blocks(work, precision, details)
     else:
         revived = dead if sae.rule.revives and aux_k and dead is not None and bool(dead.any()) else None
-        step = _through_entries(work, revived, aux_k, precision)
+        step = _through_entries(work, revived, aux_k, precision, details)
     if not details:
         step = replace(step, codes=None, residual=None)
     if order is not None:
@@ -116,6 +119,7 @@ class _Work:
         ends: list[int],
         strength: Tensor | None,
         loss_tokens: int,
+        low_encoder: Tensor | None = None,
     ) -> None:
         self.sae = sae
         self.inputs = inputs
@@ -123,6 +127,7 @@ class _Work:
         self.ends = ends
         self.strength = strength
         self.loss_tokens = loss_tokens
+        self.low_encoder = low_encoder
         self.table = sae.mask.table().detach()
         self.table_gradient = torch.zeros_like(self.table) if sae.mask.learns else None
         self.strength_gradient = inputs.new_zeros(len(inputs))
@@ -150,7 +155,9 @@ def _in_batch_order(step: StepLoss, order: Tensor) -> StepLoss:
     )
 
 
-def _through_entries(work: _Work, dead: Tensor | None, aux_k: int, precision: runtime.Precision) -> StepLoss:
+def _through_entries(
+    work: _Work, dead: Tensor | None, aux_k: int, precision: runtime.Precision, details: bool
+) -> StepLoss:
     """Set the gradients of a rule that selects few codes, from the active codes alone."""
     sae, n = work.sae, len(work.inputs)
     training_choice = sae.rule.training_choice()
@@ -162,50 +169,67 @@ def _through_entries(work: _Work, dead: Tensor | None, aux_k: int, precision: ru
     # A latent of part m contributes to the errors of part m and all later parts; left[0] sums all of them.
     bias_gradient = left[0].sum(0) * (-2 / (work.loss_tokens * n_parts))
     residual = left[-1]
-    auxiliary = 0.0
+    squares = [_square(residual)]
     if dead is not None:
         revived = _choose(work, LargestOfToken(aux_k), precision, among=dead)
         left = sums.explain(residual, revived, 2 * AUX_WEIGHT / work.loss_tokens)
-        auxiliary = _mean_square(left[0])
+        squares.append(_square(left[0]))
     sums.finish(bias_gradient)
-    value, strength = chosen.value, work.strength
-    fired = torch.zeros(sae.d_sae, dtype=torch.bool, device=value.device)
-    fired[chosen.latent] = True
-    ungated = value if strength is None else value / strength[chosen.token]
+    active = chosen.latent >= 0
+    ungated = chosen.value if work.strength is None else chosen.value / work.strength[chosen.token]
+    least = ungated.masked_fill(~active, torch.inf)
+    least = least.min() if len(least) else ungated.new_zeros(())
+    # One transfer from a GPU, for which the host waits.
+    error, *auxiliary, least, n_active = torch.stack([*squares, least, active.sum().to(least.dtype)]).tolist()
+    fired = torch.zeros(sae.d_sae + 1, dtype=torch.bool, device=residual.device)
+    fired[chosen.latent] = True  # the last one for empty entries
     return StepLoss(
-        reconstruction=_mean_square(residual),
-        auxiliary=auxiliary,
-        fired=fired,
-        n_active=len(value),
-        least=float(ungated.min()) if len(value) else 0.0,
-        codes=Codes(chosen.token, chosen.latent, value, n, sae.d_sae),
+        reconstruction=error / n,
+        auxiliary=auxiliary[0] / n if auxiliary else 0.0,
+        fired=fired[:-1],
+        n_active=int(n_active),
+        least=least if n_active else 0.0,
+        codes=chosen.codes(n, sae.d_sae) if details else None,
         mask_row=work.mask_row,
         residual=residual,
-        strength=strength,
+        strength=work.strength,
         openness_gradient=work.table_gradient,
     )
 
 
+def _square(rows: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(rows).square()
+
+
 def _mean_square(rows: Tensor) -> float:
-    return float(torch.linalg.vector_norm(rows).square()) / len(rows)
+    return float(_square(rows)) / len(rows)
 
 
 @dataclass(frozen=True)
 class _Chosen:
-    """Active codes [entry]; `value` includes the gate and the router's strength."""
+    """Active codes [entry], in slots if `slots` is not None; `value` includes the gate and the router's strength."""
 
     token: Tensor
     latent: Tensor
     preactivation: Tensor
     openness: Tensor | None  # None stands for 1
     value: Tensor
+    slots: int | None
+
+    def codes(self, n_tokens: int, d_sae: int) -> Codes:
+        """The codes without empty entries."""
+        if self.slots is None:
+            return Codes(self.token, self.latent, self.value, n_tokens, d_sae)
+        entry = (self.latent >= 0).nonzero()[:, 0]
+        return Codes(self.token[entry], self.latent[entry], self.value[entry], n_tokens, d_sae)
 
 
 def _choose(work: _Work, choice: Choice, precision: runtime.Precision, among: Tensor | None = None) -> _Chosen:
     sae = work.sae
     inputs = GroupedInputs(work.inputs, work.mask_row, work.ends)
-    encoder = GatedEncoder(sae.encoder.detach(), sae.encoder_bias.detach(), sae.mask.groups(), work.table)
-    entries = choose(inputs, encoder, choice, precision=precision, among=among)
+    weight, bias = sae.encoder.detach(), sae.encoder_bias.detach()
+    encoder = GatedEncoder(weight, bias, sae.mask.groups(), work.table, work.low_encoder)
+    entries = choose(inputs, encoder, choice, precision=precision, among=among, in_slots=True)
     openness = None
     if not (sae.mask.gates_code() and sae.mask.is_strict()):
         openness = work.table[work.mask_row[entries.token], entries.latent]
@@ -214,7 +238,7 @@ def _choose(work: _Work, choice: Choice, precision: runtime.Precision, among: Te
         value = value * openness
     if work.strength is not None:
         value = value * work.strength[entries.token]
-    return _Chosen(entries.token, entries.latent, entries.preactivation, openness, value)
+    return _Chosen(entries.token, entries.latent, entries.preactivation, openness, value, entries.slots)
 
 
 class _ParameterGradients:
@@ -244,14 +268,15 @@ class _ParameterGradients:
             The remainders [part token d_model] of `operations.explain`.
         """
         work, sae, token, latent = self._work, self._work.sae, chosen.token, chosen.latent
-        left, along = operations.explain(target, token, latent, chosen.value, sae.decoder.detach(), level)
+        decoder = sae.decoder.detach()
+        left, along = operations.explain(target, token, latent, chosen.value, decoder, level, chosen.slots)
         pulled = along * -slope
         if work.strength is not None:
-            work.strength_gradient.index_add_(0, token, pulled * chosen.value / work.strength[token])
+            operations.add_at_(work.strength_gradient, token, pulled * chosen.value / work.strength[token])
             pulled = pulled * work.strength[token]
         if work.table_gradient is not None:
-            index = work.mask_row[token] * sae.d_sae + latent
-            work.table_gradient.view(-1).index_add_(0, index, pulled * chosen.preactivation)
+            index = work.mask_row[token] * sae.d_sae + latent.clamp(min=0)
+            operations.add_at_(work.table_gradient.view(-1), index, pulled * chosen.preactivation)
         value, masked = chosen.value, pulled
         if chosen.openness is not None:
             masked = pulled * chosen.openness
@@ -280,13 +305,15 @@ class _ParameterGradients:
 def _through_blocks(work: _Work, precision: runtime.Precision, details: bool) -> StepLoss:
     """Set the gradients of a rule that needs the pre-activations of all live latents."""
     gradients = _BlockGradients(work, precision, details)
-    with runtime.fast_float32():
-        for rows, group in pieces(work.sae.mask.groups(), work.ends, _BLOCK_NUMBERS):
+    with runtime.fast_float32(work.inputs.device):
+        numbers = _BLOCK_NUMBERS if work.inputs.device.type == "cpu" else _GPU_BLOCK_NUMBERS
+        for rows, group in pieces(work.sae.mask.groups(), work.ends, numbers):
             gradients.add(rows, group)
     return gradients.finish()
 
 
 _BLOCK_NUMBERS = 2**22  # 16 MB of float32; sums over tokens are slow with fewer rows per block
+_GPU_BLOCK_NUMBERS = 2**26  # 256 MB of float32, about ten times per block
 
 
 @dataclass(frozen=True)

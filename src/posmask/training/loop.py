@@ -21,6 +21,7 @@ from posmask.training import fast_loss
 from posmask.training.checkpoints import Checkpoints
 from posmask.training.curve import CurvePoint, MaskSnapshots
 from posmask.training.distributed import SingleProcess
+from posmask.training.optimizer import UnitRowAdam
 from posmask.training.reference_loss import StepLoss
 from posmask.training.settings import TrainingSettings, product_precision
 from posmask.training.state import restore_state_, training_state
@@ -103,19 +104,20 @@ class _Trainer:
         self._label = label
         self._checkpoints = checkpoints
         self._processes = processes
+        self._precision: runtime.Precision = product_precision(settings, sae.rule, sae.encoder.device.type)
         mask_parameters = sae.mask.openness_parameters()
         self._parameters = [
             p for p in sae.parameters() if p.requires_grad and all(p is not other for other in mask_parameters)
         ]
-        self._optimizer = torch.optim.Adam(
+        self._optimizer = UnitRowAdam(
             [
                 {"params": self._parameters, "lr": settings.learning_rate},
                 {"params": mask_parameters, "lr": settings.mask_learning_rate},
             ],
-            fused=True,
+            unit_rows=sae.decoder,
+            copied=sae.encoder if self._precision == "bfloat16" else None,
         )
         self._peak_rates = [group["lr"] for group in self._optimizer.param_groups]
-        self._precision: runtime.Precision = product_precision(settings, sae.rule, sae.encoder.device.type)
         self._deaths = DeadLatents(sae, settings.dead_after_eligible_tokens)
         self._curve: list[CurvePoint] = []
         self._snapshots = MaskSnapshots(sae.mask, settings.n_steps)
@@ -148,9 +150,10 @@ class _Trainer:
         for part in (sae.mask, sae.rule):
             part.before_step(done - 1, self._settings.n_steps)
         step = self._set_gradients(batch, done)
-        self._optimizer.step()
+        max_norm = self._settings.max_gradient_norm
+        norm = None if max_norm is None else self._processes.gradient_norm(sae, self._parameters)
+        self._optimizer.clipped_step(norm, max_norm)
         sae.mask.zero_grad()  # fast_gradients overwrites the other gradients
-        operations.unit_rows_(sae.decoder.detach())
         sae.rule.after_step(step.least)
         self._deaths.update(sae, step)
         copies = sae.mask.after_step(done, self._settings.n_steps)
@@ -162,7 +165,7 @@ class _Trainer:
         return step
 
     def _set_gradients(self, batch: Batch, done: int) -> StepLoss:
-        """Set the gradients of the batch over all processes, shared between copies and clipped."""
+        """Set the gradients of the batch over all processes, shared between copies."""
         sae, settings = self._sae, self._settings
         step = fast_loss.fast_gradients(
             sae,
@@ -173,6 +176,7 @@ class _Trainer:
             precision=self._precision,
             loss_tokens=settings.batch_tokens,
             details=sae.mask.watches,
+            low_encoder=self._optimizer.low_copy(),
         )
         if not math.isfinite(step.reconstruction):
             raise DegenerateResult(
@@ -186,8 +190,6 @@ class _Trainer:
             sae.mask.observe(_observed(sae, step))
         if sae.mask.settings.gradient_sharing:
             share_gradients_(sae)
-        if settings.max_gradient_norm is not None:
-            self._processes.clip_gradients_(sae, self._parameters, settings.max_gradient_norm)
         return step
 
     def record(self, batch: Batch, step: StepLoss, done: int) -> CurvePoint:
@@ -309,7 +311,7 @@ class DeadLatents:
     def update(self, sae: SparseAutoencoder, step: StepLoss) -> None:
         """Count the tokens of a step, and restart the count of latents that fired."""
         live = sae.mask.live()
-        eligible = torch.bincount(step.mask_row, minlength=len(live)).to(live.dtype) @ live
+        eligible = operations.counts(step.mask_row, len(live)).to(live.dtype) @ live
         self.eligible_since_fired = torch.where(step.fired, 0.0, self.eligible_since_fired + eligible)
 
     def copy_(self, copies: Copies) -> None:
