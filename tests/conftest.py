@@ -40,7 +40,15 @@ from study_toml import tiny_study
 torch.set_num_threads(1)  # The tensors are so small that a second thread would mostly wait.
 
 # These run in another environment or in separate processes.
-collect_ignore = ["interop/record_saebench.py", "interop/run_on_saebench.py", "reliability"]
+collect_ignore = ["compile_triton.py", "interop/record_saebench.py", "interop/run_on_saebench.py", "reliability"]
+
+
+def pytest_collection_modifyitems(items):
+    """Selections of hundreds of latents take half a minute each in Triton's interpreter."""
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        if parameters.get("either_way") == "triton" and parameters.get("k", 0) >= 200:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(params=["numba", "torch", "triton"])

@@ -143,6 +143,19 @@ print([name for name in ("torch", "numpy", "scipy", "transformers", "numba", "ri
     assert result.stdout == "[]\n"
 
 
+def test_a_study_file_is_read_without_the_packages_that_only_a_run_needs():
+    heavy = ("transformers", "sklearn", "scipy.stats", "scipy.sparse", "numba", "gguf", "datasets", "altair")
+    program = f"""
+import sys
+from typer.testing import CliRunner
+from posmask.cli.commands import app
+assert CliRunner().invoke(app, ["status", "studies/quick.toml", "--root", "none"]).exit_code == 0
+print([name for name in {heavy} if name in sys.modules])
+"""
+    command = [sys.executable, "-c", program]
+    assert subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout == "[]\n"
+
+
 def test_the_core_imports_no_optional_part():
     optional = ("ray", "fsspec", "s3fs", "tenacity", "sae_lens", "datasets", "wandb", "tensorboard")
     program = f"""

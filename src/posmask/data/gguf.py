@@ -6,7 +6,6 @@ import struct
 from pathlib import Path
 
 import torch
-from gguf import GGUFReader
 
 from posmask.data import embedded
 from posmask.data.pretrained import import_transformers, load_complete
@@ -66,6 +65,8 @@ def _check_not_split(gguf: Path) -> None:
     Raises:
         BadSetting: the file holds one part of a model's tensors; transformers reads no others.
     """
+    from gguf import GGUFReader  # takes a quarter of a second
+
     field = GGUFReader(gguf).get_field("split.count")
     if field is not None and (n_parts := field.contents()) > 1:
         raise BadSetting(

@@ -4,14 +4,14 @@ import contextlib
 import importlib.util
 from collections.abc import Iterator
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from posmask.progress import announce
 
-__all__ = ["Implementation", "implementation", "use"]
+__all__ = ["Implementation", "implementation", "loops", "selection_loops", "use"]
 
 Implementation = Literal["numba", "triton", "torch"]
 
@@ -42,6 +42,20 @@ def use(name: Implementation) -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+def loops() -> Any:
+    """The module of compiled loops for the CPU. It is imported on first use, because numba takes half a second."""
+    from posmask.kernels import cpu
+
+    return cpu
+
+
+def selection_loops() -> Any:
+    """The module of compiled loops that select latents, as `loops`."""
+    from posmask.kernels import cpu_selection
+
+    return cpu_selection
 
 
 @cache

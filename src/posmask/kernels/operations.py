@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from posmask.kernels import backend, cpu
+from posmask.kernels import backend
 
 __all__ = ["Grouped", "add_at_", "centered", "counts", "dot_rows", "explain", "unit_rows_"]
 
@@ -33,7 +33,7 @@ def centered(vectors: Tensor, order: Tensor | None, center: Tensor, scale: Tenso
         out = torch.empty(vectors.shape, dtype=bias.dtype)
         rows = torch.empty(0, dtype=torch.int64) if order is None else order
         arrays = (vectors.contiguous().numpy(), rows.numpy(), center.contiguous().numpy(), scale.numpy()[()])
-        cpu.centered(*arrays, bias.numpy(), out.numpy())
+        backend.loops().centered(*arrays, bias.numpy(), out.numpy())
         return out
     return ((vectors if order is None else vectors[order]) - center) / scale - bias
 
@@ -41,7 +41,7 @@ def centered(vectors: Tensor, order: Tensor | None, center: Tensor, scale: Tenso
 def unit_rows_(table: Tensor) -> None:
     """Scale each row to unit norm, in place; rows of zeros stay zero."""
     if backend.implementation(table) == "numba":
-        cpu.normalize_rows(table.numpy())
+        backend.loops().normalize_rows(table.numpy())
     else:
         norms = table.norm(dim=1, keepdim=True)
         table.div_(norms.masked_fill(norms == 0, 1.0))
@@ -59,7 +59,7 @@ def dot_rows(rows: Tensor, row: Tensor, table: Tensor, latent: Tensor) -> Tensor
     match backend.implementation(rows):
         case "numba":
             out = rows.new_empty(len(latent))
-            cpu.dot_rows(rows.numpy(), row.numpy(), table.numpy(), latent.numpy(), out.numpy())
+            backend.loops().dot_rows(rows.numpy(), row.numpy(), table.numpy(), latent.numpy(), out.numpy())
             return out
         case "triton":
             return _triton().dot_rows(rows, row, table, latent)
@@ -129,7 +129,7 @@ def explain(
         first = _first_of_each(token, len(target))
         levels = latent[:0] if level is None else level
         tensors = (target, first, latent, value, table, levels, left, along)
-        cpu.explain(*(tensor.numpy() for tensor in tensors))
+        backend.loops().explain(*(tensor.numpy() for tensor in tensors))
         return left, along
     if chosen == "triton" and level is None and slots is not None and slots <= _triton().MOST_SLOTS:
         left, along = _triton().explain_rows(target, latent.view(-1, slots), value.view(-1, slots), table)
@@ -171,7 +171,7 @@ class Grouped:
         self._n_keys = n_keys
         self._implementation = backend.implementation(key)
         if self._implementation == "numba":
-            order, first = cpu.count_sort(key.numpy(), n_keys)
+            order, first = backend.loops().count_sort(key.numpy(), n_keys)
             self.order, self._first = torch.from_numpy(order), torch.from_numpy(first)
         else:
             self._ordered, self.order = torch.sort(key, stable=True)
@@ -196,7 +196,7 @@ class Grouped:
             return out
         if self._implementation == "numba":
             arrays = (weight.numpy(), table.numpy(), index.numpy(), self.order.numpy(), self._first.numpy())
-            cpu.sum_rows(*arrays, out.numpy(), not add)
+            backend.loops().sum_rows(*arrays, out.numpy(), not add)
             return out
         total = F.embedding_bag(
             index[self.order], table, self._first[:-1], per_sample_weights=weight[self.order], mode="sum"

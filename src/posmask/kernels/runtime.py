@@ -18,6 +18,7 @@ __all__ = [
     "float32_stays_float32",
     "give_back_freed_memory",
     "keep_freed_memory",
+    "loop_threads",
     "product_rate",
     "threads",
 ]
@@ -64,6 +65,13 @@ def give_back_freed_memory() -> None:
     """Return freed memory to the system, before a stage that allocates other sizes (glibc only)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def loop_threads() -> int:
+    """The number of threads of the compiled loops."""
+    import numba
+
+    return numba.get_num_threads()
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from posmask.data.activations import Batch
 from posmask.errors import DegenerateResult
-from posmask.kernels import cpu
+from posmask.kernels import backend
 from posmask.masks.base import PositionOrigin
 from posmask.sae.autoencoder import Codes
 
@@ -86,7 +86,7 @@ class PooledTexts:
         sums = np.zeros((weight.shape[1], self.n_features))
         table = scipy.sparse.csr_matrix(weight.double().numpy())
         for block in self._blocks():
-            cpu.add_weighted_entries(
+            backend.loops().add_weighted_entries(
                 block["text"], block["feature"], block["value"], table.indptr, table.indices, table.data, sums
             )
         return torch.from_numpy(sums)
@@ -106,7 +106,7 @@ class PooledTexts:
             slots[-1][chosen.numpy()] = np.arange(len(chosen))
         out = np.zeros((len(texts), len(features)), np.float32)
         for block in self._blocks():
-            cpu.place_entries(block["text"], block["feature"], block["value"], slots[0], slots[1], out)
+            backend.loops().place_entries(block["text"], block["feature"], block["value"], slots[0], slots[1], out)
         return torch.from_numpy(out)
 
 

@@ -10,12 +10,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
-from posmask.kernels import backend, cpu_selection, operations, runtime
+from posmask.kernels import backend, operations, runtime
 from posmask.masks.groups import LiveGroup
 
 __all__ = [
@@ -290,13 +289,15 @@ class _LargestOfTokens:
         """Choose from a piece; arguments as in `_Candidates.add`."""
         latent, preactivation, count = self._latent[rows], self._preactivation[rows], self._count[rows]
         k = min(latent.shape[1], len(bias))
-        cpu_selection.largest_of_rows(
+        backend.selection_loops().largest_of_rows(
             *_arrays(product, bias, latents, gate, len(count)), k, latent, preactivation, count
         )
 
     def entries(self) -> tuple[Tensor, Tensor, Tensor]:
         """(token, latent, preactivation)."""
-        token, latent, preactivation = cpu_selection.join_entries(self._latent, self._preactivation, self._count)
+        token, latent, preactivation = backend.selection_loops().join_entries(
+            self._latent, self._preactivation, self._count
+        )
         return torch.from_numpy(token), torch.from_numpy(latent), torch.from_numpy(preactivation)
 
 
@@ -432,9 +433,9 @@ def _take_above(
     preactivation, value = np.empty(latent.shape, bias.numpy().dtype), np.empty(latent.shape, bias.numpy().dtype)
     count = np.empty(n_rows, np.int64)
     arrays = _arrays(product, bias, latents, gate, n_rows)
-    cpu_selection.above_floor(*arrays, value.dtype.type(floor), latent, preactivation, value, count)
-    *_, values = cpu_selection.join_entries(latent, value, count)
-    entries = (*cpu_selection.join_entries(latent, preactivation, count), values)
+    backend.selection_loops().above_floor(*arrays, value.dtype.type(floor), latent, preactivation, value, count)
+    *_, values = backend.selection_loops().join_entries(latent, value, count)
+    entries = (*backend.selection_loops().join_entries(latent, preactivation, count), values)
     return tuple(torch.from_numpy(array) for array in entries)
 
 
@@ -445,5 +446,5 @@ def _arrays(
     low = product.dtype == torch.bfloat16
     numbers = product.view(torch.int16).numpy() if low else product.numpy()
     table, mask_row = gate if gate is not None else (bias.new_empty(0, 0), latents[:0])
-    n_parts = min(n_rows, 8 * numba.get_num_threads())  # each with its own buffer
+    n_parts = min(n_rows, 8 * runtime.loop_threads())  # each with its own buffer
     return numbers, low, bias.numpy(), latents.numpy(), table.numpy(), mask_row.numpy(), n_parts
