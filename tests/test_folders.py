@@ -1,6 +1,7 @@
 import json
 import multiprocessing
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -325,3 +326,17 @@ def test_a_file_that_posmask_did_not_write_is_kept(tmp_path, kind):
         with pytest.raises(BadSetting, match=r"(results\.csv|null) is .*, which posmask did not write .* move it away"):
             work()
     assert (path.is_symlink(), path.stat(), other.read_bytes()) == before
+
+
+def test_threads_that_replace_the_same_file_take_turns(tmp_path):
+    path = tmp_path / "results.csv"
+
+    def write(number):
+        with replacing(path) as draft:
+            draft.write_text(f"{number}\n" * 2000)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(200)))
+    lines = path.read_text().splitlines()
+    assert len(lines) == 2000
+    assert len(set(lines)) == 1

@@ -8,6 +8,7 @@ links are never followed. Only this module and `manifest` remove or rename anyth
 import glob
 import os
 import shutil
+import threading
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ __all__ = [
 ]
 
 _MARKED_BYTES = 4096
+_replacing = threading.RLock()  # The threads of a process would use the same draft.
 
 
 def check_file(path: Path, *marks: bytes) -> None:
@@ -86,14 +88,15 @@ def replacing(path: Path, *marks: bytes) -> Iterator[Path]:
     """
     check_file(path, *marks)
     beside = draft_of(path)
-    clear_drafts_of(path)
-    try:
-        yield beside
-        sync(beside)
-        beside.replace(path)
-        sync(path.parent)
-    finally:
-        beside.unlink(missing_ok=True)
+    with _replacing:
+        clear_drafts_of(path)
+        try:
+            yield beside
+            sync(beside)
+            beside.replace(path)
+            sync(path.parent)
+        finally:
+            beside.unlink(missing_ok=True)
 
 
 @contextmanager
