@@ -8,6 +8,7 @@ import pytest
 
 from posmask.errors import BadSetting, DamagedFolder
 from posmask.storage.atomic import claim, move_file, remove_file, replacing, scratch_file
+from posmask.storage.layout import stale_paths
 from posmask.storage.manifest import (
     check_aside,
     check_folder,
@@ -139,10 +140,10 @@ def test_an_unreadable_manifest_raises_an_error(folder):
 
 
 def test_set_aside_keeps_every_earlier_folder(folder, tmp_path):
-    assert set_aside(folder, tmp_path / "stale").name == "cell-1"
+    assert set_aside(folder, stale_paths(tmp_path, "cell")) == tmp_path / "stale" / "cell-1"
     with write_folder(folder, {}) as draft:
         (draft / "new").touch()
-    assert set_aside(folder, tmp_path / "stale").name == "cell-2"
+    assert set_aside(folder, stale_paths(tmp_path, "cell")) == tmp_path / "stale" / "cell-2"
     assert read_manifest(tmp_path / "stale" / "cell-1", verify=True)["made_from"] == MADE_FROM
 
 

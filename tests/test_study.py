@@ -32,6 +32,7 @@ from posmask.study import run as study_run
 from posmask.study.saes import make_sae as make_sae_of_cell
 from posmask.study.source import Source
 from posmask.study.study_file import read_study
+from posmask.training.checkpoints import Checkpoints
 
 SECONDS = ("train_seconds", "evaluate_seconds")  # Only these metrics differ between equal runs.
 
@@ -85,7 +86,7 @@ def test_a_study_runs_from_text_to_results(study_file, tmp_path):
         folder = tmp_path / "run" / "cells" / name
         assert {path.name for path in folder.iterdir()} == {
             "manifest.json", "settings.json", "sae.json", "sae.safetensors", "openness.safetensors", "curve.csv",
-            "rows.csv", "units.safetensors", "saebench.json", LATENTS_FILE, LATENT_WORDS_FILE,
+            "dead.safetensors", "rows.csv", "units.safetensors", "saebench.json", LATENTS_FILE, LATENT_WORDS_FILE,
         }  # fmt: skip
 
 
@@ -105,6 +106,72 @@ def test_finished_cells_are_reused_only_with_the_same_settings(study_file, tmp_p
     assert read_manifest(root / "stale" / "slice-compute-seed0-1", verify=True)
     assert read_manifest(root / "cells" / "slice-compute-seed0")["made_from"]["cell"]["mask"]["n_slices"] == 2
     assert set((root / "cells" / "open-seed0").iterdir()) <= set(times)
+
+
+def test_changed_evaluation_settings_keep_the_training(study_file, tmp_path, monkeypatch):
+    root = tmp_path / "run"
+    before, _ = run(study_file, root)
+    text = (
+        study_file.read_text()
+        .replace("ks = [1, 5, 20]", "ks = [1, 5]")
+        .replace("heldout_tokens = 1500", "heldout_tokens = 1200")
+    )
+    assert text.count("measure_forgetting = true") == 1
+    study_file.write_text(text.replace("measure_forgetting = true", ""))
+    fresh, _ = run(study_file, tmp_path / "fresh")
+
+    trained = []
+    monkeypatch.setattr(study_cell.loop, "train", lambda *arguments, **options: trained.append(arguments))
+    settings = read_study(study_file)
+    assert [state for _, state in targets.cell_states(settings, root)] == ["other settings", "trained", "trained"]
+    after, lines = run(study_file, root)
+    assert trained == []
+    assert "open-seed0 keeps its training and is evaluated again." in lines
+
+    def without_seconds(table):
+        return [repr(row) for row in table if row.metric not in SECONDS]
+
+    assert without_seconds(after) == without_seconds(fresh)
+    seconds = [[row.value for row in table if row.metric == "train_seconds"] for table in (before, after)]
+    assert seconds[0] == seconds[1]
+    for name in ("open-seed0", "slice-compute-seed0"):
+        for file in ("sae.safetensors", "sae.json", "curve.csv", "dead.safetensors"):
+            kept, new = (folder / "cells" / name / file for folder in (root, tmp_path / "fresh"))
+            assert kept.read_bytes() == new.read_bytes(), (name, file)
+
+
+@pytest.mark.parametrize("damaged", ["rows.csv", "sae.safetensors"])
+def test_a_training_is_not_kept_from_a_damaged_folder(study_file, tmp_path, damaged):
+    root = tmp_path / "run"
+    run(study_file, root)
+    file = root / "cells" / "open-seed0" / damaged
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    study_file.write_text(study_file.read_text().replace("ks = [1, 5, 20]", "ks = [1, 5]"))
+    assert targets.cell_states(read_study(study_file), root)[1] == ("open-seed0", "other settings")
+
+
+def test_changed_evaluation_settings_keep_a_checkpoint(study_file, tmp_path, monkeypatch):
+    root = tmp_path / "run"
+    monkeypatch.setattr(study_cell, "CHECKPOINT_SECONDS", 0.0)
+
+    def fail(*arguments, **options):
+        raise BadSetting("stopped")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(study_cell, "evaluate", fail)
+        with pytest.raises(BadSetting, match="stopped"):
+            run(study_file, root)
+    study_file.write_text(study_file.read_text().replace("ks = [1, 5, 20]", "ks = [1, 5]"))
+    steps = []
+
+    def checkpoints(*arguments, **options):
+        kept = Checkpoints(*arguments, **options)
+        steps.append(kept.done)
+        return kept
+
+    monkeypatch.setattr(study_cell, "Checkpoints", checkpoints)
+    run(study_file, root)
+    assert steps[0] > 0
 
 
 def test_settings_can_be_overridden(study_file):

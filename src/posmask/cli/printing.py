@@ -85,7 +85,7 @@ def _peak_gigabytes() -> float:
 
 def status_table(states: list[tuple[str, "CellState"]]) -> Table:
     """Return a table with one row per cell and one column per state, which lists the seeds in that state."""
-    all_kinds = ("finished", "missing", "other settings", "damaged")
+    all_kinds = ("finished", "trained", "missing", "other settings", "damaged")
     kinds = [kind for kind in all_kinds if any(state == kind for _, state in states)]
     seeds: dict[str, dict[str, list[str]]] = {}
     for label, state in states:

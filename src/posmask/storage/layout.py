@@ -6,11 +6,14 @@ ROOT/
   activations/, checkpoints/CELL-seedN/, jobs/N.log, stale/
 """
 
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 
 __all__ = [
     "BASELINES",
     "CURVE_FILE",
+    "DEAD_FILE",
     "LATENTS_FILE",
     "LATENT_WORDS_FILE",
     "OPENNESS_FILE",
@@ -36,14 +39,13 @@ __all__ = [
     "jobs_folder",
     "parse_cell_label",
     "stale_folder",
+    "stale_paths",
 ]
 
 STUDY_FILE = "study.json"
 RESULTS_FILE = "results.csv"
 VERDICTS_FILE = "verdicts.csv"
 REPORT_FILE = "report.html"
-PAGE_MARK = b'<meta name="generator" content="posmask'
-"""At the beginning of every page that posmask wrote."""
 PAGE_MARK = b'<meta name="generator" content="posmask'
 """At the beginning of every page that posmask wrote."""
 BASELINES = "baselines"
@@ -54,6 +56,8 @@ UNITS_FILE = "units.safetensors"
 SETTINGS_FILE = "settings.json"
 CURVE_FILE = "curve.csv"
 SNAPSHOTS_FILE = "snapshots.safetensors"
+DEAD_FILE = "dead.safetensors"
+"""The latents that were dead at the end of training."""
 SAEBENCH_FILE = "saebench.json"
 WEIGHTS_FILE = "sae.safetensors"
 SAE_FILE = "sae.json"
@@ -112,6 +116,11 @@ def evaluated_folder(root: Path, name: str) -> Path:
 def stale_folder(root: Path) -> Path:
     """Folders of other settings that a run moved out of the way."""
     return root / "stale"
+
+
+def stale_paths(root: Path, label: str) -> Iterator[Path]:
+    """The paths for folders of a label that are moved out of the way, in the order of use."""
+    return (stale_folder(root) / f"{label}-{number}" for number in itertools.count(1))
 
 
 def jobs_folder(root: Path) -> Path:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -43,7 +43,7 @@ __all__ = [
     "write_in_parts",
 ]
 
-FORMAT = 4  # Part of every identity: raise it when the same settings would now write something else.
+FORMAT = 5  # Part of every identity: raise it when the same settings would now write something else.
 MANIFEST = "manifest.json"
 _SEAL = "sha256"
 _PARTS = "parts.json"
@@ -382,15 +382,13 @@ def _damage(folder: Path, name: str, entry: Any) -> str | None:
     return f"{file} is not what was written (size or checksum differs)"
 
 
-def set_aside(path: Path, aside: Path) -> Path:
-    """Move a folder under `aside`, where it is kept but never read again; return its new path.
+def set_aside(path: Path, places: Iterable[Path]) -> Path:
+    """Move a folder to the first of these paths that is free; return it.
 
     Raises:
         BadSetting: as `check_aside`.
     """
     check_aside(path)
-    aside.mkdir(parents=True, exist_ok=True)
-    number = 1
-    while (target := aside / f"{path.name}-{number}").exists():
-        number += 1
+    target = next(place for place in places if not place.exists())
+    target.parent.mkdir(parents=True, exist_ok=True)
     return path.rename(target)

@@ -1,23 +1,29 @@
 """Train and evaluate one cell of a study, and write its folder."""
 
 import importlib.metadata
+import shutil
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from jaxtyping import Bool
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from posmask.data.activations import training_batches
 from posmask.evaluation.suite import EvaluationData, baselines, evaluate, forgetting
 from posmask.kernels import runtime
 from posmask.results import rows
 from posmask.sae.autoencoder import SparseAutoencoder
-from posmask.sae.files import write_sae
+from posmask.sae.files import read_origin, read_sae, write_sae
 from posmask.sae.rules import make_rule
 from posmask.storage import layout, manifest
 from posmask.study.saebench_file import write_saebench
 from posmask.study.saes import untrained
-from posmask.study.settings import MODEL_CELL, CellSettings, StudySettings
-from posmask.study.targets import Target
+from posmask.study.settings import MODEL_CELL, StudySettings
+from posmask.study.targets import Target, trained_before, training_part
 from posmask.training import distributed, loop
 from posmask.training.checkpoints import Checkpoints
 from posmask.training.curve import write_curve
@@ -46,7 +52,9 @@ def train_cell(
     assert target.cell is not None
     settings = study.training.model_copy(update={"n_steps": study.n_steps(target.cell)})
     n_steps_of_source = round(target.cell.step_fraction * study.training.n_steps) - settings.n_steps
-    checkpoints = Checkpoints(target.checkpoints, target.made_from, CHECKPOINT_SECONDS, keeps_end=keeps_end)
+    checkpoints = Checkpoints(
+        target.checkpoints, training_part(target.made_from), CHECKPOINT_SECONDS, keeps_end=keeps_end
+    )
     batches = training_batches(
         data.training,
         settings.batch_tokens,
@@ -72,32 +80,53 @@ def train_cell(
 def fill(study: StudySettings, target: Target, data: EvaluationData, baseline: list[rows.Row]) -> None:
     """Make the folder of the baselines, or train a cell, evaluate it and write its folder.
 
+    If an earlier folder of the cell has the same training, its SAE is evaluated instead of training another.
+
     Args:
         baseline: the rows of the baselines; empty for the baselines themselves.
     """
-    with manifest.write_folder(target.folder, target.made_from, **_manifest_facts(study, target)) as draft:
+    earlier = trained_before(target)
+    with manifest.write_folder(target.folder, target.made_from, **_manifest_facts(study, target, earlier)) as draft:
         (draft / layout.SETTINGS_FILE).write_text(manifest.as_json(target.made_from), encoding="utf8")
         if target.cell is None:
             columns = {"cell": MODEL_CELL, "mask": "none", "budget": "", "gating": "", "seed": 0}
             _write_measures(draft, baselines(data), columns)
         else:
-            _train_and_evaluate(study, target, target.cell, data, baseline, draft)
+            if earlier is None:
+                sae, training = _train(study, target, data, draft)
+            else:
+                sae, training = _copy_training(earlier, draft)
+                sae.to(study.device)
+            columns = {"cell": target.cell.name, "budget": target.cell.budget, "seed": target.seed}
+            evaluate_to_folder(study, target, sae, data, baseline, draft, columns, training)
     runtime.give_back_freed_memory()
 
 
-def _train_and_evaluate(
-    study: StudySettings,
-    target: Target,
-    cell: CellSettings,
-    data: EvaluationData,
-    baseline: list[rows.Row],
-    draft: Path,
-) -> None:
+@dataclass(frozen=True)
+class TrainingFacts:
+    """Facts of a finished training that the evaluation reports.
+
+    Attributes:
+        dead: the latents that were dead at its end.
+        n_tokens: training tokens, with those of the SAE that it started from.
+        seconds: duration of the training.
+    """
+
+    dead: Bool[Tensor, " latent"]
+    n_tokens: int
+    seconds: float
+
+
+def _train(
+    study: StudySettings, target: Target, data: EvaluationData, draft: Path
+) -> tuple[SparseAutoencoder, TrainingFacts]:
+    """Train a cell's SAE, and write it and the records of its training."""
     sae, n_tokens_before = untrained(study, target, data.training)
     trained = train_cell(study, target, sae, data)
     runtime.give_back_freed_memory()
     write_curve(draft / layout.CURVE_FILE, trained.curve)
     trained.snapshots.write(draft / layout.SNAPSHOTS_FILE, study.training.batch_tokens)
+    save_file({"dead": trained.dead.cpu()}, draft / layout.DEAD_FILE)
     n_tokens = n_tokens_before + trained.n_tokens
     model = target.made_from["model"]
     origin = {
@@ -108,8 +137,27 @@ def _train_and_evaluate(
         "training_tokens": n_tokens,
     }
     write_sae(sae, draft, origin)
-    columns = {"cell": cell.name, "budget": cell.budget, "seed": target.seed}
-    evaluate_to_folder(study, target, sae, data, baseline, draft, columns, trained=trained, n_tokens=n_tokens)
+    return sae, TrainingFacts(trained.dead, n_tokens, trained.seconds)
+
+
+_TRAINING_FILES = (
+    layout.WEIGHTS_FILE,
+    layout.SAE_FILE,
+    layout.OPENNESS_FILE,
+    layout.CURVE_FILE,
+    layout.SNAPSHOTS_FILE,
+    layout.DEAD_FILE,
+)
+
+
+def _copy_training(earlier: Path, draft: Path) -> tuple[SparseAutoencoder, TrainingFacts]:
+    """Copy a trained SAE and the records of its training from a finished folder."""
+    for name in _TRAINING_FILES:
+        if (earlier / name).exists():
+            shutil.copyfile(earlier / name, draft / name)
+    (seconds,) = (row.value for row in rows.read_rows(earlier / layout.ROWS_FILE) if row.metric == "train_seconds")
+    dead = load_file(draft / layout.DEAD_FILE)["dead"]
+    return read_sae(draft), TrainingFacts(dead, read_origin(draft)["training_tokens"], seconds)
 
 
 def evaluate_to_folder(
@@ -120,25 +168,23 @@ def evaluate_to_folder(
     baseline: list[rows.Row],
     draft: Path,
     columns: Mapping[str, Any],
-    *,
-    trained: loop.Trained | None = None,
-    n_tokens: int = 0,
+    training: TrainingFacts | None = None,
 ) -> None:
     """Evaluate an SAE and write its rows, units, latents and SAEBench file.
 
     Args:
         columns: of its rows: cell, budget and seed.
-        trained: its training, if the study trained it on `n_tokens` in all.
+        training: its training, if the study trained it.
     """
     started = time.perf_counter()
-    measures, latents = evaluate(sae, None if trained is None else trained.dead, data, target.label)
+    measures, latents = evaluate(sae, None if training is None else training.dead, data, target.label)
     evaluate_seconds = time.perf_counter() - started
     latents.write(draft, data.tokenizer)
-    if trained is not None:
+    if training is not None:
         measures = [
-            rows.Measure("train_seconds", trained.seconds, n=1),
+            rows.Measure("train_seconds", training.seconds, n=1),
             rows.Measure("evaluate_seconds", evaluate_seconds, n=1),
-            rows.Measure("train_tokens", n_tokens, n=1),
+            rows.Measure("train_tokens", training.n_tokens, n=1),
             rows.Measure("d_sae", sae.d_sae, n=1),
             *measures,
         ]
@@ -157,11 +203,13 @@ def _write_measures(draft: Path, measures: list[rows.Measure], columns: Mapping[
     rows.write_units(draft / layout.UNITS_FILE, measures)
 
 
-def _manifest_facts(study: StudySettings, target: Target) -> dict[str, Any]:
+def _manifest_facts(study: StudySettings, target: Target, earlier: Path | None) -> dict[str, Any]:
     """Facts in the manifest that are not part of the identity: package versions and the precision of training."""
     packages = ("posmask", "torch", "transformers", "numpy")
     facts: dict[str, Any] = {"versions": {name: importlib.metadata.version(name) for name in packages}}
-    if target.cell is not None:
+    if earlier is not None:
+        facts["training_precision"] = manifest.read_manifest(earlier)["training_precision"]
+    elif target.cell is not None:
         rule = make_rule(study.sae.rule, study.width(target.cell))
         facts["training_precision"] = product_precision(study.training, rule, study.device)
     return facts

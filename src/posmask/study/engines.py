@@ -84,13 +84,16 @@ def make_target(study: StudySettings, target: Target, data: EvaluationData, root
     """Make one folder unless it is finished; the caller holds its claim. A stale folder is moved out of the way."""
     check_listed(root, target.label, target.made_from)
     state = state_of(target, verify=True)
-    if state in ("other settings", "damaged"):
-        moved = manifest.set_aside(target.folder, layout.stale_folder(root))
-        why = "was made from other settings" if state == "other settings" else "is damaged"
+    if state == "finished":
+        return
+    if target.folder.exists():
+        moved = manifest.set_aside(target.folder, layout.stale_paths(root, target.label))
+        why = "is damaged" if state == "damaged" else "was made from other settings"
         say(f"{target.label} {why}: moved to {moved}.")
-    if state != "finished":
-        baseline = [] if target.cell is None else rows_in(baselines_of(target))
-        fill(study, target, data, baseline)
+    if state == "trained":
+        say(f"{target.label} keeps its training and is evaluated again.")
+    baseline = [] if target.cell is None else rows_in(baselines_of(target))
+    fill(study, target, data, baseline)
 
 
 def _share(study: StudySettings, todo: list[Target], data: EvaluationData, root: Path, say: Say) -> None:

@@ -376,6 +376,7 @@ def plan(
     outline.check_length(study.corpus.n_positions)
     (_, baselines), *states = cell_states(study, root)
     left = Counter(layout.parse_cell_label(label)[0] for label, state in states if state != "finished")
+    untrained = left - Counter(layout.parse_cell_label(label)[0] for label, state in states if state == "trained")
     n_left = left.total() + (baselines != "finished")
     sets = _sets(study, root)
     missing = [harvest for harvest in sets if n_left and not harvest.finished]
@@ -390,7 +391,7 @@ def plan(
     for cell in study.cells:
         n = left[cell.name]
         nothing = [Line("training", cell.name, 0, 0.0), Line("evaluation", cell.name, 0, 0.0)]
-        lines += [costs.training(cell, n), costs.evaluation(cell, n)] if n else nothing
+        lines += [costs.training(cell, n, untrained[cell.name]), costs.evaluation(cell, n)] if n else nothing
     disk_bytes = sum(harvest.stored * costs.bytes_per_token(harvest) for harvest in missing)
     per_latent = 8 * (outline.d_model + study.corpus.n_positions)  # its rows of the dictionary and of two tables
     disk_bytes += sum(left[cell.name] * (per_latent * study.width(cell) + 600_000) for cell in cells)
@@ -464,14 +465,15 @@ class _Costs:
         seconds += self._rates.host * self._probing([d_model, d_model], [d_model])
         return Line("baselines", "the model itself", left * self._n_probed, left * seconds)
 
-    def training(self, cell: CellSettings, n_left: int) -> Line:
+    def training(self, cell: CellSettings, n_left: int, n_untrained: int) -> Line:
+        """Args: n_left, n_untrained: seeds that are not finished, and those of them that are not trained either."""
         shape = shape_of(_mask(self._study, cell))
-        trainings = [(shape, self._study.n_steps(cell))]
-        trainings += [(Shape(shape.d_sae, shape.d_sae), max(self._forgetting_steps))] if cell.measure_forgetting else []
-        tokens = self._study.training.batch_tokens * sum(n_steps for _, n_steps in trainings)
+        steps = [(shape, n_untrained * self._study.n_steps(cell))]
+        if cell.measure_forgetting:
+            steps.append((Shape(shape.d_sae, shape.d_sae), n_left * max(self._forgetting_steps)))
         machine, batch, d_model = self._rates.machine, self._study.training.batch_tokens, self._outline.d_model
-        seconds = sum(n * _step_seconds(self._study, shape, d_model, machine, batch) for shape, n in trainings)
-        return Line("training", cell.name, n_left * tokens, n_left * self._rates.factor * seconds)
+        seconds = sum(n * _step_seconds(self._study, shape, d_model, machine, batch) for shape, n in steps)
+        return Line("training", cell.name, batch * sum(n for _, n in steps), self._rates.factor * seconds)
 
     def _encode(self, shape: Shape) -> float:
         """A token's codes: a step's product (in float32) and choice, but one pass over rows of active codes, not 5."""

@@ -247,7 +247,7 @@ def _make(worker: _Worker, root: Path, label: str, stage: Stage) -> list[str]:
         with atomic.claim(target.folder, wait=True):
             if stage == "evaluate":
                 make_target(study, target, data, root, messages.append)
-            elif state_of(target, verify=True) != "finished":
+            elif state_of(target, verify=True) not in ("finished", "trained"):
                 sae, _ = untrained(study, target, data.training)
                 train_cell(study, target, sae, data, keeps_end=True)
     return messages

@@ -175,7 +175,7 @@ def train_together(
         by: what is divided among the processes; see `training.distributed`.
 
     Returns:
-        The strategy, with its traffic; None if the cell is finished already.
+        The strategy, with its traffic; None if the cell is trained already.
 
     Raises:
         BadSetting: no such cell, or one that cannot be divided in this way.
@@ -186,7 +186,7 @@ def train_together(
     if target is None or target.cell is None:
         known = ", ".join(other.name for other in study.cells)
         raise BadSetting(f"{study.name} has no cell {cell!r} with seed {seed}: choose from {known}, and its seeds")
-    if state_of(target) == "finished":
+    if state_of(target) in ("finished", "trained"):
         return None
     check_checkpoints(target.checkpoints)
     data = prepare(study, source, root)
@@ -233,7 +233,7 @@ def evaluate_folder(
         data = prepare(study, source, root)
         for item in missing:
             if item.folder.exists():
-                moved = manifest.set_aside(item.folder, layout.stale_folder(root))
+                moved = manifest.set_aside(item.folder, layout.stale_paths(root, item.label))
                 say(f"{item.label} was made from other settings: moved to {moved}.")
         if baseline in missing:
             fill(study, baseline, data, [])

@@ -1,5 +1,7 @@
 """Folders that a study makes: where they are, what they must be made from, and their state on disk."""
 
+import contextlib
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,8 @@ __all__ = [
     "rows_in",
     "state_of",
     "targets_of",
+    "trained_before",
+    "training_part",
 ]
 
 
@@ -125,7 +129,37 @@ def checked_init(folder: Path, model_made_from: Mapping[str, Any]) -> dict[str, 
     return {"sha256": manifest.file_sha256(folder / WEIGHTS_FILE)}
 
 
-CellState = Literal["finished", "missing", "other settings", "damaged"]
+_FOR_EVALUATION = {"corpus": {"heldout_tokens", "eval_split"}, "cell": {"measure_forgetting"}, "evaluation": None}
+"""Settings in an identity that training does not depend on."""
+
+
+def training_part(made_from: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a cell's identity that decides its training; the rest decides only its evaluation."""
+    part = {}
+    for name, settings in made_from.items():
+        left_out = _FOR_EVALUATION.get(name, set())
+        if left_out is not None:
+            part[name] = {k: v for k, v in settings.items() if k not in left_out} if left_out else settings
+    return part
+
+
+def trained_before(target: Target) -> Path | None:
+    """A finished folder of this cell with the training that the target needs, whatever its evaluation was."""
+    if target.cell is None:
+        return None
+    stale = itertools.takewhile(Path.exists, layout.stale_paths(target.root, target.label))
+    for folder in (target.folder, *reversed(list(stale))):
+        with contextlib.suppress(DamagedFolder):
+            record = manifest.read_manifest(folder)
+            is_current = record["identity"] == manifest.identity(record["made_from"])
+            if is_current and training_part(record["made_from"]) == training_part(target.made_from):
+                manifest.read_manifest(folder, verify=True)
+                return folder
+    return None
+
+
+CellState = Literal["finished", "trained", "missing", "other settings", "damaged"]
+"""trained: only the evaluation has other settings, so the training is kept."""
 
 
 def state_of(target: Target, *, verify: bool = False) -> CellState:
@@ -140,6 +174,8 @@ def state_of(target: Target, *, verify: bool = False) -> CellState:
             return "finished"
     except DamagedFolder:
         return "damaged"
+    if trained_before(target) is not None:
+        return "trained"
     return "other settings" if target.folder.exists() else "missing"
 
 
