@@ -59,14 +59,17 @@ def test_loss_recovered_is_1_for_a_perfect_reconstruction_and_0_for_zeros(in_mod
             lambda batch, context: batch.vectors * (1 + 0.2 * torch.randn(batch.vectors.shape, generator=noise)),
         ]
     )[1:]
+    clean, zeroed = in_model.references
+    # Zeros do not harm a model with random weights.
+    zeroed, zeros = (Losses(losses.cross_entropy + 5, losses.divergence) for losses in (zeroed, zeros))
     for losses, value in ((perfect, 1.0), (zeros, 0.0)):
-        by_key = measures(recovered(in_model.references, losses))
+        by_key = measures(recovered((clean, zeroed), losses))
         assert by_key[("ce_recovered",)].value == pytest.approx(value, abs=1e-5)
         assert by_key[("kl_recovered",)].value == pytest.approx(value, abs=1e-5)
         assert by_key[("kl_recovered", 5)].value == pytest.approx(value, abs=1e-4)
         assert by_key[("ce_recovered", 0)].n == 0
         assert by_key[("ce_recovered", 0)].value != by_key[("ce_recovered", 0)].value  # NaN
-    assert 0 < measures(recovered(in_model.references, noisy))[("kl_recovered",)].value < 1
+    assert 0 < measures(recovered((clean, zeroed), noisy))[("kl_recovered",)].value < 1
 
 
 def test_ablating_all_latents_leaves_the_error_and_ablating_none_changes_nothing(in_model):
@@ -101,6 +104,26 @@ def test_specialized_latents_are_open_in_the_window_and_have_equally_active_matc
         assert bool((openness[window * 4 : window * 4 + 4, special[window]].mean(0) == 1).all())
 
 
+def test_loss_recovered_is_missing_where_zeros_do_no_harm():
+    random = torch.Generator().manual_seed(0)
+    clean = Losses(torch.rand(12, 6, generator=random), torch.zeros(12, 6))
+    noise = 0.1 * torch.randn(12, 6, generator=random)
+    zeroed = Losses(clean.cross_entropy + noise, torch.ones(12, 6))
+    by_key = measures(recovered((clean, zeroed), Losses(clean.cross_entropy, torch.full((12, 6), 0.5))))
+    missing = by_key[("ce_recovered",)]
+    assert missing.value != missing.value  # NaN
+    assert "vectors of 0 raise the cross-entropy by" in missing.reason
+    assert ("ce_recovered", 2) not in by_key
+    assert by_key[("kl_recovered",)].value == pytest.approx(0.5)
+    # One position where zeros help is missing, the whole is not.
+    zeroed.cross_entropy[:] = clean.cross_entropy + 1
+    zeroed.cross_entropy[:, 2] = clean.cross_entropy[:, 2] - 0.1
+    by_key = measures(recovered((clean, zeroed), clean))
+    assert by_key[("ce_recovered",)].value == pytest.approx(1)
+    assert by_key[("ce_recovered", 2)].value != by_key[("ce_recovered", 2)].value
+    assert by_key[("ce_recovered", 3)].value == pytest.approx(1)
+
+
 def test_matched_latents_have_the_nearest_mass():
     by_window = WindowMass(8, 2, 8)
     mass = torch.tensor([100.0, 10.0, 90.0, 50.0, 9.0, 1.0, 2.0, 3.0])
@@ -111,7 +134,9 @@ def test_matched_latents_have_the_nearest_mass():
     assert special[0].nonzero()[:, 0].tolist() == [0, 1]
     assert matched[0].nonzero()[:, 0].tolist() == [2, 4]
     by_window._firings[1:] = 3
-    with pytest.raises(DegenerateResult, match="fewer than two latents fire 40 times"):
+    with pytest.raises(
+        DegenerateResult, match="fewer than two latents fire 40 times on the 0 held-out tokens of texts that the causal"
+    ):
         by_window.specialized()
 
 

@@ -38,6 +38,10 @@ def test_explained_variance_and_l0_equal_their_formulas():
         selected = p == position
         expected = 1 - ((v - v_hat)[selected] ** 2).sum() / ((v[selected] - v[selected].mean(0)) ** 2).sum()
         assert explained[(("position", position),)].value == pytest.approx(expected, rel=1e-4)
+    of_all = by_slice(metric.measures(), "explained_variance_of_all")
+    squares = {position: ((v[p == position] - v.mean(0)) ** 2).sum() for position in range(1, N_POSITIONS)}
+    weighted = sum(of_all[(("position", position),)].value * squares[position] for position in squares)
+    assert weighted / sum(squares.values()) == pytest.approx(explained[()].value, rel=1e-5)
     l0 = by_slice(metric.measures(), "l0")
     assert l0[()].value == pytest.approx(len(codes.value) / 400)
 
@@ -126,7 +130,9 @@ def test_retention_excludes_latents_with_few_firings():
     rate = torch.full((N_POSITIONS, 8), 0.5)
     rate[:, 3] = 0.001
     assert retained(rate, None)[0].n == 7
-    with pytest.raises(DegenerateResult, match="no latent fires 20 times"):
+    with pytest.raises(
+        DegenerateResult, match=r"no latent fires 20 times in each half .* \([\d,]+ and [\d,]+ tokens\)"
+    ):
         retained(torch.zeros(N_POSITIONS, 8), None)
 
 

@@ -334,6 +334,17 @@ def test_order_probes_are_correct_with_order_features_and_controls_are_at_chance
     assert [measure.value for measure in bag_measures] == [0.5, 0.5, 0.5]
 
 
+def test_accuracies_on_constant_features_are_missing_with_the_reason():
+    task, dataset = toy_order(), make_dataset()
+    of_order = order_probes.order_accuracy(task, pooled(torch.ones(280, 2)), (1, 2), "mean")
+    of_dataset = datasets.probe_accuracy(dataset, pooled(torch.ones(len(dataset.texts), 2)), (1, 2), source="sae")
+    for name, measures in (("order_accuracy", of_order), ("probe_accuracy", of_dataset)):
+        assert [(measure.metric, measure.slice["k"]) for measure in measures] == [(name, 1), (name, 2)]
+        for measure in measures:
+            assert measure.value != measure.value  # NaN
+            assert measure.reason.startswith("all 2 pooled features are constant over")
+
+
 def test_probes_with_permuted_order_labels_are_at_chance():
     """Averaged over many draws, with features that encode the order perfectly."""
     accuracies = []

@@ -13,7 +13,7 @@ from conftest import STUDY, make_sae, train_on
 from posmask import masks
 from posmask.data.tokens import split_of
 from posmask.errors import BadSetting, PosmaskError
-from posmask.evaluation import suite
+from posmask.evaluation import downstream, position, retention, suite
 from posmask.evaluation.downstream import WindowMass
 from posmask.interop.saelens_files import export_saelens, import_saelens
 from posmask.kernels import runtime
@@ -46,7 +46,9 @@ def run(path, root):
 def test_a_study_runs_from_text_to_results(study_file, tmp_path):
     results, _ = run(study_file, tmp_path / "run")
     with (tmp_path / "run" / "results.csv").open() as file:
-        assert next(csv.reader(file)) == "cell,mask,budget,gating,seed,metric,slice,value,ci_low,ci_high,n".split(",")
+        assert next(
+            csv.reader(file)
+        ) == "cell,mask,budget,gating,seed,metric,slice,value,ci_low,ci_high,n,reason".split(",")
     assert repr(rows.read_rows(tmp_path / "run" / "results.csv")) == repr(results)
     metrics = {row.metric for row in results if row.cell == "slice-compute"}
     assert metrics >= {
@@ -817,6 +819,29 @@ def test_ablated_latents_are_chosen_on_other_texts_than_the_evaluation(study_fil
     assert len(chosen_on) > 20
     assert len(evaluated_on) > 4
     assert not chosen_on & evaluated_on
+
+
+def test_metrics_that_cannot_be_computed_are_missing_with_their_reason(study_file, tmp_path, monkeypatch):
+    for module, name in (
+        (retention, "MIN_FIRINGS"),
+        (downstream, "MIN_CAUSAL_FIRINGS"),
+        (position, "MIN_SHIFT_FIRINGS"),
+    ):
+        monkeypatch.setattr(module, name, 10**9)
+    results, _ = run(study_file, tmp_path / "run")
+    by_key = {(row.cell, row.metric, row.slice): row for row in results}
+    for metric, where in (
+        ("retention", ""), ("profile_fidelity", ""), ("position_information", ""), ("causal_specificity", ""),
+        ("shift_content", "mask=on"), ("shift_content", "mask=lifted"), ("retention", "after=0.5"),
+    ):  # fmt: skip
+        row = by_key["slice-compute", metric, where]
+        assert row.value != row.value, metric  # NaN
+        assert "fire" in row.reason, metric
+    assert by_key["slice-compute", "kl_recovered", ""].value < 1
+    assert by_key["slice-compute", "explained_variance", ""].reason == ""
+    page = write_report(tmp_path / "run").read_text(encoding="utf8")
+    assert "Missing: causal_specificity of open (seed 0), slice-compute (seed 0): fewer than two latents fire" in page
+    assert repr(rows.read_rows(tmp_path / "run" / "results.csv")) == repr(results)
 
 
 def test_evaluating_an_untrained_sae_raises_an_error(study_file, tmp_path):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from posmask.errors import BadSetting, DegenerateResult
+from posmask.errors import DegenerateResult
 from posmask.results import comparisons
 from posmask.results.bootstrap import resample_counts
 from posmask.results.comparisons import Comparison, holm, judge, paired_difference
@@ -155,8 +155,19 @@ def test_other_poolings_are_selected_by_name():
         ("open + segments8", "order k=5"): 0.5,  # columns without a pooling are compared once
         ("open", "order k=5"): 0, ("open", "probing k=5"): 0, ("open", "explained_variance"): 0,
     }  # fmt: skip
-    with pytest.raises(BadSetting, match=r"'open \+ growing7' and 'open' have no number in common"):
-        judge({"open": dict.fromkeys(range(3), rows)}, [Comparison("open + growing7", "open")])
+    assert judge({"open": dict.fromkeys(range(3), rows)}, [Comparison("open + growing7", "open")]) == []
+
+
+def test_a_column_without_a_finite_value_has_no_verdict():
+    half, none = Units(np.full(10, 0.5), np.ones(10)), Units(np.zeros(10), np.zeros(10))
+    cells = {
+        "open": {"explained_variance|": half, "ce_recovered|": half},
+        "hard": {"explained_variance|": half, "ce_recovered|": none},
+    }
+    verdicts = judge(
+        {name: dict.fromkeys(range(3), units) for name, units in cells.items()}, [Comparison("hard", "open")]
+    )
+    assert [verdict.column for verdict in verdicts] == ["explained_variance"]
 
 
 def test_units_without_a_finite_value_raise_an_error():

@@ -131,7 +131,7 @@ def run(
     """
     from posmask import report
     from posmask.cli.printing import console, results_table, run_summary, verdict_line
-    from posmask.results.table import summarize
+    from posmask.results.table import missing_lines, summarize
     from posmask.study import run
     from posmask.study.study_file import read_study
 
@@ -146,6 +146,8 @@ def run(
         raise typer.Exit(_INTERRUPTED) from None
     page = report.write_report(root)
     console.print(results_table(summarize(rows)))
+    for line in missing_lines(rows):
+        print(line)
     print(run_summary(time.perf_counter() - started, jobs))
     print(verdict_line(root / layout.VERDICTS_FILE))
     print(f"The page: {page}")
@@ -436,13 +438,16 @@ def evaluate_command(
     itself. Measures that need the training run, such as dead latents, are missing.
     """
     from posmask.cli.printing import console, results_table
-    from posmask.results.table import summarize
+    from posmask.results.table import missing_lines, summarize
     from posmask.study import run
     from posmask.study.study_file import read_study
 
     settings = read_study(study_file, changes or ())
     root = root or Path("runs") / settings.name
-    console.print(results_table(summarize(run.evaluate_folder(settings, root, folder))))
+    rows = run.evaluate_folder(settings, root, folder)
+    console.print(results_table(summarize(rows)))
+    for line in missing_lines(rows):
+        print(line)
     print(f"Written: {root / 'evaluated' / folder.resolve().name}")
 
 

@@ -159,7 +159,8 @@ def recovered(references: tuple[Losses, Losses], reconstructed: Losses) -> list[
 
     ce_recovered = (CE(zeroed) - CE(reconstruction)) / (CE(zeroed) - CE(model)), kl_recovered = 1 - KL(reconstruction)
     / KL(zeroed). 1 is the unmodified model, 0 is as bad as vectors of 0. Overall, and at each position of the
-    predicting token. Units of the confidence intervals are contexts.
+    predicting token. Units of the confidence intervals are contexts. ce_recovered is missing unless vectors of 0 raise
+    the cross-entropy by an amount whose 95 % interval is above 0, and at positions where they do not raise it.
 
     Args:
         references: `InModel.references`.
@@ -176,9 +177,18 @@ def recovered(references: tuple[Losses, Losses], reconstructed: Losses) -> list[
     measures = []
     for name, (top, bottom) in parts.items():
         n_at = bottom.isfinite().sum(0)
+        harm = ratio("harm of zeros", *_by_context(bottom))
+        if name == "ce_recovered" and not harm.ci_low > 0:
+            reason = (
+                f"vectors of 0 raise the cross-entropy by {harm.value:.3f} (95 % interval {harm.ci_low:.3f} to "
+                f"{harm.ci_high:.3f}), not clearly above 0, so there is no loss to recover"
+            )
+            measures.append(Measure(name, math.nan, reason=reason))
+            continue
         measures.append(ratio(name, top.nansum(1), bottom.nansum(1), n=int(n_at.sum())))
         for position, n in enumerate(n_at.tolist()):
-            value = float(top[:, position].nansum() / bottom[:, position].nansum()) if n else torch.nan
+            lost = float(bottom[:, position].nansum())
+            value = float(top[:, position].nansum()) / lost if lost > 0 else torch.nan
             measures.append(Measure(name, value, n=n, slice={"position": position}))
     return measures
 
@@ -190,9 +200,11 @@ class WindowMass:
         self._window = equal_segments(n_positions, n_windows)
         self._mass = torch.zeros(n_windows, d_sae)
         self._firings = torch.zeros(d_sae)
+        self._n_tokens = 0
 
     def update(self, batch: Batch, codes: Codes) -> None:
         """Add kept tokens (`batch.kept()`) and their codes, from texts other than those of the causal test."""
+        self._n_tokens += len(batch)
         window = self._window[batch.position.long()]
         self._mass.view(-1).index_add_(0, window[codes.token] * codes.d_sae + codes.latent, codes.value)
         self._firings += torch.bincount(codes.latent, minlength=codes.d_sae)
@@ -212,8 +224,8 @@ class WindowMass:
         n_chosen = min(max(1, round(share * len(counted))), len(counted) // 2)
         if n_chosen == 0:
             raise DegenerateResult(
-                f"fewer than two latents fire {MIN_CAUSAL_FIRINGS} times on the held-out texts, so the causal test has "
-                "no latents to compare: raise heldout_tokens"
+                f"fewer than two latents fire {MIN_CAUSAL_FIRINGS} times on the {self._n_tokens:,} held-out tokens of "
+                "texts that the causal test does not use, so there are no latents to compare: evaluate on more texts"
             )
         mass = self._mass[:, counted]
         log_mass = mass.sum(0).log()

@@ -19,6 +19,8 @@ class Reconstruction:
     explained_variance = 1 - sum |v - v_hat|^2 / sum |v - mean|^2 over kept held-out tokens, in the model's units;
     1 is perfect, 0 is no better than the mean. Overall, `mean` is the mean of all kept tokens; by position it is the
     mean of the kept tokens at that position. It is NaN if no token is kept (position 0) or all vectors are equal.
+    `explained_variance_of_all` by position is relative to the mean of all kept tokens, so its mean over positions,
+    weighted with their share of the variance, is the overall explained variance.
 
     l0 = mean number of non-zero codes per kept token.
 
@@ -77,6 +79,9 @@ class Reconstruction:
             where = {"position": position}
             n_at = int(at["n"][position])
             measures.append(Measure("explained_variance", value, n=n_at, slice=where))
+            squares = float(at["squares"][position])
+            of_all = 1 - float(at["error"][position]) / squares if squares > 0 else torch.nan
+            measures.append(Measure("explained_variance_of_all", of_all, n=n_at, slice=where))
             measures.append(
                 Measure("l0", float(self._active_at[position] / n_at) if n_at else torch.nan, n=n_at, slice=where)
             )

@@ -45,17 +45,22 @@ class PositionMass:
         self.firings.view(-1).index_add_(0, entry, torch.ones(len(entry)))
 
     def counted(self) -> Bool[Tensor, " latent"]:
+        """The latents that fire at least 20 times in each half of the texts."""
+        by_fold = self.firings.sum(1)
+        return torch.stack([by_fold[half].sum(0) for half in HALVES]).amin(0) >= MIN_FIRINGS
+
+    def counted_or_raise(self) -> Bool[Tensor, " latent"]:
         """The latents that fire at least 20 times in each half of the texts.
 
         Raises:
             DegenerateResult: there are no such latents.
         """
-        by_fold = self.firings.sum(1)
-        counted = torch.stack([by_fold[half].sum(0) for half in HALVES]).amin(0) >= MIN_FIRINGS
+        counted = self.counted()
         if not bool(counted.any()):
+            first, second = (int(self.tokens[half].sum()) for half in HALVES)
             raise DegenerateResult(
-                f"no latent fires {MIN_FIRINGS} times in each half of the held-out texts, so neither retention nor "
-                "profile fidelity can be measured: raise heldout_tokens"
+                f"no latent fires {MIN_FIRINGS} times in each half of the held-out texts ({first:,} and {second:,} "
+                "tokens): evaluate on more tokens of more texts"
             )
         return counted
 
@@ -103,7 +108,7 @@ def retention(lifted: PositionMass, special: SpecialPositions, *, after: float |
     Raises:
         DegenerateResult: no latent fires often enough.
     """
-    counted = lifted.counted()
+    counted = lifted.counted_or_raise()
     values: dict[str, list[Tensor]] = {"retention": [], "retention_chance": []}
     without: dict[str, list[Tensor]] = {"retention": [], "retention_chance": []}
     for half, positions in zip(HALVES, special.for_half, strict=True):
@@ -133,9 +138,6 @@ def retention_by_latent(
     Args:
         lifted: accumulated from codes with the mask lifted.
         special: positions of each latent.
-
-    Raises:
-        DegenerateResult: no latent fires often enough.
     """
     counted = lifted.counted()
     shares, chances = [], []
@@ -165,7 +167,7 @@ def profile_fidelity(used: PositionMass, openness: Float[Tensor, "position laten
     Raises:
         DegenerateResult: no latent fires often enough.
     """
-    counted = used.counted()
+    counted = used.counted_or_raise()
     by_fold = used.mass[..., counted]
     mass, tokens = by_fold.sum(0), used.tokens.sum(0)
 

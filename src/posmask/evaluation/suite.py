@@ -6,7 +6,7 @@ returns its measures at the end. Rows follow the order in which `evaluate` calls
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,6 +15,7 @@ from torch import Tensor
 from posmask.data import tokens
 from posmask.data.activations import Activations, Batch, evaluation_batches, training_batches
 from posmask.data.sites import LanguageModel
+from posmask.errors import DegenerateResult
 from posmask.evaluation.downstream import InModel, WindowMass, causal, recovered, without_latents
 from posmask.evaluation.latents import MOST_PROBED, LatentFacts, vocabulary_effects
 from posmask.evaluation.position import PositionInformation, ShiftDesign
@@ -33,13 +34,15 @@ from posmask.probing.order_tasks import OrderTask
 from posmask.probing.pooling import Pooling
 from posmask.probing.probes import OnFit
 from posmask.progress import progress_bar
-from posmask.results.rows import Measure
+from posmask.results.rows import Measure, measured, missing
 from posmask.sae.autoencoder import SparseAutoencoder
 from posmask.sae.warm_start import without_mask
 from posmask.training import loop
 from posmask.training.settings import TrainingSettings
 
 __all__ = ["EvaluationData", "baselines", "evaluate", "forgetting"]
+
+_RETENTION = ("retention", "retention_chance")
 
 
 @dataclass
@@ -94,7 +97,7 @@ def evaluate(
         label: name of the cell, for the progress bar.
 
     Raises:
-        DegenerateResult: the SAE explains no variance, or too few latents fire for a metric.
+        DegenerateResult: the SAE explains no variance. A metric that cannot be computed is a measure without a value.
     """
     facts = LatentFacts(sae.d_sae)
     in_model = data.in_model  # loads the model before the progress bar starts
@@ -103,14 +106,15 @@ def evaluate(
     with progress_bar(f"evaluate {label}", n_tokens + 3 * in_model.n_tokens, "tokens") as advance:
         used, information, window_mass, measures = _heldout(sae, data, facts, advance)
         measures += mask_measures(sae.mask) + ([] if dead is None else dead_share(sae, dead))
-        measures += profile_fidelity(used, sae.mask.openness().detach().cpu())
+        measures += measured(["profile_fidelity"], profile_fidelity, used, sae.mask.openness().detach().cpu())
         lifted = _position_mass(sae, data, advance) if has_lifted else used
         special = special_positions(lifted, sae.mask.bound_positions().cpu(), data.settings.retention_positions)
-        measures += retention(lifted, special)
+        measures += measured(_RETENTION, retention, lifted, special)
         facts.add_positions(used, information, *retention_by_latent(lifted, special), sae.mask.settings.position_origin)
         del used, lifted, special  # 0.3 GB each for 18,432 latents at 128 positions
         measures += _shift(sae, data, advance, has_lifted)
-        measures += _in_model(sae, window_mass, data, advance)
+        in_model_metrics = ["ce_recovered", "kl_recovered", "causal_specificity"]
+        measures += measured(in_model_metrics, _in_model, sae, window_mass, data, advance)
         measures += _order(sae, data, facts, advance)
         measures += _topics(sae, data, facts, advance)
     facts.add_effects(*vocabulary_effects(sae, data.load_model()))
@@ -139,7 +143,8 @@ def _heldout(
         # Latents are chosen on texts other than those they are ablated on.
         is_unseen = ~torch.isin(batch.text, data.in_model.texts)
         window_mass.update(batch.select(is_unseen), codes.select(is_unseen))
-    measures = reconstruction.measures() + information.measures(in_context)
+    of_position = ["position_information", "position_information_null", "position_bound_share"]
+    measures = reconstruction.measures() + measured(of_position, information.measures, in_context)
     return used, information.by_latent(in_context), window_mass, measures
 
 
@@ -160,7 +165,8 @@ def _shift(
         design = ShiftDesign(n_texts, tokens.shift_length(data.n_positions, n_windows), n_windows, sae.d_sae)
         for batch in _kept_batches(data.shift, advance):
             design.update(batch, sae.encode_batch(batch, use_mask=mask == "on"))
-        measures += design.measures(mask)
+        parts = ["shift_position", "shift_content", "shift_interaction"]
+        measures += measured(parts, design.measures, mask, slices=[{"mask": mask}])
     return measures
 
 
@@ -168,17 +174,19 @@ def _in_model(
     sae: SparseAutoencoder, window_mass: WindowMass, data: EvaluationData, advance: Callable[[int], None]
 ) -> list[Measure]:
     n_windows = data.settings.causal_windows
-    special, matched = window_mass.specialized()
 
     def reconstruct(batch: Batch, context: Tensor) -> Tensor:
         return sae.sparse_decode(sae.encode_batch(batch))
 
-    clean, reconstructed, without_special, without_matched = data.in_model.losses(
-        [reconstruct, without_latents(sae, special), without_latents(sae, matched)], advance
-    )
-    return recovered(data.in_model.references, reconstructed) + causal(
-        clean, without_special, without_matched, n_windows, data.n_positions
-    )
+    replacements, of_latents = [reconstruct], []
+    try:
+        replacements += [without_latents(sae, chosen) for chosen in window_mass.specialized()]
+    except DegenerateResult as error:
+        of_latents = missing(str(error), ["causal_specificity"])
+    clean, reconstructed, *ablated = data.in_model.losses(replacements, advance)
+    if ablated:
+        of_latents = causal(clean, *ablated, n_windows=n_windows, n_positions=data.n_positions)
+    return recovered(data.in_model.references, reconstructed) + of_latents
 
 
 def _order(
@@ -277,18 +285,24 @@ def forgetting(
         label: name of the cell, for the progress bar.
 
     Raises:
-        DegenerateResult: training fails, or no latent fires often enough.
+        DegenerateResult: training fails.
     """
     steps = {round(share * settings.n_steps): float(share) for share in data.settings.forgetting_fractions}
     open_sae = without_mask(sae).to(sae.encoder.device)
     before = _position_mass(open_sae, data, lambda n: None)
     special = special_positions(before, sae.mask.bound_positions().cpu(), data.settings.retention_positions)
-    measures = retention(before, special, after=0.0) if 0 in steps else []
+    measures: list[Measure] = []
+
+    def add_retention(mass: PositionMass, after: float) -> None:
+        compute = partial(retention, after=after)
+        measures.extend(measured(_RETENTION, compute, mass, special, slices=[{"after": f"{after:g}"}]))
 
     def measure_retention(done: int) -> None:
         if done in steps:
-            mass = _position_mass(open_sae, data, lambda n: None)
-            measures.extend(retention(mass, special, after=steps[done]))
+            add_retention(_position_mass(open_sae, data, lambda n: None), steps[done])
+
+    if 0 in steps:
+        add_retention(before, 0.0)
 
     continued = settings.model_copy(update={"n_steps": max(steps), "decay_fraction": 0.0})
     batches = training_batches(

@@ -15,13 +15,13 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from posmask.data import embedded, tokens
-from posmask.errors import BadSetting
+from posmask.errors import BadSetting, DegenerateResult
 from posmask.probing.catalogs import LANGUAGES, sentences_by_language
 from posmask.probing.pooling import PooledTexts
 from posmask.probing.probes import OnFit, ProbeTask, all_feature_correct, k_sparse_correct
 from posmask.probing.saebench_datasets import HUB_DATASETS, cut_to_smallest, read_hub_texts
 from posmask.results.intervals import ratio
-from posmask.results.rows import Measure
+from posmask.results.rows import Measure, missing
 from posmask.seeds import generator
 
 __all__ = [
@@ -188,16 +188,22 @@ def probe_accuracy(
             from dataset to dataset.
         on_fit: called with the probes of the classes in order.
 
+    Returns:
+        The measures; without a value if the features are constant on training texts.
+
     Raises:
         BadSetting: a class or its negatives have no texts with kept tokens.
-        DegenerateResult: the chosen features are constant over the training texts.
     """
     kept = features.n_tokens > 0
-    if protocol == "saebench":
-        assert random is not None
-        tasks, right = _saebench_correct(dataset, features, ks, on_all, random, on_fit)
-    else:
-        tasks, right = _default_correct(dataset, features, ks, on_all, on_fit)
+    where = {"dataset": dataset.name, "source": source, "pooling": pooling, "protocol": protocol}
+    try:
+        if protocol == "saebench":
+            assert random is not None
+            tasks, right = _saebench_correct(dataset, features, ks, on_all, random, on_fit)
+        else:
+            tasks, right = _default_correct(dataset, features, ks, on_all, on_fit)
+    except DegenerateResult as error:
+        return missing(str(error), ["probe_accuracy"], [{**where, "k": k} for k in ks])
     measures = []
     for k, by_class in right.items():
         where = {"dataset": dataset.name, "k": k, "source": source, "pooling": pooling, "protocol": protocol}

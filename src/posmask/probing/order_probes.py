@@ -14,12 +14,12 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from posmask.data import tokens
-from posmask.errors import BadSetting
+from posmask.errors import BadSetting, DegenerateResult
 from posmask.probing.order_tasks import OrderTask, edge_features
 from posmask.probing.pooling import PooledTexts
 from posmask.probing.probes import OnFit, ProbeTask, k_sparse_correct
 from posmask.results.intervals import ratio
-from posmask.results.rows import Measure
+from posmask.results.rows import Measure, missing
 from posmask.seeds import generator
 
 __all__ = ["bag_accuracy", "edge_accuracy", "order_accuracy", "order_tokens", "positives"]
@@ -48,8 +48,8 @@ def order_accuracy(
         pooling: name of the pooling of `features`, reported in the slice.
         on_fit: called with the probes of `positives(task)` in order, followed by the permuted probes.
 
-    Raises:
-        DegenerateResult: the chosen features are constant over the training texts.
+    Returns:
+        One measure per metric and k; `order_accuracy` without a value if the features are constant on training texts.
     """
     n_texts = len(task.texts)
     test = torch.arange(task.n_train_groups, task.n_train_groups + task.n_test_groups)
@@ -64,8 +64,13 @@ def order_accuracy(
         for draw in range(N_PERMUTATIONS):
             swap = torch.rand(len(train), generator=generator(positive, f"permuted {task.name} {draw}")) < 0.5
             permuted.append(ProbeTask(train_pairs, train_label ^ swap.repeat_interleave(2), *tested))
+    try:
+        correct_by_k = k_sparse_correct(features, [*probes, *permuted], ks, on_fit)
+    except DegenerateResult as error:
+        slices = [{"task": task.name, "k": k, "pooling": pooling} for k in ks]
+        return missing(str(error), ["order_accuracy"], slices)
     measures = []
-    for k, correct in k_sparse_correct(features, [*probes, *permuted], ks, on_fit).items():
+    for k, correct in correct_by_k.items():
         by_group = torch.stack([right.double().view(2, -1, 2).mean(2) for right in correct])
         accuracy, permuted_accuracy = by_group[: len(probes)].mean(0), by_group[len(probes) :].mean(0)
         where = {"task": task.name, "k": k, "pooling": pooling}

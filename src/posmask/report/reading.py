@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from posmask.errors import DamagedFolder
 from posmask.results.comparisons import Verdict, read_verdicts
 from posmask.results.rows import Row, Units, parse_slice, read_rows, read_units
+from posmask.results.table import missing_lines
 from posmask.storage import layout
 from posmask.storage.layout import STUDY_FILE
 from posmask.storage.manifest import identity, read_manifest
@@ -100,8 +101,8 @@ class Numbers:
         return [row for slice, row in rows if "class" not in slice and where.items() <= slice.items()]
 
     def mean(self, cell: str, metric: str, where: dict[str, str]) -> float:
-        """Return the mean of `rows` without NaN rows; NaN if there are none."""
-        values = [row.value for row in self.rows(cell, metric, where) if not math.isnan(row.value)]
+        """Return the mean of `rows`; NaN if there are none, or if one of them has no value."""
+        values = [row.value for row in self.rows(cell, metric, where)]
         return sum(values) / len(values) if values else math.nan
 
     def by(self, cell: str, metric: str, key: str) -> dict[str, list[Row]]:
@@ -175,9 +176,10 @@ def _read_study(root: Path) -> Study:
         for verdict in _tolerant(read_verdicts, root / layout.VERDICTS_FILE, warnings) or []
         if {label.partition(" + ")[0] for label in (verdict.label, verdict.against)} <= known
     ]
-    n_nan = sum(math.isnan(row.value) for row in rows if "position" not in parse_slice(row.slice))
+    n_nan = sum(math.isnan(row.value) for row in rows if "position" not in parse_slice(row.slice) and not row.reason)
     if n_nan:
-        warnings.append(f"{n_nan} numbers of {results.name} are NaN; they are shown as – and excluded from means.")
+        warnings.append(f"{n_nan} numbers of {results.name} are NaN; they and means that need them are shown as –.")
+    warnings += missing_lines(rows)
     changed = [cell for cell in cells if cell.manifest["identity"] != identity(cell.manifest.get("made_from", {}))]
     if changed:
         warnings.append(

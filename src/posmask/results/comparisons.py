@@ -16,6 +16,7 @@ studies with any false verdict below 5 % although the variances are estimates, a
 do not show the spread over seeds.
 """
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import scipy
 
-from posmask.errors import BadSetting, DegenerateResult
+from posmask.errors import DegenerateResult
 from posmask.results.bootstrap import resample_counts
 from posmask.results.rows import Units, parse_slice, read_records, write_records
 from posmask.results.table import COMPARED, Column
@@ -174,22 +175,16 @@ def sample(units: Mapping[str, Units], pooling: str, column: Column) -> Sample:
 def judge(units: Mapping[str, Mapping[int, Mapping[str, Units]]], comparisons: Sequence[Comparison]) -> list[Verdict]:
     """Return the verdicts of a study, with p values corrected over all of them together.
 
+    A column that one of the cells lacks, or that has no value for a draw of its units, has no verdict.
+
     Args:
         units: units by cell and seed; two cells are compared on the seeds that both have.
-
-    Raises:
-        BadSetting: two cells have no reported number in common.
-        DegenerateResult: a metric has no value for a draw of its units.
     """
     differences: list[tuple[Comparison, str, Difference]] = []
     for comparison in comparisons:
-        pairs = _paired_samples(units, comparison)
-        if not pairs:
-            raise BadSetting(
-                f"{comparison.label!r} and {comparison.against!r} have no number in common: compare cells that share "
-                f"seeds and one of {', '.join(COMPARED)}"
-            )
-        differences += [(comparison, name, paired_difference(*pair)) for name, pair in pairs.items()]
+        for name, pair in _paired_samples(units, comparison).items():
+            with contextlib.suppress(DegenerateResult):
+                differences.append((comparison, name, paired_difference(*pair)))
     corrected = holm([difference.p for _, _, difference in differences])
     return [
         Verdict(

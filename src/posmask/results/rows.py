@@ -3,16 +3,16 @@
 import csv
 import io
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import zstandard
 from safetensors.numpy import load_file, save_file
 
-from posmask.errors import DamagedFolder
+from posmask.errors import DamagedFolder, DegenerateResult
 
 __all__ = [
     "MAX_DECOMPRESSED_BYTES",
@@ -20,6 +20,8 @@ __all__ = [
     "Row",
     "Units",
     "header_of",
+    "measured",
+    "missing",
     "parse_slice",
     "read_records",
     "read_rows",
@@ -56,6 +58,7 @@ class Measure:
         n: number of kept tokens, test texts or latents behind the number, depending on the metric.
         slice: what the number is about, for example a position or a task; None: the metric as a whole.
         units: numerator and denominator per unit, for paired comparisons.
+        reason: why the metric could not be computed; empty if it was.
     """
 
     metric: str
@@ -65,6 +68,7 @@ class Measure:
     n: int = 0
     slice: Mapping[str, object] | None = None
     units: Units | None = None
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,7 @@ class Row:
     ci_low: float
     ci_high: float
     n: int
+    reason: str = ""
 
     @classmethod
     def of(cls, measure: Measure, *, cell: str, mask: str, budget: str, gating: str, seed: int) -> "Row":
@@ -98,7 +103,34 @@ class Row:
             ci_low=float(measure.ci_low),
             ci_high=float(measure.ci_high),
             n=int(measure.n),
+            reason=measure.reason,
         )
+
+
+def measured(
+    metrics: Iterable[str],
+    compute: Callable[..., list[Measure]],
+    *arguments: Any,
+    slices: Iterable[Mapping[str, object] | None] = (None,),
+) -> list[Measure]:
+    """Return `compute(*arguments)`; if it raises DegenerateResult, measures without a value.
+
+    Args:
+        metrics: the metrics that are missing then.
+        slices: the slices in which each of them is missing.
+    """
+    try:
+        return compute(*arguments)
+    except DegenerateResult as error:
+        return missing(str(error), metrics, slices)
+
+
+def missing(
+    reason: str, metrics: Iterable[str], slices: Iterable[Mapping[str, object] | None] = (None,)
+) -> list[Measure]:
+    """Return measures without a value: each metric in each slice, with the reason."""
+    names = list(metrics)
+    return [Measure(metric, math.nan, slice=where, reason=reason) for where in slices for metric in names]
 
 
 def slice_text(slice: Mapping[str, object]) -> str:
@@ -119,8 +151,8 @@ Record = TypeVar("Record")
 
 
 def header_of(kind: type[Record]) -> bytes:
-    """Return the first line of a table, which identifies a file as written by posmask."""
-    return ",".join(field.name for field in fields(kind)).encode()  # type: ignore[arg-type]
+    """Return how a table begins: its required columns, which identify a file as written by posmask."""
+    return ",".join(field.name for field in fields(kind) if field.default is MISSING).encode()  # type: ignore[arg-type]
 
 
 def write_records(path: Path, kind: type[Record], records: Iterable[Record]) -> None:
@@ -134,6 +166,8 @@ def write_records(path: Path, kind: type[Record], records: Iterable[Record]) -> 
 def read_records(path: Path, kind: type[Record]) -> list[Record]:
     """Read a table that `write_records` wrote; a path that ends in `.zst` is decompressed first.
 
+    Columns with a default may be missing, as in tables of earlier versions.
+
     Raises:
         DamagedFolder: a line does not have the fields of `kind`, or the `.zst` file is damaged or too large.
     """
@@ -141,7 +175,13 @@ def read_records(path: Path, kind: type[Record]) -> list[Record]:
     try:
         with io.TextIOWrapper(io.BytesIO(data), newline="", encoding="utf8") as file:
             return [
-                kind(**{field.name: field.type(line[field.name]) for field in fields(kind)})  # type: ignore[operator]
+                kind(
+                    **{
+                        field.name: field.type(line[field.name])  # type: ignore[operator]
+                        for field in fields(kind)  # type: ignore[arg-type]
+                        if field.name in line or field.default is MISSING
+                    }
+                )
                 for line in csv.DictReader(file)
             ]
     except (ValueError, KeyError, TypeError, csv.Error) as error:

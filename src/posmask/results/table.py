@@ -11,7 +11,17 @@ from dataclasses import dataclass, field
 
 from posmask.results.rows import Row, parse_slice
 
-__all__ = ["COLUMNS", "COMPARED", "PRINTED", "Column", "Line", "format_number", "format_signed", "summarize"]
+__all__ = [
+    "COLUMNS",
+    "COMPARED",
+    "PRINTED",
+    "Column",
+    "Line",
+    "format_number",
+    "format_signed",
+    "missing_lines",
+    "summarize",
+]
 
 
 @dataclass(frozen=True)
@@ -177,6 +187,30 @@ def _line(cell_rows: Sequence[tuple[Row, Mapping[str, str]]], pooling: str) -> L
         overall=defaultdict(lambda: math.nan, means),
         numbers=numbers,
     )
+
+
+def missing_lines(rows: Iterable[Row]) -> list[str]:
+    """Return a line per reason why metrics could not be computed, with the metrics and cells.
+
+    >>> row = Row("open", "open", "width", "forward", 0, "retention", "", math.nan, math.nan, math.nan, 0, "too few")
+    >>> missing_lines([row])
+    ['Missing: retention of open (seed 0): too few.']
+    """
+    by_reason: dict[str, dict[str, list[str]]] = {}
+    for row in rows:
+        if row.reason:
+            where = f"{row.metric} ({row.slice})" if row.slice else row.metric
+            by_reason.setdefault(row.reason, {}).setdefault(f"{row.cell} (seed {row.seed})", []).append(where)
+    lines = []
+    for reason, by_cell in by_reason.items():
+        metrics = list(dict.fromkeys(where for of_cell in by_cell.values() for where in of_cell))
+        lines.append(f"Missing: {_few(metrics)} of {_few(list(by_cell))}: {reason}.")
+    return lines
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more
 
 
 def _mean(values: Iterable[float]) -> float:
