@@ -279,6 +279,49 @@ def test_probe_accuracy_is_the_mean_over_classes(protocol):
     ]  # fmt: skip
 
 
+def accuracy_of_one_feature(n_drawn, name, monkeypatch):
+    """Return the accuracy of one-feature probes on few texts; the dataset's name is the seed of the negatives."""
+    monkeypatch.setattr(datasets, "n_draws", lambda n_classes, n_test: n_drawn)
+    random = torch.Generator().manual_seed(1)
+    base = make_dataset(60)
+    dataset = datasets.ProbeDataset(name, base.classes, base.texts, base.label, torch.arange(60).repeat(3) < 40)
+    features = torch.nn.functional.one_hot(dataset.label, 3) + 2 * torch.randn(180, 3, generator=random)
+    (mean,) = (
+        measure
+        for measure in datasets.probe_accuracy(dataset, pooled(features), (1,), source="sae", on_all=False)
+        if "class" not in measure.slice
+    )
+    return mean
+
+
+def test_several_draws_of_negatives_reduce_the_variance_of_accuracies(monkeypatch):
+    spread = {
+        n_drawn: np.std([accuracy_of_one_feature(n_drawn, f"toy{i}", monkeypatch).value for i in range(30)])
+        for n_drawn in (1, 5)
+    }
+    assert spread[5] < 0.6 * spread[1]
+    one, several = (accuracy_of_one_feature(n_drawn, "toy0", monkeypatch) for n_drawn in (1, 5))
+    assert several.ci_low < several.value < several.ci_high
+    assert one.n == several.n == 60  # Units are the test texts of all classes.
+    assert several.units.bottom.sum() == 5 * one.units.bottom.sum()
+
+
+def test_the_first_draw_of_negatives_decides_the_probe_on_all_features(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        datasets, "all_feature_correct", lambda features, task, stream: seen.append(task) or task.test_label
+    )
+    accuracy = {}
+    features = pooled(torch.nn.functional.one_hot(make_dataset().label, 3).float())
+    for n_drawn in (1, 5):
+        monkeypatch.setattr(datasets, "n_draws", lambda n_classes, n_test, n_drawn=n_drawn: n_drawn)
+        accuracy[n_drawn] = datasets.probe_accuracy(make_dataset(), features, (1,), source="sae")
+    assert len(seen) == 6
+    for first, second in zip(seen[:3], seen[3:], strict=True):
+        assert torch.equal(first.train, second.train)
+        assert torch.equal(first.test, second.test)
+
+
 def test_only_the_saebench_protocol_draws_new_texts_for_every_k(monkeypatch):
     train_texts = {}
     probes = datasets.k_sparse_correct

@@ -175,8 +175,10 @@ def probe_accuracy(
     """`probe_accuracy`: the share of test texts that probes classify correctly, mean over classes; chance is 0.5.
 
     The positives of a class are all its texts. The same number of negatives is drawn evenly from the other classes, so
-    training and test sets are exactly balanced. Returns one measure per k, and one per k and class (`class` in the
-    slice). Intervals by bootstrap over test texts, which are positives of one class and may be negatives of others.
+    training and test sets are exactly balanced. In the `default` protocol the k-sparse probes are fitted on `n_draws`
+    draws of negatives, and the accuracy is the mean over the draws. Returns one measure per k, and one per k and class
+    (`class` in the slice). Intervals by bootstrap over test texts, which are positives of one class and may be
+    negatives of others.
 
     Args:
         features: one row per text, in the dataset's order; texts without kept tokens are left out.
@@ -186,7 +188,7 @@ def probe_accuracy(
         on_all: add the probe on all features, as `k=all`.
         random: for the `saebench` protocol: the generator that sae-bench draws from, seeded once per run and passed
             from dataset to dataset.
-        on_fit: called with the probes of the classes in order.
+        on_fit: called with the probes of the classes in order, draw by draw.
 
     Returns:
         The measures; without a value if the features are constant on training texts.
@@ -194,8 +196,7 @@ def probe_accuracy(
     Raises:
         BadSetting: a class or its negatives have no texts with kept tokens.
     """
-    kept = features.n_tokens > 0
-    where = {"dataset": dataset.name, "source": source, "pooling": pooling, "protocol": protocol}
+    where = {"source": source, "pooling": pooling, "protocol": protocol}
     try:
         if protocol == "saebench":
             assert random is not None
@@ -203,23 +204,36 @@ def probe_accuracy(
         else:
             tasks, right = _default_correct(dataset, features, ks, on_all, on_fit)
     except DegenerateResult as error:
-        return missing(str(error), ["probe_accuracy"], [{**where, "k": k} for k in ks])
+        return missing(str(error), ["probe_accuracy"], [{"dataset": dataset.name, "k": k, **where} for k in ks])
+    tested = ~dataset.train & (features.n_tokens > 0)
     measures = []
-    for k, by_class in right.items():
-        where = {"dataset": dataset.name, "k": k, "source": source, "pooling": pooling, "protocol": protocol}
-        top, bottom = (torch.zeros(len(dataset.texts), dtype=torch.float64) for _ in range(2))
-        for label, task, correct in zip(dataset.classes, tasks[k], by_class, strict=True):
-            top[task.test] += correct.double()
-            bottom[task.test] += 1
-            n_train = len(task.train)
-            measures.append(
-                ratio("probe_accuracy", correct.double(), slice={**where, "train": n_train, "class": label})
-            )
-        # All texts that probes may be tested on, so that the units are the same in every cell.
-        tested = ~dataset.train & kept
+    for k, correct_by_task in right.items():
         n_train = min(len(task.train) for task in tasks[k])
-        measures.append(ratio("probe_accuracy", top[tested], bottom[tested], slice={**where, "train": n_train}))
+        at_k = {"dataset": dataset.name, "k": k, **where, "train": n_train}
+        top, bottom = (torch.zeros(len(dataset.classes), len(dataset.texts), dtype=torch.float64) for _ in range(2))
+        for number, (task, correct) in enumerate(zip(tasks[k], correct_by_task, strict=True)):
+            number %= len(dataset.classes)
+            top[number, task.test] += correct.double()
+            bottom[number, task.test] += 1
+        for number, label in enumerate(dataset.classes):
+            is_tested = bottom[number] > 0
+            size = {"train": len(tasks[k][number].train), "class": label}
+            of_class = top[number, is_tested], bottom[number, is_tested]
+            measures.append(ratio("probe_accuracy", *of_class, slice={**at_k, **size}))
+        # All texts that probes may be tested on, so that the units are the same in every cell.
+        measures.append(ratio("probe_accuracy", top.sum(0)[tested], bottom.sum(0)[tested], slice=at_k))
     return measures
+
+
+def n_draws(n_classes: int, n_test: int) -> int:
+    """How often the negatives of a probe are drawn: until it is tested on 500 texts, at most 5 times.
+
+    With two classes there is no choice of negatives. With large test sets it hardly matters.
+
+    >>> n_draws(5, 60), n_draws(5, 200), n_draws(5, 1000), n_draws(2, 60)
+    (5, 3, 1, 1)
+    """
+    return 1 if n_classes == 2 else max(1, min(5, math.ceil(500 / n_test)))
 
 
 _Tasks = dict[int | str, list[ProbeTask]]
@@ -254,15 +268,23 @@ def _saebench_correct(
 def _default_correct(
     dataset: ProbeDataset, features: PooledTexts, ks: Sequence[int], on_all: bool, on_fit: OnFit
 ) -> tuple[_Tasks, _Correct]:
-    """Fit the probes of all k on the same negatives, drawn from a generator per class."""
+    """Fit the probes of all k on the same draws of negatives; the probe on all features on the first draw."""
     kept, numbers = features.n_tokens > 0, range(len(dataset.classes))
     streams = [generator(number, f"probe {dataset.name}") for number in numbers]
-    tasks = [_task(dataset, kept, number, stream) for number, stream in zip(numbers, streams, strict=True)]
+
+    def draw() -> list[ProbeTask]:
+        return [_task(dataset, kept, number, stream) for number, stream in zip(numbers, streams, strict=True)]
+
+    first = draw()
+    tasks: _Tasks = {}
     right: _Correct = {}
     if on_all:
-        right["all"] = [all_feature_correct(features, *pair) for pair in zip(tasks, streams, strict=True)]
-    right |= k_sparse_correct(features, tasks, ks, on_fit)
-    return dict.fromkeys(right, tasks), right
+        tasks["all"] = first
+        right["all"] = [all_feature_correct(features, *pair) for pair in zip(first, streams, strict=True)]
+    n_test = max(len(task.test) for task in first)
+    every = [*first, *(task for _ in range(n_draws(len(numbers), n_test) - 1) for task in draw())]
+    right |= k_sparse_correct(features, every, ks, on_fit)
+    return tasks | dict.fromkeys(ks, every), right
 
 
 def _task(dataset: ProbeDataset, kept: Bool[Tensor, " text"], number: int, random: torch.Generator) -> ProbeTask:

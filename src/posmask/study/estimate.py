@@ -508,7 +508,8 @@ class _Costs:
                 widths, n_train = of_tasks, 2 * evaluation.order_train_groups
                 n_probes = item.n_classes - (item.n_classes == 2)
             elif item.kind == _PROBES:
-                widths, n_probes, n_train = of_datasets, item.n_classes, evaluation.probe_train
+                n_draws = datasets.n_draws(item.n_classes, evaluation.probe_test)
+                widths, n_probes, n_train = of_datasets, n_draws * item.n_classes, evaluation.probe_train
                 seconds += item.n_classes * of_datasets[0] * _FULL_PROBE
             else:
                 continue
