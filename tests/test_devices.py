@@ -18,7 +18,7 @@ from conftest import D_MODEL, D_SAE, MASKS, N_POSITIONS, RULES, make_texts, trai
 from posmask.data import sites
 from posmask.data.activations import training_batches
 from posmask.data.harvest import harvest
-from posmask.data.tokens import shifted
+from posmask.data.tokens import Tokens, shifted
 from posmask.evaluation import settings, suite
 from posmask.kernels import backend
 from posmask.masks import make_mask, mask_settings
@@ -179,16 +179,44 @@ class ToyModel(torch.nn.Module):
 
 
 @pytest.mark.parametrize("site", ["residual_after", "residual_before", "mlp"])
-def test_a_model_on_another_device_accepts_and_returns_cpu_vectors(site, other_device):
+def test_a_model_on_another_device_gives_the_same_vectors_and_logits(site, other_device):
     torch.manual_seed(0)
     toy = ToyModel()
     ids = torch.randint(20, (3, N_POSITIONS))
     here = sites.LanguageModel(copy.deepcopy(toy), 2, site)
     there = sites.LanguageModel(toy.to(THERE), 2, site)
     vectors = here.vectors(ids)
-    torch.testing.assert_close(there.vectors(ids), vectors)
+    assert there.vectors(ids).device == THERE
+    torch.testing.assert_close(there.vectors(ids).cpu(), vectors)
     assert there.logits(ids, vectors + 1).device == there.device == THERE
     torch.testing.assert_close(there.logits(ids, vectors + 1).cpu(), here.logits(ids, vectors + 1))
+
+
+@pytest.mark.parametrize("stored", ["model", "bfloat16", "int8"])
+def test_a_harvest_on_another_device_copies_only_what_is_stored(stored, tmp_path, other_device, monkeypatch):
+    torch.manual_seed(0)
+    toy = ToyModel()
+    ids = torch.randint(20, (6, N_POSITIONS))
+    keep = (ids > 2) & (torch.arange(N_POSITIONS) < torch.arange(6, 12)[:, None])
+    position = torch.arange(N_POSITIONS).expand_as(ids).contiguous()
+    tokens = Tokens(ids, position, torch.zeros_like(ids), keep, position, position, position)
+    here = harvest(tokens, sites.LanguageModel(copy.deepcopy(toy), 2), tmp_path / "here", {}, "here", stored)
+    there = sites.LanguageModel(toy.to(THERE), 2)
+    copied = []
+    copy_ = torch.Tensor.copy_
+
+    def noted(to, source, **options):
+        if isinstance(source, Elsewhere):
+            copied.append((to.dtype, source.dtype, len(source)))
+        return copy_(to, source, **options)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", noted)
+    monkeypatch.setattr(torch.Tensor, "cpu", None)
+    harvest(tokens, there, tmp_path / "there", {}, "there", stored)
+    dtypes = {"model": [torch.float32], "bfloat16": [torch.bfloat16], "int8": [torch.int8, torch.float32]}[stored]
+    assert copied == [(dtype, dtype, here.n_tokens) for dtype in dtypes]
+    for shard in (tmp_path / "here").iterdir():
+        assert (tmp_path / "there" / shard.name).read_bytes() == shard.read_bytes()
 
 
 @pytest.mark.parametrize("kind", ["open", "slice", "soft"])

@@ -220,7 +220,7 @@ def _model_seconds(study: StudySettings, outline: sites.LanguageModel, left: Cal
         length = min(study.corpus.n_positions, n_tokens)
         ids = torch.randint(loaded.n_vocabulary, (n_tokens // length, length), generator=generator(0, "plan"))
         started = left()
-        loaded.vectors(ids)
+        loaded.vectors(ids).cpu()
         took = started - left()
         per_token.append(took / ids.numel())
         if n_tokens < _MOST_PASS_TOKENS and left() - 4 * took > end:
