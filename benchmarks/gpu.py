@@ -6,10 +6,12 @@ Parts run in this order, and the file is written after each, so an interruption 
     checks     every kernel against float64 with poisoned outputs; the training step against its definition; the loss of
                12 steps against that of torch operations; two trainings that must be equal bit for bit
     steps      time of a training step by shape, mask and precision, what it consists of, its host waits and memory
+    peers      time of a training step of other packages on the same vectors (gpu_peers.py)
+    harvests   a model's passes alone, and with their vectors written to disk (gpu_harvest.py)
     waiting    share of the time that the GPU waits for batches from shards on disk
 
-`--rehearse` runs all of it on the CPU in Triton's interpreter, at tiny shapes: its times mean nothing. Peers and the
-harvest are not part of it yet.
+`--rehearse` runs all of it on the CPU in Triton's interpreter, at tiny shapes: its times mean nothing. A part that
+fails, or that there is no time for, is reported and the others run.
 """
 
 import argparse
@@ -19,8 +21,9 @@ import statistics
 import sys
 import tempfile
 import time
+import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from itertools import pairwise
 from pathlib import Path
@@ -29,30 +32,21 @@ if "--rehearse" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
+from gpu_harvest import harvests
+from gpu_peers import PEERS, peers
+from gpu_terms import MASKS, Bench, Marks, repeated, sae_of, vectors_of
 
-from posmask.data.activations import Activations, Batch, training_batches
+from posmask.data.activations import Activations, training_batches
 from posmask.errors import DegenerateResult
 from posmask.kernels import backend, runtime
-from posmask.masks import make_mask, mask_settings
 from posmask.sae.autoencoder import SparseAutoencoder
-from posmask.sae.rules import rule_settings
 from posmask.storage.manifest import write_folder
+from posmask.study import estimate
 from posmask.training import fast_loss
 from posmask.training.loop import train
 from posmask.training.reference_loss import plain_gradients
 from posmask.training.settings import TrainingSettings
 
-N_POSITIONS = 128
-MASKS = {"open": {"kind": "open"}, "slice-8": {"kind": "slice", "n_slices": 8}}
-SHAPES = [  # tokens per batch, d_model, d_sae, k
-    (4096, 576, 16384, 32),
-    (4096, 2304, 16384, 32),
-    (4096, 2304, 65536, 32),
-    (4096, 2304, 65536, 64),
-    (4096, 4096, 65536, 32),
-    (16384, 2304, 65536, 32),
-]
-TINY = [(8, 16, 64, 4)]
 PARTS = {  # of a step, by what the names of its kernels contain
     "selection": ("choose_rows", "cut_rows", "above_rows"),
     "explain": ("_explain_rows", "_dot_rows"),
@@ -61,53 +55,6 @@ PARTS = {  # of a step, by what the names of its kernels contain
     "products": ("gemm", "nvjet", "cutlass"),
     "sorting": ("sort", "Sort", "radix"),
 }
-
-
-class Bench:
-    """The device, its shapes, and the results so far."""
-
-    def __init__(self, rehearsal: bool, out: Path, minutes: float) -> None:
-        self.rehearsal = rehearsal
-        self.device = torch.device("cpu" if rehearsal else "cuda")
-        self.shapes = TINY if rehearsal else SHAPES
-        self.ends = time.monotonic() + 60 * minutes
-        self.results: dict = {"rehearsal": rehearsal, "steps": []}
-        self._out = out
-
-    def save(self) -> None:
-        self._out.write_text(json.dumps(self.results, indent=1) + "\n", encoding="utf8")
-
-    def milliseconds(self, work: Callable[[], object], repeats: int = 30) -> float:
-        """Median time of a piece of work on the device, after three runs to warm up."""
-        times = []
-        for number in range(1 if self.rehearsal else repeats + 3):
-            with self.timed(times if self.rehearsal or number > 2 else []):
-                work()
-        return statistics.median(times)
-
-    def timed(self, times: list[float]) -> "_Timed":
-        return _Timed(times, self.rehearsal)
-
-
-class _Timed:
-    """Appends the milliseconds that the device takes for the body."""
-
-    def __init__(self, times: list[float], rehearsal: bool) -> None:
-        self._times = times
-        self._events = None if rehearsal else [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-
-    def __enter__(self) -> None:
-        self._started = time.perf_counter()
-        if self._events:
-            self._events[0].record()
-
-    def __exit__(self, *error: object) -> None:
-        if self._events:
-            self._events[1].record()
-            self._events[1].synchronize()
-            self._times.append(self._events[0].elapsed_time(self._events[1]))
-        else:
-            self._times.append(1e3 * (time.perf_counter() - self._started))
 
 
 def describe(bench: Bench) -> None:
@@ -138,28 +85,6 @@ def ceilings(bench: Bench) -> None:
     rows = torch.randint(len(table), (n,), device=bench.device)
     rates["gather"] = 2e-6 * table.nbytes / len(table) * n / bench.milliseconds(lambda: table[rows])
     bench.results["ceilings"] = rates
-
-
-def sae_of(bench: Bench, d_model: int, d_sae: int, rule: dict, mask: dict, dtype: torch.dtype) -> SparseAutoencoder:
-    made = make_mask(mask_settings(mask), N_POSITIONS, d_sae, 0)
-    return SparseAutoencoder(d_model, rule_settings(rule), made, 0).to(bench.device, dtype)
-
-
-def vectors_of(bench: Bench, n_tokens: int, d_model: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    random = torch.Generator().manual_seed(seed)
-    vectors = torch.randn(n_tokens, d_model, generator=random)
-    position = torch.randint(1, N_POSITIONS, (n_tokens,), generator=random).sort().values.int()
-    return vectors.to(bench.device), position.to(bench.device)
-
-
-def repeated(bench: Bench, n_tokens: int, d_model: int, n_batches: int) -> Iterator[Batch]:
-    """Batches on the device, so that only the step takes time."""
-    batches = []
-    for seed in range(min(4, n_batches)):
-        vectors, position = vectors_of(bench, n_tokens, d_model, seed)
-        keep = torch.ones_like(position, dtype=torch.bool)
-        batches.append(Batch(vectors, position, position, position, keep, position, position, position))
-    return (batches[number % len(batches)] for number in range(n_batches))
 
 
 def settings_of(n_steps: int, n_tokens: int, precision: str) -> TrainingSettings:
@@ -234,8 +159,8 @@ def steps(bench: Bench) -> None:
         for mask in MASKS:
             for precision in ("bfloat16", "float32"):
                 for implementation in ("triton", "torch")[: 1 + (number % 2 == 0 and precision == "bfloat16")]:
-                    if time.monotonic() > bench.ends:
-                        bench.results["left out"] = f"from {shape} {mask} {precision} {implementation} on"
+                    if bench.is_late(0.5):
+                        bench.leave_out(f"steps from {shape} {mask} {precision} {implementation} on: no time")
                         return
                     bench.results["steps"].append(step_row(bench, shape, mask, precision, implementation))
                     bench.save()
@@ -248,32 +173,28 @@ def step_row(
     row: dict[str, object] = {"shape": shape, "mask": mask, "precision": precision, "implementation": implementation}
     sae = sae_of(bench, d_model, d_sae, {"kind": "topk", "k": k}, MASKS[mask], torch.float32)
     n_steps = 2 if bench.rehearsal else 45
-    marks: list = []
-
-    def mark(done: int) -> None:
-        if not bench.rehearsal:
-            marks.append(torch.cuda.Event(enable_timing=True))
-            marks[-1].record()
-        else:
-            marks.append(time.perf_counter())
-
-    if not bench.rehearsal:
-        torch.cuda.reset_peak_memory_stats()
+    marks = Marks(bench)
     batches = repeated(bench, n_tokens, d_model, n_steps)
     with backend.use(implementation), suppress(DegenerateResult):
-        train(sae, batches, settings_of(n_steps, n_tokens, precision), "step", mark)
-    if bench.rehearsal:
-        times = [1e3 * (after - before) for before, after in pairwise(marks)]
-    else:
-        torch.cuda.synchronize()
-        row["peak GB"] = torch.cuda.max_memory_allocated() / 1e9
-        times = [before.elapsed_time(after) for before, after in pairwise(marks)][-30:]
-    row["ms"] = statistics.median(times)
-    row["low"], row["high"] = min(times), max(times)
-    row["tokens/s"] = 1e3 * n_tokens / statistics.median(times)
+        train(sae, batches, settings_of(n_steps, n_tokens, precision), "step", marks)
+    row |= marks.row(30)
+    row["tokens/s"] = 1e3 * n_tokens / row["ms"]
     row["limit ms"] = limit(bench, shape, mask, precision)
+    row["estimate ms"] = estimated(bench, shape, mask, precision)
     row |= profile(bench, sae, shape, precision, implementation)
     return row
+
+
+def estimated(bench: Bench, shape: tuple[int, int, int, int], mask: str, precision: str) -> float | None:
+    """The time of a step that `posmask plan --gpu` assumes, in ms; None if it knows no rates of this card."""
+    card = "H100" if bench.rehearsal else bench.results["machine"]["card"]
+    known = [machine for name, machine in estimate.GPUS.items() if name in card.lower().replace(" ", "")]
+    if not known:
+        return None
+    n_tokens, d_model, d_sae, k = shape
+    live = d_sae // (8 if mask == "slice-8" else 1)
+    parts = known[0].step_parts(d_model, d_sae, live, k, n_tokens, precision)
+    return 1e3 * (sum(parts.values()) - parts["host"])  # The batches are on the device already.
 
 
 def limit(bench: Bench, shape: tuple[int, int, int, int], mask: str, precision: str) -> float:
@@ -365,15 +286,36 @@ def written(bench: Bench, folder: Path, n_tokens: int, d_model: int) -> Activati
 
 
 def table(results: dict) -> str:
-    lines = [f"{'tokens x d_model x d_sae, k':<32}{'mask':<9}{'precision':<10}{'path':<8}{'ms':>8}{'of limit':>10}"]
+    """A line per step: its time, and its ratios to the limit, the estimate, the open mask and other packages."""
+    names = ["ms", "low", "high", "of limit", "estimate/ms", "open/ms", *PEERS, "peak GB", "waits"]
+    lines = [f"{'tokens x d_model x d_sae, k':<30}{'mask':<9}{'precision':<10}{'path':<8}" + "".join(map(_cell, names))]
     for row in results["steps"]:
         *sizes, k = row["shape"]
-        name = f"{' x '.join(f'{size:,}' for size in sizes)}, {k}"
-        share = row["limit ms"] / row["ms"]
+        shape = f"{' x '.join(f'{size:,}' for size in sizes)}, {k}"
+        same = {name: row[name] for name in ("shape", "precision", "implementation")}
+        unmasked = _found(results["steps"], mask="open", **same)
+        ratios = {
+            "of limit": row["limit ms"] / row["ms"],
+            "estimate/ms": row["estimate ms"] and row["estimate ms"] / row["ms"],
+            "open/ms": unmasked and unmasked["ms"] / row["ms"],
+        }
+        for name in PEERS:
+            peer = _found(results["peers"], shape=row["shape"], peer=name)
+            ratios[name] = peer and peer["ms"] / row["ms"]
+        values = {**row, **ratios}
         lines.append(
-            f"{name:<32}{row['mask']:<9}{row['precision']:<10}{row['implementation']:<8}{row['ms']:>8.2f}{share:>10.0%}"
+            f"{shape:<30}{row['mask']:<9}{row['precision']:<10}{row['implementation']:<8}"
+            + "".join(_cell(values.get(name)) for name in names)
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, "A peer's column is its time / ms, of its step without a mask."])
+
+
+def _found(rows: list[dict], **wanted: object) -> dict | None:
+    return next((row for row in rows if all(row[name] == value for name, value in wanted.items())), None)
+
+
+def _cell(value: object) -> str:
+    return f"{value:>13.2f}" if isinstance(value, float) else f"{'' if value is None else value!s:>13}"
 
 
 def main() -> None:
@@ -385,15 +327,21 @@ def main() -> None:
     if not options.rehearse and not torch.cuda.is_available():
         sys.exit("There is no CUDA GPU: run with --rehearse, or on a machine that has one.")
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    bench = Bench(options.rehearse, options.out, options.minutes)
+    bench, failed = Bench(options.rehearse, options.out, options.minutes), []
     with backend.use("triton") if options.rehearse else nullcontext():
-        for part in (describe, ceilings, checks, steps, waiting):
+        for part in (describe, ceilings, checks, steps, peers, harvests, waiting):
             started = time.perf_counter()
-            part(bench)
+            try:
+                part(bench)
+            except Exception:
+                failed.append(part.__name__)
+                bench.leave_out(f"{part.__name__}: {traceback.format_exc()}")
             print(f"{part.__name__}: {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
             bench.save()
     print(json.dumps({name: value for name, value in bench.results.items() if name != "steps"}, indent=1))
     print(table(bench.results))
+    if failed:
+        sys.exit(f"These parts failed: {', '.join(failed)}.")
 
 
 if __name__ == "__main__":

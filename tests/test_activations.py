@@ -13,6 +13,7 @@ from posmask.data.reading import read_ahead
 from posmask.data.sites import LanguageModel
 from posmask.data.tokens import pack, pad
 from posmask.errors import BadSetting, DamagedFolder, DegenerateResult, NothingToDo
+from posmask.storage.manifest import Parts
 
 
 def test_vectors_are_the_models_hidden_states(causal_lm, language_model, tokenizer):
@@ -159,6 +160,95 @@ def test_vectors_stored_in_fewer_bits_are_nearly_equal(
     torch.testing.assert_close(low.center_and_scale[1], exact.center_and_scale[1], rtol=0.01, atol=0)
 
 
+class Counted(LanguageModel):
+    """A model that counts its passes and is interrupted after some."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, model, most=10**6):
+        self.n, self.n_tokens, self.most, self._model, self._longest = 0, [], most, model, None
+
+    def vectors(self, ids):
+        self.n += 1
+        self.n_tokens.append(ids.numel())
+        if self.n > self.most:
+            raise KeyboardInterrupt
+        return self._model.vectors(ids)
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_shard_is_written_while_the_next_is_computed(language_model, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(data_harvest, "_TOKENS_PER_SHARD", 256)
+    monkeypatch.setattr(data_harvest, "_TOKENS_PER_FORWARD", 128)
+    tokens = pack(make_texts(80), tokenizer, N_POSITIONS, 1200)
+    next_begins, written = threading.Event(), []
+    model = Counted(language_model)
+    add = Parts.add
+
+    def add_when_the_next_begins(parts, name, write):
+        if not written:
+            assert next_begins.wait(10)
+        written.append(name)
+        assert threading.current_thread() is not threading.main_thread()
+        return add(parts, name, write)
+
+    def vectors(ids):
+        if model.n == 2:  # of 128 tokens, so the second shard begins
+            next_begins.set()
+        return Counted.vectors(model, ids)
+
+    monkeypatch.setattr(model, "vectors", vectors)
+    monkeypatch.setattr(Parts, "add", add_when_the_next_begins)
+    folder = harvest(tokens, model, tmp_path / "a", {}, "test").folder
+    assert written == sorted(path.name for path in folder.glob("shard*"))
+    assert len(written) > 4
+
+
+def test_an_error_while_a_shard_is_written_stops_the_harvest(language_model, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(data_harvest, "_TOKENS_PER_SHARD", 256)
+    monkeypatch.setattr(data_harvest, "_TOKENS_PER_FORWARD", 128)
+    tokens = pack(make_texts(80), tokenizer, N_POSITIONS, 1200)
+    complete = harvest(tokens, language_model, tmp_path / "complete", {}, "test").folder
+    save = data_harvest.save_file
+
+    def full_disk(shard, path):
+        if path.name == "shard-00002.safetensors":
+            raise OSError(28, "No space left on device")
+        save(shard, path)
+
+    model = Counted(language_model)
+    monkeypatch.setattr(data_harvest, "save_file", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        harvest(tokens, model, tmp_path / "a", {}, "test")
+    monkeypatch.setattr(data_harvest, "save_file", save)
+    assert model.n < 12  # The passes of four shards: the fourth was computed while the third was written.
+    assert [path.name for path in sorted((tmp_path / ".a.parts").glob("shard*"))] == [
+        "shard-00000.safetensors",
+        "shard-00001.safetensors",
+    ]
+    harvest(tokens, language_model, tmp_path / "a", {}, "test")
+    assert files(tmp_path / "a") == files(complete)
+
+
+def test_larger_passes_give_shards_of_the_same_tokens(language_model, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(data_harvest, "_TOKENS_PER_SHARD", 256)
+    monkeypatch.setattr(data_harvest, "_TOKENS_PER_FORWARD", 48)
+    tokens = pad(make_texts(60, n_words=3) + make_texts(60, n_words=9), tokenizer, N_POSITIONS)
+    small, large = Counted(language_model), Counted(language_model)
+    expected = harvest(tokens, small, tmp_path / "small", {}, "test")
+    monkeypatch.setitem(data_harvest._JOINED_TOKENS, "cpu", 150)
+    found = harvest(tokens, large, tmp_path / "large", {}, "test")
+    assert max(small.n_tokens) <= 48 < 100 < max(large.n_tokens) <= 150
+    assert large.n < small.n / 2
+    for one, other in zip(expected._shards, found._shards, strict=True):
+        for name in one.keys() - {"vectors"}:
+            assert torch.equal(one[name], other[name])
+        torch.testing.assert_close(one["vectors"], other["vectors"], rtol=1e-5, atol=1e-5)
+
+
 def test_a_harvest_resumes_after_its_last_shard_and_recomputes_only_lost_shards(
     language_model, tokenizer, tmp_path, monkeypatch
 ):
@@ -169,30 +259,17 @@ def test_a_harvest_resumes_after_its_last_shard_and_recomputes_only_lost_shards(
     n_shards = len(list(complete.glob("shard*")))
     assert n_shards > 4
 
-    class Counted(LanguageModel):
-        def __init__(self, most):
-            self.n, self.most, self._longest = 0, most, None
-
-        def vectors(self, ids):
-            self.n += 1
-            if self.n > self.most:
-                raise KeyboardInterrupt
-            return language_model.vectors(ids)
-
-    def files(folder):
-        return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-    uninterrupted = Counted(10**6)
+    uninterrupted = Counted(language_model)
     harvest(tokens, uninterrupted, tmp_path / "again", {}, "again")
     with pytest.raises(KeyboardInterrupt):
-        harvest(tokens, Counted(uninterrupted.n - 1), tmp_path / "part", {}, "part")
-    resumed = Counted(10**6)
+        harvest(tokens, Counted(language_model, uninterrupted.n - 1), tmp_path / "part", {}, "part")
+    resumed = Counted(language_model)
     harvest(tokens, resumed, tmp_path / "part", {}, "part")
     assert resumed.n < uninterrupted.n / n_shards + 2
     assert files(tmp_path / "part") == files(complete)
     lost = tmp_path / "part" / "shard-00002.safetensors"
     lost.write_bytes(lost.read_bytes()[:-1])
-    mended = Counted(10**6)
+    mended = Counted(language_model)
     harvest(tokens, mended, tmp_path / "part", {}, "part")
     assert mended.n < uninterrupted.n / n_shards + 2
     assert files(tmp_path / "part") == files(complete)

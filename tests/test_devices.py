@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.optim import adam
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
@@ -18,12 +19,16 @@ from conftest import D_MODEL, D_SAE, MASKS, N_POSITIONS, RULES, make_texts, trai
 from posmask.data import sites
 from posmask.data.activations import training_batches
 from posmask.data.harvest import harvest
-from posmask.data.tokens import shifted
+from posmask.data.tokens import Tokens, pad, shifted
 from posmask.evaluation import settings, suite
 from posmask.kernels import backend
 from posmask.masks import make_mask, mask_settings
+from posmask.probing.datasets import ProbeDataset
+from posmask.probing.order_probes import order_tokens
+from posmask.probing.order_tasks import OrderTask
 from posmask.sae.autoencoder import SparseAutoencoder
 from posmask.sae.rules import rule_settings
+from posmask.storage.layout import LATENTS_FILE
 from posmask.training.loop import train
 from posmask.training.settings import TrainingSettings
 
@@ -152,9 +157,9 @@ def test_training_on_another_device_gives_the_same_sae(kind, rule, activations, 
 
 
 class ToyLayer(torch.nn.Module):
-    def __init__(self):
+    def __init__(self, d_model):
         super().__init__()
-        self.attention, self.mlp = torch.nn.Linear(6, 6), torch.nn.Linear(6, 6)
+        self.attention, self.mlp = (torch.nn.Linear(d_model, d_model) for _ in range(2))
 
     def forward(self, stream):
         stream = stream + self.attention(stream.cumsum(1))
@@ -162,59 +167,139 @@ class ToyLayer(torch.nn.Module):
 
 
 class ToyModel(torch.nn.Module):
-    def __init__(self):
+    def __init__(self, d_model=6, n_vocabulary=20):
         super().__init__()
-        self.embed, self.layers = torch.nn.Embedding(20, 6), torch.nn.ModuleList(ToyLayer() for _ in range(3))
-        self.config = SimpleNamespace(num_hidden_layers=3, hidden_size=6, vocab_size=20)
+        self.embed, self.head = torch.nn.Embedding(n_vocabulary, d_model), torch.nn.Linear(d_model, n_vocabulary)
+        self.layers = torch.nn.ModuleList(ToyLayer(d_model) for _ in range(3))
+        self.config = SimpleNamespace(num_hidden_layers=3, hidden_size=d_model, vocab_size=n_vocabulary)
         self.config.get_text_config = lambda: self.config
 
     def get_decoder(self):
         return self
 
+    def get_output_embeddings(self):
+        return self.head
+
     def forward(self, input_ids, use_cache):
         stream = self.embed(input_ids)
         for layer in self.layers:
             stream = layer(stream)
-        return SimpleNamespace(logits=stream)
+        return SimpleNamespace(logits=self.head(stream))
 
 
 @pytest.mark.parametrize("site", ["residual_after", "residual_before", "mlp"])
-def test_a_model_on_another_device_accepts_and_returns_cpu_vectors(site, other_device):
+def test_a_model_on_another_device_gives_the_same_vectors_and_logits(site, other_device):
     torch.manual_seed(0)
     toy = ToyModel()
     ids = torch.randint(20, (3, N_POSITIONS))
     here = sites.LanguageModel(copy.deepcopy(toy), 2, site)
     there = sites.LanguageModel(toy.to(THERE), 2, site)
     vectors = here.vectors(ids)
-    torch.testing.assert_close(there.vectors(ids), vectors)
+    assert there.vectors(ids).device == THERE
+    torch.testing.assert_close(there.vectors(ids).cpu(), vectors)
     assert there.logits(ids, vectors + 1).device == there.device == THERE
     torch.testing.assert_close(there.logits(ids, vectors + 1).cpu(), here.logits(ids, vectors + 1))
 
 
+@pytest.mark.parametrize("stored", ["model", "bfloat16", "int8"])
+def test_a_harvest_on_another_device_copies_only_what_is_stored(stored, tmp_path, other_device, monkeypatch):
+    torch.manual_seed(0)
+    toy = ToyModel()
+    ids = torch.randint(20, (6, N_POSITIONS))
+    keep = (ids > 2) & (torch.arange(N_POSITIONS) < torch.arange(6, 12)[:, None])
+    position = torch.arange(N_POSITIONS).expand_as(ids).contiguous()
+    tokens = Tokens(ids, position, torch.zeros_like(ids), keep, position, position, position)
+    here = harvest(tokens, sites.LanguageModel(copy.deepcopy(toy), 2), tmp_path / "here", {}, "here", stored)
+    there = sites.LanguageModel(toy.to(THERE), 2)
+    copied = []
+    copy_ = torch.Tensor.copy_
+
+    def noted(to, source, **options):
+        if isinstance(source, Elsewhere):
+            copied.append((to.dtype, source.dtype, len(source)))
+        return copy_(to, source, **options)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", noted)
+    monkeypatch.setattr(torch.Tensor, "cpu", None)
+    harvest(tokens, there, tmp_path / "there", {}, "there", stored)
+    dtypes = {"model": [torch.float32], "bfloat16": [torch.bfloat16], "int8": [torch.int8, torch.float32]}[stored]
+    assert copied == [(dtype, dtype, here.n_tokens) for dtype in dtypes]
+    for shard in (tmp_path / "here").iterdir():
+        assert (tmp_path / "there" / shard.name).read_bytes() == shard.read_bytes()
+
+
 @pytest.mark.parametrize("kind", ["open", "slice", "soft"])
 def test_an_sae_on_another_device_has_the_same_measures(
-    kind, activations, language_model, tokenizer, tmp_path, other_device
+    kind, activations, language_model, tokenizer, tmp_path, other_device, monkeypatch
 ):
+    encode = SparseAutoencoder.encode_batch
+
+    def encode_there(sae, batch, **options):
+        assert batch.vectors.device == sae.encoder.device
+        codes = encode(sae, batch, **options)
+        assert codes.value.device == sae.encoder.device
+        return codes
+
+    monkeypatch.setattr(SparseAutoencoder, "encode_batch", encode_there)
     tokens = shifted(make_texts(200, n_words=5), tokenizer, N_POSITIONS, 20, 4)
     shift = harvest(tokens, language_model, tmp_path / "shift", {}, "shift")
     evaluation_settings = settings.EvaluationSettings(
-        retention_positions=4, shift_texts=20, shift_windows=4, model_contexts=8, order_tasks=(), order_train_groups=1,
-        order_test_groups=2, probe_datasets=(), probe_train=2, probe_test=2,
+        retention_positions=4, shift_texts=20, shift_windows=4, model_contexts=8, order_tasks=(), order_train_groups=8,
+        order_test_groups=4, probe_datasets=(), probe_train=20, probe_test=10, ks=(1, 5),
+        probe_protocol="saebench" if kind == "open" else "default",
     )  # fmt: skip
-    data = suite.EvaluationData(
-        activations, activations, shift, {}, {}, tokenizer, N_POSITIONS, evaluation_settings, lambda: language_model
-    )
+    probed = probed_texts(evaluation_settings, language_model, tokenizer, tmp_path)
+    torch.manual_seed(0)
+    toy = ToyModel(D_MODEL, len(tokenizer))
+    models = sites.LanguageModel(copy.deepcopy(toy), 2), sites.LanguageModel(toy.to(THERE), 2)
+    at = [
+        suite.EvaluationData(
+            activations, activations, shift, *probed, tokenizer, N_POSITIONS, evaluation_settings, lambda m=model: m
+        )
+        for model in models
+    ]
     here = fresh_sae(kind, "topk")
     train_on(here, activations, SETTINGS)
-    there = copy.deepcopy(here).to(THERE)
+    saes = here, copy.deepcopy(here).to(THERE)
     dead = torch.zeros(D_SAE, dtype=torch.bool)
-    expected, _ = suite.evaluate(here, dead, data, "here")
-    measures, _ = suite.evaluate(there, dead.to(THERE), data, "there")
-    assert [measure.metric for measure in measures] == [measure.metric for measure in expected]
-    values = [[measure.value for measure in side] for side in (measures, expected)]
-    assert values[0] == pytest.approx(values[1], rel=1e-3, abs=1e-3, nan_ok=True)
-    if kind != "open":
-        decayed = [
-            [measure.value for measure in suite.forgetting(sae, data, SETTINGS, 0, "test")] for sae in (here, there)
-        ]
-        assert decayed[1] == pytest.approx(decayed[0], rel=1e-2, abs=1e-2, nan_ok=True)
+    measures, folders = [], [tmp_path / "latents-here", tmp_path / "latents-there"]
+    for sae, data, folder in zip(saes, at, folders, strict=True):
+        found, facts = suite.evaluate(sae, dead.to(sae.encoder.device), data, "test")
+        measures.append(found + (suite.baselines(data) if kind == "open" else []))
+        folder.mkdir()
+        facts.write(folder, tokenizer)
+        if kind == "slice":
+            measures[-1] += suite.forgetting(sae, data, SETTINGS, 0, "test")
+    names = [[(measure.metric, measure.slice) for measure in side] for side in measures]
+    assert names[1] == names[0]
+    assert {"probe_accuracy", "order_accuracy", "retention", "ce_recovered"} <= {name for name, _ in names[0]}
+    for attribute in ("value", "ci_low", "ci_high"):
+        values = [[getattr(measure, attribute) for measure in side] for side in measures]
+        assert values[1] == pytest.approx(values[0], rel=1e-2, abs=1e-2, nan_ok=True)
+    arrays = [load_file(folder / LATENTS_FILE) for folder in folders]
+    assert arrays[1].keys() == arrays[0].keys()
+    torch.testing.assert_close(arrays[1]["profile"], arrays[0]["profile"], rtol=1e-2, atol=1e-2)
+
+
+def test_statistics_are_computed_where_there_is_float64():
+    assert [suite._statistics_device(torch.device(name)).type for name in ("cpu", "cuda", "mps")] == [
+        "cpu",
+        "cuda",
+        "cpu",
+    ]
+
+
+def probed_texts(evaluation_settings, language_model, tokenizer, folder):
+    """Order tasks and probe datasets of toy texts with their vectors."""
+    n_train, n_test = evaluation_settings.order_train_groups, evaluation_settings.order_test_groups
+    texts = []
+    for text in make_texts(n_train + n_test, n_words=6):
+        words = text.split()
+        texts += [text, " ".join([words[-1], *words[1:-1], words[0]])]
+    task = OrderTask("toy_order", 2, tuple(texts), n_train, n_test)
+    order = harvest(order_tokens(task, tokenizer, N_POSITIONS), language_model, folder / "order", {}, "order")
+    texts = make_texts(60, n_words=8)
+    label = torch.tensor([text.count("red") % 2 for text in texts])
+    dataset = ProbeDataset("toy", ("even", "odd"), tuple(texts), label, torch.arange(60) < 40)
+    probes = harvest(pad(texts, tokenizer, N_POSITIONS), language_model, folder / "probes", {}, "probes")
+    return {"toy_order": (task, order)}, {"toy": (dataset, probes)}

@@ -1,5 +1,6 @@
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -27,6 +28,22 @@ def test_dictionary_products_equal_plain_loops(either_way):
     torch.testing.assert_close(by_latent.sum(weight), total)
     twice = by_latent.sum_rows(weight, rows, token, out=summed.clone(), add=True)
     torch.testing.assert_close(twice, 2 * summed)
+
+
+def test_sums_and_parts_of_a_sparse_table_equal_those_of_the_dense_one(either_way):
+    random = torch.Generator().manual_seed(0)
+    table = torch.rand(7, 5, generator=random) * (torch.rand(7, 5, generator=random) < 0.6)
+    row, column = table.nonzero(as_tuple=True)
+    stored = np.empty(len(row), [("row", np.int32), ("column", np.int32), ("value", np.float32)])
+    stored["row"], stored["column"], stored["value"] = row, column, table[row, column]
+    stored.flags.writeable = False  # as blocks that are read from a file
+    blocks = [(part["row"], part["column"], part["value"]) for part in np.split(stored, [4, 11])]
+    weight = torch.randn(7, 3, generator=random, dtype=torch.float64) * (torch.arange(21).view(7, 3) % 2)
+    sums = operations.weighted_sums(blocks, weight, 5)
+    torch.testing.assert_close(sums, weight.T @ table.double())
+    row_slot, column_slot = torch.tensor([-1, 2, -1, 0, 1, -1, -1]), torch.tensor([1, -1, 0, 2, -1])
+    part = operations.dense_part(blocks, row_slot.int(), column_slot.int())
+    assert torch.equal(part, table[[3, 4, 1]][:, [2, 0, 3]])
 
 
 @pytest.mark.parametrize("n_parts", [1, 3])

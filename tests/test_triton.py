@@ -387,6 +387,17 @@ def test_the_benchmark_for_gpus_can_be_rehearsed(tmp_path):
     assert results["checks"].pop("equal bytes")
     assert max(results["checks"].values()) < 1e-5
     assert len(results["steps"]) == 6
+    assert all(row["estimate ms"] > 0 for row in results["steps"])
+    peers = {row["peer"] for row in results["peers"]}
+    missing = {line.partition(":")[0] for line in results["left out"]}
+    assert peers | missing == {"sparsify", "SAELens", "SAELens-bf16"}
+    assert all("is not installed" in line for line in results["left out"])
+    assert results["harvest"]["tokens/s"].keys() == {"bare forward", "model", "int8"}
+    assert results["waiting"]["ms per step with batches from disk"] > 0
+    header, *lines = done.stdout[done.stdout.index("tokens x d_model") :].splitlines()
+    for column in ("of limit", "estimate/ms", "open/ms", "sparsify", "SAELens", "SAELens-bf16"):
+        assert column in header
+    assert len(lines) == 7
 
 
 @pytest.mark.parametrize("types", [[], pytest.param(["every-type"], marks=pytest.mark.slow)])

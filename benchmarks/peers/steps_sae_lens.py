@@ -6,10 +6,13 @@ Its own SAETrainer on its own training classes, all at their defaults. `tuned` a
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 
-os.environ["OMP_NUM_THREADS"] = sys.argv[3]
+if __name__ == "__main__":
+    os.environ["OMP_NUM_THREADS"] = sys.argv[3]
 os.environ["TQDM_DISABLE"] = "1"
 
+import torch
 from sae_lens import (
     BatchTopKTrainingSAE,
     BatchTopKTrainingSAEConfig,
@@ -27,18 +30,19 @@ from sae_lens import (
 from sae_lens.config import SAETrainerConfig
 from sae_lens.training.sae_trainer import SAETrainer
 from steps_terms import BATCH_TOKENS, K, on_demand, sizes, use_threads
+from torch import Tensor
 
 
-def untrained(work: str, d_in: int, d_sae: int):
+def untrained(work: str, d_in: int, d_sae: int, k: int = K):
     shape = {"d_in": d_in, "d_sae": d_sae}
     widths = [d_sae // 16, d_sae // 8, d_sae // 4, d_sae // 2, d_sae]
     match work:
         case "topk":
-            return TopKTrainingSAE(TopKTrainingSAEConfig(**shape, k=K))
+            return TopKTrainingSAE(TopKTrainingSAEConfig(**shape, k=k))
         case "batchtopk":
-            return BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**shape, k=K))
+            return BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**shape, k=k))
         case "matryoshka":
-            config = MatryoshkaBatchTopKTrainingSAEConfig(**shape, k=K, matryoshka_widths=widths)
+            config = MatryoshkaBatchTopKTrainingSAEConfig(**shape, k=k, matryoshka_widths=widths)
             return MatryoshkaBatchTopKTrainingSAE(config)
         case "relu-l1":
             return StandardTrainingSAE(StandardTrainingSAEConfig(**shape))
@@ -49,18 +53,26 @@ def untrained(work: str, d_in: int, d_sae: int):
     raise ValueError(work)
 
 
+def fit(
+    sae, batches: Iterator[Tensor], n_tokens: int = BATCH_TOKENS, *, tuned: bool, device: torch.device | str = "cpu"
+) -> None:
+    """Train on batches of `n_tokens` vectors."""
+    config = SAETrainerConfig(
+        total_training_samples=10_000 * n_tokens,
+        train_batch_size_samples=n_tokens,
+        lr=1e-3,
+        lr_end=1e-4,
+        autocast=tuned,
+        device=str(device),
+    )
+    SAETrainer(config, sae, batches).fit()
+
+
 def main(work: str, shape: str, n_threads: int, tuned: bool) -> None:
     warnings.simplefilter("ignore")
     use_threads(n_threads)
     d_in, d_sae = sizes(shape)
-    config = SAETrainerConfig(
-        total_training_samples=10_000 * BATCH_TOKENS,
-        train_batch_size_samples=BATCH_TOKENS,
-        lr=1e-3,
-        lr_end=1e-4,
-        autocast=tuned,
-    )
-    SAETrainer(config, untrained(work, d_in, d_sae), on_demand(d_in)).fit()
+    fit(untrained(work, d_in, d_sae), on_demand(d_in), tuned=tuned)
 
 
 if __name__ == "__main__":

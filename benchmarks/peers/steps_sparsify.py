@@ -7,60 +7,70 @@ adds what a user can: bfloat16 autocast around the model, which the hooks then r
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from types import SimpleNamespace
 
-os.environ["OMP_NUM_THREADS"] = sys.argv[3]
+if __name__ == "__main__":
+    os.environ["OMP_NUM_THREADS"] = sys.argv[3]
 os.environ["TQDM_DISABLE"] = "1"
 os.environ["WANDB_MODE"] = "disabled"
 
 import torch
 from sparsify import SaeConfig, TrainConfig, Trainer
 from steps_terms import BATCH_TOKENS, N_POSITIONS, K, on_demand, sizes, use_threads
-
-N_CONTEXTS = BATCH_TOKENS // N_POSITIONS
+from torch import Tensor
 
 
 class Source(torch.nn.Module):
     """What Trainer takes for a model: whatever the tokens, its one layer puts out the next batch of vectors."""
 
-    def __init__(self, d_in: int, tuned: bool) -> None:
+    def __init__(
+        self,
+        d_in: int,
+        batches: Iterator[Tensor],
+        *,
+        n_tokens: int = BATCH_TOKENS,
+        device: torch.device | None = None,
+        tuned: bool = False,
+    ) -> None:
         super().__init__()
         self.layer = torch.nn.Identity()
         self.config = SimpleNamespace(num_hidden_layers=1)
-        self.device = torch.device("cpu")
+        self.device = device or torch.device("cpu")
         self.dtype = torch.float32
         self.dummy_inputs = {"input_ids": torch.zeros(1, 1, dtype=torch.int64)}
-        self._d_in, self._tuned = d_in, tuned
-        self._vectors = on_demand(d_in)
+        self.n_positions = min(N_POSITIONS, n_tokens)
+        self.n_contexts = n_tokens // self.n_positions
+        self._d_in, self._tuned, self._batches = d_in, tuned, batches
 
     @property
     def base_model(self) -> "Source":
         return self
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        if input_ids.numel() != BATCH_TOKENS:  # Trainer only asks how wide the layer is.
-            return self.layer(torch.zeros(*input_ids.shape, self._d_in))
-        vectors = next(self._vectors)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self._tuned):
-            return self.layer(vectors.view(N_CONTEXTS, N_POSITIONS, -1))
+        if input_ids.numel() != self.n_contexts * self.n_positions:  # Trainer only asks how wide the layer is.
+            return self.layer(torch.zeros(*input_ids.shape, self._d_in, device=self.device))
+        vectors = next(self._batches)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._tuned):
+            return self.layer(vectors.view(self.n_contexts, self.n_positions, -1))
 
 
 class Contexts(torch.utils.data.Dataset):
+    def __init__(self, source: Source) -> None:
+        self._source = source
+
     def __len__(self) -> int:
-        return 10_000 * N_CONTEXTS
+        return 10_000 * self._source.n_contexts
 
     def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": torch.ones(N_POSITIONS, dtype=torch.int64)}
+        return {"input_ids": torch.ones(self._source.n_positions, dtype=torch.int64)}
 
 
-def main(work: str, shape: str, n_threads: int, tuned: bool) -> None:
-    assert work == "topk"
-    warnings.simplefilter("ignore")
-    use_threads(n_threads)
-    d_in, d_sae = sizes(shape)
+def fit(source: Source, d_sae: int, k: int) -> None:
+    """Train on the batches of the source, one context after the other."""
     config = TrainConfig(
-        SaeConfig(num_latents=d_sae, k=K),
-        batch_size=N_CONTEXTS,
+        SaeConfig(num_latents=d_sae, k=k),
+        batch_size=source.n_contexts,
         hookpoints=["layer"],
         optimizer="adam",
         lr=1e-3,
@@ -68,8 +78,16 @@ def main(work: str, shape: str, n_threads: int, tuned: bool) -> None:
         log_to_wandb=False,
         save_every=10**9,
     )
+    Trainer(config, Contexts(source), source).fit()
+
+
+def main(work: str, shape: str, n_threads: int, tuned: bool) -> None:
+    assert work == "topk"
+    warnings.simplefilter("ignore")
+    use_threads(n_threads)
+    d_in, d_sae = sizes(shape)
     sys.stdout = sys.stderr  # It prints; the answers go to the true standard output.
-    Trainer(config, Contexts(), Source(d_in, tuned)).fit()
+    fit(Source(d_in, on_demand(d_in), tuned=tuned), d_sae, K)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ Tokens after the last kept token of a context (padding) are not stored; BOS is s
 takes a quarter of the space of float32: it is divided by a scale such that its largest number is 127.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -245,16 +245,26 @@ def finished_activations(folder: Path | StoredFolder, made_from: Mapping[str, An
     return Activations(folder) if finished(folder, made_from) else None
 
 
-def evaluation_batches(activations: Activations, batch_tokens: int = 4096) -> Iterator[Batch]:
-    """Iterate over all stored tokens in order, in whole contexts: as many as fit into `batch_tokens`, at least one."""
-    ends = [*(activations.position == 0).nonzero()[1:, 0].tolist(), activations.n_tokens]
-    start = end = 0
-    for next_end in ends:
-        if next_end - start > batch_tokens and end > start:
-            yield activations.batch(torch.arange(start, end))
-            start = end
-        end = next_end
-    yield activations.batch(torch.arange(start, end))
+def evaluation_batches(
+    activations: Activations, batch_tokens: int = 4096, device: torch.device | None = None
+) -> Iterator[Batch]:
+    """Iterate over all stored tokens in order, in whole contexts: as many as fit into `batch_tokens`, at least one.
+
+    Args:
+        device: of the batches, as in `training_batches`.
+    """
+
+    def indices() -> Iterator[Int[Tensor, " index"]]:
+        ends = [*(activations.position == 0).nonzero()[1:, 0].tolist(), activations.n_tokens]
+        start = end = 0
+        for next_end in ends:
+            if next_end - start > batch_tokens and end > start:
+                yield torch.arange(start, end)
+                start = end
+            end = next_end
+        yield torch.arange(start, end)
+
+    return _batches(activations, indices(), device)
 
 
 def training_batches(
@@ -297,6 +307,13 @@ def training_batches(
     indices = _batch_indices(activations, kept, batch_tokens, range(after, after + n_batches), seed)
     if token_indices is not None:
         indices = (index[token_indices(activations.position[index])] for index in indices)
+    yield from _batches(activations, indices, device)
+
+
+def _batches(
+    activations: Activations, indices: Iterable[Int[Tensor, " index"]], device: torch.device | None
+) -> Iterator[Batch]:
+    """The tokens with these indices, batch by batch, on a device; see `training_batches`."""
     if device is None or device.type != "cuda":
         batches = (activations.batch(index) for index in indices)
         yield from batches if device is None else (batch.to(device) for batch in batches)

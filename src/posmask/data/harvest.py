@@ -1,6 +1,7 @@
 """Harvest a model's vectors into shards on disk or in a remote store."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ __all__ = ["ComputeShards", "Contexts", "harvest", "shards_here"]
 
 _TOKENS_PER_FORWARD = 4096
 _TOKENS_PER_SHARD = 65536
+_JOINED_TOKENS = {"cuda": 16384}  # of a pass, by device; other devices are not faster with more
 
 Contexts = list[Int[Tensor, " _"]]
 """Indices of the contexts of one shard, in chunks that run through the model together."""
@@ -84,9 +86,25 @@ def harvest(
         missing = {name: contexts for name, contexts in shards.items() if not is_written(name)}
         advance(sum(int(tokens.keep[chunk].sum()) for name in shards.keys() - missing for chunk in shards[name]))
         computed = compute(tokens, list(missing.values()), label, storage_dtype, advance)
-        for name, shard in zip(missing, computed, strict=True):
-            add(name, shard)
+        _write_behind(add, missing, computed)
     return Activations(folder)
+
+
+def _write_behind(
+    add: Callable[[str, dict[str, Tensor]], None], names: Iterable[str], shards: Iterable[dict[str, Tensor]]
+) -> None:
+    """Write shards in their order, each by a thread while the next one is computed.
+
+    If computing fails, the shard before is written completely. If writing fails, no later shard is written.
+    """
+    with ThreadPoolExecutor(1, "write shards") as thread:
+        writing: Future[None] | None = None
+        for name, shard in zip(names, shards, strict=True):
+            if writing is not None:
+                writing.result()
+            writing = thread.submit(add, name, shard)
+        if writing is not None:
+            writing.result()
 
 
 @contextmanager
@@ -122,38 +140,71 @@ def shards_here(
         DegenerateResult: the model gave NaN or infinite vectors.
     """
     model.check_length(tokens.id.shape[1])
+    most_tokens = _JOINED_TOKENS.get(model.device.type, 0)
     for contexts in shards:
-        chunks = [_harvested(tokens, chunk, model, label, storage_dtype, advance) for chunk in contexts]
-        yield {name: torch.cat([fields[name] for fields in chunks]) for name in chunks[0]}
+        yield _shard(model, tokens, list(_joined(tokens, contexts, most_tokens)), label, storage_dtype, advance)
 
 
-def _harvested(
-    tokens: Tokens,
-    chunk: Int[Tensor, " context"],
+def _shard(
     model: LanguageModel,
+    tokens: Tokens,
+    contexts: Contexts,
     label: str,
     storage_dtype: StorageDtype,
     advance: Callable[[int], None],
 ) -> dict[str, Tensor]:
-    """The stored fields of the tokens of one chunk of contexts, by name."""
-    length = int(_stored_length(tokens.keep[chunk]).max())
-    vectors = model.vectors(tokens.id[chunk, :length])
-    keep = tokens.keep[chunk, :length]
-    if not bool(torch.isfinite(vectors[keep]).all()):
+    """The stored fields of a shard by name. The host prepares each pass while the model's device computes the last."""
+    fields: list[dict[str, Tensor]] = []
+    vectors: dict[str, Tensor] = {}
+    are_finite, end = [], 0
+    n_stored = sum(int(_stored_length(tokens.keep[chunk]).sum()) for chunk in contexts)
+    for chunk in contexts:
+        length = int(_stored_length(tokens.keep[chunk]).max())
+        keep = tokens.keep[chunk, :length]
+        is_stored = torch.arange(length) < _stored_length(keep)[:, None]
+        fields.append(_token_fields(tokens, chunk, is_stored))
+        # Copies to the device come before the pass, because the host waits for the end of what is before a copy.
+        index = is_stored.flatten().nonzero()[:, 0].to(model.device)
+        is_left_out = ~fields[-1]["keep"].to(model.device)
+        computed = model.vectors(tokens.id[chunk, :length]).flatten(0, 1)[index]
+        are_finite.append((torch.isfinite(computed).all(1) | is_left_out).all())
+        start, end = end, end + len(index)
+        for name, part in _as_stored(computed, storage_dtype).items():
+            if name not in vectors:
+                # A GPU copies to page-locked memory while the host goes on.
+                shape = n_stored, *part.shape[1:]
+                vectors[name] = torch.empty(shape, dtype=part.dtype, pin_memory=part.is_cuda)
+            vectors[name][start:end].copy_(part, non_blocking=True)
+        advance(int(keep.sum()))
+    if not bool(torch.stack(are_finite).all()):  # Reading this also waits for the copies before it.
         raise DegenerateResult(f"the model gave NaN or infinite vectors for {label}: use precision float32")
-    is_stored = torch.arange(length) < _stored_length(keep)[:, None]
+    return {**vectors, **{name: torch.cat([part[name] for part in fields]) for name in fields[0]}}
+
+
+def _token_fields(
+    tokens: Tokens, chunk: Int[Tensor, " context"], is_stored: Bool[Tensor, "context position"]
+) -> dict[str, Tensor]:
+    """The fields besides vectors of the stored tokens of some contexts, by name."""
     counts = torch.int16 if tokens.id.shape[1] < 2**15 else torch.int32
-    advance(int(keep.sum()))
+    dtypes = {"id": torch.int32, "text": torch.int32, "keep": torch.bool}
+    dtypes |= dict.fromkeys(("position", "sentence", "line", "end"), counts)
+    length = is_stored.shape[1]
     return {
-        **_as_stored(vectors[is_stored], storage_dtype),
-        "token_id": tokens.id[chunk, :length][is_stored].to(torch.int32),
-        "text": tokens.text[chunk, :length][is_stored].to(torch.int32),
-        "keep": keep[is_stored],
-        **{
-            name: getattr(tokens, name)[chunk, :length][is_stored].to(counts)
-            for name in ("position", "sentence", "line", "end")
-        },
+        "token_id" if name == "id" else name: getattr(tokens, name)[chunk, :length][is_stored].to(dtype)
+        for name, dtype in dtypes.items()
     }
+
+
+def _joined(tokens: Tokens, contexts: Contexts, most_tokens: int) -> Iterator[Int[Tensor, " context"]]:
+    """Join successive chunks while they have at most `most_tokens` tokens, padding included."""
+    joined: list[Tensor] = []
+    for chunk in contexts:
+        n_contexts = sum(map(len, joined)) + len(chunk)
+        if joined and n_contexts * int(_stored_length(tokens.keep[chunk]).max()) > most_tokens:
+            yield torch.cat(joined)
+            joined = []
+        joined.append(chunk)
+    yield torch.cat(joined)
 
 
 def _shards(tokens: Tokens) -> Iterator[Contexts]:

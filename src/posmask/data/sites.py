@@ -135,7 +135,9 @@ class LanguageModel:
 
     @torch.inference_mode()
     def vectors(self, ids: Int[Tensor, "context position"]) -> Float[Tensor, "context position d_model"]:
-        """The vectors at the site, in the model's precision, on the CPU. Later positions do not affect earlier ones.
+        """The vectors at the site, in the model's precision and on its device.
+
+        Later positions do not affect earlier ones.
 
         Args:
             ids: token ids, without padding on the left.
@@ -149,7 +151,7 @@ class LanguageModel:
             self._body(input_ids=ids, use_cache=False)
         assert self._caught is not None
         caught, self._caught = self._caught, None
-        return caught.cpu()
+        return caught
 
     @torch.inference_mode()
     def logits(

@@ -14,6 +14,7 @@ from posmask.data.activations import Activations, Batch
 from posmask.data.sites import LanguageModel
 from posmask.data.tokens import equal_segments
 from posmask.errors import DegenerateResult, NothingToDo
+from posmask.kernels import operations
 from posmask.results.intervals import jackknife_interval, ratio
 from posmask.results.rows import Measure
 from posmask.sae.autoencoder import Codes, SparseAutoencoder
@@ -87,9 +88,9 @@ class InModel:
         """
         parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(1 + len(replacements))]
         for contexts in torch.arange(len(self.starts)).split(_CONTEXTS_AT_ONCE):
-            batch = self.batch(contexts)
+            batch = self.batch(contexts).to(self._model.device)
             ids = batch.token_id.view(len(contexts), -1).long()
-            context = contexts.repeat_interleave(self._length)
+            context = contexts.repeat_interleave(self._length).to(ids.device)
             keep = batch.keep.view(ids.shape)
             scored = keep[:, :-1] & keep[:, 1:]
             clean = self._clean_logits[contexts].to(self._model.device).float().log_softmax(-1)
@@ -144,9 +145,9 @@ class InModel:
 def _losses(
     clean: Tensor, probability: Tensor, replaced: Tensor, ids: Tensor, scored: Bool[Tensor, "context position"]
 ) -> tuple:
-    cross_entropy = -replaced.gather(2, ids[:, 1:, None].to(replaced.device))[..., 0].cpu()
-    divergence = (clean - replaced).mul_(probability).sum(2).cpu()
-    return cross_entropy.masked_fill(~scored, torch.nan), divergence.masked_fill(~scored, torch.nan)
+    cross_entropy = -replaced.gather(2, ids[:, 1:, None])[..., 0]
+    divergence = (clean - replaced).mul_(probability).sum(2)
+    return cross_entropy.masked_fill(~scored, torch.nan).cpu(), divergence.masked_fill(~scored, torch.nan).cpu()
 
 
 def _by_context(values: Float[Tensor, "context position"]) -> tuple[Tensor, Tensor]:
@@ -194,23 +195,30 @@ def recovered(references: tuple[Losses, Losses], reconstructed: Losses) -> list[
 
 
 class WindowMass:
-    """Accumulates the activation mass of each latent per window of positions, to choose latents for the causal test."""
+    """Accumulates the activation mass of each latent per window of positions, to choose latents for the causal test.
 
-    def __init__(self, n_positions: int, n_windows: int, d_sae: int) -> None:
-        self._window = equal_segments(n_positions, n_windows)
-        self._mass = torch.zeros(n_windows, d_sae)
-        self._firings = torch.zeros(d_sae)
+    Args:
+        n_positions: positions per context.
+        n_windows: equal windows of positions.
+        d_sae: number of latents.
+        device: of the batches and codes.
+    """
+
+    def __init__(self, n_positions: int, n_windows: int, d_sae: int, device: torch.device | None = None) -> None:
+        self._window = equal_segments(n_positions, n_windows).to(device)
+        self._mass = torch.zeros(n_windows, d_sae, device=device)
+        self._firings = torch.zeros(d_sae, device=device)
         self._n_tokens = 0
 
     def update(self, batch: Batch, codes: Codes) -> None:
         """Add kept tokens (`batch.kept()`) and their codes, from texts other than those of the causal test."""
         self._n_tokens += len(batch)
         window = self._window[batch.position.long()]
-        self._mass.view(-1).index_add_(0, window[codes.token] * codes.d_sae + codes.latent, codes.value)
-        self._firings += torch.bincount(codes.latent, minlength=codes.d_sae)
+        operations.add_at_(self._mass.view(-1), window[codes.token] * codes.d_sae + codes.latent, codes.value)
+        operations.count_at_(self._firings, codes.latent)
 
     def specialized(self, share: float = 0.05) -> tuple[Bool[Tensor, "window latent"], Bool[Tensor, "window latent"]]:
-        """For each window the most specialized latents, and as many other latents of equal activity.
+        """For each window the most specialized latents, and as many other latents of equal activity; on the host.
 
         Of the latents with at least 40 firings, the specialized ones are the fraction `share` with the largest part
         of their mass in the window. Each of them, most active first, is matched with the unused other latent of nearest
@@ -219,7 +227,7 @@ class WindowMass:
         Raises:
             DegenerateResult: fewer than two latents fire 40 times.
         """
-        counted = (self._firings >= MIN_CAUSAL_FIRINGS).nonzero()[:, 0]
+        counted = (self._firings.cpu() >= MIN_CAUSAL_FIRINGS).nonzero()[:, 0]
         special, matched = torch.zeros(2, *self._mass.shape, dtype=torch.bool)
         n_chosen = min(max(1, round(share * len(counted))), len(counted) // 2)
         if n_chosen == 0:
@@ -227,7 +235,7 @@ class WindowMass:
                 f"fewer than two latents fire {MIN_CAUSAL_FIRINGS} times on the {self._n_tokens:,} held-out tokens of "
                 "texts that the causal test does not use, so there are no latents to compare: evaluate on more texts"
             )
-        mass = self._mass[:, counted]
+        mass = self._mass.cpu()[:, counted]
         log_mass = mass.sum(0).log()
         for number, part in enumerate(mass / mass.sum(0)):
             chosen = torch.sort(part, descending=True, stable=True).indices[:n_chosen]
@@ -243,10 +251,11 @@ class WindowMass:
 
 def without_latents(sae: SparseAutoencoder, chosen: Bool[Tensor, "window latent"]) -> Replace:
     """Subtract the contribution of latents from the vectors: in context c the latents of window c mod n_windows."""
+    ablated_latents = chosen.to(sae.decoder.device)
 
     def ablated(batch: Batch, context: Int[Tensor, " token"]) -> Float[Tensor, "token d_model"]:
         codes = sae.encode_batch(batch)
-        removed = codes.value * chosen[context[codes.token] % len(chosen), codes.latent]
+        removed = codes.value * ablated_latents[context[codes.token] % len(chosen), codes.latent]
         return batch.vectors.float() - sae.share_of(replace(codes, value=removed))
 
     return ablated

@@ -73,8 +73,9 @@ class LatentFacts:
         self._full |= self._n_tokens + len(batch) > MOST_TOKENS or self._n_codes + len(codes.value) > MOST_CODES
         if self._full:
             return
-        self._tokens.append((batch.token_id, batch.position, batch.text))
-        self._codes.append((codes.token + self._n_tokens, codes.latent.int(), codes.value.detach()))
+        self._tokens.append((batch.token_id.cpu(), batch.position.cpu(), batch.text.cpu()))
+        parts = codes.token + self._n_tokens, codes.latent.int(), codes.value.detach()
+        self._codes.append((parts[0].cpu(), parts[1].cpu(), parts[2].cpu()))
         self._n_tokens += len(batch)
         self._n_codes += len(codes.value)
 
@@ -100,25 +101,26 @@ class LatentFacts:
         tokens = used.tokens.sum(0)
         profile = used.mass.sum(0) / tokens.clamp(min=1)[:, None]
         self._position_origin = position_origin
-        self._arrays |= {
-            "profile": profile.half().numpy(),
-            "firings": used.firings.sum((0, 1)).int().numpy(),
-            "tokens_by_position": tokens.int().numpy(),
-            "position_information": information.float().numpy(),
-            "retention": retained.float().numpy(),
-            "retention_chance": chance.float().numpy(),
+        tensors = {
+            "profile": profile.half(),
+            "firings": used.firings.sum((0, 1)).int(),
+            "tokens_by_position": tokens.int(),
+            "position_information": information.float(),
+            "retention": retained.float(),
+            "retention_chance": chance.float(),
         }
+        self._arrays |= {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
 
     def add_probe(self, name: str, latents: Int[Tensor, " chosen"], weights: Float[Tensor, " chosen"]) -> None:
         """Add the latents that a probe on mean-pooled codes chose, in the order of choice, and its weights."""
         self._probes.append(name)
-        self._probed.append((latents.int(), weights.float()))
+        self._probed.append((latents.int().cpu(), weights.float().cpu()))
 
     def add_effects(self, promoted: tuple[Tensor, Tensor], suppressed: tuple[Tensor, Tensor]) -> None:
         """Add the result of `vocabulary_effects`."""
         for name, (ids, logits) in (("promoted", promoted), ("suppressed", suppressed)):
-            self._arrays[name] = ids.int().numpy()
-            self._arrays[f"{name}_logit"] = logits.half().numpy()
+            self._arrays[name] = ids.int().cpu().numpy()
+            self._arrays[f"{name}_logit"] = logits.half().cpu().numpy()
 
     def write(self, folder: Path, tokenizer: Any) -> None:
         """Write `latents.safetensors` and `latents.json` into `folder`."""

@@ -7,6 +7,7 @@ from torch import Tensor
 from posmask.data.activations import Batch
 from posmask.errors import DegenerateResult
 from posmask.evaluation.retention import N_FOLDS, PositionMass
+from posmask.kernels import operations
 from posmask.results.intervals import jackknife_interval
 from posmask.results.rows import Measure
 from posmask.sae.autoencoder import Codes
@@ -28,24 +29,29 @@ class PositionInformation:
     `position_information` = mean over latents of (information - its mean over the null draws);
     `position_information_null` = that mean; `position_bound_share` = the share of latents whose information is above
     all of their 19 null draws: 0.05 by chance. Only latents with 20 firings in each half of the texts count.
+
+    Args:
+        n_positions: positions per context.
+        d_sae: number of latents.
+        n_texts: number of texts.
+        device: of the batches and codes.
     """
 
-    def __init__(self, n_positions: int, d_sae: int, n_texts: int) -> None:
+    def __init__(self, n_positions: int, d_sae: int, n_texts: int, device: torch.device | None = None) -> None:
         self._n_rotated = n_positions - 1  # Position 0 is never kept.
-        self._null = torch.zeros(N_NULL_DRAWS, n_positions, d_sae)
-        self._null_tokens = torch.zeros(N_NULL_DRAWS, n_positions)
+        self._null = torch.zeros(N_NULL_DRAWS, n_positions, d_sae, device=device)
+        self._null_tokens = torch.zeros(N_NULL_DRAWS, n_positions, device=device)
         self._rotation: Int[Tensor, "draw text"] = torch.randint(
             self._n_rotated, (N_NULL_DRAWS, n_texts), generator=generator(0, "rotations")
-        )
+        ).to(device)
 
     def update(self, batch: Batch, codes: Codes) -> None:
         """Add kept tokens (`batch.kept()`) and their codes."""
-        token, latent, ones = codes.token, codes.latent, torch.ones(len(codes.token))
         for draw in range(N_NULL_DRAWS):
             rotation = self._rotation[draw, batch.text.long()]
             position = 1 + (batch.position.long() - 1 + rotation) % self._n_rotated
-            self._null_tokens[draw] += torch.bincount(position, minlength=self._n_rotated + 1)
-            self._null[draw].view(-1).index_add_(0, position[token] * codes.d_sae + latent, ones)
+            operations.count_at_(self._null_tokens[draw], position)
+            operations.count_at_(self._null[draw].view(-1), position[codes.token] * codes.d_sae + codes.latent)
 
     def by_latent(self, used: PositionMass) -> Float[Tensor, " latent"]:
         """Each latent's information minus the mean of its null; NaN if it has too few firings or always fires.
@@ -54,7 +60,7 @@ class PositionInformation:
             used: accumulated from the same codes.
         """
         counted, real, null = self._split(used)
-        information = torch.full((len(counted),), torch.nan, dtype=real.dtype)
+        information = real.new_full((len(counted),), torch.nan)
         information[counted] = real - null.mean(0)
         return information
 
@@ -132,15 +138,24 @@ class ShiftDesign:
     latents that fire at least 20 times; they sum to 1. A latent that depends on content alone has shares (0, 1, 0). A
     latent that is open in one window only has nearly all its variance in the interaction, whatever it responds to, so
     a mask does not raise `shift_position` by construction.
+
+    Args:
+        n_texts: number of texts.
+        length: tokens per text.
+        n_windows: windows that each text was seen in.
+        d_sae: number of latents.
+        device: of the batches and codes.
     """
 
-    def __init__(self, n_texts: int, length: int, n_windows: int, d_sae: int) -> None:
+    def __init__(
+        self, n_texts: int, length: int, n_windows: int, d_sae: int, device: torch.device | None = None
+    ) -> None:
         self._length = length
-        self._content = torch.zeros(n_texts * length, d_sae)
-        self._window = torch.zeros(n_texts, n_windows, d_sae)
-        self._squares = torch.zeros(n_texts, d_sae)
-        self._firings = torch.zeros(d_sae)
-        self._tokens = torch.zeros(n_texts, n_windows)
+        self._content = torch.zeros(n_texts * length, d_sae, device=device)
+        self._window = torch.zeros(n_texts, n_windows, d_sae, device=device)
+        self._squares = torch.zeros(n_texts, d_sae, device=device)
+        self._firings = torch.zeros(d_sae, device=device)
+        self._tokens = torch.zeros(n_texts, n_windows, device=device)
 
     def update(self, batch: Batch, codes: Codes) -> None:
         """Add kept tokens (`batch.kept()`) and their codes."""
@@ -150,13 +165,13 @@ class ShiftDesign:
         value = codes.value
 
         def add(table: Tensor, row: Tensor, values: Tensor) -> None:
-            table.view(-1).index_add_(0, row[codes.token] * codes.d_sae + codes.latent, values)
+            operations.add_at_(table.view(-1), row[codes.token] * codes.d_sae + codes.latent, values)
 
         add(self._content, content, value)
         add(self._window, window, value)
         add(self._squares, text, value.square())
-        self._firings += torch.bincount(codes.latent, minlength=codes.d_sae)
-        self._tokens.view(-1).index_add_(0, window, torch.ones(len(text)))
+        operations.count_at_(self._firings, codes.latent)
+        operations.count_at_(self._tokens.view(-1), window)
 
     def measures(self, mask: str) -> list[Measure]:
         """`shift_position`, `shift_content` and `shift_interaction`.

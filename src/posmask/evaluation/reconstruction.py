@@ -1,11 +1,14 @@
 """Reconstruction quality: explained variance, L0 and dead latents, overall and by position."""
 
+from functools import partial
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from posmask.data.activations import Batch
 from posmask.errors import DegenerateResult
+from posmask.kernels import operations
 from posmask.results.intervals import ratio
 from posmask.results.rows import Measure
 from posmask.sae.autoencoder import Codes, SparseAutoencoder
@@ -27,15 +30,16 @@ class Reconstruction:
     Args:
         n_positions: positions per context.
         n_texts: number of held-out texts.
-        mean: of the kept held-out vectors.
+        mean: of the kept held-out vectors, on the device of the batches and codes.
     """
 
     def __init__(self, n_positions: int, n_texts: int, mean: Float[Tensor, " d_model"]) -> None:
         self._mean = mean
-        self._by_text = {name: torch.zeros(n_texts, dtype=torch.float64) for name in ("error", "total", "active", "n")}
-        self._by_position = {name: torch.zeros(n_positions, dtype=torch.float64) for name in ("error", "squares", "n")}
-        self._active_at = torch.zeros(n_positions, dtype=torch.float64)
-        self._sum_at = torch.zeros(n_positions, len(mean), dtype=torch.float64)
+        zeros = partial(torch.zeros, dtype=torch.float64, device=mean.device)
+        self._by_text = {name: zeros(n_texts) for name in ("error", "total", "active", "n")}
+        self._by_position = {name: zeros(n_positions) for name in ("error", "squares", "n")}
+        self._active_at = zeros(n_positions)
+        self._sum_at = zeros(n_positions, len(mean))
 
     def update(self, batch: Batch, codes: Codes, reconstruction: Float[Tensor, "token d_model"]) -> None:
         """Add kept tokens (`batch.kept()`), their codes and their reconstructions."""
@@ -46,11 +50,11 @@ class Reconstruction:
         text, position = batch.text.long(), batch.position.long()
         ones = torch.ones_like(error)
         for name, values in (("error", error), ("total", squares), ("active", active), ("n", ones)):
-            self._by_text[name].index_add_(0, text, values)
+            operations.add_at_(self._by_text[name], text, values)
         for name, values in (("error", error), ("squares", squares), ("n", ones)):
-            self._by_position[name].index_add_(0, position, values)
-        self._active_at.index_add_(0, position, active)
-        self._sum_at.index_add_(0, position, centered)
+            operations.add_at_(self._by_position[name], position, values)
+        operations.add_at_(self._active_at, position, active)
+        operations.add_at_(self._sum_at, position, centered)
 
     def measures(self) -> list[Measure]:
         """`explained_variance` and `l0`, overall with confidence intervals over texts, and by position.
@@ -59,7 +63,7 @@ class Reconstruction:
             DegenerateResult: no code is ever active, or the codes explain no variance.
         """
         has_tokens = self._by_text["n"] > 0  # These texts are the units of the bootstrap.
-        text = {name: values[has_tokens] for name, values in self._by_text.items()}
+        text = {name: values[has_tokens].cpu() for name, values in self._by_text.items()}
         n = int(text["n"].sum())
         explained = 1 - float(text["error"].sum() / text["total"].sum())
         l0 = float(text["active"].sum() / n)

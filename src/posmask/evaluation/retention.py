@@ -8,6 +8,7 @@ from torch import Tensor
 
 from posmask.data.activations import Batch
 from posmask.errors import DegenerateResult
+from posmask.kernels import operations
 from posmask.masks.base import PositionMask, PositionOrigin
 from posmask.results.intervals import jackknife_interval
 from posmask.results.rows import Measure
@@ -29,20 +30,26 @@ MIN_FIRINGS = 20  # Below this many firings in a half, a latent's share is too n
 
 
 class PositionMass:
-    """Accumulates each latent's activation mass (sum of codes) and firings by fold of texts and position."""
+    """Accumulates each latent's activation mass (sum of codes) and firings by fold of texts and position.
 
-    def __init__(self, n_positions: int, d_sae: int) -> None:
-        self.mass: Float[Tensor, "fold position latent"] = torch.zeros(N_FOLDS, n_positions, d_sae)
-        self.firings: Float[Tensor, "fold position latent"] = torch.zeros(N_FOLDS, n_positions, d_sae)
-        self.tokens: Float[Tensor, "fold position"] = torch.zeros(N_FOLDS, n_positions)
+    Args:
+        n_positions: positions per context.
+        d_sae: number of latents.
+        device: of the batches and codes.
+    """
+
+    def __init__(self, n_positions: int, d_sae: int, device: torch.device | None = None) -> None:
+        self.mass: Float[Tensor, "fold position latent"] = torch.zeros(N_FOLDS, n_positions, d_sae, device=device)
+        self.firings: Float[Tensor, "fold position latent"] = torch.zeros_like(self.mass)
+        self.tokens: Float[Tensor, "fold position"] = torch.zeros(N_FOLDS, n_positions, device=device)
 
     def update(self, batch: Batch, codes: Codes, position_origin: PositionOrigin = "context") -> None:
         """Add kept tokens (`batch.kept()`) and their codes, at positions counted from `position_origin`."""
         cell = batch.text.long() % N_FOLDS * self.tokens.shape[1] + batch.positions(position_origin).long()
-        self.tokens.view(-1).index_add_(0, cell, torch.ones(len(cell)))
+        operations.count_at_(self.tokens.view(-1), cell)
         entry = cell[codes.token] * codes.d_sae + codes.latent
-        self.mass.view(-1).index_add_(0, entry, codes.value)
-        self.firings.view(-1).index_add_(0, entry, torch.ones(len(entry)))
+        operations.add_at_(self.mass.view(-1), entry, codes.value)
+        operations.count_at_(self.firings.view(-1), entry)
 
     def counted(self) -> Bool[Tensor, " latent"]:
         """The latents that fire at least 20 times in each half of the texts."""
@@ -82,6 +89,7 @@ def special_positions(
         bound_positions: positions that the mask binds each latent to.
         n_top: positions per unbound latent.
     """
+    bound_positions = bound_positions.to(lifted.mass.device)
     unbound = bound_positions.all(0) | ~bound_positions.any(0)
     bound, by_half = bound_positions.float(), []
     for half in HALVES[::-1]:
@@ -145,7 +153,7 @@ def retention_by_latent(
         mass, tokens = lifted.mass[half].sum(0), lifted.tokens[half].sum(0)
         shares.append((mass * positions).sum(0) / mass.sum(0))
         chances.append(tokens @ positions / tokens.sum())
-    missing = torch.full((len(counted),), torch.nan)
+    missing = torch.full_like(shares[0], torch.nan)
     share, chance = (torch.where(counted, torch.stack(halves).nanmean(0), missing) for halves in (shares, chances))
     return share, chance
 
@@ -167,7 +175,7 @@ def profile_fidelity(used: PositionMass, openness: Float[Tensor, "position laten
     Raises:
         DegenerateResult: no latent fires often enough.
     """
-    counted = used.counted_or_raise()
+    counted, openness = used.counted_or_raise(), openness.to(used.mass.device)
     by_fold = used.mass[..., counted]
     mass, tokens = by_fold.sum(0), used.tokens.sum(0)
 

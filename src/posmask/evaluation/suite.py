@@ -80,8 +80,13 @@ class EvaluationData:
         return sum(activations.n_kept for _, activations in [*self.order.values(), *self.probes.values()])
 
 
-def _kept_batches(activations: Activations, advance: Callable[[int], None]) -> Iterator[Batch]:
-    for batch in evaluation_batches(activations):
+def _statistics_device(device: torch.device) -> torch.device:
+    """The device on which codes are pooled, counted and probed: that of the SAE, or the host if that lacks float64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def _kept_batches(activations: Activations, device: torch.device, advance: Callable[[int], None]) -> Iterator[Batch]:
+    for batch in evaluation_batches(activations, device=device):
         kept = batch.kept()
         yield kept
         advance(len(kept))
@@ -106,9 +111,9 @@ def evaluate(
     with progress_bar(f"evaluate {label}", n_tokens + 3 * in_model.n_tokens, "tokens") as advance:
         used, information, window_mass, measures = _heldout(sae, data, facts, advance)
         measures += mask_measures(sae.mask) + ([] if dead is None else dead_share(sae, dead))
-        measures += measured(["profile_fidelity"], profile_fidelity, used, sae.mask.openness().detach().cpu())
+        measures += measured(["profile_fidelity"], profile_fidelity, used, sae.mask.openness().detach())
         lifted = _position_mass(sae, data, advance) if has_lifted else used
-        special = special_positions(lifted, sae.mask.bound_positions().cpu(), data.settings.retention_positions)
+        special = special_positions(lifted, sae.mask.bound_positions(), data.settings.retention_positions)
         measures += measured(_RETENTION, retention, lifted, special)
         facts.add_positions(used, information, *retention_by_latent(lifted, special), sae.mask.settings.position_origin)
         del used, lifted, special  # 0.3 GB each for 18,432 latents at 128 positions
@@ -124,15 +129,16 @@ def evaluate(
 def _heldout(
     sae: SparseAutoencoder, data: EvaluationData, facts: LatentFacts, advance: Callable[[int], None]
 ) -> tuple[PositionMass, Float[Tensor, " latent"], WindowMass, list[Measure]]:
-    heldout = data.heldout
+    heldout, device = data.heldout, _statistics_device(sae.encoder.device)
     mean, _ = heldout.center_and_scale
-    reconstruction = Reconstruction(data.n_positions, heldout.n_texts, mean)
+    reconstruction = Reconstruction(data.n_positions, heldout.n_texts, mean.to(device))
     position_origin = sae.mask.settings.position_origin
-    used = PositionMass(data.n_positions, sae.d_sae)
-    in_context = used if position_origin == "context" else PositionMass(data.n_positions, sae.d_sae)
-    information = PositionInformation(data.n_positions, sae.d_sae, heldout.n_texts)
-    window_mass = WindowMass(data.n_positions, data.settings.causal_windows, sae.d_sae)
-    for batch in _kept_batches(heldout, advance):
+    used = PositionMass(data.n_positions, sae.d_sae, device)
+    in_context = used if position_origin == "context" else PositionMass(data.n_positions, sae.d_sae, device)
+    information = PositionInformation(data.n_positions, sae.d_sae, heldout.n_texts, device)
+    window_mass = WindowMass(data.n_positions, data.settings.causal_windows, sae.d_sae, device)
+    texts_in_model = data.in_model.texts.to(device)
+    for batch in _kept_batches(heldout, device, advance):
         codes = sae.encode_batch(batch)
         reconstruction.update(batch, codes, sae.sparse_decode(codes))
         used.update(batch, codes, position_origin)
@@ -141,7 +147,7 @@ def _heldout(
         information.update(batch, codes)
         facts.update(batch, codes)
         # Latents are chosen on texts other than those they are ablated on.
-        is_unseen = ~torch.isin(batch.text, data.in_model.texts)
+        is_unseen = ~torch.isin(batch.text, texts_in_model)
         window_mass.update(batch.select(is_unseen), codes.select(is_unseen))
     of_position = ["position_information", "position_information_null", "position_bound_share"]
     measures = reconstruction.measures() + measured(of_position, information.measures, in_context)
@@ -150,8 +156,9 @@ def _heldout(
 
 def _position_mass(sae: SparseAutoencoder, data: EvaluationData, advance: Callable[[int], None]) -> PositionMass:
     """Activation mass on the held-out texts with the mask lifted."""
-    lifted = PositionMass(data.n_positions, sae.d_sae)
-    for batch in _kept_batches(data.heldout, advance):
+    device = _statistics_device(sae.encoder.device)
+    lifted = PositionMass(data.n_positions, sae.d_sae, device)
+    for batch in _kept_batches(data.heldout, device, advance):
         lifted.update(batch, sae.encode_batch(batch, use_mask=False), sae.mask.settings.position_origin)
     return lifted
 
@@ -159,11 +166,11 @@ def _position_mass(sae: SparseAutoencoder, data: EvaluationData, advance: Callab
 def _shift(
     sae: SparseAutoencoder, data: EvaluationData, advance: Callable[[int], None], has_lifted: bool
 ) -> list[Measure]:
-    measures = []
+    measures, device = [], _statistics_device(sae.encoder.device)
     n_texts, n_windows = data.settings.shift_texts, data.settings.shift_windows
     for mask in ("on", "lifted") if has_lifted else ("on",):
-        design = ShiftDesign(n_texts, tokens.shift_length(data.n_positions, n_windows), n_windows, sae.d_sae)
-        for batch in _kept_batches(data.shift, advance):
+        design = ShiftDesign(n_texts, tokens.shift_length(data.n_positions, n_windows), n_windows, sae.d_sae, device)
+        for batch in _kept_batches(data.shift, device, advance):
             design.update(batch, sae.encode_batch(batch, use_mask=mask == "on"))
         parts = ["shift_position", "shift_content", "shift_interaction"]
         measures += measured(parts, design.measures, mask, slices=[{"mask": mask}])
@@ -197,8 +204,9 @@ def _order(
         n_texts = activations.n_texts
         poolings = _poolings(sae, n_texts)
         if sae.mask.settings.kind == "open":
+            device = _statistics_device(sae.encoder.device)
             for name, segments in data.settings.segment_poolings(data.n_positions).items():
-                poolings[name] = Pooling(n_texts, sae.d_sae, segment_of_position=segments)
+                poolings[name] = Pooling(n_texts, sae.d_sae, segment_of_position=segments, device=device)
         _pool(sae, activations, poolings, advance)
         for name, pooling in poolings.items():
             classes = order_probes.positives(task)
@@ -251,10 +259,12 @@ def _topics(
 
 def _poolings(sae: SparseAutoencoder, n_texts: int) -> dict[str, Pooling]:
     """Mean pooling, and position-fair pooling where it differs from it."""
-    poolings = {"mean": Pooling(n_texts, sae.d_sae)}
-    live = (sae.mask.openness().detach().cpu() > 0).float()
+    device = _statistics_device(sae.encoder.device)
+    poolings = {"mean": Pooling(n_texts, sae.d_sae, device=device)}
+    live = (sae.mask.openness().detach() > 0).float()
     if sae.mask.gates_code() and not bool((live == 1).all()):
-        poolings["fair"] = Pooling(n_texts, sae.d_sae, live=live, position_origin=sae.mask.settings.position_origin)
+        origin = sae.mask.settings.position_origin
+        poolings["fair"] = Pooling(n_texts, sae.d_sae, live=live, position_origin=origin, device=device)
     return poolings
 
 
@@ -265,7 +275,8 @@ def _pool(
     advance: Callable[[int], None],
 ) -> None:
     """Encode each batch once and add it to every pooling. Without an SAE the model's own channels are pooled."""
-    for batch in _kept_batches(activations, advance):
+    (device,) = {pooling.texts.device for pooling in poolings.values()}
+    for batch in _kept_batches(activations, device, advance):
         codes = None if sae is None else sae.encode_batch(batch)
         for pooling in poolings.values():
             pooling.update(batch, codes)
@@ -290,7 +301,7 @@ def forgetting(
     steps = {round(share * settings.n_steps): float(share) for share in data.settings.forgetting_fractions}
     open_sae = without_mask(sae).to(sae.encoder.device)
     before = _position_mass(open_sae, data, lambda n: None)
-    special = special_positions(before, sae.mask.bound_positions().cpu(), data.settings.retention_positions)
+    special = special_positions(before, sae.mask.bound_positions(), data.settings.retention_positions)
     measures: list[Measure] = []
 
     def add_retention(mass: PositionMass, after: float) -> None:
@@ -319,19 +330,23 @@ def baselines(data: EvaluationData) -> list[Measure]:
         BadSetting: the groups of an order task do not have equal token counts.
     """
     measures = data.in_model.reference_measures()
+    device = _statistics_device(data.load_model().device)
     with progress_bar("evaluate the model itself", data.n_probed_tokens, "tokens") as advance:
         for task, activations in data.order.values():
             measures += order_probes.bag_accuracy(task, data.tokenizer) + order_probes.edge_accuracy(
                 task, data.tokenizer
             )
             n_texts, d_model = activations.n_texts, activations.d_model
-            poolings = {"mean": Pooling(n_texts, d_model), "last": Pooling(n_texts, d_model, last_token_only=True)}
+            poolings = {
+                "mean": Pooling(n_texts, d_model, device=device),
+                "last": Pooling(n_texts, d_model, last_token_only=True, device=device),
+            }
             _pool(None, activations, poolings, advance)
             for name, pooling in poolings.items():
                 measures += order_probes.order_accuracy(task, pooling.texts, data.settings.ks, name)
         random = torch.Generator().manual_seed(datasets.SAEBENCH_SEED)
         for dataset, activations in data.probes.values():
-            pooling = Pooling(len(dataset.texts), activations.d_model)
+            pooling = Pooling(len(dataset.texts), activations.d_model, device=device)
             _pool(None, activations, {"mean": pooling}, advance)
             measures += datasets.probe_accuracy(
                 dataset,

@@ -7,15 +7,32 @@ directions use these entries alone, so their cost does not grow with d_sae. Each
 Triton kernels also take empty entries, whose latent is -1: they are part of no sum, and their products are 0.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+import scipy
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from posmask.kernels import backend
 
-__all__ = ["Grouped", "add_at_", "centered", "counts", "dot_rows", "explain", "unit_rows_"]
+__all__ = [
+    "Grouped",
+    "add_at_",
+    "centered",
+    "count_at_",
+    "counts",
+    "dense_part",
+    "dot_rows",
+    "explain",
+    "unit_rows_",
+    "weighted_sums",
+]
+
+Block = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Entries of a sparse table on the host: row, column and value, [entry] each. Entries of a row are adjacent."""
 
 
 def centered(vectors: Tensor, order: Tensor | None, center: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
@@ -82,14 +99,73 @@ def add_at_(total: Tensor, index: Tensor, value: Tensor) -> None:
     """total[index[e]] += value[e] for each entry e, in place, in an order that is the same in every run.
 
     Args:
-        total: [n].
+        total: [n] or [n column].
         index: [entry].
-        value: [entry].
+        value: [entry] or [entry column].
     """
     if total.device.type == "cpu":
         total.index_add_(0, index, value)
     else:  # index_add_ of CUDA adds in any order.
         total.index_put_((index,), value, accumulate=True)
+
+
+def count_at_(total: Tensor, index: Tensor) -> None:
+    """total[index[e]] += 1 for each entry e, in place; exact in any order if the counts are below 2^24.
+
+    Args:
+        total: [n], of a floating type.
+        index: [entry].
+    """
+    total.index_add_(0, index, torch.ones(len(index), dtype=total.dtype, device=total.device))
+
+
+def weighted_sums(blocks: Iterable[Block], weight: Tensor, n_columns: int) -> Tensor:
+    """out[w, c] = sum over rows r of weight[r, w] * table[r, c], in float64 and on the device of `weight`; [w column].
+
+    Args:
+        blocks: the entries of the table.
+        weight: [row w], mostly zeros, in float64.
+        n_columns: the number of columns.
+    """
+    if backend.implementation(weight) == "numba":
+        sums = np.zeros((weight.shape[1], n_columns))
+        sparse = scipy.sparse.csr_matrix(weight.numpy())
+        for row, column, value in blocks:
+            backend.loops().add_weighted_entries(row, column, value, sparse.indptr, sparse.indices, sparse.data, sums)
+        return torch.from_numpy(sums)
+    total = weight.new_zeros(n_columns, weight.shape[1])
+    for block in blocks:
+        row, column, value = _on_device(block, weight.device)
+        Grouped(column, n_columns).sum_rows(value.double(), weight, row, out=total, add=True)
+    return total.T.contiguous()
+
+
+def dense_part(blocks: Iterable[Block], row_slot: Tensor, column_slot: Tensor) -> Tensor:
+    """out[row_slot[r], column_slot[c]] = table[r, c] for the entries whose slots are not negative, in float32.
+
+    The result is on the device of the slots.
+
+    Args:
+        blocks: the entries of the table.
+        row_slot: [row], each slot at most once.
+        column_slot: [column], each slot at most once.
+    """
+    shape = int(row_slot.max()) + 1, int(column_slot.max()) + 1
+    out = torch.zeros(shape, device=row_slot.device)
+    for block in blocks:
+        if backend.implementation(out) == "numba":
+            backend.loops().place_entries(*block, row_slot.numpy(), column_slot.numpy(), out.numpy())
+            continue
+        row, column, value = _on_device(block, out.device)
+        y, x = row_slot[row], column_slot[column]
+        inside = (y >= 0) & (x >= 0)
+        out[y[inside], x[inside]] = value[inside]
+    return out
+
+
+def _on_device(block: Block, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    row, column, value = (torch.from_numpy(np.array(array)).to(device) for array in block)
+    return row.long(), column.long(), value
 
 
 def explain(

@@ -16,14 +16,13 @@ from collections.abc import Iterator
 from typing import IO
 
 import numpy as np
-import scipy
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from posmask.data.activations import Batch
 from posmask.errors import DegenerateResult
-from posmask.kernels import backend
+from posmask.kernels import operations
 from posmask.masks.base import PositionOrigin
 from posmask.sae.autoencoder import Codes
 
@@ -39,11 +38,17 @@ class PooledTexts:
 
     Rows are moved to a temporary file when they reach 256 MB, and read back in blocks, so memory does not grow with the
     number of texts.
+
+    Args:
+        n_texts: number of texts.
+        n_features: number of features.
+        device: of the results of all methods; entries stay on the host.
     """
 
-    def __init__(self, n_texts: int, n_features: int) -> None:
+    def __init__(self, n_texts: int, n_features: int, device: torch.device | None = None) -> None:
         self.n_texts = n_texts
         self.n_features = n_features
+        self.device = device or torch.device("cpu")
         self.n_tokens: Int[Tensor, " text"] = torch.zeros(n_texts, dtype=torch.int64)
         """Kept tokens of each text; a text without kept tokens has an empty row and is left out of probes."""
         self._in_memory: list[np.ndarray] = []
@@ -62,8 +67,8 @@ class PooledTexts:
             raise DegenerateResult("pooled features are NaN or infinite: check the vectors and the SAE's weights")
         row, feature = rows.nonzero(as_tuple=True)
         entries = np.empty(len(row), _ENTRY)
-        entries["text"], entries["feature"] = text[row].numpy(), feature.numpy()
-        entries["value"] = rows[row, feature].numpy()
+        entries["text"], entries["feature"] = text[row].cpu().numpy(), feature.cpu().numpy()
+        entries["value"] = rows[row, feature].cpu().numpy()
         self._in_memory.append(entries)
         if sum(block.nbytes for block in self._in_memory) > _IN_MEMORY_BYTES:
             if self._file is None:
@@ -74,22 +79,17 @@ class PooledTexts:
                 self._file.write(block.tobytes())
             self._in_memory = []
 
-    def _blocks(self) -> Iterator[np.ndarray]:
+    def _blocks(self) -> Iterator[operations.Block]:
+        """(text, feature, value) of all entries."""
         if self._file is not None:
             self._file.seek(0)
             while data := self._file.read(_BLOCK_ENTRIES * _ENTRY.itemsize):
-                yield np.frombuffer(data, _ENTRY)
-        yield from self._in_memory
+                yield _columns(np.frombuffer(data, _ENTRY))
+        yield from map(_columns, self._in_memory)
 
     def weighted_sums(self, weight: Float[Tensor, "text column"]) -> Float[Tensor, "column feature"]:
         """sum over texts of weight[text, column] * row[text, feature], in float64."""
-        sums = np.zeros((weight.shape[1], self.n_features))
-        table = scipy.sparse.csr_matrix(weight.double().numpy())
-        for block in self._blocks():
-            backend.loops().add_weighted_entries(
-                block["text"], block["feature"], block["value"], table.indptr, table.indices, table.data, sums
-            )
-        return torch.from_numpy(sums)
+        return operations.weighted_sums(self._blocks(), weight.double().to(self.device), self.n_features)
 
     def columns(self, features: Int[Tensor, " chosen"]) -> Float[Tensor, "text chosen"]:
         """Dense columns of the given features, which must be unique."""
@@ -102,12 +102,13 @@ class PooledTexts:
     def _dense(self, texts: Int[Tensor, " row"], features: Int[Tensor, " column"]) -> Float[Tensor, "row column"]:
         slots = []
         for chosen, count in ((texts, self.n_texts), (features, self.n_features)):
-            slots.append(np.full(count, -1, np.int32))
-            slots[-1][chosen.numpy()] = np.arange(len(chosen))
-        out = np.zeros((len(texts), len(features)), np.float32)
-        for block in self._blocks():
-            backend.loops().place_entries(block["text"], block["feature"], block["value"], slots[0], slots[1], out)
-        return torch.from_numpy(out)
+            slots.append(torch.full((count,), -1, dtype=torch.int32, device=self.device))
+            slots[-1][chosen] = torch.arange(len(chosen), dtype=torch.int32, device=self.device)
+        return operations.dense_part(self._blocks(), *slots)
+
+
+def _columns(entries: np.ndarray) -> operations.Block:
+    return entries["text"], entries["feature"], entries["value"]
 
 
 class Pooling:
@@ -121,6 +122,7 @@ class Pooling:
             text (in the segment) at which the latent is open, instead of by all of them.
         position_origin: from where the positions of `live` are counted.
         last_token_only: use only the last kept token of each text.
+        device: of the batches and codes.
     """
 
     def __init__(
@@ -132,14 +134,15 @@ class Pooling:
         live: Float[Tensor, "position latent"] | None = None,
         position_origin: PositionOrigin = "context",
         last_token_only: bool = False,
+        device: torch.device | None = None,
     ) -> None:
-        self._segment = segment_of_position
+        self._segment = None if segment_of_position is None else segment_of_position.to(device)
         self._n_segments = 1 if segment_of_position is None else int(segment_of_position.max()) + 1
-        self._live = live
+        self._live = None if live is None else live.to(device)
         self._position_origin: PositionOrigin = position_origin
         self._last = last_token_only
         self._n_latents = n_features
-        self.texts = PooledTexts(n_texts, n_features * self._n_segments)
+        self.texts = PooledTexts(n_texts, n_features * self._n_segments, device)
 
     def update(self, batch: Batch, codes: Codes | None) -> None:
         """Add kept tokens (`batch.kept()`) with their sparse codes, or with their vectors if `codes` is None.
@@ -150,27 +153,26 @@ class Pooling:
             DegenerateResult: a number is NaN or infinite.
         """
         text, inverse = batch.text.long().unique(return_inverse=True)
-        assert int(self.texts.n_tokens[text].sum()) == 0, "a text's tokens came in two batches"
-        n_tokens = torch.bincount(inverse, minlength=len(text))
-        self.texts.n_tokens[text] = n_tokens
+        assert int(self.texts.n_tokens[text.cpu()].sum()) == 0, "a text's tokens came in two batches"
+        self.texts.n_tokens[text.cpu()] = operations.counts(inverse, len(text)).cpu()
         if self._last:
-            last = torch.zeros(len(text), dtype=torch.int64).scatter_reduce_(
-                0, inverse, torch.arange(len(inverse)), "amax"
+            last = torch.zeros_like(text).scatter_reduce_(
+                0, inverse, torch.arange(len(inverse), device=text.device), "amax"
             )
             batch, inverse = batch.select(last), inverse[last]
             codes = None if codes is None else codes.select(last)
         segment = 0 if self._segment is None else self._segment[batch.position.long()]
         row = inverse * self._n_segments + segment
-        total = torch.zeros(len(text) * self._n_segments, self._n_latents)
+        total = torch.zeros(len(text) * self._n_segments, self._n_latents, device=text.device)
         if codes is None:
-            total.index_add_(0, row, batch.vectors.float())
+            operations.add_at_(total, row, batch.vectors.float())
         else:
-            total.view(-1).index_add_(0, row[codes.token] * self._n_latents + codes.latent, codes.value)
+            operations.add_at_(total.view(-1), row[codes.token] * self._n_latents + codes.latent, codes.value)
         if self._live is None:
-            divisor = torch.bincount(row, minlength=len(total))[:, None].float()
+            divisor = operations.counts(row, len(total))[:, None].float()
         else:
             entry = row * len(self._live) + batch.positions(self._position_origin).long()
-            tokens_at = torch.bincount(entry, minlength=len(total) * len(self._live)).view(len(total), -1)
+            tokens_at = operations.counts(entry, len(total) * len(self._live)).view(len(total), -1)
             divisor = tokens_at.float() @ self._live
         pooled = (total / divisor.clamp(min=1)).view(len(text), -1)
         self.texts.add(text, pooled)

@@ -12,6 +12,7 @@ This module fits all tasks of a dataset at once by Newton's method, on features 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -70,8 +71,9 @@ def k_sparse_correct(
     used, column = chosen.unique(return_inverse=True)
     columns = features.columns(used)
     n_train = max(len(task.train) for task in tasks)
-    inputs = torch.zeros(len(tasks), n_train, chosen.shape[1], dtype=torch.float64)
-    target = torch.zeros(len(tasks), n_train, dtype=torch.float64)  # +1, -1, or 0 for rows of padding
+    zeros = partial(torch.zeros, dtype=torch.float64, device=features.device)
+    inputs = zeros(len(tasks), n_train, chosen.shape[1])
+    target = zeros(len(tasks), n_train)  # +1, -1, or 0 for rows of padding
     for number, task in enumerate(tasks):
         rows = columns[task.train][:, column[number]]
         if bool((rows == rows[0]).all()):
@@ -80,14 +82,14 @@ def k_sparse_correct(
                 "every probe would be at chance: check that the SAE is trained and its latents are open on these texts"
             )
         inputs[number, : len(rows)] = rows.double()
-        target[number, : len(rows)] = task.train_label.double() * 2 - 1
+        target[number, : len(rows)] = task.train_label.to(target) * 2 - 1
     correct: dict[int, list[Tensor]] = {}
-    start = torch.zeros(len(tasks), 0, dtype=torch.float64), torch.zeros(len(tasks), dtype=torch.float64)
+    start = zeros(len(tasks), 0), zeros(len(tasks))
     for k in sorted(set(ks)):
         weight, intercept = start = logistic_regression(inputs[..., :k], target, start)
         on_fit(k, chosen[:, :k], weight)
         correct[k] = [
-            (columns[task.test][:, column[number, :k]].double() @ weight[number] + intercept[number] > 0)
+            (columns[task.test][:, column[number, :k]].double() @ weight[number] + intercept[number] > 0).cpu()
             == task.test_label
             for number, task in enumerate(tasks)
         ]
@@ -111,7 +113,7 @@ def logistic_regression(
     counts = target.abs()
     design = F.pad(inputs, (0, 1), value=1.0) * counts[..., None]
     rough = design.float()  # enough for the curvature; the float64 gradient determines the solution
-    penalty = torch.ones(design.shape[2], dtype=design.dtype)
+    penalty = design.new_ones(design.shape[2])
     penalty[-1] = 0  # the intercept is free
     solution = design.new_zeros(len(design), design.shape[2])
     if start is not None:
@@ -133,7 +135,7 @@ def logistic_regression(
         # The ridge on the intercept keeps the system solvable if all texts are separated with certainty.
         step = torch.linalg.solve(curvature + torch.diag(penalty + 1e-9), gradient)
         along = (design @ step[..., None])[..., 0]
-        size, proposed = torch.ones(len(design), dtype=design.dtype), objective + 1
+        size, proposed = torch.ones_like(objective), objective + 1
         for _ in range(_MOST_HALVINGS):
             proposed = loss(margin - size[:, None] * along, solution - size[:, None] * step)
             if not bool((proposed > objective).any()):
@@ -162,12 +164,13 @@ def all_feature_correct(
         choose_on_test: as in sae-bench: train on all training texts, use the best epoch on the *test* texts (an
             optimistic number), and stop after 10 epochs without improvement, however few steps these are.
     """
+    device = features.device
     train, test = features.rows(task.train), features.rows(task.test)
-    label = task.train_label.float()
+    label, test_label = task.train_label.float().to(device), task.test_label.to(device)
     if choose_on_test:
-        chosen_on, chosen_label = test, task.test_label
+        chosen_on, chosen_label = test, test_label
     else:
-        order = torch.randperm(len(train), generator=random)
+        order = torch.randperm(len(train), generator=random).to(device)
         heldout, rest = order[: len(order) // 5], order[len(order) // 5 :]
         chosen_on, chosen_label = train[heldout], label[heldout] > 0
         train, label = train[rest], label[rest]
@@ -176,16 +179,16 @@ def all_feature_correct(
     nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=random)
     bound = 1 / math.sqrt(features.n_features)
     bias = torch.empty(1).uniform_(-bound, bound, generator=random)
-    parameters = [weight.requires_grad_(), bias.requires_grad_()]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+    weight, bias = (parameter.to(device).requires_grad_() for parameter in (weight, bias))
+    optimizer = torch.optim.AdamW([weight, bias], lr=1e-2)
 
     def logits(rows: Tensor) -> Tensor:
         return F.linear(rows, weight, bias)[:, 0]
 
-    best, right, since = 0.0, torch.zeros(len(test)).bool(), 0
+    best, right, since = 0.0, torch.zeros_like(test_label), 0
     patience = 10 if choose_on_test else max(10, 160 // math.ceil(len(train) / 250))
     for _ in range(100):
-        for rows in torch.randperm(len(train), generator=random).split(250):
+        for rows in torch.randperm(len(train), generator=random).to(device).split(250):
             optimizer.zero_grad()
             F.binary_cross_entropy_with_logits(logits(train[rows]), label[rows]).backward()
             optimizer.step()
@@ -193,7 +196,7 @@ def all_feature_correct(
             accuracy = float(((logits(chosen_on) > 0) == chosen_label).float().mean())
             since += 1
             if accuracy > best:
-                best, right, since = accuracy, (logits(test) > 0) == task.test_label, 0
+                best, right, since = accuracy, (logits(test) > 0) == test_label, 0
         if since == patience:
             break
-    return right
+    return right.cpu()

@@ -166,8 +166,8 @@ def measure(
         above += 10 * 4 * outline.n_vocabulary / (gpu.bandwidth * gpu.bandwidth_share)  # softmax, entropy, divergence
         assumptions = (
             gpu.sentence(),
-            f"Vectors are written at {DISK_RATE / 1e9:.0f} GB/s. Probing, pooling and counting stay on the host's CPU, "
-            "which is assumed to be as fast as this one.",
+            f"Vectors are written at {DISK_RATE / 1e9:.0f} GB/s. Probing, pooling and counting take as long as on this "
+            "CPU, an upper bound.",
         )
         return Rates(gpu, below, above, 1.0, statistics.median(host) / _HOST_SECONDS, assumptions)
     assumptions = ()
@@ -220,7 +220,7 @@ def _model_seconds(study: StudySettings, outline: sites.LanguageModel, left: Cal
         length = min(study.corpus.n_positions, n_tokens)
         ids = torch.randint(loaded.n_vocabulary, (n_tokens // length, length), generator=generator(0, "plan"))
         started = left()
-        loaded.vectors(ids)
+        loaded.vectors(ids).cpu()
         took = started - left()
         per_token.append(took / ids.numel())
         if n_tokens < _MOST_PASS_TOKENS and left() - 4 * took > end:
