@@ -19,11 +19,31 @@ def test_packed_contexts_start_with_bos_and_contain_the_texts_in_sequence(tokeni
         assert texts[number].startswith(words)
 
 
-def test_packing_too_few_tokens_raises_an_error(tokenizer):
-    with pytest.raises(NothingToDo, match="500 kept tokens are needed, but the 2 texts have"):
+def test_packing_too_few_tokens_raises_an_error_with_the_numbers(tokenizer):
+    with pytest.raises(
+        NothingToDo,
+        match="500 kept tokens are needed, but the 2 texts have 60, of which 59 fill whole contexts of 16 positions",
+    ):
         pack(make_texts(2), tokenizer, 16, 500)
     with pytest.raises(NothingToDo, match="but the 0 texts have 0"):
         pack([], tokenizer, 16, 1)
+    with pytest.raises(NothingToDo, match="but 3 of my texts have 90"):
+        pack(make_texts(3), tokenizer, 16, 100, description="3 of my texts")
+    with pytest.raises(NothingToDo, match="but 3 of my texts give 3 and 0: lower"):
+        shifted(make_texts(3), tokenizer, 16, 4, 4, description="3 of my texts")
+
+
+def test_special_tokens_inside_texts_do_not_count_as_kept_when_reading_stops(tokenizer):
+    chats = [" ".join(["<bos> <eos>"] * 19 + [word, word]) for word in WORDS * 100]
+    tokens = pack(chats, tokenizer, 16, 2000)
+    assert 2000 <= tokens.n_kept < 2016
+
+
+def test_long_and_short_texts_are_packed_alike(tokenizer, monkeypatch):
+    texts = make_texts(20)
+    first = pack(texts, tokenizer, 16, 200)
+    monkeypatch.setattr("posmask.data.tokens._PORTION_CHARACTERS", 1)
+    assert torch.equal(pack(texts, tokenizer, 16, 200).id, first.id)
 
 
 def test_packing_short_texts_uses_all_their_tokens(tokenizer):
