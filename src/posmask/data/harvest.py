@@ -151,7 +151,7 @@ def _harvested(
         "keep": keep[is_stored],
         **{
             name: getattr(tokens, name)[chunk, :length][is_stored].to(counts)
-            for name in ("position", "sentence", "line", "end")
+            for name in ("position", "sentence", "line", "end", "text_position")
         },
     }
 

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from posmask.errors import BadSetting, NothingToDo
+from posmask.progress import announce
 from posmask.seeds import generator
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "equal_segments",
     "growing_segments",
     "pack",
+    "pack_singly",
     "pad",
     "select_texts",
     "shift_length",
@@ -78,6 +80,8 @@ class Tokens:
         line: position in the line, from 1; 0 for tokens that are not kept.
         end: position counted backward from the last kept token of the text in this context, from 1; 0 for tokens that
             are not kept.
+        text_position: position in the text, also if it began in an earlier context, from 1 to the last position of a
+            context; 0 for tokens that are not kept.
     """
 
     id: Int[Tensor, "context position"]
@@ -87,6 +91,7 @@ class Tokens:
     sentence: Int[Tensor, "context position"]
     line: Int[Tensor, "context position"]
     end: Int[Tensor, "context position"]
+    text_position: Int[Tensor, "context position"]
 
     @property
     def n_kept(self) -> int:
@@ -200,16 +205,25 @@ def _tokens(
     text: Int[Tensor, "context position"],
     keep: Bool[Tensor, "context position"],
     tokenizer: Tokenizer,
+    text_position: Int[Tensor, "context position"] | None = None,
 ) -> Tokens:
-    """Build `Tokens` with the positions in sentence, in line and from the end."""
+    """Build `Tokens` with the positions in text, sentence and line and from the end.
+
+    Args:
+        text_position: positions in the text; None if each text is in one context.
+    """
     position = torch.arange(ids.shape[1]).expand(len(ids), -1).contiguous()
-    new_sentence, new_line = _starts(ids, text, keep, tokenizer)
-    since = [position - torch.where(new, position, 0).cummax(1).values + 1 for new in (new_sentence, new_line)]
+    new_text = torch.ones_like(keep)
+    new_text[:, 1:] = text[:, 1:] != text[:, :-1]
+    starts = (new_text, *_starts(ids, text, keep, tokenizer))
+    since = [position - torch.where(new, position, 0).cummax(1).values + 1 for new in starts]
+    if text_position is not None:
+        since[0] = text_position.clamp(max=ids.shape[1] - 1)
     continues = torch.zeros_like(keep)
     continues[:, :-1] = keep[:, 1:] & (text[:, 1:] == text[:, :-1])
     last = torch.where(continues, ids.shape[1], position).flip(1).cummin(1).values.flip(1)
-    sentence, line, end = (counted.masked_fill(~keep, 0) for counted in (*since, last - position + 1))
-    return Tokens(ids, position, text, keep, sentence, line, end)
+    in_text, sentence, line, end = (counted.masked_fill(~keep, 0) for counted in (*since, last - position + 1))
+    return Tokens(ids, position, text, keep, sentence, line, end, in_text)
 
 
 def _starts(
@@ -265,15 +279,15 @@ def pack(
     n_kept_in_stream = 0
     for numbers in _portions(order, texts):
         for number, ids in zip(numbers, _token_ids([texts[n] for n in numbers], tokenizer), strict=True):
-            row = np.full((len(ids) + 1, 2), number, dtype=np.int64)
-            row[:-1, 0], row[-1, 0] = ids, eos
+            row = np.full((len(ids) + 1, 3), number, dtype=np.int64)
+            row[:-1, 0], row[-1, 0], row[:, 2] = ids, eos, np.arange(1, len(ids) + 2)
             stream.append(row)
             n_kept_in_stream += int(((row[:, 0] != bos) & (row[:, 0] != eos)).sum())
         if n_kept_in_stream > kept_tokens + 2 * n_positions:
             break
     width = n_positions - 1
-    flat = np.concatenate(stream) if stream else np.zeros((0, 2), dtype=np.int64)
-    contexts = torch.from_numpy(flat[: len(flat) // width * width]).reshape(-1, width, 2)
+    flat = np.concatenate(stream) if stream else np.zeros((0, 3), dtype=np.int64)
+    contexts = torch.from_numpy(flat[: len(flat) // width * width]).reshape(-1, width, 3)
     keep = (contexts[..., 0] != bos) & (contexts[..., 0] != eos)
     n_kept = keep.sum(1).cumsum(0)
     if len(n_kept) == 0 or int(n_kept[-1]) < kept_tokens:
@@ -289,6 +303,7 @@ def pack(
         torch.cat([torch.full((n_contexts, 1), -1), contexts[..., 1]], 1),
         torch.cat([torch.zeros(n_contexts, 1, dtype=torch.bool), keep], 1),
         tokenizer,
+        torch.cat([torch.zeros(n_contexts, 1, dtype=torch.int64), contexts[..., 2]], 1),
     )
 
 
@@ -306,6 +321,42 @@ def _portions(order: list[int], texts: Sequence[str]) -> Iterator[list[int]]:
         yield portion
 
 
+def pack_singly(
+    texts: list[str],
+    tokenizer: Tokenizer,
+    n_positions: int,
+    kept_tokens: int,
+    *,
+    seed: int = 0,
+    description: str | None = None,
+) -> Tokens:
+    """Put each text into a separate context, as `pad` does, in random order and until enough tokens are kept.
+
+    Arguments and errors are those of `pack`. The rest of a text that is longer than a context is not used, so that the
+    position in the context is the position in the text.
+    """
+    bos, eos = _special_ids(tokenizer)
+    order = torch.randperm(len(texts), generator=generator(seed, "text order")).tolist()
+    rows: list[tuple[int, list[int]]] = []
+    n_kept = n_longer = 0
+    for numbers in _portions(order, texts):
+        for number, ids in zip(numbers, _token_ids([texts[n] for n in numbers], tokenizer), strict=True):
+            if n_kept < kept_tokens:
+                rows.append((number, ids[: n_positions - 1]))
+                n_kept += sum(token not in (bos, eos) for token in rows[-1][1])
+                n_longer += len(ids) >= n_positions
+        if n_kept >= kept_tokens:
+            break
+    else:
+        raise NothingToDo(
+            f"{kept_tokens:,} kept tokens are needed, but {description or f'the {len(texts):,} texts'} have {n_kept:,} "
+            f"in their first {n_positions - 1} tokens: lower the number of tokens, or give more texts"
+        )
+    if n_longer:
+        announce(f"{n_longer:,} of {len(rows):,} texts are longer than a context; the rest of them is not used.")
+    return _padded(rows, tokenizer, n_positions)
+
+
 def pad(texts: Sequence[str], tokenizer: Tokenizer, n_positions: int) -> Tokens:
     """Put each text into a separate context: BOS, the truncated text, then padding (EOS ids that are not kept).
 
@@ -317,14 +368,19 @@ def pad(texts: Sequence[str], tokenizer: Tokenizer, n_positions: int) -> Tokens:
     Raises:
         NothingToDo: the tokenizer has neither BOS nor EOS.
     """
+    return _padded(list(enumerate(_token_ids(list(texts), tokenizer))), tokenizer, n_positions)
+
+
+def _padded(rows: Sequence[tuple[int, list[int]]], tokenizer: Tokenizer, n_positions: int) -> Tokens:
+    """A context per row (text index, token ids)."""
     bos, eos = _special_ids(tokenizer)
-    ids = torch.full((len(texts), n_positions), eos, dtype=torch.int64)
-    text = torch.full((len(texts), n_positions), -1, dtype=torch.int64)
+    ids = torch.full((len(rows), n_positions), eos, dtype=torch.int64)
+    text = torch.full((len(rows), n_positions), -1, dtype=torch.int64)
     ids[:, 0] = bos
-    for number, row in enumerate(_token_ids(list(texts), tokenizer)):
+    for context, (number, row) in enumerate(rows):
         row = row[: n_positions - 1]
-        ids[number, 1 : 1 + len(row)] = torch.tensor(row, dtype=torch.int64)
-        text[number, 1 : 1 + len(row)] = number
+        ids[context, 1 : 1 + len(row)] = torch.tensor(row, dtype=torch.int64)
+        text[context, 1 : 1 + len(row)] = number
     return _tokens(ids, text, (text >= 0) & (ids != bos) & (ids != eos), tokenizer)
 
 

@@ -16,7 +16,7 @@ from posmask.data import embedded
 from posmask.data.activations import Activations, StorageDtype, finished_activations
 from posmask.data.harvest import ComputeShards, harvest
 from posmask.data.texts import read_texts
-from posmask.data.tokens import Split, SplitTexts, Tokens, pack, pad, select_texts, shifted, whole_text_key
+from posmask.data.tokens import Split, SplitTexts, Tokens, pack, pack_singly, pad, select_texts, shifted, whole_text_key
 from posmask.errors import DamagedFolder
 from posmask.evaluation.suite import EvaluationData
 from posmask.kernels import runtime
@@ -57,6 +57,8 @@ def harvests(study: StudySettings, model: Mapping[str, Any], texts: Mapping[str,
     """
     corpus, evaluation = study.corpus, study.evaluation
     shared = {"model": model, "texts": texts, "n_positions": corpus.n_positions}
+    if any(cell.mask.position_origin == "text" for cell in study.cells):
+        shared["position_origin"] = "text"  # Vectors of earlier versions are stored without these positions.
     split: dict[str, Any] = {"split": corpus.eval_split}
 
     def declare(
@@ -118,7 +120,8 @@ class _Vectors:
     def packed(self, item: Harvest, split: Split, n_tokens: int) -> Activations:
         def tokens() -> Tokens:
             texts = self._texts(split)
-            return pack(texts.texts, self._source.tokenizer, self._n_positions, n_tokens, description=str(texts))
+            packing = pack if self._study.corpus.packing is None else pack_singly
+            return packing(texts.texts, self._source.tokenizer, self._n_positions, n_tokens, description=str(texts))
 
         return self._find(item, tokens)
 

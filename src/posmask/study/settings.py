@@ -31,6 +31,8 @@ __all__ = [
     "StudySettings",
 ]
 
+_TABLE_CHARACTERS = 1000
+_SOURCE_FIELDS = {"tables", "texts", "n_texts", "max_characters", "packing"}
 MODEL_CELL = "llm"
 """Value of the column `cell` in the rows of the baselines."""
 
@@ -77,8 +79,19 @@ class CorpusSettings(_Settings):
     eval_split: tokens.EvalSplit = "evaluation"
     """The split that metrics, order tasks and probes use. validation: for choosing settings; it shares no text with the
     split of reported numbers."""
-    max_characters: int = Field(default=1000, gt=0)
-    """Texts are cut to this many characters, so that a few long texts do not dominate the corpus."""
+    max_characters: int | None = Field(default=None, gt=0)
+    """Texts are cut to this many characters, so that a few long texts do not dominate the corpus. Unset: 1000 for
+    tables; your own texts are not cut."""
+    packing: Literal["one_text_per_context"] | None = None
+    """`one_text_per_context`: each context starts with a text and holds nothing else; the rest of longer texts is not
+    used. Unset: texts follow each other, so that a context starts anywhere in a text."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _cut_tables(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("tables") and values.get("max_characters") is None:
+            return {**values, "max_characters": _TABLE_CHARACTERS}
+        return values
 
     @model_validator(mode="after")
     def _single_source(self) -> "CorpusSettings":
@@ -92,8 +105,8 @@ class CorpusSettings(_Settings):
 
     @property
     def source(self) -> dict[str, Any]:
-        """Which texts, cut to what: what is part of a harvest's identity."""
-        return self.model_dump(mode="json", include={"tables", "texts", "n_texts", "max_characters"}, exclude_none=True)
+        """Which texts, cut to what and how packed: what is part of a harvest's identity."""
+        return self.model_dump(mode="json", include=_SOURCE_FIELDS, exclude_none=True)
 
 
 class SaeSettings(_Settings):
