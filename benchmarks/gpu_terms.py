@@ -133,5 +133,5 @@ def repeated(bench: Bench, n_tokens: int, d_model: int, n_batches: int) -> Itera
     for seed in range(min(4, n_batches)):
         vectors, position = vectors_of(bench, n_tokens, d_model, seed)
         keep = torch.ones_like(position, dtype=torch.bool)
-        batches.append(Batch(vectors, position, position, position, keep, position, position, position))
+        batches.append(Batch(vectors, position, position, position, keep, position, position, position, position))
     return (batches[number % len(batches)] for number in range(n_batches))

@@ -29,7 +29,7 @@ def main(work: str, model_name: str, n_threads: int, precision: str) -> None:
     ids = harvest_ids()
     position = torch.arange(N_POSITIONS).expand_as(ids).contiguous()
     text = torch.arange(len(ids))[:, None].expand_as(ids).contiguous()
-    tokens = Tokens(ids, position, text, torch.ones_like(ids, dtype=torch.bool), position, position, position)
+    tokens = Tokens(ids, position, text, torch.ones_like(ids, dtype=torch.bool), position, position, position, position)
     number = 0
     with tempfile.TemporaryDirectory() as folder:
 

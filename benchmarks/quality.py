@@ -99,7 +99,7 @@ def train(run: Run, vectors: Vectors) -> Trained:
     def batches():
         place = torch.ones(vectors.batch_tokens, dtype=torch.int32)
         for x in vectors.batches(run.steps):
-            yield Batch(x, place, place, place, place > 0, place, place, place)
+            yield Batch(x, place, place, place, place > 0, place, place, place, place)
 
     trained = train_sae(sae, batches(), settings, run.architecture)
     one = torch.ones((), dtype=torch.int32)

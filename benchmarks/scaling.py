@@ -57,7 +57,7 @@ def vectors(folder: Path) -> Activations:
     position = torch.arange(N_POSITIONS).expand(shape).contiguous()
     keep = position > 0
     text = torch.where(keep, torch.arange(shape[0])[:, None], -1)
-    tokens = Tokens(torch.zeros_like(position), position, text, keep, position, position, position)
+    tokens = Tokens(torch.zeros_like(position), position, text, keep, position, position, position, position)
     return harvest(tokens, Noise(), folder, {"noise": True}, "noise")
 
 

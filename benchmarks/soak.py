@@ -49,7 +49,7 @@ def one_round(number: int, model: LanguageModel, folder: Path) -> None:
     ids = torch.randint(3, 500, (320, N_POSITIONS), generator=random)
     position = torch.arange(N_POSITIONS).expand_as(ids)
     text = torch.arange(len(ids))[:, None].expand_as(ids)
-    tokens = Tokens(ids, position, text, position > 0, position, position, position)
+    tokens = Tokens(ids, position, text, position > 0, position, position, position, position)
     vectors = harvest(tokens, model, folder / "vectors", {"round": number}, "soak")
     mask = make_mask(mask_settings(MASKS[number % len(MASKS)]), N_POSITIONS, D_SAE, number)
     sae = SparseAutoencoder(D_MODEL, rule_settings({"kind": "topk", "k": 16}), mask, number)

@@ -54,7 +54,7 @@ def batches(d_model: int, n_tokens: int):
     keep = torch.ones(n_tokens, dtype=torch.bool)
     for number, vectors in enumerate(on_demand(d_model, n_tokens)):
         position = drawn[number % len(drawn)]
-        fields = (position, position, position, keep, position, position, position)
+        fields = (position, position, position, keep, position, position, position, position)
         yield Batch(vectors, *fields)
 
 

@@ -175,7 +175,7 @@ def batch_of(vectors, position, text, keep=None):
     """Make a batch of one token per row, with the position in the context for every position origin."""
     position, text = position.to(torch.int32), text.to(torch.int32)
     keep = torch.ones(len(position)).bool() if keep is None else keep
-    return Batch(vectors, position, torch.zeros_like(position), text, keep, position, position, position)
+    return Batch(vectors, position, torch.zeros_like(position), text, keep, position, position, position, position)
 
 
 def codes_of(dense):

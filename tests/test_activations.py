@@ -288,7 +288,7 @@ def test_shard_size_changes_no_bit_and_model_batch_size_only_rounding(language_m
     small = harvested("small", _TOKENS_PER_SHARD=100)
     other = harvested("other", _TOKENS_PER_FORWARD=48)
     for batch in (small, other):
-        for name in ("token_id", "position", "text", "keep", "sentence", "line", "end"):
+        for name in ("token_id", "position", "text", "keep", "sentence", "line", "end", "text_position"):
             assert torch.equal(getattr(batch, name), getattr(expected, name))
     assert torch.equal(small.vectors, expected.vectors)
     difference = float((other.vectors - expected.vectors).abs().max() / expected.vectors.abs().max())

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from conftest import WORDS, make_texts
-from posmask.data.tokens import Tokens, pack, pad, shifted, split_of, unique_texts, with_shuffled
+from posmask.data.tokens import Tokens, pack, pack_singly, pad, shifted, split_of, unique_texts, with_shuffled
 from posmask.errors import BadSetting, NothingToDo
 
 
@@ -19,11 +19,31 @@ def test_packed_contexts_start_with_bos_and_contain_the_texts_in_sequence(tokeni
         assert texts[number].startswith(words)
 
 
-def test_packing_too_few_tokens_raises_an_error(tokenizer):
-    with pytest.raises(NothingToDo, match="500 kept tokens are needed, but the 2 texts have"):
+def test_packing_too_few_tokens_raises_an_error_with_the_numbers(tokenizer):
+    with pytest.raises(
+        NothingToDo,
+        match="500 kept tokens are needed, but the 2 texts have 60, of which 59 fill whole contexts of 16 positions",
+    ):
         pack(make_texts(2), tokenizer, 16, 500)
     with pytest.raises(NothingToDo, match="but the 0 texts have 0"):
         pack([], tokenizer, 16, 1)
+    with pytest.raises(NothingToDo, match="but 3 of my texts have 90"):
+        pack(make_texts(3), tokenizer, 16, 100, description="3 of my texts")
+    with pytest.raises(NothingToDo, match="but 3 of my texts give 3 and 0: lower"):
+        shifted(make_texts(3), tokenizer, 16, 4, 4, description="3 of my texts")
+
+
+def test_special_tokens_inside_texts_do_not_count_as_kept_when_reading_stops(tokenizer):
+    chats = [" ".join(["<bos> <eos>"] * 19 + [word, word]) for word in WORDS * 100]
+    tokens = pack(chats, tokenizer, 16, 2000)
+    assert 2000 <= tokens.n_kept < 2016
+
+
+def test_long_and_short_texts_are_packed_alike(tokenizer, monkeypatch):
+    texts = make_texts(20)
+    first = pack(texts, tokenizer, 16, 200)
+    monkeypatch.setattr("posmask.data.tokens._PORTION_CHARACTERS", 1)
+    assert torch.equal(pack(texts, tokenizer, 16, 200).id, first.id)
 
 
 def test_packing_short_texts_uses_all_their_tokens(tokenizer):
@@ -46,6 +66,39 @@ def test_padded_texts_keep_only_their_words(tokenizer):
         [False] * 6,
         [False, True, False, True, False, False],
     ]
+
+
+def test_positions_in_the_text_continue_in_the_next_context(tokenizer):
+    texts = make_texts(6, n_words=40)
+    tokens = pack(texts, tokenizer, 16, 180)
+    keep, position = tokens.keep[:, 1:].reshape(-1), tokens.text_position[:, 1:].reshape(-1)
+    place = torch.arange(len(keep)) % 41 + 1  # A text is 40 words and EOS.
+    assert torch.equal(keep, place < 41)
+    assert torch.equal(position, torch.where(keep, place.clamp(max=15), 0))
+    assert not bool(tokens.text_position[:, 0].any())
+
+
+def test_positions_in_a_text_of_one_context_count_from_its_first_token(tokenizer):
+    padded = pad(["red house", "old <eos> tree"], tokenizer, 6)
+    assert padded.text_position.tolist() == [[0, 1, 2, 0, 0, 0], [0, 1, 0, 3, 0, 0]]
+    tokens = shifted(make_texts(20), tokenizer, 16, 3, 4)
+    for row in range(12):
+        assert tokens.text_position[row][tokens.keep[row]].tolist() == [1, 2, 3]
+
+
+def test_texts_are_packed_one_per_context(tokenizer, capsys):
+    texts = make_texts(10, n_words=5) + make_texts(10, n_words=40, seed=1)
+    tokens = pack_singly(texts, tokenizer, 16, 100)
+    assert 100 <= tokens.n_kept < 115
+    assert torch.equal(tokens.text_position[tokens.keep], tokens.position[tokens.keep].long())
+    for ids, keep, number in zip(tokens.id, tokens.keep, tokens.text[:, 1].tolist(), strict=True):
+        assert tokenizer.decode(ids[keep]) == " ".join(texts[number].split()[:15])
+    n_longer = int((tokens.text[:, 1] >= 10).sum())
+    assert n_longer > 0
+    assert f"{n_longer} of {len(tokens.id)} texts are longer than a context" in capsys.readouterr().err
+    assert torch.equal(pack_singly(texts, tokenizer, 16, 100).id, tokens.id)
+    with pytest.raises(NothingToDo, match="300 kept tokens are needed, but my texts have 200 in their first 15 tokens"):
+        pack_singly(texts, tokenizer, 16, 300, description="my texts")
 
 
 def test_the_split_depends_only_on_the_text():

@@ -12,6 +12,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -56,7 +57,8 @@ EXAMPLES = {
     ("docs/cluster.md", "pip install 'posmask[remote]'"): "tests/test_store.py runs it with a local store",
     ("docs/cluster.md", "srun --nodes 2"): "needs Slurm and two nodes; the page says that it was not run",
     ("docs/devices.md", "posmask run STUDY.toml --set device=cuda"): "test_a_device_is_set_from_the_command_line",
-    ("docs/own-mask.md", "from typing import Literal"): "test_custom_mask",
+    ("docs/own-mask.md", "import torch"): "test_custom_mask",
+    ("docs/own-mask.md", "[[cells]]"): "test_custom_mask_in_a_study_file",
     ("docs/own-mask.md", "tensor([[1.0000,"): "test_custom_mask",
     ("docs/own-mask.md", "from posmask.sae.rules import"): "test_custom_mask",
     ("docs/own-mask.md", "from posmask.study.settings import"): "test_custom_mask",
@@ -93,6 +95,7 @@ def test_every_example_has_a_test_or_a_reason():
 
 MODULE = re.compile(r"`posmask((?:\.[a-z_]+)+)`")
 FILE = re.compile(r"`([\w/]+\.py)`")
+OF_A_READER = "my_masks.py"
 
 
 def test_modules_and_files_in_pages_exist():
@@ -100,7 +103,7 @@ def test_modules_and_files_in_pages_exist():
         if page.name == "log.md":  # names of earlier versions
             continue
         text = page.read_text(encoding="utf8")
-        for name in FILE.findall(text):
+        for name in set(FILE.findall(text)) - {OF_A_READER}:
             assert (ROOT / name).exists() or (ROOT / "src" / "posmask" / name).exists(), f"{page.name} names {name}"
         for name in MODULE.findall(text):
             value = importlib.import_module("posmask")
@@ -146,6 +149,8 @@ def test_custom_mask():
     output = io.StringIO()
     try:
         for language, code in blocks:
+            if language == "toml":
+                continue
             if language == "text":
                 assert output.getvalue() == code
                 continue
@@ -155,6 +160,19 @@ def test_custom_mask():
     finally:
         masks.MASKS.clear()
         masks.MASKS.update(kinds)
+
+
+def test_custom_mask_in_a_study_file(here, model_folder, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    kinds = dict(masks.MASKS)
+    Path("my_masks.py").write_text(example("docs/own-mask.md", "import torch"))
+    Path("study.toml").write_text(STUDY.format(model=model_folder) + example("docs/own-mask.md", "[[cells]]"))
+    try:
+        cell = read_study(Path("study.toml")).cells[-1]
+    finally:
+        masks.MASKS.clear()
+        masks.MASKS.update(kinds)
+    assert (cell.mask.kind, type(cell.mask).__module__) == ("my_masks:Stripes", "my_masks")
 
 
 @pytest.fixture
@@ -229,8 +247,7 @@ def test_a_device_is_set_from_the_command_line(here, model_folder):
 @pytest.mark.slow
 def test_a_cell_trained_by_several_processes_is_evaluated_by_a_run(here, model_folder):
     """Run both lines with two processes instead of four and a tiny study."""
-    write_texts(here / "texts")
-    Path("studies").mkdir()
+    write_texts(here / "studies" / "texts")
     slices = '[[cells]]\nname = "slice"\nmask = { kind = "slice", n_slices = 4 }\n'
     Path("studies/full.toml").write_text(STUDY.format(model=model_folder) + slices)
     paths = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"
@@ -246,8 +263,7 @@ def test_a_cell_trained_by_several_processes_is_evaluated_by_a_run(here, model_f
 @pytest.mark.slow
 def test_cells_start_from_an_imported_sae(here, model_folder):
     """Run the last example of the page, which follows the blocks that test_saelens_page runs."""
-    write_texts(here / "texts")
-    Path("studies").mkdir()
+    write_texts(here / "studies" / "texts")
     quick = Path("studies/quick.toml")
     quick.write_text(STUDY.format(model=model_folder))
     posmask("posmask run studies/quick.toml --root runs/first")

@@ -3,8 +3,11 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from posmask.data import embedded
+from posmask.data import harvest as data_harvest
+from posmask.errors import BadSetting
 from posmask.probing import order_tasks
 from posmask.study import harvests
 from posmask.study.harvests import prepare
@@ -39,7 +42,7 @@ def test_identities_need_no_texts(study_file, tmp_path, monkeypatch):
     [
         "corpus.training_tokens=1400", "corpus.heldout_tokens=1400", "evaluation.shift_texts=39",
         "evaluation.order_train_groups=29", "evaluation.probe_train=38", "corpus.eval_split=validation",
-        "corpus.max_characters=900", "corpus.n_positions=15", "model.layer=1",
+        "corpus.max_characters=900", "corpus.packing=one_text_per_context", "corpus.n_positions=15", "model.layer=1",
     ],
 )  # fmt: skip
 def test_every_setting_that_affects_vectors_is_in_an_identity(study_file, change):
@@ -72,3 +75,39 @@ def test_order_tasks_are_harvested_as_declared(study_file, tmp_path):
     task, vectors = prepare(study, Source(study.model), tmp_path / "run").order["toy_order"]
     assert isinstance(task, order_tasks.OrderTask)
     assert vectors.made_from["groups"] == [30, 10]
+
+
+def test_positions_in_the_text_and_one_text_per_context(study_file, tmp_path):
+    study_file.write_text(study_file.read_text().replace("n_slices = 4", 'n_slices = 4, position_origin = "text"'))
+    study = read_study(study_file, ["corpus.packing=one_text_per_context"])
+    data = prepare(study, Source(study.model), tmp_path / "run")
+    for vectors in (data.training, data.heldout):
+        assert torch.equal(vectors.text_position[vectors.keep], vectors.position[vectors.keep])
+        starts = (vectors.position == 1).nonzero()[:, 0]
+        assert len(vectors.text[starts].unique()) == len(starts)
+    in_text = prepare(read_study(study_file, ["corpus.n_positions=20"]), Source(study.model), tmp_path / "run").training
+    assert not torch.equal(in_text.text_position, in_text.position)
+    batch = in_text.batch(torch.arange(40))
+    assert torch.equal(batch.positions("text"), in_text.text_position[:40])
+    assert torch.equal(batch.select(torch.arange(3)).positions("text"), in_text.text_position[:3])
+
+
+def test_vectors_without_positions_in_the_text_are_not_used_for_them(study_file, tmp_path, monkeypatch):
+    harvested = data_harvest._harvested
+
+    def without(*args):
+        return {name: tensor for name, tensor in harvested(*args).items() if name != "text_position"}
+
+    root, source = tmp_path / "run", Source(read_study(study_file).model)
+    with monkeypatch.context() as patch:
+        patch.setattr(data_harvest, "_harvested", without)
+        earlier = prepare(read_study(study_file), source, root).training
+    batch = earlier.batch(torch.arange(40))
+    assert torch.equal(batch.positions("context"), earlier.position[:40])
+    with pytest.raises(BadSetting, match='position_origin = "text", but these vectors were harvested without'):
+        batch.positions("text")
+    assert prepare(read_study(study_file), source, root).training.folder == earlier.folder
+    study_file.write_text(study_file.read_text().replace("n_slices = 4", 'n_slices = 4, position_origin = "text"'))
+    later = prepare(read_study(study_file), source, root).training
+    assert later.folder != earlier.folder
+    assert int(later.batch(torch.arange(40)).positions("text").max()) > 0

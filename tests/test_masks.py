@@ -271,7 +271,7 @@ def test_masks_that_do_not_fit_raise_an_error(values, message):
         ({"kind": "open", "free_fraction": 1.5}, "less than or equal to 1"),
         ({"kind": "open", "free_fraction": -0.1}, "greater than or equal to 0"),
         ({"kind": "open", "leak": 2}, "less than or equal to 1"),
-        ({"kind": "open", "position_origin": "paragraph"}, "'context', 'sentence', 'line' or 'end'"),
+        ({"kind": "open", "position_origin": "paragraph"}, "'context', 'text', 'sentence', 'line' or 'end'"),
         ({"kind": "split", "start_latents": 9, "max_latents": 8}, "start_latents = 9 is above max_latents = 8"),
         (
             {"kind": "split", "start_latents": 8, "max_latents": 9, "gating": "gradient"},

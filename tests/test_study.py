@@ -188,10 +188,10 @@ def test_settings_can_be_overridden(study_file):
     assert Source(changed.model).made_from["layer"] == 2  # of 3
     for change, message in (
         ("training.n_step=30", "training.n_step is not a setting: did you mean n_steps?"),
-        ("trainings.n_steps=30", "'trainings.n_steps=30' changes no setting"),
+        ("trainings.n_steps=30", "'trainings' is not a table of a study; did you mean training?"),
         ("seeds.first=1", "'seeds.first=1' changes no setting"),
         ("name", "'name' changes no setting: write TABLE.KEY=VALUE"),
-        ("training.n_steps=many", "training.n_steps = 'many' is not valid"),
+        ("training.n_steps=many", 'training.n_steps = "many" must be a whole number'),
     ):
         with pytest.raises(BadSetting, match=re.escape(message)):
             read_study(study_file, [change])
@@ -576,8 +576,12 @@ METRICS = ("explained_variance", "l0", "order_accuracy", "probe_accuracy", "rete
         ),
         ("step_fraction = 0.5", "", "which leaves no step of its 20"),
         ("step_fraction = 0.5", "step_fraction = 0.01", "step_fraction = 0.01 of open-half makes 0 steps"),
-        ("step_fraction = 0.5", "step_fraction = 1.5", "step_fraction = 1.5 is not valid"),
-        ("n_slices = 4 }\nbudget", "n_slices = 4, free_fraction = 1.5 }\nbudget", "cells.1.mask"),
+        ("step_fraction = 0.5", "step_fraction = 1.5", 'cell "open-half": step_fraction = 1.5 must be at most 1'),
+        (
+            "n_slices = 4 }\nbudget",
+            "n_slices = 4, free_fraction = 1.5 }\nbudget",
+            'cell "slice-compute": mask.free_fraction = 1.5 must be at most 1',
+        ),
         ("low = 0.3", "low = 0.8", "low = 0.8 is above high = 0.7"),
         ("start_latents = 32", "start_latents = 16", "start_latents = 16 is not the 32 latents that are live"),
         (
@@ -632,8 +636,8 @@ def test_a_new_mask_or_rule_needs_one_class_and_one_registry_entry(study_file, t
     ("old", "new", "message"),
     [
         ("n_steps = 20", "n_step = 20", "training.n_step is not a setting: did you mean n_steps?"),
-        ("n_steps = 20", "n_steps = 0", "training.n_steps = 0 is not valid (input should be greater than 0)"),
-        ("n_steps = 20", "", "training.n_steps is missing: give it a value"),
+        ("n_steps = 20", "n_steps = 0", "training.n_steps = 0 must be above 0"),
+        ("n_steps = 20", "", "training.n_steps is missing"),
         (
             "batch_tokens = 256",
             "batch_tokens = 2048",
@@ -650,21 +654,21 @@ def test_a_new_mask_or_rule_needs_one_class_and_one_registry_entry(study_file, t
         ),
         ('kind = "slice"', 'kind = "slcie"', "mask kind 'slcie' is unknown: choose one of open, slice"),
         ('name = "slice-compute"', 'name = "open"', "two cells are called 'open'"),
-        ('name = "slice-compute"', 'name = "../up"', "cells.1.name = '../up' is not valid"),
-        ('"toy_order"', '"toy_ordre"', "'toy_ordre' is unknown: choose from"),
-        ("seeds = [0]", "seeds = []", "seeds = [] is not valid"),
+        ('name = "slice-compute"', 'name = "../up"', 'name = "../up" must be lower-case letters'),
+        ('"toy_order"', '"toy_ordre"', "evaluation: order_tasks has 'toy_ordre', which is unknown: choose from"),
+        ("seeds = [0]", "seeds = []", "seeds = [] must be a list of at least 1"),
         ("seeds = [0]", "seeds = [1, 1]", "repeats a seed"),
         ("retention_positions = 4", "retention_positions = 15", "retention would be 1 for everything"),
-        ("ks = [1, 5, 20]", "ks = [0]", "evaluation.ks.0 = 0 is not valid"),
+        ("ks = [1, 5, 20]", "ks = [0]", "evaluation.ks = [0] holds 0, which must be above 0"),
         ("ks = [1, 5, 20]", "ks = [1, 5, 99]", "probes on 99 latents of sae.d_sae = 32"),
-        ("learning_rate = 5e-3", "learning_rate = inf", "training.learning_rate = inf is not valid"),
+        ("learning_rate = 5e-3", "learning_rate = inf", "training.learning_rate = inf must be a finite number"),
         ('kind = "open"', 'kind = ["open"]', "mask kind ['open'] is unknown"),
         ('name = "open"', 'name = "llm"', "stands for the model itself: rename it"),
         ('against = "open + segments4"', 'against = "opne"', "comparisons name 'opne', which is not a cell"),
         ('"open + segments4"', '"open + segments8"', "open has the poolings ['growing4', 'segments4']"),
         ('"open + segments4"', '"open"', "'slice-compute' against 'open' twice, or for nothing"),
         ("ks = [1, 5, 20]", "ks = [1, 20]", "ks = [1, 20] lacks 1 or 5"),
-        ("model_contexts = 8", "model_contexts = 1", "evaluation.model_contexts = 1 is not valid"),
+        ("model_contexts = 8", "model_contexts = 1", "evaluation.model_contexts = 1 must be above 1"),
         ("model_contexts = 8", "model_contexts = 6", "gives 4 causal windows less than two contexts each"),
         ("shift_windows = 4", "shift_windows = 8", "8 shift windows leave 1 tokens of 16 positions"),
         ("shift_windows = 4", "shift_windows = 4\nforgetting_fractions = [0]", "of 20 steps are the steps [0]"),
@@ -675,9 +679,13 @@ def test_a_new_mask_or_rule_needs_one_class_and_one_registry_entry(study_file, t
         ),
         ("measure_forgetting = true", "seeds = [0, 0]", "repeats a seed"),
         ("measure_forgetting = true", "seeds = [1]", "'slice-compute' with 'open + segments4', which share no seed"),
-        ("measure_forgetting = true", "seeds = []", "cells.1.seeds = [] is not valid"),
-        ("layer = 2", "layer = 1.5", "model.layer"),
-        ('tables = ["words"]', 'tables = ["words"]\neval_split = "training"', "corpus.eval_split = 'training'"),
+        ("measure_forgetting = true", "seeds = []", 'cell "slice-compute": seeds = [] must be a list of at least 1'),
+        ("layer = 2", "layer = 1.5", "model.layer = 1.5 must be a whole number or below 1"),
+        (
+            'tables = ["words"]',
+            'tables = ["words"]\neval_split = "training"',
+            "corpus.eval_split = \"training\" must be 'validation' or 'evaluation'",
+        ),
         ("[model]", "[model", "is not a readable TOML file"),
     ],
 )

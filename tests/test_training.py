@@ -32,7 +32,7 @@ def write_activations(folder, vectors, position, text):
             "token_id": torch.zeros(len(vectors), dtype=torch.int32),
             "text": text.to(torch.int32),
             "keep": position > 0,
-            **{name: position.to(torch.int32, copy=True) for name in ("sentence", "line", "end")},
+            **{name: position.to(torch.int32, copy=True) for name in ("sentence", "line", "end", "text_position")},
         }
         save_file(fields, draft / "shard-00000.safetensors")
     return Activations(folder)
@@ -103,7 +103,7 @@ def sparse_sums(n_batches, n_tokens, d_model):
         vectors = (weights * (torch.rand(weights.shape, generator=random) < 0.05)) @ directions
         position = torch.arange(n_tokens, dtype=torch.int32) % N_POSITIONS
         keep = torch.ones(n_tokens, dtype=torch.bool)
-        batches.append(Batch(vectors, position, position, position, keep, position, position, position))
+        batches.append(Batch(vectors, position, position, position, keep, position, position, position, position))
     return batches
 
 

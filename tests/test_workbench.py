@@ -23,6 +23,14 @@ def test_imports_are_lazy_and_every_name_exists():
         posmask.nothing  # noqa: B018
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"), [("a \ud800", "with lone surrogates"), (None, "with null"), (["a"], "of type list")]
+)
+def test_a_text_that_no_tokenizer_takes_raises_an_error(text, reason, model_folder, tmp_path):
+    with pytest.raises(BadSetting, match=rf"texts\[1\] is a value {reason}, which no tokenizer takes"):
+        posmask.read_vectors(["red", text], str(model_folder), 2, tmp_path / "vectors", n_tokens=1)
+
+
 def test_vectors_training_and_measures_from_python(model_folder, tmp_path):
     options = {"model": str(model_folder), "layer": 2, "n_positions": 16, "precision": "float32"}
     training = posmask.read_vectors(make_texts(200), folder=tmp_path / "training", n_tokens=3000, **options)
@@ -60,7 +68,7 @@ def test_vectors_are_reused_only_for_the_same_texts(model_folder, tmp_path, monk
     assert (tmp_path / "v" / "manifest.json").stat().st_mtime_ns == written
     other = posmask.read_vectors(make_texts(40, seed=5), **options)
     assert not torch.equal(other.token_id[:300], first.token_id[:300])
-    with pytest.raises(NothingToDo, match="reduce the number of tokens, or add texts"):
+    with pytest.raises(NothingToDo, match="lower the number of tokens, or give more"):
         posmask.read_vectors(make_texts(4), **{**options, "folder": tmp_path / "few", "n_tokens": 5000})
 
 

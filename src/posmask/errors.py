@@ -53,6 +53,8 @@ def unknown_kind(what: str, kind: object, known: Iterable[str]) -> BadSetting:
     "mask kind 'opne' is unknown: choose one of open, slice (did you mean 'open'?)"
     """
     known = list(known)
+    if kind is None:
+        return BadSetting(f"{what} is missing: choose one of {', '.join(known)}")
     close = difflib.get_close_matches(str(kind), known, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     return BadSetting(f"{what} {kind!r} is unknown: choose one of {', '.join(known)}{hint}")

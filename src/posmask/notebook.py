@@ -13,8 +13,9 @@ from typing import Any, Literal
 from posmask import masks
 from posmask.data.activations import Activations, evaluation_batches, finished_activations, training_batches
 from posmask.data.harvest import harvest
+from posmask.data.texts import why_unusable
 from posmask.data.tokens import pack
-from posmask.errors import DamagedFolder
+from posmask.errors import BadSetting, DamagedFolder
 from posmask.evaluation.reconstruction import Reconstruction
 from posmask.evaluation.retention import PositionMass, mask_measures, retention, special_positions
 from posmask.results.rows import Measure
@@ -50,12 +51,15 @@ def read_vectors(
         n_tokens: kept tokens to harvest, at least.
 
     Raises:
-        BadSetting: the model cannot be loaded, or `folder` holds something that posmask did not write.
+        BadSetting: the model cannot be loaded, a text is not a string of characters, or `folder` holds something that
+            posmask did not write.
         NothingToDo, DegenerateResult: what the texts or the vectors lack.
     """
     source = Source(ModelSettings(name=model, layer=layer, precision=precision))
     digest = hashlib.sha256()
-    for text in texts:
+    for number, text in enumerate(texts):
+        if (reason := why_unusable(text)) is not None:
+            raise BadSetting(f"texts[{number}] is a value {reason}, which no tokenizer takes: leave it out")
         digest.update(hashlib.sha256(text.encode()).digest())
     made_from = {
         "model": source.made_from,

@@ -38,13 +38,13 @@ _BATCHES_AHEAD = 2
 StorageDtype = Literal["model", "float32", "bfloat16", "int8"]
 """Precision of vectors on disk; `model` is the precision in which the model computes."""
 
-_FIELDS = ("position", "token_id", "text", "keep", "sentence", "line", "end")
+_FIELDS = ("position", "token_id", "text", "keep", "sentence", "line", "end", "text_position")
 
 
 def bytes_per_token(d_model: int, stored: Literal["float32", "bfloat16", "int8"]) -> int:
     """Bytes on disk of a vector with its token, position and text, in contexts of fewer than 2^15 positions."""
     scale = 4 if stored == "int8" else 0
-    return {"float32": 4, "bfloat16": 2, "int8": 1}[stored] * d_model + scale + 4 + 4 + 1 + 4 * 2
+    return {"float32": 4, "bfloat16": 2, "int8": 1}[stored] * d_model + scale + 4 + 4 + 1 + 5 * 2
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ class Batch:
     sentence: Int[Tensor, " token"]
     line: Int[Tensor, " token"]
     end: Int[Tensor, " token"]
+    text_position: Int[Tensor, " token"]
 
     def __len__(self) -> int:
         return len(self.vectors)
@@ -72,8 +73,17 @@ class Batch:
         return Batch(*(getattr(self, name).to(device) for name in ("vectors", *_FIELDS)))
 
     def positions(self, position_origin: PositionOrigin) -> Int[Tensor, " token"]:
-        """The tokens' positions, counted from a mask's `position_origin`."""
-        return self.position if position_origin == "context" else getattr(self, position_origin)
+        """The tokens' positions, counted from a mask's `position_origin`.
+
+        Raises:
+            BadSetting: positions in the text are not stored.
+        """
+        if position_origin == "text" and bool((self.text_position < 0).any()):
+            raise BadSetting(
+                'position_origin = "text", but these vectors were harvested without positions in the text: remove '
+                "their folder, so that they are harvested again"
+            )
+        return getattr(self, {"context": "position", "text": "text_position"}.get(position_origin, position_origin))
 
     def kept(self) -> "Batch":
         """The tokens with `keep` True."""
@@ -131,9 +141,14 @@ class Activations:
             manifest = read_manifest(folder, verify=True)
             self._shards = tokens = [load_file(folder / name) for name in sorted(manifest["files"])]
         self.made_from: dict[str, Any] = manifest["made_from"]
-        fields = [torch.cat([shard[name] for shard in tokens]) for name in _FIELDS]
+        # Earlier versions stored no position in the text.
+        fields = [
+            torch.cat([shard[name] if name in shard else torch.full_like(shard["position"], -1) for shard in tokens])
+            for name in _FIELDS
+        ]
         fields = [field.int() if field.dtype == torch.int16 else field for field in fields]
-        self.position, self.token_id, self.text, self.keep, self.sentence, self.line, self.end = fields
+        self.position, self.token_id, self.text, self.keep, self.sentence, self.line, self.end = fields[:-1]
+        self.text_position = fields[-1]
         sizes = torch.tensor([len(shard["position"]) for shard in tokens])
         self._ends = sizes.cumsum(0)
         self._starts = self._ends - sizes

@@ -187,7 +187,7 @@ def _token_fields(
     """The fields besides vectors of the stored tokens of some contexts, by name."""
     counts = torch.int16 if tokens.id.shape[1] < 2**15 else torch.int32
     dtypes = {"id": torch.int32, "text": torch.int32, "keep": torch.bool}
-    dtypes |= dict.fromkeys(("position", "sentence", "line", "end"), counts)
+    dtypes |= dict.fromkeys(("position", "sentence", "line", "end", "text_position"), counts)
     length = is_stored.shape[1]
     return {
         "token_id" if name == "id" else name: getattr(tokens, name)[chunk, :length][is_stored].to(dtype)

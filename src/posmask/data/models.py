@@ -27,6 +27,7 @@ __all__ = [
     "check_device",
     "embedded_model_folder",
     "is_embedded_here",
+    "is_path",
     "layer_number",
     "load_model",
     "load_outline",
@@ -261,8 +262,26 @@ def _loading(name: str, *, local_only: bool = False) -> Iterator[dict[str, str]]
         raise BadSetting(f"model {name!r} cannot be loaded ({_reason(error)}") from error
 
 
+def is_path(name: str, path: Path | None = None) -> bool:
+    """Whether a model's name is a path, and so not a name on the hub.
+
+    `OWNER/NAME` is a path if the folder OWNER exists.
+
+    Args:
+        path: where the name leads to, if it is not relative to the current folder.
+    """
+    looks_like_one = name.startswith(("/", ".", "~")) or name.endswith("/") or name.count("/") > 1
+    return looks_like_one or ("/" in name and (path or Path(name)).parent.is_dir())
+
+
 def _source(name: str, *, local_only: bool) -> dict[str, str]:
     """Arguments of `from_pretrained`: a folder, or a name on the hub with the commit to load."""
+    if is_path(name) and not Path(name).exists():
+        siblings = sorted(path.name for path in Path(name).parent.glob("*") if path.is_dir())
+        raise BadSetting(
+            f"model {name!r} is missing: there is no such folder, and {Path(name).parent} holds "
+            f"{', '.join(siblings[:5]) or 'no folders'}; check the path"
+        )
     source = {"pretrained_model_name_or_path": model_folder(name, local_only=local_only)}
     if not Path(source["pretrained_model_name_or_path"]).is_dir():
         source["revision"] = _hub_file(name, "config.json", local_only).parent.name

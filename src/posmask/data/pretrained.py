@@ -69,8 +69,8 @@ def _first_few(names: Collection[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return str(error).strip().partition("\n")[0]
+    """The first line of an error's message; the name of its type if it has none."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def import_transformers() -> Any:

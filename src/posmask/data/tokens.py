@@ -4,7 +4,7 @@
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -14,24 +14,30 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from posmask.errors import BadSetting, NothingToDo
+from posmask.progress import announce
 from posmask.seeds import generator
 
 __all__ = [
     "TRAINING_SHARE",
     "VALIDATION_SHARE",
     "EvalSplit",
+    "Key",
     "Split",
+    "SplitTexts",
     "Tokenizer",
     "Tokens",
     "equal_segments",
     "growing_segments",
     "pack",
+    "pack_singly",
     "pad",
+    "select_texts",
     "shift_length",
     "shifted",
     "split_of",
     "text_key",
     "unique_texts",
+    "whole_text_key",
     "with_shuffled",
 ]
 
@@ -39,6 +45,12 @@ TRAINING_SHARE = 0.25
 """Fraction of all texts that SAEs may train on. It is small because labeled texts for evaluation are scarce."""
 VALIDATION_SHARE = 0.2
 """Fraction of all texts that settings are chosen on, so that reported numbers come from texts not used for tuning."""
+_PORTION_TEXTS, _PORTION_CHARACTERS = 256, 2**22
+_SHARES = {
+    "training": TRAINING_SHARE,
+    "validation": VALIDATION_SHARE,
+    "evaluation": 1 - TRAINING_SHARE - VALIDATION_SHARE,
+}
 
 
 @runtime_checkable
@@ -68,6 +80,8 @@ class Tokens:
         line: position in the line, from 1; 0 for tokens that are not kept.
         end: position counted backward from the last kept token of the text in this context, from 1; 0 for tokens that
             are not kept.
+        text_position: position in the text, also if it began in an earlier context, from 1 to the last position of a
+            context; 0 for tokens that are not kept.
     """
 
     id: Int[Tensor, "context position"]
@@ -77,6 +91,7 @@ class Tokens:
     sentence: Int[Tensor, "context position"]
     line: Int[Tensor, "context position"]
     end: Int[Tensor, "context position"]
+    text_position: Int[Tensor, "context position"]
 
     @property
     def n_kept(self) -> int:
@@ -89,22 +104,34 @@ EvalSplit = Literal["validation", "evaluation"]
 """The splits that metrics and probes may use."""
 
 
-def text_key(text: str) -> str:
-    """A hash that is equal for texts that count as the same.
+Key = Callable[[str], str]
+"""A hash that is equal for texts that count as the same."""
 
-    SHA-256 of the first 200 characters in lower case with white space collapsed. A truncated copy of a text therefore
-    counts as the same text, unless it is shorter than 200 characters.
+
+def text_key(text: str) -> str:
+    """The hash of embedded texts and datasets: of the first 200 characters in lower case, with white space collapsed.
+
+    A truncated copy of a text therefore counts as the same text, unless it is shorter than 200 characters.
     """
     return hashlib.sha256(" ".join(text[:1000].lower().split())[:200].encode()).hexdigest()
 
 
-def split_of(text: str) -> Split:
-    """The split of a text, determined by `text_key` alone.
+def whole_text_key(text: str) -> str:
+    """The hash of a user's texts: of all characters in lower case, with white space collapsed.
+
+    Chats that begin with the same system prompt are different texts. For texts of at most 200 characters it equals
+    `text_key`.
+    """
+    return hashlib.sha256(" ".join(text.lower().split()).encode()).hexdigest()
+
+
+def split_of(text: str, key: Key = text_key) -> Split:
+    """The split of a text, determined by its key alone.
 
     SAEs train on one split, metrics and probes use another, so no choice of files puts a text into both. Different
     texts may still share passages, such as the license at the head of source code.
     """
-    fraction = int(text_key(text)[:8], 16) / 16**8
+    fraction = int(key(text)[:8], 16) / 16**8
     if fraction < TRAINING_SHARE:
         return "training"
     return "validation" if fraction < TRAINING_SHARE + VALIDATION_SHARE else "evaluation"
@@ -112,11 +139,53 @@ def split_of(text: str) -> Split:
 
 def unique_texts(texts: Iterable[str], split: Split) -> list[str]:
     """The non-empty texts of one split in order, without duplicates by `text_key`."""
+    return select_texts(texts, split).texts
+
+
+@dataclass(frozen=True)
+class SplitTexts:
+    """The texts of one split, without duplicates, and what was left out to get them.
+
+    Args:
+        n_all: non-empty texts of all splits, with duplicates.
+        n_duplicates: duplicates of this split, which are left out.
+        n_cut: texts that were cut to `max_characters`.
+    """
+
+    split: Split
+    texts: list[str]
+    n_all: int
+    n_duplicates: int
+    n_cut: int
+    max_characters: int | None
+
+    def __str__(self) -> str:
+        """A description for messages: `the 12 training texts (of 50 in all, ...)`."""
+        parts = [f"of {self.n_all:,} in all, of which {_SHARES[self.split]:.0%} are for {self.split}"]
+        if self.n_duplicates:
+            parts.append(f"without {self.n_duplicates:,} duplicates")
+        if self.n_cut:
+            parts.append(f"{self.n_cut:,} of them cut to corpus.max_characters = {self.max_characters:,}")
+        return f"{len(self.texts):,} {self.split} texts ({'; '.join(parts)})"
+
+
+def select_texts(
+    texts: Iterable[str], split: Split, *, key: Key = text_key, max_characters: int | None = None
+) -> SplitTexts:
+    """The non-empty texts of one split in order, without duplicates, cut to `max_characters`."""
     by_key: dict[str, str] = {}
+    n_all = n_of_split = n_cut = 0
     for text in texts:
-        if text.strip() and split_of(text) == split:
-            by_key.setdefault(text_key(text), text)
-    return list(by_key.values())
+        if not text.strip():
+            continue
+        n_all += 1
+        if split_of(text, key) != split:
+            continue
+        n_of_split += 1
+        if (hashed := key(text)) not in by_key:
+            by_key[hashed] = text[:max_characters]
+            n_cut += len(by_key[hashed]) < len(text)
+    return SplitTexts(split, list(by_key.values()), n_all, n_of_split - len(by_key), n_cut, max_characters)
 
 
 def _token_ids(texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:
@@ -136,16 +205,25 @@ def _tokens(
     text: Int[Tensor, "context position"],
     keep: Bool[Tensor, "context position"],
     tokenizer: Tokenizer,
+    text_position: Int[Tensor, "context position"] | None = None,
 ) -> Tokens:
-    """Build `Tokens` with the positions in sentence, in line and from the end."""
+    """Build `Tokens` with the positions in text, sentence and line and from the end.
+
+    Args:
+        text_position: positions in the text; None if each text is in one context.
+    """
     position = torch.arange(ids.shape[1]).expand(len(ids), -1).contiguous()
-    new_sentence, new_line = _starts(ids, text, keep, tokenizer)
-    since = [position - torch.where(new, position, 0).cummax(1).values + 1 for new in (new_sentence, new_line)]
+    new_text = torch.ones_like(keep)
+    new_text[:, 1:] = text[:, 1:] != text[:, :-1]
+    starts = (new_text, *_starts(ids, text, keep, tokenizer))
+    since = [position - torch.where(new, position, 0).cummax(1).values + 1 for new in starts]
+    if text_position is not None:
+        since[0] = text_position.clamp(max=ids.shape[1] - 1)
     continues = torch.zeros_like(keep)
     continues[:, :-1] = keep[:, 1:] & (text[:, 1:] == text[:, :-1])
     last = torch.where(continues, ids.shape[1], position).flip(1).cummin(1).values.flip(1)
-    sentence, line, end = (counted.masked_fill(~keep, 0) for counted in (*since, last - position + 1))
-    return Tokens(ids, position, text, keep, sentence, line, end)
+    in_text, sentence, line, end = (counted.masked_fill(~keep, 0) for counted in (*since, last - position + 1))
+    return Tokens(ids, position, text, keep, sentence, line, end, in_text)
 
 
 def _starts(
@@ -173,15 +251,24 @@ def _starts(
     return new_sentence, new_line
 
 
-def pack(texts: list[str], tokenizer: Tokenizer, n_positions: int, kept_tokens: int, *, seed: int = 0) -> Tokens:
+def pack(
+    texts: list[str],
+    tokenizer: Tokenizer,
+    n_positions: int,
+    kept_tokens: int,
+    *,
+    seed: int = 0,
+    description: str | None = None,
+) -> Tokens:
     """Concatenate texts in random order, separated by EOS, and cut them into contexts.
 
-    Each context is BOS followed by n_positions - 1 tokens.
+    Each context is BOS followed by n_positions - 1 tokens. BOS and EOS tokens within a text are not kept.
 
     Args:
         n_positions: tokens per context.
         kept_tokens: stop at the first context with which at least this many tokens are kept.
         seed: of the order of the texts.
+        description: of the texts, for messages.
 
     Raises:
         NothingToDo: the texts have fewer tokens than `kept_tokens`, or the tokenizer has neither BOS nor EOS.
@@ -189,25 +276,25 @@ def pack(texts: list[str], tokenizer: Tokenizer, n_positions: int, kept_tokens: 
     bos, eos = _special_ids(tokenizer)
     order = torch.randperm(len(texts), generator=generator(seed, "text order")).tolist()
     stream: list[np.ndarray] = []
-    n_text_tokens = 0
-    for start in range(0, len(order), 256):
-        numbers = order[start : start + 256]
+    n_kept_in_stream = 0
+    for numbers in _portions(order, texts):
         for number, ids in zip(numbers, _token_ids([texts[n] for n in numbers], tokenizer), strict=True):
-            row = np.full((len(ids) + 1, 2), number, dtype=np.int64)
-            row[:-1, 0], row[-1, 0] = ids, eos
+            row = np.full((len(ids) + 1, 3), number, dtype=np.int64)
+            row[:-1, 0], row[-1, 0], row[:, 2] = ids, eos, np.arange(1, len(ids) + 2)
             stream.append(row)
-            n_text_tokens += len(ids)
-        if n_text_tokens > kept_tokens + 2 * n_positions:
+            n_kept_in_stream += int(((row[:, 0] != bos) & (row[:, 0] != eos)).sum())
+        if n_kept_in_stream > kept_tokens + 2 * n_positions:
             break
     width = n_positions - 1
-    flat = np.concatenate(stream) if stream else np.zeros((0, 2), dtype=np.int64)
-    contexts = torch.from_numpy(flat[: len(flat) // width * width]).reshape(-1, width, 2)
+    flat = np.concatenate(stream) if stream else np.zeros((0, 3), dtype=np.int64)
+    contexts = torch.from_numpy(flat[: len(flat) // width * width]).reshape(-1, width, 3)
     keep = (contexts[..., 0] != bos) & (contexts[..., 0] != eos)
     n_kept = keep.sum(1).cumsum(0)
     if len(n_kept) == 0 or int(n_kept[-1]) < kept_tokens:
         raise NothingToDo(
-            f"{kept_tokens:,} kept tokens are needed, but the {len(texts):,} texts have "
-            f"{int(n_kept[-1]) if len(n_kept) else 0:,}: reduce the number of tokens, or add texts"
+            f"{kept_tokens:,} kept tokens are needed, but {description or f'the {len(texts):,} texts'} have "
+            f"{n_kept_in_stream:,}, of which {int(n_kept[-1]) if len(n_kept) else 0:,} fill whole contexts of "
+            f"{n_positions} positions: lower the number of tokens, or give more or longer texts"
         )
     n_contexts = int(torch.searchsorted(n_kept, kept_tokens)) + 1
     contexts, keep = contexts[:n_contexts], keep[:n_contexts]
@@ -216,7 +303,58 @@ def pack(texts: list[str], tokenizer: Tokenizer, n_positions: int, kept_tokens: 
         torch.cat([torch.full((n_contexts, 1), -1), contexts[..., 1]], 1),
         torch.cat([torch.zeros(n_contexts, 1, dtype=torch.bool), keep], 1),
         tokenizer,
+        torch.cat([torch.zeros(n_contexts, 1, dtype=torch.int64), contexts[..., 2]], 1),
     )
+
+
+def _portions(order: list[int], texts: Sequence[str]) -> Iterator[list[int]]:
+    """Divide text indices into portions that are tokenized together: 256 texts, or fewer that are long."""
+    portion: list[int] = []
+    n_characters = 0
+    for number in order:
+        portion.append(number)
+        n_characters += len(texts[number])
+        if len(portion) == _PORTION_TEXTS or n_characters >= _PORTION_CHARACTERS:
+            yield portion
+            portion, n_characters = [], 0
+    if portion:
+        yield portion
+
+
+def pack_singly(
+    texts: list[str],
+    tokenizer: Tokenizer,
+    n_positions: int,
+    kept_tokens: int,
+    *,
+    seed: int = 0,
+    description: str | None = None,
+) -> Tokens:
+    """Put each text into a separate context, as `pad` does, in random order and until enough tokens are kept.
+
+    Arguments and errors are those of `pack`. The rest of a text that is longer than a context is not used, so that the
+    position in the context is the position in the text.
+    """
+    bos, eos = _special_ids(tokenizer)
+    order = torch.randperm(len(texts), generator=generator(seed, "text order")).tolist()
+    rows: list[tuple[int, list[int]]] = []
+    n_kept = n_longer = 0
+    for numbers in _portions(order, texts):
+        for number, ids in zip(numbers, _token_ids([texts[n] for n in numbers], tokenizer), strict=True):
+            if n_kept < kept_tokens:
+                rows.append((number, ids[: n_positions - 1]))
+                n_kept += sum(token not in (bos, eos) for token in rows[-1][1])
+                n_longer += len(ids) >= n_positions
+        if n_kept >= kept_tokens:
+            break
+    else:
+        raise NothingToDo(
+            f"{kept_tokens:,} kept tokens are needed, but {description or f'the {len(texts):,} texts'} have {n_kept:,} "
+            f"in their first {n_positions - 1} tokens: lower the number of tokens, or give more texts"
+        )
+    if n_longer:
+        announce(f"{n_longer:,} of {len(rows):,} texts are longer than a context; the rest of them is not used.")
+    return _padded(rows, tokenizer, n_positions)
 
 
 def pad(texts: Sequence[str], tokenizer: Tokenizer, n_positions: int) -> Tokens:
@@ -230,14 +368,19 @@ def pad(texts: Sequence[str], tokenizer: Tokenizer, n_positions: int) -> Tokens:
     Raises:
         NothingToDo: the tokenizer has neither BOS nor EOS.
     """
+    return _padded(list(enumerate(_token_ids(list(texts), tokenizer))), tokenizer, n_positions)
+
+
+def _padded(rows: Sequence[tuple[int, list[int]]], tokenizer: Tokenizer, n_positions: int) -> Tokens:
+    """A context per row (text index, token ids)."""
     bos, eos = _special_ids(tokenizer)
-    ids = torch.full((len(texts), n_positions), eos, dtype=torch.int64)
-    text = torch.full((len(texts), n_positions), -1, dtype=torch.int64)
+    ids = torch.full((len(rows), n_positions), eos, dtype=torch.int64)
+    text = torch.full((len(rows), n_positions), -1, dtype=torch.int64)
     ids[:, 0] = bos
-    for number, row in enumerate(_token_ids(list(texts), tokenizer)):
+    for context, (number, row) in enumerate(rows):
         row = row[: n_positions - 1]
-        ids[number, 1 : 1 + len(row)] = torch.tensor(row, dtype=torch.int64)
-        text[number, 1 : 1 + len(row)] = number
+        ids[context, 1 : 1 + len(row)] = torch.tensor(row, dtype=torch.int64)
+        text[context, 1 : 1 + len(row)] = number
     return _tokens(ids, text, (text >= 0) & (ids != bos) & (ids != eos), tokenizer)
 
 
@@ -265,7 +408,14 @@ def with_shuffled(tokens: Tokens, contexts: Int[Tensor, " chosen"], tokenizer: T
 
 
 def shifted(
-    texts: list[str], tokenizer: Tokenizer, n_positions: int, n_texts: int, n_windows: int, *, seed: int = 0
+    texts: list[str],
+    tokenizer: Tokenizer,
+    n_positions: int,
+    n_texts: int,
+    n_windows: int,
+    *,
+    seed: int = 0,
+    description: str | None = None,
 ) -> Tokens:
     """Build the shift design: the beginnings of `n_texts` texts, each placed once in each of `n_windows` windows.
 
@@ -279,6 +429,7 @@ def shifted(
         n_texts: number of pieces.
         n_windows: windows per piece, so n_texts * n_windows contexts.
         seed: of the order of the texts.
+        description: of the texts, for messages.
 
     Raises:
         BadSetting: a window has fewer than two tokens.
@@ -290,8 +441,8 @@ def shifted(
     preceding: list[int] = []
     per_piece = length * n_windows
     order = torch.randperm(len(texts), generator=generator(seed, "shift texts")).tolist()
-    for start in range(0, len(order), 256):
-        for row in _token_ids([texts[number] for number in order[start : start + 256]], tokenizer):
+    for numbers in _portions(order, texts):
+        for row in _token_ids([texts[number] for number in numbers], tokenizer):
             row = [token for token in row if token not in (bos, eos)]
             if len(pieces) < n_texts and len(row) >= length:
                 pieces.append(row[:length])
@@ -302,7 +453,8 @@ def shifted(
     if len(pieces) < n_texts or len(preceding) < n_texts * per_piece:
         raise NothingToDo(
             f"the shift design needs {n_texts} texts of {length} tokens and {n_texts * per_piece:,} tokens before "
-            f"them, but {len(texts):,} texts give {len(pieces)} and {len(preceding):,}: lower shift_texts, or add texts"
+            f"them, but {description or f'{len(texts):,} texts'} give {len(pieces)} and {len(preceding):,}: lower "
+            "evaluation.shift_texts, or give more texts"
         )
     ids = torch.full((n_texts * n_windows, n_positions), eos, dtype=torch.int64)
     ids[:, 0] = bos

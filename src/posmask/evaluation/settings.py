@@ -71,8 +71,12 @@ class EvaluationSettings(BaseModel):
 
     @model_validator(mode="after")
     def _known_names(self) -> "EvaluationSettings":
-        for given, known in ((self.order_tasks, ORDER_TASKS), (self.probe_datasets, datasets.dataset_names())):
-            for name in given:
-                if name not in known:
-                    raise ValueError(f"{name!r} is unknown: choose from {', '.join(known)}")
+        problems = [
+            f"{setting} has {name!r}, which is unknown: choose from {', '.join(known)}"
+            for setting, known in (("order_tasks", ORDER_TASKS), ("probe_datasets", datasets.dataset_names()))
+            for name in getattr(self, setting)
+            if name not in known
+        ]
+        if problems:
+            raise ValueError("\n".join(problems))
         return self

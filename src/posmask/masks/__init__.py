@@ -1,35 +1,90 @@
 """The registry of position masks by kind.
 
-To add a kind, write one subclass of `PositionMask` with its `Settings` and `_start`, and add it to `MASKS`.
+To add a kind, write one subclass of `PositionMask` with its `Settings` and `_start`, and add it to `MASKS`. A kind
+named `MODULE:CLASS` needs no entry: its module is imported.
 """
 
+import importlib
+import inspect
+from pathlib import Path
 from typing import Any
 
-from posmask.errors import unknown_kind
+from posmask.errors import BadSetting, unknown_kind
 from posmask.masks.base import MaskSettings, PositionMask
 from posmask.masks.fixed import Band, Cohort, Hard, Open, Slice, Windows
 from posmask.masks.learned import Importance, Soft
 from posmask.masks.router import Switch
 from posmask.masks.splitting import Split
+from posmask.storage.manifest import file_sha256
 
-__all__ = ["MASKS", "make_mask", "mask_settings"]
-
-MASKS: dict[str, type[PositionMask]] = {
-    "open": Open,
-    "slice": Slice,
-    "hard": Hard,
-    "cohort": Cohort,
-    "band": Band,
-    "soft": Soft,
-    "importance": Importance,
-    "split": Split,
-    "switch": Switch,
-    "windows": Windows,
-}
+__all__ = ["MASKS", "code_of", "make_mask", "mask_settings"]
 
 
-def mask_settings(values: dict[str, Any]) -> MaskSettings:
+class _Kinds(dict[str, type[PositionMask]]):
+    """Kinds by name; `MODULE:CLASS` is imported when it is first looked up, in worker processes too."""
+
+    def __missing__(self, kind: str) -> type[PositionMask]:
+        if not _is_imported(kind):
+            raise KeyError(kind)
+        self[kind] = _imported(kind)
+        return self[kind]
+
+
+MASKS: dict[str, type[PositionMask]] = _Kinds(
+    {
+        "open": Open,
+        "slice": Slice,
+        "hard": Hard,
+        "cohort": Cohort,
+        "band": Band,
+        "soft": Soft,
+        "importance": Importance,
+        "split": Split,
+        "switch": Switch,
+        "windows": Windows,
+    }
+)
+
+
+def _is_imported(kind: object) -> bool:
+    return isinstance(kind, str) and ":" in kind
+
+
+def _imported(kind: str) -> type[PositionMask]:
+    module, _, name = kind.partition(":")
+    try:
+        loaded = importlib.import_module(module)
+    except Exception as error:  # The module is the user's; anything may happen in it.
+        raise BadSetting(
+            f"mask kind {kind!r}: module {module!r} cannot be imported ({type(error).__name__}: {error}): put "
+            f"{module}.py beside the study file, or install the module"
+        ) from error
+    kinds = {
+        key: value
+        for key, value in vars(loaded).items()
+        if isinstance(value, type) and issubclass(value, PositionMask) and value.__module__ == loaded.__name__
+    }
+    if name not in kinds:
+        raise unknown_kind(f"mask kind {kind!r}: class", name, kinds)
+    if kinds[name].Settings.model_fields["kind"].annotation is not str:
+        raise BadSetting(
+            f"mask kind {kind!r}: {name}.Settings restricts `kind`, which is {kind!r} here: leave `kind` out of it"
+        )
+    return kinds[name]
+
+
+def code_of(settings: MaskSettings) -> str | None:
+    """The checksum of the file that defines a kind outside the package; None for the kinds of posmask."""
+    if not _is_imported(settings.kind):
+        return None
+    return file_sha256(Path(inspect.getfile(MASKS[settings.kind])))
+
+
+def mask_settings(values: dict[str, Any], *, may_import: bool = True) -> MaskSettings:
     """Validated settings of the kind `values["kind"]`.
+
+    Args:
+        may_import: whether a kind `MODULE:CLASS` may be imported if it is not in `MASKS` yet.
 
     >>> mask_settings({"kind": "slice", "n_slices": 8}).gating
     'forward'
@@ -39,8 +94,13 @@ def mask_settings(values: dict[str, Any]) -> MaskSettings:
         ValidationError: a setting is invalid.
     """
     kind = values.get("kind")
-    if not isinstance(kind, str) or kind not in MASKS:
+    if not isinstance(kind, str) or not (kind in MASKS or _is_imported(kind)):
         raise unknown_kind("mask kind", kind, MASKS)
+    if kind not in MASKS and not may_import:
+        raise BadSetting(
+            f"mask kind {kind!r} is defined outside posmask, and code that a file names is not run: import the kind "
+            f"first, as in posmask.masks.MASKS[{kind!r}]"
+        )
     return MASKS[kind].Settings(**values)
 
 

@@ -24,7 +24,7 @@ from posmask.seeds import generator
 
 __all__ = ["Copies", "MaskSettings", "Observed", "PositionMask", "PositionOrigin", "Routing", "moments"]
 
-PositionOrigin = Literal["context", "sentence", "line", "end"]
+PositionOrigin = Literal["context", "text", "sentence", "line", "end"]
 
 
 class MaskSettings(BaseModel):
@@ -44,8 +44,9 @@ class MaskSettings(BaseModel):
     """How much the copies of one latent learn together: the gradient of each becomes (1 - gradient_sharing) times its
     gradient plus gradient_sharing times the mean over the copies. 0: independent, 1: the copies stay equal."""
     position_origin: PositionOrigin = "context"
-    """Where positions are counted from: the start of the context (BOS is 0), the start of the token's sentence or line,
-    or the end of its text (the last token is 1). Larger positions count as the last position of the context."""
+    """Where positions are counted from: the start of the context (BOS is 0), the start of the token's text, sentence or
+    line, or the end of its text in the context (the last token is 1). Larger positions count as the last position of
+    the context."""
 
 
 @dataclass(frozen=True)

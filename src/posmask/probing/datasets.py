@@ -101,7 +101,7 @@ def class_names(name: str) -> tuple[str, ...]:
 
 
 def read_probe_dataset(
-    name: str, n_train: int, n_test: int, max_characters: int, split: tokens.EvalSplit = "evaluation"
+    name: str, n_train: int, n_test: int, max_characters: int | None, split: tokens.EvalSplit = "evaluation"
 ) -> ProbeDataset:
     """Read a dataset with the same number of texts in every class.
 
@@ -110,7 +110,7 @@ def read_probe_dataset(
         n_train: training texts per probe, half of them of its class; reduced with `n_test` in the same ratio if the
             smallest class has fewer.
         n_test: test texts per probe, half of them of its class.
-        max_characters: texts are truncated to this length, which is far longer than the context.
+        max_characters: texts are truncated to this length, which is far longer than the context; None: they are not.
         split: of the embedded texts; the hub's datasets keep the splits that they have.
 
     Raises:

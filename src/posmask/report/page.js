@@ -201,7 +201,7 @@ const COLUMNS = [
   ["other seeds", "seeds", (b, i) => b.seed_cosine?.width ? row(b.seed_cosine, i).reduce((sum, cosine) => sum + cosine, 0) / b.seed_cosine.width : NaN, value => digits(value, 2)],
   ["promotes", "words", null, (value, b, i) => [...row(b.promoted, i).slice(0, 4)].map(word => b.words[word].trim()).join("  ")],
 ];
-const FROM = { context: "the start of the context", sentence: "the start of the sentence", line: "the start of the line", end: "the end of the text" };
+const FROM = { context: "the start of the context", text: "the start of the text", sentence: "the start of the sentence", line: "the start of the line", end: "the end of the text" };
 const SECONDARY = ["twins", "elsewhere", "seeds", "retention"]; // hidden on narrow screens
 class Browser {
   constructor(holder, number) {

@@ -69,7 +69,7 @@ def read_sae(folder: Path, *, verify: bool = False) -> SparseAutoencoder:
     try:
         description = json.loads((folder / SAE_FILE).read_text(encoding="utf8"))
         tensors = load_file(folder / WEIGHTS_FILE)
-        settings = mask_settings(description["mask"])
+        settings = mask_settings(description["mask"], may_import=False)
         _check_sizes(description, tensors, MASKS[settings.kind])
         mask = make_mask(settings, description["n_positions"], description["d_sae"])
         sae = SparseAutoencoder(description["d_model"], rule_settings(description["rule"]), mask)

@@ -241,7 +241,7 @@ def _step_factors(
     number = torch.arange(n_tokens)
     position = 1 + number * (study.corpus.n_positions - 1) // n_tokens  # in order, as in training
     vectors = torch.randn(n_tokens, d_model, generator=generator(0, "plan"))
-    batch = Batch(vectors, position, number, number, number >= 0, position, position, position)
+    batch = Batch(vectors, position, number, number, number >= 0, position, position, position, position)
     moments = [left()]
 
     def batches() -> Iterator[Batch]:

@@ -16,7 +16,7 @@ from posmask.data import embedded
 from posmask.data.activations import Activations, StorageDtype, finished_activations
 from posmask.data.harvest import ComputeShards, harvest
 from posmask.data.texts import read_texts
-from posmask.data.tokens import Split, Tokens, pack, pad, shifted, unique_texts
+from posmask.data.tokens import Split, SplitTexts, Tokens, pack, pack_singly, pad, select_texts, shifted, whole_text_key
 from posmask.errors import DamagedFolder
 from posmask.evaluation.suite import EvaluationData
 from posmask.kernels import runtime
@@ -57,6 +57,8 @@ def harvests(study: StudySettings, model: Mapping[str, Any], texts: Mapping[str,
     """
     corpus, evaluation = study.corpus, study.evaluation
     shared = {"model": model, "texts": texts, "n_positions": corpus.n_positions}
+    if any(cell.mask.position_origin == "text" for cell in study.cells):
+        shared["position_origin"] = "text"  # Vectors of earlier versions are stored without these positions.
     split: dict[str, Any] = {"split": corpus.eval_split}
 
     def declare(
@@ -116,14 +118,23 @@ class _Vectors:
         self._texts = cache(self._read_texts)
 
     def packed(self, item: Harvest, split: Split, n_tokens: int) -> Activations:
-        return self._find(item, lambda: pack(self._texts(split), self._source.tokenizer, self._n_positions, n_tokens))
+        def tokens() -> Tokens:
+            texts = self._texts(split)
+            packing = pack if self._study.corpus.packing is None else pack_singly
+            return packing(texts.texts, self._source.tokenizer, self._n_positions, n_tokens, description=str(texts))
+
+        return self._find(item, tokens)
 
     def shifted(self, item: Harvest) -> Activations:
         split, evaluation = self._study.corpus.eval_split, self._study.evaluation
         n_texts, n_windows = evaluation.shift_texts, evaluation.shift_windows
-        return self._find(
-            item, lambda: shifted(self._texts(split), self._source.tokenizer, self._n_positions, n_texts, n_windows)
-        )
+
+        def tokens() -> Tokens:
+            texts = self._texts(split)
+            tokenizer, description = self._source.tokenizer, str(texts)
+            return shifted(texts.texts, tokenizer, self._n_positions, n_texts, n_windows, description=description)
+
+        return self._find(item, tokens)
 
     def order_task(self, item: Harvest) -> tuple[OrderTask, Activations]:
         evaluation, tokenizer = self._study.evaluation, self._source.tokenizer
@@ -139,12 +150,17 @@ class _Vectors:
         tokenizer = self._source.tokenizer
         return dataset, self._find(item, lambda: pad(dataset.texts, tokenizer, self._n_positions), dataset.texts)
 
-    def _read_texts(self, split: Split) -> list[str]:
+    def _read_texts(self, split: Split) -> SplitTexts:
         corpus = self._study.corpus
         announce(f"Reading the {split} texts of {corpus.texts or f'{len(corpus.tables)} tables'}.")
-        table_texts = (text for name in corpus.tables for text, _ in embedded.read_table(name))
-        every_text = table_texts if corpus.texts is None else read_texts(corpus.texts, corpus.n_texts)
-        return [text[: corpus.max_characters] for text in unique_texts(every_text, split)]
+        if corpus.texts is None:
+            table_texts = (text for name in corpus.tables for text, _ in embedded.read_table(name))
+            texts = select_texts(table_texts, split, max_characters=corpus.max_characters)
+        else:
+            own_texts = read_texts(corpus.texts, corpus.n_texts)
+            texts = select_texts(own_texts, split, key=whole_text_key, max_characters=corpus.max_characters)
+        announce(f"Read {texts}.")
+        return texts
 
     def _find(self, item: Harvest, tokens: Callable[[], Tokens], texts: Sequence[str] = ()) -> Activations:
         """The vectors of a harvest, which are harvested first if they are not finished.

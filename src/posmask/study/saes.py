@@ -44,6 +44,8 @@ def check_buildable(study: StudySettings, cell: CellSettings) -> None:
     seed = study.seeds[0]
     sae = make_sae(study, cell, 1, seed)
     if cell.init_folder is not None:
+        if not cell.init_folder.is_dir():
+            raise BadSetting(f"init_from = {str(cell.init_folder)!r} does not exist: give the folder of an SAE")
         sae = _init_sae(study, cell, read_sae(cell.init_folder), seed)
     elif cell.init_from is not None:
         open_cell = CellSettings(name="source", mask=masks.mask_settings({"kind": "open"}))

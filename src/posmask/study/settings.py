@@ -1,5 +1,6 @@
 """Settings of a study: data, with the rules that relate them. `study_file` reads them, `cell` builds SAEs from them."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +16,7 @@ from pydantic import (
 from posmask import masks
 from posmask.data import sites, texts, tokens
 from posmask.data.activations import StorageDtype
+from posmask.errors import BadSetting
 from posmask.evaluation.settings import EvaluationSettings
 from posmask.masks.base import MaskSettings
 from posmask.sae import rules
@@ -31,12 +33,22 @@ __all__ = [
     "StudySettings",
 ]
 
+_TABLE_CHARACTERS = 1000
+_SOURCE_FIELDS = {"tables", "n_texts", "max_characters", "packing"}
 MODEL_CELL = "llm"
 """Value of the column `cell` in the rows of the baselines."""
 
 
 class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def _settings_of(read: Callable[[dict[str, Any]], Any], value: Any) -> Any:
+    """Read the settings of a mask or rule; pydantic collects a ValueError with the other problems of a study."""
+    try:
+        return read(value) if isinstance(value, dict) else value
+    except BadSetting as error:
+        raise ValueError(str(error)) from None
 
 
 class ModelSettings(_Settings):
@@ -77,8 +89,19 @@ class CorpusSettings(_Settings):
     eval_split: tokens.EvalSplit = "evaluation"
     """The split that metrics, order tasks and probes use. validation: for choosing settings; it shares no text with the
     split of reported numbers."""
-    max_characters: int = Field(default=1000, gt=0)
-    """Texts are cut to this many characters, so that a few long texts do not dominate the corpus."""
+    max_characters: int | None = Field(default=None, gt=0)
+    """Texts are cut to this many characters, so that a few long texts do not dominate the corpus. Unset: 1000 for
+    tables; your own texts are not cut."""
+    packing: Literal["one_text_per_context"] | None = None
+    """`one_text_per_context`: each context starts with a text and holds nothing else; the rest of longer texts is not
+    used. Unset: texts follow each other, so that a context starts anywhere in a text."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _cut_tables(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("tables") and values.get("max_characters") is None:
+            return {**values, "max_characters": _TABLE_CHARACTERS}
+        return values
 
     @model_validator(mode="after")
     def _single_source(self) -> "CorpusSettings":
@@ -92,8 +115,11 @@ class CorpusSettings(_Settings):
 
     @property
     def source(self) -> dict[str, Any]:
-        """Which texts, cut to what: what is part of a harvest's identity."""
-        return self.model_dump(mode="json", include={"tables", "texts", "n_texts", "max_characters"}, exclude_none=True)
+        """Which texts, cut to what and how packed: what is part of a harvest's identity.
+
+        The content of `texts` is part of `source.texts_identity`; its path does not matter.
+        """
+        return self.model_dump(mode="json", include=_SOURCE_FIELDS, exclude_none=True)
 
 
 class SaeSettings(_Settings):
@@ -105,7 +131,7 @@ class SaeSettings(_Settings):
     @field_validator("rule", mode="before")
     @classmethod
     def _known_rule(cls, value: Any) -> Any:
-        return rules.rule_settings(value) if isinstance(value, dict) else value
+        return _settings_of(rules.rule_settings, value)
 
 
 class CellSettings(_Settings):
@@ -113,6 +139,8 @@ class CellSettings(_Settings):
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")
     mask: SerializeAsAny[MaskSettings]
+    """A kind of posmask with its settings, or `MODULE:CLASS`, a class in a module that is beside the study file or
+    installed."""
     budget: Literal["width", "compute"] = "width"
     """width: d_sae latents in total. compute: d_sae latents open at each position, and as many in total as needed."""
     init_from: str | None = None
@@ -132,7 +160,7 @@ class CellSettings(_Settings):
     @field_validator("mask", mode="before")
     @classmethod
     def _known_kind(cls, value: Any) -> Any:
-        return masks.mask_settings(value) if isinstance(value, dict) else value
+        return _settings_of(masks.mask_settings, value)
 
 
 class ComparisonSettings(_Settings):
@@ -167,77 +195,83 @@ class StudySettings(_Settings):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "StudySettings":
+        if problems := list(dict.fromkeys(self._problems())):
+            raise ValueError("\n".join(problems))
+        return self
+
+    def _problems(self) -> Iterator[str]:
+        """What does not fit together, one line per problem."""
         names = [cell.name for cell in self.cells]
         if MODEL_CELL in names:
-            raise ValueError(f"a cell is called {MODEL_CELL!r}, which stands for the model itself: rename it")
+            yield f"a cell is called {MODEL_CELL!r}, which stands for the model itself: rename it"
         for name in names:
             if names.count(name) > 1:
-                raise ValueError(f"two cells are called {name!r}: give each its own name")
-        self._check_comparisons(names)
-        self._check_starts()
+                yield f"two cells are called {name!r}: give each its own name"
+        yield from self._problems_of_comparisons(names)
+        yield from self._problems_of_starts()
         steps = [round(share * self.training.n_steps) for share in self.evaluation.forgetting_fractions]
         if len(set(steps)) < len(steps) or not any(steps):
-            raise ValueError(
+            yield (
                 f"evaluation.forgetting_fractions = {list(self.evaluation.forgetting_fractions)} of "
                 f"{self.training.n_steps} steps are the steps {steps}: name fractions that differ by a step, one of "
                 "them above 0"
             )
-        tokens.shift_length(self.corpus.n_positions, self.evaluation.shift_windows)
+        try:
+            tokens.shift_length(self.corpus.n_positions, self.evaluation.shift_windows)
+        except BadSetting as error:
+            yield str(error)
         for seeds in (self.seeds, *(cell.seeds for cell in self.cells if cell.seeds)):
             if len(set(seeds)) < len(seeds):
-                raise ValueError(f"seeds = {list(seeds)} repeats a seed: a repeated run is not a second sample")
+                yield f"seeds = {list(seeds)} repeats a seed: a repeated run is not a second sample"
         if self.training.batch_tokens > self.corpus.training_tokens:
-            raise ValueError(
+            yield (
                 f"training.batch_tokens = {self.training.batch_tokens:,} is more than corpus.training_tokens = "
                 f"{self.corpus.training_tokens:,}, which would make 0 steps: lower the one or raise the other"
             )
         if self.evaluation.retention_positions >= self.corpus.n_positions - 1:
-            raise ValueError(
+            yield (
                 f"evaluation.retention_positions = {self.evaluation.retention_positions} is not below the "
                 f"{self.corpus.n_positions - 1} positions after BOS: retention would be 1 for everything"
             )
         if max(self.evaluation.ks) > self.sae.d_sae:
-            raise ValueError(
+            yield (
                 f"evaluation.ks asks for probes on {max(self.evaluation.ks)} latents of sae.d_sae = {self.sae.d_sae}: "
                 "lower it"
             )
-        return self
 
-    def _check_starts(self) -> None:
+    def _problems_of_starts(self) -> Iterator[str]:
         by_name = {cell.name: cell for cell in self.cells}
         baseline = by_name.get(self.baseline or "")
         for cell in self.cells:
             source = by_name.get(cell.init_from or "")
             if baseline is not None and baseline.init_folder != cell.init_folder:
-                raise ValueError(
+                yield (
                     f"{cell.name} starts from {cell.init_from or 'scratch'}, but its baseline {baseline.name} from "
                     f"{baseline.init_from or 'scratch'}: let all start from the same folder, or none, since training "
                     "tokens count"
                 )
             if cell.measure_forgetting and masks.MASKS[cell.mask.kind].reads_vectors:
-                raise ValueError(
+                yield (
                     f"{cell.name} has measure_forgetting, but a {cell.mask.kind!r} mask cannot be trained on without "
                     "its router"
                 )
             if cell.init_from is None or cell.init_folder:
                 if self.n_steps(cell) < 1:
-                    raise ValueError(f"step_fraction = {cell.step_fraction} of {cell.name} makes 0 steps: raise it")
+                    yield f"step_fraction = {cell.step_fraction} of {cell.name} makes 0 steps: raise it"
                 continue
             if source is None:
-                raise ValueError(
-                    f"{cell.name} starts from {cell.init_from!r}, which is not a cell (a folder needs a slash)"
-                )
+                yield f"{cell.name} starts from {cell.init_from!r}, which is not a cell (a folder needs a slash)"
+                continue
             if source.mask.kind != "open" or source.budget != "width" or source.init_from is not None:
-                raise ValueError(
+                yield (
                     f"{cell.name} starts from {cell.init_from}, which is not an open cell "
                     "that starts from random weights: name one that does"
                 )
+                continue
             if lacking := sorted(set(self.seeds_of(cell)) - set(self.seeds_of(source))):
-                raise ValueError(
-                    f"{cell.name} starts from {cell.init_from}, which has no seeds {lacking}: give it those too"
-                )
+                yield f"{cell.name} starts from {cell.init_from}, which has no seeds {lacking}: give it those too"
             if self.n_steps(cell) < 1:
-                raise ValueError(
+                yield (
                     f"{cell.name} starts from {cell.init_from}, which leaves no step of its {self.training.n_steps}: "
                     "name an open cell with a smaller step_fraction"
                 )
@@ -251,27 +285,28 @@ class StudySettings(_Settings):
         total = round(cell.step_fraction * self.training.n_steps)
         return total - (self.n_steps(source) if source is not None and source != cell else 0)
 
-    def _check_comparisons(self, names: list[str]) -> None:
+    def _problems_of_comparisons(self, names: list[str]) -> Iterator[str]:
         baseline = self.baseline
         pairs = {(cell.name, baseline) for cell in self.cells if baseline not in (None, cell.name)}
         open_cells = {cell.name for cell in self.cells if cell.mask.kind == "open"}
         pooled = set(self.evaluation.segment_poolings(self.corpus.n_positions))
         for comparison in self.comparisons:
             sides = comparison.cell, comparison.against
+            unknown = [side for side in sides if side.partition(" + ")[0] not in names]
+            for side in unknown:
+                yield f"comparisons name {side!r}, which is not a cell: choose from {', '.join(names)}"
+            if unknown:
+                continue
             for side in sides:
                 name, _, pooling = side.partition(" + ")
-                if name not in names:
-                    raise ValueError(f"comparisons name {side!r}, which is not a cell: choose from {', '.join(names)}")
                 known = pooled if name in open_cells else {"fair"}
                 if pooling and pooling not in known:
-                    raise ValueError(f"comparisons name {side!r}, but {name} has the poolings {sorted(known)}")
+                    yield f"comparisons name {side!r}, but {name} has the poolings {sorted(known)}"
             left, right = (next(cell for cell in self.cells if cell.name == side.partition(" + ")[0]) for side in sides)
             if not set(self.seeds_of(left)) & set(self.seeds_of(right)):
-                raise ValueError(
-                    f"comparisons compare {sides[0]!r} with {sides[1]!r}, which share no seed: give them one"
-                )
+                yield f"comparisons compare {sides[0]!r} with {sides[1]!r}, which share no seed: give them one"
             if sides[0] == sides[1] or sides in pairs:
-                raise ValueError(f"comparisons list {sides[0]!r} against {sides[1]!r} twice, or for nothing: remove it")
+                yield f"comparisons list {sides[0]!r} against {sides[1]!r} twice, or for nothing: remove it"
             pairs.add(sides)
 
     @property

@@ -53,4 +53,5 @@ def texts_identity(study: StudySettings) -> dict[str, Any]:
     }
     shares = [TRAINING_SHARE, VALIDATION_SHARE]
     texts = study.corpus.texts
-    return {"carriers": carriers, "shares": shares} | ({} if texts is None else {"own": content_of(texts)})
+    own = {} if texts is None else {"own": content_of(texts), "key": "whole text"}
+    return {"carriers": carriers, "shares": shares, **own}

@@ -1,6 +1,6 @@
 """Read a study file: TOML, checked as far as possible before anything is loaded or computed."""
 
-import difflib
+import sys
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,20 +8,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from posmask import masks
+from posmask.data.models import is_path
+from posmask.data.texts import HUB_PREFIX
 from posmask.errors import BadSetting, PosmaskError
-from posmask.evaluation.settings import EvaluationSettings
-from posmask.sae import rules
+from posmask.study.problems import TABLES, closest, problems_of
 from posmask.study.saes import check_buildable
-from posmask.study.settings import (
-    CellSettings,
-    ComparisonSettings,
-    CorpusSettings,
-    ModelSettings,
-    SaeSettings,
-    StudySettings,
-)
-from posmask.training.settings import TrainingSettings
+from posmask.study.settings import StudySettings
 
 __all__ = ["read_study"]
 
@@ -29,11 +21,14 @@ __all__ = ["read_study"]
 def read_study(path: Path, changes: Sequence[str] = ()) -> StudySettings:
     """The settings in a study file, checked as far as can be without loading anything.
 
+    Paths in the file are relative to its folder, as are modules of mask kinds (`kind = "MODULE:CLASS"`).
+
     Args:
-        changes: settings to replace, such as `model.layer=5`; the part after = is a TOML value, or bare text.
+        changes: settings to replace, such as `model.layer=5`; the part after = is a TOML value, or bare text. Paths are
+            relative to the current folder.
 
     Raises:
-        BadSetting: one sentence on the first thing that is wrong.
+        BadSetting: one line per problem.
     """
     try:
         values = tomllib.loads(path.read_text(encoding="utf8"))
@@ -43,28 +38,54 @@ def read_study(path: Path, changes: Sequence[str] = ()) -> StudySettings:
         ) from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise BadSetting(f"{path} is not a readable TOML file ({error}): correct it") from None
+    _resolve_paths(values, path.parent)
     for change in changes:
         _apply_change(values, change)
+    _find_modules(values, path.parent)
     try:
         study = StudySettings.model_validate(values)
-        for cell in study.cells:
-            check_buildable(study, cell)
     except ValidationError as error:
-        raise BadSetting(f"{path}: {_first_mistake(error)}") from None
-    except PosmaskError as error:
-        raise BadSetting(f"{path}: {error}") from None
+        raise _refusal(path, problems_of(error, values)) from None
+    problems = []
+    for cell in study.cells:
+        try:
+            check_buildable(study, cell)
+        except PosmaskError as error:
+            problems.append(f'cell "{cell.name}": {error}')
+    if problems:
+        raise _refusal(path, problems)
     return study
+
+
+def _refusal(path: Path, problems: Sequence[str]) -> BadSetting:
+    if len(problems) == 1:
+        return BadSetting(f"{path}: {problems[0]}")
+    return BadSetting("\n  ".join((f"{path} has {len(problems)} problems:", *problems)))
+
+
+def _find_modules(values: dict[str, Any], folder: Path) -> None:
+    """Make modules beside the study file importable if a mask kind names one; worker processes inherit the path."""
+    cells = values.get("cells")
+    masks = [cell.get("mask") for cell in cells if isinstance(cell, dict)] if isinstance(cells, list) else []
+    if any(isinstance(mask, dict) and ":" in str(mask.get("kind")) for mask in masks):
+        where = str(folder.resolve())
+        if where not in sys.path:
+            sys.path.append(where)
 
 
 def _apply_change(values: dict[str, Any], change: str) -> None:
     """Put `table.key=value` into a study's values."""
     name, equals, text = change.partition("=")
     *tables, key = name.strip().split(".")
+    if tables and tables[0] not in {*TABLES, *values}:
+        close = closest(tables[0], list(TABLES))
+        hint = f"did you mean {close}?" if close else f"choose from {', '.join(TABLES)}"
+        raise BadSetting(f"{change!r} changes no setting: {tables[0]!r} is not a table of a study; {hint}")
     for table in tables:
-        values = values.get(table, {})
+        values = values.setdefault(table, {})
         if not isinstance(values, dict):
             break
-    if not equals or not isinstance(values, dict) or not values:
+    if not equals or not isinstance(values, dict) or not key:
         raise BadSetting(f"{change!r} changes no setting: write TABLE.KEY=VALUE, such as model.layer=5")
     try:
         values[key] = tomllib.loads(f"value = {text}")["value"]
@@ -72,34 +93,21 @@ def _apply_change(values: dict[str, Any], change: str) -> None:
         values[key] = text.strip()
 
 
-def _first_mistake(error: ValidationError) -> str:
-    # A misspelled setting is also a missing one; the misspelling is the more useful message.
-    mistakes = error.errors(include_url=False)
-    mistake = next((other for other in mistakes if other["type"] == "extra_forbidden"), mistakes[0])
-    setting = ".".join(str(part) for part in mistake["loc"])
-    if mistake["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(str(mistake["loc"][-1]), _all_fields(), n=1)
-        return f"{setting} is not a setting: {f'did you mean {close[0]}?' if close else 'remove it'}"
-    if mistake["type"] == "missing":
-        return f"{setting} is missing: give it a value"
-    if mistake["type"] == "value_error":
-        message = mistake["msg"].removeprefix("Value error, ")
-        return f"{setting}: {message}" if setting else message
-    return f"{setting} = {mistake['input']!r} is not valid ({mistake['msg'].lower()}): correct it"
+def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
+    """Replace relative paths, which are relative to the study file, by paths that can be opened from here."""
+    corpus, model, cells = (values.get(key) for key in ("corpus", "model", "cells"))
+    texts = corpus.get("texts") if isinstance(corpus, dict) else None
+    if isinstance(corpus, dict) and isinstance(texts, str) and not texts.startswith(HUB_PREFIX):
+        corpus["texts"] = _resolved(texts, folder)
+    if isinstance(model, dict) and isinstance(model.get("name"), str):
+        resolved = _resolved(model["name"], folder)
+        if Path(resolved).exists() or is_path(model["name"], Path(resolved)):
+            model["name"] = resolved
+    for cell in cells if isinstance(cells, list) else ():
+        if isinstance(cell, dict) and isinstance(cell.get("init_from"), str) and "/" in cell["init_from"]:
+            cell["init_from"] = _resolved(cell["init_from"], folder)
 
 
-def _all_fields() -> list[str]:
-    names = set(StudySettings.model_fields)
-    for part in (
-        ModelSettings,
-        CorpusSettings,
-        SaeSettings,
-        EvaluationSettings,
-        CellSettings,
-        ComparisonSettings,
-        TrainingSettings,
-    ):
-        names |= set(part.model_fields)
-    for part in (*masks.MASKS.values(), *rules.RULES.values()):
-        names |= set(part.Settings.model_fields)
-    return sorted(names)
+def _resolved(path: str, folder: Path) -> str:
+    resolved = str(folder / Path(path).expanduser())
+    return resolved if "/" in resolved else f"./{resolved}"  # A slash tells a folder from the name of a cell.

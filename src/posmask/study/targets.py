@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from posmask import masks
 from posmask.errors import BadSetting, DamagedFolder
 from posmask.interop import sites
 from posmask.results import rows
@@ -66,7 +67,7 @@ def results_origin(study: StudySettings, source: Source) -> dict[str, Any]:
     return {
         "model": source.made_from,
         "texts": texts_identity(study),
-        "corpus": study.corpus.model_dump(mode="json", exclude_none=True),
+        "corpus": study.corpus.model_dump(mode="json", exclude_none=True, exclude={"texts"}),
         "evaluation": study.evaluation.model_dump(mode="json"),
     }
 
@@ -84,7 +85,10 @@ def targets_of(study: StudySettings, source: Source, root: Path) -> list[Target]
     by_name = {cell.name: cell for cell in study.cells}
 
     def made_from_of(cell: CellSettings, seed: int) -> dict[str, Any]:
-        cell_part = cell.model_dump(mode="json", exclude={"seeds"})
+        # The path of a folder does not matter; `init_from` of the result has the checksum of its SAE.
+        cell_part = cell.model_dump(mode="json", exclude={"seeds", *(["init_from"] if cell.init_folder else [])})
+        if (code := masks.code_of(cell.mask)) is not None:
+            cell_part["mask_code"] = code
         return {**shared, **training_part, "cell": cell_part, "seed": seed}
 
     def target_of(cell: CellSettings, seed: int) -> Target:
