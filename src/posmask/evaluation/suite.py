@@ -28,6 +28,7 @@ from posmask.evaluation.retention import (
     special_positions,
 )
 from posmask.evaluation.settings import EvaluationSettings
+from posmask.kernels.devices import memory_for
 from posmask.probing import datasets, order_probes
 from posmask.probing.order_tasks import OrderTask
 from posmask.probing.pooling import Pooling
@@ -40,6 +41,10 @@ from posmask.training import loop
 from posmask.training.settings import TrainingSettings
 
 __all__ = ["EvaluationData", "baselines", "evaluate", "forgetting"]
+
+_memory = memory_for(
+    "the evaluation", "lower evaluation.probe_train or --jobs, or finish on the CPU with --set device=cpu"
+)
 
 
 @dataclass
@@ -84,6 +89,7 @@ def _kept_batches(activations: Activations, advance: Callable[[int], None]) -> I
         advance(len(kept))
 
 
+@_memory
 def evaluate(
     sae: SparseAutoencoder, dead: Bool[Tensor, " latent"] | None, data: EvaluationData, label: str
 ) -> tuple[list[Measure], LatentFacts]:
@@ -263,6 +269,7 @@ def _pool(
             pooling.update(batch, codes)
 
 
+@_memory
 def forgetting(
     sae: SparseAutoencoder, data: EvaluationData, settings: TrainingSettings, seed: int, label: str
 ) -> list[Measure]:
@@ -298,6 +305,7 @@ def forgetting(
     return measures
 
 
+@_memory
 def baselines(data: EvaluationData) -> list[Measure]:
     """Measures that need no SAE: the model's losses, probes on its own channels, and order tasks without order.
 
