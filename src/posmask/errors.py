@@ -10,6 +10,7 @@ __all__ = [
     "MissingAsset",
     "MissingExtra",
     "NothingToDo",
+    "OutOfMemory",
     "PosmaskError",
     "unknown_kind",
 ]
@@ -28,6 +29,10 @@ class BadSetting(PosmaskError):
 
 class NothingToDo(PosmaskError):
     """A stage that would do nothing: no steps, no kept tokens, fewer tokens than a batch."""
+
+
+class OutOfMemory(PosmaskError):
+    """A stage that needs more memory than the CPU or the GPU has."""
 
 
 class DegenerateResult(PosmaskError):

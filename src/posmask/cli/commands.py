@@ -56,14 +56,12 @@ def main() -> None:
     except OSError as error:
         _fail_on_disk(error)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
+        from posmask.kernels.devices import out_of_memory
+
+        named = out_of_memory(error, "this command", "lower training.batch_tokens, sae.d_sae or --jobs")
+        if named is None:
             raise
-        reason = str(error).strip().partition("\n")[0] or "no reason given"
-        _fail(
-            f"memory ran out ({reason}): lower training.batch_tokens, sae.d_sae or --jobs, then repeat the command; it "
-            "resumes from what is finished",
-            1,
-        )
+        _fail(str(named), 1)
     except Exception as error:
         from safetensors import SafetensorError
 
@@ -199,6 +197,7 @@ def train_distributed(
     import torch
     import torch.distributed as dist
 
+    from posmask.kernels.devices import check_own_gpu
     from posmask.progress import no_progress
     from posmask.study import run
     from posmask.study.study_file import read_study
@@ -210,8 +209,8 @@ def train_distributed(
         )
     settings = read_study(study_file, changes or ())
     root = root or Path("runs") / settings.name
-    if settings.device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # each process of a machine has a GPU of its own
+    if settings.device.startswith("cuda"):
+        torch.cuda.set_device(check_own_gpu(settings.device, int(os.environ["LOCAL_RANK"])))
     dist.init_process_group("nccl" if settings.device.startswith("cuda") else "gloo")
     is_first = dist.get_rank() == 0
     try:

@@ -16,6 +16,7 @@ from posmask.data.activations import _FIELDS, Activations, StorageDtype, finishe
 from posmask.data.sites import LanguageModel
 from posmask.data.tokens import Tokens
 from posmask.errors import DamagedFolder, DegenerateResult, NothingToDo
+from posmask.kernels.devices import memory_for
 from posmask.progress import announce, progress_bar
 from posmask.storage.manifest import MANIFEST, take_apart, write_in_parts
 from posmask.storage.remote import StoredFolder
@@ -37,6 +38,7 @@ Takes the tokens, the contexts of each shard, a label, the precision on disk, an
 kept tokens finished since its last call."""
 
 
+@memory_for("the harvest", "set model.precision to 'bfloat16', or lower corpus.n_positions or --jobs")
 def harvest(
     tokens: Tokens,
     model: LanguageModel | None,
@@ -62,6 +64,7 @@ def harvest(
         NothingToDo: no token is kept.
         DegenerateResult: the model gave NaN or infinite vectors.
         BadSetting: `folder` contains files that posmask did not write.
+        OutOfMemory: the model needs more memory than there is.
     """
     made_from = {**made_from, "stored": storage_dtype}
     shards = {f"shard-{number:05d}.safetensors": contexts for number, contexts in enumerate(_shards(tokens))}

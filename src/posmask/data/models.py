@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from posmask.data.gguf import convert_gguf, converted_folder
 from posmask.data.pretrained import first_line, import_transformers, load_complete
 from posmask.data.sites import LanguageModel, Site
 from posmask.errors import BadSetting, DamagedFolder
+from posmask.kernels import devices
 from posmask.kernels.runtime import Precision
 from posmask.progress import announce
 from posmask.storage.atomic import scratch_folder
@@ -24,7 +25,6 @@ from posmask.storage.manifest import file_sha256, finished, identity, read_manif
 
 __all__ = [
     "EMBEDDED_MODEL",
-    "check_device",
     "embedded_model_folder",
     "is_embedded_here",
     "is_path",
@@ -50,35 +50,6 @@ _EMBEDDED_SHAPE = {
     "vocab_size": 49152,
     "max_position_embeddings": 8192,
     "tie_word_embeddings": True,
-}
-
-
-def check_device(name: str) -> None:
-    """Raise an error unless torch can compute on this device.
-
-    Args:
-        name: `cpu`, `cuda`, `cuda:<number>` or `mps`.
-
-    Raises:
-        BadSetting: posmask does not run on such a device, or this machine has none.
-    """
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in _DEVICES:
-        raise BadSetting(f"device = {name!r} is not a device that posmask runs on: use cpu, cuda, cuda:1 or mps")
-    if (device.index or 0) >= _DEVICES[device.type]():
-        raise BadSetting(
-            f"device = {name!r} is not on this machine, according to torch {torch.__version__}: use cpu, or install "
-            "the build of torch for this device"
-        )
-
-
-_DEVICES: dict[str, Callable[[], int]] = {
-    "cpu": lambda: 1,
-    "cuda": lambda: torch.cuda.device_count(),
-    "mps": lambda: int(torch.backends.mps.is_available()),
 }
 
 
@@ -129,6 +100,7 @@ def _hub_file(repo: str, file: str, local_only: bool) -> Path:
         ) from None
 
 
+@devices.memory_for("loading the model", "set model.precision to 'bfloat16', choose a smaller model, or lower --jobs")
 def load_model(
     name: str,
     layer: int,
@@ -146,14 +118,14 @@ def load_model(
         layer: number of the layer to read, from 1.
         precision: of weights and vectors.
         site: see `LanguageModel`.
-        device: see `check_device`.
+        device: see `devices.check_device`.
         local_only: download nothing from the hub.
 
     Raises:
         BadSetting: the model does not exist (on this machine, with `local_only`), its files lack weights, or the layer
             or device does not exist.
     """
-    check_device(device)
+    devices.check_device(device)
     with _loading(name, local_only=local_only) as source:
         model = load_complete(
             f"model {name!r}",

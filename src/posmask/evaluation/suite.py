@@ -29,6 +29,7 @@ from posmask.evaluation.retention import (
     special_positions,
 )
 from posmask.evaluation.settings import EvaluationSettings
+from posmask.kernels.devices import memory_for
 from posmask.probing import datasets, order_probes
 from posmask.probing.order_tasks import OrderTask
 from posmask.probing.pooling import Pooling
@@ -43,6 +44,9 @@ from posmask.training.settings import TrainingSettings
 __all__ = ["EvaluationData", "baselines", "evaluate", "forgetting"]
 
 _RETENTION = ("retention", "retention_chance")
+_memory = memory_for(
+    "the evaluation", "lower evaluation.probe_train or --jobs, or finish on the CPU with --set device=cpu"
+)
 
 
 @dataclass
@@ -92,6 +96,7 @@ def _kept_batches(activations: Activations, device: torch.device, advance: Calla
         advance(len(kept))
 
 
+@_memory
 def evaluate(
     sae: SparseAutoencoder, dead: Bool[Tensor, " latent"] | None, data: EvaluationData, label: str
 ) -> tuple[list[Measure], LatentFacts]:
@@ -282,6 +287,7 @@ def _pool(
             pooling.update(batch, codes)
 
 
+@_memory
 def forgetting(
     sae: SparseAutoencoder, data: EvaluationData, settings: TrainingSettings, seed: int, label: str
 ) -> list[Measure]:
@@ -323,6 +329,7 @@ def forgetting(
     return measures
 
 
+@_memory
 def baselines(data: EvaluationData) -> list[Measure]:
     """Measures that need no SAE: the model's losses, probes on its own channels, and order tasks without order.
 

@@ -9,13 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from posmask.kernels.devices import LEAST_CAPABILITY
 from posmask.progress import announce
 
 __all__ = ["Implementation", "implementation", "loops", "selection_loops", "use"]
 
 Implementation = Literal["numba", "triton", "torch"]
 
-_LEAST_CAPABILITY = (8, 0)  # of a CUDA device, for the Triton kernels: the first with bfloat16 products
 _forced: Implementation | None = None
 
 
@@ -64,9 +64,9 @@ def _triton_runs_on(index: int) -> bool:
     capability = torch.cuda.get_device_capability(index)
     if torch.version.hip is not None:
         reason = "the Triton kernels are not tested on AMD GPUs"
-    elif capability < _LEAST_CAPABILITY:
+    elif capability < LEAST_CAPABILITY:
         reason = (
-            f"the Triton kernels need CUDA capability {_text(_LEAST_CAPABILITY)}, and cuda:{index} has "
+            f"the Triton kernels need CUDA capability {_text(LEAST_CAPABILITY)}, and cuda:{index} has "
             f"{_text(capability)}"
         )
     elif importlib.util.find_spec("triton") is None:

@@ -135,8 +135,9 @@ def explain(target, first, latent, value, table, level, left, along):  # pragma:
             _add_rows(value, table, latent, all_entries, start, end, sign, left[0, token])
             _dots(left[0, token], table, latent, start, end, along)
         else:
-            left[:, token] = 0
             left[0, token] = target[token]
+            for part in range(1, n_parts):  # numba compiles assignments to several rows for seconds
+                left[part, token] = 0
             for e in range(start, end):
                 _add_rows(value, table, latent, all_entries, e, e + 1, sign, left[level[latent[e]], token])
             for part in range(1, n_parts):

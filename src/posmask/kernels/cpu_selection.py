@@ -70,13 +70,46 @@ def _maxima(value, start, cell, lane):  # pragma: no cover (compiled)
 
 
 @numba.njit(cache=True)
-def _floor_of_largest(k, cell, n_cells, lane):  # pragma: no cover (compiled)
-    """A number that at least k numbers of the row reach, or 0, from the maxima of cells and lanes."""
+def _kth_largest(number, n, k, room):  # pragma: no cover (compiled)
+    """The k-th largest of the first n numbers, without NaN; `room` is scratch space of at least n numbers.
+
+    numba needs ten seconds to compile np.partition.
+    """
+    for i in range(n):
+        room[i] = number[i]
+    first, last, rank = 0, n - 1, n - k
+    while first < last:
+        pivot = room[(first + last) // 2]
+        i, j = first, last
+        while i <= j:
+            while room[i] < pivot:
+                i += 1
+            while room[j] > pivot:
+                j -= 1
+            if i <= j:
+                room[i], room[j] = room[j], room[i]
+                i += 1
+                j -= 1
+        if rank <= j:
+            last = j
+        elif rank >= i:
+            first = i
+        else:
+            break
+    return room[rank]
+
+
+@numba.njit(cache=True)
+def _floor_of_largest(k, cell, n_cells, lane, room):  # pragma: no cover (compiled)
+    """A number that at least k numbers of the row reach, or 0, from the maxima of cells and lanes.
+
+    `room` is scratch space of at least `n_cells` numbers.
+    """
     zero = lane.dtype.type(0)
     if k > _LANES:
         if k > n_cells:
             return zero
-        floor = np.partition(cell[:n_cells], n_cells - k)[n_cells - k]
+        floor = _kth_largest(cell, n_cells, k, room)
         return floor if floor > zero else zero
     low, high = zero, zero
     for s in range(_LANES):
@@ -128,7 +161,7 @@ def _cut_of_largest(number, n, k, room):  # pragma: no cover (compiled)
     The result may be smaller if infinities are among the numbers.
     """
     if n - k > 32:
-        return np.partition(number[:n], n - k)[n - k]
+        return _kth_largest(number, n, k, room)
     # Few numbers exceed k: removing the smallest one by one is faster than a partition.
     most = number.dtype.type(np.finfo(np.float32).max)
     for i in range(n):
@@ -174,7 +207,7 @@ def largest_of_rows(  # pragma: no cover (compiled)
                 for c in range(n_cells * _DEPTH, n):
                     s = c % _LANES
                     lane[s] = value[c] if value[c] > lane[s] else lane[s]
-            floor = _floor_of_largest(k, cell, n_cells, lane)
+            floor = _floor_of_largest(k, cell, n_cells, lane, number[1])
             n_candidates = _candidates(value, floor, cell, n_cells, lane, column, number[0])
             cut, n_above = value.dtype.type(0), n_candidates
             if n_candidates > k:

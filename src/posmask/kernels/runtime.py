@@ -10,6 +10,8 @@ from typing import Literal
 
 import torch
 
+from posmask.kernels.devices import multiplies_bfloat16
+
 __all__ = [
     "Precision",
     "bfloat16_slowdown",
@@ -111,7 +113,7 @@ def fast_precision(device: str = "cpu") -> Precision:
     CPU features decide, not a timing, so that the precision is the same in every run on a machine.
     """
     if device.startswith("cuda"):
-        return "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
+        return "bfloat16" if multiplies_bfloat16(device) else "float32"
     if device != "cpu":
         return "float32"
     try:

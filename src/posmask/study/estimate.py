@@ -22,7 +22,7 @@ from posmask.data import models, sites
 from posmask.data.activations import Batch, bytes_per_token
 from posmask.data.tokens import shift_length
 from posmask.errors import BadSetting, DamagedFolder, DegenerateResult
-from posmask.kernels import cpu, runtime
+from posmask.kernels import cpu, devices, runtime
 from posmask.masks.base import PositionMask
 from posmask.probing import datasets
 from posmask.probing.order_tasks import ORDER_TASKS
@@ -369,7 +369,7 @@ def plan(
         BadSetting: the model's sizes are unknown here, it has no such layer, or it is too short for the contexts.
     """
     if gpu is None:
-        models.check_device(study.device)
+        devices.check_device(study.device)
     settings, layer = study.model, study.model.layer
     layer = layer if isinstance(layer, int) else Source(settings, study.device).layer
     outline = models.load_outline(settings.name, layer, settings.site, settings.sizes)

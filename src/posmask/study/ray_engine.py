@@ -20,7 +20,7 @@ from posmask.data.harvest import Contexts, shards_here
 from posmask.data.tokens import Tokens
 from posmask.errors import BadSetting, DegenerateResult, MissingExtra
 from posmask.evaluation.suite import EvaluationData
-from posmask.kernels import runtime
+from posmask.kernels import devices, runtime
 from posmask.progress import part_finished, progress_bars, shown_by
 from posmask.storage import atomic
 from posmask.study.cell import train_cell
@@ -79,6 +79,8 @@ class Cluster:
         self._n_jobs = n_jobs
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         n_gpus = int(study.device.startswith("cuda"))
+        if n_gpus and study.device != "cuda":
+            raise BadSetting(f"device = {study.device!r}, but Ray gives each task a GPU of its own: use device=cuda")
         if n_gpus and not any(node.get("GPU", 0) >= 1 for node in nodes):
             raise BadSetting(
                 f"device = {study.device!r}, but no node of the Ray cluster has a GPU: take cpu, or add one"
@@ -224,6 +226,7 @@ def _kept(kind: str, key: str, make: Callable[[], Any]) -> Any:
 
 
 def _source(study: StudySettings) -> Source:
+    devices.check_device(study.device)
     key = f"{study.device} {study.model.model_dump_json()}"
     return _kept("source", key, lambda: Source(study.model, study.device))
 

@@ -6,9 +6,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
-from posmask.data import models
 from posmask.errors import BadSetting, DamagedFolder
-from posmask.kernels import runtime
+from posmask.kernels import devices, runtime
 from posmask.progress import part_finished, study_progress
 from posmask.results import comparisons, rows
 from posmask.sae.files import read_sae
@@ -62,7 +61,7 @@ def run_study(
         atomic.check_file(root / name, *marks)
     runtime.keep_freed_memory()
     if engine == "local":
-        models.check_device(study.device)
+        devices.check_device(study.device)
     check_tracker(study.track)
     _warn_of_slow_precision(study, say)
     source = Source(study.model, study.device)
@@ -124,15 +123,18 @@ def _join_results(study: StudySettings, targets: list[Target], root: Path) -> li
 
 
 def _warn_of_slow_precision(study: StudySettings, say: Callable[[str], None]) -> None:
-    """Report settings that force bfloat16 where auto would not take it, with the slowdown measured on this CPU."""
+    """Report settings that force bfloat16 where auto would not take it; on the CPU with the measured slowdown."""
     forced = [name for name in ("model", "training") if getattr(study, name).precision == "bfloat16"]
-    if study.device != "cpu" or not forced or runtime.fast_precision() == "bfloat16":
+    if study.device == "mps" or not forced or runtime.fast_precision(study.device) == "bfloat16":
         return
     names = " and ".join(f"{name}.precision" for name in forced)
-    say(
-        f"{names} = 'bfloat16', which this CPU does not multiply natively: a product takes "
-        f"{runtime.bfloat16_slowdown():.1f} times as long as in float32. Set precision to 'auto'."
+    cost = (
+        f"this CPU does not multiply natively: a product takes {runtime.bfloat16_slowdown():.1f} times as long as in "
+        "float32"
+        if study.device == "cpu"
+        else "this GPU emulates"
     )
+    say(f"{names} = 'bfloat16', which {cost}. Set precision to 'auto'.")
 
 
 def _begin(study: StudySettings, targets: list[Target], root: Path, *, recompute: bool) -> None:

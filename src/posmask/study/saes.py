@@ -5,6 +5,7 @@ from pathlib import Path
 from posmask import masks
 from posmask.data.activations import Activations
 from posmask.errors import BadSetting
+from posmask.kernels.devices import memory_for
 from posmask.masks.base import PositionMask
 from posmask.sae.autoencoder import SparseAutoencoder
 from posmask.sae.files import read_origin, read_sae
@@ -74,6 +75,7 @@ def read_init(folder: Path, d_model: int, identity: str | None = None) -> Sparse
     return sae
 
 
+@memory_for("training", "lower sae.d_sae or --jobs")
 def untrained(study: StudySettings, target: Target, training: Activations) -> tuple[SparseAutoencoder, int]:
     """A cell's SAE before its training, and the number of tokens that the SAE it starts from was trained on."""
     assert target.cell is not None

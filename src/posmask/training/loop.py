@@ -12,6 +12,7 @@ from torch import Tensor
 from posmask.data.activations import Batch
 from posmask.errors import DegenerateResult
 from posmask.kernels import operations, runtime
+from posmask.kernels.devices import memory_for
 from posmask.masks.base import Copies, Observed
 from posmask.progress import progress_bar
 from posmask.sae.autoencoder import SparseAutoencoder
@@ -44,6 +45,7 @@ class Trained:
     seconds: float
 
 
+@memory_for("training", "lower training.batch_tokens, sae.d_sae or --jobs")
 def train(
     sae: SparseAutoencoder,
     batches: Iterable[Batch],
@@ -72,6 +74,7 @@ def train(
         NothingToDo: there are fewer kept tokens than a batch has.
         DegenerateResult: the loss is not finite or diverges, all latents are dead, or the trained SAE explains
             nothing or holds numbers that are not finite. Checkpoints stay as they are.
+        OutOfMemory: a step needs more memory than there is.
     """
     runtime.keep_freed_memory()
     trainer = _Trainer(sae, settings, label, checkpoints, processes or SingleProcess())
@@ -104,7 +107,7 @@ class _Trainer:
         self._label = label
         self._checkpoints = checkpoints
         self._processes = processes
-        self._precision: runtime.Precision = product_precision(settings, sae.rule, sae.encoder.device.type)
+        self._precision: runtime.Precision = product_precision(settings, sae.rule, str(sae.encoder.device))
         mask_parameters = sae.mask.openness_parameters()
         self._parameters = [
             p for p in sae.parameters() if p.requires_grad and all(p is not other for other in mask_parameters)
