@@ -51,6 +51,14 @@ def test_packing_short_texts_uses_all_their_tokens(tokenizer):
     assert pack(texts, tokenizer, 16, 3 * len(texts) - 60).n_kept > 3 * len(texts) - 60 - 1
 
 
+def test_long_texts_are_cut_so_that_many_texts_are_packed(tokenizer):
+    texts = [" ".join(make_texts(20)[index:] + make_texts(20)[:index]) for index in range(20)]
+    tokens = pack(texts, tokenizer, 16, 600, most_per_text=40)
+    counts = tokens.text[tokens.keep].unique(return_counts=True)[1]
+    assert len(counts) >= 15
+    assert int(counts.max()) == 40
+
+
 def test_packing_is_determined_by_the_seed(tokenizer):
     texts = make_texts(20)
     first = pack(texts, tokenizer, 16, 200, seed=0)

@@ -1,13 +1,13 @@
 """The declared harvests of a study: identities without texts, and texts that change under a declared name."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 
+from conftest import WORDS
 from posmask.data import embedded
-from posmask.data import harvest as data_harvest
-from posmask.errors import BadSetting
 from posmask.probing import order_tasks
 from posmask.study import harvests
 from posmask.study.harvests import prepare
@@ -19,6 +19,25 @@ from posmask.study.targets import cell_states
 
 def declared(study):
     return harvests.harvests(study, Source(study.model).made_from, texts_identity(study))
+
+
+@pytest.mark.parametrize("n_texts", [400, 36])
+def test_heldout_tokens_come_from_many_texts_if_there_are_many(study_file, tmp_path, capsys, n_texts):
+    texts = tmp_path / "texts.jsonl"
+    long = [" ".join([WORDS[number % 17], WORDS[number % 13], str(number)] * 100) for number in range(n_texts)]
+    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in long))
+    settings = study_file.read_text().replace('tables = ["words"]', f'texts = "{texts}"')
+    study_file.write_text(settings)
+    study = read_study(study_file, ["evaluation.shift_texts=10"])
+    data = prepare(study, Source(study.model), tmp_path / "run")
+    kept = data.heldout.text[data.heldout.keep]
+    n_read = len(kept.unique())
+    if n_texts == 400:
+        assert n_read >= harvests.HELDOUT_TEXTS
+        assert int(kept.unique(return_counts=True)[1].max()) <= -(-1500 // harvests.HELDOUT_TEXTS)
+    else:
+        assert n_read < harvests.HELDOUT_TEXTS
+        assert "too few or short for 1,500 tokens with at most 47 of each" in capsys.readouterr().err
 
 
 def test_identities_need_no_texts(study_file, tmp_path, monkeypatch):
@@ -90,24 +109,3 @@ def test_positions_in_the_text_and_one_text_per_context(study_file, tmp_path):
     batch = in_text.batch(torch.arange(40))
     assert torch.equal(batch.positions("text"), in_text.text_position[:40])
     assert torch.equal(batch.select(torch.arange(3)).positions("text"), in_text.text_position[:3])
-
-
-def test_vectors_without_positions_in_the_text_are_not_used_for_them(study_file, tmp_path, monkeypatch):
-    harvested = data_harvest._harvested
-
-    def without(*args):
-        return {name: tensor for name, tensor in harvested(*args).items() if name != "text_position"}
-
-    root, source = tmp_path / "run", Source(read_study(study_file).model)
-    with monkeypatch.context() as patch:
-        patch.setattr(data_harvest, "_harvested", without)
-        earlier = prepare(read_study(study_file), source, root).training
-    batch = earlier.batch(torch.arange(40))
-    assert torch.equal(batch.positions("context"), earlier.position[:40])
-    with pytest.raises(BadSetting, match='position_origin = "text", but these vectors were harvested without'):
-        batch.positions("text")
-    assert prepare(read_study(study_file), source, root).training.folder == earlier.folder
-    study_file.write_text(study_file.read_text().replace("n_slices = 4", 'n_slices = 4, position_origin = "text"'))
-    later = prepare(read_study(study_file), source, root).training
-    assert later.folder != earlier.folder
-    assert int(later.batch(torch.arange(40)).positions("text").max()) > 0

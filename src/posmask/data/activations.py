@@ -73,16 +73,7 @@ class Batch:
         return Batch(*(getattr(self, name).to(device) for name in ("vectors", *_FIELDS)))
 
     def positions(self, position_origin: PositionOrigin) -> Int[Tensor, " token"]:
-        """The tokens' positions, counted from a mask's `position_origin`.
-
-        Raises:
-            BadSetting: positions in the text are not stored.
-        """
-        if position_origin == "text" and bool((self.text_position < 0).any()):
-            raise BadSetting(
-                'position_origin = "text", but these vectors were harvested without positions in the text: remove '
-                "their folder, so that they are harvested again"
-            )
+        """The tokens' positions, counted from a mask's `position_origin`."""
         return getattr(self, {"context": "position", "text": "text_position"}.get(position_origin, position_origin))
 
     def kept(self) -> "Batch":
@@ -141,14 +132,10 @@ class Activations:
             manifest = read_manifest(folder, verify=True)
             self._shards = tokens = [load_file(folder / name) for name in sorted(manifest["files"])]
         self.made_from: dict[str, Any] = manifest["made_from"]
-        # Earlier versions stored no position in the text.
-        fields = [
-            torch.cat([shard[name] if name in shard else torch.full_like(shard["position"], -1) for shard in tokens])
-            for name in _FIELDS
-        ]
+        fields = [torch.cat([shard[name] for shard in tokens]) for name in _FIELDS]
         fields = [field.int() if field.dtype == torch.int16 else field for field in fields]
-        self.position, self.token_id, self.text, self.keep, self.sentence, self.line, self.end = fields[:-1]
-        self.text_position = fields[-1]
+        self.position, self.token_id, self.text, self.keep, *counts = fields
+        self.sentence, self.line, self.end, self.text_position = counts
         sizes = torch.tensor([len(shard["position"]) for shard in tokens])
         self._ends = sizes.cumsum(0)
         self._starts = self._ends - sizes

@@ -257,6 +257,7 @@ def pack(
     n_positions: int,
     kept_tokens: int,
     *,
+    most_per_text: int | None = None,
     seed: int = 0,
     description: str | None = None,
 ) -> Tokens:
@@ -267,6 +268,7 @@ def pack(
     Args:
         n_positions: tokens per context.
         kept_tokens: stop at the first context with which at least this many tokens are kept.
+        most_per_text: longer texts are cut to this many tokens.
         seed: of the order of the texts.
         description: of the texts, for messages.
 
@@ -279,6 +281,7 @@ def pack(
     n_kept_in_stream = 0
     for numbers in _portions(order, texts):
         for number, ids in zip(numbers, _token_ids([texts[n] for n in numbers], tokenizer), strict=True):
+            ids = ids[:most_per_text]
             row = np.full((len(ids) + 1, 3), number, dtype=np.int64)
             row[:-1, 0], row[-1, 0], row[:, 2] = ids, eos, np.arange(1, len(ids) + 2)
             stream.append(row)

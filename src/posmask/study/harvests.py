@@ -6,6 +6,7 @@ print it.
 
 import contextlib
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -17,7 +18,7 @@ from posmask.data.activations import Activations, StorageDtype, finished_activat
 from posmask.data.harvest import ComputeShards, harvest
 from posmask.data.texts import read_texts
 from posmask.data.tokens import Split, SplitTexts, Tokens, pack, pack_singly, pad, select_texts, shifted, whole_text_key
-from posmask.errors import DamagedFolder
+from posmask.errors import DamagedFolder, NothingToDo
 from posmask.evaluation.suite import EvaluationData
 from posmask.kernels import runtime
 from posmask.probing.datasets import ProbeDataset, read_probe_dataset
@@ -30,6 +31,9 @@ from posmask.study.settings import StudySettings
 from posmask.study.source import Source, texts_identity
 
 __all__ = ["Harvest", "HarvestKind", "harvests", "prepare"]
+
+HELDOUT_TEXTS = 32
+"""Held-out tokens come from at least this many texts if possible, because texts are the units of intervals."""
 
 HarvestKind = Literal["training", "heldout", "shift", "order", "probes"]
 
@@ -57,8 +61,6 @@ def harvests(study: StudySettings, model: Mapping[str, Any], texts: Mapping[str,
     """
     corpus, evaluation = study.corpus, study.evaluation
     shared = {"model": model, "texts": texts, "n_positions": corpus.n_positions}
-    if any(cell.mask.position_origin == "text" for cell in study.cells):
-        shared["position_origin"] = "text"  # Vectors of earlier versions are stored without these positions.
     split: dict[str, Any] = {"split": corpus.eval_split}
 
     def declare(
@@ -119,9 +121,18 @@ class _Vectors:
 
     def packed(self, item: Harvest, split: Split, n_tokens: int) -> Activations:
         def tokens() -> Tokens:
-            texts = self._texts(split)
-            packing = pack if self._study.corpus.packing is None else pack_singly
-            return packing(texts.texts, self._source.tokenizer, self._n_positions, n_tokens, description=str(texts))
+            texts, tokenizer = self._texts(split), self._source.tokenizer
+            if self._study.corpus.packing is not None:
+                return pack_singly(texts.texts, tokenizer, self._n_positions, n_tokens, description=str(texts))
+            if item.kind == "heldout":
+                most = max(self._n_positions, math.ceil(n_tokens / HELDOUT_TEXTS))
+                with contextlib.suppress(NothingToDo):
+                    return pack(texts.texts, tokenizer, self._n_positions, n_tokens, most_per_text=most)
+                announce(
+                    f"The {split} texts are too few or short for {n_tokens:,} tokens with at most {most:,} of each: "
+                    "long ones are used whole, so intervals may rest on few texts."
+                )
+            return pack(texts.texts, tokenizer, self._n_positions, n_tokens, description=str(texts))
 
         return self._find(item, tokens)
 
