@@ -264,7 +264,8 @@ def test_an_sae_on_another_device_has_the_same_measures(
     dead = torch.zeros(D_SAE, dtype=torch.bool)
     measures, folders = [], [tmp_path / "latents-here", tmp_path / "latents-there"]
     for sae, data, folder in zip(saes, at, folders, strict=True):
-        found, facts = suite.evaluate(sae, dead.to(sae.encoder.device), data, "test")
+        parts, facts = suite.evaluate(sae, dead.to(sae.encoder.device), data, "test")
+        found = [measure for part in parts.values() for measure in part]
         measures.append(found + (suite.baselines(data) if kind == "open" else []))
         folder.mkdir()
         facts.write(folder, tokenizer)

@@ -88,7 +88,8 @@ def test_a_study_runs_from_text_to_results(study_file, tmp_path):
         folder = tmp_path / "run" / "cells" / name
         assert {path.name for path in folder.iterdir()} == {
             "manifest.json", "settings.json", "sae.json", "sae.safetensors", "openness.safetensors", "curve.csv",
-            "dead.safetensors", "rows.csv", "units.safetensors", "saebench.json", LATENTS_FILE, LATENT_WORDS_FILE,
+            "dead.safetensors", "parts_of_evaluation.json",
+            "rows.csv", "units.safetensors", "saebench.json", LATENTS_FILE, LATENT_WORDS_FILE,
         }  # fmt: skip
 
 
@@ -140,6 +141,39 @@ def test_changed_evaluation_settings_keep_the_training(study_file, tmp_path, mon
         for file in ("sae.safetensors", "sae.json", "curve.csv", "dead.safetensors"):
             kept, new = (folder / "cells" / name / file for folder in (root, tmp_path / "fresh"))
             assert kept.read_bytes() == new.read_bytes(), (name, file)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "computed"),
+    [
+        ("ks = [1, 5, 20]", "ks = [1, 5]", ["order", "probes"]),
+        pytest.param('order_tasks = ["toy_order"]', "order_tasks = []", [], marks=pytest.mark.slow),
+        pytest.param("probe_train = 40", "probe_train = 20", ["probes"], marks=pytest.mark.slow),
+        ("shift_texts = 40", "shift_texts = 30", ["heldout"]),
+        pytest.param("measure_forgetting = true", "", [], marks=pytest.mark.slow),
+    ],
+)
+def test_only_the_parts_of_an_evaluation_that_changed_are_computed(
+    study_file, tmp_path, monkeypatch, old, new, computed
+):
+    root = tmp_path / "run"
+    run(study_file, root)
+    assert study_file.read_text().count(old) == 1
+    study_file.write_text(study_file.read_text().replace(old, new))
+    fresh, _ = run(study_file, tmp_path / "fresh")
+    called = []
+    for part, name in (("heldout", "_of_heldout_texts"), ("order", "_order"), ("probes", "_topics")):
+        compute = getattr(suite, name)
+        monkeypatch.setattr(suite, name, lambda *a, part=part, compute=compute: called.append(part) or compute(*a))
+    monkeypatch.setattr(study_cell, "forgetting", None)
+    after, _ = run(study_file, root)
+    assert sorted(set(called)) == computed
+    assert [repr(row) for row in after if row.metric not in SECONDS] == [
+        repr(row) for row in fresh if row.metric not in SECONDS
+    ]
+    for path in (tmp_path / "fresh" / "cells").glob("*/*"):
+        if path.name not in ("manifest.json", "rows.csv", "saebench.json"):
+            assert (root / "cells" / path.parent.name / path.name).read_bytes() == path.read_bytes(), path
 
 
 @pytest.mark.parametrize("damaged", ["rows.csv", "sae.safetensors"])

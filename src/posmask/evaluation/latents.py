@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from posmask.data.activations import Batch
@@ -32,6 +32,7 @@ MOST_TOKENS = 200_000
 MOST_CODES = 16_000_000  # 200 MB while they are gathered
 MOST_PROBED = 20  # Larger probes are not recorded, because each of their latents contributes little.
 _LATENTS_AT_ONCE = 256
+_PROBE_ARRAYS = ("probe_latent", "probe_weight")
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,15 @@ class LatentFacts:
 
     Strongest texts come from the first held-out tokens: at most 200,000 tokens and 16 million active codes. Everything
     else comes from all tokens.
+
+    Args:
+        d_sae: number of latents.
+        earlier: folder with the data of an earlier evaluation of the same SAE, for `keep_heldout` and `keep_probes`.
     """
 
-    def __init__(self, d_sae: int) -> None:
+    def __init__(self, d_sae: int, earlier: Path | None = None) -> None:
         self._d_sae = d_sae
+        self._earlier = earlier
         self._tokens: list[tuple[Tensor, Tensor, Tensor]] = []
         self._codes: list[tuple[Tensor, Tensor, Tensor]] = []
         self._n_tokens, self._n_codes, self._full = 0, 0, False
@@ -78,6 +84,25 @@ class LatentFacts:
         self._codes.append((parts[0].cpu(), parts[1].cpu(), parts[2].cpu()))
         self._n_tokens += len(batch)
         self._n_codes += len(codes.value)
+
+    def keep_heldout(self) -> None:
+        """Take everything but the probes from the earlier evaluation."""
+        assert self._earlier is not None
+        arrays = load_file(self._earlier / LATENTS_FILE)
+        self._arrays = {name: array for name, array in arrays.items() if name not in _PROBE_ARRAYS}
+        words = json.loads((self._earlier / LATENT_WORDS_FILE).read_text(encoding="utf8"))
+        self._position_origin, self._n_tokens = words["position_origin"], words["n_tokens_searched_for_texts"]
+
+    def keep_probes(self, name: str) -> None:
+        """Take the probes of an order task or dataset from the earlier evaluation."""
+        assert self._earlier is not None
+        words = json.loads((self._earlier / LATENT_WORDS_FILE).read_text(encoding="utf8"))
+        arrays = load_file(self._earlier / LATENTS_FILE)
+        for probe, *parts in zip(words["probes"], *(arrays[part] for part in _PROBE_ARRAYS), strict=True):
+            if probe == name or probe.startswith(f"{name}: "):
+                latents, weights = (torch.from_numpy(part) for part in parts)
+                is_chosen = latents >= 0
+                self.add_probe(probe, latents[is_chosen], weights[is_chosen])
 
     def add_positions(
         self,
@@ -124,18 +149,7 @@ class LatentFacts:
 
     def write(self, folder: Path, tokenizer: Any) -> None:
         """Write `latents.safetensors` and `latents.json` into `folder`."""
-        token_id, position, text = (torch.cat(part).int().numpy() for part in zip(*self._tokens, strict=True))
-        token, latent, value = (torch.cat(part).numpy() for part in zip(*self._codes, strict=True))
-        strongest = strongest_texts(token, latent, value, position, text, self._d_sae)
-        arrays = {
-            **self._arrays,
-            "token_id": token_id,
-            "token_position": position.astype(np.uint16),
-            "text_start": strongest.start,
-            "text_length": strongest.length,
-            "text_value": strongest.value,
-            "largest": strongest.largest,
-        }
+        arrays = self._arrays | (self._texts() if self._tokens else {})
         n_chosen = max((len(latents) for latents, _ in self._probed), default=0)
         chosen = np.full((len(self._probes), n_chosen), -1, np.int32)
         weights = np.zeros((len(self._probes), n_chosen), np.float32)
@@ -151,6 +165,20 @@ class LatentFacts:
             "words": {int(token_id): _word(tokenizer, int(token_id)) for token_id in shown},
         }
         (folder / LATENT_WORDS_FILE).write_text(json.dumps(words, ensure_ascii=False), encoding="utf8")
+
+    def _texts(self) -> dict[str, np.ndarray]:
+        """The strongest texts of each latent, and the tokens that they are excerpts of."""
+        token_id, position, text = (torch.cat(part).int().numpy() for part in zip(*self._tokens, strict=True))
+        token, latent, value = (torch.cat(part).numpy() for part in zip(*self._codes, strict=True))
+        strongest = strongest_texts(token, latent, value, position, text, self._d_sae)
+        return {
+            "token_id": token_id,
+            "token_position": position.astype(np.uint16),
+            "text_start": strongest.start,
+            "text_length": strongest.length,
+            "text_value": strongest.value,
+            "largest": strongest.largest,
+        }
 
 
 def _word(tokenizer: Any, token: int) -> str:

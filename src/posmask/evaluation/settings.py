@@ -1,6 +1,6 @@
 """Settings of an evaluation."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from jaxtyping import Int
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -56,6 +56,27 @@ class EvaluationSettings(BaseModel):
         return {
             f"segments{self.order_segments}": tokens.equal_segments(n_positions, self.order_segments),
             f"growing{int(growing.max()) + 1}": growing,
+        }
+
+    def parts(self) -> dict[str, dict[str, Any]]:
+        """The parts of an evaluation by name, in order, and the settings that each of them depends on.
+
+        All parts also depend on the SAE, the model and the corpus.
+        """
+
+        def only(*names: str) -> dict[str, Any]:
+            return self.model_dump(mode="json", include=set(names))
+
+        heldout = only("retention_positions", "shift_texts", "shift_windows", "model_contexts", "causal_windows")
+        order = only("ks", "order_train_groups", "order_test_groups", "order_segments")
+        probes = only("ks", "probe_train", "probe_test", "probe_protocol")
+        if self.probe_protocol == "saebench":  # It draws from one stream for all datasets.
+            probes |= only("probe_datasets")
+        return {
+            "heldout": heldout,
+            **{f"order {task}": order for task in self.order_tasks},
+            **{f"probes {dataset}": probes for dataset in self.probe_datasets},
+            "forgetting": only("retention_positions", "forgetting_fractions"),
         }
 
     @model_validator(mode="after")

@@ -4,9 +4,10 @@ Each function encodes harvested vectors batch by batch and passes batch and code
 returns its measures at the end. Rows follow the order in which `evaluate` calls the functions.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float
@@ -98,37 +99,75 @@ def _kept_batches(activations: Activations, device: torch.device, advance: Calla
 
 @_memory
 def evaluate(
-    sae: SparseAutoencoder, dead: Bool[Tensor, " latent"] | None, data: EvaluationData, label: str
-) -> tuple[list[Measure], LatentFacts]:
+    sae: SparseAutoencoder,
+    dead: Bool[Tensor, " latent"] | None,
+    data: EvaluationData,
+    label: str,
+    kept: Mapping[str, list[Measure]] | None = None,
+    earlier: Path | None = None,
+) -> tuple[dict[str, list[Measure]], LatentFacts]:
     """Compute every measure of a trained SAE except forgetting, and the data of the latent browser.
 
     Args:
         dead: latents that were dead at the end of training; None where unknown, and then `dead_share` is left out.
         label: name of the cell, for the progress bar.
+        kept: measures of an earlier evaluation of the same SAE, by part (`EvaluationSettings.parts`); these parts are
+            not computed.
+        earlier: the folder of that evaluation.
+
+    Returns:
+        Measures by part, and the data of the latent browser.
 
     Raises:
         DegenerateResult: the SAE explains no variance. A metric that cannot be computed is a measure without a value.
     """
-    facts = LatentFacts(sae.d_sae)
-    in_model = data.in_model  # loads the model before the progress bar starts
+    facts, measures = LatentFacts(sae.d_sae, earlier), dict(kept or {})
+    order = {f"order {name}": pair for name, pair in data.order.items()}
+    probes = {f"probes {name}": pair for name, pair in data.probes.items()}
+    n_tokens = sum(vectors.n_kept for part, (_, vectors) in [*order.items(), *probes.items()] if part not in measures)
+    if "heldout" not in measures:
+        n_passes = 2 if sae.mask.lifting_matters() else 1
+        n_tokens += (data.heldout.n_kept + data.shift.n_kept) * n_passes + 3 * data.in_model.n_tokens
+    streams = {name: torch.Generator().manual_seed(datasets.SAEBENCH_SEED) for name in ("mean", "fair")}
+    with progress_bar(f"evaluate {label}", n_tokens, "tokens") as advance:
+        if "heldout" in measures:
+            facts.keep_heldout()
+        else:
+            measures["heldout"] = _of_heldout_texts(sae, dead, data, facts, advance)
+        for part, (task, vectors) in order.items():
+            if part in measures:
+                facts.keep_probes(task.name)
+            else:
+                measures[part] = _order(sae, task, vectors, data, facts, advance)
+        for part, (dataset, vectors) in probes.items():
+            if part in measures:
+                facts.keep_probes(dataset.name)
+            else:
+                measures[part] = _topics(sae, dataset, vectors, data, facts, streams, advance)
+    return {part: measures[part] for part in ("heldout", *order, *probes)}, facts
+
+
+def _of_heldout_texts(
+    sae: SparseAutoencoder,
+    dead: Bool[Tensor, " latent"] | None,
+    data: EvaluationData,
+    facts: LatentFacts,
+    advance: Callable[[int], None],
+) -> list[Measure]:
     has_lifted = sae.mask.lifting_matters()
-    n_tokens = (data.heldout.n_kept + data.shift.n_kept) * (2 if has_lifted else 1) + data.n_probed_tokens
-    with progress_bar(f"evaluate {label}", n_tokens + 3 * in_model.n_tokens, "tokens") as advance:
-        used, information, window_mass, measures = _heldout(sae, data, facts, advance)
-        measures += mask_measures(sae.mask) + ([] if dead is None else dead_share(sae, dead))
-        measures += measured(["profile_fidelity"], profile_fidelity, used, sae.mask.openness().detach())
-        lifted = _position_mass(sae, data, advance) if has_lifted else used
-        special = special_positions(lifted, sae.mask.bound_positions(), data.settings.retention_positions)
-        measures += measured(_RETENTION, retention, lifted, special)
-        facts.add_positions(used, information, *retention_by_latent(lifted, special), sae.mask.settings.position_origin)
-        del used, lifted, special  # 0.3 GB each for 18,432 latents at 128 positions
-        measures += _shift(sae, data, advance, has_lifted)
-        in_model_metrics = ["ce_recovered", "kl_recovered", "causal_specificity"]
-        measures += measured(in_model_metrics, _in_model, sae, window_mass, data, advance)
-        measures += _order(sae, data, facts, advance)
-        measures += _topics(sae, data, facts, advance)
+    used, information, window_mass, measures = _heldout(sae, data, facts, advance)
+    measures += mask_measures(sae.mask) + ([] if dead is None else dead_share(sae, dead))
+    measures += measured(["profile_fidelity"], profile_fidelity, used, sae.mask.openness().detach())
+    lifted = _position_mass(sae, data, advance) if has_lifted else used
+    special = special_positions(lifted, sae.mask.bound_positions(), data.settings.retention_positions)
+    measures += measured(_RETENTION, retention, lifted, special)
+    facts.add_positions(used, information, *retention_by_latent(lifted, special), sae.mask.settings.position_origin)
+    del used, lifted, special  # 0.3 GB each for 18,432 latents at 128 positions
+    measures += _shift(sae, data, advance, has_lifted)
+    in_model_metrics = ["ce_recovered", "kl_recovered", "causal_specificity"]
+    measures += measured(in_model_metrics, _in_model, sae, window_mass, data, advance)
     facts.add_effects(*vocabulary_effects(sae, data.load_model()))
-    return measures, facts
+    return measures
 
 
 def _heldout(
@@ -202,22 +241,25 @@ def _in_model(
 
 
 def _order(
-    sae: SparseAutoencoder, data: EvaluationData, facts: LatentFacts, advance: Callable[[int], None]
+    sae: SparseAutoencoder,
+    task: OrderTask,
+    activations: Activations,
+    data: EvaluationData,
+    facts: LatentFacts,
+    advance: Callable[[int], None],
 ) -> list[Measure]:
-    measures = []
-    for task, activations in data.order.values():
-        n_texts = activations.n_texts
-        poolings = _poolings(sae, n_texts)
-        if sae.mask.settings.kind == "open":
-            device = _statistics_device(sae.encoder.device)
-            for name, segments in data.settings.segment_poolings(data.n_positions).items():
-                poolings[name] = Pooling(n_texts, sae.d_sae, segment_of_position=segments, device=device)
-        _pool(sae, activations, poolings, advance)
-        for name, pooling in poolings.items():
-            classes = order_probes.positives(task)
-            names = [_probe_name(task.name, number, len(classes)) for number in classes]
-            on_fit = _record_probes(facts, name, data.settings.ks, names)
-            measures += order_probes.order_accuracy(task, pooling.texts, data.settings.ks, name, on_fit)
+    measures, n_texts = [], activations.n_texts
+    poolings = _poolings(sae, n_texts)
+    if sae.mask.settings.kind == "open":
+        device = _statistics_device(sae.encoder.device)
+        for name, segments in data.settings.segment_poolings(data.n_positions).items():
+            poolings[name] = Pooling(n_texts, sae.d_sae, segment_of_position=segments, device=device)
+    _pool(sae, activations, poolings, advance)
+    for name, pooling in poolings.items():
+        classes = order_probes.positives(task)
+        names = [_probe_name(task.name, number, len(classes)) for number in classes]
+        on_fit = _record_probes(facts, name, data.settings.ks, names)
+        measures += order_probes.order_accuracy(task, pooling.texts, data.settings.ks, name, on_fit)
     return measures
 
 
@@ -238,27 +280,29 @@ def _record_probes(facts: LatentFacts, pooling: str, ks: tuple[int, ...], names:
 
 
 def _topics(
-    sae: SparseAutoencoder, data: EvaluationData, facts: LatentFacts, advance: Callable[[int], None]
+    sae: SparseAutoencoder,
+    dataset: datasets.ProbeDataset,
+    activations: Activations,
+    data: EvaluationData,
+    facts: LatentFacts,
+    streams: Mapping[str, torch.Generator],
+    advance: Callable[[int], None],
 ) -> list[Measure]:
-    measures = []
-    streams = {name: torch.Generator().manual_seed(datasets.SAEBENCH_SEED) for name in ("mean", "fair")}
-    for dataset, activations in data.probes.values():
-        poolings = _poolings(sae, len(dataset.texts))
-        _pool(sae, activations, poolings, advance)
-        for name, pooling in poolings.items():
-            measures += datasets.probe_accuracy(
-                dataset,
-                pooling.texts,
-                data.settings.ks,
-                source="sae",
-                pooling=name,
-                protocol=data.settings.probe_protocol,
-                on_all=name == "mean",
-                random=streams[name],
-                on_fit=_record_probes(
-                    facts, name, data.settings.ks, [f"{dataset.name}: {label}" for label in dataset.classes]
-                ),
-            )
+    measures, poolings = [], _poolings(sae, len(dataset.texts))
+    _pool(sae, activations, poolings, advance)
+    names = [f"{dataset.name}: {label}" for label in dataset.classes]
+    for name, pooling in poolings.items():
+        measures += datasets.probe_accuracy(
+            dataset,
+            pooling.texts,
+            data.settings.ks,
+            source="sae",
+            pooling=name,
+            protocol=data.settings.probe_protocol,
+            on_all=name == "mean",
+            random=streams[name],
+            on_fit=_record_probes(facts, name, data.settings.ks, names),
+        )
     return measures
 
 

@@ -106,6 +106,23 @@ class Row:
             reason=measure.reason,
         )
 
+    def measure(self, units: Mapping[str, Units]) -> Measure:
+        """Return the measure of this row; the values of its slice are text.
+
+        Args:
+            units: of the cell, as `read_units` returns them.
+        """
+        return Measure(
+            self.metric,
+            self.value,
+            self.ci_low,
+            self.ci_high,
+            self.n,
+            parse_slice(self.slice) or None,
+            units.get(f"{self.metric}|{self.slice}"),
+            self.reason,
+        )
+
 
 def measured(
     metrics: Iterable[str],

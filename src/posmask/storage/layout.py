@@ -18,6 +18,7 @@ __all__ = [
     "LATENT_WORDS_FILE",
     "OPENNESS_FILE",
     "PAGE_MARK",
+    "PARTS_FILE",
     "REPORT_FILE",
     "RESULTS_FILE",
     "ROWS_FILE",
@@ -53,6 +54,8 @@ BASELINES = "baselines"
 
 ROWS_FILE = "rows.csv"
 UNITS_FILE = "units.safetensors"
+PARTS_FILE = "parts_of_evaluation.json"
+"""The identity and the number of rows of each part of an evaluation, in the order of its rows."""
 SETTINGS_FILE = "settings.json"
 CURVE_FILE = "curve.csv"
 SNAPSHOTS_FILE = "snapshots.safetensors"

@@ -1,6 +1,7 @@
 """Train and evaluate one cell of a study, and write its folder."""
 
 import importlib.metadata
+import json
 import shutil
 import time
 from collections.abc import Mapping
@@ -110,11 +111,13 @@ class TrainingFacts:
         dead: the latents that were dead at its end.
         n_tokens: training tokens, with those of the SAE that it started from.
         seconds: duration of the training.
+        earlier: the folder of an earlier evaluation of the SAE; parts that would be the same are taken from it.
     """
 
     dead: Bool[Tensor, " latent"]
     n_tokens: int
     seconds: float
+    earlier: Path | None = None
 
 
 def _train(
@@ -157,7 +160,7 @@ def _copy_training(earlier: Path, draft: Path) -> tuple[SparseAutoencoder, Train
             shutil.copyfile(earlier / name, draft / name)
     (seconds,) = (row.value for row in rows.read_rows(earlier / layout.ROWS_FILE) if row.metric == "train_seconds")
     dead = load_file(draft / layout.DEAD_FILE)["dead"]
-    return read_sae(draft), TrainingFacts(dead, read_origin(draft)["training_tokens"], seconds)
+    return read_sae(draft), TrainingFacts(dead, read_origin(draft)["training_tokens"], seconds, earlier)
 
 
 def evaluate_to_folder(
@@ -176,25 +179,51 @@ def evaluate_to_folder(
         columns: of its rows: cell, budget and seed.
         training: its training, if the study trained it.
     """
+    identities = _part_identities(study, target)
+    earlier = None if training is None else training.earlier
+    kept = {} if earlier is None else _kept_parts(earlier, identities)
     started = time.perf_counter()
-    measures, latents = evaluate(sae, None if training is None else training.dead, data, target.label)
+    dead = None if training is None else training.dead
+    measures, latents = evaluate(sae, dead, data, target.label, kept, earlier)
     evaluate_seconds = time.perf_counter() - started
     latents.write(draft, data.tokenizer)
     if training is not None:
-        measures = [
-            rows.Measure("train_seconds", training.seconds, n=1),
-            rows.Measure("evaluate_seconds", evaluate_seconds, n=1),
-            rows.Measure("train_tokens", training.n_tokens, n=1),
-            rows.Measure("d_sae", sae.d_sae, n=1),
-            *measures,
-        ]
+        facts = {"train_seconds": training.seconds, "evaluate_seconds": evaluate_seconds}
+        facts |= {"train_tokens": training.n_tokens, "d_sae": sae.d_sae}
+        measures = {"training": [rows.Measure(name, value, n=1) for name, value in facts.items()], **measures}
     if target.cell is not None and target.cell.measure_forgetting:
-        measures += forgetting(sae, data, study.training, target.seed, target.label)
+        measures["forgetting"] = kept.get("forgetting") or forgetting(
+            sae, data, study.training, target.seed, target.label
+        )
+    every = [measure for of_part in measures.values() for measure in of_part]
     if study.evaluation.probe_datasets:
         path = draft / layout.SAEBENCH_FILE
-        write_saebench(path, study, target.label, target.made_from, measures, baseline)
+        write_saebench(path, study, target.label, target.made_from, every, baseline)
     mask = sae.mask.settings
-    _write_measures(draft, measures, {**columns, "mask": mask.kind, "gating": mask.gating})
+    _write_measures(draft, every, {**columns, "mask": mask.kind, "gating": mask.gating})
+    parts = {name: {"identity": identities.get(name, ""), "rows": len(part)} for name, part in measures.items()}
+    (draft / layout.PARTS_FILE).write_text(manifest.as_json(parts), encoding="utf8")
+
+
+def _part_identities(study: StudySettings, target: Target) -> dict[str, str]:
+    """The identity of each part of an evaluation: SAE, corpus, and the settings that the part depends on."""
+    shared = {"sae": training_part(target.made_from), "corpus": target.made_from["corpus"]}
+    return {
+        name: manifest.identity({**shared, "part": name, "evaluation": settings})
+        for name, settings in study.evaluation.parts().items()
+    }
+
+
+def _kept_parts(earlier: Path, identities: Mapping[str, str]) -> dict[str, list[rows.Measure]]:
+    """The measures of an earlier evaluation of the same SAE whose parts have these identities, by part."""
+    table, units = rows.read_rows(earlier / layout.ROWS_FILE), rows.read_units(earlier / layout.UNITS_FILE)
+    kept, start = {}, 0
+    for name, part in json.loads((earlier / layout.PARTS_FILE).read_text(encoding="utf8")).items():
+        of_part = table[start : start + part["rows"]]
+        if part["identity"] == identities.get(name):
+            kept[name] = [row.measure(units) for row in of_part]
+        start += part["rows"]
+    return kept
 
 
 def _write_measures(draft: Path, measures: list[rows.Measure], columns: Mapping[str, Any]) -> None:
