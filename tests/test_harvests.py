@@ -89,7 +89,7 @@ def test_vectors_are_recomputed_if_a_dataset_has_other_texts(study_file, tmp_pat
     assert len(after.position[after.keep]) == len(kept)
 
 
-def test_order_tasks_are_harvested_as_declared(study_file, tmp_path):
+def test_order_tasks_are_token_fields_as_declared(study_file, tmp_path):
     study = read_study(study_file)
     task, vectors = prepare(study, Source(study.model), tmp_path / "run").order["toy_order"]
     assert isinstance(task, order_tasks.OrderTask)

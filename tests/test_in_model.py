@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -48,6 +50,34 @@ def test_losses_equal_a_plain_loop(in_model, causal_model, activations):
 
 def measures(rows):
     return {(measure.metric, *(measure.slice or {}).values()): measure for measure in rows}
+
+
+def test_the_mapped_file_of_predictions_has_its_blocks_on_disk(language_model, activations, monkeypatch):
+    allocated = []
+    map_file = torch.from_file
+
+    def checked(name, size, dtype, **options):
+        allocated.append((os.stat(name).st_blocks * 512, size * dtype.itemsize))
+        return map_file(name, size=size, dtype=dtype, **options)
+
+    monkeypatch.setattr(torch, "from_file", checked)
+    expected = InModel(language_model, activations, 12).losses([])[0]
+    with monkeypatch.context() as patch:
+        patch.delattr(os, "posix_fallocate", raising=False)
+        patch.setattr("posmask.evaluation.downstream._BLOCK_BYTES", 1000)
+        again = InModel(language_model, activations, 12).losses([])[0]
+    assert torch.equal(again.divergence.nan_to_num(), expected.divergence.nan_to_num())
+    for on_disk, needed in allocated:
+        assert on_disk >= needed
+
+
+def test_a_full_folder_of_temporary_files_raises_an_error(language_model, activations, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(OSError, match=r"predictions do not fit into .* \(No space left on device; set TMPDIR"):
+        InModel(language_model, activations, 12).losses([])
 
 
 def test_loss_recovered_is_1_for_a_perfect_reconstruction_and_0_for_zeros(in_model):

@@ -166,7 +166,7 @@ def test_only_tables_are_cut_unless_the_study_says_so():
     sizes = {"n_positions": 16, "training_tokens": 10, "heldout_tokens": 10}
     own, tables = CorpusSettings(texts="a", **sizes), CorpusSettings(tables=("a",), **sizes)
     assert own.max_characters is None
-    assert own.source == {"tables": [], "texts": "a"}
+    assert own.source == {"tables": []}
     assert tables.source == {"tables": ["a"], "max_characters": 1000}
     assert CorpusSettings(tables=("a",), max_characters=50, **sizes).max_characters == 50
     assert CorpusSettings(texts="a", max_characters=50, **sizes).max_characters == 50

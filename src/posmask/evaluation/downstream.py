@@ -1,6 +1,7 @@
 """Measures inside the model: loss recovered by a reconstruction, and a causal test of position-bound latents."""
 
 import math
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,9 +23,31 @@ from posmask.sae.autoencoder import Codes, SparseAutoencoder
 __all__ = ["InModel", "Losses", "WindowMass", "causal", "recovered", "without_latents"]
 
 MIN_CAUSAL_FIRINGS = 40
+_BLOCK_BYTES = 2**24
 _CONTEXTS_AT_ONCE = 2  # 25 MB of log-probabilities each, several times over
 Replace = Callable[[Batch, Int[Tensor, " token"]], Float[Tensor, "token d_model"]]
 """Maps kept tokens and the index of each token's context to the vectors that replace theirs."""
+
+
+def _allocate(file: int, n_bytes: int) -> None:
+    """Reserve the blocks of a temporary file: writing to a mapped file on a full disk would end the process.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file, 0, n_bytes)
+        else:
+            for start in range(0, n_bytes, _BLOCK_BYTES):
+                os.write(file, bytes(min(_BLOCK_BYTES, n_bytes - start)))
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"{n_bytes / 1e9:.2g} GB of the model's predictions do not fit into the folder of temporary files "
+            f"({error.strerror}; set TMPDIR to a larger one, or lower evaluation.model_contexts)",
+            tempfile.gettempdir(),
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -122,6 +145,7 @@ class InModel:
                 if stored is None:
                     shape = len(self.starts), *logits.shape[1:]
                     size = math.prod(shape)
+                    _allocate(file.fileno(), size * logits.dtype.itemsize)
                     stored = torch.from_file(file.name, shared=True, size=size, dtype=logits.dtype).view(shape)
                 stored[contexts] = logits.cpu()
         assert stored is not None
