@@ -1,10 +1,9 @@
 """posmask against its peers on the same work: `bench.py [--quick] [GROUP ...]`, or `make bench`.
 
 Each peer runs in an environment of its own under .bench/, set up here from peers/*.txt. Ours and theirs take turns in
-one run, one thread each (see peers/steps_terms.py); a round is one step of everyone. A request is clean if both
-products around it took at most 1.15 times the fastest of the run. Reported are medians over clean requests, their
-ratio, and as `low` and `high` the smallest and largest ratio of a single round. Results of a group replace those in
-results.json, and all that stand there make the tables of docs/performance.md.
+one run, one thread each (see peers/steps_terms.py), each peer's step between two of ours (see rounds.py). Reported are
+the median of the ratios of all rounds, their range, and median times. Results of a group replace those in results.json,
+and all that stand there make the tables of docs/performance.md.
 """
 
 import argparse
@@ -16,9 +15,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+
+from rounds import figures, in_turn, is_wide
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -27,7 +29,6 @@ RESULTS = HERE / "results.json"
 PAGE = ROOT / "docs" / "performance.md"
 SHAPES = ("576x4608", "576x16384", "2304x9216")
 WARM_UP = {"576x4608": 2}  # requests before the first that counts; else 1
-CLEAN = 1.15
 PEERS = {
     "sae-lens": "sae_lens",
     "dictionary-learning": "dictionary_learning",
@@ -98,7 +99,14 @@ class Worker:
             env=environment,
         )
         self.answers: list[dict] = []
-        self._read()
+
+        self._is_ready = False
+
+    def wait(self) -> None:
+        """Wait until it takes requests. Workers that were made before import their packages at the same time."""
+        if not self._is_ready:
+            self._read()
+        self._is_ready = True
 
     def _read(self) -> dict:
         assert self._process.stdout is not None
@@ -135,88 +143,67 @@ def environment(name: str) -> Path:
     return python
 
 
-def in_turn(workers: list[Worker], n_rounds: int, warm_up: int = 2) -> None:
-    """Warm up, then one request of each worker a round."""
-    for worker in workers:
-        for _ in range(warm_up):
-            worker.ask()
-        worker.answers.clear()
-    for _ in range(n_rounds):
-        for worker in workers:
-            worker.ask()
-
-
-def compare(ours: Worker, theirs: Worker, fastest: float, time_of: str) -> dict | None:
-    """The figures of one comparison; None where too few requests were clean."""
-
-    def clean(answer: dict) -> bool:
-        return max(answer["calibration_ms"]) <= CLEAN * fastest
-
-    own = [answer[time_of] for answer in ours.answers if clean(answer)]
-    other = [answer[time_of] for answer in theirs.answers if clean(answer)]
-    rounds = [
-        b[time_of] / a[time_of] for a, b in zip(ours.answers, theirs.answers, strict=True) if clean(a) and clean(b)
-    ]
-    if not rounds:
-        return None
-    a, b = statistics.median(own), statistics.median(other)
-    return {
-        "ours_ms": round(a, 2),
-        "peer_ms": round(b, 2),
-        "ratio": round(b / a, 2),
-        "low": round(min(rounds), 2),
-        "high": round(max(rounds), 2),
-        "rounds": len(rounds),
-        "ours_peak_mb": round(ours.answers[-1]["peak_mb"]),
-        "peer_peak_mb": round(theirs.answers[-1]["peak_mb"]),
-    }
-
-
 def ours_of(work: str, shape: str, n_threads: int = 1) -> Worker:
     return Worker(work, Path(sys.executable), str(HERE / "steps_posmask.py"), work, shape, str(n_threads))
 
 
-def run_group(name: str, shape: str, n_rounds: int, peers: set[str], works: set[str] | None = None) -> list[dict]:
+def run_group(
+    name: str, shape: str, n_rounds: int, peers: set[str], works: set[str] | None = None, seconds: float | None = None
+) -> list[dict]:
     group = GROUPS[name]
     ours = [ours_of(work, shape) for work in group.ours if works is None or work in works]
     theirs = []
     for peer in group.peers:
         if peer in peers:
             script = str(HERE / "peers" / f"steps_{PEERS[peer]}.py")
-            for more in ([], ["tuned"]) if peer in group.tuned else ([],):
+            tuned = peer in group.tuned and (works is None or has_bfloat16())
+            for more in ([], ["tuned"]) if tuned else ([],):
                 label = f"{peer} tuned" if more else peer
                 theirs.append(Worker(label, environment(PEERS[peer]), script, group.theirs, shape, "1", *more))
-    floor = Worker("gemm-floor", Path(sys.executable), str(HERE / "floor.py"), shape)
-    workers = [*ours, *theirs, floor]
-    in_turn(workers, n_rounds, WARM_UP.get(shape, 1))
-    found = rows_of(ours, [*theirs, floor], {"shape": shape}, "cpu_ms")
-    for worker in workers:
+    theirs.append(Worker("gemm-floor", Path(sys.executable), str(HERE / "floor.py"), shape))
+    return measured(ours, theirs, n_rounds, {"shape": shape}, WARM_UP.get(shape, 1), seconds)
+
+
+def measured(
+    ours: list[Worker],
+    theirs: list[Worker],
+    n_rounds: int,
+    terms: dict,
+    warm_up: int = 2,
+    seconds: float | None = None,
+) -> list[dict]:
+    """Run the workers in turn and stop them: one row per pair of ours and theirs."""
+    for worker in (*ours, *theirs):
+        worker.wait()
+    in_turn(ours, theirs, n_rounds, warm_up, seconds)
+    found = []
+    for own in ours:
+        for place, other in enumerate(theirs):
+            times = [[answer["cpu_ms"] for answer in worker.answers] for worker in (own, other)]
+            peer, _, setting = other.name.partition(" ")
+            row = {
+                **{"work": own.name, **terms, "peer": peer, **({"setting": setting} if setting else {})},
+                **figures(*times, place, len(theirs)),
+                "ours_peak_mb": round(own.answers[-1]["peak_mb"]),
+                "peer_peak_mb": round(other.answers[-1]["peak_mb"]),
+            }
+            spread = f"{row['low']:.2f} to {row['high']:.2f} in {row['rounds']} rounds{', wide' * is_wide(row)}"
+            print(f"{own.name:>17} {other.name:>20} {row['ratio']:7.2f}x  ({spread})", flush=True)
+            found.append(row)
+    for worker in (*ours, *theirs):
         worker.stop()
     return found
 
 
-def rows_of(ours: list[Worker], theirs: list[Worker], terms: dict, time_of: str) -> list[dict]:
-    every = [time for worker in (*ours, *theirs) for answer in worker.answers for time in answer["calibration_ms"]]
-    found = []
-    for own in ours:
-        for other in theirs:
-            figures = compare(own, other, min(every), time_of)
-            if figures is None:
-                print(f"{own.name} {terms} against {other.name}: no clean round, the machine was busy", flush=True)
-                continue
-            peer, _, setting = other.name.partition(" ")
-            row = {"work": own.name, **terms, "peer": peer, **({"setting": setting} if setting else {}), **figures}
-            print(f"{row['work']:>17} {terms.get('shape', '')} {other.name:>20} {row['ratio']:7.2f}x", flush=True)
-            found.append(row)
-    return found
-
-
-def run_harvest(n_rounds: int) -> list[dict]:
+def run_harvest(
+    n_rounds: int, precisions: tuple[str, ...] = ("float32", "bfloat16"), seconds: float | None = None
+) -> list[dict]:
     from posmask.data.models import embedded_model_folder
 
     model, found = str(embedded_model_folder()), []
-    for precision, work in (("float32", "harvest-float32"), ("bfloat16", "harvest-bf16")):
+    for precision in precisions:
         own = str(HERE / "harvest_posmask.py")
+        work = {"float32": "harvest-float32", "bfloat16": "harvest-bf16"}[precision]
         ours = Worker(work, Path(sys.executable), own, "harvest", model, "1", precision)
         bare = Worker("bare-forward", Path(sys.executable), own, "forward", model, "1", precision)
         script = str(HERE / "peers" / "harvest_sae_lens.py")
@@ -225,8 +212,8 @@ def run_harvest(n_rounds: int) -> list[dict]:
             for label, own_precision in (("sae-lens", "float32"), ("sae-lens tuned", "bfloat16"))
             if own_precision == "float32" or precision == "bfloat16"
         ]
-        in_turn([ours, bare, *theirs], n_rounds)
-        rows = rows_of([ours], [bare, *theirs], {"shape": "SmolLM2-135M, layer 15"}, "cpu_ms")
+        terms = {"shape": "SmolLM2-135M, layer 15"}
+        rows = measured([ours], [bare, *theirs], n_rounds, terms, 2 if seconds is None else 1, seconds)
         by_name = {worker.name: worker for worker in (bare, *theirs)}
         for row in rows:
             worker, last = by_name[f"{row['peer']} {row.get('setting', '')}".strip()], ours.answers[-1]
@@ -235,8 +222,6 @@ def run_harvest(n_rounds: int) -> list[dict]:
                 row["peer_bytes_a_token"] = round(worker.answers[-1]["bytes"] / worker.answers[-1]["tokens"])
             row["ours_tokens_a_second"] = round(1000 * last["tokens"] / row["ours_ms"])
         found += rows
-        for worker in (ours, bare, *theirs):
-            worker.stop()
     return found
 
 
@@ -247,15 +232,13 @@ def run_probing(d_saes: tuple[int, ...], n_rounds: int) -> list[dict]:
             activations = f"{folder}/activations.npz"
             script = str(HERE / "peers" / "saebench_probing.py")
             theirs = Worker("sae-bench", environment("saebench"), script, activations, str(d_sae))
+            theirs.wait()  # It writes the activations.
             ours = Worker("probing", Path(sys.executable), str(HERE / "probing_posmask.py"), activations)
-            in_turn([ours, theirs], n_rounds)
-            rows = rows_of([ours], [theirs], {"shape": f"d_sae {d_sae}"}, "cpu_ms")
+            rows = measured([ours], [theirs], n_rounds, {"shape": f"d_sae {d_sae}"})
             for row in rows:
                 row["ours_accuracy"] = round(ours.answers[-1]["accuracy"], 4)
                 row["peer_accuracy"] = round(theirs.answers[-1]["accuracy"], 4)
             found += rows
-            ours.stop()
-            theirs.stop()
     return found
 
 
@@ -286,14 +269,12 @@ def run_scaling(n_rounds: int) -> list[dict]:
             ]
         else:
             workers = [ours_of(*point) for point in points]
-        in_turn(workers, n_rounds)
+        for worker in workers:
+            worker.wait()
+        in_turn([], workers, n_rounds)
         for worker, (work, shape, n_threads) in zip(workers, points, strict=True):
-            # Its own fastest: with two threads the product's CPU time is that of both.
-            fastest = min(time for answer in worker.answers for time in answer["calibration_ms"])
-            clean = [a for a in worker.answers if max(a["calibration_ms"]) <= CLEAN * fastest]
-            clean = clean or [min(worker.answers, key=lambda answer: max(answer["calibration_ms"]))]
             # With two threads the time that passes counts, not what both spend.
-            times = [answer["wall_ms" if name.startswith("threads") else "cpu_ms"] for answer in clean]
+            times = [answer["wall_ms" if name.startswith("threads") else "cpu_ms"] for answer in worker.answers]
             row = {"by": name, "work": work, "shape": shape, "threads": n_threads}
             found.append({**row, "ms": round(statistics.median(times), 2), "best_ms": round(min(times), 2)})
             print(f"{name}: {work} {shape} x{n_threads} {found[-1]['ms']:.1f} ms", flush=True)
@@ -317,7 +298,8 @@ def run_profile() -> list[dict]:
 
 def machine() -> dict:
     facts = {}
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
+    cpuinfo = Path("/proc/cpuinfo")  # Linux only
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
         key, _, value = line.partition(":")
         facts.setdefault(key.strip(), value.strip())
     flags, name = facts.get("flags", "").split(), facts.get("model name", platform.processor())
@@ -328,6 +310,13 @@ def machine() -> dict:
         "system": platform.platform(terse=True),
         "threads": 1,
     }
+
+
+def has_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 natively, without which nobody chooses it."""
+    from posmask.kernels import runtime
+
+    return runtime.fast_precision() == "bfloat16"
 
 
 def versions() -> dict:
@@ -383,11 +372,14 @@ def main() -> None:
     )
     parser.add_argument("--shape", action="append", choices=SHAPES, help="only at this shape")
     given = parser.parse_args()
-    unknown = set(given.groups) - set(every)
+    known = list(QUICK) if given.quick else every
+    unknown = set(given.groups) - set(known)
     if unknown:
-        parser.error(f"{', '.join(sorted(unknown))} is no group: choose of {', '.join(every)}")
+        parser.error(f"{', '.join(sorted(unknown))} is not a group: choose from {', '.join(known)}")
+    facts = machine()
+    print(f"{facts['processor']}, {facts['cores']} cores: {' '.join(facts['features'])}", flush=True)
     if given.quick:
-        quick()
+        quick(given.groups or QUICK)
         return
     results = Results.read()
     for name in given.groups or every:
@@ -410,13 +402,32 @@ def main() -> None:
         write_page(results)
 
 
-def quick() -> None:
-    """The main ratios, in minutes."""
-    works = {"topk-float32", "topk-bf16-select", "mask-slice", "mask-hard"}
-    run_group("topk", SHAPES[0], 5, {"sae-lens", "eai-sparsify"}, works)
-    run_group("batchtopk", SHAPES[0], 4, {"sae-lens"})
-    run_group("relu-l1", SHAPES[0], 4, {"sae-lens"})
-    run_harvest(2)
+# Peers of each group, and seconds after which no round begins.
+QUICK = {
+    "topk": ({"sae-lens", "eai-sparsify"}, 75),
+    "batchtopk": ({"sae-lens"}, 40),
+    "relu-l1": ({"sae-lens"}, 40),
+    "harvest": ({"sae-lens"}, 50),
+}
+
+
+def quick(names: Iterable[str]) -> None:
+    """The main ratios in at most six minutes on two cores with AVX2, after the peers' environments are set up.
+
+    bfloat16 is left out where the CPU does not multiply it natively.
+    """
+    for peer in {peer for name in names for peer in QUICK[name][0]}:
+        environment(PEERS[peer])
+    started = time.perf_counter()
+    works = {"topk-float32", "mask-slice", "mask-hard", "batchtopk", "relu-l1-float32"}
+    works |= {"topk-bf16-select", "relu-l1-bf16"} if has_bfloat16() else set()
+    for name in names:
+        peers, seconds = QUICK[name]
+        if name == "harvest":
+            run_harvest(3, ("float32", "bfloat16") if has_bfloat16() else ("float32",), seconds)
+        else:
+            run_group(name, SHAPES[0], 5, peers, works, seconds)
+    print(f"{time.perf_counter() - started:.0f} s", flush=True)
 
 
 def write_page(results: Results) -> None:

@@ -1,5 +1,7 @@
 """results.json -> the tables of docs/performance.md."""
 
+from rounds import is_wide
+
 # What was set as the least: against sae-lens, and against the best peer.
 GOALS = {
     "topk-float32": (10, 3),
@@ -17,8 +19,9 @@ GOALS = {
 }
 
 
-def _ratio(row: dict) -> str:
-    return f"{row['ratio']:.1f} ({row['low']:.1f}–{row['high']:.1f})"
+def _ratio(row: dict, digits: int = 1) -> str:
+    spread = f"{row['low']:.{digits}f}–{row['high']:.{digits}f}{', wide' * is_wide(row)}"
+    return f"{row['ratio']:.{digits}f} ({spread})"
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
@@ -75,7 +78,7 @@ def _harvest(ratios: list[dict]) -> str:
                     row["work"],
                     peer,
                     str(row["ours_tokens_a_second"]),
-                    f"{row['ratio']:.2f} ({row['low']:.2f}–{row['high']:.2f})",
+                    _ratio(row, 2),
                     stored,
                 ]
             )

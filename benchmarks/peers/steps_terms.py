@@ -3,8 +3,7 @@
 Each script is a process that does one thing through its own package's code, once for each line on standard input, and
 answers with the CPU time it took. Training takes its batches from `on_demand`, and a step is the time from one batch
 handed over until the next is asked for: one whole step, and nothing else. Between requests a process waits and costs
-nothing, so several packages can be timed in turn in one run. Before and after each request stands a product of fixed
-size: where it is slow, the machine was, and that was no measurement.
+nothing, so several packages can be timed in turn in one run.
 """
 
 import json
@@ -74,29 +73,15 @@ def requests() -> Iterator[dict]:
 
     What is put into the yielded dict is added to the answer.
     """
-    left, right = torch.randn(1024, 1024), torch.randn(1024, 1024)
-    _calibrate(left, right)
     _answer({"ready": True})
     for _ in sys.stdin:
-        before, more = _calibrate(left, right), {}
+        more: dict = {}
         started, wall = time.process_time(), time.perf_counter()
         yield more
         cpu, wall = time.process_time() - started, time.perf_counter() - wall
         times = {"cpu_ms": 1000 * cpu, "wall_ms": 1000 * wall}
         peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        _answer({**times, "calibration_ms": [before, _calibrate(left, right)], "peak_mb": peak_mb, **more})
-
-
-def _calibrate(left: Tensor, right: Tensor) -> float:
-    """CPU milliseconds of a product of 1024 x 1024 float32, the faster of two."""
-    before, times = torch.get_float32_matmul_precision(), []
-    torch.set_float32_matmul_precision("highest")  # whatever the work is in the midst of
-    for _ in range(2):
-        started = time.process_time()
-        torch.mm(left, right)
-        times.append(time.process_time() - started)
-    torch.set_float32_matmul_precision(before)
-    return 1000 * min(times)
+        _answer({**times, "peak_mb": peak_mb, **more})
 
 
 def _answer(line: dict) -> None:
