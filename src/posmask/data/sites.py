@@ -1,6 +1,12 @@
-"""Run a causal language model up to a site, or continue from replaced vectors at the site."""
+"""Run a causal language model up to a site, or continue from replaced vectors at the site.
+
+A model is checked when it is opened: with its own vectors in place of its own vectors it must compute its own logits.
+So a family that posmask does not know works or is refused, before anything is harvested.
+"""
 
 import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -9,6 +15,7 @@ from torch import Tensor, nn
 
 from posmask.errors import BadSetting
 from posmask.kernels.runtime import fast_float32
+from posmask.seeds import generator
 
 __all__ = ["LanguageModel", "Site"]
 
@@ -31,76 +38,124 @@ class LanguageModel:
             norm that follows the sublayer.
 
     Raises:
-        BadSetting: the layer does not exist, or the decoder does not have its layers in one list.
+        BadSetting: the layer does not exist, or the model fails a check (see `_check`). A model without weights, which
+            cannot run, is not checked.
     """
 
     def __init__(self, model: Any, layer: int, site: Site = "residual_after") -> None:
         self._model = model
-        self._body = model.get_decoder()  # without the head, which costs as much as several layers
-        self._config = model.config.get_text_config()
-        layers = _decoder_layers(self._body, self._config.num_hidden_layers)
+        with _refused(f"{type(model).__name__} has no decoder that posmask can read"):
+            self._body = model.get_decoder()  # without the head, which costs as much as several layers
+            self._config = model.config.get_text_config()
+            layers = _decoder_layers(model, self._body, self._config.num_hidden_layers)
+            self.d_model = int(self._config.hidden_size)
         if not 1 <= layer <= len(layers):
             raise BadSetting(
                 f"layer = {layer} does not exist: the model has {len(layers)} layers, choose 1 to {len(layers)}"
             )
         self.layer = layer
         self.site: Site = site
-        self.d_model = int(self._config.hidden_size)
         self._longest = getattr(self._config, "max_position_embeddings", None)
-        self._caught: Tensor | None = None
-        self._replacement: Tensor | None = None
-        self._layer = layers[layer - 1]
+        self._hooked: nn.Module = layers[layer - 1]
         self._below = list(layers)[: layer - (site == "residual_before")]
         # Replaced vectors of a sublayer do not replace the residual stream, so the layers below still have to run.
         self._skipped = self._below if site.startswith("residual") else []
-        self._is_hooked = site.startswith("residual")
-        if site == "residual_after":
-            self._layer.register_forward_hook(self._at_output)
-        elif site == "residual_before":
-            self._layer.register_forward_pre_hook(self._at_input, with_kwargs=True)
+        if self.device.type == "meta":
+            return
+        self._top = self if layer == len(layers) and site == "residual_after" else LanguageModel(model, len(layers))
+        ids = self._random_ids()
+        with torch.inference_mode(), fast_float32(self.device):
+            if not site.startswith("residual"):
+                with _refused(f"{type(model).__name__} cannot run on token ids alone"):
+                    attention, mlp = _sublayers(self._body, self._hooked, ids[:1])
+                self._hooked = attention if site == "attention" else mlp
+            self._check(ids)
 
-    def _at_output(self, module: nn.Module, inputs: Any, output: Any) -> Any:
-        if isinstance(output, tuple):
-            return (self._at_site(output[0]), *output[1:])
-        return self._at_site(output)
+    def _random_ids(self) -> Int[Tensor, "context position"]:
+        """Two short contexts from the middle of the vocabulary: ids at its ends may stand for images or padding."""
+        n = self.n_vocabulary
+        return torch.randint(n // 4, n // 2, (2, 8), generator=generator(0, "self-check")).to(self.device)
 
-    def _at_input(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        if args:
-            return (self._at_site(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": self._at_site(kwargs["hidden_states"])}
+    def _check(self, ids: Int[Tensor, "context position"]) -> None:
+        """Compare what the model computes with what it computes from its own vectors at the site.
 
-    def _at_site(self, vectors: Tensor) -> Tensor:
-        if self._replacement is not None:
-            return self._replacement.to(vectors.dtype)
-        self._caught = vectors
-        raise _Stop
+        Without the layers below the site first; they run if the layers above need more of them than the stream.
 
-    def _hook_sublayer(self, ids: Int[Tensor, "context position"]) -> None:
-        if not self._is_hooked:
-            attention, mlp = _sublayers(self._body, self._layer, ids[:1])
-            (attention if self.site == "attention" else mlp).register_forward_hook(self._at_output)
-            self._is_hooked = True
+        Raises:
+            BadSetting: the model cannot run on token ids alone, vectors depend on later tokens or have another shape,
+                or replacing the vectors gives other logits or has no effect.
+        """
+        name, later = type(self._model).__name__, ids.clone()
+        later[:, -1] += 1
+        where = f"{self.site} of layer {self.layer} of {name}"
+        with _refused(f"{name} cannot run on token ids alone"):
+            expected = self._model(input_ids=ids, use_cache=False).logits
+            vectors, moved = self._read(ids), self._read(later)
+        if vectors.shape != (shape := (*ids.shape, self.d_model)):
+            raise BadSetting(
+                f"{where} has vectors of shape {list(vectors.shape)} instead of {list(shape)}, not one residual "
+                f"stream: {_OTHER}"
+            )
+        if (change := _distance(moved[:, :-1], vectors[:, :-1])) > _MAX_DISTANCE:
+            raise BadSetting(
+                f"{name} is not causal: vectors change by {change:.2g} of their norm with a later token: choose a "
+                "decoder"
+            )
+        if self._skipped and not self._round_trip(ids, vectors, expected) <= _MAX_DISTANCE:
+            self._skipped = []
+        with _refused(f"{where} cannot be replaced"):
+            distance = _distance(self.logits(ids, vectors), expected)
+            effect = _distance(self.logits(ids, -vectors), expected)
+        if not distance <= _MAX_DISTANCE:
+            raise BadSetting(
+                f"{where} does not determine what follows: its own vectors give logits that differ by {distance:.2g} "
+                f"of their norm: {_OTHER}"
+            )
+        if not effect > 0:
+            raise BadSetting(f"{where} has no effect on the logits: {_OTHER}")
+
+    def _round_trip(self, ids: Tensor, vectors: Tensor, expected: Tensor) -> float:
+        try:
+            return _distance(self.logits(ids, vectors), expected)
+        except Exception:  # A layer above may not find what one below should have left.
+            return math.inf
+
+    @contextlib.contextmanager
+    def _at_site(self, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """Within the block the model goes on with what `change` makes of the vectors at the site."""
+
+        def at_output(module: nn.Module, inputs: Any, output: Any) -> Any:
+            if isinstance(output, (tuple, list)):
+                return type(output)([change(output[0]), *output[1:]])
+            return change(output)
+
+        def at_input(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            if args:
+                return (change(args[0]), *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
+
+        if self.site == "residual_before":
+            hook = self._hooked.register_forward_pre_hook(at_input, with_kwargs=True)
+        else:
+            hook = self._hooked.register_forward_hook(at_output)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     @property
     def device(self) -> torch.device:
         """The device that the model computes on."""
         return next(self._body.parameters()).device
 
-    @torch.no_grad()
     def direct_logits(self, rows: Float[Tensor, "row d_model"]) -> Float[Tensor, "row vocabulary"]:
-        """The logits that the final norm and head give to directions, minus the logits of a vector of zeros."""
-        sizes = [self.d_model]
-        norms = [
-            child
-            for child in self._body.children()
-            if [list(parameter.shape) for parameter in child.parameters()][:1] == [sizes]
-        ]
-        head = self._model.get_output_embeddings()
-        inputs = torch.cat([torch.zeros_like(rows[:1]), rows]).to(head.weight)
-        for norm in norms[-1:]:  # Some models have no final norm.
-            inputs = norm(inputs)
-        with fast_float32(inputs.device):
-            logits = head(inputs).float()
+        """The logits that the model computes from directions after its last layer, minus those from zeros.
+
+        They include all that follows the layers: final norm, projections, head, scaling, soft-capping.
+        """
+        inputs = torch.cat([torch.zeros_like(rows[:1]), rows])[:, None]
+        ids = self._random_ids()[0, :1].expand(len(inputs), 1)
+        logits = self._top.logits(ids, inputs)[:, 0].float()
         return logits[1:] - logits[:1]
 
     @property
@@ -141,17 +196,20 @@ class LanguageModel:
 
         Args:
             ids: token ids, without padding on the left.
-
-        Raises:
-            BadSetting: the site is a sublayer, and the layer is not the sum of its input and two of its parts.
         """
-        ids = ids.to(self.device)
-        with contextlib.suppress(_Stop), fast_float32(self.device):
-            self._hook_sublayer(ids)
-            self._body(input_ids=ids, use_cache=False)
-        assert self._caught is not None
-        caught, self._caught = self._caught, None
-        return caught
+        return self._read(ids)
+
+    def _read(self, ids: Tensor) -> Tensor:
+        """The vectors at the site, of whatever shape."""
+        caught: list[Tensor] = []
+
+        def catch(vectors: Tensor) -> Tensor:
+            caught.append(vectors)
+            raise _Stop
+
+        with contextlib.suppress(_Stop), fast_float32(self.device), self._at_site(catch):
+            self._body(input_ids=ids.to(self.device), use_cache=False)
+        return caught[0]
 
     @torch.inference_mode()
     def logits(
@@ -159,21 +217,18 @@ class LanguageModel:
     ) -> Float[Tensor, "context position vocabulary"]:
         """Next-token logits with `vectors` in place of the vectors at the site, on the model's device.
 
-        If the site is the residual stream, the layers below it do not run.
-
-        Raises:
-            BadSetting: as `vectors`.
+        If the site is the residual stream, the layers below it do not run, unless those above need more of them.
         """
-        ids = ids.to(self.device)
-        with fast_float32(self.device):
-            self._hook_sublayer(ids)
-            self._replacement = vectors.to(self.device)
+
+        def replaced(there: Tensor) -> Tensor:
+            return vectors.to(there, copy=True)  # A layer may add to its input in place.
+
+        with fast_float32(self.device), self._at_site(replaced):
             for block in self._skipped:
                 block.forward = _pass_on
             try:
-                return self._model(input_ids=ids, use_cache=False).logits
+                return self._model(input_ids=ids.to(self.device), use_cache=False).logits
             finally:
-                self._replacement = None
                 for block in self._skipped:
                     del block.forward  # removes the instance attribute, so that the class's method applies again
 
@@ -186,11 +241,43 @@ class _Stop(Exception):
     """Raised by a hook to stop the forward pass after the site."""
 
 
-def _decoder_layers(body: nn.Module, n_layers: int) -> nn.ModuleList:
-    lists = [child for child in body.children() if isinstance(child, nn.ModuleList) and len(child) == n_layers]
+@contextlib.contextmanager
+def _refused(what: str) -> Iterator[None]:
+    """Errors of a model that does not fit become one sentence; lack of memory stays what it is."""
+    try:
+        yield
+    except (BadSetting, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise BadSetting(f"{what} ({type(error).__name__}: {reason}): {_OTHER}") from error
+
+
+def _distance(actual: Tensor, expected: Tensor) -> float:
+    """The norm of the difference, relative to the norm of the expected values."""
+    return float((actual.float() - expected.float()).norm() / expected.float().norm())
+
+
+_OTHER = "choose another site, layer or model"
+_MAX_DISTANCE = 0.01  # rounding in bfloat16; what is wrong differs by far more
+
+
+def _decoder_layers(model: nn.Module, body: nn.Module, n_layers: int) -> nn.ModuleList:
+    def lists_in(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, nn.ModuleList]:
+        lists: dict[str, nn.ModuleList] = {}
+        for name, module in modules:
+            is_inside = any(name.startswith(f"{outer}.") for outer in lists)  # such as the experts of a layer
+            if isinstance(module, nn.ModuleList) and len(module) == n_layers and not is_inside:
+                lists[name] = module
+        return lists
+
+    lists = lists_in(body.named_children()) or lists_in(body.named_modules())
     if len(lists) != 1:
-        raise BadSetting(f"{type(body).__name__} does not hold its {n_layers} layers in one list: not supported")
-    return lists[0]
+        raise BadSetting(
+            f"{type(model).__name__} does not hold its {n_layers} layers in one list, so posmask cannot read it: "
+            "choose another model"
+        )
+    return next(iter(lists.values()))
 
 
 def _sublayers(body: nn.Module, layer: nn.Module, ids: Int[Tensor, "context position"]) -> tuple[nn.Module, nn.Module]:
@@ -205,15 +292,15 @@ def _sublayers(body: nn.Module, layer: nn.Module, ids: Int[Tensor, "context posi
     parts: list[tuple[nn.Module, Tensor]] = []
 
     def at_input(module: nn.Module, args: Any, kwargs: Any) -> None:
-        stream.append(args[0] if args else kwargs["hidden_states"])
+        stream.append((args[0] if args else kwargs["hidden_states"]).clone())  # Layers may add to it in place.
 
     def at_output(module: nn.Module, inputs: Any, output: Any) -> None:
-        vectors = output[0] if isinstance(output, tuple) else output
+        vectors = output[0] if isinstance(output, (tuple, list)) else output
         if module is layer:
             stream.append(vectors)
             raise _Stop
         if isinstance(vectors, Tensor) and vectors.shape == stream[0].shape:
-            parts.append((module, vectors))
+            parts.append((module, vectors.clone()))
 
     hooks = [layer.register_forward_pre_hook(at_input, with_kwargs=True)]
     hooks += [module.register_forward_hook(at_output) for module in (layer, *layer.children())]
