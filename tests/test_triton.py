@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import D_SAE, KINDS, RULES, make_sae, make_vectors
+from conftest import D_SAE, make_sae, make_vectors
 from posmask.data.activations import training_batches
 from posmask.errors import DegenerateResult
 from posmask.kernels import backend, operations
@@ -20,7 +20,6 @@ from posmask.training.loop import train
 from posmask.training.optimizer import UnitRowAdam
 from posmask.training.reference_loss import plain_gradients
 from posmask.training.settings import TrainingSettings
-from test_contract import CHANGES, changed
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.[gpu]'")
 pytestmark = pytest.mark.usefixtures("on_triton")
@@ -307,14 +306,6 @@ def assert_gradients_of_the_definition(rule, kind, gating, n_tokens, **changes):
 )
 def test_gradients_equal_the_definition(rule, kind, gating):
     assert_gradients_of_the_definition(rule, kind, gating, 12)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize(("kind", "gating"), KINDS)
-@pytest.mark.parametrize("changes", CHANGES)
-def test_gradients_of_every_rule_and_mask_equal_the_definition(rule, kind, gating, changes):
-    assert_gradients_of_the_definition(rule, kind, gating, 16, **changed(kind, changes))
 
 
 @pytest.mark.parametrize("kind", ["open", "slice"])
