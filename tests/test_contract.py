@@ -92,16 +92,18 @@ def test_fast_gradients_equal_the_definition(rule, kind, gating, changes, n_toke
     expected = gradients_of(sae)
     sae.zero_grad()
     fast = fast_gradients(sae, vectors, position, dead=dead, aux_k=3)
-    assert fast.reconstruction == pytest.approx(plain.reconstruction, rel=1e-12)
-    assert fast.auxiliary == pytest.approx(plain.auxiliary, rel=1e-12)
-    assert (fast.auxiliary > 0) == sae.rule.revives
+    assert fast.numbers.reconstruction == pytest.approx(plain.numbers.reconstruction, rel=1e-12)
+    assert fast.numbers.auxiliary == pytest.approx(plain.numbers.auxiliary, rel=1e-12)
+    assert (fast.numbers.auxiliary > 0) == sae.rule.revives
     for name, gradient in gradients_of(sae).items():
         torch.testing.assert_close(gradient, expected[name], msg=name)
     torch.testing.assert_close(fast.codes.dense(), plain.codes.dense())
     torch.testing.assert_close(fast.residual, plain.residual)
     assert torch.equal(fast.fired, plain.fired)
-    assert fast.n_active == plain.n_active
-    assert fast.least == pytest.approx(0 if sae.rule.training_choice() is None else plain.least, rel=1e-12)
+    assert fast.numbers.n_active == plain.numbers.n_active
+    assert fast.numbers.least == pytest.approx(
+        0 if sae.rule.training_choice() is None else plain.numbers.least, rel=1e-12
+    )
     assert (fast.strength is None) == (plain.strength is None)
     if fast.strength is not None:
         torch.testing.assert_close(fast.strength, plain.strength)
@@ -271,6 +273,6 @@ def test_float32_agrees_with_float64(rule, kind, gating, n_tokens):
         results[dtype] = step, sae.decoder.grad
     (low, gradient), (high, exact) = results.values()
     same_selection = bool((low.codes.dense() > 0).eq(high.codes.dense() > 0).all())
-    assert low.reconstruction == pytest.approx(high.reconstruction, rel=1e-5)
+    assert low.numbers.reconstruction == pytest.approx(high.numbers.reconstruction, rel=1e-5)
     if same_selection:  # Candidates closer than float32 resolution may be selected differently.
         torch.testing.assert_close(gradient.double(), exact, rtol=1e-3, atol=1e-5)
