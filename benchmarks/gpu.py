@@ -140,7 +140,7 @@ def losses_of(
 
     def noted(*given, **options):
         step = fast(*given, **options)
-        losses.append(step.reconstruction)
+        losses.append(step.numbers.reconstruction)
         return step
 
     fast_loss.fast_gradients = noted

@@ -3,7 +3,18 @@
 import pytest
 import torch
 
-from conftest import D_MODEL, D_SAE, FORWARD_ONLY, KINDS, MASKS, N_POSITIONS, RULES, make_sae, make_vectors
+from conftest import (
+    D_MODEL,
+    D_SAE,
+    FORWARD_ONLY,
+    KINDS,
+    MASKS,
+    N_POSITIONS,
+    RULES,
+    interpret_triton,
+    make_sae,
+    make_vectors,
+)
 from posmask import masks
 from posmask.errors import BadSetting
 from posmask.kernels import backend
@@ -29,6 +40,17 @@ every_precision = pytest.mark.parametrize("dtype", [torch.float32, torch.float64
 CHANGES = {"plain": {}, "free and leaky": {"free_fraction": 0.125, "leak": 0.3}}
 
 
+@pytest.fixture(params=["cpu", pytest.param("triton", marks=pytest.mark.slow)])
+def n_tokens(request):
+    """The number of tokens, with the compiled loops of the CPU and in `make test-all` also with Triton kernels."""
+    if request.param == "cpu":
+        yield 60
+        return
+    interpret_triton()
+    with backend.use("triton"):
+        yield 12  # Triton's interpreter takes 0.1 s per token.
+
+
 def changed(kind, changes):
     """Return the changes that a kind supports: switch has no leak, and unborn latents of a split must be silent."""
     return {name: value for name, value in CHANGES[changes].items() if name != "leak" or kind not in FORWARD_ONLY}
@@ -46,10 +68,10 @@ def test_the_contract_covers_every_rule_and_mask():
 @every_rule
 @every_mask
 @pytest.mark.parametrize(("dtype", "use_mask"), [(torch.float64, True), (torch.float64, False), (torch.float32, True)])
-def test_sparse_encode_equals_the_definition(rule, kind, gating, dtype, use_mask):
+def test_sparse_encode_equals_the_definition(rule, kind, gating, dtype, use_mask, n_tokens):
     sae = make_sae(kind, gating, rule=rule, dtype=dtype)
-    vectors, position = make_vectors(60, dtype=dtype)
-    shuffled = torch.randperm(60, generator=torch.Generator().manual_seed(0))
+    vectors, position = make_vectors(n_tokens, dtype=dtype)
+    shuffled = torch.randperm(n_tokens, generator=torch.Generator().manual_seed(0))
     vectors, position = vectors[shuffled], position[shuffled]  # rows may be in any order
     dense = sae.encode(vectors, position, use_mask=use_mask).detach()
     codes = sae.sparse_encode(vectors, position, use_mask=use_mask)
@@ -62,24 +84,26 @@ def test_sparse_encode_equals_the_definition(rule, kind, gating, dtype, use_mask
 @every_rule
 @every_mask
 @pytest.mark.parametrize("changes", CHANGES)
-def test_fast_gradients_equal_the_definition(rule, kind, gating, changes):
+def test_fast_gradients_equal_the_definition(rule, kind, gating, changes, n_tokens):
     sae = make_sae(kind, gating, rule=rule, dtype=torch.float64, **changed(kind, changes))
-    vectors, position = make_vectors(60, dtype=torch.float64)
+    vectors, position = make_vectors(n_tokens, dtype=torch.float64)
     dead = torch.arange(D_SAE) % 3 == 0
     plain = plain_gradients(sae, vectors, position, dead=dead, aux_k=3)
     expected = gradients_of(sae)
     sae.zero_grad()
     fast = fast_gradients(sae, vectors, position, dead=dead, aux_k=3)
-    assert fast.reconstruction == pytest.approx(plain.reconstruction, rel=1e-12)
-    assert fast.auxiliary == pytest.approx(plain.auxiliary, rel=1e-12)
-    assert (fast.auxiliary > 0) == sae.rule.revives
+    assert fast.numbers.reconstruction == pytest.approx(plain.numbers.reconstruction, rel=1e-12)
+    assert fast.numbers.auxiliary == pytest.approx(plain.numbers.auxiliary, rel=1e-12)
+    assert (fast.numbers.auxiliary > 0) == sae.rule.revives
     for name, gradient in gradients_of(sae).items():
         torch.testing.assert_close(gradient, expected[name], msg=name)
     torch.testing.assert_close(fast.codes.dense(), plain.codes.dense())
     torch.testing.assert_close(fast.residual, plain.residual)
     assert torch.equal(fast.fired, plain.fired)
-    assert fast.n_active == plain.n_active
-    assert fast.least == pytest.approx(0 if sae.rule.training_choice() is None else plain.least, rel=1e-12)
+    assert fast.numbers.n_active == plain.numbers.n_active
+    assert fast.numbers.least == pytest.approx(
+        0 if sae.rule.training_choice() is None else plain.numbers.least, rel=1e-12
+    )
     assert (fast.strength is None) == (plain.strength is None)
     if fast.strength is not None:
         torch.testing.assert_close(fast.strength, plain.strength)
@@ -89,9 +113,9 @@ def test_fast_gradients_equal_the_definition(rule, kind, gating, changes):
 
 
 @every_rule
-def test_gradients_of_contiguous_hard_masks_equal_the_definition(rule):
+def test_gradients_of_contiguous_hard_masks_equal_the_definition(rule, n_tokens):
     sae = make_sae("hard", rule=rule, dtype=torch.float64, contiguous=True)
-    vectors, position = make_vectors(60, dtype=torch.float64)
+    vectors, position = make_vectors(n_tokens, dtype=torch.float64)
     plain_gradients(sae, vectors, position)
     expected = gradients_of(sae)
     fast_gradients(sae, vectors, position)
@@ -118,13 +142,13 @@ def test_torch_operations_equal_compiled_loops(rule, kind, gating):
 
 @every_rule
 @every_mask
-def test_closed_latents_are_exactly_zero_and_get_zero_gradient(rule, kind, gating):
+def test_closed_latents_are_exactly_zero_and_get_zero_gradient(rule, kind, gating, n_tokens):
     sae = make_sae(kind, gating, rule=rule)
     if kind == "switch":  # closed latents depend on the token; route all tokens to one expert
         sae.mask.route = lambda x, position: Routing(torch.full(x.shape[:-1], 1))
     closed_anywhere = False
     for token_position in (1, 15):
-        vectors, position = make_vectors(60)[0], torch.full((60,), token_position, dtype=torch.int32)
+        vectors, position = make_vectors(n_tokens)[0], torch.full((n_tokens,), token_position, dtype=torch.int32)
         row = 1 if kind == "switch" else token_position
         closed = sae.mask.table().detach()[row] == 0
         closed_anywhere |= bool(closed.any())
@@ -144,9 +168,9 @@ def test_closed_latents_are_exactly_zero_and_get_zero_gradient(rule, kind, gatin
 
 @every_rule
 @every_precision
-def test_a_fully_open_mask_equals_no_mask_bit_for_bit(rule, dtype):
+def test_a_fully_open_mask_equals_no_mask_bit_for_bit(rule, dtype, n_tokens):
     sae = make_sae("open", rule=rule, dtype=dtype)
-    vectors, position = make_vectors(100, dtype=dtype)
+    vectors, position = make_vectors(n_tokens, dtype=dtype)
     preactivation = (sae.normalize(vectors) - sae.decoder_bias) @ sae.encoder.T + sae.encoder_bias
     unmasked = sae.rule.codes(preactivation, None, lambda parameter: parameter)
     assert torch.equal(sae.encode(vectors, position), unmasked)
@@ -179,12 +203,12 @@ def test_batched_texts_equal_single_tokens(rule, kind, gating, dtype):
 
 @every_rule
 @every_mask
-def test_a_written_sae_gives_the_same_codes_when_read(rule, kind, gating, tmp_path):
+def test_a_written_sae_gives_the_same_codes_when_read(rule, kind, gating, tmp_path, n_tokens):
     sae = make_sae(kind, gating, rule=rule, **changed(kind, "free and leaky"))
     sae.center += 1.5
     sae.scale *= 2
     write_sae(sae, tmp_path)
-    vectors, position = make_vectors(50)
+    vectors, position = make_vectors(n_tokens)
     read = read_sae(tmp_path)
     assert torch.equal(read(vectors, position), sae(vectors, position))
     assert torch.equal(read.sparse_encode(vectors, position).value, sae.sparse_encode(vectors, position).value)
@@ -221,9 +245,9 @@ def test_without_mask_equals_lifting_the_mask(rule, kind, gating):
 
 @every_rule
 @every_mask_in_time
-def test_bfloat16_rounds_only_codes_of_rules_without_selection(rule, kind, gating):
+def test_bfloat16_rounds_only_codes_of_rules_without_selection(rule, kind, gating, n_tokens):
     sae = make_sae(kind, gating, rule=rule)
-    vectors, position = make_vectors(150)
+    vectors, position = make_vectors(5 * n_tokens // 2)
     exact = fast_gradients(sae, vectors, position).codes.dense()
     gradient = sae.encoder.grad.clone()
     rounded = fast_gradients(sae, vectors, position, precision="bfloat16").codes.dense()
@@ -239,16 +263,16 @@ def test_bfloat16_rounds_only_codes_of_rules_without_selection(rule, kind, gatin
 
 @every_rule
 @every_mask_in_time
-def test_float32_agrees_with_float64(rule, kind, gating):
+def test_float32_agrees_with_float64(rule, kind, gating, n_tokens):
     assert float32_stays_float32()
     results = {}
     for dtype in (torch.float32, torch.float64):
         sae = make_sae(kind, gating, rule=rule, dtype=dtype)
-        vectors, position = make_vectors(60)
+        vectors, position = make_vectors(n_tokens)
         step = fast_gradients(sae, vectors.to(dtype), position)
         results[dtype] = step, sae.decoder.grad
     (low, gradient), (high, exact) = results.values()
     same_selection = bool((low.codes.dense() > 0).eq(high.codes.dense() > 0).all())
-    assert low.reconstruction == pytest.approx(high.reconstruction, rel=1e-5)
+    assert low.numbers.reconstruction == pytest.approx(high.numbers.reconstruction, rel=1e-5)
     if same_selection:  # Candidates closer than float32 resolution may be selected differently.
         torch.testing.assert_close(gradient.double(), exact, rtol=1e-3, atol=1e-5)

@@ -20,6 +20,7 @@ from posmask.data import sites
 from posmask.data.activations import training_batches
 from posmask.data.harvest import harvest
 from posmask.data.tokens import Tokens, pad, shifted
+from posmask.errors import DegenerateResult
 from posmask.evaluation import settings, suite
 from posmask.kernels import backend
 from posmask.masks import make_mask, mask_settings
@@ -30,6 +31,7 @@ from posmask.sae.autoencoder import SparseAutoencoder
 from posmask.sae.rules import rule_settings
 from posmask.storage.layout import LATENTS_FILE
 from posmask.training.loop import train
+from posmask.training.reference_loss import StepLoss
 from posmask.training.settings import TrainingSettings
 
 HERE, THERE = torch.device("cpu"), torch.device("meta")
@@ -154,6 +156,28 @@ def test_training_on_another_device_gives_the_same_sae(kind, rule, activations, 
     assert codes.value.device == HERE
     expected = here.sparse_decode(here.sparse_encode(batch.vectors, batch.position))
     torch.testing.assert_close(there.sparse_decode(codes), expected, rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize(("rule", "n_read"), [("topk", 3), ("relu", 3), ("batchtopk", 12)])
+def test_numbers_of_a_step_are_read_from_a_device_with_the_curve(
+    rule, n_read, activations, torch_operations, other_device, monkeypatch
+):
+    read, numbers = [], StepLoss.numbers.func
+    monkeypatch.setattr(StepLoss, "numbers", property(lambda step: (read.append(step), numbers(step))[1]))
+    there = fresh_sae("slice", rule)
+    there.center, there.scale = activations.center_and_scale
+    trained = train(there.to(THERE), training_batches(activations, 256, SETTINGS.n_steps, 0), SETTINGS, "test")
+    assert [point.step for point in trained.curve] == [1, 10, 12]
+    assert len(set(map(id, read))) == n_read
+
+
+@pytest.mark.parametrize("aux_k", [0, 4])
+def test_a_loss_that_is_not_finite_raises_an_error_with_the_curve(aux_k, activations, torch_operations, other_device):
+    there = fresh_sae("slice", "topk").to(THERE)
+    batches = list(training_batches(activations, 256, SETTINGS.n_steps, 0))
+    batches[3].vectors[5] = torch.nan
+    with pytest.raises(DegenerateResult, match="the loss of test is nan at step 10"):
+        train(there, batches, SETTINGS.model_copy(update={"aux_k": aux_k}), "test")
 
 
 class ToyLayer(torch.nn.Module):

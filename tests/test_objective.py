@@ -161,7 +161,7 @@ def test_batches_in_any_order_and_layout_equal_the_definition(layout, kind, rule
     plain = plain_gradients(sae, vectors, position)
     expected = [parameter.grad.clone() for parameter in sae.latent_parameters()]
     fast = fast_gradients(sae, vectors, position)
-    assert fast.reconstruction == pytest.approx(plain.reconstruction, rel=1e-12)
+    assert fast.numbers.reconstruction == pytest.approx(plain.numbers.reconstruction, rel=1e-12)
     torch.testing.assert_close(fast.codes.dense(), plain.codes.dense())
     torch.testing.assert_close(fast.residual, plain.residual)
     assert torch.equal(fast.mask_row, plain.mask_row)
@@ -207,7 +207,7 @@ def test_a_cpu_without_avx512_and_bfloat16_gives_the_same_gradients(tmp_path):
         "    sae = make_sae('hard', d_sae=600)\n"
         "    step = fast_gradients(sae, vectors, position, precision=precision)\n"
         "    norms = [float(parameter.grad.norm()) for parameter in (sae.encoder, sae.decoder)]\n"
-        "    print(step.n_active, step.reconstruction, *norms)\n"
+        "    print(step.numbers.n_active, step.numbers.reconstruction, *norms)\n"
     )
     results = []
     for number, changes in enumerate(({"NUMBA_NUM_THREADS": "2"}, AVX2_PROCESSOR, PLAIN_PROCESSOR)):

@@ -84,12 +84,12 @@ def plain_losses(sae, batches, settings, dead):
             part.before_step(done, settings.n_steps)
         optimizer.zero_grad()
         step = reference_loss.plain_gradients(sae, batch.vectors, batch.position, dead=dead, aux_k=settings.aux_k)
-        losses.append(step.reconstruction)
+        losses.append(step.numbers.reconstruction)
         torch.nn.utils.clip_grad_norm_(parameters, settings.max_gradient_norm, foreach=False)
         optimizer.step()
         with torch.no_grad():
             sae.decoder /= sae.decoder.norm(dim=1, keepdim=True)
-        sae.rule.after_step(step.least)
+        sae.rule.after_step(step.numbers.least)
     return losses
 
 
@@ -122,7 +122,7 @@ def test_the_loss_curve_equals_that_of_plain_autograd_and_adam(kind, rule, preci
     )
     batches = sparse_sums(12, 1024, d_model)
     dead = torch.arange(d_sae) % 7 == 0
-    monkeypatch.setattr("posmask.training.loop.DeadLatents.dead", dead)
+    monkeypatch.setattr("posmask.training.loop.DeadLatents.to_revive", dead)
     rule = {**RULES[rule], "k": 16} if "k" in RULES[rule] else RULES[rule]
     sae, plain = (fresh_sae(kind, rule=rule, d_sae=d_sae, d_model=d_model) for _ in range(2))
     expected = torch.tensor(plain_losses(plain, batches, settings, dead))
@@ -135,7 +135,7 @@ def test_the_loss_curve_equals_that_of_plain_autograd_and_adam(kind, rule, preci
     monkeypatch.setattr(fast_loss, "fast_gradients", recorded)
     with contextlib.suppress(DegenerateResult):  # 12 steps may explain no variance
         train(sae, iter(batches), settings, "test")
-    actual = torch.tensor([step.reconstruction for step in losses])
+    actual = torch.tensor([step.numbers.reconstruction for step in losses])
     assert len(actual) == 12
     assert float((actual / expected - 1).abs().max()) <= (1e-5 if precision == "float32" else 1e-3)
     assert float(expected[-1]) < float(expected[0])

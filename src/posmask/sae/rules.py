@@ -80,6 +80,8 @@ class ActivationRule(nn.Module):
     """Whether dead latents are revived by an auxiliary loss (AuxK)."""
     compares_latents: ClassVar[bool] = False
     """Whether the values of latents are compared with each other, so that all must have one scale."""
+    uses_least: ClassVar[bool] = True
+    """Whether `after_step` uses the smallest active code; without it the host need not wait for a GPU at each step."""
     level: Tensor | None
     """For rules with nested parts, the first part that contains each latent, [latent]."""
 
@@ -123,7 +125,11 @@ class ActivationRule(nn.Module):
         """Prepare a training step; called before each of `n_steps` steps, after `done` finished steps."""
 
     def after_step(self, least: float) -> None:
-        """Update the rule; called after each step with its smallest active code, 0 if `training_choice` is None."""
+        """Update the rule after each step.
+
+        Args:
+            least: the smallest active code of the step; 0 if `training_choice` is None or `uses_least` is False.
+        """
 
 
 def gated(preactivation: Tensor, openness: Tensor | None) -> Tensor:
@@ -141,6 +147,7 @@ class _Penalized(RuleSettings):
 
 class _WithPenalty(ActivationRule):
     settings: _Penalized
+    uses_least = False
 
     def __init__(self, settings: _Penalized, d_sae: int) -> None:
         super().__init__(settings, d_sae)
@@ -191,6 +198,7 @@ class TopK(ActivationRule):
     settings: Settings
     revives = True
     compares_latents = True
+    uses_least = False
 
     def __init__(self, settings: Settings, d_sae: int) -> None:
         super().__init__(settings, d_sae)
@@ -230,6 +238,7 @@ class BatchTopK(TopK):
         """Weight of the newest batch in the running mean."""
 
     settings: Settings
+    uses_least = True
     threshold: Tensor
 
     def __init__(self, settings: Settings, d_sae: int) -> None:

@@ -18,6 +18,7 @@ gets its full gradient.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -36,7 +37,7 @@ from posmask.sae.selection import (
     in_group_order,
     pieces,
 )
-from posmask.training.reference_loss import AUX_WEIGHT, SharedParameter, StepLoss
+from posmask.training.reference_loss import AUX_WEIGHT, SharedParameter, StepLoss, StepNumbers
 
 __all__ = ["fast_gradients"]
 
@@ -87,8 +88,7 @@ def fast_gradients(
     if sae.rule.training_choice() is None:
         step = _through_blocks(work, precision, details)
     else:
-        revived = dead if sae.rule.revives and aux_k and dead is not None and bool(dead.any()) else None
-        step = _through_entries(work, revived, aux_k, precision, details)
+        step = _through_entries(work, dead if sae.rule.revives and aux_k else None, aux_k, precision, details)
     if not details:
         step = replace(step, codes=None, residual=None)
     if order is not None:
@@ -170,7 +170,8 @@ def _through_entries(
     bias_gradient = left[0].sum(0) * (-2 / (work.loss_tokens * n_parts))
     residual = left[-1]
     squares = [_square(residual)]
-    if dead is not None:
+    # Asked here, the host waits for the GPU while that has work.
+    if dead is not None and bool(dead.any()):
         revived = _choose(work, LargestOfToken(aux_k), precision, among=dead)
         left = sums.explain(residual, revived, 2 * AUX_WEIGHT / work.loss_tokens)
         squares.append(_square(left[0]))
@@ -179,16 +180,12 @@ def _through_entries(
     ungated = chosen.value if work.strength is None else chosen.value / work.strength[chosen.token]
     least = ungated.masked_fill(~active, torch.inf)
     least = least.min() if len(least) else ungated.new_zeros(())
-    # One transfer from a GPU, for which the host waits.
-    error, *auxiliary, least, n_active = torch.stack([*squares, least, active.sum().to(least.dtype)]).tolist()
+    numbers = torch.stack([*squares, least, active.sum().to(least.dtype)])
     fired = torch.zeros(sae.d_sae + 1, dtype=torch.bool, device=residual.device)
     fired[chosen.latent] = True  # the last one for empty entries
     return StepLoss(
-        reconstruction=error / n,
-        auxiliary=auxiliary[0] / n if auxiliary else 0.0,
+        read=partial(_read_numbers, numbers, n),
         fired=fired[:-1],
-        n_active=int(n_active),
-        least=least if n_active else 0.0,
         codes=chosen.codes(n, sae.d_sae) if details else None,
         mask_row=work.mask_row,
         residual=residual,
@@ -197,12 +194,22 @@ def _through_entries(
     )
 
 
+def _read_numbers(numbers: Tensor, n_tokens: int) -> StepNumbers:
+    """Read the squared errors, without and, if there are four numbers, with the dead latents, the least code, and L0.
+
+    This is one transfer from a GPU.
+    """
+    error, *auxiliary, least, n_active = numbers.tolist()
+    return StepNumbers(
+        reconstruction=error / n_tokens,
+        auxiliary=auxiliary[0] / n_tokens if auxiliary else 0.0,
+        n_active=int(n_active),
+        least=least if n_active else 0.0,
+    )
+
+
 def _square(rows: Tensor) -> Tensor:
     return torch.linalg.vector_norm(rows).square()
-
-
-def _mean_square(rows: Tensor) -> float:
-    return float(_square(rows)) / len(rows)
 
 
 @dataclass(frozen=True)
@@ -435,12 +442,10 @@ class _BlockGradients:
         if self._details:
             token, latent, value = (torch.cat(parts) for parts in zip(*self._entries, strict=True))
             codes = Codes(token, latent, value, len(work.inputs), sae.d_sae)
+        square, n_active, n_tokens = _square(self._residual), self._n_active.sum(), len(self._residual)
         return StepLoss(
-            reconstruction=_mean_square(self._residual),
-            auxiliary=0.0,
+            read=lambda: StepNumbers(float(square) / n_tokens, 0.0, int(n_active), 0.0),
             fired=self._n_active > 0,
-            n_active=int(self._n_active.sum()),
-            least=0.0,
             codes=codes,
             mask_row=work.mask_row,
             residual=self._residual,

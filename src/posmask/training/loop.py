@@ -83,7 +83,7 @@ def train(
     with progress_bar(f"train {label}", n_tokens, "tokens") as advance:
         for done, batch in enumerate((batch.to(sae.encoder.device) for batch in batches), start=n_done + 1):
             step = trainer.step(batch, done)
-            if done % _CURVE_EVERY == 0 or done in (1, settings.n_steps):
+            if _is_recorded(done, settings.n_steps):
                 on_point(trainer.record(batch, step, done))
             advance(settings.batch_tokens)
             after_step(done)
@@ -135,6 +135,7 @@ class _Trainer:
             state = checkpoints.read()
             local = self._processes.local_state(state)
             self._deaths.eligible_since_fired, self._curve, seconds = restore_state_(self._sae, self._optimizer, local)
+            self._deaths.n_tokens = checkpoints.done * self._settings.batch_tokens
             self._snapshots.restore_(state)
             self._started -= seconds
         n_bytes = 3.0 * sum(parameter.nbytes for parameter in self._sae.parameters())  # with Adam's two moments
@@ -157,7 +158,7 @@ class _Trainer:
         norm = None if max_norm is None else self._processes.gradient_norm(sae, self._parameters)
         self._optimizer.clipped_step(norm, max_norm)
         sae.mask.zero_grad()  # fast_gradients overwrites the other gradients
-        sae.rule.after_step(step.least)
+        sae.rule.after_step(step.numbers.least if sae.rule.uses_least else 0.0)
         self._deaths.update(sae, step)
         copies = sae.mask.after_step(done, self._settings.n_steps)
         if copies is not None:
@@ -174,16 +175,17 @@ class _Trainer:
             sae,
             batch.vectors,
             batch.positions(sae.mask.settings.position_origin),
-            dead=self._deaths.dead,
+            dead=self._deaths.to_revive,
             aux_k=settings.aux_k,
             precision=self._precision,
             loss_tokens=settings.batch_tokens,
             details=sae.mask.watches,
             low_encoder=self._optimizer.low_copy(),
         )
-        if not math.isfinite(step.reconstruction):
+        reads = sae.encoder.device.type == "cpu" or _is_recorded(done, settings.n_steps)
+        if reads and not math.isfinite(step.numbers.reconstruction):
             raise DegenerateResult(
-                f"the loss of {self._label} is {step.reconstruction} at step {done}: lower learning_rate = "
+                f"the loss of {self._label} is {step.numbers.reconstruction} at step {done}: lower learning_rate = "
                 f"{settings.learning_rate}, or look for NaN in the vectors{self._checkpoint_note()}"
             )
         step = self._processes.combine(sae, step)
@@ -208,7 +210,7 @@ class _Trainer:
             openness = sae.mask.openness()
         n = len(batch)
         squares, error, auxiliary, n_active = processes.totals(
-            squares, step.reconstruction * n, step.auxiliary * n, float(step.n_active)
+            squares, step.numbers.reconstruction * n, step.numbers.auxiliary * n, float(step.numbers.n_active)
         )
         dead, opened, n_gates = float(n_dead), float(openness.sum()), float(openness.numel())
         if not processes.owns_all_latents:
@@ -297,6 +299,7 @@ class DeadLatents:
 
     Attributes:
         eligible_since_fired: the number of these tokens per latent.
+        n_tokens: the number of all tokens so far.
 
     Args:
         dead_after_eligible_tokens: the number from which a latent is dead.
@@ -304,6 +307,7 @@ class DeadLatents:
 
     def __init__(self, sae: SparseAutoencoder, dead_after_eligible_tokens: int) -> None:
         self._limit = dead_after_eligible_tokens
+        self.n_tokens = 0
         self.eligible_since_fired: Float[Tensor, " latent"] = torch.zeros(sae.d_sae, device=sae.encoder.device)
 
     @property
@@ -311,8 +315,14 @@ class DeadLatents:
         """Whether each latent is dead."""
         return self.eligible_since_fired >= self._limit
 
+    @property
+    def to_revive(self) -> Bool[Tensor, " latent"] | None:
+        """`dead`; None while there are too few tokens for a latent to be dead, which the host knows without a GPU."""
+        return self.dead if self.n_tokens >= self._limit else None
+
     def update(self, sae: SparseAutoencoder, step: StepLoss) -> None:
         """Count the tokens of a step, and restart the count of latents that fired."""
+        self.n_tokens += len(step.mask_row)
         live = sae.mask.live()
         eligible = operations.counts(step.mask_row, len(live)).to(live.dtype) @ live
         self.eligible_since_fired = torch.where(step.fired, 0.0, self.eligible_since_fired + eligible)
@@ -320,6 +330,11 @@ class DeadLatents:
     def copy_(self, copies: Copies) -> None:
         """Give copied latents the counts of the latents that they copy."""
         self.eligible_since_fired[copies.target] = self.eligible_since_fired[copies.source]
+
+
+def _is_recorded(done: int, n_steps: int) -> bool:
+    """Whether the curve has a point of a step, counted from 1."""
+    return done % _CURVE_EVERY == 0 or done in (1, n_steps)
 
 
 def share_gradients_(sae: SparseAutoencoder) -> None:

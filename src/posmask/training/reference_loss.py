@@ -1,7 +1,9 @@
 """The training loss by definition: dense products and autograd."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -11,22 +13,35 @@ from torch.autograd import Function
 from posmask.sae.autoencoder import Codes, SparseAutoencoder
 from posmask.sae.rules import Coded
 
-__all__ = ["AUX_WEIGHT", "SharedParameter", "StepLoss", "plain_gradients"]
+__all__ = ["AUX_WEIGHT", "SharedParameter", "StepLoss", "StepNumbers", "plain_gradients"]
 
 AUX_WEIGHT = 1 / 32
 
 
-@dataclass(frozen=True)
-class StepLoss:
-    """The loss of a batch, and what else a step computes besides gradients. Losses are means over tokens.
+class StepNumbers(NamedTuple):
+    """The numbers of a step. Losses are means over tokens.
 
     Attributes:
         reconstruction: squared error of all codes together, also for rules with nested parts.
         auxiliary: squared error of the dead latents' reconstruction of the error.
-        fired: which latents are active on any token.
         n_active: number of active codes.
         least: the smallest active code before the router's strength; 0 from `fast_gradients` with rules whose
             `training_choice` is None.
+    """
+
+    reconstruction: float
+    auxiliary: float
+    n_active: int
+    least: float
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """The loss of a batch, and what else a step computes besides gradients.
+
+    Attributes:
+        read: returns the step's numbers, for which the host waits for a GPU. `numbers` calls it once.
+        fired: which latents are active on any token.
         codes: the active codes; None if no details were requested.
         mask_row: each token's row of the mask's table.
         residual: x - x_hat; None if no details were requested.
@@ -34,16 +49,18 @@ class StepLoss:
         openness_gradient: the gradient with respect to the mask's table; None for masks that do not learn.
     """
 
-    reconstruction: float
-    auxiliary: float
+    read: Callable[[], StepNumbers]
     fired: Bool[Tensor, " latent"]
-    n_active: int
-    least: float
     codes: Codes | None
     mask_row: Int[Tensor, " token"]
     residual: Float[Tensor, "token d_model"] | None
     strength: Float[Tensor, " token"] | None
     openness_gradient: Float[Tensor, "mask_row latent"] | None
+
+    @cached_property
+    def numbers(self) -> StepNumbers:
+        """The step's numbers, on the host."""
+        return self.read()
 
 
 class _MaskedLinear(Function):
@@ -204,12 +221,11 @@ def _step_loss(forward: _Forward, error: Tensor, auxiliary: float) -> StepLoss:
     codes, routing, table = forward.codes.detach(), forward.routing, forward.table
     token, latent = codes.nonzero(as_tuple=True)
     before_strength = forward.coded.codes.detach()[token, latent]
+    least = float(before_strength.min()) if len(token) else 0.0
+    numbers = StepNumbers(float(error.square().sum(1).mean()), auxiliary, len(token), least)
     return StepLoss(
-        reconstruction=float(error.square().sum(1).mean()),
-        auxiliary=auxiliary,
+        read=lambda: numbers,
         fired=(codes > 0).any(0),
-        n_active=len(token),
-        least=float(before_strength.min()) if len(token) else 0.0,
         codes=Codes(token, latent, codes[token, latent], len(codes), forward.sae.d_sae),
         mask_row=routing.mask_row,
         residual=-error,
