@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 import warnings
 from types import SimpleNamespace
 
@@ -32,8 +33,12 @@ from posmask.kernels import backend
 from posmask.masks import make_mask, mask_settings
 from posmask.masks.base import Observed
 from posmask.probing import datasets, order_tasks
+from posmask.results.rows import read_rows
 from posmask.sae.autoencoder import Codes, SparseAutoencoder
 from posmask.sae.rules import rule_settings
+from posmask.storage import layout
+from posmask.study.run import run_study
+from posmask.study.study_file import read_study
 from posmask.training.loop import train
 from study_toml import tiny_study
 
@@ -44,10 +49,15 @@ collect_ignore = ["compile_triton.py", "interop/record_saebench.py", "interop/ru
 
 
 def pytest_collection_modifyitems(items):
-    """Selections of hundreds of latents take half a minute each in Triton's interpreter."""
+    """Large selections take up to half a minute each in Triton's interpreter; smaller ones run the same kernels."""
     for item in items:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        if parameters.get("either_way") == "triton" and parameters.get("k", 0) >= 200:
+        if parameters.get("either_way") != "triton":
+            continue
+        k, n_latents, dtype = (parameters.get(name) for name in ("k", "n_latents", "dtype"))
+        many = k is not None and (k >= 200 or (k >= 32 and dtype == torch.float64))
+        wide = (n_latents == 4096 and not parameters["scattered"]) or (n_latents == 1100 and dtype == torch.bfloat16)
+        if many or wide:
             item.add_marker(pytest.mark.slow)
 
 
@@ -294,3 +304,24 @@ def study_file(tmp_path, model_folder, texts):
     path = tmp_path / "tiny.toml"
     path.write_text(STUDY.replace("MODEL", str(model_folder)))
     return path
+
+
+@pytest.fixture(scope="session")
+def first_root(tmp_path_factory):
+    return tmp_path_factory.mktemp("finished") / "run"
+
+
+@pytest.fixture
+def finish(study_file, first_root):
+    """Make a run folder in which the study of `study_file` is finished, and return its rows.
+
+    The study runs once per session and is copied.
+    """
+
+    def finish(root):
+        if not (first_root / layout.VERDICTS_FILE).exists():
+            run_study(read_study(study_file), first_root, say=lambda line: None)
+        shutil.copytree(first_root, root)
+        return read_rows(root / layout.RESULTS_FILE)
+
+    return finish

@@ -42,12 +42,24 @@ def write_study(model_name):
     Path("study.toml").write_text(STUDY.format(model=model_name))
 
 
-def posmask(hub, *words, **environment):
-    """Run a command with the local hub and a separate cache, and return the completed process."""
+ONE_AFTER_ANOTHER = """
+import sys
+from posmask.cli import commands
+for words in sys.argv[1:]:
+    sys.argv = ["posmask", *words.split()]
+    try:
+        commands.main()
+    except SystemExit as ended:
+        if ended.code:
+            raise
+"""
+
+
+def posmask(hub, *commands, **environment):
+    """Run commands in one process, with the local hub and a separate cache, and return the completed process."""
     home = {"HF_HOME": str(Path("hf").resolve()), "HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0"}
-    code = "from posmask.cli import main; main()"
     return subprocess.run(
-        [sys.executable, "-c", code, *words],
+        [sys.executable, "-c", ONE_AFTER_ANOTHER, *commands],
         capture_output=True,
         text=True,
         check=False,
@@ -55,8 +67,8 @@ def posmask(hub, *words, **environment):
     )
 
 
-def succeeds(hub, *words, **environment):
-    done = posmask(hub, *words, **environment)
+def succeeds(hub, *commands, **environment):
+    done = posmask(hub, *commands, **environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -72,37 +84,34 @@ OFFLINE = {"HF_HUB_OFFLINE": "1"}
 
 
 def test_a_study_of_a_model_on_the_hub_runs_online_and_from_the_cache(hub, here):
-    succeeds(hub, "run", "study.toml", "--root", "online")
+    online = succeeds(hub, "run study.toml --root online", "status study.toml --root online")
+    assert "2 of 2 finished" in online
     (commit,) = (path.name for path in Path("hf/hub/models--user--tiny/snapshots").iterdir())
     assert weights_in("online") == {f"{NAME}@{commit}"}
-    assert "2 of 2 finished" in succeeds(hub, "status", "study.toml", "--root", "online")
     hub.requests.clear()
-    succeeds(hub, "run", "study.toml", "--root", "offline", **OFFLINE)
+    offline = succeeds(hub, "run study.toml --root offline", "status study.toml --root online", **OFFLINE)
     assert weights_in("offline") == {f"{NAME}@{commit}"}
-    assert "2 of 2 finished" in succeeds(hub, "status", "study.toml", "--root", "online", **OFFLINE)
+    assert "2 of 2 finished" in offline
     assert not hub.requests
 
 
 @pytest.mark.slow  # huggingface_hub retries for most of a minute.
 def test_other_commands_and_an_unreachable_hub(hub, here):
-    succeeds(hub, "run", "study.toml", "--root", "online")
-    succeeds(hub, "plan", "study.toml", "--root", "online")
-    evaluate = ("evaluate", "online/cells/open-seed0", "study.toml", "--root", "online")
-    succeeds(hub, *evaluate)
+    evaluate = "evaluate online/cells/open-seed0 study.toml --root online"
+    succeeds(hub, "run study.toml --root online", "plan study.toml --root online", evaluate)
     shutil.rmtree("online/evaluated")
-    succeeds(hub, *evaluate, **OFFLINE)
-    succeeds(hub, "plan", "study.toml", **OFFLINE)
+    succeeds(hub, evaluate, "plan study.toml", **OFFLINE)
     unreachable = {"HF_ENDPOINT": "http://127.0.0.1:9"}  # nothing listens on this port
-    assert "2 of 2 finished" in succeeds(hub, "status", "study.toml", "--root", "online", **unreachable)
-    succeeds(hub, "run", "study.toml", "--root", "unreachable", **unreachable)
+    done = succeeds(hub, "status study.toml --root online", "run study.toml --root unreachable", **unreachable)
+    assert "2 of 2 finished" in done
     assert weights_in("unreachable") == weights_in("online")
 
 
 def test_a_plan_downloads_no_weights(hub, here):
-    done = posmask(hub, "plan", "study.toml")
+    done = posmask(hub, "plan study.toml")
     assert done.returncode == 2
     assert "has no config.json" in done.stderr
-    succeeds(hub, "plan", "study.toml", "--set", "model.layer=0.5")
+    succeeds(hub, "plan study.toml --set model.layer=0.5")
     assert not [request for request in hub.requests if ".safetensors" in request]
     assert not list(Path("hf").rglob("*.safetensors"))
 

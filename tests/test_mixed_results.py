@@ -36,9 +36,9 @@ class Killed(Exception):
     pass
 
 
-def test_the_report_excludes_cells_of_other_settings_and_names_them(study_file, tmp_path, monkeypatch):
+def test_the_report_excludes_cells_of_other_settings_and_names_them(study_file, finish, tmp_path, monkeypatch):
     root = tmp_path / "run"
-    run(study_file, root)
+    finish(root)
     old = {row.value for row in read_studies([root])[0].rows if row.cell == "slice-compute"}
     make_target = engines.make_target
 
@@ -58,9 +58,9 @@ def test_the_report_excludes_cells_of_other_settings_and_names_them(study_file, 
     assert "made from other settings than the study has now: slice-compute-seed0" in page
 
 
-def test_the_report_excludes_cells_that_left_the_study(study_file, tmp_path):
+def test_the_report_excludes_cells_that_left_the_study(study_file, finish, tmp_path):
     root = tmp_path / "run"
-    run(study_file, root)
+    finish(root)
     study_file.write_text(study_file.read_text().partition('[[cells]]\nname = "slice-compute"')[0])
     run(study_file, root)
     (read,) = read_studies([root])
@@ -69,9 +69,9 @@ def test_the_report_excludes_cells_that_left_the_study(study_file, tmp_path):
     assert any("no longer cells of this study: slice-compute-seed0" in warning for warning in read.warnings)
 
 
-def test_rows_and_verdicts_of_cells_outside_the_record_are_excluded(study_file, tmp_path):
+def test_rows_and_verdicts_of_cells_outside_the_record_are_excluded(study_file, finish, tmp_path):
     root = tmp_path / "run"
-    run(study_file, root)
+    finish(root)
     record = json.loads((root / STUDY_FILE).read_text())
     del record["folders"]["slice-compute-seed0"]
     (root / STUDY_FILE).write_text(json.dumps(record))
@@ -133,9 +133,9 @@ def test_a_cell_never_starts_from_a_cell_with_other_settings(study_file, tmp_pat
         read_init(target.init_folder, 12, target.init_identity)
 
 
-def test_verify_finds_swapped_cells_and_lost_manifests(study_file, tmp_path):
+def test_verify_finds_swapped_cells_and_lost_manifests(study_file, finish, tmp_path):
     root = tmp_path / "run"
-    run(study_file, root)
+    finish(root)
     cells = root / "cells"
     (cells / "open-seed0").rename(cells / "x")
     (cells / "slice-compute-seed0").rename(cells / "open-seed0")
@@ -149,9 +149,9 @@ def test_verify_finds_swapped_cells_and_lost_manifests(study_file, tmp_path):
         CliRunner().invoke(app, ["verify", str(root)], catch_exceptions=False)
 
 
-def test_a_damaged_record_is_reported_and_written_again(study_file, tmp_path):
+def test_a_damaged_record_is_reported_and_written_again(study_file, finish, tmp_path):
     root = tmp_path / "run"
-    run(study_file, root)
+    finish(root)
     before = read_record(root)
     for text in ("[]", '{"study": 1, "baseline": null, "folders": {}}', '{"folders": 3}'):
         (root / STUDY_FILE).write_text(text)

@@ -93,9 +93,9 @@ def test_a_study_runs_from_text_to_results(study_file, tmp_path):
         }  # fmt: skip
 
 
-def test_finished_cells_are_reused_only_with_the_same_settings(study_file, tmp_path):
+def test_finished_cells_are_reused_only_with_the_same_settings(study_file, finish, tmp_path):
     root = tmp_path / "run"
-    run(study_file, root)
+    finish(root)
     times = {path: path.stat().st_mtime_ns for path in (root / "cells").rglob("*")}
     _, lines = run(study_file, root)
     assert lines == ["3 of 3 folders are finished and stay as they are."]
@@ -111,9 +111,9 @@ def test_finished_cells_are_reused_only_with_the_same_settings(study_file, tmp_p
     assert set((root / "cells" / "open-seed0").iterdir()) <= set(times)
 
 
-def test_changed_evaluation_settings_keep_the_training(study_file, tmp_path, monkeypatch):
+def test_changed_evaluation_settings_keep_the_training(study_file, finish, tmp_path, monkeypatch):
     root = tmp_path / "run"
-    before, _ = run(study_file, root)
+    before = finish(root)
     text = (
         study_file.read_text()
         .replace("ks = [1, 5, 20]", "ks = [1, 5]")
@@ -177,9 +177,9 @@ def test_only_the_parts_of_an_evaluation_that_changed_are_computed(
 
 
 @pytest.mark.parametrize("damaged", ["rows.csv", "sae.safetensors"])
-def test_a_training_is_not_kept_from_a_damaged_folder(study_file, tmp_path, damaged):
+def test_a_training_is_not_kept_from_a_damaged_folder(study_file, finish, tmp_path, damaged):
     root = tmp_path / "run"
-    run(study_file, root)
+    finish(root)
     file = root / "cells" / "open-seed0" / damaged
     file.write_bytes(file.read_bytes()[:-1] + b"?")
     study_file.write_text(study_file.read_text().replace("ks = [1, 5, 20]", "ks = [1, 5]"))
@@ -316,9 +316,9 @@ def test_layers_and_seeds_have_different_identities(study_file):
     assert len(set(identities)) == 6
 
 
-def test_running_a_cell_twice_gives_the_same_bytes(study_file, tmp_path):
-    for name in ("first", "second"):
-        run(study_file, tmp_path / name)
+def test_running_a_cell_twice_gives_the_same_bytes(study_file, finish, tmp_path):
+    finish(tmp_path / "first")
+    run(study_file, tmp_path / "second")
     for cell in ("open-seed0", "slice-compute-seed0"):
         pair = [tmp_path / name / "cells" / cell for name in ("first", "second")]
         for file in ("sae.safetensors", "curve.csv", "settings.json"):
@@ -330,9 +330,9 @@ def test_running_a_cell_twice_gives_the_same_bytes(study_file, tmp_path):
         assert lines[0] == lines[1]
 
 
-def test_only_damaged_folders_are_reported_and_recomputed(study_file, tmp_path):
+def test_only_damaged_folders_are_reported_and_recomputed(study_file, finish, tmp_path):
     root = tmp_path / "run"
-    before, _ = run(study_file, root)
+    before = finish(root)
     cell = root / "cells" / "open-seed0"
     (cell / "rows.csv").write_text((cell / "rows.csv").read_text().replace("open,open", "open,shut", 1))
     time_of_other = (root / "cells" / "slice-compute-seed0" / "rows.csv").stat().st_mtime_ns
@@ -394,9 +394,9 @@ def test_existing_user_files_raise_before_work_and_are_kept(study_file, tmp_path
     assert [path.name for path in root.iterdir()] == [name]
 
 
-def test_a_run_replaces_its_earlier_results_and_page(study_file, tmp_path):
+def test_a_run_replaces_its_earlier_results_and_page(study_file, finish, tmp_path):
     root = tmp_path / "run"
-    run(study_file, root)
+    finish(root)
     page = write_report(root)
     old = page.read_bytes()
     assert b'<meta name="generator" content="posmask ' in old
@@ -737,9 +737,9 @@ def test_a_missing_layer_raises_before_anything_is_written(study_file, tmp_path)
     assert not list((tmp_path / "run").rglob("*.safetensors"))
 
 
-def test_a_run_that_fails_to_prepare_keeps_finished_results(study_file, tmp_path):
+def test_a_run_that_fails_to_prepare_keeps_finished_results(study_file, finish, tmp_path):
     root = tmp_path / "run"
-    run(study_file, root)
+    finish(root)
     good = study_file.read_text()
     before = (root / "results.csv").read_bytes()
     for old, new in (("layer = 2", "layer = 9"), ("training_tokens = 1500", "training_tokens = 10_000_000")):
@@ -752,9 +752,9 @@ def test_a_run_that_fails_to_prepare_keeps_finished_results(study_file, tmp_path
     assert run(study_file, root)[1] == ["3 of 3 folders are finished and stay as they are."]
 
 
-def test_old_results_are_removed_before_new_cells(study_file, tmp_path, monkeypatch):
+def test_old_results_are_removed_before_new_cells(study_file, finish, tmp_path, monkeypatch):
     root = tmp_path / "run"
-    run(study_file, root)
+    finish(root)
     study_file.write_text(study_file.read_text().replace("n_steps = 20", "n_steps = 21"))
 
     def stop(*_):

@@ -117,10 +117,11 @@ def test_the_loss_curve_equals_that_of_plain_autograd_and_adam(kind, rule, preci
     if precision == "bfloat16" and rule in ("relu", "jumprelu", "gated"):
         pytest.skip("their products carry bfloat16's rounding: see test_contract.py")
     d_sae, d_model = (768, 96) if precision == "float32" else (1536, 384)  # sizes for which bfloat16 is used
+    n_tokens = 1024 if precision == "float32" else 384
     settings = TrainingSettings(
-        n_steps=12, batch_tokens=1024, learning_rate=1e-3, warmup_fraction=0, decay_fraction=0, precision=precision
+        n_steps=12, batch_tokens=n_tokens, learning_rate=1e-3, warmup_fraction=0, decay_fraction=0, precision=precision
     )
-    batches = sparse_sums(12, 1024, d_model)
+    batches = sparse_sums(12, n_tokens, d_model)
     dead = torch.arange(d_sae) % 7 == 0
     monkeypatch.setattr("posmask.training.loop.DeadLatents.to_revive", dead)
     rule = {**RULES[rule], "k": 16} if "k" in RULES[rule] else RULES[rule]
