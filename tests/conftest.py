@@ -3,7 +3,10 @@
 import importlib.util
 import os
 import shutil
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 # With several threads each, parallel test processes slow each other's loops down up to twentyfold.
@@ -24,12 +27,13 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import compile_loops
 from posmask.data import embedded
 from posmask.data.activations import Activations, Batch, training_batches
 from posmask.data.harvest import harvest
 from posmask.data.sites import LanguageModel
 from posmask.data.tokens import pack, split_of
-from posmask.kernels import backend
+from posmask.kernels import backend, cpu
 from posmask.masks import make_mask, mask_settings
 from posmask.masks.base import Observed
 from posmask.probing import datasets, order_tasks
@@ -45,7 +49,24 @@ from study_toml import tiny_study
 torch.set_num_threads(1)  # The tensors are so small that a second thread would mostly wait.
 
 # These run in another environment or in separate processes.
-collect_ignore = ["compile_triton.py", "interop/record_saebench.py", "interop/run_on_saebench.py", "reliability"]
+collect_ignore = [
+    "compile_loops.py",
+    "compile_triton.py",
+    "interop/record_saebench.py",
+    "interop/run_on_saebench.py",
+    "reliability",
+]
+
+
+def pytest_configure(config):
+    """Compile the loops before several workers would each do so, in one process per module."""
+    is_worker = hasattr(config, "workerinput")
+    if is_worker or not getattr(config.option, "numprocesses", None) or cpu.loops_are_compiled():
+        return
+    command = [sys.executable, str(Path(__file__).parent / "compile_loops.py")]
+    processes = [subprocess.Popen([*command, module]) for module in compile_loops.MODULES]
+    for process in processes:
+        process.wait()  # If one fails, the tests show why.
 
 
 def pytest_collection_modifyitems(items):
