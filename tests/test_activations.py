@@ -180,31 +180,34 @@ def files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_shard_is_written_while_the_next_is_computed(language_model, tokenizer, tmp_path, monkeypatch):
+def test_shards_are_written_while_the_next_is_computed(language_model, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(data_harvest, "_TOKENS_PER_SHARD", 256)
     monkeypatch.setattr(data_harvest, "_TOKENS_PER_FORWARD", 128)
     tokens = pack(make_texts(80), tokenizer, N_POSITIONS, 1200)
-    next_begins, written = threading.Event(), []
+    next_begins, written, at_once = threading.Event(), [], threading.Barrier(data_harvest._WRITERS)
     model = Counted(language_model)
     add = Parts.add
 
     def add_when_the_next_begins(parts, name, write):
-        if not written:
-            assert next_begins.wait(10)
         written.append(name)
         assert threading.current_thread() is not threading.main_thread()
+        if name <= "shard-00002.safetensors":
+            assert next_begins.wait(10)
+            at_once.wait(10)
         return add(parts, name, write)
 
     def vectors(ids):
-        if model.n == 2:  # of 128 tokens, so the second shard begins
+        if model.n == 7:  # of 128 tokens, so the fourth shard has begun
             next_begins.set()
         return Counted.vectors(model, ids)
 
     monkeypatch.setattr(model, "vectors", vectors)
     monkeypatch.setattr(Parts, "add", add_when_the_next_begins)
     folder = harvest(tokens, model, tmp_path / "a", {}, "test").folder
-    assert written == sorted(path.name for path in folder.glob("shard*"))
+    assert sorted(written) == sorted(path.name for path in folder.glob("shard*"))
     assert len(written) > 4
+    complete = harvest(tokens, language_model, tmp_path / "b", {}, "test").folder
+    assert files(folder) == files(complete)
 
 
 def test_an_error_while_a_shard_is_written_stops_the_harvest(language_model, tokenizer, tmp_path, monkeypatch):
@@ -224,11 +227,9 @@ def test_an_error_while_a_shard_is_written_stops_the_harvest(language_model, tok
     with pytest.raises(OSError, match="No space left"):
         harvest(tokens, model, tmp_path / "a", {}, "test")
     monkeypatch.setattr(data_harvest, "save_file", save)
-    assert model.n < 12  # The passes of four shards: the fourth was computed while the third was written.
-    assert [path.name for path in sorted((tmp_path / ".a.parts").glob("shard*"))] == [
-        "shard-00000.safetensors",
-        "shard-00001.safetensors",
-    ]
+    kept = {path.name for path in (tmp_path / ".a.parts").glob("shard*")}
+    assert {"shard-00000.safetensors", "shard-00001.safetensors"} <= kept
+    assert kept < {path.name for path in complete.glob("shard*")} - {"shard-00002.safetensors"}
     harvest(tokens, language_model, tmp_path / "a", {}, "test")
     assert files(tmp_path / "a") == files(complete)
 

@@ -1,5 +1,6 @@
 """Harvest a model's vectors into shards on disk or in a remote store."""
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ __all__ = ["ComputeShards", "Contexts", "harvest", "shards_here"]
 
 _TOKENS_PER_FORWARD = 4096
 _TOKENS_PER_SHARD = 65536
+_WRITERS = 3  # saving and hashing a shard may take longer than a GPU takes to compute it
 _JOINED_TOKENS = {"cuda": 16384}  # of a pass, by device; other devices are not faster with more
 
 Contexts = list[Int[Tensor, " _"]]
@@ -89,25 +91,29 @@ def harvest(
         missing = {name: contexts for name, contexts in shards.items() if not is_written(name)}
         advance(sum(int(tokens.keep[chunk].sum()) for name in shards.keys() - missing for chunk in shards[name]))
         computed = compute(tokens, list(missing.values()), label, storage_dtype, advance)
-        _write_behind(add, missing, computed)
+        _write_behind(add, missing, computed, 1 if isinstance(folder, StoredFolder) else _WRITERS)
     return Activations(folder)
 
 
 def _write_behind(
-    add: Callable[[str, dict[str, Tensor]], None], names: Iterable[str], shards: Iterable[dict[str, Tensor]]
+    add: Callable[[str, dict[str, Tensor]], None],
+    names: Iterable[str],
+    shards: Iterable[dict[str, Tensor]],
+    n_writers: int,
 ) -> None:
-    """Write shards in their order, each by a thread while the next one is computed.
+    """Write shards in threads, at most `n_writers` of them while the next one is computed.
 
-    If computing fails, the shard before is written completely. If writing fails, no later shard is written.
+    If computing fails, the shards before are written completely. If writing fails, the shard that is being computed is
+    not written.
     """
-    with ThreadPoolExecutor(1, "write shards") as thread:
-        writing: Future[None] | None = None
+    with ThreadPoolExecutor(n_writers, "write shards") as threads:
+        writing: deque[Future[None]] = deque()
         for name, shard in zip(names, shards, strict=True):
-            if writing is not None:
-                writing.result()
-            writing = thread.submit(add, name, shard)
-        if writing is not None:
-            writing.result()
+            while writing and (len(writing) == n_writers or writing[0].done()):
+                writing.popleft().result()
+            writing.append(threads.submit(add, name, shard))
+        for written in writing:
+            written.result()
 
 
 @contextmanager

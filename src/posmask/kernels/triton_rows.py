@@ -24,6 +24,7 @@ _CHUNK = 64  # entries of a key that one program adds
 _KEYS = 8  # keys of which a program of `sum_entries` adds the numbers
 _LAUNCH = {"enable_fp_fusion": True}  # Releases of Triton have different defaults.
 _LONGEST_BLOCK = 1024  # columns of a program where a row may be divided
+_SHORTEST_BLOCK = 16  # of `sum_rows`, which probes call with a column per task
 
 
 def explain_rows(target: Tensor, latent: Tensor, value: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,7 +96,7 @@ def sum_rows(
     """
     weight, table, index = (tensor.contiguous() for tensor in (weight, table, index))
     n, (n_keys, d) = len(order), out.shape
-    n_chunks, block = triton.cdiv(n, _CHUNK), min(triton.next_power_of_2(d), 256)
+    n_chunks, block = triton.cdiv(n, _CHUNK), min(max(triton.next_power_of_2(d), _SHORTEST_BLOCK), 256)
     partial = table.new_empty(2 * n_chunks, d)
     shape = {"CHUNK": _CHUNK, "BLOCK": block, "STEP": 8, **_LAUNCH}
     with torch.cuda.device_of(table):

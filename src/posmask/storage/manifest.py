@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -95,6 +96,7 @@ class Parts:
 
     def __init__(self, draft: Path, made_from: Mapping[str, Any]) -> None:
         self._draft = draft
+        self._lock = threading.Lock()
         self._identity = identity(made_from)
         self.files: dict[str, Any] = {}
         for name in (_PARTS, MANIFEST):  # The latter of a folder that was finished once, or all but for its name.
@@ -116,7 +118,7 @@ class Parts:
         return name in self.files
 
     def add(self, name: str, write: Callable[[Path], None]) -> None:
-        """Let `write` write the file, and record it."""
+        """Let `write` write the file, and record it; several threads may add files."""
         make_folder(self._draft)
         file = self._draft / name
         try:
@@ -124,8 +126,9 @@ class Parts:
         except BaseException:
             file.unlink(missing_ok=True)
             raise
-        self.files[name] = file_entry(file)
-        with replacing(self._draft / _PARTS) as beside:
+        entry = file_entry(file)
+        with self._lock, replacing(self._draft / _PARTS) as beside:
+            self.files[name] = entry
             beside.write_text(as_json({"identity": self._identity, "files": self.files}), encoding="utf8")
 
 
