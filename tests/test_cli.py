@@ -52,7 +52,7 @@ def posmask(monkeypatch, capsys):
         (
             ("order-tasks", "--tokenizer", "no/such/model", "--out", "x"),
             2,
-            "posmask: model 'no/such/model' cannot be loaded",
+            "posmask: model 'no/such/model' is missing: there is no such folder; check the path",
         ),
         (
             ("order-tasks", "--tokenizer", "x", "--out", "x", "--train-groups", "0"),

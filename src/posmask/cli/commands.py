@@ -103,6 +103,34 @@ def _print_json(values: dict[str, Any]) -> None:
     print(json.dumps(values, indent=1, ensure_ascii=False))
 
 
+@registered(app, "init", "Studies")
+def init(
+    model: Annotated[
+        str,
+        typer.Option(metavar="MODEL", help="A name on the hub, a folder, or a GGUF file.", show_default=False),
+    ],
+    texts: Annotated[
+        str,
+        typer.Option(
+            metavar="TEXTS",
+            help="File or folder of .txt, .jsonl or .jsonl.zst, or hf:OWNER/NAME for a dataset on the hub.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="File to write; it must not exist yet.")] = Path(
+        "study.toml"
+    ),
+) -> None:
+    """Write a commented study file for your model and texts, which `posmask run` carries out as it stands.
+
+    Reads the texts to choose sizes that they suffice for.
+    """
+    from posmask.study.starter import write_starter
+
+    write_starter(model, texts, out)
+    print(f"Written: {out}; next: `posmask plan {out}`, then `posmask run {out}`")
+
+
 @registered(app, "run", "Studies")
 def run(
     study_file: StudyFile,
