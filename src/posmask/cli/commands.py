@@ -4,6 +4,7 @@ Imports are inside the functions, so that `posmask --help` and shell completion 
 """
 
 import json
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -236,7 +237,7 @@ def train_distributed(
             "--nproc-per-node N -m posmask.cli train-distributed ...`, or `posmask run` for one process"
         )
     settings = read_study(study_file, changes or ())
-    root = root or Path("runs") / settings.name
+    given_root, root = root, root or Path("runs") / settings.name
     if settings.device.startswith("cuda"):
         torch.cuda.set_device(check_own_gpu(settings.device, int(os.environ["LOCAL_RANK"])))
     dist.init_process_group("nccl" if settings.device.startswith("cuda") else "gloo")
@@ -249,7 +250,8 @@ def train_distributed(
         dist.destroy_process_group()
     if is_first:
         sent = "" if distributed is None else f" Each process sent {distributed.bytes_sent / 1e6:,.1f} MB."
-        print(f"{cell} with seed {seed} is trained.{sent} `posmask run {study_file}` evaluates it.")
+        command = _run_command(study_file, given_root, changes)
+        print(f"{cell} with seed {seed} is trained.{sent} `{command}` evaluates it.")
 
 
 @registered(app, "status", "Studies")
@@ -260,7 +262,7 @@ def status(study_file: StudyFile, root: Root = None, changes: Changes = None, as
     from posmask.study.targets import cell_states
 
     settings = read_study(study_file, changes or ())
-    root = root or Path("runs") / settings.name
+    given_root, root = root, root or Path("runs") / settings.name
     states = cell_states(settings, root)
     n_finished = sum(state == "finished" for _, state in states)
     if as_json:
@@ -268,8 +270,21 @@ def status(study_file: StudyFile, root: Root = None, changes: Changes = None, as
         _print_json({"study": settings.name, "root": str(root), "finished": n_finished, "cells": cells})
         return
     console.print(status_table(states))
-    rest = "" if n_finished == len(states) else f"; `posmask run {study_file}` completes the rest"
-    print(f"{n_finished} of {len(states)} finished under {root}{rest}.")
+    rest = ""
+    if n_finished < len(states):
+        rest = "completes the rest"
+    elif lacking := [name for name in (layout.RESULTS_FILE, layout.REPORT_FILE) if not (root / name).is_file()]:
+        rest = f"writes {' and '.join(lacking)}"
+    command = f"; `{_run_command(study_file, given_root, changes)}` {rest}" if rest else ""
+    print(f"{n_finished} of {len(states)} finished under {root}{command}.")
+
+
+def _run_command(study_file: Path, root: Path | None, changes: list[str] | None) -> str:
+    """The command that continues a study with the same options."""
+    options = [] if root is None else ["--root", str(root)]
+    for change in changes or ():
+        options += ["--set", change]
+    return shlex.join(["posmask", "run", str(study_file), *options])
 
 
 @registered(app, "verify", "Results")
@@ -453,7 +468,11 @@ def order_tasks(
 def evaluate_command(
     folder: Annotated[
         Path,
-        typer.Argument(metavar="SAE", help="Folder of a cell, or one written by `posmask import`.", show_default=False),
+        typer.Argument(
+            metavar="SAE",
+            help="Folder of a cell, one written by `posmask import`, or one of SAELens or GemmaScope.",
+            show_default=False,
+        ),
     ],
     study_file: StudyFile,
     root: Root = None,
