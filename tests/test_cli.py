@@ -18,10 +18,13 @@ from posmask.cli import commands
 from posmask.cli.commands import app
 from posmask.cli.printing import results_table, status_table
 from posmask.errors import BadSetting, DamagedFolder, DegenerateResult, MissingAsset, MissingExtra, NothingToDo
+from posmask.report import write_report
 from posmask.results.rows import Row
 from posmask.results.table import summarize
 from posmask.storage.manifest import write_folder
 from posmask.storage.record import StudyRecord, write_record
+from posmask.study.run import run_study
+from posmask.study.study_file import read_study
 
 ROOT = Path(__file__).parent.parent
 
@@ -52,7 +55,7 @@ def posmask(monkeypatch, capsys):
         (
             ("order-tasks", "--tokenizer", "no/such/model", "--out", "x"),
             2,
-            "posmask: model 'no/such/model' cannot be loaded",
+            "posmask: model 'no/such/model' is missing: there is no such folder; check the path",
         ),
         (
             ("order-tasks", "--tokenizer", "x", "--out", "x", "--train-groups", "0"),
@@ -168,6 +171,33 @@ print([name for name in {optional} if name in sys.modules], torch.distributed.is
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout == "[] False\n"
+
+
+def test_status_notices_lost_and_truncated_files_and_prints_the_whole_command(study_file, tmp_path, monkeypatch):
+    root, change = tmp_path / "the run", "training.n_steps = 21"
+    run_study(read_study(study_file, [change]), root, say=lambda line: None)
+    monkeypatch.chdir(tmp_path)
+
+    def status():
+        words = ["status", "tiny.toml", "--root", "the run", "--set", change]
+        return CliRunner().invoke(app, words, catch_exceptions=False).output.splitlines()
+
+    command = "`posmask run tiny.toml --root 'the run' --set 'training.n_steps = 21'`"
+    assert status()[-1] == f"3 of 3 finished under the run; {command} writes report.html."
+    write_report(root)
+    assert status()[-1] == "3 of 3 finished under the run."
+    cells = root / "cells"
+    (cells / "open-seed0" / "rows.csv").unlink()
+    weights = cells / "slice-compute-seed0" / "sae.safetensors"
+    os.truncate(weights, weights.stat().st_size - 1)
+    *table, last = status()
+    assert last == f"1 of 3 finished under the run; {command} completes the rest."
+    assert [line.split() for line in table[1:]] == [
+        ["baselines", "yes"],
+        ["open", "seed", "0"],
+        ["slice-compute", "seed", "0"],
+    ]
+    assert table[0].split() == ["cell", "finished", "damaged"]
 
 
 def test_status_as_json(study_file, tmp_path):

@@ -26,6 +26,7 @@ from conftest import D_MODEL, WORDS, make_texts
 from posmask import masks
 from posmask.cli.commands import app
 from posmask.cli.printing import slurm_line
+from posmask.data import embedded
 from posmask.results.rows import read_rows
 from posmask.study.study_file import read_study
 from test_wheel import STUDY
@@ -196,8 +197,9 @@ def write_texts(folder, n_texts=400):
 
 
 @pytest.mark.slow
-def test_the_python_example_of_the_readme(here, tokenizer):
-    """Run the example with a tiny model and fewer tokens."""
+def test_the_python_example_of_the_readme(here, tokenizer, monkeypatch):
+    """Run the example with a tiny model, toy texts and fewer tokens."""
+    monkeypatch.setattr(embedded, "read_table", lambda name: [(text, "0") for text in make_texts(600)])
     torch.manual_seed(0)
     sizes = {"hidden_size": D_MODEL, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=3 + len(WORDS), max_position_embeddings=128, **sizes)).save_pretrained(
@@ -212,7 +214,7 @@ def test_the_python_example_of_the_readme(here, tokenizer):
     ):
         assert theirs in code
         code = code.replace(theirs, ours)
-    names = {"torch": torch, "texts": make_texts(300), "other_texts": make_texts(100, seed=1)}
+    names: dict = {}
     exec(compile(code, "README.md", "exec"), names)
     assert names["v_hat"].shape == names["batch"].vectors.shape == (20, D_MODEL)
     assert {measure.metric for measure in names["measures"]} >= {"explained_variance", "retention"}

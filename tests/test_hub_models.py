@@ -145,7 +145,7 @@ def test_weights_are_those_of_the_commit_in_the_identity(local_hub, model_folder
         ("user/missing", r"^model 'user/missing' cannot be loaded \(no such folder, and the hub has no model of that"),
         (
             "/no/such/folder",
-            r"^model '/no/such/folder' cannot be loaded \(no such folder, and names on the hub are OWN",
+            r"^model '/no/such/folder' is missing: there is no such folder; check the path",
         ),
     ],
 )

@@ -2,6 +2,7 @@ import csv
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -577,6 +578,10 @@ def test_an_imported_sae_is_evaluated_and_used_as_a_start(study_file, tmp_path):
     written = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert len(study_run.evaluate_folder(settings, tmp_path / "first", tmp_path / "imported")) == len(results)
     assert written == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    theirs = study_run.evaluate_folder(settings, tmp_path / "first", tmp_path / "theirs")
+    theirs = [replace(row, cell="imported") for row in theirs if row.cell == "theirs"]
+    assert repr(theirs) == repr([row for row in results if row.cell == "imported"])
+    assert {path.name for path in folder.parent.iterdir()} == {"imported", "theirs"}
     base = study_file.read_text()
     text = base.replace("measure_forgetting = true\n", "")
     init_from = f'init_from = "{tmp_path / "imported"}"'

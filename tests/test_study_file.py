@@ -1,11 +1,16 @@
 """Study files: all problems are named at once in plain words, and paths are relative to the file."""
 
+import json
 from pathlib import Path
 
 import huggingface_hub
 import pytest
+from typer.testing import CliRunner
 
-from posmask.errors import BadSetting
+from conftest import make_texts
+from posmask.cli.commands import app
+from posmask.errors import BadSetting, NothingToDo
+from posmask.results.rows import read_rows
 from posmask.study import targets
 from posmask.study.source import Source
 from posmask.study.study_file import read_study
@@ -104,8 +109,8 @@ def test_a_missing_model_folder_is_not_looked_up_on_a_hub(name, study_file, tmp_
     study = read_study(study_file, [])
     study_file.write_text(study_file.read_text().replace(str(model_folder), name))
     study = read_study(study_file)
-    holds = "other" if name == "models/none" else ""
-    with pytest.raises(BadSetting, match=rf"model '.*' is missing: there is no such folder, and .* holds .*{holds}"):
+    beside = f", and {tmp_path}/models holds other" if name == "models/none" else ""
+    with pytest.raises(BadSetting, match=rf"model '.*' is missing: there is no such folder{beside}.*; check the path"):
         _ = Source(study.model).made_from
 
 
@@ -114,3 +119,47 @@ def test_a_missing_folder_of_a_cell_to_start_from_is_said_to_be_missing(study_fi
     study_file.write_text(text.partition("[[comparisons]]")[0].replace("budget", 'init_from = "saes/a"\nbudget'))
     with pytest.raises(BadSetting, match=rf"init_from = '{tmp_path}/saes/a' does not exist: give the folder of an SAE"):
         read_study(study_file)
+
+
+@pytest.fixture
+def posmask(tmp_path, monkeypatch):
+    """Run the command line in a folder with a model and texts."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words):
+        return CliRunner().invoke(app, list(map(str, words)), catch_exceptions=False)
+
+    return run
+
+
+def test_a_written_study_file_runs_as_it_stands(posmask, tmp_path, model_folder):
+    (tmp_path / "model").symlink_to(model_folder)
+    (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in make_texts(700)))
+    result = posmask("init", "--model", "model", "--texts", "texts.jsonl", "--out", "mine/My study.toml")
+    path = tmp_path / "mine" / "My study.toml"
+    assert result.output.startswith("Written: mine/My study.toml; next: `posmask plan")
+    study = read_study(path)
+    assert (study.name, study.model.layer, study.corpus.n_positions) == ("my-study", 2, 16)
+    assert 4000 <= study.corpus.training_tokens < 6000
+    assert study.training.n_steps * study.training.batch_tokens <= study.corpus.training_tokens
+    with pytest.raises(BadSetting, match="exists: remove it, or give another path with --out"):
+        posmask("init", "--model", "model", "--texts", "texts.jsonl", "--out", path)
+    assert "The page: run/report.html" in posmask("run", path, "--root", "run").output
+    cells = {row.cell for row in read_rows(tmp_path / "run" / "results.csv")}
+    assert cells == {"llm", "open", "slice"}
+
+
+def test_a_study_file_for_a_hub_dataset_reads_no_texts(posmask, tmp_path, model_folder, monkeypatch):
+    monkeypatch.setattr("posmask.data.texts.load_from_hub", None)
+    posmask("init", "--model", model_folder, "--texts", "hf:some/set")
+    corpus = read_study(tmp_path / "study.toml").corpus
+    assert (corpus.texts, corpus.n_texts, corpus.training_tokens) == ("hf:some/set", 100_000, 2_000_000)
+
+
+def test_too_few_texts_for_a_study_file_are_refused_with_numbers(posmask, tmp_path, model_folder):
+    (tmp_path / "few.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in make_texts(12)))
+    with pytest.raises(
+        NothingToDo, match=r"320 kept tokens are needed, but \d training texts \(of 12 in all, of which 25"
+    ):
+        posmask("init", "--model", model_folder, "--texts", "few.jsonl")
+    assert not (tmp_path / "study.toml").exists()

@@ -105,7 +105,7 @@ def make_sae(
         >>> make_sae(vectors, 6, mask=mask, rule=rule, budget="compute", n_positions=8).d_sae
         12
     """
-    settings = masks.mask_settings(dict(mask))
+    settings = masks.mask_settings(dict(mask), may_import=True)
     if budget == "compute":
         d_sae = masks.MASKS[settings.kind].width_at_equal_compute(settings, n_positions, d_sae)
     made = masks.make_mask(settings, n_positions, d_sae, seed)

@@ -4,6 +4,7 @@ Imports are inside the functions, so that `posmask --help` and shell completion 
 """
 
 import json
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -101,6 +102,34 @@ def options(
 
 def _print_json(values: dict[str, Any]) -> None:
     print(json.dumps(values, indent=1, ensure_ascii=False))
+
+
+@registered(app, "init", "Studies")
+def init(
+    model: Annotated[
+        str,
+        typer.Option(metavar="MODEL", help="A name on the hub, a folder, or a GGUF file.", show_default=False),
+    ],
+    texts: Annotated[
+        str,
+        typer.Option(
+            metavar="TEXTS",
+            help="File or folder of .txt, .jsonl or .jsonl.zst, or hf:OWNER/NAME for a dataset on the hub.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="File to write; it must not exist yet.")] = Path(
+        "study.toml"
+    ),
+) -> None:
+    """Write a commented study file for your model and texts, which `posmask run` carries out as it stands.
+
+    Reads the texts to choose sizes that they suffice for.
+    """
+    from posmask.study.starter import write_starter
+
+    write_starter(model, texts, out)
+    print(f"Written: {out}; next: `posmask plan {out}`, then `posmask run {out}`")
 
 
 @registered(app, "run", "Studies")
@@ -208,7 +237,7 @@ def train_distributed(
             "--nproc-per-node N -m posmask.cli train-distributed ...`, or `posmask run` for one process"
         )
     settings = read_study(study_file, changes or ())
-    root = root or Path("runs") / settings.name
+    given_root, root = root, root or Path("runs") / settings.name
     if settings.device.startswith("cuda"):
         torch.cuda.set_device(check_own_gpu(settings.device, int(os.environ["LOCAL_RANK"])))
     dist.init_process_group("nccl" if settings.device.startswith("cuda") else "gloo")
@@ -221,7 +250,8 @@ def train_distributed(
         dist.destroy_process_group()
     if is_first:
         sent = "" if distributed is None else f" Each process sent {distributed.bytes_sent / 1e6:,.1f} MB."
-        print(f"{cell} with seed {seed} is trained.{sent} `posmask run {study_file}` evaluates it.")
+        command = _run_command(study_file, given_root, changes)
+        print(f"{cell} with seed {seed} is trained.{sent} `{command}` evaluates it.")
 
 
 @registered(app, "status", "Studies")
@@ -232,7 +262,7 @@ def status(study_file: StudyFile, root: Root = None, changes: Changes = None, as
     from posmask.study.targets import cell_states
 
     settings = read_study(study_file, changes or ())
-    root = root or Path("runs") / settings.name
+    given_root, root = root, root or Path("runs") / settings.name
     states = cell_states(settings, root)
     n_finished = sum(state == "finished" for _, state in states)
     if as_json:
@@ -240,8 +270,21 @@ def status(study_file: StudyFile, root: Root = None, changes: Changes = None, as
         _print_json({"study": settings.name, "root": str(root), "finished": n_finished, "cells": cells})
         return
     console.print(status_table(states))
-    rest = "" if n_finished == len(states) else f"; `posmask run {study_file}` completes the rest"
-    print(f"{n_finished} of {len(states)} finished under {root}{rest}.")
+    rest = ""
+    if n_finished < len(states):
+        rest = "completes the rest"
+    elif lacking := [name for name in (layout.RESULTS_FILE, layout.REPORT_FILE) if not (root / name).is_file()]:
+        rest = f"writes {' and '.join(lacking)}"
+    command = f"; `{_run_command(study_file, given_root, changes)}` {rest}" if rest else ""
+    print(f"{n_finished} of {len(states)} finished under {root}{command}.")
+
+
+def _run_command(study_file: Path, root: Path | None, changes: list[str] | None) -> str:
+    """The command that continues a study with the same options."""
+    options = [] if root is None else ["--root", str(root)]
+    for change in changes or ():
+        options += ["--set", change]
+    return shlex.join(["posmask", "run", str(study_file), *options])
 
 
 @registered(app, "verify", "Results")
@@ -425,7 +468,11 @@ def order_tasks(
 def evaluate_command(
     folder: Annotated[
         Path,
-        typer.Argument(metavar="SAE", help="Folder of a cell, or one written by `posmask import`.", show_default=False),
+        typer.Argument(
+            metavar="SAE",
+            help="Folder of a cell, one written by `posmask import`, or one of SAELens or GemmaScope.",
+            show_default=False,
+        ),
     ],
     study_file: StudyFile,
     root: Root = None,

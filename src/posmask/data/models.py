@@ -250,10 +250,8 @@ def _source(name: str, *, local_only: bool) -> dict[str, str]:
     """Arguments of `from_pretrained`: a folder, or a name on the hub with the commit to load."""
     if is_path(name) and not Path(name).exists():
         siblings = sorted(path.name for path in Path(name).parent.glob("*") if path.is_dir())
-        raise BadSetting(
-            f"model {name!r} is missing: there is no such folder, and {Path(name).parent} holds "
-            f"{', '.join(siblings[:5]) or 'no folders'}; check the path"
-        )
+        beside = f", and {Path(name).parent} holds {', '.join(siblings[:5])}" if siblings else ""
+        raise BadSetting(f"model {name!r} is missing: there is no such folder{beside}; check the path")
     source = {"pretrained_model_name_or_path": model_folder(name, local_only=local_only)}
     if not Path(source["pretrained_model_name_or_path"]).is_dir():
         source["revision"] = _hub_file(name, "config.json", local_only).parent.name

@@ -26,6 +26,7 @@ __all__ = [
     "SplitTexts",
     "Tokenizer",
     "Tokens",
+    "count_tokens",
     "equal_segments",
     "growing_segments",
     "pack",
@@ -308,6 +309,17 @@ def pack(
         tokenizer,
         torch.cat([torch.zeros(n_contexts, 1, dtype=torch.int64), contexts[..., 2]], 1),
     )
+
+
+def count_tokens(texts: list[str], tokenizer: Tokenizer, most: int) -> int:
+    """The number of kept tokens of texts, at most `most`."""
+    special, n_tokens = set(_special_ids(tokenizer)), 0
+    for numbers in _portions(list(range(len(texts))), texts):
+        for ids in _token_ids([texts[number] for number in numbers], tokenizer):
+            n_tokens += sum(token not in special for token in ids)
+        if n_tokens >= most:
+            return most
+    return n_tokens
 
 
 def _portions(order: list[int], texts: Sequence[str]) -> Iterator[list[int]]:

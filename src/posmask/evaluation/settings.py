@@ -31,19 +31,19 @@ class EvaluationSettings(BaseModel):
     """Held-out contexts on which the model continues from replaced vectors; at least two per causal window."""
     causal_windows: int = Field(default=4, gt=1)
     """Windows of positions in the causal test."""
-    order_tasks: tuple[str, ...]
+    order_tasks: tuple[str, ...] = ()
     """Names of order tasks."""
-    order_train_groups: int = Field(gt=0)
+    order_train_groups: int = Field(default=480, gt=0)
     """Training groups per order task."""
-    order_test_groups: int = Field(gt=1)
+    order_test_groups: int = Field(default=155, gt=1)
     """Test groups per order task."""
     order_segments: int = Field(default=8, gt=1)
     """Position segments of the segment-pooling baseline, which pools the codes of the unmasked SAE per segment."""
-    probe_datasets: tuple[str, ...]
+    probe_datasets: tuple[str, ...] = ()
     """Names of embedded probe datasets, or of SAEBench's datasets on the hub."""
-    probe_train: int = Field(gt=1)
+    probe_train: int = Field(default=800, gt=1)
     """Training texts per probe, half of them of its class; reduced with the test texts if a dataset has fewer."""
-    probe_test: int = Field(gt=1)
+    probe_test: int = Field(default=200, gt=1)
     """Test texts per probe, half of them of its class."""
     probe_protocol: datasets.Protocol = "default"
     """`saebench` reproduces two choices of sae-bench that make numbers optimistic or noisy; see docs/metrics.md."""

@@ -23,12 +23,14 @@ from posmask.sae.autoencoder import SparseAutoencoder, check_sizes, check_table
 from posmask.sae.files import WEIGHTS_FILE, flaw_of, read_origin, read_sae, write_sae
 from posmask.sae.rules import RULES, RuleSettings, rule_settings
 from posmask.sae.selection import LargestOfToken
+from posmask.storage.layout import SAE_FILE
 from posmask.storage.manifest import as_json, file_sha256, write_folder
 
 __all__ = [
     "ARCHITECTURE",
     "export_saelens",
     "import_saelens",
+    "is_foreign",
     "lossy_saelens_form",
     "read_saelens",
     "saelens_form",
@@ -235,6 +237,14 @@ _OUR_NAMES = {
     "r_mag": "rule.magnitude",
     "b_mag": "rule.magnitude_bias",
 }
+
+
+def is_foreign(source: Path) -> bool:
+    """Whether a path holds an SAE of SAELens or GemmaScope, and none of posmask."""
+    files = (source / CFG_FILE, source / GEMMA_SCOPE_FILE)
+    return source.name == GEMMA_SCOPE_FILE or (
+        not (source / SAE_FILE).is_file() and any(file.is_file() for file in files)
+    )
 
 
 def import_saelens(source: Path, folder: Path, *, n_positions: int | None = None) -> SparseAutoencoder:

@@ -80,11 +80,12 @@ def code_of(settings: MaskSettings) -> str | None:
     return file_sha256(Path(inspect.getfile(MASKS[settings.kind])))
 
 
-def mask_settings(values: dict[str, Any], *, may_import: bool = True) -> MaskSettings:
+def mask_settings(values: dict[str, Any], *, may_import: bool = False) -> MaskSettings:
     """Validated settings of the kind `values["kind"]`.
 
     Args:
-        may_import: whether a kind `MODULE:CLASS` may be imported if it is not in `MASKS` yet.
+        may_import: whether a kind `MODULE:CLASS` may be imported if it is not in `MASKS` yet; not for values from a
+            file that somebody else may have written.
 
     >>> mask_settings({"kind": "slice", "n_slices": 8}).gating
     'forward'
@@ -95,7 +96,7 @@ def mask_settings(values: dict[str, Any], *, may_import: bool = True) -> MaskSet
     """
     kind = values.get("kind")
     if not isinstance(kind, str) or not (kind in MASKS or _is_imported(kind)):
-        raise unknown_kind("mask kind", kind, MASKS)
+        raise unknown_kind("mask kind", kind, [name for name in MASKS if not _is_imported(name)])
     if kind not in MASKS and not may_import:
         raise BadSetting(
             f"mask kind {kind!r} is defined outside posmask, and code that a file names is not run: import the kind "

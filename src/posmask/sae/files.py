@@ -69,7 +69,7 @@ def read_sae(folder: Path, *, verify: bool = False) -> SparseAutoencoder:
     try:
         description = json.loads((folder / SAE_FILE).read_text(encoding="utf8"))
         tensors = load_file(folder / WEIGHTS_FILE)
-        settings = mask_settings(description["mask"], may_import=False)
+        settings = mask_settings(description["mask"])
         _check_sizes(description, tensors, MASKS[settings.kind])
         mask = make_mask(settings, description["n_positions"], description["d_sae"])
         sae = SparseAutoencoder(description["d_model"], rule_settings(description["rule"]), mask)
@@ -77,7 +77,9 @@ def read_sae(folder: Path, *, verify: bool = False) -> SparseAutoencoder:
         if (flaw := flaw_of(sae)) is not None:
             raise ValueError(flaw)
     except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-        raise DamagedFolder(f"{folder} holds no readable SAE ({error}): train it again") from error
+        raise DamagedFolder(
+            f"{folder} holds no readable SAE ({error}): give the folder of an SAE, or train it again"
+        ) from error
     return sae
 
 

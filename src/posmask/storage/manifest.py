@@ -28,6 +28,7 @@ __all__ = [
     "as_json",
     "check_aside",
     "check_folder",
+    "check_sizes",
     "damage_under",
     "file_entry",
     "file_sha256",
@@ -323,6 +324,23 @@ def read_manifest(path: Path, *, verify: bool = False) -> dict[str, Any]:
         if any(problems):
             raise DamagedFolder(f"{'; '.join(filter(None, problems))}: {_REMEDY}")
     return manifest
+
+
+def check_sizes(path: Path) -> None:
+    """Check without reading them that a finished folder has all of its files in their sizes.
+
+    Raises:
+        DamagedFolder: files are missing or have another size; all are named.
+    """
+    problems = []
+    for name, entry in read_manifest(path)["files"].items():
+        file = path / name
+        if not file.is_file():
+            problems.append(f"{file} is missing")
+        elif file.stat().st_size != entry["bytes"]:
+            problems.append(f"{file} has {file.stat().st_size:,} bytes instead of {entry['bytes']:,}")
+    if problems:
+        raise DamagedFolder(f"{'; '.join(problems)}: {_REMEDY}")
 
 
 def manifest_of(text: str, where: Path | str) -> dict[str, Any]:

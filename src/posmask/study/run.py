@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from posmask.errors import BadSetting, DamagedFolder
+from posmask.interop import saelens_files
 from posmask.kernels import devices, runtime
 from posmask.progress import part_finished, study_progress
 from posmask.results import comparisons, rows
@@ -207,8 +208,9 @@ def evaluate_folder(
 ) -> list[rows.Row]:
     """Evaluate an SAE that the study did not train as it evaluates its cells, on the same texts.
 
-    Rows are written to `root/evaluated/NAME`, where NAME is the folder's name. The baselines are made if they are
-    missing. There are no rows about training or about latents that were dead at its end.
+    A folder of SAELens or GemmaScope is converted first. Rows are written to `root/evaluated/NAME`, where NAME is the
+    folder's name. The baselines are made if they are missing. There are no rows about training or about latents that
+    were dead at its end.
 
     Returns:
         The SAE's rows, then those of the baselines.
@@ -217,6 +219,16 @@ def evaluate_folder(
         BadSetting: the SAE is of another model, layer or site, or of contexts of another length.
     """
     runtime.keep_freed_memory()
+    name = folder.resolve().name
+    if not saelens_files.is_foreign(folder):
+        return _evaluate(study, root, folder, name, say)
+    converted = layout.evaluated_folder(root, name)
+    with atomic.scratch_folder(converted.with_name(f"{name}.imported")) as scratch:
+        saelens_files.import_saelens(folder, scratch / name, n_positions=study.corpus.n_positions)
+        return _evaluate(study, root, scratch / name, name, say)
+
+
+def _evaluate(study: StudySettings, root: Path, folder: Path, name: str, say: Callable[[str], None]) -> list[rows.Row]:
     source = Source(study.model, study.device)
     sae, n_positions = read_sae(folder), study.corpus.n_positions
     if sae.mask.n_positions != n_positions:
@@ -225,7 +237,6 @@ def evaluate_folder(
             f"set corpus.n_positions, or import it with --n-positions {n_positions}"
         )
     made_from = {**results_origin(study, source), "sae": checked_init(folder, source.made_from)}
-    name = folder.resolve().name
     target = Target(None, 0, root, layout.evaluated_folder(root, name), made_from)
     baseline = targets_of(study, source, root)[0]
     missing = [item for item in (baseline, target) if state_of(item) != "finished"]

@@ -1,6 +1,7 @@
 """Settings of a study: data, with the rules that relate them. `study_file` reads them, `cell` builds SAEs from them."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -160,7 +161,7 @@ class CellSettings(_Settings):
     @field_validator("mask", mode="before")
     @classmethod
     def _known_kind(cls, value: Any) -> Any:
-        return _settings_of(masks.mask_settings, value)
+        return _settings_of(partial(masks.mask_settings, may_import=True), value)
 
 
 class ComparisonSettings(_Settings):

@@ -170,11 +170,14 @@ def state_of(target: Target, *, verify: bool = False) -> CellState:
     """The state of a target's folder.
 
     Args:
-        verify: also compare every file with its checksum.
+        verify: compare every file with its checksum instead of its size only.
     """
     try:
         if manifest.finished(target.folder, target.made_from):
-            manifest.read_manifest(target.folder, verify=verify)
+            if verify:
+                manifest.read_manifest(target.folder, verify=True)
+            else:
+                manifest.check_sizes(target.folder)
             return "finished"
     except DamagedFolder:
         return "damaged"
