@@ -42,7 +42,7 @@ class Noise(LanguageModel):
     """Gives random vectors in place of a model's."""
 
     def __init__(self) -> None:
-        self.random = torch.Generator().manual_seed(0)
+        self.random, self.sink_norm = torch.Generator().manual_seed(0), 0.0
 
     def check_length(self, n_positions: int) -> None:
         pass

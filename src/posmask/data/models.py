@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from posmask.data import embedded
 from posmask.data.gguf import convert_gguf, converted_folder
 from posmask.data.pretrained import first_line, import_transformers, load_complete
-from posmask.data.sites import LanguageModel, Site
+from posmask.data.sites import SINK_NORM, LanguageModel, Site
 from posmask.errors import BadSetting, DamagedFolder
 from posmask.kernels import devices
 from posmask.kernels.runtime import Precision
@@ -108,6 +108,7 @@ def load_model(
     *,
     site: Site = "residual_after",
     device: str = "cpu",
+    sink_norm: float = SINK_NORM,
     local_only: bool = False,
 ) -> LanguageModel:
     """Load any causal language model that `AutoModelForCausalLM` of transformers loads.
@@ -119,11 +120,12 @@ def load_model(
         precision: of weights and vectors.
         site: see `LanguageModel`.
         device: see `devices.check_device`.
+        sink_norm: see `harvest.sinks`.
         local_only: download nothing from the hub.
 
     Raises:
-        BadSetting: the model does not exist (on this machine, with `local_only`), its files lack weights, or the layer
-            or device does not exist.
+        BadSetting: the model does not exist (on this machine, with `local_only`), its files lack weights, the layer or
+            device does not exist, or posmask cannot read the model (see `LanguageModel`).
     """
     devices.check_device(device)
     with _loading(name, local_only=local_only) as source:
@@ -135,7 +137,7 @@ def load_model(
             use_safetensors=True,  # A pickle can run code when it is loaded.
             trust_remote_code=False,
         )
-    return LanguageModel(model.eval().to(device), layer, site)
+    return LanguageModel(model.eval().to(device), layer, site, sink_norm)
 
 
 def layer_number(name: str, layer: int | float) -> int:
