@@ -47,6 +47,9 @@ class Noise(LanguageModel):
     def check_length(self, n_positions: int) -> None:
         pass
 
+    def check_ids(self, ids: torch.Tensor) -> None:
+        pass
+
     def vectors(self, ids: torch.Tensor) -> torch.Tensor:
         return torch.randn(*ids.shape, D_MODEL, generator=self.random)
 

@@ -176,10 +176,11 @@ def shards_here(
     """Run the model in this process: `ComputeShards` after its first argument.
 
     Raises:
-        BadSetting: contexts are longer than the model allows.
+        BadSetting: contexts are longer than the model allows, or have ids that it does not know.
         DegenerateResult: the model gave NaN or infinite vectors.
     """
     model.check_length(tokens.id.shape[1])
+    model.check_ids(tokens.id)
     most_tokens = _JOINED_TOKENS.get(model.device.type, 0)
     for contexts in shards:
         yield _shard(model, tokens, list(_joined(tokens, contexts, most_tokens)), label, storage_dtype, advance)

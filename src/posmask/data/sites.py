@@ -45,9 +45,7 @@ class LanguageModel:
             cannot run, is not checked.
     """
 
-    def __init__(
-        self, model: Any, layer: int, site: Site = "residual_after", sink_norm: float = SINK_NORM
-    ) -> None:
+    def __init__(self, model: Any, layer: int, site: Site = "residual_after", sink_norm: float = SINK_NORM) -> None:
         self._model = model
         with _refused(f"{type(model).__name__} has no decoder that posmask can read"):
             self._body = model.get_decoder()  # without the head, which costs as much as several layers
@@ -192,6 +190,19 @@ class LanguageModel:
         if self._longest is not None and n_positions > self._longest:
             raise BadSetting(
                 f"n_positions = {n_positions} is more than the {self._longest} positions of the model: lower it"
+            )
+
+    def check_ids(self, ids: Int[Tensor, "context position"]) -> None:
+        """Raise an error if the model's embedding lacks token ids.
+
+        Raises:
+            BadSetting: an id is not below the number of its rows.
+        """
+        n_rows = len(self._model.get_input_embeddings().weight)
+        if (largest := int(ids.max())) >= n_rows:
+            raise BadSetting(
+                f"the tokenizer gave the id {largest}, but the model's embedding has {n_rows} rows: take tokenizer and "
+                "model from the same source"
             )
 
     @torch.inference_mode()
