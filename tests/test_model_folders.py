@@ -90,9 +90,7 @@ def test_a_model_without_a_tokenizer_raises_an_error(folder):
     for path in folder.glob("*token*"):
         path.unlink()
     load_model(str(folder), 1, "float32")
-    with pytest.raises(
-        BadSetting, match=r"^model .* cannot be loaded \(it has no tokenizer\): add tokenizer\.json"
-    ):
+    with pytest.raises(BadSetting, match=r"^model .* cannot be loaded \(it has no tokenizer\): add tokenizer\.json"):
         load_tokenizer(str(folder))
 
 
