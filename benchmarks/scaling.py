@@ -42,9 +42,12 @@ class Noise(LanguageModel):
     """Gives random vectors in place of a model's."""
 
     def __init__(self) -> None:
-        self.random = torch.Generator().manual_seed(0)
+        self.random, self.sink_norm = torch.Generator().manual_seed(0), 0.0
 
     def check_length(self, n_positions: int) -> None:
+        pass
+
+    def check_ids(self, ids: torch.Tensor) -> None:
         pass
 
     def vectors(self, ids: torch.Tensor) -> torch.Tensor:

@@ -167,6 +167,10 @@ class Counted(LanguageModel):
 
     def __init__(self, model, most=10**6):
         self.n, self.n_tokens, self.most, self._model, self._longest = 0, [], most, model, None
+        self.sink_norm = model.sink_norm
+
+    def check_ids(self, ids):
+        pass
 
     def vectors(self, ids):
         self.n += 1

@@ -191,7 +191,7 @@ def test_harvested_vectors_take_no_time_and_count_their_stored_tokens(settings, 
         return {item.label: item for item in harvests.harvests(study, model, texts)}
 
     def write(item, kept):
-        with manifest.write_folder(item.folder(tmp_path), item.made_from, kept_tokens=kept):
+        with manifest.write_folder(item.folder(tmp_path), item.made_from, kept_tokens=kept, sink_tokens={"1": 7}):
             pass
 
     items, other_groups = declared(settings), declared(changed(settings, "evaluation", probe_train=80))
@@ -201,6 +201,7 @@ def test_harvested_vectors_take_no_time_and_count_their_stored_tokens(settings, 
     plan = estimate.plan(settings, tmp_path, rates(below=1.0))
     harvest = tokens_of(plan, "harvest")
     assert (harvest["training texts"], harvest["held-out texts"]) == (0, 0)
+    assert "training: 7 of 1,508 tokens are attention sinks and do not count, at position 1 (7)." in plan.assumptions
     assert (harvest["order tasks"], harvest["probe datasets"]) == (300 * 15, 75 * 15)
     assert tokens_of(plan, "baselines") == {"the model itself": 777 + 300 * 15 + 75 * 15}
     other = settings.model_copy(update={"corpus": settings.corpus.model_copy(update={"heldout_tokens": 1400})})

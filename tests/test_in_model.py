@@ -179,6 +179,13 @@ def test_contexts_are_spread_over_the_data(language_model, activations):
         InModel(language_model, activations, 10_000)
 
 
+def test_nonfinite_predictions_of_the_unmodified_model_raise_an_error(language_model, activations, monkeypatch):
+    in_model = InModel(language_model, activations, 2)
+    monkeypatch.setattr(language_model, "logits", lambda ids, vectors: torch.full((*ids.shape, 23), torch.nan))
+    with pytest.raises(DegenerateResult, match="the model's predictions are NaN or infinite: use precision float32"):
+        in_model.losses([])
+
+
 def test_nonfinite_predictions_raise_an_error(in_model):
     with pytest.raises(DegenerateResult, match="NaN or infinite on replaced vectors"):
         in_model.losses([lambda batch, context: batch.vectors * torch.nan])

@@ -162,7 +162,7 @@ def test_retention_intervals_cover_the_planted_value():
 
 def information(rate, **options):
     batch, codes = fired(rate, **options)
-    metric = PositionInformation(*rate.shape, n_texts=200)
+    metric = PositionInformation(*rate.shape, 200, torch.arange(1, len(rate)))
     used = PositionMass(*rate.shape)
     for part in torch.arange(len(batch)).split([900, len(batch) - 900]):  # streaming changes nothing
         metric.update(batch.select(part), codes.select(part))
@@ -200,7 +200,7 @@ def test_runs_of_firings_give_no_position_information():
     text, offset = batch.text.long(), batch.position.long()[:, None] - 1
     runs = fires[text] & ((offset - start[text]) % (N_POSITIONS - 1) < length[text])
     codes = codes_of(codes.dense() * runs)
-    metric, used = PositionInformation(N_POSITIONS, 40, 60), PositionMass(N_POSITIONS, 40)
+    metric, used = PositionInformation(N_POSITIONS, 40, 60, torch.arange(1, N_POSITIONS)), PositionMass(N_POSITIONS, 40)
     metric.update(batch, codes)
     used.update(batch, codes)
     values = {measure.metric: measure.value for measure in metric.measures(used)}

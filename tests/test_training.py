@@ -31,6 +31,7 @@ def write_activations(folder, vectors, position, text):
             "position": position.to(torch.int32),
             "token_id": torch.zeros(len(vectors), dtype=torch.int32),
             "text": text.to(torch.int32),
+            "sink": torch.zeros_like(position, dtype=torch.bool),
             "keep": position > 0,
             **{name: position.to(torch.int32, copy=True) for name in ("sentence", "line", "end", "text_position")},
         }

@@ -156,5 +156,7 @@ def measure(sae: SparseAutoencoder, heldout: Activations, *, retention_positions
         codes = sae.encode_batch(batch)
         reconstruction.update(batch, codes, sae.sparse_decode(codes))
         lifted.update(batch, sae.encode_batch(batch, use_mask=False), position_origin)
+    sinks = heldout.sinks
+    reconstruction.update_sinks(sinks, sae.sparse_decode(sae.encode_batch(sinks)))
     special = special_positions(lifted, sae.mask.bound_positions(), retention_positions)
     return [*reconstruction.measures(), *mask_measures(sae.mask), *retention(lifted, special)]

@@ -1,8 +1,9 @@
 """Read a folder of harvested vectors and iterate over it in batches.
 
 Vectors are stored with their token, position and text, in shards on disk or in a remote store (`storage/remote.py`).
-Tokens after the last kept token of a context (padding) are not stored; BOS is stored with `keep` False. An int8 vector
-takes a quarter of the space of float32: it is divided by a scale such that its largest number is 127.
+Tokens after the last kept token of a context (padding) are not stored; BOS is stored with `keep` False, and so are
+attention sinks. An int8 vector takes a quarter of the space of float32: it is divided by a scale such that its largest
+number is 127.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from posmask.storage.manifest import finished, read_manifest
 from posmask.storage.remote import Shards, StoredFolder
 
 __all__ = [
+    "STORED_FIELDS",
     "Activations",
     "Batch",
     "StorageDtype",
@@ -39,12 +41,14 @@ StorageDtype = Literal["model", "float32", "bfloat16", "int8"]
 """Precision of vectors on disk; `model` is the precision in which the model computes."""
 
 _FIELDS = ("position", "token_id", "text", "keep", "sentence", "line", "end", "text_position")
+STORED_FIELDS = (*_FIELDS, "sink")
+"""What a shard holds of each token beside its vector."""
 
 
 def bytes_per_token(d_model: int, stored: Literal["float32", "bfloat16", "int8"]) -> int:
     """Bytes on disk of a vector with its token, position and text, in contexts of fewer than 2^15 positions."""
     scale = 4 if stored == "int8" else 0
-    return {"float32": 4, "bfloat16": 2, "int8": 1}[stored] * d_model + scale + 4 + 4 + 1 + 5 * 2
+    return {"float32": 4, "bfloat16": 2, "int8": 1}[stored] * d_model + scale + 4 + 4 + 2 * 1 + 5 * 2
 
 
 @dataclass(frozen=True)
@@ -132,9 +136,10 @@ class Activations:
             manifest = read_manifest(folder, verify=True)
             self._shards = tokens = [load_file(folder / name) for name in sorted(manifest["files"])]
         self.made_from: dict[str, Any] = manifest["made_from"]
-        fields = [torch.cat([shard[name] for shard in tokens]) for name in _FIELDS]
+        self.facts: Mapping[str, Any] = manifest
+        fields = [torch.cat([shard[name] for shard in tokens]) for name in STORED_FIELDS]
         fields = [field.int() if field.dtype == torch.int16 else field for field in fields]
-        self.position, self.token_id, self.text, self.keep, *counts = fields
+        self.position, self.token_id, self.text, self.keep, *counts, self.sink = fields
         self.sentence, self.line, self.end, self.text_position = counts
         sizes = torch.tensor([len(shard["position"]) for shard in tokens])
         self._ends = sizes.cumsum(0)
@@ -152,6 +157,16 @@ class Activations:
     def n_kept(self) -> int:
         """Number of kept tokens."""
         return int(self.keep.sum())
+
+    @property
+    def kept_positions(self) -> Int[Tensor, " position"]:
+        """The positions that have kept tokens, ascending."""
+        return self.position[self.keep].unique().long()
+
+    @property
+    def sinks(self) -> Batch:
+        """The attention sinks: tokens that would be kept if their vectors had the norms of others."""
+        return self.batch(self.sink.nonzero()[:, 0])
 
     @property
     def n_texts(self) -> int:

@@ -1,7 +1,7 @@
 """Harvest a model's vectors into shards on disk or in a remote store."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -10,24 +10,25 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from posmask.data.activations import _FIELDS, Activations, StorageDtype, finished_activations
+from posmask.data.activations import STORED_FIELDS, Activations, StorageDtype, finished_activations
 from posmask.data.sites import LanguageModel
 from posmask.data.tokens import Tokens
 from posmask.errors import DamagedFolder, DegenerateResult, NothingToDo
 from posmask.kernels.devices import memory_for
 from posmask.progress import announce, progress_bar
 from posmask.storage.manifest import MANIFEST, take_apart, write_in_parts
-from posmask.storage.remote import StoredFolder
+from posmask.storage.remote import Shards, StoredFolder
 
-__all__ = ["ComputeShards", "Contexts", "harvest", "shards_here"]
+__all__ = ["ComputeShards", "Contexts", "harvest", "shards_here", "sink_sentence", "sinks"]
 
 _TOKENS_PER_FORWARD = 4096
 _TOKENS_PER_SHARD = 65536
 _WRITERS = 3  # saving and hashing a shard may take longer than a GPU takes to compute it
 _JOINED_TOKENS = {"cuda": 16384}  # of a pass, by device; other devices are not faster with more
+_NAMED_POSITIONS = 5
 
 Contexts = list[Int[Tensor, " _"]]
 """Indices of the contexts of one shard, in chunks that run through the model together."""
@@ -85,14 +86,17 @@ def harvest(
         assert model is not None
         compute = partial(shards_here, model)
     with (
-        _parts(folder, made_from, kept_tokens=tokens.n_kept) as (is_written, add),
+        _parts(folder, made_from) as (is_written, add),
         progress_bar(f"harvest {label}", tokens.n_kept, "tokens") as advance,
     ):
         missing = {name: contexts for name, contexts in shards.items() if not is_written(name)}
         advance(sum(int(tokens.keep[chunk].sum()) for name in shards.keys() - missing for chunk in shards[name]))
         computed = compute(tokens, list(missing.values()), label, storage_dtype, advance)
         _write_behind(add, missing, computed, 1 if isinstance(folder, StoredFolder) else _WRITERS)
-    return Activations(folder)
+    activations = Activations(folder)
+    if (sentence := sink_sentence(label, activations.facts)) is not None:
+        announce(sentence)
+    return activations
 
 
 def _write_behind(
@@ -118,20 +122,47 @@ def _write_behind(
 
 @contextmanager
 def _parts(
-    folder: Path | StoredFolder, made_from: Mapping[str, Any], **facts: Any
+    folder: Path | StoredFolder, made_from: Mapping[str, Any]
 ) -> Iterator[tuple[Callable[[str], bool], Callable[[str, dict[str, Tensor]], None]]]:
     """Yield (function that checks whether a shard is written, function that writes it), then finish the folder."""
     if isinstance(folder, Path):
-        with write_in_parts(folder, made_from, **facts) as parts:
+        with write_in_parts(folder, made_from) as parts:
             yield parts.__contains__, lambda name, shard: parts.add(name, lambda path: save_file(shard, path))
+            parts.facts = _facts([load_file(parts.path(name)) for name in parts.files])
         return
     files = folder.complete_shards()
 
     def add(name: str, shard: dict[str, Tensor]) -> None:
-        files.update(folder.add(name, shard, {field: shard[field] for field in _FIELDS}))
+        files.update(folder.add(name, shard, {field: shard[field] for field in STORED_FIELDS}))
 
     yield files.__contains__, add
-    folder.finish(made_from, facts, files)
+    folder.finish(made_from, _facts(Shards(folder, {"files": files}).tokens()), files)
+
+
+def _facts(shards: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]:
+    """The number of kept tokens, and of attention sinks by position."""
+    position = torch.cat([shard["position"][shard["sink"]] for shard in shards])
+    counts = zip(*(part.tolist() for part in position.unique(return_counts=True)), strict=True)
+    n_kept = sum(int(shard["keep"].sum()) for shard in shards)
+    return {"kept_tokens": n_kept, "sink_tokens": {str(number): count for number, count in counts}}
+
+
+def sink_sentence(label: str, facts: Mapping[str, Any]) -> str | None:
+    """How many tokens of a harvest are attention sinks, and where; None if none is.
+
+    Args:
+        facts: of the harvest's manifest.
+    """
+    by_position: Mapping[str, int] = facts["sink_tokens"]
+    if not by_position:
+        return None
+    most = sorted(by_position, key=lambda position: (-by_position[position], int(position)))[:_NAMED_POSITIONS]
+    where = ", ".join(f"{position} ({by_position[position]:,})" for position in most)
+    n = sum(by_position.values())
+    return (
+        f"{label}: {n:,} of {n + facts['kept_tokens']:,} tokens are attention sinks and do not count, at position "
+        f"{where}{' and others' if len(most) < len(by_position) else ''}."
+    )
 
 
 def shards_here(
@@ -145,10 +176,11 @@ def shards_here(
     """Run the model in this process: `ComputeShards` after its first argument.
 
     Raises:
-        BadSetting: contexts are longer than the model allows.
+        BadSetting: contexts are longer than the model allows, or have ids that it does not know.
         DegenerateResult: the model gave NaN or infinite vectors.
     """
     model.check_length(tokens.id.shape[1])
+    model.check_ids(tokens.id)
     most_tokens = _JOINED_TOKENS.get(model.device.type, 0)
     for contexts in shards:
         yield _shard(model, tokens, list(_joined(tokens, contexts, most_tokens)), label, storage_dtype, advance)
@@ -165,7 +197,7 @@ def _shard(
     """The stored fields of a shard by name. The host prepares each pass while the model's device computes the last."""
     fields: list[dict[str, Tensor]] = []
     vectors: dict[str, Tensor] = {}
-    are_finite, end = [], 0
+    are_finite, norms, end = [], [], 0
     n_stored = sum(int(_stored_length(tokens.keep[chunk]).sum()) for chunk in contexts)
     for chunk in contexts:
         length = int(_stored_length(tokens.keep[chunk]).max())
@@ -177,6 +209,7 @@ def _shard(
         is_left_out = ~fields[-1]["keep"].to(model.device)
         computed = model.vectors(tokens.id[chunk, :length]).flatten(0, 1)[index]
         are_finite.append((torch.isfinite(computed).all(1) | is_left_out).all())
+        norms.append(computed.float().norm(dim=1))
         start, end = end, end + len(index)
         for name, part in _as_stored(computed, storage_dtype).items():
             if name not in vectors:
@@ -187,7 +220,9 @@ def _shard(
         advance(int(keep.sum()))
     if not bool(torch.stack(are_finite).all()):  # Reading this also waits for the copies before it.
         raise DegenerateResult(f"the model gave NaN or infinite vectors for {label}: use precision float32")
-    return {**vectors, **{name: torch.cat([part[name] for part in fields]) for name in fields[0]}}
+    shard = {**vectors, **{name: torch.cat([part[name] for part in fields]) for name in fields[0]}}
+    sink = sinks(torch.cat(norms).cpu(), shard["keep"], model.sink_norm)
+    return {**shard, "keep": shard["keep"] & ~sink, "sink": sink}
 
 
 def _token_fields(
@@ -214,6 +249,18 @@ def _joined(tokens: Tokens, contexts: Contexts, most_tokens: int) -> Iterator[In
             joined = []
         joined.append(chunk)
     yield torch.cat(joined)
+
+
+def sinks(norms: Float[Tensor, " token"], keep: Bool[Tensor, " token"], sink_norm: float) -> Bool[Tensor, " token"]:
+    """Which kept tokens are attention sinks: those with a norm above `sink_norm` times the median of the kept tokens.
+
+    Args:
+        norms: of the vectors of a whole shard, so that a few short texts do not set the median.
+        sink_norm: 0: no token is a sink.
+    """
+    if not sink_norm or not bool(keep.any()):
+        return torch.zeros_like(keep)
+    return keep & (norms > sink_norm * norms[keep].median())
 
 
 def _shards(tokens: Tokens) -> Iterator[Contexts]:

@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from posmask.data import embedded
 from posmask.data.gguf import convert_gguf, converted_folder
 from posmask.data.pretrained import first_line, import_transformers, load_complete
-from posmask.data.sites import LanguageModel, Site
-from posmask.errors import BadSetting, DamagedFolder
+from posmask.data.sites import SINK_NORM, LanguageModel, Site
+from posmask.errors import BadSetting, DamagedFolder, PosmaskError
 from posmask.kernels import devices
 from posmask.kernels.runtime import Precision
 from posmask.progress import announce
@@ -108,6 +108,7 @@ def load_model(
     *,
     site: Site = "residual_after",
     device: str = "cpu",
+    sink_norm: float = SINK_NORM,
     local_only: bool = False,
 ) -> LanguageModel:
     """Load any causal language model that `AutoModelForCausalLM` of transformers loads.
@@ -119,11 +120,12 @@ def load_model(
         precision: of weights and vectors.
         site: see `LanguageModel`.
         device: see `devices.check_device`.
+        sink_norm: see `harvest.sinks`.
         local_only: download nothing from the hub.
 
     Raises:
-        BadSetting: the model does not exist (on this machine, with `local_only`), its files lack weights, or the layer
-            or device does not exist.
+        BadSetting: the model does not exist (on this machine, with `local_only`), its files lack weights, the layer or
+            device does not exist, or posmask cannot read the model (see `LanguageModel`).
     """
     devices.check_device(device)
     with _loading(name, local_only=local_only) as source:
@@ -135,7 +137,7 @@ def load_model(
             use_safetensors=True,  # A pickle can run code when it is loaded.
             trust_remote_code=False,
         )
-    return LanguageModel(model.eval().to(device), layer, site)
+    return LanguageModel(model.eval().to(device), layer, site, sink_norm)
 
 
 def layer_number(name: str, layer: int | float) -> int:
@@ -177,7 +179,7 @@ def load_outline(
             config = _config(**_source(name, local_only=True), local_files_only=True)
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError, ImportError):
         raise BadSetting(
             f"model {name!r} has no config.json of a causal language model on this machine, and nothing is downloaded "
             f"for it: give a folder that contains it, or {EMBEDDED_MODEL}"
@@ -197,14 +199,16 @@ def load_tokenizer(name: str) -> Any:
         name: as in `load_model`.
 
     Raises:
-        BadSetting: the model does not exist.
+        BadSetting: the model does not exist, or has no tokenizer.
     """
     with _loading(name) as source:
         return import_transformers().AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
 
 
 def weights_identity(name: str) -> str:
-    """A string that changes with the model's weights: a checksum of its files, or its name and commit on the hub.
+    """A string that changes with the model: a checksum of its files, or its name and commit on the hub.
+
+    Of a folder, configuration, weights and tokenizer count; a README, for example, does not.
 
     Args:
         name: as in `load_model`.
@@ -217,8 +221,15 @@ def weights_identity(name: str) -> str:
     with _loading(name) as source:
         if "revision" in source:
             return f"{name}@{source['revision']}"
-        files = sorted(path for path in Path(source["pretrained_model_name_or_path"]).iterdir() if path.is_file())
-        return identity({path.name: file_sha256(path) for path in files})
+        files = sorted(Path(source["pretrained_model_name_or_path"]).iterdir())
+        return identity({path.name: file_sha256(path) for path in files if _DECISIVE.fullmatch(path.name)})
+
+
+_DECISIVE = re.compile(
+    r"config\.json|[^.].*\.safetensors(\.index\.json)?"
+    r"|(tokenizer|vocab|merges|special_tokens|added_tokens|spiece|sentencepiece)[\w.-]*|[^.].*\.(model|tiktoken)"
+)
+"""Files of a model's folder that decide its vectors."""
 
 
 def _config(**options: Any) -> Any:
@@ -230,7 +241,11 @@ def _loading(name: str, *, local_only: bool = False) -> Iterator[dict[str, str]]
     """Yield `_source(name)`; errors of transformers and the hub become one sentence."""
     try:
         yield _source(name, local_only=local_only)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (PosmaskError, MemoryError):
+        raise
+    except Exception as error:  # What transformers raises for a model that it cannot build may be anything.
+        if isinstance(error, RuntimeError) and "memory" in str(error):
+            raise
         raise BadSetting(f"model {name!r} cannot be loaded ({_reason(error)}") from error
 
 
@@ -253,9 +268,39 @@ def _source(name: str, *, local_only: bool) -> dict[str, str]:
         beside = f", and {Path(name).parent} holds {', '.join(siblings[:5])}" if siblings else ""
         raise BadSetting(f"model {name!r} is missing: there is no such folder{beside}; check the path")
     source = {"pretrained_model_name_or_path": model_folder(name, local_only=local_only)}
-    if not Path(source["pretrained_model_name_or_path"]).is_dir():
-        source["revision"] = _hub_file(name, "config.json", local_only).parent.name
+    folder = Path(source["pretrained_model_name_or_path"])
+    if folder.is_dir():
+        has_adapter = (folder / _ADAPTER).is_file()
+    else:
+        try:
+            source["revision"] = _hub_file(name, "config.json", local_only).parent.name
+        except BadSetting:  # A repository that holds an adapter alone has no config.json.
+            if not _has_adapter(name, None, local_only):
+                raise
+            has_adapter = True
+        else:
+            has_adapter = _has_adapter(name, source["revision"], local_only)
+    if has_adapter:
+        raise BadSetting(
+            f"model {name!r} holds an adapter ({_ADAPTER}), which posmask does not apply: merge it into its model "
+            "(merge_and_unload of peft) and give the merged model, or the model without the adapter"
+        )
     return source
+
+
+_ADAPTER = "adapter_config.json"
+
+
+@cache
+def _has_adapter(repo: str, commit: str | None, local_only: bool) -> bool:
+    cached = huggingface_hub.try_to_load_from_cache(repo, _ADAPTER, revision=commit)
+    if cached is not None:
+        return isinstance(cached, str)  # or the mark of a file that the repository does not have
+    try:
+        huggingface_hub.hf_hub_download(repo, _ADAPTER, revision=commit, local_files_only=local_only)
+    except hub_errors.EntryNotFoundError:
+        return False
+    return True
 
 
 def _reason(error: BaseException) -> str:
@@ -266,6 +311,12 @@ def _reason(error: BaseException) -> str:
     for kind, message in _HUB_ERRORS:
         if any(isinstance(cause, kind) for cause in causes):
             return message
+    if isinstance(error, ImportError):
+        return f"{first_line(error)}): install the package, or choose weights that are not quantized"
+    if "backend tokenizer" in str(error):
+        return "it has no tokenizer): add tokenizer.json of the model that it was trained from"
+    if not isinstance(error, (OSError, ValueError, SafetensorError)):
+        return f"{type(error).__name__} in transformers: {first_line(error)}): choose a model of another family"
     return f"{first_line(error)}): give a hub name, a folder, a GGUF file, or {EMBEDDED_MODEL}"
 
 

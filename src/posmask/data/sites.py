@@ -17,9 +17,11 @@ from posmask.errors import BadSetting
 from posmask.kernels.runtime import fast_float32
 from posmask.seeds import generator
 
-__all__ = ["LanguageModel", "Site"]
+__all__ = ["SINK_NORM", "LanguageModel", "Site"]
 
 Site = Literal["residual_after", "residual_before", "attention", "mlp"]
+SINK_NORM = 10.0
+"""The default multiple of the median norm above which a vector belongs to an attention sink."""
 
 
 class LanguageModel:
@@ -36,13 +38,14 @@ class LanguageModel:
             before the final norm, unlike in `hidden_states`. `residual_before`: the residual stream before the layer,
             `hidden_states[layer - 1]`. `attention`, `mlp`: the sublayer's contribution to the residual stream, after a
             norm that follows the sublayer.
+        sink_norm: see `harvest.sinks`.
 
     Raises:
         BadSetting: the layer does not exist, or the model fails a check (see `_check`). A model without weights, which
             cannot run, is not checked.
     """
 
-    def __init__(self, model: Any, layer: int, site: Site = "residual_after") -> None:
+    def __init__(self, model: Any, layer: int, site: Site = "residual_after", sink_norm: float = SINK_NORM) -> None:
         self._model = model
         with _refused(f"{type(model).__name__} has no decoder that posmask can read"):
             self._body = model.get_decoder()  # without the head, which costs as much as several layers
@@ -55,6 +58,7 @@ class LanguageModel:
             )
         self.layer = layer
         self.site: Site = site
+        self.sink_norm = sink_norm
         self._longest = getattr(self._config, "max_position_embeddings", None)
         self._hooked: nn.Module = layers[layer - 1]
         self._below = list(layers)[: layer - (site == "residual_before")]
@@ -186,6 +190,19 @@ class LanguageModel:
         if self._longest is not None and n_positions > self._longest:
             raise BadSetting(
                 f"n_positions = {n_positions} is more than the {self._longest} positions of the model: lower it"
+            )
+
+    def check_ids(self, ids: Int[Tensor, "context position"]) -> None:
+        """Raise an error if the model's embedding lacks token ids.
+
+        Raises:
+            BadSetting: an id is not below the number of its rows.
+        """
+        n_rows = len(self._model.get_input_embeddings().weight)
+        if (largest := int(ids.max())) >= n_rows:
+            raise BadSetting(
+                f"the tokenizer gave the id {largest}, but the model's embedding has {n_rows} rows: take tokenizer and "
+                "model from the same source"
             )
 
     @torch.inference_mode()

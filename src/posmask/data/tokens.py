@@ -1,6 +1,7 @@
 """Turn texts into contexts of tokens with their positions, source texts and a mask of the tokens that are kept.
 
-`keep` is set in this module only: False for BOS, EOS and padding. Every later stage uses it as it is.
+`keep` is set in this module: False for BOS, EOS and padding. A harvest also excludes attention sinks (`harvest.sinks`);
+every later stage uses it as it is.
 """
 
 import hashlib

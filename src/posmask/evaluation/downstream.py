@@ -107,7 +107,7 @@ class InModel:
             advance: called with the number of tokens finished since its last call.
 
         Raises:
-            DegenerateResult: predictions on replaced vectors are NaN or infinite.
+            DegenerateResult: predictions are NaN or infinite.
         """
         parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(1 + len(replacements))]
         for contexts in torch.arange(len(self.starts)).split(_CONTEXTS_AT_ONCE):
@@ -117,6 +117,8 @@ class InModel:
             keep = batch.keep.view(ids.shape)
             scored = keep[:, :-1] & keep[:, 1:]
             clean = self._clean_logits[contexts].to(self._model.device).float().log_softmax(-1)
+            if not bool(clean.isfinite().all()):
+                raise DegenerateResult("the model's predictions are NaN or infinite: use precision float32")
             probability = clean.exp()
             parts[0].append(_losses(clean, probability, clean, ids, scored))
             for number, replacement in enumerate(replacements, start=1):

@@ -34,22 +34,32 @@ class PositionInformation:
         n_positions: positions per context.
         d_sae: number of latents.
         n_texts: number of texts.
+        kept_positions: the positions that have kept tokens, ascending; tokens rotate among them.
         device: of the batches and codes.
     """
 
-    def __init__(self, n_positions: int, d_sae: int, n_texts: int, device: torch.device | None = None) -> None:
-        self._n_rotated = n_positions - 1  # Position 0 is never kept.
+    def __init__(
+        self,
+        n_positions: int,
+        d_sae: int,
+        n_texts: int,
+        kept_positions: Int[Tensor, " position"],
+        device: torch.device | None = None,
+    ) -> None:
+        self._kept_positions = kept_positions.to(device)
         self._null = torch.zeros(N_NULL_DRAWS, n_positions, d_sae, device=device)
         self._null_tokens = torch.zeros(N_NULL_DRAWS, n_positions, device=device)
         self._rotation: Int[Tensor, "draw text"] = torch.randint(
-            self._n_rotated, (N_NULL_DRAWS, n_texts), generator=generator(0, "rotations")
+            len(kept_positions), (N_NULL_DRAWS, n_texts), generator=generator(0, "rotations")
         ).to(device)
 
     def update(self, batch: Batch, codes: Codes) -> None:
         """Add kept tokens (`batch.kept()`) and their codes."""
+        kept = self._kept_positions
+        place = torch.searchsorted(kept, batch.position.long())
         for draw in range(N_NULL_DRAWS):
             rotation = self._rotation[draw, batch.text.long()]
-            position = 1 + (batch.position.long() - 1 + rotation) % self._n_rotated
+            position = kept[(place + rotation) % len(kept)]
             operations.count_at_(self._null_tokens[draw], position)
             operations.count_at_(self._null[draw].view(-1), position[codes.token] * codes.d_sae + codes.latent)
 
@@ -139,6 +149,8 @@ class ShiftDesign:
     latent that is open in one window only has nearly all its variance in the interaction, whatever it responds to, so
     a mask does not raise `shift_position` by construction.
 
+    Content whose token is an attention sink in any window counts as content at which no latent fires.
+
     Args:
         n_texts: number of texts.
         length: tokens per text.
@@ -183,7 +195,7 @@ class ShiftDesign:
             DegenerateResult: no latent fires often enough.
         """
         n_texts, n_windows = self._tokens.shape
-        assert bool((self._tokens == self._length).all()), "some content was not seen in every window"
+        assert bool((self._tokens == self._tokens[:, :1]).all()), "some content was not seen in every window"
         counted = self._firings >= MIN_SHIFT_FIRINGS
         if not bool(counted.any()):
             raise DegenerateResult(

@@ -27,6 +27,9 @@ class Reconstruction:
 
     l0 = mean number of non-zero codes per kept token.
 
+    `explained_variance_with_sinks` is the same over kept tokens and attention sinks, with the mean of both;
+    `sink_tokens` is the number of attention sinks, also by position. Their `n` is the number of kept tokens and sinks.
+
     Args:
         n_positions: positions per context.
         n_texts: number of held-out texts.
@@ -40,6 +43,9 @@ class Reconstruction:
         self._by_position = {name: zeros(n_positions) for name in ("error", "squares", "n")}
         self._active_at = zeros(n_positions)
         self._sum_at = zeros(n_positions, len(mean))
+        self._of_sinks = {"error": 0.0, "squares": 0.0}
+        self._sum_of_sinks = zeros(len(mean))
+        self._sinks_at = zeros(n_positions)
 
     def update(self, batch: Batch, codes: Codes, reconstruction: Float[Tensor, "token d_model"]) -> None:
         """Add kept tokens (`batch.kept()`), their codes and their reconstructions."""
@@ -56,8 +62,32 @@ class Reconstruction:
         operations.add_at_(self._active_at, position, active)
         operations.add_at_(self._sum_at, position, centered)
 
+    def update_sinks(self, sinks: Batch, reconstruction: Float[Tensor, "token d_model"]) -> None:
+        """Add attention sinks (`Activations.sinks`) and their reconstructions."""
+        centered = sinks.vectors.double() - self._mean
+        self._of_sinks["error"] += float((sinks.vectors.double() - reconstruction).square().sum())
+        self._of_sinks["squares"] += float(centered.square().sum())
+        self._sum_of_sinks += centered.sum(0)
+        operations.add_at_(self._sinks_at, sinks.position.long(), torch.ones_like(centered[:, 0]))
+
+    def _sink_measures(self) -> list[Measure]:
+        n_sinks = int(self._sinks_at.sum())
+        n = int(self._by_text["n"].sum()) + n_sinks
+        # With the sinks the mean moves by their share of the sum, which lowers the squares about it.
+        squares = float(self._by_text["total"].sum()) + self._of_sinks["squares"]
+        total = squares - float(self._sum_of_sinks.square().sum()) / n
+        error = float(self._by_text["error"].sum()) + self._of_sinks["error"]
+        return [
+            Measure("explained_variance_with_sinks", 1 - error / total, n=n),
+            Measure("sink_tokens", n_sinks, n=n),
+            *(
+                Measure("sink_tokens", int(self._sinks_at[position]), n=n, slice={"position": position})
+                for position in self._sinks_at.nonzero()[:, 0].tolist()
+            ),
+        ]
+
     def measures(self) -> list[Measure]:
-        """`explained_variance` and `l0`, overall with confidence intervals over texts, and by position.
+        """`explained_variance` and `l0`, overall with confidence intervals over texts, and by position; and the sinks.
 
         Raises:
             DegenerateResult: no code is ever active, or the codes explain no variance.
@@ -75,6 +105,7 @@ class Reconstruction:
         measures = [
             ratio("explained_variance", text["total"] - text["error"], text["total"], n=n),
             ratio("l0", text["active"], text["n"], n=n),
+            *self._sink_measures(),
         ]
         at = self._by_position
         variance = at["squares"] - self._sum_at.square().sum(1) / at["n"].clamp(min=1)

@@ -179,7 +179,7 @@ def _heldout(
     position_origin = sae.mask.settings.position_origin
     used = PositionMass(data.n_positions, sae.d_sae, device)
     in_context = used if position_origin == "context" else PositionMass(data.n_positions, sae.d_sae, device)
-    information = PositionInformation(data.n_positions, sae.d_sae, heldout.n_texts, device)
+    information = PositionInformation(data.n_positions, sae.d_sae, heldout.n_texts, heldout.kept_positions, device)
     window_mass = WindowMass(data.n_positions, data.settings.causal_windows, sae.d_sae, device)
     texts_in_model = data.in_model.texts.to(device)
     for batch in _kept_batches(heldout, device, advance):
@@ -193,6 +193,8 @@ def _heldout(
         # Latents are chosen on texts other than those they are ablated on.
         is_unseen = ~torch.isin(batch.text, texts_in_model)
         window_mass.update(batch.select(is_unseen), codes.select(is_unseen))
+    sinks = heldout.sinks.to(device)
+    reconstruction.update_sinks(sinks, sae.sparse_decode(sae.encode_batch(sinks)))
     of_position = ["position_information", "position_information_null", "position_bound_share"]
     measures = reconstruction.measures() + measured(of_position, information.measures, in_context)
     return used, information.by_latent(in_context), window_mass, measures
@@ -212,10 +214,18 @@ def _shift(
 ) -> list[Measure]:
     measures, device = [], _statistics_device(sae.encoder.device)
     n_texts, n_windows = data.settings.shift_texts, data.settings.shift_windows
+    length = tokens.shift_length(data.n_positions, n_windows)
+
+    def content_of(batch: Batch) -> Tensor:
+        return batch.text.long() * length + (batch.position.long() - 1) % length
+
+    sunk = torch.zeros(n_texts * length, dtype=torch.bool, device=device)
+    sunk[content_of(data.shift.sinks.to(device))] = True
     for mask in ("on", "lifted") if has_lifted else ("on",):
-        design = ShiftDesign(n_texts, tokens.shift_length(data.n_positions, n_windows), n_windows, sae.d_sae, device)
+        design = ShiftDesign(n_texts, length, n_windows, sae.d_sae, device)
         for batch in _kept_batches(data.shift, device, advance):
-            design.update(batch, sae.encode_batch(batch, use_mask=mask == "on"))
+            seen = batch.select(~sunk[content_of(batch)])
+            design.update(seen, sae.encode_batch(seen, use_mask=mask == "on"))
         parts = ["shift_position", "shift_content", "shift_interaction"]
         measures += measured(parts, design.measures, mask, slices=[{"mask": mask}])
     return measures

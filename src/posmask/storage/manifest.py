@@ -93,13 +93,19 @@ def write_folder(path: Path, made_from: Mapping[str, Any], **facts: Any) -> Iter
 
 
 class Parts:
-    """An unfinished folder whose files are kept, each as soon as it is complete."""
+    """An unfinished folder whose files are kept, each as soon as it is complete.
+
+    Attributes:
+        files: the manifest's entry of each complete file.
+        facts: more facts for the manifest, beside those of `write_in_parts`.
+    """
 
     def __init__(self, draft: Path, made_from: Mapping[str, Any]) -> None:
         self._draft = draft
         self._lock = threading.Lock()
         self._identity = identity(made_from)
         self.files: dict[str, Any] = {}
+        self.facts: dict[str, Any] = {}
         for name in (_PARTS, MANIFEST):  # The latter of a folder that was finished once, or all but for its name.
             try:
                 kept = json.loads((draft / name).read_text(encoding="utf8"))
@@ -117,6 +123,10 @@ class Parts:
 
     def __contains__(self, name: str) -> bool:
         return name in self.files
+
+    def path(self, name: str) -> Path:
+        """Where a file is until the folder is finished."""
+        return self._draft / name
 
     def add(self, name: str, write: Callable[[Path], None]) -> None:
         """Let `write` write the file, and record it; several threads may add files."""
@@ -148,7 +158,7 @@ def write_in_parts(path: Path, made_from: Mapping[str, Any], **facts: Any) -> It
         raise refusal(f"{draft} is a symbolic link")
     parts = Parts(draft, made_from)
     yield parts
-    _finish(draft, path, made_from, facts, dict(sorted(parts.files.items())))
+    _finish(draft, path, made_from, facts | parts.facts, dict(sorted(parts.files.items())))
 
 
 def check_folder(path: Path, made_from: Collection[str]) -> None:

@@ -14,12 +14,13 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from posmask.data import models, sites
 from posmask.data.activations import Batch, bytes_per_token
+from posmask.data.harvest import sink_sentence
 from posmask.data.tokens import shift_length
 from posmask.errors import BadSetting, DamagedFolder, DegenerateResult
 from posmask.kernels import cpu, devices, runtime
@@ -330,6 +331,7 @@ class _Set:
     n_texts: int
     n_classes: int
     finished: bool
+    sinks: str | None = None
 
 
 _TRAINING, _HELDOUT, _SHIFT = "training texts", "held-out texts", "shift design"
@@ -396,7 +398,8 @@ def plan(
     per_latent = 8 * (outline.d_model + study.corpus.n_positions)  # its rows of the dictionary and of two tables
     disk_bytes += sum(left[cell.name] * (per_latent * study.width(cell) + 600_000) for cell in cells)
     memory_bytes = costs.memory_bytes(max(map(study.width, cells), default=0)) if n_left else 0
-    assumptions = (*_ASSUMPTIONS, *(rates.assumptions if rates else ()))
+    known_sinks = (harvest.sinks for harvest in sets if harvest.sinks is not None)
+    assumptions = (*_ASSUMPTIONS, *(rates.assumptions if rates else ()), *known_sinks)
     return Plan(tuple(lines), 1 + len(states), 1 + len(states) - n_left, disk_bytes, memory_bytes, assumptions)
 
 
@@ -408,29 +411,30 @@ def _sets(study: StudySettings, root: Path) -> list[_Set]:
     model, texts = {}, {}
     if layout.activations_folder(root).is_dir():
         model, texts = Source(study.model, study.device).made_from, texts_identity(study)
-    return [_set(study, item, _finished_tokens(item.folder(root))) for item in harvests(study, model, texts)]
+    return [_set(study, item, _finished_facts(item.folder(root))) for item in harvests(study, model, texts)]
 
 
-def _finished_tokens(folder: Path) -> int | None:
-    """Kept tokens of a finished harvest; None if there is none."""
+def _finished_facts(folder: Path) -> Mapping[str, Any] | None:
+    """The manifest of a finished harvest; None if there is none."""
     try:
-        return manifest.read_manifest(folder)["kept_tokens"]
+        return manifest.read_manifest(folder)
     except DamagedFolder:
         return None
 
 
-def _set(study: StudySettings, item: Harvest, kept: int | None) -> _Set:
+def _set(study: StudySettings, item: Harvest, facts: Mapping[str, Any] | None) -> _Set:
     corpus, evaluation, n_positions = study.corpus, study.evaluation, study.corpus.n_positions
-    kind, finished = _KINDS[item.kind], kept is not None
+    kind, finished = _KINDS[item.kind], facts is not None
+    kept, sinks = (facts["kept_tokens"], sink_sentence(item.label, facts)) if facts else (None, None)
     if item.kind in ("training", "heldout"):
         n_tokens = corpus.training_tokens if item.kind == "training" else corpus.heldout_tokens
         n_contexts = -(-n_tokens // (n_positions - 1))
-        return _Set(kind, kept or n_tokens, n_contexts * n_positions, 0, 0, finished)
+        return _Set(kind, kept or n_tokens, n_contexts * n_positions, 0, 0, finished, sinks)
     if item.kind == "shift":
         n_texts, n_windows = evaluation.shift_texts, evaluation.shift_windows
         length = shift_length(n_positions, n_windows)
         stored = n_texts * sum(1 + (window + 2) * length for window in range(n_windows))
-        return _Set(kind, n_texts * n_windows * length, stored, 0, 0, finished)
+        return _Set(kind, n_texts * n_windows * length, stored, 0, 0, finished, sinks)
     if item.kind == "order":
         n_classes = len(ORDER_TASKS[item.label].labels)
         n_texts = n_classes * (evaluation.order_train_groups + 2 * evaluation.order_test_groups)
@@ -438,7 +442,7 @@ def _set(study: StudySettings, item: Harvest, kept: int | None) -> _Set:
         n_classes = len(datasets.class_names(item.label))
         n_texts = n_classes * (evaluation.probe_train // 2 + evaluation.probe_test // 2)
     kept = kept or n_texts * min(_TOKENS_PER_TEXT.get(item.label, n_positions), n_positions - 1)
-    return _Set(kind, kept, n_texts + kept, n_texts, n_classes, finished)
+    return _Set(kind, kept, n_texts + kept, n_texts, n_classes, finished, sinks)
 
 
 class _Costs:

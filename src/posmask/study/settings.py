@@ -67,6 +67,9 @@ class ModelSettings(_Settings):
     """Entries of the model's config.json, for plans without access to it. Not part of any identity."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the forward pass and of stored vectors. auto: bfloat16 if the CPU or GPU multiplies it natively."""
+    sink_norm: float = Field(default=sites.SINK_NORM, ge=0)
+    """Tokens whose vectors have a norm above this multiple of the median are attention sinks, which count in training
+    and metrics as little as BOS does. 0: every token counts."""
     storage_dtype: StorageDtype = "model"
     """Data type of training vectors on disk; vectors for evaluation keep the model's precision."""
 

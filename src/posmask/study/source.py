@@ -28,11 +28,12 @@ class Source:
 
     @cached_property
     def made_from(self) -> dict[str, Any]:
-        """The part of every identity that belongs to the model: weights, layer, site and precision."""
+        """The part of every identity that belongs to the model: weights, layer, site, precision and sinks."""
         return {
             "weights": models.weights_identity(self._settings.name),
             "layer": self.layer,
             "precision": self._precision,
+            "sink_norm": self._settings.sink_norm,
             **({} if self._settings.site == "residual_after" else {"site": self._settings.site}),
         }
 
@@ -43,7 +44,14 @@ class Source:
     @cached_property
     def loaded(self) -> sites.LanguageModel:
         settings = self._settings
-        return models.load_model(settings.name, self.layer, self._precision, site=settings.site, device=self._device)
+        return models.load_model(
+            settings.name,
+            self.layer,
+            self._precision,
+            site=settings.site,
+            device=self._device,
+            sink_norm=settings.sink_norm,
+        )
 
 
 def texts_identity(study: StudySettings) -> dict[str, Any]:
