@@ -86,4 +86,4 @@ def _random_tokens(n_contexts: int, n_vocabulary: int) -> Tokens:
     ids = torch.randint(n_vocabulary, (n_contexts, N_POSITIONS))
     position = torch.arange(N_POSITIONS).expand_as(ids).contiguous()
     text = torch.arange(n_contexts)[:, None].expand_as(ids).contiguous()
-    return Tokens(ids, position, text, position > 0, position, position, position)
+    return Tokens(ids, position, text, position > 0, position, position, position, position)

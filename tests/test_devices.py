@@ -68,14 +68,15 @@ MAY_MIX = (aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.def
 
 def call(func, args, kwargs):
     tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, torch.Tensor)]
-    device = kwargs.get("device")
+    device = kwargs.get("device", next((arg for arg in args if isinstance(arg, torch.device)), None))
     if func not in MAY_MIX and any(isinstance(tensor, Elsewhere) for tensor in tensors):
         cpu_tensors = [tensor for tensor in tensors if not isinstance(tensor, Elsewhere) and tensor.dim()]
         assert not cpu_tensors, f"{func} mixes devices"
     there = any(isinstance(tensor, Elsewhere) for tensor in tensors[:1] or tensors)
     if device is not None:
         there = torch.device(device) == THERE
-        kwargs = {**kwargs, "device": HERE}
+        args = tuple(HERE if isinstance(arg, torch.device) else arg for arg in args)
+        kwargs = {**kwargs, "device": HERE} if "device" in kwargs else kwargs
     args, kwargs = tree_map_only(Elsewhere, lambda tensor: tensor.kept, (args, kwargs))
     result = func(*args, **kwargs)
     inputs = {id(tensor.kept): tensor for tensor in tensors if isinstance(tensor, Elsewhere)}
@@ -211,13 +212,19 @@ class ToyModel(torch.nn.Module):
         return SimpleNamespace(logits=self.head(stream))
 
 
+def moved(language_model, model):
+    """Move a model after it was opened, because a model on torch's `meta` is not checked when it is opened."""
+    model.to(THERE)
+    return language_model
+
+
 @pytest.mark.parametrize("site", ["residual_after", "residual_before", "mlp"])
 def test_a_model_on_another_device_gives_the_same_vectors_and_logits(site, other_device):
     torch.manual_seed(0)
     toy = ToyModel()
     ids = torch.randint(20, (3, N_POSITIONS))
     here = sites.LanguageModel(copy.deepcopy(toy), 2, site)
-    there = sites.LanguageModel(toy.to(THERE), 2, site)
+    there = moved(sites.LanguageModel(toy, 2, site), toy)
     vectors = here.vectors(ids)
     assert there.vectors(ids).device == THERE
     torch.testing.assert_close(there.vectors(ids).cpu(), vectors)
@@ -232,9 +239,9 @@ def test_a_harvest_on_another_device_copies_only_what_is_stored(stored, tmp_path
     ids = torch.randint(20, (6, N_POSITIONS))
     keep = (ids > 2) & (torch.arange(N_POSITIONS) < torch.arange(6, 12)[:, None])
     position = torch.arange(N_POSITIONS).expand_as(ids).contiguous()
-    tokens = Tokens(ids, position, torch.zeros_like(ids), keep, position, position, position)
+    tokens = Tokens(ids, position, torch.zeros_like(ids), keep, position, position, position, position)
     here = harvest(tokens, sites.LanguageModel(copy.deepcopy(toy), 2), tmp_path / "here", {}, "here", stored)
-    there = sites.LanguageModel(toy.to(THERE), 2)
+    there = moved(sites.LanguageModel(toy, 2), toy)
     copied = []
     copy_ = torch.Tensor.copy_
 
@@ -275,7 +282,7 @@ def test_an_sae_on_another_device_has_the_same_measures(
     probed = probed_texts(evaluation_settings, language_model, tokenizer, tmp_path)
     torch.manual_seed(0)
     toy = ToyModel(D_MODEL, len(tokenizer))
-    models = sites.LanguageModel(copy.deepcopy(toy), 2), sites.LanguageModel(toy.to(THERE), 2)
+    models = sites.LanguageModel(copy.deepcopy(toy), 2), moved(sites.LanguageModel(toy, 2), toy)
     at = [
         suite.EvaluationData(
             activations, activations, shift, *probed, tokenizer, N_POSITIONS, evaluation_settings, lambda m=model: m
