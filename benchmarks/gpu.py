@@ -36,7 +36,7 @@ from gpu_harvest import harvests
 from gpu_peers import PEERS, peers
 from gpu_terms import MASKS, Bench, Marks, repeated, sae_of, vectors_of
 
-from posmask.data.activations import Activations, training_batches
+from posmask.data.activations import _FIELDS, Activations, training_batches
 from posmask.errors import DegenerateResult
 from posmask.kernels import backend, runtime
 from posmask.sae.autoencoder import SparseAutoencoder
@@ -277,7 +277,7 @@ def written(bench: Bench, folder: Path, n_tokens: int, d_model: int) -> Activati
             n = -(-n_tokens // 16)
             vectors, position = vectors_of(bench, n, d_model, number)
             index = position.cpu()
-            fields = {name: index.clone() for name in ("position", "token_id", "text", "sentence", "line", "end")}
+            fields = {name: index.clone() for name in _FIELDS if name != "keep"}
             keep = torch.ones(n, dtype=torch.bool)
             save_file(
                 {"vectors": vectors.bfloat16().cpu(), "keep": keep, **fields}, draft / f"{number:05d}.safetensors"
