@@ -202,6 +202,9 @@ class ToyModel(torch.nn.Module):
     def get_decoder(self):
         return self
 
+    def get_input_embeddings(self):
+        return self.embed
+
     def get_output_embeddings(self):
         return self.head
 

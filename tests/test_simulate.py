@@ -65,7 +65,7 @@ def test_a_forecast_equals_a_calculation_by_hand():
     assert two.bytes_sent == 4 * (201 * 50 + 100) + 50 + 16 + 8 * 500 + 8
     assert two.parts["network"] == pytest.approx(two.bytes_sent / 1e8)  # in a ring of two, each sends everything once
     assert two.parts["products"] == pytest.approx(500 * 2 * 100 * 50 / 1e10)
-    assert two.parts["disk"] == pytest.approx(500 * (100 + 4 + 17) / 1e9)
+    assert two.parts["disk"] == pytest.approx(500 * (100 + 4 + 20) / 1e9)
     assert two.seconds == pytest.approx(1000 * sum(two.parts.values()))
     assert two.bytes_held["weights, gradient, moments"] == 16 * (201 * 50 + 100)
     assert two.bytes_held["mask"] == 2 * 4 * 128 * 50
@@ -82,7 +82,7 @@ def test_latents_and_positions_divide_memory_and_positions_divide_work():
     assert latents.parts["disk"] == position.parts["disk"]
     assert latents.parts["host"] == position.parts["host"]
     assert position.bytes_sent == 4 * 100 + 4 + 8
-    assert latents.bytes_sent == 121 * 250 + 4 * 8 * 1000 + 4 * 100 * 1000
+    assert latents.bytes_sent == 124 * 250 + 4 * 8 * 1000 + 4 * 100 * 1000
     three = forecast(JOB, ROUND, "position", 400, 3)  # one process has two of the four groups
     assert three.parts["products"] == pytest.approx(2 * position.parts["products"])
 

@@ -530,7 +530,7 @@ def test_cells_can_start_from_a_users_sae(study_file, tmp_path):
     with pytest.raises(BadSetting, match="does not open one copy of each of the 32 latents"):
         run(study_file, tmp_path / "third")
     study_file.write_text(both_cells.replace(str(sae_folder), str(tmp_path / "nowhere")))
-    with pytest.raises(BadSetting, match="holds no readable SAE"):
+    with pytest.raises(BadSetting, match=r"init_from = '.*/nowhere' does not exist: give the folder of an SAE"):
         run(study_file, tmp_path / "third")
     single_cell = base.replace('budget = "compute"', f'budget = "compute"\ninit_from = "{sae_folder}"')
     study_file.write_text(single_cell)

@@ -282,7 +282,7 @@ def assert_gradients_of_the_definition(rule, kind, gating, n_tokens, **changes):
     assert torch.equal(fast.fired, plain.fired)
     assert fast.numbers.n_active == plain.numbers.n_active
     for name in ("reconstruction", "auxiliary"):
-        assert getattr(fast, name) == pytest.approx(getattr(plain, name), rel=1e-12)
+        assert getattr(fast.numbers, name) == pytest.approx(getattr(plain.numbers, name), rel=1e-12)
     assert fast.numbers.least == pytest.approx(
         0 if sae.rule.training_choice() is None else plain.numbers.least, rel=1e-12
     )

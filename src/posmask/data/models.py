@@ -257,7 +257,10 @@ def is_path(name: str, path: Path | None = None) -> bool:
     Args:
         path: where the name leads to, if it is not relative to the current folder.
     """
-    looks_like_one = name.startswith(("/", ".", "~")) or name.endswith("/") or name.count("/") > 1
+    starts_like_one = name.startswith(("/", ".", "~"))
+    if _GGUF_ON_HUB.fullmatch(name) and not starts_like_one:
+        return False
+    looks_like_one = starts_like_one or name.endswith("/") or name.count("/") > 1
     return looks_like_one or ("/" in name and (path or Path(name)).parent.is_dir())
 
 
