@@ -197,7 +197,7 @@ def _shard(
     """The stored fields of a shard by name. The host prepares each pass while the model's device computes the last."""
     fields: list[dict[str, Tensor]] = []
     vectors: dict[str, Tensor] = {}
-    are_finite, norms, end = [], [], 0
+    are_finite, end = [], 0
     n_stored = sum(int(_stored_length(tokens.keep[chunk]).sum()) for chunk in contexts)
     for chunk in contexts:
         length = int(_stored_length(tokens.keep[chunk]).max())
@@ -209,9 +209,9 @@ def _shard(
         is_left_out = ~fields[-1]["keep"].to(model.device)
         computed = model.vectors(tokens.id[chunk, :length]).flatten(0, 1)[index]
         are_finite.append((torch.isfinite(computed).all(1) | is_left_out).all())
-        norms.append(computed.float().norm(dim=1))
         start, end = end, end + len(index)
-        for name, part in _as_stored(computed, storage_dtype).items():
+        stored = {**_as_stored(computed, storage_dtype), "norm": computed.float().norm(dim=1)}
+        for name, part in stored.items():
             if name not in vectors:
                 # A GPU copies to page-locked memory while the host goes on.
                 shape = n_stored, *part.shape[1:]
@@ -220,8 +220,9 @@ def _shard(
         advance(int(keep.sum()))
     if not bool(torch.stack(are_finite).all()):  # Reading this also waits for the copies before it.
         raise DegenerateResult(f"the model gave NaN or infinite vectors for {label}: use precision float32")
+    norm = vectors.pop("norm")
     shard = {**vectors, **{name: torch.cat([part[name] for part in fields]) for name in fields[0]}}
-    sink = sinks(torch.cat(norms).cpu(), shard["keep"], model.sink_norm)
+    sink = sinks(norm, shard["keep"], model.sink_norm)
     return {**shard, "keep": shard["keep"] & ~sink, "sink": sink}
 
 
