@@ -184,7 +184,9 @@ def test_a_training_is_not_kept_from_a_damaged_folder(study_file, finish, tmp_pa
     file = root / "cells" / "open-seed0" / damaged
     file.write_bytes(file.read_bytes()[:-1] + b"?")
     study_file.write_text(study_file.read_text().replace("ks = [1, 5, 20]", "ks = [1, 5]"))
-    assert targets.cell_states(read_study(study_file), root)[1] == ("open-seed0", "other settings")
+    study = read_study(study_file)
+    _, open_cell, _ = targets.targets_of(study, Source(study.model), root)
+    assert targets.state_of(open_cell, verify=True) == "other settings"
 
 
 def test_changed_evaluation_settings_keep_a_checkpoint(study_file, tmp_path, monkeypatch):

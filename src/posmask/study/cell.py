@@ -86,7 +86,7 @@ def fill(study: StudySettings, target: Target, data: EvaluationData, baseline: l
     Args:
         baseline: the rows of the baselines; empty for the baselines themselves.
     """
-    earlier = trained_before(target)
+    earlier = trained_before(target, verify=True)
     with manifest.write_folder(target.folder, target.made_from, **_manifest_facts(study, target, earlier)) as draft:
         (draft / layout.SETTINGS_FILE).write_text(manifest.as_json(target.made_from), encoding="utf8")
         if target.cell is None:

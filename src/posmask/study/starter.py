@@ -108,7 +108,9 @@ def _tokens_for(texts: SplitTexts, tokenizer: Any, n_positions: int, most: int) 
     if n_tokens >= most:
         return most
     if n_tokens < (needed := _LEAST_CONTEXTS * n_positions):
-        raise NothingToDo(f"{needed:,} kept tokens are needed, but {texts} have {n_tokens:,}: give more or longer texts")
+        raise NothingToDo(
+            f"{needed:,} kept tokens are needed, but {texts} have {n_tokens:,}: give more or longer texts"
+        )
     digit = 10 ** (len(str(n_tokens)) - 2)
     return n_tokens * 9 // 10 // digit * digit
 

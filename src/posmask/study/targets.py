@@ -147,8 +147,12 @@ def training_part(made_from: Mapping[str, Any]) -> dict[str, Any]:
     return part
 
 
-def trained_before(target: Target) -> Path | None:
-    """A finished folder of this cell with the training that the target needs, whatever its evaluation was."""
+def trained_before(target: Target, *, verify: bool = False) -> Path | None:
+    """A finished folder of this cell with the training that the target needs, whatever its evaluation was.
+
+    Args:
+        verify: also compare its files with their checksums; a damaged folder is passed over.
+    """
     if target.cell is None:
         return None
     stale = itertools.takewhile(Path.exists, layout.stale_paths(target.root, target.label))
@@ -157,7 +161,7 @@ def trained_before(target: Target) -> Path | None:
             record = manifest.read_manifest(folder)
             is_current = record["identity"] == manifest.identity(record["made_from"])
             if is_current and training_part(record["made_from"]) == training_part(target.made_from):
-                manifest.read_manifest(folder, verify=True)
+                manifest.read_manifest(folder, verify=verify)
                 return folder
     return None
 
@@ -181,7 +185,7 @@ def state_of(target: Target, *, verify: bool = False) -> CellState:
             return "finished"
     except DamagedFolder:
         return "damaged"
-    if trained_before(target) is not None:
+    if trained_before(target, verify=verify) is not None:
         return "trained"
     return "other settings" if target.folder.exists() else "missing"
 
