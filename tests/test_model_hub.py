@@ -16,7 +16,7 @@ from posmask.errors import BadSetting, DamagedFolder, MissingAsset
 from posmask.interop import hub
 from posmask.interop.saelens_files import export_saelens
 from posmask.results.rows import Measure, Row, write_rows
-from posmask.sae.files import write_sae
+from posmask.sae.files import read_sae, write_sae
 from posmask.storage.manifest import write_folder
 from test_saelens import ORIGIN, contexts, scaled
 from test_saelens_files import flip_a_bit, random_tensors
@@ -169,6 +169,20 @@ def test_gemma_scope_is_loaded_from_the_hub(server, tmp_path):
     sae = hub.from_pretrained("google/scope", "layer_3/width_16k/average_l0_5", n_positions=16)
     assert sae.rule.settings.kind == "jumprelu"
     assert sae.mask.n_positions == 16
+
+
+@pytest.mark.parametrize(("folder", "name"), [("", ""), ("a/b", ""), ("a/b", "/a/b")])
+def test_saes_on_the_hub_are_imported_from_the_command_line(server, tmp_path, folder, name):
+    sae = scaled(make_sae("slice"))
+    write_sae(sae, tmp_path / "cell", ORIGIN)
+    export_saelens(tmp_path / "cell", tmp_path / "theirs")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "theirs").iterdir() if path.name != "manifest.json"}
+    server["user/saes"] = {f"{folder}/{file}".lstrip("/"): content for file, content in files.items()}
+    result = CliRunner().invoke(app, ["import", f"hf:user/saes{name}", str(tmp_path / "ours")])
+    assert result.exit_code == 0, result.output
+    vectors, position = contexts()
+    imported = read_sae(tmp_path / "ours")
+    torch.testing.assert_close(imported.encode(vectors, position), sae.encode(vectors, position), atol=2e-5, rtol=1e-5)
 
 
 def test_the_site_is_inferred_from_the_repository_name(server, tmp_path):

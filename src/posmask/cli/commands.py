@@ -529,10 +529,12 @@ def export_command(
 
 @registered(app, "import", "SAEs")
 def import_command(
-    folder: Annotated[
-        Path,
+    source: Annotated[
+        str,
         typer.Argument(
-            metavar="FOLDER", help="SAELens folder, or GemmaScope's params.npz or its folder.", show_default=False
+            metavar="SOURCE",
+            help="SAELens folder, GemmaScope's params.npz or its folder, or hf:USER/NAME[/FOLDER] on the hub.",
+            show_default=False,
         ),
     ],
     out: Annotated[
@@ -548,9 +550,9 @@ def import_command(
     SAEs without a mask become open at every position. Evaluate the folder with `posmask evaluate`, or let a study's
     cells start from it. Pickled weights are refused.
     """
-    from posmask.interop import saelens_files
+    from posmask.interop import hub, saelens_files
 
-    sae = saelens_files.import_saelens(folder, out, n_positions=n_positions)
+    sae = saelens_files.import_saelens(hub.local_folder(source), out, n_positions=n_positions)
     print(
         f"Written: {out}, {sae.d_sae:,} latents, rule {sae.rule.settings.kind}, mask {sae.mask.settings.kind}, "
         f"{sae.mask.n_positions} positions"

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from posmask.data.texts import HUB_PREFIX
 from posmask.errors import BadSetting, MissingAsset
 from posmask.interop.saelens_files import (
     CFG_FILE,
@@ -28,7 +29,7 @@ from posmask.sae.autoencoder import SparseAutoencoder
 from posmask.sae.files import read_origin, read_sae
 from posmask.storage.layout import ROWS_FILE
 
-__all__ = ["from_pretrained", "model_card", "push"]
+__all__ = ["fetch_sae", "from_pretrained", "local_folder", "model_card", "push"]
 
 CARD_FILE = "README.md"
 
@@ -40,7 +41,7 @@ def from_pretrained(
 
     Args:
         repo: USER/NAME.
-        folder: folder of the SAE in the repository; None if it holds only one SAE.
+        folder: folder of the SAE in the repository; None if it holds only one SAE, in a folder or at its root.
         n_positions: tokens per context; see `read_saelens`.
         revision: branch, tag or commit; None for the main branch.
 
@@ -48,11 +49,19 @@ def from_pretrained(
         BadSetting: `repo` is not a repository's name, or it holds several SAEs and `folder` is None.
         MissingAsset: the repository or file does not exist or is not readable, or the hub is unreachable.
     """
+    return read_saelens(fetch_sae(repo, folder, revision=revision), n_positions=n_positions)[0]
+
+
+def fetch_sae(repo: str, folder: str | None = None, *, revision: str | None = None) -> Path:
+    """Download the files of an SAE and return their folder in the cache of huggingface_hub.
+
+    For arguments and errors see `from_pretrained`.
+    """
     import huggingface_hub as hub
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     def fetch(name: str) -> Path:
-        return Path(hub.hf_hub_download(repo, f"{folder}/{name}", revision=revision))
+        return Path(hub.hf_hub_download(repo, f"{folder}/{name}" if folder else name, revision=revision))
 
     with _hub_errors(repo, "read"):
         if folder is None:
@@ -70,14 +79,25 @@ def from_pretrained(
                 ) from None
         else:
             fetch(SAELENS_WEIGHTS_FILE)
-    return read_saelens(path.parent, n_positions=n_positions)[0]
+    return path.parent
+
+
+def local_folder(source: str) -> Path:
+    """The folder of an SAE: `source` itself, or for `hf:USER/NAME[/FOLDER]` its downloaded files."""
+    if not source.startswith(HUB_PREFIX):
+        return Path(source)
+    user, _, rest = source.removeprefix(HUB_PREFIX).partition("/")
+    name, _, folder = rest.partition("/")
+    return fetch_sae(f"{user}/{name}", folder or None)
 
 
 def _only_folder(repo: str, files: list[str]) -> str:
-    endings = f"/{CFG_FILE}", f"/{GEMMA_SCOPE_FILE}"
-    folders = sorted(path.rpartition("/")[0] for path in files if path.endswith(endings))
+    """The folder of the only SAE in a repository; empty for its root."""
+    folders = sorted(
+        path.rpartition("/")[0] for path in files if path.rpartition("/")[2] in (CFG_FILE, GEMMA_SCOPE_FILE)
+    )
     if len(folders) != 1:
-        names = f" ({', '.join(folders[:5])}{', ..' if len(folders) > 5 else ''})" if folders else ""
+        names = f" ({', '.join(folders[:5])}{', ..' if len(folders) > 5 else ''})" if any(folders) else ""
         raise BadSetting(f"{repo} holds {len(folders)} SAEs{names}: name a folder that holds one")
     return folders[0]
 
