@@ -6,7 +6,7 @@ all k and sources use the same negatives, and the epoch is chosen on held-out tr
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -160,6 +160,12 @@ def _embedded_texts(
     return sides
 
 
+_Tasks = dict[int | str, list[ProbeTask]]
+"""The tasks of the classes, by k."""
+_Correct = dict[int | str, list[Tensor]]
+"""Whether each test text of each task is classified correctly, by k."""
+
+
 def probe_accuracy(
     dataset: ProbeDataset,
     features: PooledTexts,
@@ -205,7 +211,22 @@ def probe_accuracy(
             tasks, right = _default_correct(dataset, features, ks, on_all, on_fit)
     except DegenerateResult as error:
         return missing(str(error), ["probe_accuracy"], [{"dataset": dataset.name, "k": k, **where} for k in ks])
-    tested = ~dataset.train & (features.n_tokens > 0)
+    return _accuracies(dataset, ~dataset.train & (features.n_tokens > 0), tasks, right, where)
+
+
+def _accuracies(
+    dataset: ProbeDataset,
+    tested: Bool[Tensor, " text"],
+    tasks: _Tasks,
+    right: _Correct,
+    where: Mapping[str, object],
+) -> list[Measure]:
+    """The measures of `probe_accuracy`.
+
+    Args:
+        tested: texts that probes may be tested on: the units, which are the same in every cell.
+        where: more of the slice.
+    """
     measures = []
     for k, correct_by_task in right.items():
         n_train = min(len(task.train) for task in tasks[k])
@@ -220,7 +241,6 @@ def probe_accuracy(
             size = {"train": len(tasks[k][number].train), "class": label}
             of_class = top[number, is_tested], bottom[number, is_tested]
             measures.append(ratio("probe_accuracy", *of_class, slice={**at_k, **size}))
-        # All texts that probes may be tested on, so that the units are the same in every cell.
         measures.append(ratio("probe_accuracy", top.sum(0)[tested], bottom.sum(0)[tested], slice=at_k))
     return measures
 
@@ -234,12 +254,6 @@ def n_draws(n_classes: int, n_test: int) -> int:
     (5, 3, 1, 1)
     """
     return 1 if n_classes == 2 else max(1, min(5, math.ceil(500 / n_test)))
-
-
-_Tasks = dict[int | str, list[ProbeTask]]
-"""The tasks of the classes, by k."""
-_Correct = dict[int | str, list[Tensor]]
-"""Whether each test text of each task is classified correctly, by k."""
 
 
 def _saebench_correct(
