@@ -309,12 +309,15 @@ def test_an_sae_on_another_device_has_the_same_measures(
     names = [[(measure.metric, measure.slice) for measure in side] for side in measures]
     assert names[1] == names[0]
     assert {"probe_accuracy", "order_accuracy", "retention", "ce_recovered"} <= {name for name, _ in names[0]}
-    for attribute in ("value", "ci_low", "ci_high"):
-        values = [[getattr(measure, attribute) for measure in side] for side in measures]
-        assert values[1] == pytest.approx(values[0], rel=1e-2, abs=1e-2, nan_ok=True)
+    for here, there in zip(*measures, strict=True):
+        # Rounding may move a text across a probe's boundary.
+        tolerance = 1e-2 if here.metric.startswith(("probe_", "order_")) else 1e-3
+        for attribute in ("value", "ci_low", "ci_high"):
+            expected = pytest.approx(getattr(here, attribute), rel=tolerance, abs=tolerance, nan_ok=True)
+            assert getattr(there, attribute) == expected, (here.metric, here.slice, attribute)
     arrays = [load_file(folder / LATENTS_FILE) for folder in folders]
     assert arrays[1].keys() == arrays[0].keys()
-    torch.testing.assert_close(arrays[1]["profile"], arrays[0]["profile"], rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(arrays[1]["profile"], arrays[0]["profile"], rtol=1e-3, atol=1e-3)
 
 
 def test_statistics_are_computed_where_there_is_float64():

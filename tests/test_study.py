@@ -708,7 +708,7 @@ def test_a_new_mask_or_rule_needs_one_class_and_one_registry_entry(study_file, t
         ('against = "open + segments4"', 'against = "opne"', "comparisons name 'opne', which is not a cell"),
         ('"open + segments4"', '"open + segments8"', "open has the poolings ['growing4', 'segments4']"),
         ('"open + segments4"', '"open"', "'slice-compute' against 'open' twice, or for nothing"),
-        ("ks = [1, 5, 20]", "ks = [1, 20]", "ks = [1, 20] lacks 1 or 5"),
+        ("ks = [1, 5, 20]", "ks = [1, 20]", "ks = [1, 20] must include 1 and 5"),
         ("model_contexts = 8", "model_contexts = 1", "evaluation.model_contexts = 1 must be above 1"),
         ("model_contexts = 8", "model_contexts = 6", "gives 4 causal windows less than two contexts each"),
         ("shift_windows = 4", "shift_windows = 8", "8 shift windows leave 1 tokens of 16 positions"),

@@ -99,7 +99,9 @@ class PositionInformation:
         used.counted_or_raise()
         counted, real, null = self._split(used)
         if not bool(counted.any()):
-            raise DegenerateResult("every latent that fires often enough fires at every token, so position is no cause")
+            raise DegenerateResult(
+                "every latent that fires often enough fires at every token, so firing tells nothing about position"
+            )
         by_fold, by_fold_tokens = used.firings[..., counted], used.tokens
         firings, tokens = by_fold.sum(0), by_fold_tokens.sum(0)
         expected = null.mean(0)

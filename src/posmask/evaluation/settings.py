@@ -87,7 +87,7 @@ class EvaluationSettings(BaseModel):
                 "contexts each: raise model_contexts or lower causal_windows"
             )
         if not {1, 5} <= set(self.ks):
-            raise ValueError(f"ks = {list(self.ks)} lacks 1 or 5, which tables and comparisons use: add them")
+            raise ValueError(f"ks = {list(self.ks)} must include 1 and 5, which tables and comparisons use: add them")
         return self
 
     @model_validator(mode="after")
