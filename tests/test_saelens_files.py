@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from conftest import D_MODEL, D_SAE, KINDS, N_POSITIONS, RULES, make_sae, make_vectors
 from posmask.errors import BadSetting, DamagedFolder, PosmaskError
-from posmask.interop.saelens_files import export_saelens, import_saelens
+from posmask.interop.reading import import_sae
+from posmask.interop.saelens_files import export_saelens
 from posmask.masks import make_mask, mask_settings
 from posmask.sae.files import read_origin, read_sae, write_sae
 from posmask.storage.manifest import write_folder
@@ -26,7 +27,7 @@ from test_saelens import ORIGIN, contexts, exported, scaled
 )
 def test_export_and_import_give_the_same_sae(rule, kind, gating, tmp_path):
     sae = scaled(make_sae(kind, gating, rule=rule))
-    import_saelens(exported(sae, tmp_path), tmp_path / "back")
+    import_sae(exported(sae, tmp_path), tmp_path / "back")
     imported = read_sae(tmp_path / "back")
     vectors, position = contexts()
     expected = sae.encode(vectors, position)
@@ -82,9 +83,9 @@ def test_an_imported_sae_equals_the_sae_in_saelens(saelens, name, unit, subtract
     folder = their_folder(tmp_path / "theirs", name, unit=unit, apply_b_dec_to_input=subtracts)
     if name == "topk" and not unit:
         with pytest.raises(BadSetting, match=r"norms from \d\.\d+ to \d\.\d+ that topk does not account for"):
-            import_saelens(folder, tmp_path / "ours")
+            import_sae(folder, tmp_path / "ours")
         return
-    theirs, ours = saelens.SAE.load_from_disk(folder), import_saelens(folder, tmp_path / "ours")
+    theirs, ours = saelens.SAE.load_from_disk(folder), import_sae(folder, tmp_path / "ours")
     vectors, position = contexts()
     expected = theirs.encode(vectors)
     norms = theirs.W_dec.norm(dim=1) if not unit and name != "topk rescaled" else 1
@@ -113,7 +114,7 @@ def test_the_site_survives_export_and_import(layer, site, lossy, tmp_path):
     write_sae(scaled(make_sae("open")), cell, {"layer": layer, "site": site})
     cfg = export_saelens(cell, tmp_path / "theirs", lossy=lossy)
     assert cfg["metadata"]["hook_name"] == HOOK_NAMES[layer, site]
-    import_saelens(tmp_path / "theirs", tmp_path / "back")
+    import_sae(tmp_path / "theirs", tmp_path / "back")
     origin = read_origin(tmp_path / "back")
     # The stream before layer 2 is the stream after layer 1.
     expected = (1, "residual_after") if (layer, site) == (2, "residual_before") else (layer, site)
@@ -144,7 +145,7 @@ SCOPE = "layer_12/width_16k/average_l0_82"
 )
 def test_the_site_is_inferred_from_a_gemma_scope_path(path, site, tmp_path):
     write_scope(tmp_path / path)
-    import_saelens(tmp_path / path, tmp_path / "ours", n_positions=N_POSITIONS)
+    import_sae(tmp_path / path, tmp_path / "ours", n_positions=N_POSITIONS)
     origin = read_origin(tmp_path / "ours")
     assert (origin.get("layer"), origin.get("site")) == (site or (None, None))
 
@@ -152,7 +153,7 @@ def test_the_site_is_inferred_from_a_gemma_scope_path(path, site, tmp_path):
 def test_the_site_of_a_linked_gemma_scope_folder_is_that_of_its_target(tmp_path):
     write_scope(tmp_path / "gemma-scope-2b-pt-mlp" / SCOPE)
     (tmp_path / "link").symlink_to(tmp_path / "gemma-scope-2b-pt-mlp" / SCOPE)
-    import_saelens(tmp_path / "link", tmp_path / "ours", n_positions=N_POSITIONS)
+    import_sae(tmp_path / "link", tmp_path / "ours", n_positions=N_POSITIONS)
     assert read_origin(tmp_path / "ours")["site"] == "mlp"
 
 
@@ -170,7 +171,7 @@ def test_the_site_of_a_linked_gemma_scope_folder_is_that_of_its_target(tmp_path)
 def test_gemma_scope_of_unsupported_sites_raises_an_error(path, message, tmp_path):
     write_scope(tmp_path / path)
     with pytest.raises(BadSetting, match=message) as caught:
-        import_saelens(tmp_path / path, tmp_path / "ours", n_positions=N_POSITIONS)
+        import_sae(tmp_path / path, tmp_path / "ours", n_positions=N_POSITIONS)
     assert "\n" not in str(caught.value)
 
 
@@ -178,12 +179,12 @@ def test_unknown_tensors_raise_an_error(tmp_path):
     skip = np.zeros((D_MODEL, D_MODEL), dtype=np.float32)
     write_scope(tmp_path / "gemma-scope-2b-pt-res" / SCOPE, W_skip=skip)
     with pytest.raises(BadSetting, match="'jumprelu' has no tensor W_skip"):
-        import_saelens(tmp_path / "gemma-scope-2b-pt-res" / SCOPE, tmp_path / "ours", n_positions=N_POSITIONS)
+        import_sae(tmp_path / "gemma-scope-2b-pt-res" / SCOPE, tmp_path / "ours", n_positions=N_POSITIONS)
     folder = their_folder(tmp_path / "theirs")
     weights = load_file(folder / "sae_weights.safetensors")
     save_file({**weights, "scaling_factor": torch.ones(D_SAE)}, folder / "sae_weights.safetensors")
     # Earlier versions of SAELens wrote scaling factors of 1, which SAELens ignores too.
-    import_saelens(folder, tmp_path / "ones")
+    import_sae(folder, tmp_path / "ones")
     for name, tensor in (("scaling_factor", torch.full((D_SAE,), 2.0)), ("W_skip", torch.tensor(skip))):
         save_file({**weights, name: tensor}, folder / "sae_weights.safetensors")
         assert_import_raises(folder, BadSetting, f"'standard' has no tensor {name}")
@@ -194,7 +195,7 @@ def test_gemma_scope_arrays_are_imported(as_folder, tmp_path):
     folder = tmp_path / "gemma-scope-2b-pt-res" / "layer_12" / "width_16k" / "average_l0_82"
     tensors = write_scope(folder)
     source = folder if as_folder else folder / "params.npz"
-    sae = import_saelens(source, tmp_path / "ours", n_positions=N_POSITIONS)
+    sae = import_sae(source, tmp_path / "ours", n_positions=N_POSITIONS)
     vectors, position = make_vectors(50)
     preactivation = vectors @ tensors["W_enc"] + tensors["b_enc"]
     expected = preactivation.relu() * (preactivation > tensors["threshold"])
@@ -207,7 +208,7 @@ def test_gemma_scope_arrays_are_imported(as_folder, tmp_path):
 
 def assert_import_raises(folder, error, message, **options):
     with pytest.raises(error, match=message) as caught:
-        import_saelens(folder, folder.parent / "ours", **options)
+        import_sae(folder, folder.parent / "ours", **options)
     assert "\n" not in str(caught.value)
     assert not (folder.parent / "ours").exists()
 
@@ -266,7 +267,7 @@ def test_a_zero_decoder_row_becomes_a_latent_that_never_fires(saelens, name, tmp
     if name == "topk":  # In SAELens, it may be one of the k selected latents.
         assert_import_raises(folder, BadSetting, "norms from 0 to 1 that topk does not account for")
         return
-    theirs, ours = saelens.SAE.load_from_disk(folder), import_saelens(folder, tmp_path / "ours")
+    theirs, ours = saelens.SAE.load_from_disk(folder), import_sae(folder, tmp_path / "ours")
     vectors, position = contexts()
     expected = theirs.encode(vectors)
     expected[..., [0, 5]] = 0
@@ -295,7 +296,7 @@ def test_a_zero_decoder_row_of_a_masked_sae_never_fires(rule, tmp_path):
     vectors, position = contexts()
     expected = sae.encode(vectors, position).detach()
     expected[..., 5] = 0
-    imported = import_saelens(folder, tmp_path / "back")
+    imported = import_sae(folder, tmp_path / "back")
     torch.testing.assert_close(imported.encode(vectors, position), expected, atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(imported(vectors, position), sae.decode(expected), atol=1e-4, rtol=1e-5)
 
@@ -305,7 +306,7 @@ def test_an_sae_with_only_zero_decoder_rows_gives_its_bias(tmp_path):
     weights = load_file(folder / "sae_weights.safetensors")
     save_file({**weights, "W_dec": torch.zeros(D_SAE, D_MODEL)}, folder / "sae_weights.safetensors")
     vectors, position = make_vectors(20)
-    reconstruction = import_saelens(folder, tmp_path / "ours")(vectors, position)
+    reconstruction = import_sae(folder, tmp_path / "ours")(vectors, position)
     torch.testing.assert_close(reconstruction, weights["b_dec"].expand(20, D_MODEL))
 
 
@@ -412,7 +413,7 @@ def test_a_compressed_npz_is_read(tmp_path):
     (tmp_path / "scope").mkdir()
     tensors = random_tensors("jumprelu", unit=True)
     np.savez_compressed(tmp_path / "scope" / "params.npz", **{name: tensor.numpy() for name, tensor in tensors.items()})
-    assert import_saelens(tmp_path / "scope", tmp_path / "ours", n_positions=16).d_sae == D_SAE
+    assert import_sae(tmp_path / "scope", tmp_path / "ours", n_positions=16).d_sae == D_SAE
 
 
 def test_weights_that_overflow_raise_an_error(tmp_path):
@@ -463,4 +464,4 @@ def test_pickles_raise_an_error_and_are_never_loaded(tmp_path):
 def test_nothing_is_overwritten(tmp_path):
     folder = their_folder(tmp_path / "theirs")
     with pytest.raises(BadSetting, match="exists and is not empty: name a new folder"):
-        import_saelens(folder, folder)
+        import_sae(folder, folder)

@@ -16,7 +16,8 @@ from posmask.data.tokens import split_of
 from posmask.errors import BadSetting, PosmaskError
 from posmask.evaluation import downstream, position, retention, suite
 from posmask.evaluation.downstream import WindowMass
-from posmask.interop.saelens_files import export_saelens, import_saelens
+from posmask.interop.reading import import_sae
+from posmask.interop.saelens_files import export_saelens
 from posmask.kernels import runtime
 from posmask.masks.base import MaskSettings, PositionMask
 from posmask.probing import datasets
@@ -564,7 +565,7 @@ def test_an_imported_sae_is_evaluated_and_used_as_a_start(study_file, tmp_path):
     """An open cell that is exported to SAELens and imported keeps its numbers and can initialize cells."""
     first, _ = run(study_file, tmp_path / "first")
     export_saelens(tmp_path / "first" / "cells" / "open-seed0", tmp_path / "theirs", lossy=True)
-    import_saelens(tmp_path / "theirs", tmp_path / "imported")
+    import_sae(tmp_path / "theirs", tmp_path / "imported")
     settings = read_study(study_file)
     results = study_run.evaluate_folder(settings, tmp_path / "first", tmp_path / "imported")
     assert {row.cell for row in results} == {"imported", "llm"}

@@ -550,9 +550,9 @@ def import_command(
     SAEs without a mask become open at every position. Evaluate the folder with `posmask evaluate`, or let a study's
     cells start from it. Pickled weights are refused.
     """
-    from posmask.interop import hub, saelens_files
+    from posmask.interop import hub, reading
 
-    sae = saelens_files.import_saelens(hub.local_folder(source), out, n_positions=n_positions)
+    sae = reading.import_sae(hub.local_folder(source), out, n_positions=n_positions)
     print(
         f"Written: {out}, {sae.d_sae:,} latents, rule {sae.rule.settings.kind}, mask {sae.mask.settings.kind}, "
         f"{sae.mask.n_positions} positions"

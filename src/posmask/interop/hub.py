@@ -14,13 +14,8 @@ from pathlib import Path
 
 from posmask.data.texts import HUB_PREFIX
 from posmask.errors import BadSetting, MissingAsset
-from posmask.interop.saelens_files import (
-    CFG_FILE,
-    GEMMA_SCOPE_FILE,
-    SAELENS_WEIGHTS_FILE,
-    export_saelens,
-    read_saelens,
-)
+from posmask.interop.reading import GEMMA_SCOPE_FILE, read_external
+from posmask.interop.saelens_files import CFG_FILE, SAELENS_WEIGHTS_FILE, export_saelens
 from posmask.interop.sites import described
 from posmask.masks import MASKS
 from posmask.results.rows import read_rows
@@ -37,19 +32,19 @@ CARD_FILE = "README.md"
 def from_pretrained(
     repo: str, folder: str | None = None, *, n_positions: int | None = None, revision: str | None = None
 ) -> SparseAutoencoder:
-    """Download an SAE from a repository on the hub: one uploaded by `push`, or any that `read_saelens` reads.
+    """Download an SAE from a repository on the hub: one uploaded by `push`, or any that `read_external` reads.
 
     Args:
         repo: USER/NAME.
         folder: folder of the SAE in the repository; None if it holds only one SAE, in a folder or at its root.
-        n_positions: tokens per context; see `read_saelens`.
+        n_positions: tokens per context; see `read_external`.
         revision: branch, tag or commit; None for the main branch.
 
     Raises:
         BadSetting: `repo` is not a repository's name, or it holds several SAEs and `folder` is None.
         MissingAsset: the repository or file does not exist or is not readable, or the hub is unreachable.
     """
-    return read_saelens(fetch_sae(repo, folder, revision=revision), n_positions=n_positions)[0]
+    return read_external(fetch_sae(repo, folder, revision=revision), n_positions=n_positions)[0]
 
 
 def fetch_sae(repo: str, folder: str | None = None, *, revision: str | None = None) -> Path:

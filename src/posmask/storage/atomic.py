@@ -20,6 +20,7 @@ from posmask.errors import BadSetting
 
 __all__ = [
     "check_file",
+    "check_new_folder",
     "claim",
     "clear_drafts",
     "clear_drafts_of",
@@ -56,6 +57,16 @@ def check_file(path: Path, *marks: bytes) -> None:
             raise refusal(f"{path} is not a regular file")
     elif marks and (ends := _ends(path)) and not any(mark in ends for mark in marks):
         raise refusal(f"{path} is a file")
+
+
+def check_new_folder(folder: Path) -> None:
+    """Refuse a folder that exists and is not empty.
+
+    Raises:
+        BadSetting: something is in the way.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise BadSetting(f"{folder} exists and is not empty: name a new folder, or remove that one")
 
 
 def _ends(path: Path) -> bytes:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from posmask.errors import BadSetting, DamagedFolder
-from posmask.interop import saelens_files
+from posmask.interop import reading
 from posmask.kernels import devices, runtime
 from posmask.progress import part_finished, study_progress
 from posmask.results import comparisons, rows
@@ -220,11 +220,11 @@ def evaluate_folder(
     """
     runtime.keep_freed_memory()
     name = folder.resolve().name
-    if not saelens_files.is_foreign(folder):
+    if not reading.is_external(folder):
         return _evaluate(study, root, folder, name, say)
     converted = layout.evaluated_folder(root, name)
     with atomic.scratch_folder(converted.with_name(f"{name}.imported")) as scratch:
-        saelens_files.import_saelens(folder, scratch / name, n_positions=study.corpus.n_positions)
+        reading.import_sae(folder, scratch / name, n_positions=study.corpus.n_positions)
         return _evaluate(study, root, scratch / name, name, say)
 
 
