@@ -218,3 +218,20 @@ def test_an_sae_overwrites_only_an_sae(tmp_path):
     with pytest.raises(BadSetting, match="cell is finished"):
         write_sae(make_sae("slice"), tmp_path / "cell")
     assert read_sae(tmp_path / "cell").mask.settings.kind == "open"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("kind", ["open", "slice", "soft", "switch"])
+def test_an_sae_in_half_precision_computes_in_float32(kind, rule, dtype):
+    half = make_sae(kind, rule=rule).to(dtype)
+    wide = make_sae(kind, rule=rule).to(dtype).float()
+    vectors, position = make_vectors(40)
+    assert torch.equal(half.encode(vectors, position), wide.encode(vectors, position))
+    codes = half.sparse_encode(vectors, position)
+    assert codes.value.dtype == torch.float32
+    assert torch.equal(codes.dense(), wide.sparse_encode(vectors, position).dense())
+    assert torch.equal(half(vectors, position), wide(vectors, position))
+    assert torch.equal(half.sparse_decode(codes), wide.sparse_decode(codes))
+    assert torch.equal(half.share_of(codes), wide.share_of(codes))
+    assert half.encoder.dtype == dtype

@@ -8,8 +8,11 @@ For a token at position p with vector v:
     x_hat = sum_j code[j] * decoder[j] + decoder_bias            and  v_hat = x_hat * scale + center
 """
 
+import copy
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -83,12 +86,30 @@ class PositionedVectors(Protocol):
         ...
 
 
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+_Method = Callable[Concatenate["SparseAutoencoder", Arguments], Result]
+
+
+def _in_float32(method: "_Method[Arguments, Result]") -> "_Method[Arguments, Result]":
+    """Let an SAE in bfloat16 or float16 compute in float32, with a copy of its weights."""
+
+    @functools.wraps(method)
+    def compute(sae: "SparseAutoencoder", *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        if sae.encoder.dtype in (torch.bfloat16, torch.float16):
+            sae = copy.deepcopy(sae).float()
+        return method(sae, *args, **kwargs)
+
+    return compute
+
+
 class SparseAutoencoder(nn.Module):
     """A dictionary of latents with an activation rule and a position mask.
 
     `encoder` and `decoder` have one row per latent, [latent d_model]; decoder rows have unit norm.
     Inputs and outputs are in the model's units. Internally vectors are centered and scaled so that the mean of |x|^2 is
-    d_model on the training data.
+    d_model on the training data. In bfloat16 or float16, weights are stored in it, and codes and reconstructions are
+    computed in float32.
 
     Args:
         d_model: size of a vector.
@@ -136,6 +157,7 @@ class SparseAutoencoder(nn.Module):
         """Vectors in the SAE's units: (vectors - center) / scale."""
         return (vectors.to(self.encoder.dtype) - self.center) / self.scale
 
+    @_in_float32
     def encode(
         self,
         vectors: Float[Tensor, "*token d_model"],
@@ -161,6 +183,7 @@ class SparseAutoencoder(nn.Module):
         codes = self.rule.codes(preactivation, openness, lambda parameter: parameter)
         return codes if routing.strength is None else codes * routing.strength[..., None]
 
+    @_in_float32
     def decode(self, codes: Float[Tensor, "*token latent"]) -> Float[Tensor, "*token d_model"]:
         """The reconstructions of codes, in the model's units."""
         return (codes @ self.decoder + self.decoder_bias) * self.scale + self.center
@@ -171,6 +194,7 @@ class SparseAutoencoder(nn.Module):
         """The reconstructions of vectors, in the model's units."""
         return self.decode(self.encode(vectors, position))
 
+    @_in_float32
     @torch.no_grad()
     def sparse_encode(
         self,
@@ -247,12 +271,14 @@ class SparseAutoencoder(nn.Module):
         position = batch.positions(self.mask.settings.position_origin)
         return self.sparse_encode(batch.vectors, position, use_mask=use_mask)
 
+    @_in_float32
     @torch.no_grad()
     def sparse_decode(self, codes: Codes) -> Float[Tensor, "token d_model"]:
         """`decode` of sparse codes, on the device of the codes."""
         x_hat = self._sums(codes) + self.decoder_bias
         return (x_hat * self.scale + self.center).to(codes.value.device)
 
+    @_in_float32
     @torch.no_grad()
     def share_of(self, codes: Codes) -> Float[Tensor, "token d_model"]:
         """The contribution of these codes to the reconstruction, without the bias, in the model's units."""
