@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from urllib.parse import unquote
 
 TOKEN = "hf_secretsecretsecret"
 LARGE = (".safetensors", ".npz", ".gguf")  # as in .gitattributes on the hub
@@ -76,9 +77,12 @@ def serve_hub():
             self.do_GET()
 
         def do_GET(self):
-            path = self.path.partition("?")[0].strip("/")
+            path = unquote(self.path.partition("?")[0].strip("/"))
             if path.startswith("storage/"):
-                return self.answer(200, hub.storage[path.removeprefix("storage/")])
+                content = hub.storage[path.removeprefix("storage/")]
+                if part := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers["Range"] or ""):
+                    return self.answer(206, content[int(part[1]) : int(part[2]) + 1])
+                return self.answer(200, content)
             repo = "/".join(path.removeprefix("api/models/").split("/")[:2])
             if repo == "user/gated":
                 return self.refuse(403 if self.headers["Authorization"] == f"Bearer {TOKEN}" else 401, "GatedRepo")

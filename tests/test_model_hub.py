@@ -158,7 +158,7 @@ def test_the_card_has_results_mask_and_loading_code(server, tmp_path):
     assert "| order accuracy, k = 5, mean pooling | 0.625 | |" in card
     assert "Static slicing: the contiguous latent block b is open on the contiguous position block b only." in card
     assert 'from_pretrained("user/new", "first")' in card
-    with pytest.raises(BadSetting, match=r"user/new holds 2 SAEs \(first, second\): name a folder"):
+    with pytest.raises(BadSetting, match=r"user/new holds 2 SAEs of known formats \(first, second\): name"):
         hub.from_pretrained("user/new")
 
 
@@ -166,7 +166,8 @@ def test_gemma_scope_is_loaded_from_the_hub(server, tmp_path):
     tensors = random_tensors("jumprelu", unit=True)
     np.savez(tmp_path / "params.npz", **{name: tensor.numpy() for name, tensor in tensors.items()})
     server["google/scope"] = {"layer_3/width_16k/average_l0_5/params.npz": (tmp_path / "params.npz").read_bytes()}
-    sae = hub.from_pretrained("google/scope", "layer_3/width_16k/average_l0_5", n_positions=16)
+    hook = "blocks.3.hook_resid_post"
+    sae = hub.from_pretrained("google/scope", "layer_3/width_16k/average_l0_5", n_positions=16, hook_name=hook)
     assert sae.rule.settings.kind == "jumprelu"
     assert sae.mask.n_positions == 16
 
@@ -201,13 +202,17 @@ def test_hub_errors_are_one_line_with_a_remedy(server, tmp_path, monkeypatch):
         (lambda: hub.from_pretrained("no repo!"), BadSetting, "'no repo!' is not a repository's name: write USER/NAME"),
         (lambda: hub.from_pretrained("user/none", "x"), MissingAsset, "user/none is not on the hub, or private: check"),
         (lambda: hub.from_pretrained("user/gated", "x"), MissingAsset, "user/gated is gated: accept its conditions"),
-        (lambda: hub.from_pretrained("user/empty", "x"), MissingAsset, "user/empty has no x/cfg.json: name one of its"),
+        (
+            lambda: hub.from_pretrained("user/empty", "x"),
+            MissingAsset,
+            "user/empty has no SAE of a known format at x: look",
+        ),
         (
             lambda: hub.from_pretrained("user/empty", "x", revision="none"),
             MissingAsset,
             "user/empty has no such revision: name a branch, tag or commit of it",
         ),
-        (lambda: hub.from_pretrained("user/empty"), BadSetting, "user/empty holds 0 SAEs: name a folder"),
+        (lambda: hub.from_pretrained("user/empty"), BadSetting, "user/empty holds 0 SAEs of known formats: name"),
         (lambda: hub.push(cell, "user/other"), MissingAsset, r"does not let you write to user/other \(status 403\)"),
     ]
     for call, error, message in cases:
@@ -232,6 +237,31 @@ def test_offline_the_cache_is_used_or_an_error_raised(server, tmp_path, monkeypa
         hub.from_pretrained("user/away", "cell")
     with pytest.raises(MissingAsset, match="could not be reached to write to user/new"):
         hub.push(tmp_path / "cell", "user/new")
+
+
+def test_an_sae_at_the_root_of_a_repository_works_offline(server, tmp_path, monkeypatch):
+    sae = scaled(make_sae("slice"))
+    write_sae(sae, tmp_path / "cell", ORIGIN)
+    export_saelens(tmp_path / "cell", tmp_path / "theirs")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "theirs").iterdir()}
+    # A folder with an SAE in it does not make the one at the root ambiguous.
+    server["user/root"] = {**files, **{f"others/{name}": content for name, content in files.items()}, "a/b/c.txt": b""}
+    vectors, position = contexts()
+    for offline in (False, True):
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+        ours = hub.from_pretrained("user/root")
+        torch.testing.assert_close(ours.encode(vectors, position), sae.encode(vectors, position), atol=2e-5, rtol=1e-5)
+    with pytest.raises(MissingAsset, match=r"user/root has no SAE of a known format at x: name one of its SAEs, such as"):
+        hub.from_pretrained("user/root", "x")
+
+
+def test_an_only_sae_of_a_repository_is_found_offline(server, tmp_path, monkeypatch):
+    hub.push(cell_folder(tmp_path / "cell", scaled(make_sae("slice"))), "user/new")
+    hub.from_pretrained("user/new")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert hub.from_pretrained("user/new").mask.settings.kind == "slice"
+    with pytest.raises(MissingAsset, match="could not be reached to read user/away, and the cache lacks it"):
+        hub.from_pretrained("user/away")
 
 
 @pytest.mark.slow  # huggingface_hub retries for 20 seconds.

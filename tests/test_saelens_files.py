@@ -139,15 +139,37 @@ SCOPE = "layer_12/width_16k/average_l0_82"
         (f"models--google--gemma-scope-9b-it-res/snapshots/0a1b/{SCOPE}", (13, "residual_after")),
         (f"models--google--gemma-scope-2b-pt-mlp/snapshots/0a1b/{SCOPE}", (13, "mlp")),
         (f"gemma-scope-res/gemma-scope-2b-pt-mlp/{SCOPE}", (13, "mlp")),
-        (SCOPE, None),  # -res, -mlp, -att and -transcoders all have folders with this name.
-        ("gemma-scope-2b-pt-mlp/copied", None),
+        (f"Gemma-Scope-2b-pt-MLP/{SCOPE}", (13, "mlp")),
     ],
 )
 def test_the_site_is_inferred_from_a_gemma_scope_path(path, site, tmp_path):
     write_scope(tmp_path / path)
     import_sae(tmp_path / path, tmp_path / "ours", n_positions=N_POSITIONS)
     origin = read_origin(tmp_path / "ours")
-    assert (origin.get("layer"), origin.get("site")) == (site or (None, None))
+    assert (origin["layer"], origin["site"]) == site
+
+
+@pytest.mark.parametrize("path", [SCOPE, "gemma-scope-2b-pt-mlp/copied"])
+def test_a_gemma_scope_file_of_an_unknown_site_needs_a_hook_name(path, tmp_path):
+    """-res, -mlp, -att and -transcoders all have folders of these names."""
+    write_scope(tmp_path / path)
+    with pytest.raises(BadSetting, match="neither its files nor the names of its folders say which site"):
+        import_sae(tmp_path / path, tmp_path / "ours", n_positions=N_POSITIONS)
+    hook = "blocks.3.hook_mlp_out"
+    import_sae(tmp_path / path, tmp_path / "ours", n_positions=N_POSITIONS, hook_name=hook)
+    origin = read_origin(tmp_path / "ours")
+    assert (origin["layer"], origin["site"]) == (4, "mlp")
+
+
+def test_a_hook_name_that_contradicts_the_files_raises_an_error(tmp_path):
+    write_scope(tmp_path / f"gemma-scope-2b-pt-res/{SCOPE}")
+    with pytest.raises(BadSetting, match=r"its files say 'blocks.12.hook_resid_post', not hook_name = 'blocks.1.hook"):
+        import_sae(
+            tmp_path / f"gemma-scope-2b-pt-res/{SCOPE}",
+            tmp_path / "ours",
+            n_positions=N_POSITIONS,
+            hook_name="blocks.1.hook_resid_post",
+        )
 
 
 def test_the_site_of_a_linked_gemma_scope_folder_is_that_of_its_target(tmp_path):
@@ -185,9 +207,10 @@ def test_unknown_tensors_raise_an_error(tmp_path):
     save_file({**weights, "scaling_factor": torch.ones(D_SAE)}, folder / "sae_weights.safetensors")
     # Earlier versions of SAELens wrote scaling factors of 1, which SAELens ignores too.
     import_sae(folder, tmp_path / "ones")
+    messages = {"scaling_factor": "a tensor scaling_factor other than 1", "W_skip": "'standard' has no tensor W_skip"}
     for name, tensor in (("scaling_factor", torch.full((D_SAE,), 2.0)), ("W_skip", torch.tensor(skip))):
         save_file({**weights, name: tensor}, folder / "sae_weights.safetensors")
-        assert_import_raises(folder, BadSetting, f"'standard' has no tensor {name}")
+        assert_import_raises(folder, BadSetting, messages[name])
 
 
 @pytest.mark.parametrize("as_folder", [True, False])
@@ -219,8 +242,6 @@ def assert_import_raises(folder, error, message, **options):
         ({"drop": ("b_enc",)}, DamagedFolder, "the weights lack b_enc, which 'standard' has: fetch them again"),
         ({"name": "gated", "drop": ("r_mag",)}, DamagedFolder, "the weights lack r_mag, which 'gated' has"),
         ({"name": "temporal"}, BadSetting, "architecture 'temporal' is not supported: choose an SAE of one of"),
-        ({"metadata": {"sae_lens_version": "5.9.1"}}, BadSetting, "SAELens 5.9.1, whose settings have other meanings"),
-        ({"metadata": {"sae_lens_version": None}}, BadSetting, "SAELens before 6.0, .* load it with SAELens 6"),
         ({"d_sae": 8}, DamagedFolder, r"W_enc has the shape \[12, 32\], not \[12, 8\] as d_in = 12 and d_sae = 8"),
         (
             {"metadata": {"hook_name": "blocks.1.attn.hook_z"}},
@@ -232,7 +253,11 @@ def assert_import_raises(folder, error, message, **options):
         ({"metadata": {"hook_name_out": "blocks.1.hook_mlp_out"}}, BadSetting, "hook_name_out = .*: a transcoder"),
         ({"metadata": {"hook_name": ["blocks.1.hook_resid_post"]}}, BadSetting, "hook_name = .* is not a site"),
         ({"metadata": {"context_size": None}}, BadSetting, "metadata has no context_size: .* --n-positions"),
-        ({"normalize_activations": "layer_norm"}, BadSetting, "normalize_activations = 'layer_norm' is not in the"),
+        (
+            {"normalize_activations": "layer_norm"},
+            BadSetting,
+            "'layer_norm' uses each vector's mean and standard deviation",
+        ),
         ({"reshape_activations": "hook_z"}, BadSetting, "reshape_activations = 'hook_z' reads attention heads"),
         ({"name": "topk", "k": None}, BadSetting, "k Input should be a valid integer"),
         ({"d_in": None}, BadSetting, "d_in = None is not a positive .*: fetch an SAE with complete settings"),
@@ -243,7 +268,8 @@ def test_folders_that_cannot_be_imported_raise_an_error(given, error, message, t
 
 
 def test_unreadable_files_raise_an_error(tmp_path):
-    assert_import_raises(tmp_path, DamagedFolder, "holds no cfg.json: give a folder that SAELens's save_model wrote")
+    assert_import_raises(tmp_path, DamagedFolder, r"holds no SAE of a known format \(SAELens: cfg.json, sae_weights")
+    assert_import_raises(tmp_path / "none", DamagedFolder, "none does not exist: give a folder, hf:USER/NAME/PATH or")
     folder = their_folder(tmp_path / "theirs")
     weights = folder / "sae_weights.safetensors"
     tensors = load_file(weights)
@@ -253,7 +279,12 @@ def test_unreadable_files_raise_an_error(tmp_path):
     weights.write_bytes(b"\x00\x01")
     assert_import_raises(folder, DamagedFolder, "sae_weights.safetensors cannot be read")
     weights.unlink()
-    assert_import_raises(folder, DamagedFolder, "holds no sae_weights.safetensors: fetch the folder again")
+    assert_import_raises(
+        folder,
+        DamagedFolder,
+        r"holds cfg.json, but not sae.safetensors or sae_weights.safetensors: fetch the folder again",
+    )
+    folder = their_folder(tmp_path / "others")
     (folder / "cfg.json").write_text("{")
     assert_import_raises(folder, DamagedFolder, "is not readable JSON")
 
@@ -334,7 +365,7 @@ HUGE = 10**12
         ({"metadata": {"context_size": "16"}}, "n_positions = '16' is not a positive whole number"),
         ({"metadata": {"context_size": float("inf")}}, "n_positions = inf is not a positive whole number"),
         ({"metadata": {"training_tokens": float("inf")}}, "cannot convert float infinity to integer"),
-        ({"metadata": ["context_size"]}, "is not readable JSON"),
+        ({"metadata": ["context_size"]}, "is not a table"),
         ({"name": "topk", "k": HUGE}, "k = 1000000000000 is more than the 32 latents"),
         ({"architecture": ["standard"]}, "architecture \\['standard'\\]|unhashable"),
     ],
@@ -413,7 +444,8 @@ def test_a_compressed_npz_is_read(tmp_path):
     (tmp_path / "scope").mkdir()
     tensors = random_tensors("jumprelu", unit=True)
     np.savez_compressed(tmp_path / "scope" / "params.npz", **{name: tensor.numpy() for name, tensor in tensors.items()})
-    assert import_sae(tmp_path / "scope", tmp_path / "ours", n_positions=16).d_sae == D_SAE
+    hook = "blocks.0.hook_resid_post"
+    assert import_sae(tmp_path / "scope", tmp_path / "ours", n_positions=16, hook_name=hook).d_sae == D_SAE
 
 
 def test_weights_that_overflow_raise_an_error(tmp_path):
@@ -452,7 +484,9 @@ def test_pickles_raise_an_error_and_are_never_loaded(tmp_path):
     folder = their_folder(tmp_path / "theirs")
     (folder / "sae_weights.safetensors").rename(folder / "sae_weights.pt")
     (folder / "sae_weights.pt").write_bytes(pickle.dumps(Bomb()))
-    assert_import_raises(folder, DamagedFolder, r"holds its weights pickled \(sae_weights.pt\), .* never read")
+    assert_import_raises(
+        folder, DamagedFolder, r"holds pickled weights \(sae_weights.pt\) of no known format, which are never"
+    )
     folder = tmp_path / "scope"
     folder.mkdir()
     np.savez(folder / "params.npz", W_enc=np.array([Bomb()], dtype=object))

@@ -1,4 +1,5 @@
 from .errors import PosmaskError
+from .interop.reading import from_saelens
 from .notebook import fit, make_sae, measure, read_vectors
 from .report import write_report
 from .results.comparisons import read_verdicts
@@ -13,6 +14,7 @@ __all__ = [
     "PosmaskError",
     "SparseAutoencoder",
     "fit",
+    "from_saelens",
     "make_sae",
     "measure",
     "read_rows",

@@ -533,7 +533,7 @@ def import_command(
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="SAELens folder, GemmaScope's params.npz or its folder, or hf:USER/NAME[/FOLDER] on the hub.",
+            help="A folder or file, hf:USER/NAME[/PATH] on the hub, or saelens:RELEASE/ID of SAELens's list.",
             show_default=False,
         ),
     ],
@@ -544,19 +544,44 @@ def import_command(
         int | None,
         typer.Option(min=2, help="Tokens per context.", show_default="the length that its files state"),
     ] = None,
+    model_name: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="The model.", show_default="the one that its files state"),
+    ] = None,
+    hook_name: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOOK",
+            help="Site in TransformerLens's words, such as blocks.12.hook_resid_post.",
+            show_default="the one that its files state",
+        ),
+    ] = None,
+    allow_pickle: Annotated[
+        bool,
+        typer.Option(
+            "--allow-pickle",
+            help="Read pickled weights (.pt) with torch.load(weights_only=True), in a process with limited memory.",
+        ),
+    ] = False,
 ) -> None:
-    """Convert an SAE of SAELens (standard, topk, jumprelu, gated, posmask) or GemmaScope to posmask's format.
+    """Convert an SAE of another tool to posmask's format.
 
+    Reads SAELens, sparsify, dictionary_learning (SAEBench), GemmaScope 1 and 2, Llama Scope, Qwen Scope and Goodfire.
     SAEs without a mask become open at every position. Evaluate the folder with `posmask evaluate`, or let a study's
-    cells start from it. Pickled weights are refused.
+    cells start from it.
     """
-    from posmask.interop import hub, reading
+    from posmask.interop import reading
+    from posmask.sae.files import read_origin
 
-    sae = reading.import_sae(hub.local_folder(source), out, n_positions=n_positions)
+    sae = reading.import_sae(
+        source, out, n_positions=n_positions, model_name=model_name, hook_name=hook_name, allow_pickle=allow_pickle
+    )
     print(
         f"Written: {out}, {sae.d_sae:,} latents, rule {sae.rule.settings.kind}, mask {sae.mask.settings.kind}, "
         f"{sae.mask.n_positions} positions"
     )
+    for remark in reading.remarks(sae, read_origin(out)):
+        print(remark)
 
 
 @registered(app, "push", "SAEs")

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from posmask.data.texts import HUB_PREFIX
-from posmask.errors import BadSetting, MissingAsset
-from posmask.interop.reading import GEMMA_SCOPE_FILE, read_external
+from posmask.interop.hub_errors import hub_errors
+from posmask.interop.reading import read_external
 from posmask.interop.saelens_files import CFG_FILE, SAELENS_WEIGHTS_FILE, export_saelens
 from posmask.interop.sites import described
 from posmask.masks import MASKS
@@ -24,77 +24,37 @@ from posmask.sae.autoencoder import SparseAutoencoder
 from posmask.sae.files import read_origin, read_sae
 from posmask.storage.layout import ROWS_FILE
 
-__all__ = ["fetch_sae", "from_pretrained", "local_folder", "model_card", "push"]
+__all__ = ["from_pretrained", "model_card", "push"]
 
 CARD_FILE = "README.md"
 
 
 def from_pretrained(
-    repo: str, folder: str | None = None, *, n_positions: int | None = None, revision: str | None = None
+    repo: str,
+    folder: str | None = None,
+    *,
+    n_positions: int | None = None,
+    hook_name: str | None = None,
+    revision: str | None = None,
+    allow_pickle: bool = False,
 ) -> SparseAutoencoder:
     """Download an SAE from a repository on the hub: one uploaded by `push`, or any that `read_external` reads.
 
+    Without a network, huggingface_hub's cache is used.
+
     Args:
         repo: USER/NAME.
-        folder: folder of the SAE in the repository; None if it holds only one SAE, in a folder or at its root.
-        n_positions: tokens per context; see `read_external`.
+        folder: folder or file of the SAE in the repository; None for the SAE at its root, or its only one.
+        n_positions, hook_name, allow_pickle: see `read_external`.
         revision: branch, tag or commit; None for the main branch.
 
     Raises:
         BadSetting: `repo` is not a repository's name, or it holds several SAEs and `folder` is None.
         MissingAsset: the repository or file does not exist or is not readable, or the hub is unreachable.
     """
-    return read_external(fetch_sae(repo, folder, revision=revision), n_positions=n_positions)[0]
-
-
-def fetch_sae(repo: str, folder: str | None = None, *, revision: str | None = None) -> Path:
-    """Download the files of an SAE and return their folder in the cache of huggingface_hub.
-
-    For arguments and errors see `from_pretrained`.
-    """
-    import huggingface_hub as hub
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    def fetch(name: str) -> Path:
-        return Path(hub.hf_hub_download(repo, f"{folder}/{name}" if folder else name, revision=revision))
-
-    with _hub_errors(repo, "read"):
-        if folder is None:
-            folder = _only_folder(repo, hub.HfApi().list_repo_files(repo, revision=revision))
-        try:
-            path = fetch(CFG_FILE)
-        except LocalEntryNotFoundError:
-            raise
-        except EntryNotFoundError:
-            try:
-                path = fetch(GEMMA_SCOPE_FILE)
-            except EntryNotFoundError:
-                raise MissingAsset(
-                    f"{repo} has no {folder}/{CFG_FILE}: name one of its folders that holds an SAE of SAELens 6"
-                ) from None
-        else:
-            fetch(SAELENS_WEIGHTS_FILE)
-    return path.parent
-
-
-def local_folder(source: str) -> Path:
-    """The folder of an SAE: `source` itself, or for `hf:USER/NAME[/FOLDER]` its downloaded files."""
-    if not source.startswith(HUB_PREFIX):
-        return Path(source)
-    user, _, rest = source.removeprefix(HUB_PREFIX).partition("/")
-    name, _, folder = rest.partition("/")
-    return fetch_sae(f"{user}/{name}", folder or None)
-
-
-def _only_folder(repo: str, files: list[str]) -> str:
-    """The folder of the only SAE in a repository; empty for its root."""
-    folders = sorted(
-        path.rpartition("/")[0] for path in files if path.rpartition("/")[2] in (CFG_FILE, GEMMA_SCOPE_FILE)
-    )
-    if len(folders) != 1:
-        names = f" ({', '.join(folders[:5])}{', ..' if len(folders) > 5 else ''})" if any(folders) else ""
-        raise BadSetting(f"{repo} holds {len(folders)} SAEs{names}: name a folder that holds one")
-    return folders[0]
+    source = f"{HUB_PREFIX}{repo}" + (f"/{folder}" if folder else "")
+    options = {"n_positions": n_positions, "hook_name": hook_name, "allow_pickle": allow_pickle}
+    return read_external(source, revision=revision, **options)[0]
 
 
 def push(cell: Path, repo: str, *, private: bool = False, model_name: str | None = None) -> str:
@@ -124,7 +84,7 @@ def push(cell: Path, repo: str, *, private: bool = False, model_name: str | None
         cfg = export_saelens(cell, staged, model_name=model_name)
         if (cell / ROWS_FILE).is_file():
             (staged / ROWS_FILE).write_bytes((cell / ROWS_FILE).read_bytes())
-        with _hub_errors(repo, "write to"):
+        with hub_errors(repo, "write to"):
             api = hub.HfApi()
             address = str(api.create_repo(repo, exist_ok=True, private=private))
             try:
@@ -223,41 +183,3 @@ def _results(cell: Path) -> Iterator[str]:
 
 def _rounded(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-
-@contextmanager
-def _hub_errors(repo: str, action: str) -> Iterator[None]:
-    """Raise errors of huggingface_hub as errors of posmask, with a remedy."""
-    from huggingface_hub import errors
-
-    log_in = "log in with `hf auth login` or set HF_TOKEN"
-    try:
-        yield
-    except (errors.HFValidationError, errors.HfUriError):
-        raise BadSetting(f"{repo!r} is not a repository's name: write USER/NAME") from None
-    except errors.GatedRepoError:
-        raise MissingAsset(f"{repo} is gated: accept its conditions on its page of the hub, then {log_in}") from None
-    except errors.RepositoryNotFoundError:
-        raise MissingAsset(f"{repo} is not on the hub, or private: check the name, or {log_in}") from None
-    except errors.RevisionNotFoundError:
-        raise MissingAsset(f"{repo} has no such revision: name a branch, tag or commit of it") from None
-    except errors.RemoteEntryNotFoundError:
-        raise MissingAsset(f"{repo} lacks a file of that SAE: look at its page on the hub") from None
-    except errors.HfHubHTTPError as error:
-        code = error.response.status_code
-        if code in (401, 403):
-            remedy = f"{log_in}, with a token that has this permission"
-            raise MissingAsset(f"the hub does not let you {action} {repo} (status {code}): {remedy}") from None
-        raise MissingAsset(f"the hub returned status {code} to a request to {action} {repo}: try later") from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError, _network_error()):
-        raise MissingAsset(
-            f"the hub could not be reached to {action} {repo}, and the cache lacks it: check the network, "
-            "HF_ENDPOINT and HF_HUB_OFFLINE"
-        ) from None
-
-
-def _network_error() -> type[Exception]:
-    """Return the base error of the HTTP library that this version of huggingface_hub uses."""
-    from huggingface_hub import errors
-
-    return errors.HTTPError  # pyright: ignore[reportPrivateImportUsage]

@@ -1,12 +1,11 @@
-"""Translate sites of a model from and to the names of TransformerLens (used by SAELens) and GemmaScope."""
+"""Translate sites of a model from and to the names of TransformerLens (used by SAELens) and transformers."""
 
 import re
-from pathlib import Path
 from typing import Any
 
 from posmask.errors import BadSetting
 
-__all__ = ["canonical", "described", "gemma_scope_hook", "hook_name", "layer_and_site"]
+__all__ = ["canonical", "described", "hook_name", "layer_and_site"]
 
 _HOOKS = {
     "residual_after": "hook_resid_post",
@@ -32,20 +31,51 @@ def hook_name(layer: int, site: str) -> str:
     return f"blocks.{layer - 1}.{_HOOKS[site]}"
 
 
-def layer_and_site(hook: Any) -> tuple[int, str]:
-    """Return the layer and site of TransformerLens's name, in canonical form; the inverse of `hook_name`.
+def layer_and_site(hook: Any, model: str | None = None) -> tuple[int, str]:
+    """Return the layer and site of a name of TransformerLens or of a module in transformers, in canonical form.
+
+    `blocks.3.hook_resid_post`, `model.layers.3`, `transformer.h.3` and `gpt_neox.layers.3` are the residual stream
+    after layer 4.
+
+    Args:
+        model: name of the model, which modules inside a layer need: some models have a norm after them.
 
     Raises:
         BadSetting: the name is of vectors that posmask does not read, such as single attention heads.
     """
-    match = re.fullmatch(r"blocks\.([0-9]{1,4})\.(\w+)", hook) if isinstance(hook, str) else None
-    sites = [site for site, name in _HOOKS.items() if match and name == match[2]]
-    if not match or not sites:
+    text = hook if isinstance(hook, str) else ""
+    if match := re.fullmatch(r"blocks\.([0-9]{1,4})\.(\w+)", text):
+        sites = [site for site, name in _HOOKS.items() if name == match[2]]
+    elif match := _MODULE.fullmatch(text):
+        sites = [_MODULES[match[2]]] if match[2] in _MODULES else []
+        if match[2] and sites and (model is None or _NORMS_AFTER.search(model)):
+            raise BadSetting(
+                f"hook_name = {hook!r} is the output of a module"
+                + (", and the model's name is unknown" if model is None else f" that {model} normalizes before adding")
+                + ": only vectors that are added to the residual stream can be read; choose an SAE of such a site, or "
+                "pass --model-name if the model has no norm after its sublayers"
+            )
+    else:
+        sites = []
+    if match is None or not sites:
         raise BadSetting(
             f"hook_name = {hook!r} is not a site that posmask reads: choose an SAE of one of "
             f"{', '.join(_HOOKS.values())}"
         )
     return canonical(int(match[1]) + 1, sites[0])
+
+
+_MODULE = re.compile(r"(?:(?:model|transformer|gpt_neox|language_model)\.)*(?:layers|h)\.([0-9]{1,4})(?:\.(\w+))?")
+_MODULES = {
+    None: "residual_after",
+    "output": "residual_after",
+    "mlp": "mlp",
+    "attn": "attention",
+    "self_attn": "attention",
+    "attention": "attention",
+}
+_NORMS_AFTER = re.compile(r"gemma-?[23]|olmo-?2|glm-?4", re.IGNORECASE)
+"""Models with a norm between a sublayer and the residual stream; posmask's sites are after that norm."""
 
 
 def canonical(layer: Any, site: Any) -> tuple[int, str]:
@@ -74,33 +104,3 @@ def described(layer: int, site: str) -> str:
     """
     _check(layer, site)
     return f"{_WORDS[site]} {layer}"
-
-
-def gemma_scope_hook(path: Path) -> str | None:
-    """Return the hook of the SAE in a GemmaScope file, taken from the names of its folders; None if they lack it.
-
-    The repositories gemma-scope-2b-pt-res, -mlp, -att and -transcoders have the same folder names and arrays, so only
-    the name of the repository tells them apart.
-
-    Raises:
-        BadSetting: the name is that of transcoders or of SAEs of single attention heads.
-    """
-    for parts in (path.absolute().parts, path.parent.resolve().parts):
-        for part in reversed(parts):
-            kinds = re.findall(r"-(res|mlp|att|transcoder)s?(?=-|$)", part)
-            if kinds and ("gemma-scope" in part or part.startswith("models--")):
-                return _hook_of(kinds[-1], part, parts)
-    return None
-
-
-def _hook_of(kind: str, repository: str, parts: tuple[str, ...]) -> str | None:
-    refused = {"att": "SAEs of attention heads before they are joined (hook_z)", "transcoder": "transcoders"}
-    if kind in refused:
-        raise BadSetting(
-            f"{repository} holds {refused[kind]}, which posmask does not read: choose an SAE of a -res or -mlp "
-            "repository"
-        )
-    if "embedding" in parts:
-        return "hook_embed"
-    layers = [match[1] for part in parts if (match := re.fullmatch(r"layer_([0-9]+)", part))]
-    return f"blocks.{layers[-1]}.{_HOOKS['residual_after' if kind == 'res' else 'mlp']}" if layers else None

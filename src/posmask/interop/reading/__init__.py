@@ -1,5 +1,5 @@
-"""Read SAEs that other tools wrote."""
+"""Read SAEs that other tools wrote. `formats` lists the formats; each has a small reader; `convert` does the rest."""
 
-from posmask.interop.reading.saelens import GEMMA_SCOPE_FILE, import_sae, is_external, read_external
+from posmask.interop.reading.sources import from_saelens, import_sae, is_external, read_external, remarks
 
-__all__ = ["GEMMA_SCOPE_FILE", "import_sae", "is_external", "read_external"]
+__all__ = ["from_saelens", "import_sae", "is_external", "read_external", "remarks"]
