@@ -50,7 +50,7 @@ def posmask(monkeypatch, capsys):
         (("run", "studies/none.toml"), 2, "posmask: there is no study file studies/none.toml"),
         (("plan", "studies/none.toml"), 2, "posmask: there is no study file studies/none.toml"),
         (("status", "README.md"), 2, "posmask: README.md is not a readable TOML file"),
-        (("report", "studies"), 3, "posmask: studies has neither results.csv nor cells"),
+        (("report", "studies"), 3, "posmask: studies has neither results.csv nor cells nor evaluated SAEs"),
         (("run", "studies/quick.toml", "--root", "Makefile/run"), 1, "Not a directory: 'Makefile/run"),
         (
             ("order-tasks", "--tokenizer", "no/such/model", "--out", "x"),

@@ -289,7 +289,14 @@ def test_an_sae_on_another_device_has_the_same_measures(
     models = sites.LanguageModel(copy.deepcopy(toy), 2), moved(sites.LanguageModel(toy, 2), toy)
     at = [
         suite.EvaluationData(
-            activations, activations, shift, *probed, tokenizer, N_POSITIONS, evaluation_settings, lambda m=model: m
+            lambda: activations,
+            activations,
+            shift,
+            *probed,
+            tokenizer,
+            N_POSITIONS,
+            evaluation_settings,
+            lambda m=model: m,
         )
         for model in models
     ]

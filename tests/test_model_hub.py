@@ -251,7 +251,7 @@ def test_an_sae_at_the_root_of_a_repository_works_offline(server, tmp_path, monk
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
         ours = hub.from_pretrained("user/root")
         torch.testing.assert_close(ours.encode(vectors, position), sae.encode(vectors, position), atol=2e-5, rtol=1e-5)
-    with pytest.raises(MissingAsset, match=r"user/root has no SAE of a known format at x: name one of its SAEs, such as"):
+    with pytest.raises(MissingAsset, match="user/root has no SAE of a known format at x: name one of its SAEs"):
         hub.from_pretrained("user/root", "x")
 
 

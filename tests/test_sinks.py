@@ -152,7 +152,7 @@ def test_content_that_sinks_in_one_window_is_left_out_of_all(tokenizer, sinking_
             super().update(batch, codes)
 
     settings = EvaluationSettings.model_construct(shift_texts=40, shift_windows=n_windows)
-    data = suite.EvaluationData(shift, shift, shift, {}, {}, tokenizer, N_POSITIONS, settings, lambda: None)
+    data = suite.EvaluationData(lambda: shift, shift, shift, {}, {}, tokenizer, N_POSITIONS, settings, lambda: None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(suite, "ShiftDesign", Design)
         measures = suite._shift(make_sae("open", d_sae=len(WORDS)), data, lambda n: None, has_lifted=False)

@@ -4,13 +4,14 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import pytest
 import torch
 from pydantic import Field
 
-from conftest import STUDY, make_sae, train_on
+from conftest import D_MODEL, N_POSITIONS, STUDY, make_sae, train_on
 from posmask import masks
 from posmask.data.tokens import split_of
 from posmask.errors import BadSetting, PosmaskError
@@ -22,10 +23,13 @@ from posmask.kernels import runtime
 from posmask.masks.base import MaskSettings, PositionMask
 from posmask.probing import datasets
 from posmask.report import write_report
+from posmask.report.reading import read_studies
 from posmask.results import rows
 from posmask.results.comparisons import LEVEL, read_verdicts
 from posmask.sae import rules
+from posmask.sae.autoencoder import SparseAutoencoder
 from posmask.sae.files import read_sae, write_sae
+from posmask.sae.rules import rule_settings
 from posmask.storage.layout import LATENT_WORDS_FILE, LATENTS_FILE
 from posmask.storage.manifest import damage_under, identity, read_manifest
 from posmask.study import cell as study_cell
@@ -595,9 +599,77 @@ def test_an_imported_sae_is_evaluated_and_used_as_a_start(study_file, tmp_path):
     assert torch.equal(started.scale, read_sae(tmp_path / "first" / "cells" / "open-seed0").scale)
     explained = {row.cell: row.value for row in second if row.metric == "explained_variance" and not row.slice}
     assert explained["open"] > values["explained_variance", ""]
+    page = write_report(tmp_path / "first").read_text()
+    assert '"imported"' in page
+    assert "is left out" not in page
     study_file.write_text(base.replace("n_positions = 16", "n_positions = 12"))
     with pytest.raises(BadSetting, match="for contexts of 16 positions, the study's have 12: set"):
         study_run.evaluate_folder(read_study(study_file), tmp_path / "third", tmp_path / "imported")
+
+
+def external_folder(folder, d_model=D_MODEL, **origin):
+    """Write an SAE like one that `import` writes."""
+    mask = masks.make_mask(masks.mask_settings({"kind": "open"}), N_POSITIONS, 32)
+    sae = SparseAutoencoder(d_model, rule_settings({"kind": "topk", "k": 4}), mask)
+    write_sae(sae, folder, {"imported": {}, **origin})
+    return folder
+
+
+def test_an_evaluation_harvests_no_training_tokens_and_is_reported(study_file, tmp_path):
+    settings, root = read_study(study_file), tmp_path / "run"
+    study_run.evaluate_folder(settings, root, external_folder(tmp_path / "theirs"))
+    harvested = {folder.name.rpartition("-")[0] for folder in (root / "activations").iterdir()}
+    assert "training" not in harvested
+    assert {"evaluation", "shift"} <= harvested
+    studies = read_studies([root])
+    assert [(cell.cell, cell.seed) for cell in studies[0].cells] == [("theirs", 0)]
+    assert {row.cell for row in studies[0].rows} == {"theirs", "llm"}
+    assert not [warning for warning in studies[0].warnings if "missing" in warning or "left out" in warning]
+    assert "theirs" in write_report(root).read_text()
+    # Another evaluation setting makes the results those of another study.
+    other = read_study(study_file, ["evaluation.shift_texts=6"])
+    study_run.evaluate_folder(other, root, external_folder(tmp_path / "others"))
+    (study,) = read_studies([root])
+    assert [cell.cell for cell in study.cells] == ["others"]
+    assert any(
+        "Excluded, evaluated with other settings" in warning and "theirs" in warning for warning in study.warnings
+    )
+
+
+def test_an_sae_of_another_size_is_refused_before_anything_is_harvested(study_file, tmp_path):
+    settings, root = read_study(study_file), tmp_path / "run"
+    wide = external_folder(tmp_path / "wide", d_model=D_MODEL + 1)
+    with pytest.raises(BadSetting, match=rf"codes vectors of {D_MODEL + 1} numbers, .* gives {D_MODEL}: choose an SAE"):
+        study_run.evaluate_folder(settings, root, wide)
+    text = study_file.read_text().replace('budget = "compute"', f'budget = "compute"\ninit_from = "{wide}"')
+    study_file.write_text(text.replace('{ kind = "open" }', f'{{ kind = "open" }}\ninit_from = "{wide}"'))
+    with pytest.raises(BadSetting, match=rf"codes vectors of {D_MODEL + 1} numbers"):
+        run(study_file, root)
+    assert not root.exists()
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "fits"),
+    [
+        ("gemma-2-2b", "google/gemma-2-2b", True),
+        ("gpt2-small", "openai-community/gpt2", True),
+        ("EleutherAI/pythia-70m-deduped", "EleutherAI/pythia-70m-deduped", True),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", "embedded:SmolLM2-135M-Instruct", True),
+        ("meta-llama/Llama-3.1-8B", "meta-llama/Meta-Llama-3.1-8B", True),
+        ("gemma-2-2b", "google/gemma-2-2b-it", False),
+        ("gemma-2-2b", "google/gemma-2-9b", False),
+        ("gemma-2-2b", "./folder", True),
+        (None, "google/gemma-2-2b", True),
+    ],
+)
+def test_an_sae_of_another_model_is_refused(theirs, ours, fits, tmp_path):
+    folder = external_folder(tmp_path / "theirs", **({} if theirs is None else {"model": theirs}))
+    source = SimpleNamespace(name=ours, d_model=D_MODEL)
+    if fits:
+        targets.check_fits(folder, source)
+        return
+    with pytest.raises(BadSetting, match=f"trained on {theirs}, the study reads {ours}: .* --model-name {ours}"):
+        targets.check_fits(folder, source)
 
 
 METRICS = ("explained_variance", "l0", "order_accuracy", "probe_accuracy", "retention", "ce_recovered")

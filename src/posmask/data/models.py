@@ -33,6 +33,7 @@ __all__ = [
     "load_outline",
     "load_tokenizer",
     "model_folder",
+    "vector_size",
     "weights_identity",
 ]
 
@@ -153,6 +154,18 @@ def layer_number(name: str, layer: int | float) -> int:
         return layer
     with _loading(name) as source:
         return max(1, round(layer * _config(**source).get_text_config().num_hidden_layers))
+
+
+def vector_size(name: str) -> int:
+    """The size of a model's vectors in the residual stream.
+
+    Raises:
+        BadSetting: the model does not exist.
+    """
+    if name == EMBEDDED_MODEL:
+        return _EMBEDDED_SHAPE["hidden_size"]
+    with _loading(name) as source:
+        return _config(**source).get_text_config().hidden_size
 
 
 def load_outline(

@@ -55,7 +55,7 @@ class EvaluationData:
     """The inputs of an evaluation, which all cells of a study share.
 
     Args:
-        training: vectors of the training texts.
+        load_training: returns the vectors of the training texts; an SAE from elsewhere needs none.
         heldout: vectors of the held-out texts.
         shift: vectors of the shift design (`tokens.shifted`).
         order: each order task with the vectors of `order_probes.order_tokens`, by name.
@@ -64,7 +64,7 @@ class EvaluationData:
         load_model: returns the language model, for metrics that run it on replaced vectors.
     """
 
-    training: Activations
+    load_training: Callable[[], Activations]
     heldout: Activations
     shift: Activations
     order: dict[str, tuple[OrderTask, Activations]]
@@ -73,6 +73,11 @@ class EvaluationData:
     n_positions: int
     settings: EvaluationSettings
     load_model: Callable[[], LanguageModel]
+
+    @cached_property
+    def training(self) -> Activations:
+        """Vectors of the training texts; harvested on first use if they are missing."""
+        return self.load_training()
 
     @cached_property
     def in_model(self) -> InModel:

@@ -151,14 +151,16 @@ def _read_study(root: Path) -> Study:
     results, folder = root / layout.RESULTS_FILE, layout.cells_folder(root)
     if not results.is_file() and (root / "results.csv.zst").is_file():
         results = root / "results.csv.zst"
-    if not results.is_file() and not folder.is_dir():
+    has_run = results.is_file() or folder.is_dir()
+    if not has_run and not layout.evaluated_folders(root).is_dir():
         raise DamagedFolder(
-            f"{root} has neither results.csv nor cells: give the folder of a study that `posmask run` started"
+            f"{root} has neither results.csv nor cells nor evaluated SAEs: give the folder of a study that `posmask "
+            "run` started or that `posmask evaluate` wrote to"
         )
     warnings: list[str] = []
-    record = _record(root, warnings)
-    cells = _cells(root, record, warnings)
-    rows = _tolerant(read_rows, results, warnings)
+    record = _record(root, warnings) if has_run else None
+    cells = _cells(root, record, warnings) if has_run else []
+    rows = _tolerant(read_rows, results, warnings) if has_run else _baseline_rows(root, None, warnings)
     if rows is None:
         rows = [row for cell in cells for row in _tolerant(read_rows, cell.path / layout.ROWS_FILE, warnings) or []]
         rows = [*_baseline_rows(root, record, warnings), *rows]
@@ -167,13 +169,16 @@ def _read_study(root: Path) -> Study:
         rows = [row for row in rows if row.mask == "none" or layout.cell_label(row.cell, row.seed) in record.folders]
     readable = {(cell.cell, cell.seed) for cell in cells}
     missing = {(row.cell, row.seed) for row in rows if row.mask != "none"} - readable
+    evaluated, rows_of_evaluated = _evaluated(root, record, {row.cell for row in rows}, warnings)
+    cells, rows = [*cells, *evaluated], [*rows, *rows_of_evaluated]
     if missing and cells:
         names = _first_few([layout.cell_label(cell, seed) for cell, seed in sorted(missing)])
         warnings.append(f"In the tables only, because the folder is missing or unreadable: {names}.")
     known = {row.cell for row in rows}
+    found = _tolerant(read_verdicts, root / layout.VERDICTS_FILE, warnings) if has_run else None
     verdicts = [
         verdict
-        for verdict in _tolerant(read_verdicts, root / layout.VERDICTS_FILE, warnings) or []
+        for verdict in found or []
         if {label.partition(" + ")[0] for label in (verdict.label, verdict.against)} <= known
     ]
     n_nan = sum(math.isnan(row.value) for row in rows if "position" not in parse_slice(row.slice) and not row.reason)
@@ -240,6 +245,50 @@ def _cells(root: Path, record: StudyRecord | None, warnings: list[str]) -> list[
     if not cells:
         warnings.append("The folder has no finished cell, so there are no figures of masks or training and no latents.")
     return cells
+
+
+def _evaluated(
+    root: Path, record: StudyRecord | None, taken: set[str], warnings: list[str]
+) -> tuple[list[CellFolder], list[Row]]:
+    """The SAEs that `posmask evaluate` measured with the study's settings, and their rows.
+
+    Args:
+        taken: names of cells; an SAE of such a name is called "NAME (evaluated)".
+    """
+    cells, rows, other_settings = [], [], []
+    parent, baselines = layout.evaluated_folders(root), _identity_of_baselines(root, record)
+    for path in sorted(parent.glob("[!.]*")) if parent.is_dir() else []:
+        try:
+            manifest = read_manifest(path, verify=True)
+            made_from = manifest.get("made_from", {})
+            if identity({key: value for key, value in made_from.items() if key != "sae"}) != baselines:
+                other_settings.append(path.name)
+                continue
+            if not (path / layout.OPENNESS_FILE).is_file():
+                raise DamagedFolder("it was written by an earlier version; remove it and evaluate the SAE again")
+            of_sae = read_rows(path / layout.ROWS_FILE)
+        except (DamagedFolder, ValueError, OSError) as error:
+            warnings.append(f"Evaluated SAE {path.name} is left out: {str(error).replace(f'{root}/', '')}.")
+            continue
+        name = f"{path.name} (evaluated)" if path.name in taken else path.name
+        cells.append(CellFolder(name, 0, path, manifest))
+        rows += [replace(row, cell=name) for row in of_sae]
+    if other_settings:
+        warnings.append(
+            f"Excluded, evaluated with other settings than the study has now: {_first_few(other_settings)}; `posmask "
+            "evaluate` measures them again."
+        )
+    return cells, rows
+
+
+def _identity_of_baselines(root: Path, record: StudyRecord | None) -> str | None:
+    """The identity of the settings that all results of a study share."""
+    if record is not None:
+        return record.folders.get(layout.BASELINES)
+    try:
+        return read_manifest(layout.cell_folder(root, layout.BASELINES))["identity"]
+    except DamagedFolder:
+        return None
 
 
 def _first_few(names: Sequence[str]) -> str:

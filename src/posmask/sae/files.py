@@ -18,7 +18,7 @@ from posmask.storage.atomic import check_file
 from posmask.storage.layout import OPENNESS_FILE, SAE_FILE, WEIGHTS_FILE
 from posmask.storage.manifest import MANIFEST, read_manifest
 
-__all__ = ["flaw_of", "read_origin", "read_sae", "write_sae"]
+__all__ = ["flaw_of", "read_origin", "read_sae", "read_width", "write_sae"]
 
 
 def write_sae(sae: SparseAutoencoder, folder: Path, origin: Mapping[str, Any] | None = None) -> None:
@@ -120,7 +120,20 @@ def read_origin(folder: Path) -> dict[str, Any]:
     Raises:
         DamagedFolder: the description is missing or unreadable.
     """
+    return _described(folder, "origin", dict)
+
+
+def read_width(folder: Path) -> int:
+    """The size of the vectors that an SAE codes, without reading its weights.
+
+    Raises:
+        DamagedFolder: the description is missing or unreadable.
+    """
+    return _described(folder, "d_model", int)
+
+
+def _described(folder: Path, key: str, kind: type) -> Any:
     try:
-        return dict(json.loads((folder / SAE_FILE).read_text(encoding="utf8"))["origin"])
+        return kind(json.loads((folder / SAE_FILE).read_text(encoding="utf8"))[key])
     except (OSError, KeyError, ValueError, TypeError, RecursionError) as error:
         raise DamagedFolder(f"{folder / SAE_FILE} cannot be read ({error}): give the folder of an SAE") from error

@@ -36,6 +36,7 @@ __all__ = [
     "cells_folder",
     "checkpoints_folder",
     "evaluated_folder",
+    "evaluated_folders",
     "job_log",
     "jobs_folder",
     "parse_cell_label",
@@ -111,9 +112,14 @@ def activations_folder(root: Path) -> Path:
     return root / "activations"
 
 
+def evaluated_folders(root: Path) -> Path:
+    """The results of SAEs that the study did not train, one folder each."""
+    return root / "evaluated"
+
+
 def evaluated_folder(root: Path, name: str) -> Path:
     """The results of an SAE that the study did not train."""
-    return root / "evaluated" / name
+    return evaluated_folders(root) / name
 
 
 def stale_folder(root: Path) -> Path:

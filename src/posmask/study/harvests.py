@@ -9,7 +9,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,22 +83,32 @@ def harvests(study: StudySettings, model: Mapping[str, Any], texts: Mapping[str,
     ]
 
 
-def prepare(study: StudySettings, source: Source, root: Path, compute: ComputeShards | None = None) -> EvaluationData:
+def prepare(
+    study: StudySettings,
+    source: Source,
+    root: Path,
+    compute: ComputeShards | None = None,
+    *,
+    for_training: bool = True,
+) -> EvaluationData:
     """Harvest what is missing and return everything that cells train on and are evaluated with.
 
     Args:
         compute: computes vectors on other machines; None: this process does.
+        for_training: False harvests training vectors only if they are used.
     """
     vectors = _Vectors(study, source, root, compute)
     by_kind: dict[HarvestKind, list[Harvest]] = {}
     for item in harvests(study, source.made_from, texts_identity(study)):
         by_kind.setdefault(item.kind, []).append(item)
     (training,), (heldout,), (shift,) = (by_kind[kind] for kind in ("training", "heldout", "shift"))
-    training_vectors = vectors.packed(training, "training", study.corpus.training_tokens)
+    load_training = cache(partial(vectors.packed, training, "training", study.corpus.training_tokens))
+    if for_training:
+        load_training()
     heldout_vectors = vectors.packed(heldout, study.corpus.eval_split, study.corpus.heldout_tokens)
     runtime.give_back_freed_memory()
     return EvaluationData(
-        training_vectors,
+        load_training,
         heldout_vectors,
         vectors.shifted(shift),
         {item.label: vectors.order_task(item) for item in by_kind.get("order", [])},

@@ -11,17 +11,17 @@ from posmask.interop import reading
 from posmask.kernels import devices, runtime
 from posmask.progress import part_finished, study_progress
 from posmask.results import comparisons, rows
-from posmask.sae.files import read_sae
+from posmask.sae.files import read_origin, read_sae, write_sae
 from posmask.storage import atomic, layout, manifest
 from posmask.storage.record import RECORD_MARK, StudyRecord, read_record, write_record
 from posmask.study import engines
 from posmask.study.cell import evaluate_to_folder, fill, train_cell
 from posmask.study.estimate import Plan, Stage
 from posmask.study.harvests import prepare
-from posmask.study.saes import read_init, untrained
+from posmask.study.saes import untrained
 from posmask.study.settings import StudySettings
 from posmask.study.source import Source
-from posmask.study.targets import Target, checked_init, results_origin, rows_in, state_of, targets_of
+from posmask.study.targets import Target, check_fits, checked_init, results_origin, rows_in, state_of, targets_of
 from posmask.training import distributed
 from posmask.training.checkpoints import check_checkpoints, remove_checkpoints
 from posmask.training.trackers import check_tracker
@@ -230,12 +230,13 @@ def evaluate_folder(
 
 def _evaluate(study: StudySettings, root: Path, folder: Path, name: str, say: Callable[[str], None]) -> list[rows.Row]:
     source = Source(study.model, study.device)
-    sae, n_positions = read_sae(folder), study.corpus.n_positions
+    sae, n_positions = read_sae(folder, verify=True), study.corpus.n_positions
     if sae.mask.n_positions != n_positions:
         raise BadSetting(
             f"the SAE in {folder} is for contexts of {sae.mask.n_positions} positions, the study's have {n_positions}: "
             f"set corpus.n_positions, or import it with --n-positions {n_positions}"
         )
+    check_fits(folder, source)
     made_from = {**results_origin(study, source), "sae": checked_init(folder, source.made_from)}
     target = Target(None, 0, root, layout.evaluated_folder(root, name), made_from)
     baseline = targets_of(study, source, root)[0]
@@ -243,7 +244,7 @@ def _evaluate(study: StudySettings, root: Path, folder: Path, name: str, say: Ca
     for item in missing:
         manifest.check_aside(item.folder)
     if missing:
-        data = prepare(study, source, root)
+        data = prepare(study, source, root, for_training=False)
         for item in missing:
             if item.folder.exists():
                 moved = manifest.set_aside(item.folder, layout.stale_paths(root, item.label))
@@ -251,8 +252,9 @@ def _evaluate(study: StudySettings, root: Path, folder: Path, name: str, say: Ca
         if baseline in missing:
             fill(study, baseline, data, [])
         if target in missing:
-            sae = read_init(folder, data.training.d_model).to(study.device)
+            sae = sae.to(study.device)
             with manifest.write_folder(target.folder, made_from) as draft:
                 columns = {"cell": name, "budget": "", "seed": 0}
                 evaluate_to_folder(study, target, sae, data, rows_in(baseline), draft, columns)
+                write_sae(sae, draft, read_origin(folder))  # The page shows its latents and mask.
     return [*rows_in(target), *rows_in(baseline)]

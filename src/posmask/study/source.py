@@ -18,6 +18,7 @@ class Source:
     def __init__(self, settings: ModelSettings, device: str = "cpu") -> None:
         precision = runtime.fast_precision(device) if settings.precision == "auto" else settings.precision
         self._settings = settings
+        self.name = settings.name
         self._device = device
         self._precision: runtime.Precision = precision
 
@@ -25,6 +26,11 @@ class Source:
     def layer(self) -> int:
         """The number of the layer, from 1."""
         return models.layer_number(self._settings.name, self._settings.layer)
+
+    @cached_property
+    def d_model(self) -> int:
+        """The size of a vector, from the model's configuration."""
+        return models.vector_size(self.name)
 
     @cached_property
     def made_from(self) -> dict[str, Any]:

@@ -2,16 +2,18 @@
 
 import contextlib
 import itertools
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from posmask import masks
+from posmask.data.models import is_path
 from posmask.errors import BadSetting, DamagedFolder
 from posmask.interop import sites
 from posmask.results import rows
-from posmask.sae.files import WEIGHTS_FILE, read_origin
+from posmask.sae.files import WEIGHTS_FILE, read_origin, read_width
 from posmask.storage import layout, manifest
 from posmask.storage.record import check_identity
 from posmask.study.settings import CellSettings, StudySettings
@@ -22,6 +24,7 @@ __all__ = [
     "Target",
     "baselines_of",
     "cell_states",
+    "check_fits",
     "checked_init",
     "results_origin",
     "rows_in",
@@ -95,6 +98,7 @@ def targets_of(study: StudySettings, source: Source, root: Path) -> list[Target]
         made_from = made_from_of(cell, seed)
         init_folder, init_identity = cell.init_folder, None
         if init_folder is not None:
+            check_fits(init_folder, source)
             made_from["init_from"] = checked_init(init_folder, source.made_from)
         elif cell.init_from is not None:
             # A cell is recomputed when the cell that it starts from is.
@@ -107,6 +111,39 @@ def targets_of(study: StudySettings, source: Source, root: Path) -> list[Target]
 
     baselines_target = Target(None, 0, root, layout.cell_folder(root, layout.BASELINES), shared)
     return [baselines_target, *(target_of(cell, seed) for cell in study.cells for seed in study.seeds_of(cell))]
+
+
+def check_fits(folder: Path, source: Source) -> None:
+    """Check that an SAE from outside the study is for vectors of the study's model, before anything is harvested.
+
+    Raises:
+        BadSetting: vectors have another size, or its origin names another model.
+    """
+    if (width := read_width(folder)) != source.d_model:
+        raise BadSetting(
+            f"the SAE in {folder} codes vectors of {width} numbers, {source.name} gives {source.d_model}: choose an "
+            "SAE of the same model"
+        )
+    origin = read_origin(folder)
+    theirs = origin.get("model")
+    # Weights that are identified are compared instead, and the folder of a model may have any name.
+    if theirs is None or "weights" in origin or is_path(source.name) or is_path(str(theirs)):
+        return
+    if _plain(str(theirs)) != _plain(source.name):
+        raise BadSetting(
+            f"the SAE in {folder} was trained on {theirs}, the study reads {source.name}: choose an SAE of the same "
+            f"model, or import it with --model-name {source.name} if its vectors are meant to be coded"
+        )
+
+
+def _plain(model: str) -> str:
+    """A model's name without its owner, for comparison.
+
+    >>> _plain("openai-community/gpt2") == _plain("gpt2-small")
+    True
+    """
+    name = re.sub(r"^embedded:|^meta-(?=llama)|\.gguf$", "", model.lower().rpartition("/")[2])
+    return "gpt2" if name == "gpt2-small" else name
 
 
 def checked_init(folder: Path, model_made_from: Mapping[str, Any]) -> dict[str, Any]:
