@@ -388,7 +388,8 @@ def test_metadata_is_kept_and_explained(tmp_path):
         "model_from_pretrained_kwargs": {"center_writing_weights": True, "checkpoint_index": 3, "fold_ln": True},
     }
     sae, origin = read_external(changed_settings(one("gpt2-small-res-jb"), tmp_path, **changes), n_positions=200)
-    assert origin["metadata"] == {**changes, "context_size": 128, "dataset_path": "Skylion007/openwebtext"}
+    kept = {"context_size": 128, "dataset_path": "Skylion007/openwebtext", "hook_name": "blocks.8.hook_resid_pre"}
+    assert origin["metadata"] == {**changes, **kept}
     said = " ".join(remarks(sae, origin))
     assert "on contexts without BOS" in said
     assert "on the positions [1, 64] (start, stop, step)" in said

@@ -55,6 +55,7 @@ _KEPT_METADATA = (
     "model_from_pretrained_kwargs",
     "dataset_path",
     "neuronpedia_id",
+    "hf_hook_name",
 )
 """Facts about the training that stay in the SAE's origin, by SAELens's names."""
 _OTHER_VECTORS = {
@@ -201,6 +202,8 @@ def _origin(form: Form, metadata: Mapping[str, Any], hook_name: str | None) -> O
     if site is not None:
         origin["layer"], origin["site"] = site
     kept = {name: metadata[name] for name in _KEPT_METADATA if metadata.get(name) not in (None, {}, [])}
+    if str(metadata.get("hook_name")).startswith("blocks."):  # of TransformerLens, so that it can be exported again
+        kept["hook_name"] = metadata["hook_name"]
     return {**origin, **({"metadata": kept} if kept else {})}
 
 
@@ -278,21 +281,25 @@ def _was_centered(origin: Origin) -> bool:
 
 
 def _scale(cfg: Mapping[str, Any], decoder: Tensor, rule: RuleSettings) -> float:
-    """Return the divisor of the vectors: the norm of the decoder rows if they share one, which keeps the codes."""
+    """Return the divisor of the vectors and, if decoder rows have norm 1, of the codes.
+
+    An export of posmask states it. Otherwise it is the norm of the decoder rows if they share one, which keeps the
+    codes.
+    """
     norms, compares = decoder.norm(dim=1), RULES[rule.kind].compares_latents
-    if cfg.get("rescale_acts_by_decoder_norm"):
-        return 1.0
+    rescales = bool(cfg.get("rescale_acts_by_decoder_norm"))
     # A latent whose decoder row is zero only matters if it could be chosen instead of another.
     counted = norms if compares else norms[norms > 0]
-    if len(counted) and bool(((counted / counted.mean() - 1).abs() < 1e-3).all()):
-        return float(counted.mean())
-    if compares:
+    share_norm = len(counted) > 0 and bool(((counted / counted.mean() - 1).abs() < 1e-3).all())
+    if compares and not rescales and not share_norm:
         raise BadSetting(
             f"decoder rows have norms from {float(norms.min()):.3g} to {float(norms.max()):.3g} that {rule.kind} does "
             "not account for (rescale_acts_by_decoder_norm is off), so with rows of norm 1 other latents would be "
             "chosen: choose another SAE"
         )
-    return 1.0
+    if (stated := (cfg.get("metadata") or {}).get("posmask_scale")) is not None:
+        return float(stated)
+    return float(counted.mean()) if share_norm and not rescales else 1.0
 
 
 def _fill_(sae: SparseAutoencoder, tensors: Tensors, scale: float) -> None:
