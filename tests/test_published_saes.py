@@ -18,6 +18,8 @@ from safetensors.torch import load, save
 from conftest import N_POSITIONS
 from posmask.errors import BadSetting, DamagedFolder, PosmaskError
 from posmask.interop.reading import from_saelens, read_external, remarks
+from posmask.interop.reading.formats import FORMATS, UNREADABLE_CONVERSIONS
+from posmask.interop.reading.releases import _releases
 from posmask.interop.sites import layer_and_site
 from published_saes import OVERRIDES, PUBLISHED, npz, pickled
 from test_model_hub import local_hub, server  # noqa: F401
@@ -118,8 +120,6 @@ REFUSED = [
 
 @pytest.mark.parametrize(("source", "message"), REFUSED)
 def test_what_cannot_be_read_is_refused_before_it_is_downloaded(local_hub, source, message):  # noqa: F811
-    from posmask.interop.reading.releases import _releases
-
     release, _, sae_id = source.partition(":")[2].partition("/")
     if release in _releases() and sae_id:
         listed = _releases()[release]
@@ -479,3 +479,38 @@ def weights_with(published):
         yield {**published.files, name: write[ending]({**tensors, "W_unknown": torch.zeros(3)})}
         yield {**published.files, name: content[: len(content) // 2]}
         yield {**published.files, name: b""}
+
+
+def is_read(release, listed, sae):
+    """Whether a listed SAE can be read, as far as names say it; layer_norm is known of OpenAI's SAEs (v5)."""
+    conversion, place = listed.get("conversion_func"), f"models--{listed['repo_id']}/{sae['path']}"
+    if conversion in UNREADABLE_CONVERSIONS or "embedding" in place:
+        return False
+    (format,) = [format for format in FORMATS if conversion in format.conversions]
+    try:
+        format.check_names([*reversed(place.split("/"))])
+    except BadSetting:
+        return False
+    unsupported = "hook_resid_mid" in sae["id"] or re.search(r"gpt2-small-.*-v5-", release)
+    return not unsupported and "normalize_activations" not in (listed.get("config_overrides") or {})
+
+
+def test_the_page_has_the_number_of_listed_saes_that_are_read(saelens):
+    if saelens.__version__ != "6.54.12":
+        pytest.skip("the page counts the list of SAELens 6.54.12")
+    counts = {}
+    for release, listed in _releases().items():
+        of_loader = counts.setdefault(listed.get("conversion_func") or "SAELens's own", [0, 0])
+        of_loader[0] += len(listed["saes"])
+        of_loader[1] += sum(is_read(release, listed, sae) for sae in listed["saes"])
+    page = (Path(__file__).parent.parent / "docs" / "saelens.md").read_text(encoding="utf8")
+    total = [sum(numbers) for numbers in zip(*counts.values(), strict=True)]
+    assert (
+        f"Of the {total[0]:,} SAEs that SAELens\n6.54.12 lists, posmask has a reader for {total[1]:,}, by name:" in page
+    )
+    rows = re.findall(r"^\| (.*?) \| ([\d,]+) \|\s*([\d,]*)\s*\| .*\|$", page, re.MULTILINE)
+    for loaders, listed, read in rows:
+        names = [name.strip("`") for name in loaders.split(", ")]
+        expected = [sum(numbers) for numbers in zip(*(counts.pop(name) for name in names), strict=True)]
+        assert [int(number.replace(",", "") or 0) for number in (listed, read)] == expected, loaders
+    assert not counts
