@@ -1,6 +1,7 @@
 """SAEs of published releases, read by name, from the hub and from folders, and compared with SAELens's own loaders."""
 
 import dataclasses
+import importlib.util
 import io
 import json
 import re
@@ -14,16 +15,20 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load, save
+from typer.testing import CliRunner
 
-from conftest import N_POSITIONS
-from posmask.errors import BadSetting, DamagedFolder, PosmaskError
-from posmask.interop.reading import from_saelens, read_external, remarks
+import posmask
+from conftest import D_MODEL, N_POSITIONS, make_sae
+from posmask.cli.commands import app
+from posmask.errors import BadSetting, DamagedFolder, MissingExtra, PosmaskError
+from posmask.interop.reading import from_saelens, read_external, remarks, sources
 from posmask.interop.reading.formats import FORMATS, UNREADABLE_CONVERSIONS
 from posmask.interop.reading.releases import _releases
 from posmask.interop.sites import layer_and_site
+from posmask.sae.files import read_origin, read_sae
 from published_saes import OVERRIDES, PUBLISHED, npz, pickled
 from test_model_hub import local_hub, server  # noqa: F401
-from test_saelens import contexts
+from test_saelens import ORIGIN, contexts, scaled
 
 
 @pytest.fixture
@@ -505,8 +510,9 @@ def test_the_page_has_the_number_of_listed_saes_that_are_read(saelens):
         of_loader[1] += sum(is_read(release, listed, sae) for sae in listed["saes"])
     page = (Path(__file__).parent.parent / "docs" / "saelens.md").read_text(encoding="utf8")
     total = [sum(numbers) for numbers in zip(*counts.values(), strict=True)]
+    text = " ".join(page.split())
     assert (
-        f"Of the {total[0]:,} SAEs that SAELens\n6.54.12 lists, posmask has a reader for {total[1]:,}, by name:" in page
+        f"Of the {total[0]:,} SAEs that SAELens 6.54.12 lists, posmask has a reader for {total[1]:,}, by name" in text
     )
     rows = re.findall(r"^\| (.*?) \| ([\d,]+) \|\s*([\d,]*)\s*\| .*\|$", page, re.MULTILINE)
     for loaders, listed, read in rows:
@@ -514,3 +520,92 @@ def test_the_page_has_the_number_of_listed_saes_that_are_read(saelens):
         expected = [sum(numbers) for numbers in zip(*(counts.pop(name) for name in names), strict=True)]
         assert [int(number.replace(",", "") or 0) for number in (listed, read)] == expected, loaders
     assert not counts
+
+
+@pytest.mark.parametrize("architecture", ["batchtopk", "matryoshka_batchtopk", "topk", "standard", "gated", "jumprelu"])
+def test_an_sae_in_training_is_converted_as_saelens_saves_it(saelens, architecture, tmp_path):
+    from sae_lens.registry import get_sae_training_class
+
+    of_class = {
+        "batchtopk": {"k": 4},
+        "matryoshka_batchtopk": {"k": 4, "matryoshka_widths": [30, 60]},
+        "topk": {"k": 4},
+    }
+    sae_class, cfg_class = get_sae_training_class(architecture)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sae = sae_class(cfg_class(d_in=D_MODEL, d_sae=OVERRIDES["d_sae"], **of_class.get(architecture, {})))
+        with torch.no_grad():
+            for parameter in sae.parameters():
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+            if hasattr(sae, "topk_threshold"):
+                sae.topk_threshold.fill_(0.5)
+        before = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
+        if architecture == "topk":
+            sae.cfg.rescale_acts_by_decoder_norm = True
+        sae.save_inference_model(tmp_path)
+        theirs = saelens.SAE.load_from_disk(tmp_path)
+    ours = from_saelens(sae, n_positions=N_POSITIONS)
+    vectors, position = contexts()
+    torch.testing.assert_close(ours(vectors, position), theirs(vectors), atol=2e-4, rtol=1e-4)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in sae.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["slice", "soft"])
+def test_an_sae_of_posmask_in_saelens_is_converted_back(saelens, kind):
+    from posmask.interop.saelens import as_saelens
+
+    sae = scaled(make_sae(kind))
+    vectors, position = contexts()
+    ours = posmask.from_saelens(as_saelens(sae, ORIGIN))
+    assert ours.mask.settings == sae.mask.settings
+    torch.testing.assert_close(ours.encode(vectors, position), sae.encode(vectors, position), atol=2e-5, rtol=1e-5)
+
+
+def test_other_objects_raise_an_error(saelens):
+    with pytest.raises(BadSetting, match="a str is not an SAE of SAELens: give what SAE"):
+        from_saelens("gpt2-small-res-jb")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cfg = saelens.StandardSAEConfig(d_in=4, d_sae=8, normalize_activations="layer_norm")
+        with pytest.raises(BadSetting, match="this SAE: normalize_activations = 'layer_norm' uses each vector's mean"):
+            from_saelens(saelens.StandardSAE(cfg), n_positions=8)
+
+
+def test_a_format_without_a_reader_is_loaded_with_saelens(theirs, monkeypatch):
+    """Newer versions of SAELens may list formats that posmask does not know."""
+    published = one("gemma-2-2b-res-matryoshka")
+    expected = theirs(published)
+    monkeypatch.setattr(sources, "FORMATS", ())
+    ours, origin = read_external(published.name, n_positions=N_POSITIONS)
+    assert_equal(ours, expected, published)
+    assert (origin["layer"], origin["site"]) == published.site
+
+
+def test_names_of_saelens_s_list_need_saelens(monkeypatch, tmp_path):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    _releases.cache_clear()
+    try:
+        with pytest.raises(MissingExtra, match=r"need SAELens: pip install 'posmask\[saelens\]', or give hf:USER/NAME"):
+            read_external("saelens:gpt2-small-res-jb/blocks.8.hook_resid_pre")
+    finally:
+        _releases.cache_clear()
+
+
+def test_the_command_imports_by_name_and_prints_remarks(server, unpickled_here, tmp_path):  # noqa: F811
+    def run(*words):
+        return CliRunner().invoke(app, ["import", *map(str, words)])
+
+    jb, relu = one("gpt2-small-res-jb"), one("sae_bench_pythia70m_sweep_standard")
+    server[jb.repo], server[relu.repo] = jb.files, relu.files
+    result = run(jb.name, tmp_path / "jb", "--model-name", "openai-community/gpt2")
+    assert result.exit_code == 0, result.output
+    assert "Written: " in result.output
+    assert "60 latents, rule relu, mask open, 128 positions" in result.output
+    assert "reconstructions lack that mean" in " ".join(result.output.split())
+    assert read_origin(tmp_path / "jb")["model"] == "openai-community/gpt2"
+    refused = run(relu.name, tmp_path / "relu")
+    assert isinstance(refused.exception, BadSetting)
+    assert not (tmp_path / "relu").exists()
+    assert run(relu.name, tmp_path / "relu", "--allow-pickle", "--n-positions", 16).exit_code == 0
+    assert read_sae(tmp_path / "relu").mask.n_positions == 16

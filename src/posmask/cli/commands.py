@@ -470,7 +470,7 @@ def evaluate_command(
         Path,
         typer.Argument(
             metavar="SAE",
-            help="Folder of a cell, one written by `posmask import`, or one of SAELens or GemmaScope.",
+            help="Folder of a cell, one written by `posmask import`, or one of another tool.",
             show_default=False,
         ),
     ],

@@ -90,7 +90,8 @@ def from_saelens(sae: Any, *, n_positions: int | None = None) -> SparseAutoencod
         n_positions: tokens per context; None for `sae.cfg.metadata.context_size`.
 
     Raises:
-        BadSetting: its architecture, site or normalization is not supported, or the context length is unknown.
+        BadSetting: it is not an SAE of SAELens, its architecture, site or normalization is not supported, or the
+            context length is unknown.
     """
     return converted(_form_of_object(sae), n_positions=n_positions)[0]
 
@@ -176,6 +177,8 @@ def _form_of_saelens(release: str, sae_id: str) -> Form:
 
 
 def _form_of_object(sae: Any) -> Form:
+    if not (hasattr(sae, "state_dict") and hasattr(getattr(sae, "cfg", None), "to_dict")):
+        raise BadSetting(f"a {type(sae).__name__} is not an SAE of SAELens: give what SAE.from_pretrained returns")
     tensors = dict(sae.state_dict())
     if hasattr(sae, "process_state_dict_for_saving_inference"):  # an SAE in training
         tensors = {name: tensor.clone() for name, tensor in tensors.items()}
