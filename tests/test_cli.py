@@ -63,7 +63,7 @@ def posmask(monkeypatch, capsys):
             "Invalid value for '--train-groups'",
         ),
         (("export", "studies", "x", "--to", "gguf"), 2, "Invalid value for '--to'"),
-        (("import", "studies", "x"), 3, "posmask: studies holds no cfg.json"),
+        (("import", "studies", "x"), 3, "posmask: studies holds no SAE of a known format"),
         (("verify", "studies"), 2, "posmask: studies is not a study's folder"),
         (("fly",), 2, "No such command 'fly'"),
     ],

@@ -395,14 +395,26 @@ def test_metadata_is_kept_and_explained(tmp_path):
     sae, origin = read_external(changed_settings(one("gpt2-small-res-jb"), tmp_path, **changes), n_positions=200)
     kept = {"context_size": 128, "dataset_path": "Skylion007/openwebtext", "hook_name": "blocks.8.hook_resid_pre"}
     assert origin["metadata"] == {**changes, **kept}
-    said = " ".join(remarks(sae, origin))
+    said = " ".join(remarks(origin, sae.mask.n_positions))
     assert "on contexts without BOS" in said
     assert "on the positions [1, 64] (start, stop, step)" in said
     assert "contexts of 128 tokens and is used at 200 positions" in said
     assert "vectors without their mean over d_model (center_writing_weights)" in said
     assert "loaded with {'checkpoint_index': 3}: check" in said
-    plain = read_external(folder_with(one("gemma-2-2b-res-matryoshka"), tmp_path))
-    assert list(remarks(*plain)) == []
+    _, plain = read_external(folder_with(one("gemma-2-2b-res-matryoshka"), tmp_path))
+    assert list(remarks(plain, 1024)) == []
+    assert list(remarks({"layer": 3}, 16)) == []  # a cell of a study
+
+
+def test_an_early_sae_says_that_its_centering_is_unknown_unless_it_is_listed(server, tmp_path):  # noqa: F811
+    published = one("gpt2-small-res-jb")
+    server[published.repo] = published.files
+    _, unlisted = read_external(folder_with(published, tmp_path))
+    assert "do not say whether vectors were centered" in " ".join(remarks(unlisted, 128))
+    for source in (published.name, f"hf:{published.repo}/{published.path}"):
+        assert "do not say" not in " ".join(remarks(read_external(source)[1], 128))
+    with_rms_norm = read_external(changed_settings(published, tmp_path, model_name="gemma-2b"))[1]
+    assert "do not say" not in " ".join(remarks(with_rms_norm, 128))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

@@ -10,9 +10,11 @@ from typing import Literal
 import pytest
 import torch
 from pydantic import Field
+from typer.testing import CliRunner
 
 from conftest import D_MODEL, N_POSITIONS, STUDY, make_sae, train_on
 from posmask import masks
+from posmask.cli.commands import app
 from posmask.data.tokens import split_of
 from posmask.errors import BadSetting, PosmaskError
 from posmask.evaluation import downstream, position, retention, suite
@@ -616,8 +618,11 @@ def external_folder(folder, d_model=D_MODEL, **origin):
 
 
 def test_an_evaluation_harvests_no_training_tokens_and_is_reported(study_file, tmp_path):
-    settings, root = read_study(study_file), tmp_path / "run"
-    study_run.evaluate_folder(settings, root, external_folder(tmp_path / "theirs"))
+    root = tmp_path / "run"
+    theirs = external_folder(tmp_path / "theirs", metadata={"prepend_bos": False})
+    result = CliRunner().invoke(app, ["evaluate", str(theirs), str(study_file), "--root", str(root)])
+    assert result.exit_code == 0, result.output
+    assert "It was trained on contexts without BOS" in result.output
     harvested = {folder.name.rpartition("-")[0] for folder in (root / "activations").iterdir()}
     assert "training" not in harvested
     assert {"evaluation", "shift"} <= harvested

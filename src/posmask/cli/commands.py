@@ -484,7 +484,9 @@ def evaluate_command(
     itself. Measures that need the training run, such as dead latents, are missing.
     """
     from posmask.cli.printing import console, results_table
+    from posmask.interop import reading
     from posmask.results.table import missing_lines, summarize
+    from posmask.sae.files import read_origin
     from posmask.study import run
     from posmask.study.study_file import read_study
 
@@ -494,7 +496,11 @@ def evaluate_command(
     console.print(results_table(summarize(rows)))
     for line in missing_lines(rows):
         print(line)
-    print(f"Written: {root / 'evaluated' / folder.resolve().name}")
+    written = layout.evaluated_folder(root, folder.resolve().name)
+    if (written / layout.SAE_FILE).is_file():  # Earlier versions left it out.
+        for remark in reading.remarks(read_origin(written), settings.corpus.n_positions):
+            print(remark)
+    print(f"Written: {written}")
 
 
 @registered(app, "export", "SAEs")
@@ -580,7 +586,7 @@ def import_command(
         f"Written: {out}, {sae.d_sae:,} latents, rule {sae.rule.settings.kind}, mask {sae.mask.settings.kind}, "
         f"{sae.mask.n_positions} positions"
     )
-    for remark in reading.remarks(sae, read_origin(out)):
+    for remark in reading.remarks(read_origin(out), sae.mask.n_positions):
         print(remark)
 
 

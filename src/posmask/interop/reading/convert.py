@@ -93,6 +93,8 @@ def converted(
         reason = f"{CFG_FILE} lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise BadSetting(f"{form.place}: {reason}: fetch an SAE with complete settings") from None
     origin["imported"] = {"architecture": cfg["architecture"]}
+    if form.centering_unstated and _WITH_LAYER_NORM.search(origin.get("model", "")):
+        origin["imported"]["centering"] = "unstated"
     if weights.path is not None:
         origin["imported"]["sha256"] = file_sha256(weights.path)
     return sae, origin

@@ -23,11 +23,14 @@ class Form:
         weights: W_enc [d_in, d_sae], b_enc, W_dec [d_sae, d_in], b_dec, threshold, b_gate, b_mag, r_mag.
         needs_site: whether files of this format may be of sites that posmask does not read, so that an unknown site
             is an error.
+        centering_unstated: whether the settings are of versions that may have trained on centered vectors without
+            saying so (`center_writing_weights`).
     """
 
     cfg: dict[str, Any]
     weights: Weights
     needs_site: bool = False
+    centering_unstated: bool = False
 
     @property
     def place(self) -> str:

@@ -25,11 +25,13 @@ def read_saelens(path: Path, *, allow_pickle: bool) -> Form:
     if not isinstance(metadata, dict):
         raise DamagedFolder(f"metadata in {path / CFG_FILE} is not a table: fetch the folder again")
     version = str(cfg.get("sae_lens_version") or metadata.get("sae_lens_version") or "")
-    if not re.match(r"([6-9]|\d\d)\.", version):
+    is_old = not re.match(r"([6-9]|\d\d)\.", version)
+    if is_old:
         cfg = modernized(cfg)
     if (path / _SCALER_FILE).is_file():
         cfg["norm_scaling_factor"] = read_json(path / _SCALER_FILE).get("scaling_factor")
-    return Form(cfg, _with_finetuned_scale(cfg, weights))
+    unstated = is_old and "model_from_pretrained_kwargs" not in cfg["metadata"]
+    return Form(cfg, _with_finetuned_scale(cfg, weights), centering_unstated=unstated)
 
 
 _RENAMED = {

@@ -164,7 +164,7 @@ def _with_listed(form: Form, listed: Listed | None) -> Form:
         cfg["normalize_activations"] = metadata.pop("normalize_activations")
     if listed.norm_scaling_factor is not None:
         cfg.setdefault("norm_scaling_factor", listed.norm_scaling_factor)
-    return dataclasses.replace(form, cfg=cfg)
+    return dataclasses.replace(form, cfg=cfg, centering_unstated=False)
 
 
 def _form_of_saelens(release: str, sae_id: str) -> Form:
@@ -190,21 +190,28 @@ def _form_of_object(sae: Any) -> Form:
     return Form(cfg, Weights(None, shapes, lambda: dict(tensors)))
 
 
-def remarks(sae: SparseAutoencoder, origin: Mapping[str, Any]) -> Iterator[str]:
-    """Sentences on how an SAE was trained that matter for its use with posmask."""
+def remarks(origin: Mapping[str, Any], n_positions: int) -> Iterator[str]:
+    """Sentences on how an imported SAE was trained that matter for its use at so many positions."""
+    if "imported" not in origin:
+        return
     metadata = origin.get("metadata", {})
     if metadata.get("prepend_bos") is False:
         yield "It was trained on contexts without BOS; those of posmask begin with BOS."
     if metadata.get("seqpos_slice") not in (None, [None], [None, None], [None, None, None]):
         yield f"It was trained on the positions {metadata['seqpos_slice']} (start, stop, step) of each context only."
     length = metadata.get("context_size")
-    if isinstance(length, int) and sae.mask.n_positions > length:
-        yield f"It was trained on contexts of {length} tokens and is used at {sae.mask.n_positions} positions."
+    if isinstance(length, int) and n_positions > length:
+        yield f"It was trained on contexts of {length} tokens and is used at {n_positions} positions."
     arguments = metadata.get("model_from_pretrained_kwargs") or {}
     if arguments.get("center_writing_weights"):
         yield (
             "It was trained on vectors without their mean over d_model (center_writing_weights). Codes are those of "
             "SAELens; reconstructions lack that mean, which the model's LayerNorm removes."
+        )
+    if origin["imported"].get("centering") == "unstated":
+        yield (
+            "Its settings do not say whether vectors were centered (center_writing_weights), as for early SAEs of gpt2,"
+            " which would change its codes: SAELens's list does, so prefer saelens:RELEASE/ID."
         )
     if other := {name: value for name, value in arguments.items() if name not in _WITHOUT_EFFECT}:
         yield f"Its model was loaded with {other}: check that yours is the same."
