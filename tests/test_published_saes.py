@@ -621,3 +621,64 @@ def test_the_command_imports_by_name_and_prints_remarks(server, unpickled_here, 
     assert not (tmp_path / "relu").exists()
     assert run(relu.name, tmp_path / "relu", "--allow-pickle", "--n-positions", 16).exit_code == 0
     assert read_sae(tmp_path / "relu").mask.n_positions == 16
+
+
+@pytest.mark.parametrize(
+    ("release", "file", "changes", "message"),
+    [
+        (
+            "gemma-scope-2-270m-pt-res",
+            "config.json",
+            {"hf_hook_point_in": "model.layers.9.output"},
+            "of layer 12, but its",
+        ),
+        (
+            "gemma-scope-2-270m-pt-res",
+            "config.json",
+            {"hf_hook_point_in": "model.layers.12.post_feedforward_layernorm.output"},
+            "is named resid_post of layer 12, but its config.json says mlp_out",
+        ),
+        (
+            "gemma-scope-2-270m-pt-mlp",
+            "config.json",
+            {"hf_hook_point_out": "model.layers.13.output"},
+            "is named mlp_out of layer 12, but its config.json says transcoder",
+        ),
+        ("gemma-scope-2-270m-pt-res", "config.json", {"architecture": "topk"}, "'topk' .* is not jump_relu"),
+        ("llama_scope_lxr", "hyperparams.json", {"hook_point_out": "blocks.16.hook_mlp_out"}, "a transcoder"),
+        ("llama_scope_lxr", "hyperparams.json", {"use_glu_encoder": True}, "use_glu_encoder = True multiplies two"),
+        ("llama_scope_lxr", "hyperparams.json", {"d_sae": 10**12}, r"W_enc has the shape \[12, 60\]"),
+        (
+            "llama-3.1-8b-instruct-andyrdt",
+            "config.json",
+            {"trainer": {"dict_class": "CrossCoder"}},
+            "'CrossCoder' is not",
+        ),
+        ("llama-3.1-8b-instruct-andyrdt", "config.json", {"buffer": {"io": "in_and_out"}}, "io = 'in_and_out'"),
+    ],
+)
+def test_settings_that_contradict_names_or_need_more_raise_an_error(
+    release, file, changes, message, tmp_path, unpickled_here
+):
+    path = folder_with(one(release), tmp_path)
+    settings = json.loads((path / file).read_text())
+    for key, value in changes.items():
+        settings[key] = {**settings[key], **value} if isinstance(value, dict) else value
+    (path / file).write_text(json.dumps(settings))
+    with pytest.raises(PosmaskError, match=message) as caught:
+        read_external(path, n_positions=N_POSITIONS, allow_pickle=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_site_in_settings_wins_over_assumptions(tmp_path, unpickled_here):
+    """SAELens takes every SAE of dictionary_learning for one of the residual stream."""
+    path = folder_with(one("llama-3.1-8b-instruct-andyrdt"), tmp_path)
+    config = json.loads((path / "config.json").read_text())
+    config["trainer"]["submodule_name"] = "mlp_out_layer_7"
+    (path / "config.json").write_text(json.dumps(config))
+    _, origin = read_external(path, n_positions=N_POSITIONS, allow_pickle=True)
+    assert (origin["layer"], origin["site"]) == (8, "mlp")
+    config["trainer"]["submodule_name"] = "resid_mid_layer_7"
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BadSetting, match=r"'blocks\.7\.resid_mid' is not a site"):
+        read_external(path, n_positions=N_POSITIONS, allow_pickle=True)

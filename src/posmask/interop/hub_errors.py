@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from posmask.errors import BadSetting, MissingAsset
 
-__all__ = ["hub_errors"]
+__all__ = ["hub_errors", "network_error"]
 
 
 @contextmanager
@@ -32,14 +32,14 @@ def hub_errors(repo: str, action: str) -> Iterator[None]:
             remedy = f"{log_in}, with a token that has this permission"
             raise MissingAsset(f"the hub does not let you {action} {repo} (status {code}): {remedy}") from None
         raise MissingAsset(f"the hub returned status {code} to a request to {action} {repo}: try later") from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError, _network_error()):
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError, network_error()):
         raise MissingAsset(
             f"the hub could not be reached to {action} {repo}, and the cache lacks it: check the network, "
             "HF_ENDPOINT and HF_HUB_OFFLINE"
         ) from None
 
 
-def _network_error() -> type[Exception]:
+def network_error() -> type[Exception]:
     """Return the base error of the HTTP library that this version of huggingface_hub uses."""
     from huggingface_hub import errors
 

@@ -3,7 +3,7 @@
 from pathlib import Path, PurePosixPath
 
 from posmask.errors import BadSetting, MissingAsset
-from posmask.interop.hub_errors import hub_errors
+from posmask.interop.hub_errors import hub_errors, network_error
 from posmask.interop.reading.formats import Format, folder_of, recognized
 from posmask.interop.weights import check_pickle_allowed
 
@@ -50,7 +50,7 @@ def _names(repo: str, revision: str | None) -> set[str]:
 
     try:
         return set(hub.HfApi().list_repo_files(repo, revision=revision))
-    except (errors.OfflineModeIsEnabled, ConnectionError, errors.HTTPError) as error:  # pyright: ignore[reportPrivateImportUsage]
+    except (errors.OfflineModeIsEnabled, ConnectionError, network_error()) as error:
         if isinstance(error, errors.HfHubHTTPError):
             raise
         snapshot = Path(hub.snapshot_download(repo, revision=revision, local_files_only=True))
