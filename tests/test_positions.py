@@ -159,6 +159,32 @@ def test_a_hooked_transformer_is_followed_too(sae, padded, local):
     assert N_POSITIONS >= 2 * LENGTH
 
 
+def test_a_transformer_bridge_is_followed_too(model_folder):
+    from transformer_lens.model_bridge import TransformerBridge
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = TransformerBridge.boot_transformers(str(model_folder))
+    seen = []
+    ids = torch.tensor([[0, 0, 1, 5, 6], [1, 7, 8, 9, 10]])
+    hooks = [("blocks.1.hook_out", lambda vectors, hook: seen.append(positions().tolist()))]
+    with positions_of(model) as positions, model.hooks(fwd_hooks=hooks), torch.no_grad():
+        model(ids, attention_mask=(ids > 0).long())
+        model.generate(ids[1:], max_new_tokens=3, do_sample=False, stop_at_eos=False, verbose=False)
+    assert seen == [[[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]], [[0, 1, 2, 3, 4]], [[5]], [[6]]]
+
+
+def test_a_mask_that_counts_from_elsewhere_is_not_followed(sae):
+    from posmask.interop.saelens import as_saelens
+
+    counts_sentences = as_saelens(make_sae("slice", d_model=D_MODEL, position_origin="sentence"))
+    model = tiny_model("llama")
+    with positions_of(model) as positions, counts_sentences.at(positions), torch.no_grad():
+        vectors = model(PROMPT, output_hidden_states=True).hidden_states[1]
+        with pytest.raises(BadSetting, match="counts positions from the sentence, which a model's inputs do not show"):
+            counts_sentences.encode(vectors)
+
+
 def test_other_models_are_refused():
     with pytest.raises(BadSetting, match="a Linear cannot be followed: give a model of"), positions_of(nn.Linear(2, 2)):
         pass
