@@ -580,7 +580,7 @@ def test_exports_state_the_explained_variance_at_their_position(finish, tmp_path
     ours = import_saelens(tmp_path / "lossy", tmp_path / "imported", n_positions=16)
     (folder,) = (tmp_path / "run" / "activations").glob("evaluation-*")
     kept = Activations(folder).batch(torch.arange(Activations(folder).n_tokens)).kept()
-    error = (kept.vectors - ours(kept.vectors, kept.position)).double().square().sum()
+    error = (kept.vectors - ours(kept.vectors, kept.position)).detach().double().square().sum()
     variance = (kept.vectors - kept.vectors.mean(0)).double().square().sum()
     assert measured["one_position"] == pytest.approx(float(1 - error / variance), abs=2e-4)
     assert measured["lifted"] < measured["one_position"] < measured["right_positions"]
