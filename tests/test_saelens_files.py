@@ -186,9 +186,9 @@ def test_metadata_of_an_imported_sae_is_exported_again(lossy, tmp_path):
     kept = {"hook_name": "blocks.2.hook_resid_pre", "hook_name_out": "blocks.2.hook_resid_pre", "prepend_bos": False}
     kept |= {"model_from_pretrained_kwargs": {"center_writing_weights": True}, "exclude_special_tokens": [0, 1]}
     kept |= {"seqpos_slice": [5, -5], "hook_head_index": None, "context_size": 1024}
-    theirs = {"posmask_scale": 3.0, "posmask_import": "import os"}
+    older = {"posmask_scale": 3.0}
     cell = tmp_path / "cell"
-    write_sae(scaled(make_sae("open")), cell, {**ORIGIN, "saelens": {**kept, **theirs}})
+    write_sae(scaled(make_sae("open")), cell, {**ORIGIN, "metadata": {**kept, **older}})
     metadata = export_saelens(cell, tmp_path / "theirs", lossy=lossy)["metadata"]
     assert kept.items() <= metadata.items()
     assert metadata["posmask_scale"] == SCALE

@@ -49,18 +49,6 @@ SAELENS_WEIGHTS_FILE = "sae_weights.safetensors"
 GEMMA_SCOPE_FILE = "params.npz"
 LOSSY_FILE = "LOSSY.md"
 README_FILE = "README.md"
-CARRIED_METADATA = (
-    "hook_name",
-    "hook_name_out",
-    "hook_head_index",
-    "model_class_name",
-    "model_from_pretrained_kwargs",
-    "prepend_bos",
-    "exclude_special_tokens",
-    "seqpos_slice",
-    "context_size",
-)
-"""Metadata of SAELens that posmask does not use itself, and keeps of an imported SAE under `saelens` in its origin."""
 _EMBEDDED_ON_THE_HUB = {"embedded:SmolLM2-135M-Instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 Tensors = dict[str, Tensor]
@@ -126,7 +114,7 @@ def _fill_(sae: SparseAutoencoder, tensors: Tensors, scale: float) -> None:
 
 
 def _metadata(sae: SparseAutoencoder, origin: Mapping[str, Any], model_name: str | None) -> dict[str, Any]:
-    """Return the metadata of cfg.json: what an imported SAE stated (`origin["saelens"]`), else what posmask does."""
+    """Return the metadata of cfg.json: what an imported SAE stated (`origin["metadata"]`), else what posmask does."""
     name = model_name or origin.get("model")
     metadata: dict[str, Any] = {
         "sae_lens_version": SAELENS_VERSION,
@@ -138,11 +126,11 @@ def _metadata(sae: SparseAutoencoder, origin: Mapping[str, Any], model_name: str
         "hook_head_index": None,
         "model_from_pretrained_kwargs": {},  # The model's weights as they are: from_pretrained_no_processing.
         "training_tokens": origin.get("training_tokens"),
-        "posmask_scale": float(sae.scale),  # The factor of codes with respect to this SAE's.
     }
     if "layer" in origin:
         metadata["hook_name"] = hook_name(origin["layer"], origin.get("site", "residual_after"))
-    metadata |= {key: value for key, value in origin.get("saelens", {}).items() if key in CARRIED_METADATA}
+    metadata |= origin.get("metadata", {})
+    metadata["posmask_scale"] = float(sae.scale)  # The factor of codes with respect to this SAE's.
     if name is not None:
         metadata["model_name"] = _EMBEDDED_ON_THE_HUB.get(name, name)
     return metadata
@@ -172,7 +160,7 @@ def saelens_form(
 
     Args:
         sae: the SAE.
-        origin: facts about its training, see `write_sae`. `saelens` in it is metadata of SAELens to keep.
+        origin: facts about its training, see `write_sae`. `metadata` in it is what SAELens's metadata stated.
         model_name: name of the model in TransformerLens; None for the name in `origin`.
         unknown_position: the position of vectors whose position a tool does not give; None: they are an error.
 
