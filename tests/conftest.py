@@ -51,6 +51,7 @@ torch.set_num_threads(1)  # The tensors are so small that a second thread would 
 # These run in another environment or in separate processes.
 collect_ignore = [
     "compile_loops.py",
+    "compile_saelens.py",
     "compile_triton.py",
     "interop/record_saebench.py",
     "interop/run_on_saebench.py",

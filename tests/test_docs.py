@@ -66,6 +66,8 @@ EXAMPLES = {
     ("docs/own-model-and-texts.md", "[model]"): "test_custom_model_and_texts",
     ("docs/own-model-and-texts.md", "[corpus]"): "test_custom_model_and_texts",
     ("docs/saelens.md", "posmask export runs/quick/cells/slice-seed0 exported --to"): "test_saelens_page",
+    ("docs/saelens.md", "posmask export runs/quick/cells/slice-seed0 exported-typical"): "test_saelens_page",
+    ("docs/saelens.md", "from posmask.interop.positions import"): "test_saelens_page",
     ("docs/saelens.md", "import posmask.interop.saelens"): "test_saelens_page",
     ("docs/saelens.md", "import torch"): "test_saelens_page",
     ("docs/saelens.md", "posmask export runs/quick/cells/slice-seed0 exported-lossy"): "test_saelens_page",

@@ -18,7 +18,7 @@ from posmask.interop.saelens_files import export_saelens
 from posmask.results.rows import Measure, Row, write_rows
 from posmask.sae.files import read_sae, write_sae
 from posmask.storage.manifest import write_folder
-from test_saelens import ORIGIN, contexts, scaled
+from test_saelens import ORIGIN, assert_scaled, contexts, scaled
 from test_saelens_files import flip_a_bit, random_tensors
 
 
@@ -61,7 +61,7 @@ def test_a_pushed_sae_is_loaded_by_posmask_and_saelens(saelens, server, tmp_path
     assert hub.push(cell, "user/new").endswith("/user/new")
     files = server["user/new"]
     assert set(files) == {"README.md"} | {
-        f"slice-seed0/{n}" for n in ("cfg.json", "sae_weights.safetensors", "rows.csv")
+        f"slice-seed0/{n}" for n in ("cfg.json", "sae_weights.safetensors", "README.md", "rows.csv")
     }
     vectors, position = contexts()
     expected = sae.encode(vectors, position)
@@ -69,7 +69,7 @@ def test_a_pushed_sae_is_loaded_by_posmask_and_saelens(saelens, server, tmp_path
         torch.testing.assert_close(ours.encode(vectors, position), expected, atol=2e-5, rtol=1e-5)
         assert ours.mask.settings == sae.mask.settings
     theirs = saelens.SAE.from_pretrained("user/new", "slice-seed0")
-    torch.testing.assert_close(theirs.encode(vectors), expected, atol=2e-5, rtol=1e-5)
+    assert_scaled(theirs.encode(vectors), expected)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,8 @@ def test_a_pushed_sae_is_loaded_by_posmask_and_saelens(saelens, server, tmp_path
 )
 def test_the_card_describes_the_site(site, words, tmp_path):
     write_sae(make_sae("slice"), tmp_path, {**ORIGIN, "site": site})
-    assert f"from tiny, {words}, trained on" in hub.model_card(tmp_path, "user/new", "cell", "tiny")
+    cfg = {"unknown_position": None, "metadata": {"model_name": "tiny"}}
+    assert f"from tiny, {words}, trained on" in hub.model_card(tmp_path, "user/new", "cell", cfg)
 
 
 def test_a_damaged_cell_is_not_pushed(server, tmp_path):
@@ -160,6 +161,18 @@ def test_the_card_has_results_mask_and_loading_code(server, tmp_path):
     assert 'from_pretrained("user/new", "first")' in card
     with pytest.raises(BadSetting, match=r"user/new holds 2 SAEs of known formats \(first, second\): name"):
         hub.from_pretrained("user/new")
+
+
+def test_the_card_states_the_position_of_vectors_without_one(server, tmp_path):
+    cell = cell_folder(tmp_path / "cell", make_sae("slice"))
+    result = CliRunner().invoke(app, ["push", str(cell), "user/new", "--unknown-position", "3"])
+    assert result.exit_code == 0, result.output
+    for file in ("README.md", "cell/README.md"):
+        text = server["user/new"][file].decode()
+        assert "Vectors whose position is unknown are encoded at position 3." in text
+        assert "is not measured: the cell's run folder has no held-out vectors." in text
+    hub.push(cell, "user/new")
+    assert "If they are others, pass them" in server["user/new"]["README.md"].decode()
 
 
 def test_gemma_scope_is_loaded_from_the_hub(server, tmp_path):

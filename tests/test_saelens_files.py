@@ -9,15 +9,18 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from conftest import D_MODEL, D_SAE, KINDS, N_POSITIONS, RULES, make_sae, make_vectors
+from posmask.cli.commands import app
 from posmask.errors import BadSetting, DamagedFolder, PosmaskError
 from posmask.interop.reading import import_sae
+from posmask.interop.readme import IMPORT_LINE
 from posmask.interop.saelens_files import export_saelens
 from posmask.masks import make_mask, mask_settings
 from posmask.sae.files import read_origin, read_sae, write_sae
 from posmask.storage.manifest import write_folder
-from test_saelens import ORIGIN, contexts, exported, scaled
+from test_saelens import ORIGIN, SCALE, contexts, exported, scaled
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -41,6 +44,54 @@ def test_export_and_import_give_the_same_sae(rule, kind, gating, tmp_path):
     assert origin["layer"] == ORIGIN["layer"]
     assert origin["training_tokens"] == 1000
     assert origin["imported"]["architecture"] == "posmask"
+
+
+def older(folder):
+    """Rewrite an export as posmask did before codes were in the model's units: decoder rows of norm `SCALE`."""
+    cfg = json.loads((folder / "cfg.json").read_text())
+    del cfg["metadata"]["posmask_scale"], cfg["unknown_position"]
+    (folder / "cfg.json").write_text(json.dumps(cfg))
+    weights = load_file(folder / "sae_weights.safetensors")
+    factors = {"W_enc": 1 / SCALE, "W_dec": SCALE, "b_enc": 1 / SCALE, "rule.threshold": 1 / SCALE}
+    factors["rule.magnitude_bias"] = 1 / SCALE
+    scaled_weights = {name: tensor * factors.get(name, 1) for name, tensor in weights.items()}
+    save_file(scaled_weights, folder / "sae_weights.safetensors")
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_exports_of_before_unit_rows_are_read(saelens, rule, tmp_path):
+    sae = scaled(make_sae("slice", rule=rule))
+    folder = exported(sae, tmp_path)
+    older(folder)
+    imported, theirs = import_sae(folder, tmp_path / "back"), saelens.SAE.load_from_disk(folder)
+    vectors, position = contexts()
+    expected = sae.encode(vectors, position)
+    torch.testing.assert_close(imported.encode(vectors, position), expected, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(imported(vectors, position), sae(vectors, position), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(theirs.encode(vectors), expected, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(theirs(vectors), sae(vectors, position), atol=1e-4, rtol=1e-5)
+
+
+def test_rescaled_rows_of_an_export_keep_the_codes_of_the_original(saelens, tmp_path):
+    sae = scaled(make_sae("slice", rule="gated"))
+    folder = exported(sae, tmp_path)
+    weights = load_file(folder / "sae_weights.safetensors")
+    for name, factor in {"W_dec": 3, "W_enc": 1 / 3, "b_enc": 1 / 3, "rule.magnitude_bias": 1 / 3}.items():
+        weights[name] *= factor
+    save_file(weights, folder / "sae_weights.safetensors")
+    vectors, position = contexts()
+    expected = sae.encode(vectors, position)
+    imported = import_sae(folder, tmp_path / "back")
+    torch.testing.assert_close(imported.encode(vectors, position), expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [0, -1.0, float("nan"), float("inf"), [2.5]])
+def test_absurd_scales_raise_an_error(scale, tmp_path):
+    folder = exported(scaled(make_sae("slice")), tmp_path)
+    cfg = json.loads((folder / "cfg.json").read_text())
+    cfg["metadata"]["posmask_scale"] = scale
+    (folder / "cfg.json").write_text(json.dumps(cfg))
+    assert_import_raises(folder, PosmaskError, "scale")
 
 
 THEIRS = {"standard": {}, "topk": {"k": 4}, "topk rescaled": {"k": 4, "rescale_acts_by_decoder_norm": True}}
@@ -119,6 +170,64 @@ def test_the_site_survives_export_and_import(layer, site, lossy, tmp_path):
     # The stream before layer 2 is the stream after layer 1.
     expected = (1, "residual_after") if (layer, site) == (2, "residual_before") else (layer, site)
     assert (origin["layer"], origin["site"]) == expected
+
+
+@pytest.mark.parametrize("lossy", [False, True])
+def test_exports_state_how_the_model_is_read(lossy, tmp_path):
+    cell, stated = tmp_path / "cell", {"prepend_bos": True, "exclude_special_tokens": True, "seqpos_slice": [None]}
+    stated |= {"hook_head_index": None, "model_from_pretrained_kwargs": {}, "context_size": N_POSITIONS}
+    write_sae(scaled(make_sae("open")), cell, ORIGIN)
+    metadata = export_saelens(cell, tmp_path / "theirs", lossy=lossy)["metadata"]
+    assert stated.items() <= metadata.items()
+    assert ("posmask_import" in metadata) != lossy
+
+
+@pytest.mark.parametrize("lossy", [False, True])
+def test_metadata_of_an_imported_sae_is_exported_again(lossy, tmp_path):
+    kept = {"hook_name": "blocks.2.hook_resid_pre", "hook_name_out": "blocks.2.hook_resid_pre", "prepend_bos": False}
+    kept |= {"model_from_pretrained_kwargs": {"center_writing_weights": True}, "exclude_special_tokens": [0, 1]}
+    kept |= {"seqpos_slice": [5, -5], "hook_head_index": None, "context_size": 1024}
+    older = {"posmask_scale": 3.0}
+    cell = tmp_path / "cell"
+    write_sae(scaled(make_sae("open")), cell, {**ORIGIN, "metadata": {**kept, **older}})
+    metadata = export_saelens(cell, tmp_path / "theirs", lossy=lossy)["metadata"]
+    assert kept.items() <= metadata.items()
+    assert metadata["posmask_scale"] == SCALE
+    assert metadata["model_name"] == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("to", "position", "expected"),
+    [
+        ("saelens", None, "If they are others, pass them"),
+        ("saelens", "0", "unknown are encoded at position 0. Explained"),
+        ("saelens", "typical", "unknown are encoded at position 8. Explained"),
+        ("saelens", "middle", "unknown_position = 'middle' is not a position of the mask: choose 0 to 15"),
+        ("saelens", "-1", "unknown_position = -1 is not a position of the mask: choose 0 to 15"),
+        ("saelens", "lifted", "'lifted' is only for the lossy export"),
+        ("saelens-lossy", None, "is fixed at position 8"),
+        ("saelens-lossy", "0", "is fixed at position 0"),
+        ("saelens-lossy", "lifted", "every latent is open everywhere"),
+    ],
+)
+def test_the_command_exports_at_a_position(to, position, expected, tmp_path):
+    write_sae(scaled(make_sae("slice")), tmp_path / "cell", ORIGIN)
+    words = ["export", str(tmp_path / "cell"), str(tmp_path / "theirs"), "--to", to]
+    words += [] if position is None else [f"--unknown-position={position}"]
+    result = CliRunner().invoke(app, words)
+    is_error = "unknown_position" in expected or "only for" in expected
+    text = str(result.exception) if is_error else result.output
+    assert expected in " ".join(text.split())
+    assert (result.exit_code != 0) == is_error == (not (tmp_path / "theirs").exists())
+
+
+@pytest.mark.parametrize("lossy", [False, True])
+def test_the_folder_says_how_to_load_it(lossy, tmp_path):
+    text = (exported(scaled(make_sae("slice")), tmp_path, lossy=lossy) / "README.md").read_text()
+    assert text.startswith("# Sparse autoencoder of tiny at blocks.1.hook_resid_post\n")
+    assert ("SAELens loads it without posmask" in text) == lossy
+    assert (f"```python\n{IMPORT_LINE}\nfrom sae_lens" in text) != lossy
+    assert "codes are 2.5 times those of posmask." in text
 
 
 def write_scope(folder, **more):
@@ -322,7 +431,7 @@ def test_a_zero_decoder_row_of_a_masked_sae_never_fires(rule, tmp_path):
     weights["W_dec"][5] = 0
     save_file(weights, folder / "sae_weights.safetensors")
     if rule in ("topk", "batchtopk", "matryoshka"):
-        assert_import_raises(folder, BadSetting, f"norms from 0 to 2.5 that {rule} does not account for")
+        assert_import_raises(folder, BadSetting, f"norms from 0 to 1 that {rule} does not account for")
         return
     vectors, position = contexts()
     expected = sae.encode(vectors, position).detach()

@@ -1,5 +1,6 @@
 """Run the examples of docs/saelens.md in order, with a local hub."""
 
+import copy
 import re
 import shlex
 from pathlib import Path
@@ -16,7 +17,7 @@ from test_saelens_files import random_tensors
 PAGE = Path(__file__).parent.parent / "docs" / "saelens.md"
 
 
-def test_examples_of_the_saelens_page_run(saelens, server, tmp_path, monkeypatch):  # noqa: F811
+def test_examples_of_the_saelens_page_run(saelens, server, causal_lm, tokenizer, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.chdir(tmp_path)
     cells = tmp_path / "runs" / "quick" / "cells"
     scope = tmp_path / "gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82"
@@ -25,7 +26,8 @@ def test_examples_of_the_saelens_page_run(saelens, server, tmp_path, monkeypatch
     cell_folder(cells / "slice-seed0", scaled(make_sae("slice")))
     tensors = random_tensors("jumprelu", unit=True)
     np.savez(scope / "params.npz", **{name: tensor.numpy() for name, tensor in tensors.items()})
-    names = {"vectors": contexts()[0]}
+    names = {"vectors": contexts()[0], "model": causal_lm, "tokenizer": copy.deepcopy(tokenizer)}
+    names["tokenizer"].padding_side, names["tokenizer"].pad_token = "left", "<eos>"
     n_run = 0
     for language, block in re.findall(r"```(sh|python)\n(.*?)```", PAGE.read_text(encoding="utf8"), re.DOTALL):
         if block.startswith("# not run here"):
@@ -36,6 +38,7 @@ def test_examples_of_the_saelens_page_run(saelens, server, tmp_path, monkeypatch
             result = CliRunner().invoke(app, shlex.split(line)[1:], catch_exceptions=False)
             assert result.exit_code == 0, result.output
         n_run += 1
-    assert n_run == 7
+    assert n_run == 9
+    assert names["positions"]().tolist() == [[5], [7]]  # of the fourth new token
     assert (tmp_path / "exported-lossy" / "LOSSY.md").exists()
     assert names["codes_at_5"].shape == names["codes_without_mask"].shape == (80, 32)

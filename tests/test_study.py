@@ -1,6 +1,7 @@
 import csv
 import json
 import re
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 from conftest import D_MODEL, N_POSITIONS, STUDY, make_sae, train_on
 from posmask import masks
 from posmask.cli.commands import app
+from posmask.data.activations import Activations
 from posmask.data.tokens import split_of
 from posmask.errors import BadSetting, PosmaskError
 from posmask.evaluation import downstream, position, retention, suite
@@ -565,6 +567,50 @@ def test_the_residual_stream_between_two_layers_has_two_names(tmp_path):
         else:
             with pytest.raises(BadSetting, match="start from an SAE of the same layer and site"):
                 targets.checked_init(tmp_path, site)
+
+
+def test_exports_state_the_explained_variance_at_their_position(finish, tmp_path):
+    results = finish(tmp_path / "run")
+    cell = tmp_path / "run" / "cells" / "slice-compute-seed0"
+    result = CliRunner().invoke(app, ["export", str(cell), str(tmp_path / "lossy"), "--to", "saelens-lossy"])
+    assert result.exit_code == 0, result.output
+    cfg = json.loads((tmp_path / "lossy" / "cfg.json").read_text())
+    measured = cfg["metadata"]["posmask_explained_variance"]
+    (expected,) = (
+        row.value for row in results if (row.cell, row.metric, row.slice) == ("slice-compute", "explained_variance", "")
+    )
+    assert measured["right_positions"] == pytest.approx(expected, abs=1e-4)
+    assert (measured["position"], measured["n_tokens"]) == (8, 1512)
+    # The file itself reconstructs as measured.
+    ours = import_sae(tmp_path / "lossy", tmp_path / "imported", n_positions=16)
+    (folder,) = (tmp_path / "run" / "activations").glob("evaluation-*")
+    kept = Activations(folder).batch(torch.arange(Activations(folder).n_tokens)).kept()
+    sae = read_sae(cell)
+    lifted = sae.decode(sae.encode(kept.vectors, kept.position, use_mask=False))
+    variance = (kept.vectors - kept.vectors.mean(0)).double().square().sum()
+    for name, output in {"one_position": ours(kept.vectors, kept.position), "lifted": lifted}.items():
+        error = (kept.vectors - output).detach().double().square().sum()
+        assert measured[name] == pytest.approx(float(1 - error / variance), abs=2e-4)
+    sentence = (
+        f"Explained variance on 1,512 held-out tokens: {measured['right_positions']:.3f} with the right positions, "
+        f"{measured['one_position']:.3f} with position 8 for all, {measured['lifted']:.3f} with the mask lifted."
+    )
+    assert sentence in " ".join(result.output.split())
+    assert sentence in (tmp_path / "lossy" / "LOSSY.md").read_text()
+    assert sentence in (tmp_path / "lossy" / "README.md").read_text()
+    kept_mask = export_saelens(cell, tmp_path / "theirs", unknown_position="typical")["metadata"]
+    assert kept_mask["posmask_explained_variance"] == measured
+    lifted = export_saelens(cell, tmp_path / "lifted", lossy=True, unknown_position="lifted")["metadata"]
+    assert lifted["posmask_explained_variance"] == measured
+    assert "posmask_explained_variance" not in export_saelens(cell, tmp_path / "strict")["metadata"]
+    open_cell = cell.with_name("open-seed0")
+    assert "posmask_explained_variance" not in export_saelens(open_cell, tmp_path / "open", lossy=True)["metadata"]
+    shutil.rmtree(tmp_path / "run" / "activations")
+    assert export_saelens(cell, tmp_path / "later", lossy=True)["metadata"]["posmask_explained_variance"] is None
+    assert (
+        "is not measured: the cell's run folder has no held-out vectors"
+        in (tmp_path / "later" / "LOSSY.md").read_text()
+    )
 
 
 def test_an_imported_sae_is_evaluated_and_used_as_a_start(study_file, tmp_path):

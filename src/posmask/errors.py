@@ -48,7 +48,7 @@ class MissingAsset(PosmaskError):
 
 
 class MissingExtra(PosmaskError):
-    """A package that only an optional part of posmask needs is not installed."""
+    """A package that only an optional part of posmask needs is not installed, or is broken."""
 
 
 def unknown_kind(what: str, kind: object, known: Iterable[str]) -> BadSetting:

@@ -103,7 +103,7 @@ def test_sae_bench_evaluates_an_exported_sae_with_positions(tmp_path):
 
     position = torch.arange(N_POSITIONS).expand(20, N_POSITIONS)
     counts = vectors.abs().sum(2) > 0
-    codes = sae.encode(vectors, position) * counts[..., None]
+    codes = sae.scale * sae.encode(vectors, position) * counts[..., None]  # decoder rows of norm 1
     expected = codes.sum(1) / counts.sum(1, keepdim=True)
     torch.testing.assert_close(
         load_file(tmp_path / "pooled.safetensors")["any"], expected.detach(), atol=1e-4, rtol=1e-4

@@ -20,8 +20,10 @@ from posmask.cli.options import (
     Quiet,
     Root,
     StudyFile,
+    UnknownPosition,
     Verbose,
     complete_cell_names,
+    parse_position,
     registered,
     set_common_options,
 )
@@ -511,23 +513,35 @@ def export_command(
     ],
     to: Annotated[
         Literal["saelens", "saelens-lossy"],
-        typer.Option(help="Format: with the mask, or with the mask lifted.", show_default=False),
+        typer.Option(help="Format: with the mask, or with the mask of one position.", show_default=False),
     ],
     model_name: ModelName = None,
+    unknown_position: Annotated[
+        str | None,
+        typer.Option(
+            metavar="typical|N|lifted",
+            help="Position of vectors whose position a tool does not give; typical: the middle of the context. "
+            "lifted (saelens-lossy only): open every latent instead.",
+            show_default="saelens: such vectors are an error; saelens-lossy: typical",
+        ),
+    ] = None,
 ) -> None:
     """Write a cell's SAE as a folder that SAELens loads.
 
     saelens: keeps the mask, as the architecture `posmask`; import posmask.interop.saelens before loading it.
 
-    saelens-lossy: one of SAELens's built-in architectures. They cannot represent a mask, so it is lifted, which
-    cfg.json and LOSSY.md record.
+    saelens-lossy: one of SAELens's built-in architectures. They have no positions, so every token is encoded as at one
+    position. README.md and LOSSY.md record this, with the explained variance if the run folder has held-out vectors.
     """
     from posmask.interop import saelens_files
+    from posmask.interop.readme import positions_text
 
-    cfg = saelens_files.export_saelens(cell, folder, lossy=to == "saelens-lossy", model_name=model_name)
+    position = parse_position(unknown_position)
+    cfg = saelens_files.export_saelens(
+        cell, folder, lossy=to == "saelens-lossy", model_name=model_name, unknown_position=position
+    )
     print(f"Written: {folder}, architecture {cfg['architecture']}")
-    if to == "saelens-lossy":
-        print(f"Lost: {cfg['metadata']['posmask_lossy']}.")
+    print(positions_text(cfg))
     for key, remedy in (("model_name", "--model-name"), ("hook_name", "an SAE whose folder states its layer")):
         if key not in cfg["metadata"]:
             print(f"cfg.json has no {key}, which SAEBench needs: give {remedy}.")
@@ -596,6 +610,7 @@ def push_command(
     repo: Annotated[str, typer.Argument(metavar="USER/NAME", help="Repository on the hub.", show_default=False)],
     private: Annotated[bool, typer.Option("--private", help="Create a new repository as private.")] = False,
     model_name: ModelName = None,
+    unknown_position: UnknownPosition = None,
 ) -> None:
     """Upload a cell's SAE to the Hugging Face hub, with a card of its results and how to load it.
 
@@ -604,7 +619,9 @@ def push_command(
     """
     from posmask.interop import hub
 
-    print(f"Pushed: {hub.push(cell, repo, private=private, model_name=model_name)}")
+    position = parse_position(unknown_position)
+    address = hub.push(cell, repo, private=private, model_name=model_name, unknown_position=position)
+    print(f"Pushed: {address}")
 
 
 @registered(app, "fetch", "Installation")

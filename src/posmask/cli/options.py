@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -24,8 +24,10 @@ __all__ = [
     "Quiet",
     "Root",
     "StudyFile",
+    "UnknownPosition",
     "Verbose",
     "complete_cell_names",
+    "parse_position",
     "registered",
     "set_common_options",
 ]
@@ -61,8 +63,21 @@ ModelName = Annotated[
         show_default="the model that it was trained on",
     ),
 ]
+UnknownPosition = Annotated[
+    str | None,
+    typer.Option(
+        metavar="typical|N",
+        help="Position of vectors whose position a tool does not give; typical: the middle of the context.",
+        show_default="such vectors are an error",
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress on standard error.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print the traceback of an error of posmask.")]
+
+
+def parse_position(value: str | None) -> Any:
+    """The value of an option for a position: an integer, or the word as it is, which posmask checks."""
+    return int(value) if value is not None and value.lstrip("-").isdecimal() else value
 
 
 _given_before_command: ContextVar[frozenset[str]] = ContextVar("_given_before_command", default=frozenset())

@@ -1,21 +1,29 @@
 """Upload SAEs with their results to the Hugging Face hub in SAELens's layout, and download SAEs from it.
 
-A repository holds one folder per cell (cfg.json, sae_weights.safetensors, rows.csv) and a README.md with a section per
-cell. Only safetensors are read. huggingface_hub manages access tokens (`hf auth login`, or HF_TOKEN); they are never
-printed.
+A repository holds one folder per cell (cfg.json, sae_weights.safetensors, README.md, rows.csv) and a README.md with a
+section per cell. Only safetensors are read. huggingface_hub manages access tokens (`hf auth login`, or HF_TOKEN); they
+are never printed.
 """
 
 import inspect
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from posmask.data.texts import HUB_PREFIX
 from posmask.interop.hub_errors import hub_errors
 from posmask.interop.reading import read_external
-from posmask.interop.saelens_files import CFG_FILE, SAELENS_WEIGHTS_FILE, export_saelens
+from posmask.interop.readme import IMPORT_LINE, positions_text
+from posmask.interop.saelens_files import (
+    CFG_FILE,
+    README_FILE,
+    SAELENS_WEIGHTS_FILE,
+    UnknownPosition,
+    export_saelens,
+)
 from posmask.interop.sites import described
 from posmask.masks import MASKS
 from posmask.results.rows import read_rows
@@ -26,7 +34,8 @@ from posmask.storage.layout import ROWS_FILE
 
 __all__ = ["from_pretrained", "model_card", "push"]
 
-CARD_FILE = "README.md"
+CARD_FILE = README_FILE
+_CELL_FILES = (CFG_FILE, SAELENS_WEIGHTS_FILE, README_FILE, ROWS_FILE)
 
 
 def from_pretrained(
@@ -57,7 +66,14 @@ def from_pretrained(
     return read_external(source, revision=revision, **options)[0]
 
 
-def push(cell: Path, repo: str, *, private: bool = False, model_name: str | None = None) -> str:
+def push(
+    cell: Path,
+    repo: str,
+    *,
+    private: bool = False,
+    model_name: str | None = None,
+    unknown_position: UnknownPosition | None = None,
+) -> str:
     """Upload a cell's SAE and its results to a repository, which is created if it does not exist.
 
     The folder in the repository has the name of the cell's folder and replaces one of that name; others stay.
@@ -67,6 +83,7 @@ def push(cell: Path, repo: str, *, private: bool = False, model_name: str | None
         repo: USER/NAME.
         private: create a new repository as private.
         model_name: name of the model in TransformerLens; None for the name in the SAE's origin.
+        unknown_position: the position of vectors whose position a tool does not give; None: they are an error.
 
     Returns:
         The address of the repository.
@@ -81,7 +98,7 @@ def push(cell: Path, repo: str, *, private: bool = False, model_name: str | None
     name = cell.resolve().name
     with tempfile.TemporaryDirectory() as staging:
         staged = Path(staging) / name
-        cfg = export_saelens(cell, staged, model_name=model_name)
+        cfg = export_saelens(cell, staged, model_name=model_name, unknown_position=unknown_position)
         if (cell / ROWS_FILE).is_file():
             (staged / ROWS_FILE).write_bytes((cell / ROWS_FILE).read_bytes())
         with hub_errors(repo, "write to"):
@@ -91,9 +108,9 @@ def push(cell: Path, repo: str, *, private: bool = False, model_name: str | None
                 card = Path(hub.hf_hub_download(repo, CARD_FILE)).read_text(encoding="utf8")
             except EntryNotFoundError:
                 card = ""
-            card = model_card(cell, repo, name, cfg["metadata"].get("model_name"), card)
+            card = model_card(cell, repo, name, cfg, card)
             (Path(staging) / CARD_FILE).write_text(card, encoding="utf8")
-            files = [CARD_FILE, *(f"{name}/{file}" for file in (CFG_FILE, SAELENS_WEIGHTS_FILE, ROWS_FILE))]
+            files = [CARD_FILE, *(f"{name}/{file}" for file in _CELL_FILES)]
             with _unwrapped():
                 api.upload_folder(
                     repo_id=repo, folder_path=staging, allow_patterns=files, commit_message=f"posmask: {name}"
@@ -110,28 +127,29 @@ def _unwrapped() -> Iterator[None]:
         raise error.__cause__ or error from None
 
 
-def model_card(cell: Path, repo: str, name: str, model_name: str | None = None, card: str = "") -> str:
+def model_card(cell: Path, repo: str, name: str, cfg: Mapping[str, Any], card: str = "") -> str:
     """Return the text of a repository's README.md with a section on this cell.
 
     Args:
         cell: folder of the cell.
         repo: USER/NAME.
         name: the cell's folder in the repository.
-        model_name: name of the model in TransformerLens, if known.
+        cfg: content of the folder's cfg.json.
         card: present text of README.md; a section of the same name is replaced, the rest stays.
     """
-    section = f"<!-- posmask {name} -->\n{_section(cell, repo, name, model_name)}<!-- end {name} -->\n"
+    section = f"<!-- posmask {name} -->\n{_section(cell, repo, name, cfg)}<!-- end {name} -->\n"
     old = re.compile(rf"<!-- posmask {re.escape(name)} -->.*?<!-- end {re.escape(name)} -->\n", re.DOTALL)
     if old.search(card):
         return old.sub(lambda match: section, card)
     if card:
         return f"{card.rstrip()}\n\n{section}"
+    model_name = cfg["metadata"].get("model_name")
     base = f"base_model: {model_name}\n" if model_name else ""
     head = f"---\nlibrary_name: saelens\ntags:\n- sparse-autoencoder\n- posmask\n{base}---\n\n"
     return f"{head}# Sparse autoencoders with position masks\n\n{section}"
 
 
-def _section(cell: Path, repo: str, name: str, model_name: str | None) -> str:
+def _section(cell: Path, repo: str, name: str, cfg: Mapping[str, Any]) -> str:
     sae, origin = read_sae(cell), read_origin(cell)
     mask = sae.mask.settings
     description = (inspect.getdoc(MASKS[mask.kind]) or "").partition("\n\n")[0].replace("\n", " ")
@@ -141,17 +159,20 @@ def _section(cell: Path, repo: str, name: str, model_name: str | None) -> str:
     lines = [
         f"## {name}",
         "",
-        f"{sae.d_sae:,} latents on vectors of {sae.d_model:,} numbers from {model_name or 'a model'}{site}{tokens}.",
+        f"{sae.d_sae:,} latents on vectors of {sae.d_model:,} numbers from "
+        f"{cfg['metadata'].get('model_name') or 'a model'}{site}{tokens}.",
         "",
         f"- mask: `{mask.kind}`. {description} Settings: `{mask_settings}`; {sae.mask.n_positions} positions, 0 = BOS.",
         f"- rule: `{sae.rule.settings.model_dump(mode='json')}`",
+        "",
+        positions_text(cfg),
         "",
         *_results(cell),
         "```python",
         "from posmask.interop.hub import from_pretrained",
         f'sae = from_pretrained("{repo}", "{name}")  # sae.encode(vectors, position)',
         "",
-        "import posmask.interop.saelens  # registers the architecture",
+        f"{IMPORT_LINE}  # registers the architecture",
         "from sae_lens import SAE",
         f'sae = SAE.from_pretrained("{repo}", "{name}")  # sae.encode(vectors [batch, position, d_model])',
         "```",

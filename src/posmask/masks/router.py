@@ -60,7 +60,8 @@ class Switch(PositionMask):
         p = ((x - self.router_bias) @ self.router.T).softmax(-1)
         strength, expert = p.max(-1)
         mean_p = p.reshape(-1, p.shape[-1]).mean(0)  # a single token has no dimension to average over
-        load = torch.bincount(expert.flatten(), minlength=p.shape[-1]) / expert.numel()
+        chosen = expert.flatten()[:, None] == torch.arange(p.shape[-1], device=p.device)
+        load = chosen.sum(0) / expert.numel()
         return Routing(expert, strength, self.settings.balance * p.shape[-1] * (load * mean_p).sum())
 
     def openness(self) -> Float[Tensor, "position latent"]:

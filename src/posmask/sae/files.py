@@ -27,7 +27,8 @@ def write_sae(sae: SparseAutoencoder, folder: Path, origin: Mapping[str, Any] | 
     Args:
         sae: the SAE to write.
         folder: is created if it does not exist.
-        origin: what the SAE was trained on: `model` (name), `weights`, `layer`, `site`, `training_tokens`.
+        origin: what the SAE was trained on: `model` (name), `weights`, `layer`, `site`, `training_tokens`; of an
+            imported SAE also `metadata`, by SAELens's names.
 
     Raises:
         BadSetting: the folder has a manifest, or files of these names that posmask did not write.
