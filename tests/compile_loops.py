@@ -8,10 +8,11 @@ import sys
 import torch
 
 from posmask.kernels import operations
+from posmask.kernels.integers import IntegerProducts
 from posmask.masks.groups import live_groups
 from posmask.sae.selection import GatedEncoder, GroupedInputs, LargestOfBatch, LargestOfToken, choose
 
-MODULES = ("cpu", "cpu_selection")
+MODULES = ("cpu", "cpu_selection", "cpu_integers")
 
 
 def compile_operations(dtype: torch.dtype) -> None:
@@ -36,7 +37,16 @@ def compile_selection(dtype: torch.dtype) -> None:
             choose(inputs, encoder, choice, precision=precision)
 
 
+def compile_integers() -> None:
+    """Call the loops of `cpu_integers`."""
+    rows = torch.eye(4)
+    IntegerProducts(rows, rows, rows[0], 1.0).of(slice(0, 2), torch.arange(3))
+
+
 if __name__ == "__main__":
+    if sys.argv[1] == "cpu_integers":
+        compile_integers()
+        sys.exit()
     for precision_of_values in (torch.float32, torch.float64):
         if sys.argv[1] == "cpu":
             compile_operations(precision_of_values)

@@ -83,12 +83,12 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.slow)
 
 
-@pytest.fixture(params=["numba", "torch", "triton"])
+@pytest.fixture(params=["numba", "integers", "torch", "triton"])
 def either_way(request):
-    """With the compiled loops of the CPU, with torch operations, and with the Triton kernels of GPUs."""
+    """With the compiled loops of the CPU, without and with products of integers, torch operations, Triton kernels."""
     if request.param == "triton":
         interpret_triton()
-    with backend.use(request.param):
+    with backend.use("numba", integers=True) if request.param == "integers" else backend.use(request.param, False):
         yield
 
 

@@ -4,7 +4,9 @@
 tensors on the CPU, Triton kernels for CUDA devices of capability 8.0 or higher, and torch operations for all other
 devices and where Triton is not installed. Three modules call it. `operations` computes reconstructions, gradients and
 sums; its compiled loops are in `cpu`, its Triton kernels in `triton_rows`. `posmask.sae.selection` selects the active
-latents; its compiled loops are in `cpu_selection`, its Triton kernels in `triton_selection`.
+latents; its compiled loops are in `cpu_selection`, its Triton kernels in `triton_selection`. On processors with AVX2
+and without AVX-512 it selects by products of 16-bit integers (`integers`, `cpu_integers`) and computes undecided and
+selected ones in float32 again: the result is the same.
 `posmask.training.optimizer` updates the parameters. All implementations compute the same results up to rounding, and
 the torch operations define what the others compute.
 

@@ -12,11 +12,12 @@ from torch import Tensor
 from posmask.kernels.devices import LEAST_CAPABILITY
 from posmask.progress import announce
 
-__all__ = ["Implementation", "implementation", "loops", "selection_loops", "use"]
+__all__ = ["Implementation", "implementation", "loops", "multiplies_integers", "selection_loops", "use"]
 
 Implementation = Literal["numba", "triton", "torch"]
 
 _forced: Implementation | None = None
+_integers: bool | None = None
 
 
 def implementation(tensor: Tensor) -> Implementation:
@@ -30,18 +31,47 @@ def implementation(tensor: Tensor) -> Implementation:
     return "torch"
 
 
+def multiplies_integers(tensor: Tensor, products_per_entry: float) -> bool:
+    """Whether entries are selected by products of 16-bit integers (see `cpu_integers`) with this tensor.
+
+    CPU features decide, not a timing, so that it is the same in every run on a machine.
+
+    Args:
+        tensor: the vectors.
+        products_per_entry: computed products for each selected entry, whose product is computed twice.
+    """
+    if implementation(tensor) != "numba" or tensor.dtype != torch.float32:
+        return False
+    if _integers is not None:
+        return _integers
+    return products_per_entry >= _LEAST_PRODUCTS and _integers_are_faster()
+
+
+_LEAST_PRODUCTS = 16
+
+
 @contextlib.contextmanager
-def use(name: Implementation) -> Iterator[None]:
-    """Use one implementation for all tensors, for tests.
+def use(name: Implementation, integers: bool | None = None) -> Iterator[None]:
+    """Use one implementation for all tensors, and products of integers or not, for tests.
 
     Triton kernels run on CPU tensors only if TRITON_INTERPRET=1 was set before they were imported.
     """
-    global _forced
-    before, _forced = _forced, name
+    global _forced, _integers
+    before = _forced, _integers
+    _forced, _integers = name, integers
     try:
         yield
     finally:
-        _forced = before
+        _forced, _integers = before
+
+
+@cache
+def _integers_are_faster() -> bool:
+    """Whether this is a processor with AVX2 and without AVX-512, whose float32 products are as fast."""
+    from llvmlite import binding
+
+    features = binding.get_host_cpu_features()
+    return bool(features.get("avx2")) and not features.get("avx512f")
 
 
 def loops() -> Any:

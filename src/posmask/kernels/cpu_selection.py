@@ -1,7 +1,8 @@
 """Selection of the largest pre-activations of each token, compiled by numba for the CPU.
 
 The definition of what these loops compute is `_take` in `posmask.sae.selection`. A product is a row of
-x . encoder per token; where `low` it holds bfloat16 numbers as int16, which numba does not know.
+x . encoder per token; where `low` it holds bfloat16 numbers as int16, which numba does not know. A product may also be
+approximate, with a known error (see `cpu_integers`): numbers that the error leaves undecided are computed exactly.
 """
 
 import numba
@@ -127,12 +128,12 @@ def _floor_of_largest(k, cell, n_cells, lane, room):  # pragma: no cover (compil
 
 
 @numba.njit(cache=True)
-def _candidates(value, floor, cell, n_cells, lane, column, number):  # pragma: no cover (compiled)
-    """Write the positive numbers of the row that reach `floor`, and their columns; returns their count.
+def _candidates(value, floor, least, cell, n_cells, lane, column, number):  # pragma: no cover (compiled)
+    """Write the numbers of the row that reach `floor` and exceed `least`, and their columns; returns their count.
 
     There are no branches, which the processor could not predict: a rejected number is overwritten by the next.
     """
-    n, zero = 0, value.dtype.type(0)
+    n = 0
     lanes, n_lanes = np.empty(_LANES, np.int32), 0
     for s in range(_LANES):
         lanes[n_lanes] = s
@@ -147,10 +148,10 @@ def _candidates(value, floor, cell, n_cells, lane, column, number):  # pragma: n
         for depth in range(_DEPTH):
             c = first + depth * _LANES
             column[n], number[n] = c, value[c]
-            n += (value[c] >= floor) & (value[c] > zero)
+            n += (value[c] >= floor) & (value[c] > least)
     for c in range(n_cells * _DEPTH, len(value)):
         column[n], number[n] = c, value[c]
-        n += (value[c] >= floor) & (value[c] > zero)
+        n += (value[c] >= floor) & (value[c] > least)
     return n
 
 
@@ -180,15 +181,73 @@ def _cut_of_largest(number, n, k, room):  # pragma: no cover (compiled)
             return least
 
 
+@numba.njit(cache=True, fastmath={"contract", "reassoc", "nsz"})
+def _dot(left, right):  # pragma: no cover (compiled)
+    """The scalar product of two vectors."""
+    total = left.dtype.type(0)
+    for column in range(len(left)):
+        total += left[column] * right[column]
+    return total
+
+
+@numba.njit(cache=True, fastmath={"contract", "reassoc", "nsz"})
+def _exact(x, weight, latents, column, n, out):  # pragma: no cover (compiled)
+    """out[i] = x . weight[latents[column[i]]] for the first n columns; passes over four rows hide their loading."""
+    i = 0
+    while i + 4 <= n:
+        a, b = weight[latents[column[i]]], weight[latents[column[i + 1]]]
+        c, d = weight[latents[column[i + 2]]], weight[latents[column[i + 3]]]
+        s = t = u = v = x.dtype.type(0)
+        for j in range(len(x)):
+            s += x[j] * a[j]
+            t += x[j] * b[j]
+            u += x[j] * c[j]
+            v += x[j] * d[j]
+        out[i], out[i + 1], out[i + 2], out[i + 3] = s, t, u, v
+        i += 4
+    while i < n:
+        out[i] = _dot(x, weight[latents[column[i]]])
+        i += 1
+
+
+@numba.njit(cache=True)
+def _undecided(  # pragma: no cover (compiled)
+    x, weight, bias, latents, openness, k, slack, n, column, number, room, value
+):
+    """Keep the candidates that may be among the k largest, with their exact numbers; returns their count.
+
+    The first n numbers differ from openness * (x . weight + bias) by at most `slack`. `value` is set to the exact
+    pre-activation of the columns that are kept.
+    """
+    cut, n_near = -slack - slack, 0
+    if n > k:
+        cut += _cut_of_largest(number, n, k, room)
+    for i in range(n):
+        column[n_near] = column[i]
+        n_near += n <= k or number[i] >= cut
+    _exact(x, weight, latents, column, n_near, room)
+    n_kept = 0
+    for i in range(n_near):
+        c = column[i]
+        value[c] = room[i] + bias[c]
+        exact = value[c] * openness[latents[c]] if len(openness) else value[c]
+        if exact > 0:
+            column[n_kept], number[n_kept] = c, exact
+            n_kept += 1
+    return n_kept
+
+
 @numba.njit(parallel=True, cache=True)
 def largest_of_rows(  # pragma: no cover (compiled)
-    product, low, bias, latents, table, mask_row, n_parts, k, latent, preactivation, count
+    product, low, bias, latents, table, mask_row, n_parts, slack, x, weight, k, latent, preactivation, count
 ):
     """Write the k largest positive numbers of each row of openness * (product + bias), in no particular order.
 
     `latents` are the latents of the columns. `table` [mask_row latent] is the openness, with the row of each token in
-    `mask_row`, which is empty if nothing is gated. Rows are divided into `n_parts` parallel parts. The results are
-    `latent` and `preactivation` [row k], of which the first `count` [row] are set.
+    `mask_row`, which is empty if nothing is gated. Rows are divided into `n_parts` parallel parts. `slack` [row] is the
+    largest error of the numbers where the product is approximate, and empty where it is not; the exact product is that
+    of `x` [row d] and `weight` [latent d]. The results are `latent` and `preactivation` [row k], of which the first
+    `count` [row] are set.
     """
     n_rows, n = len(count), len(bias)
     n_cells = n // _SEGMENT * _LANES
@@ -207,8 +266,14 @@ def largest_of_rows(  # pragma: no cover (compiled)
                 for c in range(n_cells * _DEPTH, n):
                     s = c % _LANES
                     lane[s] = value[c] if value[c] > lane[s] else lane[s]
-            floor = _floor_of_largest(k, cell, n_cells, lane, number[1])
-            n_candidates = _candidates(value, floor, cell, n_cells, lane, column, number[0])
+            floor, error = _floor_of_largest(k, cell, n_cells, lane, number[1]), value.dtype.type(0)
+            if len(slack):
+                error = slack[t]
+            n_candidates = _candidates(value, floor - error - error, -error, cell, n_cells, lane, column, number[0])
+            if len(slack):
+                n_candidates = _undecided(
+                    x[t], weight, bias, latents, openness, k, error, n_candidates, column, number[0], number[1], value
+                )
             cut, n_above = value.dtype.type(0), n_candidates
             if n_candidates > k:
                 cut = _cut_of_largest(number[0], n_candidates, k, number[1])
@@ -221,14 +286,16 @@ def largest_of_rows(  # pragma: no cover (compiled)
                     n_ties -= number[0, i] == cut
                     c = column[i]
                     latent[t, n_taken] = latents[c]
-                    preactivation[t, n_taken] = _preactivation(product[t], low, bias, bits, c)
+                    preactivation[t, n_taken] = value[c]
+                    if not len(slack):
+                        preactivation[t, n_taken] = _preactivation(product[t], low, bias, bits, c)
                     n_taken += 1
             count[t] = n_taken
 
 
 @numba.njit(parallel=True, cache=True)
 def above_floor(  # pragma: no cover (compiled)
-    product, low, bias, latents, table, mask_row, n_parts, floor, latent, preactivation, taken, count
+    product, low, bias, latents, table, mask_row, n_parts, slack, x, weight, floor, latent, preactivation, taken, count
 ):
     """Write all positive numbers of openness * (product + bias) above `floor`; arguments as for `largest_of_rows`.
 
@@ -242,17 +309,27 @@ def above_floor(  # pragma: no cover (compiled)
             for start in range(0, n, _SEGMENT):
                 end = min(n, start + _SEGMENT)
                 _gated_part(product[t], low, bias, latents, openness, start, end, bits, value)
+            lowered = floor if floor > zero else zero
+            if len(slack):
+                lowered -= slack[t]
             n_taken = 0
             for start in range(0, n, _BLOCK):
                 block = value[start : start + _BLOCK]
                 n_above = np.int32(0)
                 for c in range(len(block)):
-                    n_above += np.int32(block[c] > floor)
+                    n_above += np.int32(block[c] > lowered)
                 if n_above:
                     for c in range(start, start + len(block)):
-                        if value[c] > floor and value[c] > zero:
-                            latent[t, n_taken], taken[t, n_taken] = latents[c], value[c]
-                            preactivation[t, n_taken] = _preactivation(product[t], low, bias, bits, c)
+                        if value[c] <= lowered:
+                            continue
+                        if len(slack):
+                            exact = _dot(x[t], weight[latents[c]]) + bias[c]
+                            taken[t, n_taken] = exact * openness[latents[c]] if len(openness) else exact
+                        else:
+                            exact = _preactivation(product[t], low, bias, bits, c)
+                            taken[t, n_taken] = value[c]
+                        if taken[t, n_taken] > floor and taken[t, n_taken] > zero:
+                            latent[t, n_taken], preactivation[t, n_taken] = latents[c], exact
                             n_taken += 1
             count[t] = n_taken
 

@@ -18,6 +18,11 @@ class LiveGroup:
     gated: bool
     """Whether some openness among these latents at these positions differs from 1."""
 
+    @property
+    def n_latents(self) -> int:
+        """The number of live latents."""
+        return self.latents.stop - self.latents.start if isinstance(self.latents, slice) else len(self.latents)
+
 
 def live_groups(openness: Float[Tensor, "position latent"]) -> list[LiveGroup]:
     """Group positions by their set of live (openness > 0) latents; each position is in exactly one group.

@@ -6,6 +6,7 @@ reads the weights once. `kernels.backend` says whether loops compiled by numba, 
 the choice.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from posmask.kernels import backend, operations, runtime
+from posmask.kernels.integers import IntegerProducts
 from posmask.masks.groups import LiveGroup
 
 __all__ = [
@@ -106,8 +108,7 @@ def pieces(
         most_rows: the largest number of tokens in a piece; None for no limit.
     """
     for group, start, end in zip(groups, [0, *ends[:-1]], ends, strict=True):
-        live = group.latents.stop - group.latents.start if isinstance(group.latents, slice) else len(group.latents)
-        step = max(_LEAST_ROWS, numbers // max(live, 1) // 64 * 64)
+        step = max(_LEAST_ROWS, numbers // max(group.n_latents, 1) // 64 * 64)
         step = step if most_rows is None else min(step, most_rows)
         for first in range(start, end, step):
             yield slice(first, min(end, first + step)), group
@@ -176,10 +177,16 @@ def choose(
     low = precision == "bfloat16" and inputs.x.dtype == torch.float32
     implementation = backend.implementation(inputs.x)
     candidates = _candidates(choice, inputs, encoder, implementation)
-    with runtime.fast_float32(inputs.x.device):
-        for rows, live, product in _products(inputs, encoder, among, implementation, low=low):
-            gate = (encoder.openness, inputs.mask_row[rows]) if live.gated else None
-            candidates.add(product, rows, live.bias, live.latents, gate)
+    integers = None
+    if not low and backend.multiplies_integers(inputs.x, _products_per_entry(inputs, encoder, choice, among)):
+        integers = IntegerProducts(inputs.x, encoder.weight, encoder.bias, float(encoder.openness.max()))
+    if integers is not None and integers.finite:
+        for piece in _integer_products(inputs, encoder, among, integers):
+            candidates.add(piece)
+    else:
+        with runtime.fast_float32(inputs.x.device):
+            for piece in _products(inputs, encoder, among, implementation, low=low):
+                candidates.add(piece)
     if isinstance(choice, LargestOfBatch) and choice.near > 0 and candidates.missing:
         lower = replace(choice, near=0.0)
         return choose(inputs, encoder, lower, precision=precision, among=among, in_slots=in_slots)
@@ -212,13 +219,44 @@ def _candidates(
 
 
 @dataclass(frozen=True)
-class _LiveLatents:
-    """The live latents of a group that can be chosen."""
+class _Error:
+    """What decides among products with errors.
 
-    latents: Tensor  # indices, [live]
-    weight: Tensor  # may have more rows than `latents`, [row d_model]
-    bias: Tensor  # [live]
-    gated: bool
+    Attributes:
+        bound: of the errors of each token's products times openness, [token].
+        x: [token d_model].
+        weight: [latent d_model].
+    """
+
+    bound: Tensor
+    x: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Tokens of a live group and their products with its latents.
+
+    Attributes:
+        rows: the tokens.
+        latents: the live latents that can be chosen, [live].
+        bias: [live].
+        gate: (openness of all latents by row of the mask's table, that row per token); None if ungated.
+        product: x . encoder, in bfloat16 where that selects. It has the tokens and latents of the piece first, and may
+            have more rows and columns; it is valid until the next piece.
+        error: None if the product is exact.
+    """
+
+    rows: slice
+    latents: Tensor
+    bias: Tensor
+    gate: tuple[Tensor, Tensor] | None
+    product: Tensor
+    error: _Error | None = None
+
+    @property
+    def n_rows(self) -> int:
+        return self.rows.stop - self.rows.start
 
 
 def _products(
@@ -228,48 +266,83 @@ def _products(
     implementation: backend.Implementation,
     *,
     low: bool,
-) -> Iterator[tuple[slice, _LiveLatents, Tensor]]:
-    """The tokens, the live latents and the product x . encoder of each piece, in bfloat16 where `low`.
-
-    A product may have more rows and columns than the piece, and is valid until the next one is computed.
-    """
+) -> Iterator[_Piece]:
+    """Pieces whose products are those of torch, in bfloat16 where `low`."""
     x, weight = inputs.x, encoder.weight
     if low:
         x, weight = x.bfloat16(), weight.bfloat16() if encoder.low_weight is None else encoder.low_weight
     buffer = x.new_empty(0)
     last: LiveGroup | None = None
-    live: _LiveLatents | None = None
+    latents = live_weight = bias = x
     piece_size = (_GPU_NUMBERS, _GPU_ROWS) if implementation == "triton" else ()
     for rows, group in pieces(encoder.groups, inputs.ends, *piece_size):
-        if live is None or group is not last:
-            live, last = _live_latents(weight, encoder.bias, group, among), group
-        if not len(live.latents):
+        if group is not last:
+            last, latents = group, _live_latents(len(weight), group, among)
+            live_weight, bias = _live_weight(weight, group, latents, among), encoder.bias[latents]
+        if not len(latents):
             continue
         # The number of rows is rounded up, with rows of the next group or, at the end, of the one before: oneDNN
         # compiles and keeps a kernel per shape, so there should be few shapes.
         n_rows = min(len(x), -(-(rows.stop - rows.start) // _ROWS_MULTIPLE) * _ROWS_MULTIPLE)
         start = min(rows.start, len(x) - n_rows)
-        if buffer.numel() < n_rows * len(live.weight):
-            buffer = x.new_empty(n_rows * len(live.weight))
-        product = buffer[: n_rows * len(live.weight)].view(n_rows, len(live.weight))
-        torch.mm(x[start : start + n_rows], live.weight.T, out=product)
-        yield rows, live, product[rows.start - start :]
+        if buffer.numel() < n_rows * len(live_weight):
+            buffer = x.new_empty(n_rows * len(live_weight))
+        product = buffer[: n_rows * len(live_weight)].view(n_rows, len(live_weight))
+        torch.mm(x[start : start + n_rows], live_weight.T, out=product)
+        yield _Piece(rows, latents, bias, _gate(inputs, encoder, rows, group), product[rows.start - start :])
+
+
+def _integer_products(
+    inputs: GroupedInputs, encoder: GatedEncoder, among: Tensor | None, integers: IntegerProducts
+) -> Iterator[_Piece]:
+    """Pieces whose products are those of 16-bit integers."""
+    last: LiveGroup | None = None
+    latents = bias = inputs.x
+    for rows, group in pieces(encoder.groups, inputs.ends):
+        if group is not last:
+            last, latents = group, _live_latents(len(encoder.weight), group, among)
+            bias = encoder.bias[latents]
+        if len(latents):
+            error = _Error(integers.error[rows], inputs.x[rows], encoder.weight)
+            gate = _gate(inputs, encoder, rows, group)
+            yield _Piece(rows, latents, bias, gate, integers.of(rows, latents), error)
+
+
+def _products_per_entry(inputs: GroupedInputs, encoder: GatedEncoder, choice: Choice, among: Tensor | None) -> float:
+    """The number of products for each entry that is chosen; infinite if the number of entries is unknown."""
+    if isinstance(choice, Above):
+        return math.inf
+    starts, groups = [0, *inputs.ends[:-1]], encoder.groups
+    n_products = sum(
+        (end - start) * group.n_latents for start, end, group in zip(starts, inputs.ends, groups, strict=True)
+    )
+    if among is not None:
+        n_products = min(n_products, len(inputs.x) * int(among.sum()))
+    return n_products / max(choice.k * len(inputs.x), 1)
+
+
+def _gate(inputs: GroupedInputs, encoder: GatedEncoder, rows: slice, group: LiveGroup) -> tuple[Tensor, Tensor] | None:
+    return (encoder.openness, inputs.mask_row[rows]) if group.gated else None
 
 
 _ROWS_MULTIPLE = 32
 _COLUMNS_MULTIPLE = 32
 
 
-def _live_latents(weight: Tensor, bias: Tensor, group: LiveGroup, among: Tensor | None) -> _LiveLatents:
-    """The live latents of a group; gathered rows are padded to a multiple of `_COLUMNS_MULTIPLE`."""
-    latents = torch.arange(len(weight), device=weight.device)[group.latents]
-    if among is not None:
-        latents = latents[among[latents]]
-    elif isinstance(group.latents, slice):
-        return _LiveLatents(latents, weight[group.latents], bias[latents], group.gated)
+def _live_latents(d_sae: int, group: LiveGroup, among: Tensor | None) -> Tensor:
+    """The live latents of a group that can be chosen, [live]."""
+    latents = group.latents
+    if isinstance(latents, slice):
+        latents = torch.arange(latents.start, latents.stop, device=group.positions.device)
+    return latents if among is None else latents[among[latents]]
+
+
+def _live_weight(weight: Tensor, group: LiveGroup, latents: Tensor, among: Tensor | None) -> Tensor:
+    """The weights of live latents; gathered rows are padded to a multiple of `_COLUMNS_MULTIPLE`."""
+    if among is None and isinstance(group.latents, slice):
+        return weight[group.latents]
     padding = latents.new_zeros(-len(latents) % _COLUMNS_MULTIPLE)
-    gathered = weight.index_select(0, torch.cat([latents, padding]))
-    return _LiveLatents(latents, gathered, bias[latents], group.gated)
+    return weight.index_select(0, torch.cat([latents, padding]))
 
 
 class _LargestOfTokens:
@@ -283,15 +356,12 @@ class _LargestOfTokens:
         self._preactivation = np.empty((n_tokens, k), bias.numpy().dtype)
         self._count = np.zeros(n_tokens, np.int64)
 
-    def add(
-        self, product: Tensor, rows: slice, bias: Tensor, latents: Tensor, gate: tuple[Tensor, Tensor] | None
-    ) -> None:
-        """Choose from a piece; arguments as in `_Candidates.add`."""
+    def add(self, piece: _Piece) -> None:
+        """Choose from a piece."""
+        rows = piece.rows
         latent, preactivation, count = self._latent[rows], self._preactivation[rows], self._count[rows]
-        k = min(latent.shape[1], len(bias))
-        backend.selection_loops().largest_of_rows(
-            *_arrays(product, bias, latents, gate, len(count)), k, latent, preactivation, count
-        )
+        k = min(latent.shape[1], len(piece.latents))
+        backend.selection_loops().largest_of_rows(*_arrays(piece), k, latent, preactivation, count)
 
     def entries(self) -> tuple[Tensor, Tensor, Tensor]:
         """(token, latent, preactivation)."""
@@ -314,12 +384,11 @@ class _Slots:
         self._latent = torch.full((n_tokens, k), -1, dtype=torch.int64, device=bias.device)
         self._preactivation = bias.new_zeros(n_tokens, k)
 
-    def add(
-        self, product: Tensor, rows: slice, bias: Tensor, latents: Tensor, gate: tuple[Tensor, Tensor] | None
-    ) -> None:
-        """Choose from a piece; arguments as in `_Candidates.add`."""
-        product = product[: rows.stop - rows.start, : len(latents)]
-        _triton().largest_of_rows(product, bias, latents, gate, self._latent[rows], self._preactivation[rows])
+    def add(self, piece: _Piece) -> None:
+        """Choose from a piece."""
+        product, rows = piece.product[: piece.n_rows, : len(piece.latents)], piece.rows
+        live = (piece.bias, piece.latents, piece.gate)
+        _triton().largest_of_rows(product, *live, self._latent[rows], self._preactivation[rows])
 
     def entries(self) -> tuple[Tensor, Tensor, Tensor]:
         """(token, latent, preactivation) of all slots."""
@@ -347,29 +416,20 @@ class _Candidates:
         none = torch.empty(0, dtype=torch.int64, device=bias.device)
         self._entries: list[tuple[Tensor, ...]] = [(none, none, bias.new_empty(0), bias.new_empty(0))]
 
-    def add(
-        self, product: Tensor, rows: slice, bias: Tensor, latents: Tensor, gate: tuple[Tensor, Tensor] | None
-    ) -> None:
-        """Choose from a piece.
-
-        Args:
-            product: x . encoder of the live latents, [token live]; may have more rows and columns.
-            rows: the tokens of the piece.
-            bias: [live].
-            latents: indices of the live latents, [live].
-            gate: (openness of all latents by row of the mask's table, that row per token); None if ungated.
-        """
-        n_rows = rows.stop - rows.start
-        match backend.implementation(product):
+    def add(self, piece: _Piece) -> None:
+        """Choose from a piece."""
+        live = (piece.bias, piece.latents, piece.gate)
+        match backend.implementation(piece.product):
             case "numba":
-                entries = _take_above(product, n_rows, bias, latents, gate, self._floor)
+                entries = _take_above(piece, self._floor)
             case "triton":
-                live = product[:n_rows, : len(latents)]
-                entries = _triton().above_floor(live, bias, latents, gate, self._floor)
+                product = piece.product[: piece.n_rows, : len(piece.latents)]
+                entries = _triton().above_floor(product, *live, self._floor)
             case "torch":
-                entries = _take(product[:n_rows, : len(latents)], bias, latents, gate, self._choice, self._floor)
+                product = piece.product[: piece.n_rows, : len(piece.latents)]
+                entries = _take(product, *live, self._choice, self._floor)
         row, *rest = entries
-        self._entries.append((row + rows.start, *rest))
+        self._entries.append((row + piece.rows.start, *rest))
         if self._wanted is not None and self._n_entries > 2 * self._wanted:
             self._cut(self._wanted)
 
@@ -425,26 +485,26 @@ def _take(
     return row, latents[column], preactivation[row, column], value[row, column]
 
 
-def _take_above(
-    product: Tensor, n_rows: int, bias: Tensor, latents: Tensor, gate: tuple[Tensor, Tensor] | None, floor: float
-) -> tuple[Tensor, ...]:
+def _take_above(piece: _Piece, floor: float) -> tuple[Tensor, ...]:
     """`_take` of all values above a floor, by compiled loops."""
-    latent = np.empty((n_rows, len(latents)), np.int64)
-    preactivation, value = np.empty(latent.shape, bias.numpy().dtype), np.empty(latent.shape, bias.numpy().dtype)
-    count = np.empty(n_rows, np.int64)
-    arrays = _arrays(product, bias, latents, gate, n_rows)
-    backend.selection_loops().above_floor(*arrays, value.dtype.type(floor), latent, preactivation, value, count)
-    *_, values = backend.selection_loops().join_entries(latent, value, count)
-    entries = (*backend.selection_loops().join_entries(latent, preactivation, count), values)
+    latent = np.empty((piece.n_rows, len(piece.latents)), np.int64)
+    dtype = piece.bias.numpy().dtype
+    preactivation, value = np.empty(latent.shape, dtype), np.empty(latent.shape, dtype)
+    count = np.empty(piece.n_rows, np.int64)
+    loops = backend.selection_loops()
+    loops.above_floor(*_arrays(piece), dtype.type(floor), latent, preactivation, value, count)
+    *_, values = loops.join_entries(latent, value, count)
+    entries = (*loops.join_entries(latent, preactivation, count), values)
     return tuple(torch.from_numpy(array) for array in entries)
 
 
-def _arrays(
-    product: Tensor, bias: Tensor, latents: Tensor, gate: tuple[Tensor, Tensor] | None, n_rows: int
-) -> tuple[Any, Any, Any, Any, Any, Any, int]:
+def _arrays(piece: _Piece) -> tuple[Any, ...]:
     """The first arguments of the compiled loops."""
-    low = product.dtype == torch.bfloat16
-    numbers = product.view(torch.int16).numpy() if low else product.numpy()
-    table, mask_row = gate if gate is not None else (bias.new_empty(0, 0), latents[:0])
-    n_parts = min(n_rows, 8 * runtime.loop_threads())  # each with its own buffer
-    return numbers, low, bias.numpy(), latents.numpy(), table.numpy(), mask_row.numpy(), n_parts
+    low = piece.product.dtype == torch.bfloat16
+    numbers = piece.product.view(torch.int16) if low else piece.product
+    table, mask_row = piece.gate if piece.gate is not None else (piece.bias.new_empty(0, 0), piece.latents[:0])
+    error = piece.error or _Error(piece.bias[:0], piece.bias.new_empty(0, 0), piece.bias.new_empty(0, 0))
+    n_parts = min(piece.n_rows, 8 * runtime.loop_threads())  # each with its own buffer
+    tensors = (piece.bias, piece.latents, table, mask_row)
+    exact = (error.bound, error.x, error.weight)
+    return numbers.numpy(), low, *(t.numpy() for t in tensors), n_parts, *(t.numpy() for t in exact)
