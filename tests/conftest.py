@@ -54,7 +54,9 @@ collect_ignore = [
     "compile_saelens.py",
     "compile_triton.py",
     "interop/record_saebench.py",
+    "interop/run_in_tools.py",
     "interop/run_on_saebench.py",
+    "interop/run_saebench_evals.py",
     "reliability",
 ]
 

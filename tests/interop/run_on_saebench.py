@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 
 import torch
+from run_in_tools import run_example
 from sae_bench.evals.core.main import multiple_evals
 from sae_bench.evals.sparse_probing.eval_config import SparseProbingEvalConfig
 from sae_bench.evals.sparse_probing.eval_output import SparseProbingEvalOutput
 from sae_bench.evals.sparse_probing.main import run_eval
 from sae_bench.sae_bench_utils.activation_collection import get_sae_meaned_activations
 from sae_lens import SAE
-from sae_probes import run_sae_evals
 from safetensors.torch import load_file, save_file
 
 import posmask.interop.saelens  # noqa: F401
@@ -51,8 +51,7 @@ def main(ours):
     save_file(pooled, "pooled.safetensors")
     options = {"reg_type": "l2", "setting": "normal", "ks": [1, 4], "datasets": [sys.argv[2]], "device": "cpu"}
     options |= {"results_path": "sae-probes", "model_cache_path": "probes-cache"}
-    with load().at(15) as sae:
-        run_sae_evals(sae, "gpt2", sae.cfg.metadata.hook_name, **options)
+    run_example("sae-probes", sae=load(), position=15, options=options)
     probes = [json.loads(path.read_text()) for path in Path("sae-probes").rglob("*.json")]
     print(json.dumps({"read": read, "core": core[0]["metrics"], "probes": probes}))
 

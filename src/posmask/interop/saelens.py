@@ -39,6 +39,7 @@ try:
         )  # SAELens and TransformerLens use deprecated parts of each other.
         from sae_lens import SAE, SAEConfig, register_sae_class
         from sae_lens.registry import SAE_CLASS_REGISTRY
+        from sae_lens.saes.topk_sae import TopK
 except Exception as error:  # A broken torchvision raises RuntimeError when transformers imports it.
     if isinstance(error, ImportError) and (error.name or "").partition(".")[0] == "sae_lens":
         raise MissingExtra(
@@ -112,6 +113,14 @@ class PosmaskSAE(SAE[PosmaskSAEConfig]):
         self._varies = True
         self.register_load_state_dict_post_hook(_note_whether_positions_matter)
         _note_whether_positions_matter(self)
+
+    def get_activation_fn(self) -> Callable[[Tensor], Tensor]:
+        """Return SAELens's TopK, with k = d_sae (which is ReLU) for rules other than top-k.
+
+        `encode` does not use it. It tells SAEDashboard to encode with all latents and select some of the codes, instead
+        of encoding with some latents only, for which rule and mask have no meaning.
+        """
+        return TopK(self.cfg.rule["k"] if self.cfg.rule.get("kind") == "topk" else self.cfg.d_sae)
 
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
         """Restore the type of integer tensors, which the loader converts to floats."""
