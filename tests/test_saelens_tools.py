@@ -1,9 +1,12 @@
-"""What other tools read from the SAELens object beyond codes; tests/interop runs the tools themselves."""
+"""What other tools need beyond codes; tests/interop runs the tools themselves."""
+
+import functools
 
 import pytest
 import torch
 
 from conftest import D_SAE, RULES, make_sae
+from posmask.interop.positions import positions_of
 from posmask.interop.saelens_files import export_saelens
 from posmask.sae.files import write_sae
 
@@ -21,3 +24,18 @@ def test_activation_fn_tells_tools_to_encode_with_all_latents(saelens, rule, tmp
     largest = preactivation.topk(4).values[:, -1:]
     expected = preactivation.where(preactivation >= largest, 0) if rule == "topk" else preactivation
     torch.testing.assert_close(activation_fn(preactivation), expected.relu())
+
+
+def test_positions_follow_a_model_whose_forward_a_tool_replaced(causal_lm, monkeypatch):
+    base = causal_lm.base_model
+    unbound = type(base).forward
+
+    @functools.wraps(unbound)  # as nnsight does: the signature then has `self`
+    def replaced(*args, **kwargs):
+        return unbound(base, *args, **kwargs)
+
+    monkeypatch.setattr(base, "forward", replaced)
+    attention_mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    with positions_of(causal_lm) as positions:
+        base(torch.ones(2, 4, dtype=torch.long), attention_mask)
+    assert positions().tolist() == [[0, 0, 0, 1], [0, 1, 2, 3]]

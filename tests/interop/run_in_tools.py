@@ -89,21 +89,16 @@ def run_nnsight():
     from nnsight import LanguageModel
 
     model = LanguageModel("gpt2", device_map="cpu", dispatch=True)
-    sae = SAE.load_from_disk("saes/windows")
-    texts = texts_of_different_lengths()
-    n_prompt = len(model.tokenizer(texts[2])["input_ids"])
-    names = run_example("nnsight", model=model, sae=sae, text=texts[2], texts=texts, n_prompt=n_prompt)
+    sae, texts = SAE.load_from_disk("saes/windows"), texts_of_different_lengths()
+    names = run_example("nnsight", model=model, sae=sae, text=texts[1], texts=texts)
     expected = [expected_codes(sae, model.tokenizer(text, return_tensors="pt")["input_ids"]) for text in texts]
-    padded = [names["codes_of_texts"][i, -len(codes) :] for i, codes in enumerate(expected)]
-    ids = AutoModelForCausalLM.from_pretrained("gpt2").generate(
-        **model.tokenizer(texts[2], return_tensors="pt"), max_new_tokens=3
-    )
-    generated = torch.cat([codes[0] for codes in names["codes_generated"]])
+    inputs = model.tokenizer(texts[1], return_tensors="pt")
+    tokens = AutoModelForCausalLM.from_pretrained("gpt2").generate(**inputs, max_new_tokens=3)
+    generated = torch.cat([codes[0] for codes in names["codes_by_step"]])
     return {
-        "one text": difference(names["codes"][0], expected[2]),
-        "padded texts": max(map(difference, padded, expected)),
-        "padding": names["codes_of_texts"].shape[1] - len(expected[0]),
-        "generated": difference(generated, expected_codes(sae, ids[:, :-1])),
+        "padding": names["codes"].shape[1] - len(expected[0]),
+        "padded texts": max(difference(names["codes"][i, -len(codes) :], codes) for i, codes in enumerate(expected)),
+        "generated": difference(generated, expected_codes(sae, tokens[:, :-1])),
     }
 
 

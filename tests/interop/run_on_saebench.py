@@ -51,7 +51,7 @@ def main(ours):
     save_file(pooled, "pooled.safetensors")
     options = {"reg_type": "l2", "setting": "normal", "ks": [1, 4], "datasets": [sys.argv[2]], "device": "cpu"}
     options |= {"results_path": "sae-probes", "model_cache_path": "probes-cache"}
-    run_example("sae-probes", sae=load(), position=15, options=options)
+    run_example("sae-probes", options=options)
     probes = [json.loads(path.read_text()) for path in Path("sae-probes").rglob("*.json")]
     print(json.dumps({"read": read, "core": core[0]["metrics"], "probes": probes}))
 

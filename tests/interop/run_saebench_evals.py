@@ -9,6 +9,7 @@ Runs in sae-bench's environment, in a folder that `stand_ins` wrote, where hub n
 """
 
 import json
+import random
 import sys
 from contextlib import nullcontext
 from functools import partial
@@ -112,9 +113,9 @@ def run_unlearning(name, sae):
 
 def run_ravel(name, sae):
     load_and_format_sae(name, sae, "cpu")
-    random = torch.Generator().manual_seed(0)
-    vectors = 0.5 * torch.randn(4, 20, sae.cfg.d_in, generator=random)
-    sources, base_position = 0.5 * torch.randn(4, sae.cfg.d_in, generator=random), torch.tensor([-3, -4, -3, -6])
+    generator = torch.Generator().manual_seed(0)
+    vectors = 0.5 * torch.randn(4, 20, sae.cfg.d_in, generator=generator)
+    sources, base_position = 0.5 * torch.randn(4, sae.cfg.d_in, generator=generator), torch.tensor([-3, -4, -3, -6])
     config = RAVELEvalConfig(llm_batch_size=4)
     method = MDBM(SimpleNamespace(device="cpu", dtype=torch.float32), None, config, sae)
     method.binary_mask.data[: sae.cfg.d_sae // 2] = 1
@@ -163,6 +164,7 @@ def main(out, names):
             results[name] = {}
             for evaluation in names or EVALUATIONS:
                 torch.manual_seed(0)
+                random.seed(0)
                 sae = SAE.load_from_disk(folder)
                 try:
                     if fold:

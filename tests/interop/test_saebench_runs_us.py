@@ -78,6 +78,7 @@ def test_sae_bench_evaluates_an_exported_sae_with_positions(tmp_path):
     (tmp_path / "cell").mkdir()
     write_sae(sae, tmp_path / "cell", {"model": "gpt2", "layer": 2})
     export_saelens(tmp_path / "cell", tmp_path / "sae")
+    export_saelens(tmp_path / "cell", tmp_path / "exported-typical", unknown_position="typical")
     vectors = torch.randn(20, N_POSITIONS, D_MODEL, generator=torch.Generator().manual_seed(0))
     vectors[:, 0] = 0  # as sae-bench excludes BOS
     vectors[::2, 11:] = 0  # and padding

@@ -56,7 +56,7 @@ def test_sae_dashboard_shows_the_codes_of_every_export(run):
     assert sum(measures["n_codes"] > 0 for measures in result.values()) > len(result) / 2
 
 
-def test_nnsight_encodes_texts_padded_texts_and_generated_tokens(run):
+def test_nnsight_encodes_padded_texts_and_generated_tokens(run):
     result = run("nnsight")
     assert result.pop("padding") > 0
     assert max(result.values()) < 1e-4

@@ -102,10 +102,10 @@ def positions_of(model: nn.Module) -> Iterator[Positions]:
     """
     positions = Positions()
     module, inputs_of = _followed(model)
-    signature = inspect.signature(module.forward)
+    signature = inspect.signature(type(module).forward)  # Tools such as nnsight replace the module's own.
 
     def before_pass(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = signature.bind_partial(*args, **kwargs).arguments
+        given = signature.bind_partial(module, *args, **kwargs).arguments
         for name, parameter in signature.parameters.items():
             if parameter.kind is inspect.Parameter.VAR_KEYWORD:
                 given |= given.pop(name, {})
