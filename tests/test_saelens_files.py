@@ -175,7 +175,8 @@ def test_the_site_survives_export_and_import(layer, site, lossy, tmp_path):
 @pytest.mark.parametrize("lossy", [False, True])
 def test_exports_state_how_the_model_is_read(lossy, tmp_path):
     cell, stated = tmp_path / "cell", {"prepend_bos": True, "exclude_special_tokens": True, "seqpos_slice": [None]}
-    stated |= {"hook_head_index": None, "model_from_pretrained_kwargs": {}, "context_size": N_POSITIONS}
+    stated |= {"hook_head_index": None, "context_size": N_POSITIONS}
+    stated |= {"model_from_pretrained_kwargs": {"center_writing_weights": False}}
     write_sae(scaled(make_sae("open")), cell, ORIGIN)
     metadata = export_saelens(cell, tmp_path / "theirs", lossy=lossy)["metadata"]
     assert stated.items() <= metadata.items()

@@ -54,9 +54,6 @@ def difference(codes, expected):
 
 def run_dashboard():
     """Compare what the dashboard of each export shows with the codes of the folded SAE."""
-    from sae_lens import HookedSAETransformer
-
-    model = HookedSAETransformer.from_pretrained_no_processing("gpt2", device="cpu")
     tokens, vectors = tokens_and_vectors()
     results = {}
     for folder in sorted(Path().glob("saes*/*")):
@@ -64,7 +61,7 @@ def run_dashboard():
         folded.fold_W_dec_norm()
         with torch.inference_mode():
             codes = folded.encode(vectors)[..., :3]
-        dashboard = run_example("SAEDashboard", sae=sae, model=model, tokens=tokens)["dashboard"]
+        dashboard = run_example("SAEDashboard", sae=sae, name="gpt2", tokens=tokens)["dashboard"]
         unknown, missing, frequency = [], [], []
         for feature in range(3):
             data = dashboard.feature_data_dict[feature]

@@ -87,7 +87,7 @@ def _metadata(sae: SparseAutoencoder, origin: Mapping[str, Any], model_name: str
         "exclude_special_tokens": True,
         "seqpos_slice": [None],  # Positions are counted from the first token, so tools must not cut it off.
         "hook_head_index": None,
-        "model_from_pretrained_kwargs": {},  # The model's weights as they are: from_pretrained_no_processing.
+        "model_from_pretrained_kwargs": {"center_writing_weights": False},  # Else from_pretrained changes vectors.
         "training_tokens": origin.get("training_tokens"),
     }
     if "layer" in origin:
