@@ -54,6 +54,7 @@ collect_ignore = [
     "compile_saelens.py",
     "compile_triton.py",
     "interop/record_saebench.py",
+    "interop/record_saebench_hooks.py",
     "interop/run_in_tools.py",
     "interop/run_on_saebench.py",
     "interop/run_saebench_evals.py",

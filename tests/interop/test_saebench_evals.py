@@ -32,6 +32,16 @@ def results(tmp_path_factory):
     return json.loads((folder / "results.json").read_text(encoding="utf8"))
 
 
+def test_sae_bench_reproduces_the_recorded_hooks(tmp_path):
+    path, fixture = tmp_path / "again.json", HERE.parent / "data" / "saebench_hooks.json"
+    environment = os.environ | {"JAXTYPING_DISABLE": "1", "PYTHONPATH": str(HERE.parent.parent / "src")}
+    command = [PYTHON, HERE / "record_saebench_hooks.py", path]
+    subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    again, recorded = (json.loads(file.read_text(encoding="utf8")) for file in (path, fixture))
+    assert again.pop("version") == recorded.pop("version")
+    assert numbers(again) == pytest.approx(numbers(recorded), rel=1e-4, abs=1e-4)
+
+
 def numbers(metrics, path=""):
     """Return every number in nested metrics by its path."""
     if isinstance(metrics, dict):
