@@ -155,10 +155,14 @@ def main(out, names):
         if function == "run_feature_absortion_experiment":
             folders["sparse_probing_experiment_dir"] = caches / "run_k_sparse_probing_experiment"
         setattr(absorption, function, partial(getattr(absorption, function), **folders))
+    tokenizer = HookedTransformer.from_pretrained_no_processing("gpt2", device="cpu").tokenizer
+    results = {"padding_side": [tokenizer.padding_side]}
+    run_example("padding")
+    tokenizer = HookedTransformer.from_pretrained_no_processing("gpt2", device="cpu").tokenizer
+    results["padding_side"].append(tokenizer.padding_side)
     folders = sorted(Path("saes").iterdir())
     for evaluation in names or EVALUATIONS:  # Without its caches, an evaluation draws other random numbers.
         EVALUATIONS[evaluation]("first", SAE.load_from_disk(folders[0]))
-    results = {}
     for folder in folders:
         for name, fold in ((folder.name, False), (f"{folder.name}-folded", True)):
             results[name] = {}

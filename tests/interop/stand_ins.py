@@ -31,13 +31,14 @@ MASKS = {
 
 
 def write_model(folder: Path) -> None:
-    """Write the GPT-2 and its tokenizer, which prepends BOS."""
+    """Write the GPT-2 and its tokenizer, which prepends BOS and pads on the left, as Gemma's does."""
     vocabulary = {word: number for number, word in enumerate([*SPECIAL, *FRAME, *WORDS])}
     backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
     special = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=256, **special).save_pretrained(folder)
+    sides = {"model_max_length": 256, "padding_side": "left"}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **sides, **special).save_pretrained(folder)
     torch.manual_seed(0)
     sizes = {
         "vocab_size": len(vocabulary),

@@ -60,6 +60,10 @@ def test_results_equal_those_of_the_folded_sae(results, mask, form, evaluation):
     assert numbers(as_it_is) == pytest.approx(numbers(folded), rel=1e-3, abs=1e-5)
 
 
+def test_the_example_sets_the_side_of_the_padding(results):
+    assert results["padding_side"] == ["left", "right"]
+
+
 @pytest.mark.parametrize("mask", MASKS)
 def test_results_are_not_trivial(results, mask):
     result = results[mask]
