@@ -1,7 +1,8 @@
 """Run SAEBench's evaluations on each SAE in saes/, as it is and folded: `run_saebench_evals.py OUT.json [NAME..]`.
 
 Runs in sae-bench's environment, in a folder that `stand_ins` wrote, where hub names resolve to folders. Replaced are:
-- absorption: the folders of its caches, which are in the package's own folder and do not tell models apart.
+- absorption: the folders of its caches, which are in the package's own folder and do not tell models apart, and the
+  order of the vocabulary, from which it draws examples: it differs from one tokenizer to the next.
 - unlearning: its model (only gemma-2 is accepted) and its questions, which no small model answers. Its choice of
   latents and its hook run, on local texts.
 - RAVEL: model and data set. Its hook runs; transformers 5 returns no tuples from layers, which RAVEL 0.6.0 requires.
@@ -16,6 +17,8 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import sae_bench.evals.absorption.common as absorption_common
+import sae_bench.evals.absorption.feature_absorption as feature_absorption
 import sae_bench.evals.absorption.main as absorption
 import sae_bench.evals.autointerp.main as autointerp
 import sae_bench.evals.scr_and_tpp.main as scr_and_tpp
@@ -149,6 +152,9 @@ EVALUATIONS = {
 
 def main(out, names):
     torch.set_num_threads(1)
+    words_of = feature_absorption.get_alpha_tokens
+    for module in (absorption_common, feature_absorption):
+        module.get_alpha_tokens = lambda tokenizer: sorted(words_of(tokenizer))
     caches = Path("absorption-caches").absolute()
     for function in ("run_k_sparse_probing_experiment", "run_feature_absortion_experiment"):
         folders = {"probes_dir": caches / "probes", "experiment_dir": caches / function}
