@@ -359,6 +359,21 @@ def test_vectors_of_unknown_position_are_encoded_at_the_exported_one(
     assert saelens.SAE.load_from_disk(tmp_path / "again").cfg.unknown_position == used
 
 
+def test_texts_padded_on_the_left_are_refused_where_their_zeros_show_it(saelens, tmp_path):
+    """SAEBench sets the vectors of BOS and padding to 0, and pads on the side of the model's tokenizer."""
+    theirs = saelens.SAE.load_from_disk(exported(make_sae("slice"), tmp_path))
+    vectors, right = contexts()
+    padded = vectors.clone()
+    padded[1, :3] = 0
+    with pytest.raises(BadSetting, match=r"1 of 5 texts begin with vectors of zeros.*padding_side = 'right'"):
+        theirs.encode(padded)
+    theirs.encode(padded, positions=right)
+    padded[1] = 0  # a text of padding alone
+    padded[2, 0], padded[3, 9:] = 0, 0  # BOS; padding on the right
+    codes = theirs.encode(padded)
+    torch.testing.assert_close(codes[4], theirs.encode(vectors)[4])
+
+
 def test_the_typical_position_is_the_middle_of_what_positions_count():
     def typical(n_positions, origin):
         settings = mask_settings({"kind": "slice", "n_slices": 4, "position_origin": origin})

@@ -159,7 +159,8 @@ class PosmaskSAE(SAE[PosmaskSAEConfig]):
             use_mask: False lifts the mask: every latent is open at every position.
 
         Raises:
-            BadSetting: positions are unknown, negative, not integers or do not fit the vectors.
+            BadSetting: positions are unknown, negative, not integers or do not fit the vectors; or none are given, and
+                texts begin with vectors of zeros, as tools that pad texts on the left leave them.
         """
         sae_in = self.process_sae_in(x)
         if positions is None:
@@ -168,7 +169,7 @@ class PosmaskSAE(SAE[PosmaskSAEConfig]):
         if not use_mask or not self._varies:
             mask_rows = torch.zeros(sae_in.shape[:-1], dtype=torch.long, device=sae_in.device)  # All rows are equal.
         else:
-            mask_rows = self._mask_rows(sae_in, positions)
+            mask_rows = self._mask_rows(x, positions)
         routing = self.mask.route(sae_in + self.b_dec, mask_rows)
         preactivation = self.hook_sae_acts_pre(sae_in @ self.W_enc + self.b_enc)
         openness = self.mask.table()[routing.mask_row] if self.mask.gates_code() and use_mask else None
@@ -227,6 +228,7 @@ class PosmaskSAE(SAE[PosmaskSAEConfig]):
             reason = f"the one vector per text in shape {list(x.shape)} may be at any position"
             first = " (positions=0 if it is the first)"
         else:
+            _refuse_left_padding(x)
             self._warn_beyond(x.shape[-2] - 1, last)
             return torch.arange(x.shape[-2], device=x.device).clamp(max=last).expand(x.shape[:-1])
         unknown = self.cfg.unknown_position
@@ -273,6 +275,23 @@ class PosmaskSAE(SAE[PosmaskSAEConfig]):
         self.W_enc.data.mul_(norms)
         self.b_enc.data.mul_(norms)
         self.rule.rescale_(norms)
+
+
+def _refuse_left_padding(x: Tensor) -> None:
+    """Check that no text begins with two vectors of zeros, which SAEBench sets for BOS and padding.
+
+    Raises:
+        BadSetting: some text does, so its positions are not 0, 1, ..
+    """
+    if torch.compiler.is_compiling() or isinstance(x, FakeTensor):
+        return  # There are no values yet.
+    padded = (x[..., :2, :] == 0).flatten(-2).all(-1)
+    if bool(padded.any()) and bool((x[padded] != 0).any()):
+        raise BadSetting(
+            f"{int(padded.sum())} of {padded.numel()} texts begin with vectors of zeros, as if they were padded on the "
+            "left, so their positions are not 0, 1, ..: set padding_side = 'right' on the tool's tokenizer, or pass "
+            "positions"
+        )
 
 
 def _broadcast(positions: Tensor | int, x: Tensor) -> Tensor:
