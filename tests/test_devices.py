@@ -263,7 +263,7 @@ def test_a_harvest_on_another_device_copies_only_what_is_stored(stored, tmp_path
         assert (tmp_path / "there" / shard.name).read_bytes() == shard.read_bytes()
 
 
-@pytest.mark.parametrize("kind", ["open", "slice", "soft"])
+@pytest.mark.parametrize("kind", ["slice", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("open", "soft"))])
 def test_an_sae_on_another_device_has_the_same_measures(
     kind, activations, language_model, tokenizer, tmp_path, other_device, monkeypatch
 ):
