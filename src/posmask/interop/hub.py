@@ -54,8 +54,10 @@ def from_pretrained(
     Args:
         repo: USER/NAME.
         folder: folder or file of the SAE in the repository; None for the SAE at its root, or its only one.
-        n_positions, hook_name, allow_pickle: see `read_external`.
+        n_positions: tokens per context; None for the length that its files state.
+        hook_name: the site in TransformerLens's words, if its files do not state it.
         revision: branch, tag or commit; None for the main branch.
+        allow_pickle: read pickled weights (.pt), in a process with limited memory.
 
     Raises:
         BadSetting: `repo` is not a repository's name, or it holds several SAEs and `folder` is None.
