@@ -13,10 +13,11 @@ from posmask.results.rows import Measure
 from posmask.sae.autoencoder import Codes
 from posmask.seeds import generator
 
-__all__ = ["PositionInformation", "ShiftDesign"]
+__all__ = ["COMPONENTS", "N_NULL_DRAWS", "PositionInformation", "ShiftDesign", "binary_entropy"]
 
 N_NULL_DRAWS = 19  # Under the null, the probability of exceeding all of them is 1/20.
 MIN_SHIFT_FIRINGS = 20
+COMPONENTS = ("position", "content", "interaction")
 
 
 class PositionInformation:
@@ -74,6 +75,33 @@ class PositionInformation:
         information[counted] = real - null.mean(0)
         return information
 
+    def with_null(
+        self, used: PositionMass, bin_of_position: Int[Tensor, " position"]
+    ) -> tuple[Float[Tensor, " latent"], Float[Tensor, "draw latent"]]:
+        """Information about the bin of positions of every latent, and that in each null draw; NaN where undefined.
+
+        Args:
+            used: accumulated from the same codes.
+            bin_of_position: the bin of each position.
+        """
+        n_bins = int(bin_of_position.max()) + 1
+
+        def binned(counts: Float[Tensor, "position ..."]) -> Float[Tensor, "bin ..."]:
+            return counts.new_zeros(n_bins, *counts.shape[1:]).index_add_(0, bin_of_position, counts)
+
+        real = _information(binned(used.firings.sum(0)), binned(used.tokens.sum(0)))
+        pairs = zip(self._null, self._null_tokens, strict=True)
+        return real, torch.stack([_information(binned(firings), binned(tokens)) for firings, tokens in pairs])
+
+    def without_fold(self, used: PositionMass, fold: int) -> Float[Tensor, " latent"]:
+        """The information of every latent about position without one fold of texts; NaN where undefined.
+
+        Args:
+            used: accumulated from the same codes.
+        """
+        firings, tokens = (counts.sum(0) - counts[fold] for counts in (used.firings, used.tokens))
+        return _information(firings, tokens)
+
     def _split(
         self, used: PositionMass
     ) -> tuple[Bool[Tensor, " latent"], Float[Tensor, " counted"], Float[Tensor, "draw counted"]]:
@@ -125,11 +153,12 @@ def _information(
     seen = tokens > 0
     share = (tokens[seen] / tokens.sum()).double()
     rate = (firings[seen] / tokens[seen, None]).double()
-    overall = _binary_entropy((firings.sum(0) / tokens.sum()).double())
-    return (overall - share @ _binary_entropy(rate)) / overall
+    overall = binary_entropy((firings.sum(0) / tokens.sum()).double())
+    return (overall - share @ binary_entropy(rate)) / overall
 
 
-def _binary_entropy(p: Tensor) -> Tensor:
+def binary_entropy(p: Float[Tensor, "*latent"]) -> Float[Tensor, "*latent"]:
+    """The entropy in nats of events of probability p."""
     return -(torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p))
 
 
@@ -196,14 +225,75 @@ class ShiftDesign:
         Raises:
             DegenerateResult: no latent fires often enough.
         """
-        n_texts, n_windows = self._tokens.shape
-        assert bool((self._tokens == self._tokens[:, :1]).all()), "some content was not seen in every window"
-        counted = self._firings >= MIN_SHIFT_FIRINGS
+        counted = self._counted()
         if not bool(counted.any()):
             raise DegenerateResult(
                 f"no latent fires {MIN_SHIFT_FIRINGS} times on the {len(self._content):,} tokens of the shift design: "
                 "raise shift_texts"
             )
+        by_latent, without_by_latent = self._shares_and_without(counted)
+        value, without = by_latent.nanmean(1), without_by_latent.nanmean(2)
+        return [
+            Measure(
+                f"shift_{name}",
+                float(value[number]),
+                *jackknife_interval(float(value[number]), without[:, number]),
+                int(counted.sum()),
+                {"mask": mask},
+            )
+            for number, name in enumerate(COMPONENTS)
+        ]
+
+    @property
+    def firings(self) -> Float[Tensor, " latent"]:
+        """Firings of each latent in all windows."""
+        return self._firings
+
+    def by_latent(self) -> tuple[Float[Tensor, "component latent"], Float[Tensor, "fold component latent"]]:
+        """Shares of position, content and interaction of each latent, and the same without each fold of texts.
+
+        NaN for latents that fire fewer than 20 times.
+        """
+        counted = self._counted()
+        parts = []
+        for part in self._shares_and_without(counted):
+            parts.append(part.new_full((*part.shape[:-1], len(counted)), torch.nan))
+            parts[-1][..., counted] = part
+        return parts[0], parts[1]
+
+    def with_null(self, n_draws: int) -> tuple[Float[Tensor, " latent"], Float[Tensor, "draw latent"]]:
+        """The variance between windows relative to that between windows of a text, and that with windows permuted.
+
+        The statistic is MS_window / MS_text_by_window. In each null draw the windows of each text are in random order.
+        If a latent depends on content alone, all orders have the same probability. NaN for latents that never fire.
+        """
+        n_texts, n_windows = self._tokens.shape
+        sums = self._window.double()
+        of_texts = sums.sum(1)
+        grand = of_texts.sum(0).square() / (n_texts * n_windows)
+        within_texts = sums.square().sum((0, 1)) - of_texts.square().sum(0) / n_windows
+        random = generator(0, "windows")
+
+        def statistic(windows: Float[Tensor, "window latent"]) -> Float[Tensor, " latent"]:
+            between = windows.square().sum(0) / n_texts - grand
+            return between / (n_windows - 1) / ((within_texts - between) / ((n_texts - 1) * (n_windows - 1)))
+
+        text, null = torch.arange(n_texts)[:, None], []
+        for _ in range(n_draws):
+            order = torch.rand(n_texts, n_windows, generator=random).argsort(1).to(sums.device)
+            null.append(statistic(sums[text, order].sum(0)))
+        return statistic(sums.sum(0)), torch.stack(null)
+
+    def _counted(self) -> Bool[Tensor, " latent"]:
+        """The latents that fire at least 20 times."""
+        assert bool((self._tokens == self._tokens[:, :1]).all()), "some content was not seen in every window"
+        return self._firings >= MIN_SHIFT_FIRINGS
+
+    def _shares_and_without(
+        self, counted: Bool[Tensor, " latent"]
+    ) -> tuple[Float[Tensor, "component counted"], Float[Tensor, "fold component counted"]]:
+        """Shares of the variance components of some latents, and the same without each fold of texts."""
+        n_texts, n_windows = self._tokens.shape
         by_text = [
             self._content[:, counted].double().square().unflatten(0, (n_texts, -1)).sum(1),
             self._squares[:, counted].double(),
@@ -211,7 +301,6 @@ class ShiftDesign:
         window = self._window[..., counted].double()
 
         def shares(texts: Tensor) -> Tensor:
-            """Shares of (position, content, interaction) on these texts."""
             content, squares = (part[texts].sum(0) for part in by_text)
             sums = window[texts]
             n = len(texts) * self._length
@@ -226,19 +315,8 @@ class ShiftDesign:
             content_part = (between_contents / (n - 1) - interaction) / n_windows
             position_part = (between_windows / (n_windows - 1) - text_error) / n
             split = torch.stack([position_part, content_part, interaction])
-            return (split / split.sum(0)).nanmean(1)
+            return split / split.sum(0)
 
         every = torch.arange(n_texts)
-        value = shares(every)
         n_folds = min(N_FOLDS, n_texts)
-        without = torch.stack([shares(every[every % n_folds != fold]) for fold in range(n_folds)])
-        return [
-            Measure(
-                f"shift_{name}",
-                float(value[number]),
-                *jackknife_interval(float(value[number]), without[:, number]),
-                int(counted.sum()),
-                {"mask": mask},
-            )
-            for number, name in enumerate(("position", "content", "interaction"))
-        ]
+        return shares(every), torch.stack([shares(every[every % n_folds != fold]) for fold in range(n_folds)])
