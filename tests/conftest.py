@@ -316,7 +316,7 @@ def texts(monkeypatch):
                 groups.append((text, " ".join([words[-1], *words[1:-1], words[0]])))
         return iter(groups[:100]), iter(groups[100:])
 
-    recipe = order_tasks.OrderRecipe(swapped, "Which end is first?", ("swapped", "intact"), "text", ())
+    recipe = order_tasks.OrderRecipe(swapped, "Which end is first?", ("swapped", "intact"), "text", (), "local")
     monkeypatch.setitem(order_tasks.ORDER_TASKS, "toy_order", recipe)
 
 

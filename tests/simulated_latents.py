@@ -59,7 +59,7 @@ def simulate(fires, n_latents, n_tokens=100_000, seed=0, starts_alike=False):
     return latent_table(
         heldout,
         shift,
-        torch.zeros(n_latents),
+        torch.zeros(n_latents, dtype=torch.int64),
         n_sinks=0,
         n_positions=N_POSITIONS,
         n_windows=N_WINDOWS,

@@ -199,7 +199,7 @@ def toy(monkeypatch):
         return iter(groups[:30]), iter(groups[30:40])
 
     recipe = order_tasks.OrderRecipe(
-        swapped, "Which end is first?", ("swapped", "intact"), "text", ((embedded.TEXT_CARRIER, "no table"),)
+        swapped, "Which end is first?", ("swapped", "intact"), "text", ((embedded.TEXT_CARRIER, "no table"),), "local"
     )
     for name in list(order_tasks.ORDER_TASKS):
         monkeypatch.delitem(order_tasks.ORDER_TASKS, name)

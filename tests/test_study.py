@@ -98,6 +98,7 @@ def test_a_study_runs_from_text_to_results(study_file, tmp_path):
         folder = tmp_path / "run" / "cells" / name
         assert {path.name for path in folder.iterdir()} == {
             "manifest.json", "settings.json", "sae.json", "sae.safetensors", "openness.safetensors", "curve.csv",
+            "latents.parquet", "profiles.parquet",
             "dead.safetensors", "parts_of_evaluation.json",
             "rows.csv", "units.safetensors", "saebench.json", LATENTS_FILE, LATENT_WORDS_FILE,
         }  # fmt: skip

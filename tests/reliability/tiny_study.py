@@ -51,7 +51,7 @@ def put_toy_texts() -> None:
         return iter(groups[:100]), iter(groups[100:])
 
     order_tasks.ORDER_TASKS["toy_order"] = order_tasks.OrderRecipe(
-        swapped, "Which end is first?", ("swapped", "intact"), "text", ()
+        swapped, "Which end is first?", ("swapped", "intact"), "text", (), "local"
     )
 
 

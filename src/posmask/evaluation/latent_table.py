@@ -14,6 +14,7 @@ of its tests; q-values are those of Benjamini and Hochberg (1995) over latents.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import scipy
@@ -24,9 +25,22 @@ from torch import Tensor
 from posmask.evaluation.position import COMPONENTS, N_NULL_DRAWS, PositionInformation, ShiftDesign, binary_entropy
 from posmask.evaluation.retention import N_FOLDS, PositionMass
 from posmask.evaluation.stored_codes import StoredCodes
+from posmask.results.intervals import jackknife_intervals
+from posmask.results.rows import Measure
 from posmask.sae.autoencoder import Codes
+from posmask.storage.layout import LATENT_TABLE_FILE, PROFILES_FILE
 
-__all__ = ["CLASSES", "COLUMNS", "KINDS", "LatentTable", "latent_table", "position_bins"]
+__all__ = [
+    "CLASSES",
+    "COLUMNS",
+    "KINDS",
+    "LIFTED",
+    "PROFILE_COLUMNS",
+    "LatentTable",
+    "latent_table",
+    "position_bins",
+    "write_tables",
+]
 
 CLASSES = ("position-tracking", "mixed", "content", "dense", "dead", "undecided")
 KINDS = ("first", "sink", "early", "middle", "late", "periodic")
@@ -74,6 +88,21 @@ COLUMNS: Mapping[str, str] = {
 }
 """Columns of the table and their meanings."""
 
+LIFTED = "lifted_"
+"""Prefix of the columns with the mask lifted, in tables of SAEs whose mask can be lifted."""
+
+PROFILE_COLUMNS: Mapping[str, str] = {
+    "latent": "index in the SAE",
+    "mask": "on or lifted",
+    "first_position": "first position of the bin, counted in the context; 0 is BOS",
+    "last_position": "last position of the bin",
+    "firing_rate": "share of the bin's tokens at which it fires",
+    "firing_rate_low": "lower end of its 95 % interval (jackknife over 16 folds of texts)",
+    "firing_rate_high": "upper end",
+    "mean_activation": "mean activation over all of the bin's tokens, in the SAE's units",
+}
+"""Columns of the table of profiles, which has a row for each latent and bin at which the latent may fire."""
+
 
 @dataclass(frozen=True)
 class LatentTable:
@@ -82,22 +111,50 @@ class LatentTable:
     Attributes:
         columns: [latent] by the names in `COLUMNS`.
         bin_start: first position of each bin of positions.
+        bin_end: last position of each bin.
         rate: [bin latent] share of the tokens in each bin at which a latent fires.
         rate_low: lower ends of its 95 % intervals.
         rate_high: upper ends.
         mean: [bin latent] mean activation of all tokens in each bin.
+        null_rate: `rate` with the positions of each text rotated.
         n_tokens: kept held-out tokens.
         uses_rotations: whether held-out texts begin at varied positions, so that rotations test position.
     """
 
     columns: dict[str, np.ndarray]
     bin_start: Int[np.ndarray, " bin"]
+    bin_end: Int[np.ndarray, " bin"]
     rate: Float[np.ndarray, "bin latent"]
     rate_low: Float[np.ndarray, "bin latent"]
     rate_high: Float[np.ndarray, "bin latent"]
     mean: Float[np.ndarray, "bin latent"]
+    null_rate: Float[np.ndarray, "bin latent"]
     n_tokens: int
     uses_rotations: bool
+
+    def measures(self, mask: str) -> list[Measure]:
+        """`latent_share` of each class, and by bin of positions `silent_share`, `silent_share_null`, `dense_share`.
+
+        silent_share = share of the latents that fire anywhere which do not fire in the bin; its null has the positions
+        of each text rotated. dense_share = share of all latents that fire at more than a tenth of the bin's tokens.
+        Intervals of class shares are Wilson intervals with latents as units: they do not cover the choice of texts.
+
+        Args:
+            mask: `on` or `lifted`, reported in the slice.
+        """
+        classes, fires = self.columns["class"], self.columns["firings"] > 0
+        measures = []
+        for name in CLASSES:
+            count, n = int((classes == name).sum()), len(classes)
+            low, high = scipy.stats.binomtest(count, n).proportion_ci(method="wilson")
+            measures.append(Measure("latent_share", count / n, low, high, n, {"latents": name, "mask": mask}))
+        for number, ends in enumerate(zip(self.bin_start, self.bin_end, strict=True)):
+            where = {"positions": "-".join(map(str, ends)), "mask": mask}
+            silent, null = ((rate[number, fires] == 0).mean() for rate in (self.rate, self.null_rate))
+            dense = (self.rate[number] > DENSE_RATE).mean()
+            for name, value in (("silent_share", silent), ("silent_share_null", null), ("dense_share", dense)):
+                measures.append(Measure(name, float(value), n=len(classes), slice=where))
+        return measures
 
 
 def position_bins(n_positions: int) -> Int[Tensor, " position"]:
@@ -118,7 +175,7 @@ def position_bins(n_positions: int) -> Int[Tensor, " position"]:
 def latent_table(
     heldout: StoredCodes,
     shift: StoredCodes,
-    sink_firings: Float[Tensor, " latent"],
+    sink_firings: Int[Tensor, " latent"],
     *,
     n_sinks: int,
     n_positions: int,
@@ -165,10 +222,12 @@ def latent_table(
     columns["latent"] = np.arange(heldout.d_sae)
     columns["class"], columns["kind"] = classes, kinds
     columns["period"] = np.where(kinds == "periodic", columns["period"], np.nan)
-    profiles = {name: every[name].float().numpy() for name in ("rate", "rate_low", "rate_high", "mean")}
+    profiles = {name: every[name].float().numpy() for name in ("rate", "rate_low", "rate_high", "mean", "null_rate")}
+    starts = np.unique(bins[1:].numpy(), return_index=True)[1] + 1
     return LatentTable(
         columns={name: columns[name] for name in COLUMNS},
-        bin_start=np.unique(bins[1:].numpy(), return_index=True)[1] + 1,
+        bin_start=starts,
+        bin_end=np.append(starts[1:], n_positions) - 1,
         n_tokens=len(batch),
         uses_rotations=uses_rotations,
         **profiles,
@@ -197,12 +256,12 @@ def _of_heldout(
     in_bin = torch.zeros(int(bins.max()) + 1, len(bins)).index_put_((bins, torch.arange(len(bins))), torch.ones(()))
     by_fold, tokens_by_fold = in_bin @ used.firings, used.tokens @ in_bin.T
     bin_tokens = tokens_by_fold.sum(0).clamp(min=1)[:, None]
-    rate_low, rate_high = _jackknife(
+    rate_low, rate_high = jackknife_intervals(
         by_fold.sum(0) / bin_tokens,
         (by_fold.sum(0) - by_fold) / (tokens_by_fold.sum(0) - tokens_by_fold).clamp(min=1)[..., None],
     )
     n_by_fold, tokens_of_fold = used.firings.sum(1).double(), used.tokens.sum(1).double()[:, None]
-    low, high = _jackknife(rate, (n_fired - n_by_fold) / (n_tokens - tokens_of_fold))
+    low, high = jackknife_intervals(rate, (n_fired - n_by_fold) / (n_tokens - tokens_of_fold))
     every_position = torch.arange(len(bins))
     real, null = information.with_null(used, every_position)
     binned, binned_null = information.with_null(used, bins)
@@ -212,7 +271,7 @@ def _of_heldout(
         remaining = n_tokens - used.tokens[fold].sum()
         information_without = information.without_fold(used, fold)
         without.append(information_without - null.mean(0) * float(n_tokens / remaining))
-    share_low, share_high = _jackknife(share, torch.stack(without))
+    share_low, share_high = jackknife_intervals(share, torch.stack(without))
     share, share_low, share_high = (
         torch.where(used.counted(), value, torch.nan) for value in (share, share_low, share_high)
     )
@@ -232,6 +291,7 @@ def _of_heldout(
         "rate_low": rate_low.clamp(min=0),
         "rate_high": rate_high.clamp(max=1),
         "mean": in_bin @ mass / bin_tokens,
+        "null_rate": information.null_rate(bins),
         "by_position": torch.cat([real[None], null]),
         "by_bin": torch.cat([binned[None], binned_null]),
         "is_counted": used.counted(),
@@ -242,7 +302,7 @@ def _of_heldout(
 def _of_shift(design: ShiftDesign) -> dict[str, Tensor]:
     shares, without = design.by_latent()
     position, content, interaction = shares
-    low, high = _jackknife(position, without[:, COMPONENTS.index("position")])
+    low, high = jackknife_intervals(position, without[:, COMPONENTS.index("position")])
     real, null = design.with_null(N_NULL_DRAWS)
     is_counted = position.isfinite()
     return {
@@ -254,14 +314,6 @@ def _of_shift(design: ShiftDesign) -> dict[str, Tensor]:
         "shift_firings": design.firings.long(),
         "by_window": torch.where(is_counted, torch.cat([real[None], null]), torch.nan),
     }
-
-
-def _jackknife(value: Tensor, without: Float[Tensor, "fold ..."]) -> tuple[Tensor, Tensor]:
-    """Ends of the 95 % interval of each value, see `results.intervals.jackknife_interval`."""
-    n = len(without)
-    error = ((n - 1) / n * (without - without.mean(0)).square().sum(0)).sqrt()
-    width = float(scipy.stats.t.ppf(0.975, n - 1)) * error
-    return value - width, value + width
 
 
 def _shape_of(
@@ -361,3 +413,37 @@ def _classes(every: Mapping[str, Tensor]) -> tuple[np.ndarray, np.ndarray]:
     classes = np.select([rule.numpy() for _, rule in rules], [name for name, _ in rules], "undecided")
     kind = np.select([rule.numpy() for _, rule in kinds], [name for name, _ in kinds], "middle")
     return classes, np.where(np.isin(classes, ["position-tracking", "mixed"]), kind, "")
+
+
+def write_tables(tables: Mapping[str, LatentTable], folder: Path) -> None:
+    """Write `latents.parquet` and `profiles.parquet` into a folder.
+
+    Args:
+        tables: with the mask `on` and, where that differs, `lifted`.
+    """
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    columns = dict(tables["on"].columns)
+    if (lifted := tables.get("lifted")) is not None:
+        columns |= {f"{LIFTED}{name}": column for name, column in lifted.columns.items() if name != "latent"}
+    parquet.write_table(
+        pa.table({name: pa.array(column) for name, column in columns.items()}), folder / LATENT_TABLE_FILE
+    )
+    parts = [_profiles(table, mask) for mask, table in tables.items()]
+    parquet.write_table(pa.concat_tables([pa.table(part) for part in parts]), folder / PROFILES_FILE)
+
+
+def _profiles(table: LatentTable, mask: str) -> dict[str, np.ndarray | list[str]]:
+    """The columns of the table of profiles, without latents that never fire."""
+    (fires,) = np.nonzero(table.columns["firings"])
+    n_bins = len(table.bin_start)
+    parts = (table.rate, table.rate_low, table.rate_high, table.mean)
+    values = [
+        np.repeat(fires, n_bins),
+        [mask] * (n_bins * len(fires)),
+        np.tile(table.bin_start, len(fires)),
+        np.tile(table.bin_end, len(fires)),
+        *(part[:, fires].T.ravel() for part in parts),
+    ]
+    return dict(zip(PROFILE_COLUMNS, values, strict=True))

@@ -1,12 +1,13 @@
 """Data of the latent browser: where each latent fires, its strongest texts, its vocabulary effects and its probes.
 
 Collected during the evaluation of a trained SAE from the codes that the evaluation computes, and written beside its
-rows: `latents.safetensors` (arrays with one column or row per latent) and `latents.json` (names of probes, texts of
-tokens).
+rows: `latents.safetensors` (arrays with one column or row per latent), `latents.json` (names of probes, texts of
+tokens), `latents.parquet` (the table of latents) and `profiles.parquet` (where each of them fires).
 """
 
 import json
 import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ from torch import Tensor
 
 from posmask.data.activations import Batch
 from posmask.data.sites import LanguageModel
+from posmask.evaluation.latent_table import LatentTable, write_tables
 from posmask.evaluation.retention import PositionMass
 from posmask.sae.autoencoder import Codes, SparseAutoencoder
-from posmask.storage.layout import LATENT_WORDS_FILE, LATENTS_FILE
+from posmask.storage.layout import LATENT_TABLE_FILE, LATENT_WORDS_FILE, LATENTS_FILE, PROFILES_FILE
 
 __all__ = ["LATENTS_FILE", "LATENT_WORDS_FILE", "LatentFacts", "Strongest", "strongest_texts", "vocabulary_effects"]
 
@@ -73,6 +75,8 @@ class LatentFacts:
         self._probes: list[str] = []
         self._probed: list[tuple[Tensor, Tensor]] = []
         self._position_origin = "context"
+        self.tables: dict[str, LatentTable] = {}
+        """The table of latents with the mask `on` and, where that differs, `lifted`; empty: that of `earlier`."""
 
     def update(self, batch: Batch, codes: Codes) -> None:
         """Add kept held-out tokens (`batch.kept()`) and their codes."""
@@ -156,6 +160,12 @@ class LatentFacts:
         for number, (latents, weight) in enumerate(self._probed):
             chosen[number, : len(latents)], weights[number, : len(weight)] = latents.numpy(), weight.numpy()
         save_file({**arrays, "probe_latent": chosen, "probe_weight": weights}, folder / LATENTS_FILE)
+        if self.tables:
+            write_tables(self.tables, folder)
+        elif self._earlier is not None:
+            for name in (LATENT_TABLE_FILE, PROFILES_FILE):
+                if (self._earlier / name).is_file():
+                    shutil.copyfile(self._earlier / name, folder / name)
         shown = np.unique(np.concatenate([arrays[name].ravel() for name in ("token_id", "promoted", "suppressed")]))
         words: dict[str, Any] = {
             "probes": self._probes,

@@ -84,14 +84,19 @@ class PositionInformation:
             used: accumulated from the same codes.
             bin_of_position: the bin of each position.
         """
-        n_bins = int(bin_of_position.max()) + 1
+        real, *null = (
+            _information(_binned(firings, bin_of_position), _binned(tokens, bin_of_position))
+            for firings, tokens in (
+                (used.firings.sum(0), used.tokens.sum(0)),
+                *zip(self._null, self._null_tokens, strict=True),
+            )
+        )
+        return real, torch.stack(null)
 
-        def binned(counts: Float[Tensor, "position ..."]) -> Float[Tensor, "bin ..."]:
-            return counts.new_zeros(n_bins, *counts.shape[1:]).index_add_(0, bin_of_position, counts)
-
-        real = _information(binned(used.firings.sum(0)), binned(used.tokens.sum(0)))
-        pairs = zip(self._null, self._null_tokens, strict=True)
-        return real, torch.stack([_information(binned(firings), binned(tokens)) for firings, tokens in pairs])
+    def null_rate(self, bin_of_position: Int[Tensor, " position"]) -> Float[Tensor, "bin latent"]:
+        """The share of each bin's tokens at which latents fire in the first null draw."""
+        firings, tokens = (_binned(counts[0], bin_of_position) for counts in (self._null, self._null_tokens))
+        return firings / tokens.clamp(min=1)[:, None]
 
     def without_fold(self, used: PositionMass, fold: int) -> Float[Tensor, " latent"]:
         """The information of every latent about position without one fold of texts; NaN where undefined.
@@ -145,6 +150,11 @@ class PositionInformation:
             Measure("position_information_null", float(expected.mean()), n=n),
             Measure("position_bound_share", float((real > null.amax(0)).float().mean()), n=n),
         ]
+
+
+def _binned(counts: Float[Tensor, "position ..."], bin_of_position: Int[Tensor, " position"]) -> Tensor:
+    n_bins = int(bin_of_position.max()) + 1
+    return counts.new_zeros(n_bins, *counts.shape[1:]).index_add_(0, bin_of_position, counts)
 
 
 def _information(

@@ -1,5 +1,6 @@
 """Reconstruction quality: explained variance, L0 and dead latents, overall and by position."""
 
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -8,8 +9,9 @@ from torch import Tensor
 
 from posmask.data.activations import Batch
 from posmask.errors import DegenerateResult
+from posmask.evaluation.retention import N_FOLDS
 from posmask.kernels import operations
-from posmask.results.intervals import ratio
+from posmask.results.intervals import jackknife_intervals, ratio
 from posmask.results.rows import Measure
 from posmask.sae.autoencoder import Codes, SparseAutoencoder
 
@@ -23,7 +25,8 @@ class Reconstruction:
     1 is perfect, 0 is no better than the mean. Overall, `mean` is the mean of all kept tokens; by position it is the
     mean of the kept tokens at that position. It is NaN if no token is kept (position 0) or all vectors are equal.
     `explained_variance_of_all` by position is relative to the mean of all kept tokens, so its mean over positions,
-    weighted with their share of the variance, is the overall explained variance.
+    weighted with their share of the variance, is the overall explained variance. Intervals by position are jackknife
+    intervals over 16 folds of texts.
 
     l0 = mean number of non-zero codes per kept token.
 
@@ -40,12 +43,10 @@ class Reconstruction:
         self._mean = mean
         zeros = partial(torch.zeros, dtype=torch.float64, device=mean.device)
         self._by_text = {name: zeros(n_texts) for name in ("error", "total", "active", "n")}
-        self._by_position = {name: zeros(n_positions) for name in ("error", "squares", "n")}
-        self._active_at = zeros(n_positions)
-        self._sum_at = zeros(n_positions, len(mean))
-        self._of_sinks = {"error": 0.0, "squares": 0.0}
-        self._sum_of_sinks = zeros(len(mean))
-        self._sinks_at = zeros(n_positions)
+        self._by_fold = {name: zeros(N_FOLDS, n_positions) for name in ("error", "squares", "active", "n")}
+        self._sum_by_fold = zeros(N_FOLDS, n_positions, len(mean))
+        self._of_sinks = {name: zeros(n_positions) for name in ("error", "squares", "n")}
+        self._sum_of_sinks = zeros(n_positions, len(mean))
 
     def update(self, batch: Batch, codes: Codes, reconstruction: Float[Tensor, "token d_model"]) -> None:
         """Add kept tokens (`batch.kept()`), their codes and their reconstructions."""
@@ -57,34 +58,65 @@ class Reconstruction:
         ones = torch.ones_like(error)
         for name, values in (("error", error), ("total", squares), ("active", active), ("n", ones)):
             operations.add_at_(self._by_text[name], text, values)
-        for name, values in (("error", error), ("squares", squares), ("n", ones)):
-            operations.add_at_(self._by_position[name], position, values)
-        operations.add_at_(self._active_at, position, active)
-        operations.add_at_(self._sum_at, position, centered)
+        cell = text % N_FOLDS * self._sum_by_fold.shape[1] + position
+        for name, values in (("error", error), ("squares", squares), ("active", active), ("n", ones)):
+            operations.add_at_(self._by_fold[name].view(-1), cell, values)
+        operations.add_at_(self._sum_by_fold.view(-1, centered.shape[1]), cell, centered)
 
     def update_sinks(self, sinks: Batch, reconstruction: Float[Tensor, "token d_model"]) -> None:
         """Add attention sinks (`Activations.sinks`) and their reconstructions."""
-        centered = sinks.vectors.double() - self._mean
-        self._of_sinks["error"] += float((sinks.vectors.double() - reconstruction).square().sum())
-        self._of_sinks["squares"] += float(centered.square().sum())
-        self._sum_of_sinks += centered.sum(0)
-        operations.add_at_(self._sinks_at, sinks.position.long(), torch.ones_like(centered[:, 0]))
+        centered, position = sinks.vectors.double() - self._mean, sinks.position.long()
+        error = (sinks.vectors.double() - reconstruction).square().sum(1)
+        for name, values in (("error", error), ("squares", centered.square().sum(1)), ("n", torch.ones_like(error))):
+            operations.add_at_(self._of_sinks[name], position, values)
+        operations.add_at_(self._sum_of_sinks, position, centered)
 
     def _sink_measures(self) -> list[Measure]:
-        n_sinks = int(self._sinks_at.sum())
+        n_sinks = int(self._of_sinks["n"].sum())
         n = int(self._by_text["n"].sum()) + n_sinks
         # With the sinks the mean moves by their share of the sum, which lowers the squares about it.
-        squares = float(self._by_text["total"].sum()) + self._of_sinks["squares"]
-        total = squares - float(self._sum_of_sinks.square().sum()) / n
-        error = float(self._by_text["error"].sum()) + self._of_sinks["error"]
+        squares = float(self._by_text["total"].sum()) + float(self._of_sinks["squares"].sum())
+        total = squares - float(self._sum_of_sinks.sum(0).square().sum()) / n
+        error = float(self._by_text["error"].sum()) + float(self._of_sinks["error"].sum())
         return [
             Measure("explained_variance_with_sinks", 1 - error / total, n=n),
             Measure("sink_tokens", n_sinks, n=n),
             *(
-                Measure("sink_tokens", int(self._sinks_at[position]), n=n, slice={"position": position})
-                for position in self._sinks_at.nonzero()[:, 0].tolist()
+                Measure("sink_tokens", int(self._of_sinks["n"][position]), n=n, slice={"position": position})
+                for position in self._of_sinks["n"].nonzero()[:, 0].tolist()
             ),
         ]
+
+    def _at_positions(self) -> dict[str, tuple[Float[Tensor, " position"], Float[Tensor, "fold position"]]]:
+        """Each metric by position, and the same without each fold of texts; NaN where it is undefined."""
+        folds = {name: values.cpu() for name, values in self._by_fold.items()}
+        sums = self._sum_by_fold.cpu()
+
+        def metrics(at: dict[str, Tensor], sum_at: Tensor) -> dict[str, Tensor]:
+            of_all = torch.where(at["squares"] > 0, 1 - at["error"] / at["squares"], torch.nan)
+            l0 = torch.where(at["n"] > 0, at["active"] / at["n"], torch.nan)
+            return {"explained_variance": _explained(at, sum_at), "explained_variance_of_all": of_all, "l0": l0}
+
+        at, sum_at = {name: values.sum(0) for name, values in folds.items()}, sums.sum(0)
+        has_texts = folds["n"].sum(1) > 0
+        without = [
+            metrics({name: at[name] - values[fold] for name, values in folds.items()}, sum_at - sums[fold])
+            for fold in has_texts.nonzero()[:, 0].tolist()
+        ]
+        return {
+            name: (value, torch.stack([one[name] for one in without])) for name, value in metrics(at, sum_at).items()
+        }
+
+    def by_position(self) -> dict[str, Float[Tensor, " position"]]:
+        """Each metric by position, with `_low` and `_high`; `explained_variance_with_sinks` and `sink_tokens`."""
+        columns: dict[str, Tensor] = {}
+        for name, (value, without) in self._at_positions().items():
+            low, high = jackknife_intervals(value, without)
+            columns |= {name: value, f"{name}_low": low, f"{name}_high": high}
+        at = {name: (self._by_fold[name].sum(0) + sinks).cpu() for name, sinks in self._of_sinks.items()}
+        sums = (self._sum_by_fold.sum(0) + self._sum_of_sinks).cpu()
+        columns["explained_variance_with_sinks"] = _explained(at, sums)
+        return columns | {"sink_tokens": self._of_sinks["n"].cpu()}
 
     def measures(self) -> list[Measure]:
         """`explained_variance` and `l0`, overall with confidence intervals over texts, and by position; and the sinks.
@@ -107,20 +139,23 @@ class Reconstruction:
             ratio("l0", text["active"], text["n"], n=n),
             *self._sink_measures(),
         ]
-        at = self._by_position
-        variance = at["squares"] - self._sum_at.square().sum(1) / at["n"].clamp(min=1)
-        by_position = torch.where(variance > 1e-6 * at["squares"], 1 - at["error"] / variance, torch.nan)
-        for position, value in enumerate(by_position.tolist()):
-            where = {"position": position}
-            n_at = int(at["n"][position])
-            measures.append(Measure("explained_variance", value, n=n_at, slice=where))
-            squares = float(at["squares"][position])
-            of_all = 1 - float(at["error"][position]) / squares if squares > 0 else torch.nan
-            measures.append(Measure("explained_variance_of_all", of_all, n=n_at, slice=where))
-            measures.append(
-                Measure("l0", float(self._active_at[position] / n_at) if n_at else torch.nan, n=n_at, slice=where)
-            )
+        n_at = self._by_fold["n"].sum(0).long().tolist()
+        metrics = self._at_positions()
+        intervals = {name: jackknife_intervals(*pair) for name, pair in metrics.items()}
+        for position, n_tokens in enumerate(n_at):
+            for name, (value, _) in metrics.items():
+                low, high = (float(end[position]) for end in intervals[name])
+                where = {"position": position}
+                measures.append(Measure(name, float(value[position]), low, high, n_tokens, where))
         return measures
+
+
+def _explained(
+    at: Mapping[str, Float[Tensor, " position"]], sum_at: Float[Tensor, "position d_model"]
+) -> Float[Tensor, " position"]:
+    """Explained variance by position, relative to the mean at the position."""
+    variance = at["squares"] - sum_at.square().sum(-1) / at["n"].clamp(min=1)
+    return torch.where(variance > 1e-6 * at["squares"], 1 - at["error"] / variance, torch.nan)
 
 
 def dead_share(sae: SparseAutoencoder, dead: Bool[Tensor, " latent"]) -> list[Measure]:

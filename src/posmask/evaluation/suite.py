@@ -18,6 +18,7 @@ from posmask.data.activations import Activations, Batch, evaluation_batches, tra
 from posmask.data.sites import LanguageModel
 from posmask.errors import DegenerateResult
 from posmask.evaluation.downstream import InModel, WindowMass, causal, recovered, without_latents
+from posmask.evaluation.latent_table import LatentTable, latent_table
 from posmask.evaluation.latents import MOST_PROBED, LatentFacts, vocabulary_effects
 from posmask.evaluation.position import PositionInformation, ShiftDesign
 from posmask.evaluation.reconstruction import Reconstruction, dead_share
@@ -30,6 +31,7 @@ from posmask.evaluation.retention import (
     special_positions,
 )
 from posmask.evaluation.settings import EvaluationSettings
+from posmask.evaluation.stored_codes import StoredCodes
 from posmask.kernels.devices import memory_for
 from posmask.probing import datasets, order_probes
 from posmask.probing.order_tasks import OrderTask
@@ -160,23 +162,56 @@ def _of_heldout_texts(
     advance: Callable[[int], None],
 ) -> list[Measure]:
     has_lifted = sae.mask.lifting_matters()
-    used, information, window_mass, measures = _heldout(sae, data, facts, advance)
+    codes = _CodesForTable(sae, data)
+    used, information, window_mass, measures = _heldout(sae, data, facts, codes, advance)
     measures += mask_measures(sae.mask) + ([] if dead is None else dead_share(sae, dead))
     measures += measured(["profile_fidelity"], profile_fidelity, used, sae.mask.openness().detach())
-    lifted = _position_mass(sae, data, advance) if has_lifted else used
+    lifted = _position_mass(sae, data, advance, codes.heldout["lifted"]) if has_lifted else used
     special = special_positions(lifted, sae.mask.bound_positions(), data.settings.retention_positions)
     measures += measured(_RETENTION, retention, lifted, special)
     facts.add_positions(used, information, *retention_by_latent(lifted, special), sae.mask.settings.position_origin)
     del used, lifted, special  # 0.3 GB each for 18,432 latents at 128 positions
-    measures += _shift(sae, data, advance, has_lifted)
+    measures += _shift(sae, data, codes, advance)
+    facts.tables = codes.tables()
+    measures += [measure for mask, table in facts.tables.items() for measure in table.measures(mask)]
     in_model_metrics = ["ce_recovered", "kl_recovered", "causal_specificity"]
     measures += measured(in_model_metrics, _in_model, sae, window_mass, data, advance)
     facts.add_effects(*vocabulary_effects(sae, data.load_model()))
     return measures
 
 
+class _CodesForTable:
+    """The codes that the table of latents needs, with the mask on and, where that differs, lifted."""
+
+    def __init__(self, sae: SparseAutoencoder, data: EvaluationData) -> None:
+        self._sae, self._data = sae, data
+        masks = ("on", "lifted") if sae.mask.lifting_matters() else ("on",)
+        self.heldout, self.shift = ({mask: StoredCodes(sae.d_sae) for mask in masks} for _ in range(2))
+
+    def tables(self) -> dict[str, LatentTable]:
+        """The table of latents with the mask on and lifted."""
+        settings, sinks = self._data.settings, self._data.heldout.sinks
+        tables = {}
+        for mask in self.heldout:
+            codes = self._sae.encode_batch(sinks.to(self._sae.encoder.device), use_mask=mask == "on")
+            tables[mask] = latent_table(
+                self.heldout[mask],
+                self.shift[mask],
+                torch.bincount(codes.latent, minlength=self._sae.d_sae).cpu(),
+                n_sinks=len(sinks),
+                n_positions=self._data.n_positions,
+                n_windows=settings.shift_windows,
+                shift_length=tokens.shift_length(self._data.n_positions, settings.shift_windows),
+            )
+        return tables
+
+
 def _heldout(
-    sae: SparseAutoencoder, data: EvaluationData, facts: LatentFacts, advance: Callable[[int], None]
+    sae: SparseAutoencoder,
+    data: EvaluationData,
+    facts: LatentFacts,
+    stored: _CodesForTable,
+    advance: Callable[[int], None],
 ) -> tuple[PositionMass, Float[Tensor, " latent"], WindowMass, list[Measure]]:
     heldout, device = data.heldout, _statistics_device(sae.encoder.device)
     mean, _ = heldout.center_and_scale
@@ -195,6 +230,7 @@ def _heldout(
             in_context.update(batch, codes)
         information.update(batch, codes)
         facts.update(batch, codes)
+        stored.heldout["on"].add(batch, codes)
         # Latents are chosen on texts other than those they are ablated on.
         is_unseen = ~torch.isin(batch.text, texts_in_model)
         window_mass.update(batch.select(is_unseen), codes.select(is_unseen))
@@ -205,17 +241,25 @@ def _heldout(
     return used, information.by_latent(in_context), window_mass, measures
 
 
-def _position_mass(sae: SparseAutoencoder, data: EvaluationData, advance: Callable[[int], None]) -> PositionMass:
-    """Activation mass on the held-out texts with the mask lifted."""
+def _position_mass(
+    sae: SparseAutoencoder, data: EvaluationData, advance: Callable[[int], None], stored: StoredCodes | None = None
+) -> PositionMass:
+    """Activation mass on the held-out texts with the mask lifted; the codes are added to `stored`."""
     device = _statistics_device(sae.encoder.device)
     lifted = PositionMass(data.n_positions, sae.d_sae, device)
     for batch in _kept_batches(data.heldout, device, advance):
-        lifted.update(batch, sae.encode_batch(batch, use_mask=False), sae.mask.settings.position_origin)
+        codes = sae.encode_batch(batch, use_mask=False)
+        lifted.update(batch, codes, sae.mask.settings.position_origin)
+        if stored is not None:
+            stored.add(batch, codes)
     return lifted
 
 
 def _shift(
-    sae: SparseAutoencoder, data: EvaluationData, advance: Callable[[int], None], has_lifted: bool
+    sae: SparseAutoencoder,
+    data: EvaluationData,
+    stored: _CodesForTable,
+    advance: Callable[[int], None],
 ) -> list[Measure]:
     measures, device = [], _statistics_device(sae.encoder.device)
     n_texts, n_windows = data.settings.shift_texts, data.settings.shift_windows
@@ -226,11 +270,13 @@ def _shift(
 
     sunk = torch.zeros(n_texts * length, dtype=torch.bool, device=device)
     sunk[content_of(data.shift.sinks.to(device))] = True
-    for mask in ("on", "lifted") if has_lifted else ("on",):
+    for mask, codes_of_mask in stored.shift.items():
         design = ShiftDesign(n_texts, length, n_windows, sae.d_sae, device)
         for batch in _kept_batches(data.shift, device, advance):
             seen = batch.select(~sunk[content_of(batch)])
-            design.update(seen, sae.encode_batch(seen, use_mask=mask == "on"))
+            codes = sae.encode_batch(seen, use_mask=mask == "on")
+            design.update(seen, codes)
+            codes_of_mask.add(seen, codes)
         parts = ["shift_position", "shift_content", "shift_interaction"]
         measures += measured(parts, design.measures, mask, slices=[{"mask": mask}])
     return measures

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice, permutations, zip_longest
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import scipy
@@ -53,6 +53,7 @@ class OrderRecipe:
         labels: meaning of each class.
         split_by: what is never in both the training and the test groups.
         sources: each carrier with a description of the part that is used.
+        about: block: where a passage of several words stands. local: the order of neighboring words or sentences.
     """
 
     groups: Callable[[torch.Generator, tokens.EvalSplit], _Groups]
@@ -60,6 +61,7 @@ class OrderRecipe:
     labels: tuple[str, ...]
     split_by: str
     sources: tuple[tuple[embedded.Carrier, str], ...]
+    about: Literal["block", "local"]
 
 
 _Item = TypeVar("_Item")
@@ -320,6 +322,7 @@ ORDER_TASKS: dict[str, OrderRecipe] = {
         tuple(", ".join(order) for order in permutations(_TOPICS)),
         "article",
         ((embedded.TEXT_CARRIER, "table 97_news_class"),),
+        "block",
     ),
     "contrast_order": OrderRecipe(
         _contrast_order,
@@ -327,6 +330,7 @@ ORDER_TASKS: dict[str, OrderRecipe] = {
         ("ends with the bad phrase", "ends with the good phrase"),
         "phrase",
         ((embedded.TEXT_CARRIER, "table 92_glue_sst2"),),
+        "block",
     ),
     "chronology": OrderRecipe(
         _chronology,
@@ -334,6 +338,7 @@ ORDER_TASKS: dict[str, OrderRecipe] = {
         ("the later born is named first", "the earlier born is named first"),
         "person",
         ((embedded.TEXT_CARRIER, "table 2_hist_fig_birthyear"),),
+        "block",
     ),
     "agreement_swap": OrderRecipe(
         _agreement_swap,
@@ -341,6 +346,7 @@ ORDER_TASKS: dict[str, OrderRecipe] = {
         ("does not agree", "agrees"),
         "noun",
         (),
+        "local",
     ),
     "bigram_shift": OrderRecipe(
         _bigram_shift,
@@ -348,6 +354,7 @@ ORDER_TASKS: dict[str, OrderRecipe] = {
         ("swapped", "intact"),
         "article",
         ((embedded.TEXT_CARRIER, "table 100_news_fake, the genuine articles"),),
+        "local",
     ),
     "language_order": OrderRecipe(
         _language_order,
@@ -355,6 +362,7 @@ ORDER_TASKS: dict[str, OrderRecipe] = {
         ("German first", "English first"),
         "message",
         ((embedded.MESSAGE_CARRIER, "its messages in English and German"),),
+        "block",
     ),
     "sentence_order": OrderRecipe(
         _sentence_order,
@@ -362,6 +370,7 @@ ORDER_TASKS: dict[str, OrderRecipe] = {
         ("reversed", "true order"),
         "article",
         ((embedded.TEXT_CARRIER, "table 100_news_fake, the genuine articles"),),
+        "local",
     ),
     "dialogue_order": OrderRecipe(
         _dialogue_order,
@@ -369,6 +378,7 @@ ORDER_TASKS: dict[str, OrderRecipe] = {
         ("reversed", "true order"),
         "turn, and by film but for the two at the border",
         ((embedded.DIALOGUE_CARRIER, "its film dialogue"),),
+        "local",
     ),
 }
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from posmask.results.bootstrap import resample_counts
 from posmask.results.rows import Measure, Units
 
-__all__ = ["interval", "jackknife_interval", "ratio", "ratio_interval"]
+__all__ = ["interval", "jackknife_interval", "jackknife_intervals", "ratio", "ratio_interval"]
 
 
 def interval(values: Float[Tensor, " resample"]) -> tuple[float, float]:
@@ -82,3 +82,20 @@ def jackknife_interval(value: float, *without_each: Float[Tensor, " fold"]) -> t
     freedom = sum(len(values) - 1 for values in without_each)
     half_width = float(scipy.stats.t.ppf(0.975, freedom)) * math.sqrt(variance)
     return value - half_width, value + half_width
+
+
+def jackknife_intervals(
+    values: Float[Tensor, "..."], without_each: Float[Tensor, "fold ..."]
+) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
+    """Return the ends of the jackknife interval of each value, as `jackknife_interval`; NaN with fewer than two folds.
+
+    Args:
+        values: the estimates from all folds of texts.
+        without_each: the estimates that leave out one fold each.
+    """
+    n = len(without_each)
+    if n < 2:
+        return torch.full_like(values, math.nan), torch.full_like(values, math.nan)
+    error = ((n - 1) / n * (without_each - without_each.mean(0)).square().sum(0)).sqrt()
+    half_width = float(scipy.stats.t.ppf(0.975, n - 1)) * error
+    return values - half_width, values + half_width

@@ -15,10 +15,16 @@ __all__ = [
     "CURVE_FILE",
     "DEAD_FILE",
     "LATENTS_FILE",
+    "LATENT_CSV_FILE",
+    "LATENT_TABLE_FILE",
     "LATENT_WORDS_FILE",
     "OPENNESS_FILE",
+    "ORDER_FILE",
     "PAGE_MARK",
     "PARTS_FILE",
+    "POSITIONS_FILE",
+    "PROFILES_FILE",
+    "REMOVAL_FILE",
     "REPORT_FILE",
     "RESULTS_FILE",
     "ROWS_FILE",
@@ -27,6 +33,7 @@ __all__ = [
     "SETTINGS_FILE",
     "SNAPSHOTS_FILE",
     "STUDY_FILE",
+    "SUMMARY_FILE",
     "UNITS_FILE",
     "VERDICTS_FILE",
     "WEIGHTS_FILE",
@@ -68,6 +75,14 @@ SAE_FILE = "sae.json"
 OPENNESS_FILE = "openness.safetensors"
 LATENTS_FILE = "latents.safetensors"
 LATENT_WORDS_FILE = "latents.json"
+LATENT_TABLE_FILE = "latents.parquet"
+PROFILES_FILE = "profiles.parquet"
+POSITIONS_FILE = "positions.csv"
+ORDER_FILE = "order.csv"
+REMOVAL_FILE = "removal.csv"
+SUMMARY_FILE = "summary.json"
+LATENT_CSV_FILE = "latents.csv"
+"""Tables of an audit, in the folder of an evaluated SAE."""
 
 
 def cell_label(cell: str, seed: int) -> str:

@@ -4,8 +4,9 @@ import importlib.metadata
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from posmask.sae.rules import make_rule
 from posmask.storage import layout, manifest
 from posmask.study.saebench_file import write_saebench
 from posmask.study.saes import untrained
-from posmask.study.settings import MODEL_CELL, StudySettings
+from posmask.study.settings import MODEL_CELL, MeasurementSettings, StudySettings
 from posmask.study.targets import Target, trained_before, training_part
 from posmask.training import distributed, loop
 from posmask.training.checkpoints import Checkpoints
@@ -31,7 +32,7 @@ from posmask.training.curve import write_curve
 from posmask.training.settings import product_precision
 from posmask.training.trackers import curve_writer
 
-__all__ = ["evaluate_to_folder", "fill", "train_cell"]
+__all__ = ["evaluate_to_folder", "fill", "fill_baselines", "train_cell"]
 
 CHECKPOINT_SECONDS = 90.0
 
@@ -78,6 +79,15 @@ def train_cell(
         )
 
 
+def fill_baselines(study: MeasurementSettings, target: Target, data: EvaluationData) -> None:
+    """Make the folder of the baselines: what the model itself does on the same texts and tasks."""
+    with manifest.write_folder(target.folder, target.made_from, versions=_versions()) as draft:
+        (draft / layout.SETTINGS_FILE).write_text(manifest.as_json(target.made_from), encoding="utf8")
+        columns = {"cell": MODEL_CELL, "mask": "none", "budget": "", "gating": "", "seed": 0}
+        _write_measures(draft, baselines(data), columns)
+    runtime.give_back_freed_memory()
+
+
 def fill(study: StudySettings, target: Target, data: EvaluationData, baseline: list[rows.Row]) -> None:
     """Make the folder of the baselines, or train a cell, evaluate it and write its folder.
 
@@ -86,20 +96,22 @@ def fill(study: StudySettings, target: Target, data: EvaluationData, baseline: l
     Args:
         baseline: the rows of the baselines; empty for the baselines themselves.
     """
+    if target.cell is None:
+        fill_baselines(study, target, data)
+        return
     earlier = trained_before(target, verify=True)
-    with manifest.write_folder(target.folder, target.made_from, **_manifest_facts(study, target, earlier)) as draft:
+    facts = {"versions": _versions(), "training_precision": _training_precision(study, target, earlier)}
+    with manifest.write_folder(target.folder, target.made_from, **facts) as draft:
         (draft / layout.SETTINGS_FILE).write_text(manifest.as_json(target.made_from), encoding="utf8")
-        if target.cell is None:
-            columns = {"cell": MODEL_CELL, "mask": "none", "budget": "", "gating": "", "seed": 0}
-            _write_measures(draft, baselines(data), columns)
+        if earlier is None:
+            sae, training = _train(study, target, data, draft)
         else:
-            if earlier is None:
-                sae, training = _train(study, target, data, draft)
-            else:
-                sae, training = _copy_training(earlier, draft)
-                sae.to(study.device)
-            columns = {"cell": target.cell.name, "budget": target.cell.budget, "seed": target.seed}
-            evaluate_to_folder(study, target, sae, data, baseline, draft, columns, training)
+            sae, training = _copy_training(earlier, draft)
+            sae.to(study.device)
+        columns = {"cell": target.cell.name, "budget": target.cell.budget, "seed": target.seed}
+        measure_forgetting = partial(forgetting, sae, data, study.training, target.seed, target.label)
+        further = {"forgetting": measure_forgetting} if target.cell.measure_forgetting else {}
+        evaluate_to_folder(study, target, sae, data, baseline, draft, columns, training, further)
     runtime.give_back_freed_memory()
 
 
@@ -164,7 +176,7 @@ def _copy_training(earlier: Path, draft: Path) -> tuple[SparseAutoencoder, Train
 
 
 def evaluate_to_folder(
-    study: StudySettings,
+    study: MeasurementSettings,
     target: Target,
     sae: SparseAutoencoder,
     data: EvaluationData,
@@ -172,12 +184,14 @@ def evaluate_to_folder(
     draft: Path,
     columns: Mapping[str, Any],
     training: TrainingFacts | None = None,
+    further: Mapping[str, Callable[[], list[rows.Measure]]] | None = None,
 ) -> None:
     """Evaluate an SAE and write its rows, units, latents and SAEBench file.
 
     Args:
         columns: of its rows: cell, budget and seed.
         training: its training, if the study trained it.
+        further: parts of the evaluation that come after the others, by name.
     """
     identities = _part_identities(study, target)
     earlier = None if training is None else training.earlier
@@ -191,10 +205,8 @@ def evaluate_to_folder(
         facts = {"train_seconds": training.seconds, "evaluate_seconds": evaluate_seconds}
         facts |= {"train_tokens": training.n_tokens, "d_sae": sae.d_sae}
         measures = {"training": [rows.Measure(name, value, n=1) for name, value in facts.items()], **measures}
-    if target.cell is not None and target.cell.measure_forgetting:
-        measures["forgetting"] = kept.get("forgetting") or forgetting(
-            sae, data, study.training, target.seed, target.label
-        )
+    for name, measure in (further or {}).items():
+        measures[name] = kept.get(name) or measure()
     every = [measure for of_part in measures.values() for measure in of_part]
     if study.evaluation.probe_datasets:
         path = draft / layout.SAEBENCH_FILE
@@ -205,7 +217,7 @@ def evaluate_to_folder(
     (draft / layout.PARTS_FILE).write_text(manifest.as_json(parts), encoding="utf8")
 
 
-def _part_identities(study: StudySettings, target: Target) -> dict[str, str]:
+def _part_identities(study: MeasurementSettings, target: Target) -> dict[str, str]:
     """The identity of each part of an evaluation: SAE, corpus, and the settings that the part depends on."""
     shared = {"sae": training_part(target.made_from), "corpus": target.made_from["corpus"]}
     return {
@@ -232,13 +244,14 @@ def _write_measures(draft: Path, measures: list[rows.Measure], columns: Mapping[
     rows.write_units(draft / layout.UNITS_FILE, measures)
 
 
-def _manifest_facts(study: StudySettings, target: Target, earlier: Path | None) -> dict[str, Any]:
-    """Facts in the manifest that are not part of the identity: package versions and the precision of training."""
-    packages = ("posmask", "torch", "transformers", "numpy")
-    facts: dict[str, Any] = {"versions": {name: importlib.metadata.version(name) for name in packages}}
+def _versions() -> dict[str, str]:
+    """Package versions, for the manifest."""
+    return {name: importlib.metadata.version(name) for name in ("posmask", "torch", "transformers", "numpy")}
+
+
+def _training_precision(study: StudySettings, target: Target, earlier: Path | None) -> str:
+    """The precision of a cell's training, for the manifest; it is not part of the identity."""
+    assert target.cell is not None
     if earlier is not None:
-        facts["training_precision"] = manifest.read_manifest(earlier)["training_precision"]
-    elif target.cell is not None:
-        rule = make_rule(study.sae.rule, study.width(target.cell))
-        facts["training_precision"] = product_precision(study.training, rule, study.device)
-    return facts
+        return manifest.read_manifest(earlier)["training_precision"]
+    return product_precision(study.training, make_rule(study.sae.rule, study.width(target.cell)), study.device)

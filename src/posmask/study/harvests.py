@@ -27,10 +27,10 @@ from posmask.probing.order_tasks import OrderTask, make_order_task
 from posmask.progress import announce
 from posmask.storage import atomic, layout, manifest
 from posmask.storage.remote import Store
-from posmask.study.settings import StudySettings
+from posmask.study.settings import MeasurementSettings
 from posmask.study.source import Source, texts_identity
 
-__all__ = ["Harvest", "HarvestKind", "harvests", "prepare"]
+__all__ = ["Harvest", "HarvestKind", "harvests", "heldout_of", "prepare"]
 
 HELDOUT_TEXTS = 32
 """Held-out tokens come from at least this many texts if possible, because texts are the units of intervals."""
@@ -52,7 +52,7 @@ class Harvest:
         return layout.activations_folder(root) / f"{self.label}-{manifest.identity(self.made_from)}"
 
 
-def harvests(study: StudySettings, model: Mapping[str, Any], texts: Mapping[str, Any]) -> list[Harvest]:
+def harvests(study: MeasurementSettings, model: Mapping[str, Any], texts: Mapping[str, Any]) -> list[Harvest]:
     """Every set of vectors that a study needs, in the order of execution.
 
     Args:
@@ -84,7 +84,7 @@ def harvests(study: StudySettings, model: Mapping[str, Any], texts: Mapping[str,
 
 
 def prepare(
-    study: StudySettings,
+    study: MeasurementSettings,
     source: Source,
     root: Path,
     compute: ComputeShards | None = None,
@@ -120,10 +120,18 @@ def prepare(
     )
 
 
+def heldout_of(study: MeasurementSettings, source: Source, root: Path) -> Activations:
+    """Harvest the held-out vectors alone if they are missing, and return them."""
+    items = harvests(study, source.made_from, texts_identity(study))
+    (heldout,) = (item for item in items if item.kind == "heldout")
+    vectors = _Vectors(study, source, root, None)
+    return vectors.packed(heldout, study.corpus.eval_split, study.corpus.heldout_tokens)
+
+
 class _Vectors:
     """Finds or harvests the vectors of a study's harvests."""
 
-    def __init__(self, study: StudySettings, source: Source, root: Path, compute: ComputeShards | None) -> None:
+    def __init__(self, study: MeasurementSettings, source: Source, root: Path, compute: ComputeShards | None) -> None:
         self._study, self._source, self._root, self._compute = study, source, root, compute
         self._n_positions = study.corpus.n_positions
         self._store = _remote_store(study, root)
@@ -208,7 +216,7 @@ class _Vectors:
             return activations
 
 
-def _remote_store(study: StudySettings, root: Path) -> Store | None:
+def _remote_store(study: MeasurementSettings, root: Path) -> Store | None:
     """The store that `activations_url` names, with its local cache under `root`; None: vectors stay under `root`."""
     if study.activations_url is None:
         return None

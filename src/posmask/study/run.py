@@ -15,7 +15,7 @@ from posmask.sae.files import read_origin, read_sae, write_sae
 from posmask.storage import atomic, layout, manifest
 from posmask.storage.record import RECORD_MARK, StudyRecord, read_record, write_record
 from posmask.study import engines
-from posmask.study.cell import evaluate_to_folder, fill, train_cell
+from posmask.study.cell import evaluate_to_folder, fill_baselines, train_cell
 from posmask.study.estimate import Plan, Stage
 from posmask.study.harvests import prepare
 from posmask.study.saes import untrained
@@ -250,7 +250,7 @@ def _evaluate(study: StudySettings, root: Path, folder: Path, name: str, say: Ca
                 moved = manifest.set_aside(item.folder, layout.stale_paths(root, item.label))
                 say(f"{item.label} was made from other settings: moved to {moved}.")
         if baseline in missing:
-            fill(study, baseline, data, [])
+            fill_baselines(study, baseline, data)
         if target in missing:
             sae = sae.to(study.device)
             with manifest.write_folder(target.folder, made_from) as draft:

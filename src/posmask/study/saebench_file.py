@@ -10,14 +10,14 @@ from posmask.interop import saebench
 from posmask.probing import datasets
 from posmask.results import rows
 from posmask.storage import manifest
-from posmask.study.settings import StudySettings
+from posmask.study.settings import MeasurementSettings
 
 __all__ = ["write_saebench"]
 
 
 def write_saebench(
     path: Path,
-    study: StudySettings,
+    study: MeasurementSettings,
     label: str,
     made_from: Mapping[str, Any],
     measures: Iterable[rows.Measure],

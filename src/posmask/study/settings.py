@@ -29,6 +29,7 @@ __all__ = [
     "CellSettings",
     "ComparisonSettings",
     "CorpusSettings",
+    "MeasurementSettings",
     "ModelSettings",
     "SaeSettings",
     "StudySettings",
@@ -175,27 +176,32 @@ class ComparisonSettings(_Settings):
     """A cell's name, or `CELL + POOLING` for its order probes on another pooling, such as `open + segments8`."""
 
 
-class StudySettings(_Settings):
-    """All settings of a study; the Python form of a TOML file in `studies/`."""
+class MeasurementSettings(_Settings):
+    """Which vectors are read, and how SAEs are evaluated on them."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$")
-    seeds: tuple[int, ...] = Field(min_length=1)
     model: ModelSettings
     corpus: CorpusSettings
-    sae: SaeSettings
-    training: TrainingSettings
     evaluation: EvaluationSettings
-    cells: tuple[CellSettings, ...] = Field(min_length=1)
-    comparisons: tuple[ComparisonSettings, ...] = ()
     device: str = "cpu"
     """Device of the model and the SAEs: cpu, cuda, cuda:1, mps. Not part of any identity."""
-    track: trackers.Tracker | None = None
-    """Tracker that receives training curves, too. Not part of any identity."""
     activations_url: str | None = None
     """URL under which harvested vectors are stored, such as s3://BUCKET/PATH. None: in the run folder. Not part of any
     identity."""
     activations_cache_gb: float = Field(default=100.0, gt=0)
     """Limit of the local cache of these vectors, in GB."""
+
+
+class StudySettings(MeasurementSettings):
+    """All settings of a study; the Python form of a TOML file in `studies/`."""
+
+    seeds: tuple[int, ...] = Field(min_length=1)
+    sae: SaeSettings
+    training: TrainingSettings
+    cells: tuple[CellSettings, ...] = Field(min_length=1)
+    comparisons: tuple[ComparisonSettings, ...] = ()
+    track: trackers.Tracker | None = None
+    """Tracker that receives training curves, too. Not part of any identity."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> "StudySettings":

@@ -7,7 +7,7 @@ from posmask.data import embedded, models, sites
 from posmask.data.texts import content_of
 from posmask.data.tokens import TRAINING_SHARE, VALIDATION_SHARE
 from posmask.kernels import runtime
-from posmask.study.settings import ModelSettings, StudySettings
+from posmask.study.settings import MeasurementSettings, ModelSettings
 
 __all__ = ["Source", "texts_identity"]
 
@@ -60,7 +60,7 @@ class Source:
         )
 
 
-def texts_identity(study: StudySettings) -> dict[str, Any]:
+def texts_identity(study: MeasurementSettings) -> dict[str, Any]:
     """The part of every identity that belongs to the texts: checksums of their packages or files, and the split."""
     carriers = {
         carrier.package: carrier.wheel_sha256 for carrier in embedded.CARRIERS if carrier != embedded.MODEL_CARRIER

@@ -16,7 +16,7 @@ from posmask.results import rows
 from posmask.sae.files import WEIGHTS_FILE, read_origin, read_width
 from posmask.storage import layout, manifest
 from posmask.storage.record import check_identity
-from posmask.study.settings import CellSettings, StudySettings
+from posmask.study.settings import CellSettings, MeasurementSettings, StudySettings
 from posmask.study.source import Source, texts_identity
 
 __all__ = [
@@ -65,7 +65,7 @@ class Target:
         return layout.checkpoints_folder(self.root, self.label)
 
 
-def results_origin(study: StudySettings, source: Source) -> dict[str, Any]:
+def results_origin(study: MeasurementSettings, source: Source) -> dict[str, Any]:
     """The part of every identity that all results of a study share."""
     return {
         "model": source.made_from,

@@ -19,7 +19,7 @@ from posmask.storage.atomic import check_new_folder
 from posmask.storage.layout import SAE_FILE
 from posmask.storage.manifest import write_folder
 
-__all__ = ["from_saelens", "import_sae", "is_external", "read_external", "remarks"]
+__all__ = ["SAELENS_PREFIX", "from_saelens", "import_sae", "is_external", "read_external", "remarks"]
 
 SAELENS_PREFIX = "saelens:"
 
@@ -48,7 +48,7 @@ def import_sae(source: str | Path, folder: Path, **options: Any) -> SparseAutoen
 
 
 def read_external(
-    source: str | Path,
+    source: Any,
     *,
     n_positions: int | None = None,
     model_name: str | None = None,
@@ -63,7 +63,8 @@ def read_external(
     `fold_W_dec_norm` does. Coefficients that only matter in training are 0.
 
     Args:
-        source: a folder or file, `hf:USER/NAME[/PATH]` on the hub, or `saelens:RELEASE/ID` of SAELens's list.
+        source: a folder or file, `hf:USER/NAME[/PATH]` on the hub, `saelens:RELEASE/ID` of SAELens's list, or an SAE
+            that SAELens has loaded.
         n_positions: tokens per context; None for the length that its files state.
         model_name: the model; None for the one that its files state.
         hook_name: the site in TransformerLens's words, if its files do not state it.
@@ -77,7 +78,8 @@ def read_external(
         MissingAsset: the hub has no such SAE, or is unreachable.
         MissingExtra: a name of SAELens's list, and SAELens is not installed.
     """
-    form = _form(source, revision, allow_pickle=allow_pickle)
+    is_name = isinstance(source, str | Path)
+    form = _form(source, revision, allow_pickle=allow_pickle) if is_name else _form_of_object(source)
     return converted(form, n_positions=n_positions, model_name=model_name, hook_name=hook_name)
 
 
