@@ -19,7 +19,7 @@ LAYERS = [
     {"training", "probing"},
     {"evaluation", "interop"},
     {"study"},
-    {"report", "notebook"},
+    {"auditing", "report", "notebook"},
     {"cli"},
 ]
 """Names on one line do not import each other."""

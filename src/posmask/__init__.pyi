@@ -1,3 +1,4 @@
+from .auditing import AuditReport, audit, read_audit
 from .errors import PosmaskError
 from .interop.reading import from_saelens
 from .notebook import fit, make_sae, measure, read_vectors
@@ -11,12 +12,15 @@ from .study.run import run_study
 from .study.study_file import read_study
 
 __all__ = [
+    "AuditReport",
     "PosmaskError",
     "SparseAutoencoder",
+    "audit",
     "fit",
     "from_saelens",
     "make_sae",
     "measure",
+    "read_audit",
     "read_rows",
     "read_sae",
     "read_study",

@@ -464,6 +464,7 @@ def order_tasks(
 
 
 for _name, _function in {
+    "audit": sae_commands.audit,
     "evaluate": sae_commands.evaluate,
     "export": sae_commands.export,
     "import": sae_commands.import_,

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import re
 import sys
 import tomllib
 import traceback
@@ -13,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from posmask.errors import PosmaskError
+from posmask.errors import BadSetting, PosmaskError
 
 __all__ = [
     "CellFolder",
@@ -27,6 +28,7 @@ __all__ = [
     "UnknownPosition",
     "Verbose",
     "complete_cell_names",
+    "parse_count",
     "parse_position",
     "registered",
     "set_common_options",
@@ -78,6 +80,22 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print the traceb
 def parse_position(value: str | None) -> Any:
     """The value of an option for a position: an integer, or the word as it is, which posmask checks."""
     return int(value) if value is not None and value.lstrip("-").isdecimal() else value
+
+
+def parse_count(value: str) -> int:
+    """The value of an option for a count, such as 200000, 200_000, 200k or 1.5M.
+
+    >>> parse_count("200k"), parse_count("1.5M"), parse_count("4_000")
+    (200000, 1500000, 4000)
+
+    Raises:
+        BadSetting: it is not a count above 0.
+    """
+    match = re.fullmatch(r"([0-9][0-9_,]{0,14}(?:\.[0-9]{1,3})?)([kKmM]?)", value.strip())
+    count = round(float(re.sub("[_,]", "", match[1])) * {"": 1, "k": 1e3, "m": 1e6}[match[2].lower()]) if match else 0
+    if count < 1:
+        raise BadSetting(f"{value!r} is not a count of tokens: give one such as 200000, 200k or 1M")
+    return count
 
 
 _given_before_command: ContextVar[frozenset[str]] = ContextVar("_given_before_command", default=frozenset())

@@ -3,6 +3,7 @@
 import sys
 import textwrap
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from posmask.study.targets import CellState
 
 __all__ = [
+    "audit_table",
     "console",
     "duration_line",
     "plan_values",
@@ -47,6 +49,26 @@ def results_table(lines: list[Line]) -> Table:
             for column in PRINTED
         )
         table.add_row(line.label, line.budget, *numbers)
+    return table
+
+
+def audit_table(summaries: Sequence[Mapping[str, Any]]) -> Table:
+    """Return the table of audited SAEs: how many latents are of each class, and how well they reconstruct."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False, header_style="bold")
+    table.add_column("SAE", overflow="fold")
+    classes = list(summaries[0]["classes"]["on"])
+    for heading in ("latents", *(name.replace("-", "-\n") for name in classes), "expl.\nvar.", "L0"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for summary in summaries:
+        for mask, shares in summary["classes"].items():
+            lifted = mask == "lifted"
+            table.add_row(
+                f"{summary['name']}, mask lifted" if lifted else summary["name"],
+                f"{summary['d_sae']:,}",
+                *(f"{shares[name]['count']:,}" for name in classes),
+                "" if lifted else f"{summary['explained_variance']['value']:.3f}",
+                "" if lifted else f"{summary['l0']['value']:.3g}",
+            )
     return table
 
 

@@ -15,11 +15,108 @@ from posmask.cli.options import (
     Root,
     StudyFile,
     UnknownPosition,
+    parse_count,
     parse_position,
 )
 from posmask.storage import layout
 
-__all__ = ["evaluate", "export", "import_", "push"]
+__all__ = ["audit", "evaluate", "export", "import_", "push"]
+
+
+def audit(
+    saes: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SAE...",
+            help="A folder or file, hf:USER/NAME[/PATH] on the hub, a release of SAELens's list followed by an id, or "
+            "the folder of a cell. Several SAEs of one site are compared.",
+            show_default=False,
+        ),
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="A name on the hub, a folder, or embedded:SmolLM2-135M-Instruct.",
+            show_default="the one that the SAE states",
+        ),
+    ] = None,
+    layer: Annotated[
+        int | None,
+        typer.Option(min=1, help="Residual stream after this many layers.", show_default="what the SAE states"),
+    ] = None,
+    site: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOOK",
+            help="Site in TransformerLens's words, such as blocks.6.hook_resid_pre.",
+            show_default="what the SAE states",
+        ),
+    ] = None,
+    texts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXTS",
+            help="File or folder of .txt, .jsonl or .jsonl.zst, or hf:OWNER/NAME for a dataset on the hub (with "
+            "--n-texts). 55 % of them are used, selected by a hash.",
+            show_default="embedded texts",
+        ),
+    ] = None,
+    n_texts: Annotated[
+        int | None, typer.Option(min=1, help="Number of texts to read, from the start.", show_default="all")
+    ] = None,
+    tokens: Annotated[str, typer.Option(metavar="N", help="Held-out tokens, such as 200000, 200k or 1M.")] = "100k",
+    context: Annotated[
+        int | None,
+        typer.Option(min=2, help="Tokens per context, including BOS.", show_default="what the SAE states"),
+    ] = None,
+    order: Annotated[bool, typer.Option("--order/--no-order", help="Probe codes and stream for order.")] = True,
+    device: Annotated[str, typer.Option(help="Device: cpu, cuda, cuda:1 or mps.")] = "cpu",
+    root: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder for vectors and results.", show_default="audits/MODEL-SITE"),
+    ] = None,
+    figures: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Also write the charts, as SVG and PDF, to this folder.", show_default=False),
+    ] = None,
+) -> None:
+    """Audit any SAE: which features depend on position, where reconstruction fails, what codes know of order.
+
+    Works on SAEs of other tools and needs no study file. Classifies each latent by stated rules (docs/audit.md);
+    measures reconstruction and loss by position, within and beyond the SAE's context; compares probes for order on
+    codes and stream; removes the latents that track position. Writes tables, a summary and a page. The same command
+    resumes an interrupted audit.
+    """
+    from posmask import report
+    from posmask.auditing import audit_all
+    from posmask.auditing.subject import named_saes
+    from posmask.cli.printing import audit_table, console
+
+    reports = audit_all(
+        named_saes(saes),
+        model=model,
+        layer=layer,
+        site=site,
+        texts=texts,
+        n_texts=n_texts,
+        tokens=parse_count(tokens),
+        context=context,
+        order=order,
+        device=device,
+        root=root,
+    )
+    console.print(audit_table([one.summary for one in reports]))
+    for one in reports:
+        print(f"\n{one.summary['name']}")
+        for sentence in one.summary["sentences"]:
+            print(f"- {sentence}")
+        print(f"- Tables: {one.folder}")
+    folder, names = reports[0].folder.parents[1], [one.folder.name for one in reports]
+    if figures is not None:
+        report.write_audit_figures(folder, names, figures)
+        print(f"Charts: {figures}")
+    print(f"The page: {report.write_audit_page(folder, names)}")
 
 
 def evaluate(

@@ -132,7 +132,8 @@ class Reconstruction:
         if l0 == 0 or not explained > 0:
             raise DegenerateResult(
                 f"the SAE has {l0:.3g} active latents per token and explains {explained:.3g} of the variance on "
-                "held-out tokens, so its metrics would be meaningless: train it first"
+                "held-out tokens, so its metrics would be meaningless: train it first, or check that it is of this "
+                "model and site"
             )
         measures = [
             ratio("explained_variance", text["total"] - text["error"], text["total"], n=n),

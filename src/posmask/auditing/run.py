@@ -9,12 +9,12 @@ import numpy as np
 import pandas as pd
 from safetensors.numpy import load_file
 
-from posmask.audit.cost import expected_sentence
-from posmask.audit.measures import beyond_context, order_table, position_table, removal_table
-from posmask.audit.result import AuditReport, read_audit
-from posmask.audit.settings import DEFAULT_TOKENS, AuditSettings, audit_settings
-from posmask.audit.subject import Subject, read_subject
-from posmask.audit.summary import summarized
+from posmask.auditing.cost import expected_sentence
+from posmask.auditing.measures import beyond_context, order_table, position_table, removal_table
+from posmask.auditing.result import AuditReport, read_audit
+from posmask.auditing.settings import DEFAULT_TOKENS, AuditSettings, audit_settings
+from posmask.auditing.subject import Subject, read_subject
+from posmask.auditing.summary import summarized
 from posmask.data.activations import Activations
 from posmask.errors import BadSetting
 from posmask.evaluation.suite import EvaluationData

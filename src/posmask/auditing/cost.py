@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from posmask.audit.settings import AuditSettings
-from posmask.audit.subject import Subject
+from posmask.auditing.settings import AuditSettings
+from posmask.auditing.subject import Subject
 from posmask.data.tokens import shift_length
 from posmask.progress import duration
 from posmask.storage import manifest

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from posmask.audit.subject import Subject
+from posmask.auditing.subject import Subject
 from posmask.data import models
 from posmask.data.tokens import shift_length
 from posmask.errors import BadSetting

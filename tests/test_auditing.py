@@ -1,0 +1,257 @@
+"""`posmask audit`: settings from the SAE, tables, resumption and refusals, on a tiny model."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import posmask
+from conftest import D_MODEL, make_sae
+from posmask.auditing import audit_all, measures, settings
+from posmask.auditing.measures import ORDER_COLUMNS, POSITION_COLUMNS, REMOVAL_COLUMNS, order_table, removal_table
+from posmask.auditing.subject import hub_model, named_saes
+from posmask.data.activations import Activations, evaluation_batches
+from posmask.data.models import EMBEDDED_MODEL
+from posmask.errors import BadSetting, DamagedFolder, NothingToDo
+from posmask.evaluation.downstream import Losses
+from posmask.evaluation.latent_table import CLASSES, COLUMNS
+from posmask.masks import make_mask, mask_settings
+from posmask.results.rows import Row, Units, parse_slice, read_rows
+from posmask.sae.autoencoder import SparseAutoencoder
+from posmask.sae.files import write_sae
+from posmask.sae.rules import rule_settings
+from posmask.storage import layout
+
+N_POSITIONS, D_SAE = 16, 24
+TOKENS = 1200
+
+
+@pytest.fixture(autouse=True)
+def toy_texts(texts, monkeypatch):
+    monkeypatch.setattr(settings, "TABLES", ("words",))
+    monkeypatch.setattr(settings, "ORDER_TASKS", ("toy_order",))
+
+
+def toy_sae(kind="open", **options):
+    mask = make_mask(mask_settings({"kind": kind, **options}), N_POSITIONS, D_SAE)
+    return SparseAutoencoder(D_MODEL, rule_settings({"kind": "topk", "k": 4}), mask)
+
+
+def audited(sae, model_folder, root, **options):
+    options = {"model": str(model_folder), "layer": 2, "tokens": TOKENS, "order": False, "root": root} | options
+    return posmask.audit(sae, **options)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    return tmp_path_factory.mktemp("audits")
+
+
+def test_an_audit_has_all_tables(model_folder, shared):
+    report = audited(toy_sae(), model_folder, shared / "open", order=True)
+    latents, positions, removal = report.latents, report.positions, report.removal
+    assert list(COLUMNS) == list(latents.columns[: len(COLUMNS)])
+    assert {"beyond_context", "promoted", "example"} <= set(latents.columns)
+    assert len(latents) == D_SAE
+    assert set(latents["class"]) <= set(CLASSES)
+    assert list(positions.columns) == list(POSITION_COLUMNS)
+    assert list(removal.columns) == list(REMOVAL_COLUMNS)
+    assert list(report.order.columns) == list(ORDER_COLUMNS)
+    # Twice the context, which the model reads.
+    assert positions["position"].tolist() == [*range(1, N_POSITIONS), *range(N_POSITIONS, 2 * N_POSITIONS)]
+    assert (positions["is_beyond"] == (positions["position"] >= N_POSITIONS)).all()
+    pd.testing.assert_frame_equal(pd.read_csv(report.folder / layout.LATENT_CSV_FILE)[["latent", "class"]],
+                                  latents[["latent", "class"]], check_dtype=False)  # fmt: skip
+    summary = report.summary
+    counts = [summary["classes"]["on"][name]["count"] for name in CLASSES]
+    assert sum(counts) == D_SAE
+    assert counts == [(latents["class"] == name).sum() for name in CLASSES]
+    assert any("latents" in sentence for sentence in summary["sentences"])
+
+
+def test_numbers_by_position_are_those_of_the_vectors(model_folder, shared):
+    sae = toy_sae()
+    report = audited(sae, model_folder, shared / "open", order=True)
+    rows = read_rows(report.folder / layout.ROWS_FILE)
+    by_position = {
+        int(parse_slice(row.slice)["position"]): row.value
+        for row in rows
+        if row.metric == "explained_variance" and row.slice
+    }
+    within = report.positions[~report.positions["is_beyond"]].set_index("position")
+    expected = [by_position[position] for position in range(1, N_POSITIONS)]
+    assert within["explained_variance"].tolist() == pytest.approx(expected, rel=1e-5, nan_ok=True)
+    assert np.isfinite(expected).sum() > N_POSITIONS / 2
+    harvests = map(Activations, (shared / "open" / "activations").glob("evaluation-*"))
+    activations = max(harvests, key=lambda harvest: harvest.n_kept)  # the other is that of longer contexts
+    norms = torch.cat([batch.kept().vectors.norm(dim=1) for batch in evaluation_batches(activations)])
+    position = torch.cat([batch.kept().position for batch in evaluation_batches(activations)])
+    assert report.summary["tokens"] == activations.n_kept
+    assert within["stream_norm"][3] == pytest.approx(float(norms[position == 3].mean()), rel=1e-5)
+    assert within["tokens"].sum() == report.summary["tokens"]
+
+
+def test_a_masked_sae_is_audited_with_its_mask_on_and_lifted(model_folder, shared):
+    report = audited(toy_sae("slice", n_slices=4), model_folder, shared / "masked")
+    assert {"class", "lifted_class"} <= set(report.latents.columns)
+    assert set(report.positions["mask"]) == {"on", "lifted"}
+    assert not report.positions["is_beyond"].any()  # a mask says nothing about later positions
+    assert set(report.summary["classes"]) == {"on", "lifted"}
+    assert set(report.profiles["mask"]) == {"on", "lifted"}
+    # A latent of a slice fires at no position outside of it.
+    firing = report.profiles.query("mask == 'on' and firing_rate > 0").groupby("latent")["first_position"]
+    assert (firing.max() - firing.min()).max() < N_POSITIONS // 2
+    chart = report.plot_profile(int(report.profiles["latent"].iloc[0])).to_dict()
+    assert "firing_rate" in json.dumps(chart)
+    with pytest.raises(BadSetting, match=rf"latent {D_SAE} has no profile: the SAE has the latents 0 to {D_SAE - 1}"):
+        report.plot_profile(D_SAE)
+
+
+def test_a_finished_audit_is_read_and_vectors_are_shared(model_folder, shared, monkeypatch):
+    root = shared / "open"
+    first = audited(toy_sae(), model_folder, root, order=True)
+    written = (first.folder / layout.SUMMARY_FILE).stat().st_mtime_ns
+    harvested = sorted((root / "activations").iterdir())
+    monkeypatch.setattr("posmask.study.harvests.harvest", None)
+    second = audited(toy_sae(), model_folder, root, order=True)
+    assert (second.folder / layout.SUMMARY_FILE).stat().st_mtime_ns == written
+    assert sorted((root / "activations").iterdir()) == harvested
+    # Another SAE of the site needs no vectors of its own.
+    other = toy_sae()
+    with torch.no_grad():
+        other.encoder_bias += 0.001
+    third = audited(other, model_folder, root, order=True)
+    assert third.folder == first.folder  # of the same name
+    assert [path.name for path in (root / "stale").iterdir()] == ["sae-1"]
+    assert not [path for path in harvested if path.name.startswith("training")]
+
+
+def test_names_settings_and_site_come_from_the_sae(model_folder, shared, tmp_path):
+    folder = tmp_path / "mine"
+    write_sae(toy_sae(), folder, {"model": str(model_folder), "layer": 2, "site": "residual_after"})
+    report = posmask.audit(folder, tokens=TOKENS, order=False, root=shared / "folder")
+    assert report.summary["name"] == "mine"
+    assert report.summary["site"] == "blocks.1.hook_resid_post"
+    assert report.summary["model"] == str(model_folder)
+    assert posmask.read_audit(report.folder).summary == report.summary
+
+
+def test_an_sae_of_saelens_is_audited(saelens, model_folder, shared):
+    config = saelens.StandardSAEConfig(d_in=D_MODEL, d_sae=2 * D_MODEL, device="cpu")
+    config.metadata.model_name, config.metadata.hook_name = str(model_folder), "blocks.1.hook_resid_post"
+    config.metadata.context_size = N_POSITIONS
+    sae = saelens.StandardSAE(config)
+    with torch.no_grad():  # reconstructs every vector
+        sae.W_dec[:] = torch.cat([torch.eye(D_MODEL), -torch.eye(D_MODEL)])
+        sae.W_enc[:] = sae.W_dec.T
+    report = posmask.audit(sae, tokens=TOKENS, order=False, root=shared / "saelens")
+    assert report.summary["rule"] == "relu"
+    assert report.summary["explained_variance"]["value"] == pytest.approx(1)
+    assert len(report.latents) == 2 * D_MODEL
+
+
+def test_several_saes_are_audited_together(model_folder, shared, tmp_path):
+    for name in ("a", "b"):
+        write_sae(
+            toy_sae(), tmp_path / name / "sae", {"model": str(model_folder), "layer": 2, "site": "residual_after"}
+        )
+    reports = audit_all(
+        [tmp_path / "a" / "sae", tmp_path / "b" / "sae"], tokens=TOKENS, order=False, root=shared / "two"
+    )
+    assert [report.folder.name for report in reports] == ["sae", "sae-2"]
+    assert len(list((shared / "two" / "activations").glob("evaluation-*"))) == 2  # within and beyond the context
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": None}, r"the files of sae do not state its model: give --model"),
+        ({"layer": None}, r"the files of sae do not state its site: give --site or --layer"),
+        ({"layer": 9}, r"layer = 9 does not exist: the model has 3 layers"),
+        ({"site": "blocks.1.attn.hook_z", "layer": None}, r"'blocks.1.attn.hook_z' is not a site that posmask reads"),
+        ({"site": "blocks.1.hook_resid_post"}, r"both name the site: give one of them"),
+        ({"model": "no/such-model-here"}, r"no/such-model-here"),
+        ({"tokens": 20}, r"20 tokens are too few: .* at least --tokens"),
+        ({"context": 8}, r"--context 8 is not the 16 positions"),
+        ({"device": "cuda:7"}, r"cuda:7"),
+    ],
+)
+def test_bad_requests_are_refused_before_anything_is_harvested(options, message, model_folder, tmp_path):
+    with pytest.raises((BadSetting, posmask.PosmaskError), match=message):
+        audited(toy_sae(), model_folder, tmp_path / "root", **options)
+    assert not (tmp_path / "root" / "activations").exists()
+
+
+def test_saes_that_do_not_fit_are_refused(model_folder, tmp_path):
+    wide = SparseAutoencoder(D_MODEL + 1, toy_sae().rule.settings, toy_sae().mask)
+    with pytest.raises(BadSetting, match=rf"codes vectors of {D_MODEL + 1} numbers, .* gives {D_MODEL}"):
+        audited(wide, model_folder, tmp_path)
+    long = SparseAutoencoder(D_MODEL, toy_sae().rule.settings, make_mask(mask_settings({"kind": "open"}), 128, D_SAE))
+    with pytest.raises(BadSetting, match=r"n_positions = 128 is more than the 64 positions of the model"):
+        audited(long, model_folder, tmp_path)
+    write_sae(toy_sae(), tmp_path / "a", {"model": str(model_folder), "layer": 1, "site": "residual_after"})
+    write_sae(toy_sae(), tmp_path / "b", {"model": str(model_folder), "layer": 2, "site": "residual_after"})
+    with pytest.raises(BadSetting, match=r"the SAEs differ in their site .* audit them one at a time"):
+        audit_all([tmp_path / "a", tmp_path / "b"])
+    with pytest.raises(NothingToDo, match=r"kept tokens are needed"):
+        audited(toy_sae(), model_folder, tmp_path / "root", tokens=10**6)
+    with pytest.raises(DamagedFolder):
+        posmask.read_audit(tmp_path / "a")
+
+
+def test_words_of_the_command_line_name_saes(tmp_path):
+    folder = tmp_path / "sae"
+    folder.mkdir()
+    words = ["hf:me/mine", "gemma-scope-2b-pt-res", "layer_12/width_16k/average_l0_82", str(folder)]
+    assert named_saes(words) == [
+        "hf:me/mine", "saelens:gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82", str(folder)
+    ]  # fmt: skip
+    with pytest.raises(BadSetting, match=r"'nothing-here' is neither a path nor followed by the id of an SAE"):
+        named_saes(["nothing-here"])
+    assert hub_model(EMBEDDED_MODEL) == EMBEDDED_MODEL
+
+
+def order_row(source, accuracy, task="language_order"):
+    return Row(source, "open", "", "", 0, "order_accuracy", f"task={task};k=5;pooling=mean", accuracy, 0, 1, 4)
+
+
+def test_differences_of_order_are_paired_by_group():
+    """Codes that are right on one group less lose exactly that share, and pairing makes the interval narrow."""
+    right = np.tile([1.0, 0.0], 40)
+    less = right.copy()
+    less[0] = 0
+    ones, name = np.ones(80), "order_accuracy|task=language_order;k=5;pooling=mean"
+    table = order_table(
+        {"codes": [order_row("sae", less.mean())], "stream": [order_row("llm", right.mean())]},
+        {"codes": {name: Units(less, ones)}, "stream": {name: Units(right, ones)}},
+    )
+    line = table[table["task"] == "all"].iloc[0]
+    assert line["about"] == "block"
+    assert line["difference"] == pytest.approx(-1 / 80)
+    assert -0.06 < line["difference_low"] <= line["difference"] <= line["difference_high"] <= 0
+
+
+def test_removed_latents_are_matched_by_activity(monkeypatch):
+    mass = np.array([10.0, 9.0, 100.0, 11.0, 8.0, 1.0])
+    latents = pd.DataFrame({
+        "firings": np.full(6, 50),
+        "mean_activation": mass,
+        "class": ["position-tracking", "position-tracking", "content", "content", "dense", "mixed"],
+    })  # fmt: skip
+    removed = []
+    monkeypatch.setattr(measures, "_without", lambda sae, members: removed.append(sorted(members.tolist())))
+    losses = Losses(torch.ones(3, N_POSITIONS - 1), torch.zeros(3, N_POSITIONS - 1))
+    in_model = SimpleNamespace(losses=lambda replacements: [losses] * 3)
+    table = removal_table(make_sae("open"), latents, SimpleNamespace(in_model=in_model))
+    assert removed == [[0, 1], [3, 4]]  # 11 and 8 are the nearest to 10 and 9 among content and dense latents
+    assert (table["latents"] == 2).all()
+    assert table["cross_entropy_increase"].tolist() == [0.0] * 10  # all positions and four windows, of both kinds
+    assert table["first_position"].tolist()[:5] == [1, 1, 4, 8, 12]
+
+
+def test_without_position_tracking_latents_nothing_is_removed():
+    latents = pd.DataFrame({"firings": [50], "mean_activation": [1.0], "class": ["content"]})
+    assert removal_table(make_sae("open"), latents, SimpleNamespace()).empty
