@@ -39,7 +39,7 @@ gpu-bench: $(DEV)
 # Build the documentation in site/; a broken link is an error.
 docs: $(DEV)
 	$(PIP) --editable '.[dev,docs]'
-	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --output-dir docs docs/tutorial.ipynb
+	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --output-dir docs docs/tutorial.ipynb docs/audit-notebook.ipynb
 	$(BIN)/zensical build --clean --strict
 
 # Write the page of each study in docs/results to runs/results-pages/.

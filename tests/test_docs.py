@@ -24,9 +24,11 @@ from typer.testing import CliRunner
 
 from conftest import D_MODEL, WORDS, make_texts
 from posmask import masks
+from posmask.auditing.measures import ORDER_COLUMNS, POSITION_COLUMNS, REMOVAL_COLUMNS
 from posmask.cli.commands import app
 from posmask.cli.printing import slurm_line
 from posmask.data import embedded
+from posmask.evaluation.latent_table import COLUMNS, PROFILE_COLUMNS
 from posmask.results.rows import read_rows
 from posmask.study.study_file import read_study
 from test_wheel import STUDY
@@ -44,6 +46,8 @@ def examples(page):
 
 
 EXAMPLES = {
+    ("docs/audit.md", "posmask audit gemma-scope"): "tests/test_auditing.py audits SAEs of each kind on a tiny model",
+    ("docs/audit.md", "import posmask"): "tests/test_auditing.py does the same on a tiny model",
     ("README.md", "make run     # sets everything up"): "CI runs `make test`; `make run` was timed by hand",
     ("README.md", "import posmask"): "test_the_python_example_of_the_readme",
     ("docs/architecture.md", "src/posmask/"): "a tree of files",
@@ -303,6 +307,25 @@ def test_the_tutorial_runs_and_gives_its_stored_output(tmp_path, monkeypatch):
 
     assert shown(run) == shown(stored)
     assert shown(stored)[1] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.embedded
+def test_the_notebook_of_audits_runs(tmp_path):
+    """Takes about five minutes. Which latents it shows may differ between processors."""
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    notebook = nbformat.read(DOCS / "audit-notebook.ipynb", as_version=4)
+    nbclient.NotebookClient(notebook, timeout=2400, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
+    assert any("depend on position at q < 0.05" in output.get("text", "") for output in outputs)
+
+
+@pytest.mark.parametrize("columns", [COLUMNS, PROFILE_COLUMNS, POSITION_COLUMNS, ORDER_COLUMNS, REMOVAL_COLUMNS])
+def test_every_column_of_an_audit_is_documented(columns):
+    page = (DOCS / "audit.md").read_text(encoding="utf8")
+    for name, meaning in columns.items():
+        assert f"| `{name}` | {meaning} |" in page
 
 
 def test_the_slurm_command_is_the_one_that_plan_prints():

@@ -45,7 +45,7 @@ __all__ = [
     "write_in_parts",
 ]
 
-FORMAT = 5  # Part of every identity: raise it when the same settings would now write something else.
+FORMAT = 6  # Part of every identity: raise it when the same settings would now write something else.
 MANIFEST = "manifest.json"
 _SEAL = "sha256"
 _PARTS = "parts.json"
