@@ -4,7 +4,7 @@
     python benchmarks/train_peer_saes.py saelens vectors.safetensors peers/saelens
     python benchmarks/train_peer_saes.py dictionary_learning vectors.safetensors peers/dictionary_learning
 
-The last command needs dictionary_learning 0.1.0 (tests/interop/dictionary_learning.txt) and neither SAELens nor posmask.
+The last command needs dictionary_learning 0.1.0 (tests/interop/dictionary_learning.txt), neither SAELens nor posmask.
 Settings are each tool's defaults but for the sizes, which are those of the quick study: 2,304 latents, k = 32.
 """
 
@@ -46,14 +46,8 @@ def train_with_saelens(path: Path, out: Path) -> None:
     sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=d_in, d_sae=D_SAE, k=K))
     sae.cfg.metadata.model_name, sae.cfg.metadata.hook_name = MODEL, HOOK
     sae.cfg.metadata.context_size, sae.cfg.metadata.prepend_bos = N_POSITIONS, True
-    config = SAETrainerConfig(
-        STEPS * BATCH,
-        BATCH,
-        lr=1e-3,
-        lr_end=1e-4,
-        n_batches_for_norm_estimate=10,
-        logger=LoggingConfig(log_to_wandb=False),
-    )
+    logger = LoggingConfig(log_to_wandb=False)
+    config = SAETrainerConfig(STEPS * BATCH, BATCH, lr=1e-3, lr_end=1e-4, n_batches_for_norm_estimate=10, logger=logger)
     SAETrainer(config, sae, batches_of(path)).fit()
     sae.save_inference_model(str(out))
 
