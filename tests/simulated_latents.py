@@ -6,7 +6,8 @@ import torch
 
 from posmask.data import tokens as data_tokens
 from posmask.data.activations import Batch
-from posmask.evaluation.latent_table import latent_table
+from posmask.evaluation.blocks import latent_blocks
+from posmask.evaluation.latent_table import LatentTableParts
 from posmask.evaluation.stored_codes import StoredCodes
 from posmask.sae.autoencoder import Codes
 
@@ -56,15 +57,10 @@ def simulate(fires, n_latents, n_tokens=100_000, seed=0, starts_alike=False):
         where = 1 + (window + 1) * LENGTH + content % LENGTH
         firing = fires(where, pieces.flatten(0, 1), random)
         shift.add(batch_of(where, content // LENGTH, content % LENGTH + 1), codes_of(firing, random))
-    return latent_table(
-        heldout,
-        shift,
-        torch.zeros(n_latents, dtype=torch.int64),
-        n_sinks=0,
-        n_positions=N_POSITIONS,
-        n_windows=N_WINDOWS,
-        shift_length=LENGTH,
-    )
+    parts = LatentTableParts(N_POSITIONS)
+    for block in latent_blocks(heldout, shift, n_positions=N_POSITIONS, n_windows=N_WINDOWS, shift_length=LENGTH):
+        parts.add(block)
+    return parts.table(heldout.batch, torch.zeros(n_latents, dtype=torch.int64), n_sinks=0)
 
 
 def codes_of(firing, random):

@@ -132,9 +132,9 @@ def test_shares_are_those_of_the_reported_metrics(monkeypatch):
     together = {}
     plain = table_module._of_heldout
 
-    def kept(used, information, bins, codes):
+    def kept(used, information, bins):
         together.setdefault("by_latent", []).append(information.by_latent(used))
-        return plain(used, information, bins, codes)
+        return plain(used, information, bins)
 
     monkeypatch.setattr(table_module, "_of_heldout", kept)
     table = simulate(content_only(40), 40, n_tokens=12_000)

@@ -13,7 +13,7 @@ from posmask.data.harvest import harvest, sinks
 from posmask.data.sites import LanguageModel
 from posmask.data.tokens import pack, shifted
 from posmask.evaluation import suite
-from posmask.evaluation.position import PositionInformation
+from posmask.evaluation.position import PositionInformation, ShiftDesign
 from posmask.evaluation.reconstruction import Reconstruction
 from posmask.evaluation.retention import PositionMass
 from posmask.evaluation.settings import EvaluationSettings
@@ -144,17 +144,13 @@ def test_content_that_sinks_in_one_window_is_left_out_of_all(tokenizer, sinking_
     tokens = shifted(make_texts(300), tokenizer, N_POSITIONS, 40, n_windows)
     shift = harvest(tokens, LanguageModel(sinking_model, 2), tmp_path / "shift", {}, "shift")
     assert set(shift.position[shift.sink].tolist()) == {9}
-    seen = []
-
-    class Design(suite.ShiftDesign):
-        def update(self, batch, codes):
-            seen.append((batch.position - 1) % length)
-            super().update(batch, codes)
-
     settings = EvaluationSettings.model_construct(shift_texts=40, shift_windows=n_windows)
     data = suite.EvaluationData(lambda: shift, shift, shift, {}, {}, tokenizer, N_POSITIONS, settings, lambda: None)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(suite, "ShiftDesign", Design)
-        measures = suite._shift(make_sae("open", d_sae=len(WORDS)), data, lambda n: None, has_lifted=False)
-    assert torch.cat(seen).bincount().tolist() == [80, 80, 80, 0, 80]
-    assert sum(measure.value for measure in measures) == pytest.approx(1.0)
+    sae = make_sae("open", d_sae=len(WORDS))
+    stored = suite._StoredCodes(sae)
+    suite._shift(sae, data, {"on": stored}, lambda n: None)
+    batch = stored.shift.batch
+    assert ((batch.position - 1) % length).bincount().tolist() == [80, 80, 80, 0, 80]
+    design = ShiftDesign(40, length, n_windows, len(WORDS))
+    design.update(batch, next(codes for _, codes in stored.shift.blocks()))
+    assert sum(measure.value for measure in design.measures("on")) == pytest.approx(1.0)

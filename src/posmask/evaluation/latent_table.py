@@ -22,12 +22,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from posmask.data.activations import Batch
+from posmask.evaluation.blocks import LatentBlock
 from posmask.evaluation.position import COMPONENTS, N_NULL_DRAWS, PositionInformation, ShiftDesign, binary_entropy
 from posmask.evaluation.retention import N_FOLDS, PositionMass
-from posmask.evaluation.stored_codes import StoredCodes
 from posmask.results.intervals import jackknife_intervals
 from posmask.results.rows import Measure
-from posmask.sae.autoencoder import Codes
 from posmask.storage.layout import LATENT_TABLE_FILE, PROFILES_FILE
 
 __all__ = [
@@ -37,7 +37,7 @@ __all__ = [
     "LIFTED",
     "PROFILE_COLUMNS",
     "LatentTable",
-    "latent_table",
+    "LatentTableParts",
     "position_bins",
     "write_tables",
 ]
@@ -172,66 +172,54 @@ def position_bins(n_positions: int) -> Int[Tensor, " position"]:
     return torch.tensor(bins[:n_positions])
 
 
-def latent_table(
-    heldout: StoredCodes,
-    shift: StoredCodes,
-    sink_firings: Int[Tensor, " latent"],
-    *,
-    n_sinks: int,
-    n_positions: int,
-    n_windows: int,
-    shift_length: int,
-) -> LatentTable:
-    """Test and classify each latent.
+class LatentTableParts:
+    """Collects the table of latents from blocks of them.
 
     Args:
-        heldout: codes of the kept held-out tokens.
-        shift: codes of the shift design.
-        sink_firings: number of attention sinks at which each latent fires.
-        n_sinks: number of attention sinks.
         n_positions: positions per context.
-        n_windows: windows of the shift design.
-        shift_length: its tokens per window.
     """
-    bins = position_bins(n_positions)
-    batch, shift_batch = heldout.batch, shift.batch
-    parts: list[dict[str, Tensor]] = []
-    for (latents, codes), (_, shift_codes) in zip(heldout.blocks(), shift.blocks(), strict=True):
-        n_latents = latents.stop - latents.start
-        used = PositionMass(n_positions, n_latents)
-        used.update(batch, codes)
-        kept = (used.tokens.sum(0) > 0).nonzero()[:, 0]
-        information = PositionInformation(n_positions, n_latents, int(batch.text.max()) + 1, kept)
-        information.update(batch, codes)
-        n_texts = int(shift_batch.text.max()) + 1
-        design = ShiftDesign(n_texts, shift_length, n_windows, n_latents)
-        design.update(shift_batch, shift_codes)
-        parts.append(_of_heldout(used, information, bins, codes) | _of_shift(design))
-    every = {name: torch.cat([part[name] for part in parts], dim=-1) for name in parts[0]}
-    every["sink_rate"] = (
-        sink_firings.double() / n_sinks if n_sinks else torch.full_like(every["firing_rate"], torch.nan)
-    )
-    every["sinks"] = torch.full_like(every["firing_rate"], n_sinks)
-    uses_rotations = _texts_begin_anywhere(batch.position, batch.text_position)
-    if not uses_rotations:
-        for name in ("position_share", "position_share_low", "position_share_high", "position_bits"):
-            every[name] = torch.full_like(every[name], torch.nan)
-    every["p_value"], every["q_value"] = _tests(every, uses_rotations=uses_rotations)
-    classes, kinds = _classes(every)
-    columns = {name: every[name].numpy() for name in COLUMNS if name in every}
-    columns["latent"] = np.arange(heldout.d_sae)
-    columns["class"], columns["kind"] = classes, kinds
-    columns["period"] = np.where(kinds == "periodic", columns["period"], np.nan)
-    profiles = {name: every[name].float().numpy() for name in ("rate", "rate_low", "rate_high", "mean", "null_rate")}
-    starts = np.unique(bins[1:].numpy(), return_index=True)[1] + 1
-    return LatentTable(
-        columns={name: columns[name] for name in COLUMNS},
-        bin_start=starts,
-        bin_end=np.append(starts[1:], n_positions) - 1,
-        n_tokens=len(batch),
-        uses_rotations=uses_rotations,
-        **profiles,
-    )
+
+    def __init__(self, n_positions: int) -> None:
+        self._bins = position_bins(n_positions)
+        self._parts: list[dict[str, Tensor]] = []
+
+    def add(self, block: LatentBlock) -> None:
+        """Add the latents of a block."""
+        part = _of_heldout(block.in_context, block.information, self._bins) | _of_shift(block.design)
+        self._parts.append({name: tensor.cpu() for name, tensor in part.items()})
+
+    def table(self, heldout: Batch, sink_firings: Int[Tensor, " latent"], n_sinks: int) -> LatentTable:
+        """Test and classify each latent.
+
+        Args:
+            heldout: the kept held-out tokens.
+            sink_firings: number of attention sinks at which each latent fires.
+            n_sinks: number of attention sinks.
+        """
+        every = {name: torch.cat([part[name] for part in self._parts], dim=-1) for name in self._parts[0]}
+        d_sae = len(every["firing_rate"])
+        every["sink_rate"] = sink_firings.double() / n_sinks if n_sinks else torch.full((d_sae,), torch.nan)
+        every["sinks"] = torch.full((d_sae,), n_sinks)
+        uses_rotations = _texts_begin_anywhere(heldout.position, heldout.text_position)
+        if not uses_rotations:
+            for name in ("position_share", "position_share_low", "position_share_high", "position_bits"):
+                every[name] = torch.full_like(every[name], torch.nan)
+        every["p_value"], every["q_value"] = _tests(every, uses_rotations=uses_rotations)
+        classes, kinds = _classes(every)
+        columns = {name: every[name].numpy() for name in COLUMNS if name in every}
+        columns["latent"] = np.arange(d_sae)
+        columns["class"], columns["kind"] = classes, kinds
+        columns["period"] = np.where(kinds == "periodic", columns["period"], np.nan)
+        names = ("rate", "rate_low", "rate_high", "mean", "null_rate")
+        starts = np.unique(self._bins[1:].numpy(), return_index=True)[1] + 1
+        return LatentTable(
+            columns={name: columns[name] for name in COLUMNS},
+            bin_start=starts,
+            bin_end=np.append(starts[1:], len(self._bins)) - 1,
+            n_tokens=len(heldout),
+            uses_rotations=uses_rotations,
+            **{name: every[name].float().numpy() for name in names},
+        )
 
 
 def _texts_begin_anywhere(position: Int[Tensor, " token"], text_position: Int[Tensor, " token"]) -> bool:
@@ -247,13 +235,16 @@ def _texts_begin_anywhere(position: Int[Tensor, " token"], text_position: Int[Te
 
 
 def _of_heldout(
-    used: PositionMass, information: PositionInformation, bins: Int[Tensor, " position"], codes: Codes
+    used: PositionMass, information: PositionInformation, bins: Int[Tensor, " position"]
 ) -> dict[str, Tensor]:
     """Statistics from the held-out texts: [latent], profiles [bin latent] and null draws [draw latent]."""
     firings, tokens = used.firings.sum(0), used.tokens.sum(0)
     n_fired, n_tokens = firings.sum(0), tokens.sum()
     rate, mass = (n_fired / n_tokens).double(), used.mass.sum(0)
-    in_bin = torch.zeros(int(bins.max()) + 1, len(bins)).index_put_((bins, torch.arange(len(bins))), torch.ones(()))
+    bins = bins.to(used.mass.device)
+    every_position = torch.arange(len(bins), device=bins.device)
+    in_bin = torch.zeros(int(bins.max()) + 1, len(bins), device=bins.device)
+    in_bin[bins, every_position] = 1
     by_fold, tokens_by_fold = in_bin @ used.firings, used.tokens @ in_bin.T
     bin_tokens = tokens_by_fold.sum(0).clamp(min=1)[:, None]
     rate_low, rate_high = jackknife_intervals(
@@ -262,7 +253,6 @@ def _of_heldout(
     )
     n_by_fold, tokens_of_fold = used.firings.sum(1).double(), used.tokens.sum(1).double()[:, None]
     low, high = jackknife_intervals(rate, (n_fired - n_by_fold) / (n_tokens - tokens_of_fold))
-    every_position = torch.arange(len(bins))
     real, null = information.with_null(used, every_position)
     binned, binned_null = information.with_null(used, bins)
     share = real - null.mean(0)
@@ -331,10 +321,10 @@ def _shape_of(
     half = reached.double().argmax(0) / max(1, len(seen) - 1)
     rest = seen[min(_FIRST_POSITIONS, len(seen) // 4) :]
     n, total = len(rest), (rest - rest.mean(0)).square().sum(0)
-    period = torch.full((profile.shape[1],), torch.nan, dtype=torch.float64)
+    period = total.new_full((profile.shape[1],), torch.nan)
     for length in range(2, min(LONGEST_PERIOD, n // 4) + 1):
-        phase = torch.arange(n) % length
-        sums = torch.zeros(length, rest.shape[1], dtype=torch.float64).index_add_(0, phase, rest)
+        phase = torch.arange(n, device=rest.device) % length
+        sums = rest.new_zeros(length, rest.shape[1]).index_add_(0, phase, rest)
         means = sums / torch.bincount(phase, minlength=length)[:, None]
         left = (rest - means[phase]).square().sum(0) / (n - length)
         explained = 1 - left / (total / (n - 1))

@@ -116,7 +116,7 @@ class LatentFacts:
         chance: Float[Tensor, " latent"],
         position_origin: str,
     ) -> None:
-        """Add the latents' profiles over positions.
+        """Add a block of latents: their profiles over positions.
 
         Args:
             used: activation mass with the mask.
@@ -133,12 +133,15 @@ class LatentFacts:
         tensors = {
             "profile": profile.half(),
             "firings": used.firings.sum((0, 1)).int(),
-            "tokens_by_position": tokens.int(),
             "position_information": information.float(),
             "retention": retained.float(),
             "retention_chance": chance.float(),
         }
-        self._arrays |= {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
+        self._arrays["tokens_by_position"] = tokens.int().cpu().numpy()
+        for name, tensor in tensors.items():
+            array = tensor.cpu().numpy()
+            before = [self._arrays[name]] if name in self._arrays else []
+            self._arrays[name] = np.concatenate([*before, array], axis=-1)
 
     def add_probe(self, name: str, latents: Int[Tensor, " chosen"], weights: Float[Tensor, " chosen"]) -> None:
         """Add the latents that a probe on mean-pooled codes chose, in the order of choice, and its weights."""

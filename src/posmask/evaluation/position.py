@@ -6,14 +6,22 @@ from torch import Tensor
 
 from posmask.data.activations import Batch
 from posmask.errors import DegenerateResult
-from posmask.evaluation.retention import N_FOLDS, PositionMass
+from posmask.evaluation.means import MeanOverLatents
+from posmask.evaluation.retention import N_FOLDS, PositionMass, raise_if_none
 from posmask.kernels import operations
-from posmask.results.intervals import jackknife_interval
 from posmask.results.rows import Measure
 from posmask.sae.autoencoder import Codes
 from posmask.seeds import generator
 
-__all__ = ["COMPONENTS", "N_NULL_DRAWS", "PositionInformation", "ShiftDesign", "binary_entropy"]
+__all__ = [
+    "COMPONENTS",
+    "N_NULL_DRAWS",
+    "InformationMeasures",
+    "PositionInformation",
+    "ShiftDesign",
+    "ShiftMeasures",
+    "binary_entropy",
+]
 
 N_NULL_DRAWS = 19  # Under the null, the probability of exceeding all of them is 1/20.
 MIN_SHIFT_FIRINGS = 20
@@ -121,7 +129,7 @@ class PositionInformation:
         return counted, _information(used.firings[..., counted].sum(0), used.tokens.sum(0)), null
 
     def measures(self, used: PositionMass) -> list[Measure]:
-        """`position_information`, `position_information_null` and `position_bound_share`.
+        """`position_information`, `position_information_null` and `position_bound_share` of these latents.
 
         Args:
             used: accumulated from the same codes.
@@ -129,26 +137,75 @@ class PositionInformation:
         Raises:
             DegenerateResult: no latent fires often enough.
         """
-        used.counted_or_raise()
+        of_all = InformationMeasures()
+        of_all.add(self, used)
+        return of_all.measures()
+
+    def corrected(
+        self, used: PositionMass
+    ) -> tuple[
+        Float[Tensor, " counted"],
+        Float[Tensor, "fold counted"],
+        Float[Tensor, " counted"],
+        Bool[Tensor, " counted"],
+    ]:
+        """Of each latent with enough firings: information minus the mean of its null, and the same without each fold.
+
+        Args:
+            used: accumulated from the same codes.
+
+        Returns:
+            These two, the mean of the null, and whether the information is above all null draws.
+        """
         counted, real, null = self._split(used)
-        if not bool(counted.any()):
-            raise DegenerateResult(
-                "every latent that fires often enough fires at every token, so firing tells nothing about position"
-            )
         by_fold, by_fold_tokens = used.firings[..., counted], used.tokens
-        firings, tokens = by_fold.sum(0), by_fold_tokens.sum(0)
-        expected = null.mean(0)
-        corrected = real - expected
+        firings, tokens, expected = by_fold.sum(0), by_fold_tokens.sum(0), null.mean(0)
         without = []
         for fold in (by_fold_tokens.sum(1) > 0).nonzero()[:, 0].tolist():
             remaining = tokens - by_fold_tokens[fold]
             scaled_null = expected * float(tokens.sum() / remaining.sum())  # The null's mean falls as 1 / tokens.
-            without.append((_information(firings - by_fold[fold], remaining) - scaled_null).mean())
-        value, n = float(corrected.mean()), int(counted.sum())
+            without.append(_information(firings - by_fold[fold], remaining) - scaled_null)
+        return real - expected, torch.stack(without), expected, real > null.amax(0)
+
+
+class InformationMeasures:
+    """The measures of `PositionInformation`, from blocks of latents."""
+
+    def __init__(self) -> None:
+        self._means = {name: MeanOverLatents() for name in ("information", "null", "bound")}
+        self._n = self._n_frequent = 0
+        self._used: PositionMass | None = None
+
+    def add(self, information: PositionInformation, used: PositionMass) -> None:
+        """Add the latents of a block.
+
+        Args:
+            used: accumulated from the same codes.
+        """
+        corrected, without, null, is_bound = information.corrected(used)
+        self._used = used
+        self._n_frequent += int(used.counted().sum())
+        self._n += len(corrected)
+        self._means["information"].add(corrected, without)
+        self._means["null"].add(null)
+        self._means["bound"].add(is_bound.double())
+
+    def measures(self) -> list[Measure]:
+        """`position_information`, `position_information_null` and `position_bound_share`.
+
+        Raises:
+            DegenerateResult: no latent fires often enough.
+        """
+        raise_if_none(self._n_frequent, self._used)
+        if self._n == 0:
+            raise DegenerateResult(
+                "every latent that fires often enough fires at every token, so firing tells nothing about position"
+            )
+        information, n = self._means["information"], self._n
         return [
-            Measure("position_information", value, *jackknife_interval(value, torch.stack(without)), n),
-            Measure("position_information_null", float(expected.mean()), n=n),
-            Measure("position_bound_share", float((real > null.amax(0)).float().mean()), n=n),
+            Measure("position_information", information.value, *information.interval(), n),
+            Measure("position_information_null", self._means["null"].value, n=n),
+            Measure("position_bound_share", self._means["bound"].value, n=n),
         ]
 
 
@@ -227,7 +284,7 @@ class ShiftDesign:
         operations.count_at_(self._tokens.view(-1), window)
 
     def measures(self, mask: str) -> list[Measure]:
-        """`shift_position`, `shift_content` and `shift_interaction`.
+        """`shift_position`, `shift_content` and `shift_interaction` of these latents.
 
         Args:
             mask: `on` or `lifted`, reported in the slice.
@@ -235,24 +292,14 @@ class ShiftDesign:
         Raises:
             DegenerateResult: no latent fires often enough.
         """
-        counted = self._counted()
-        if not bool(counted.any()):
-            raise DegenerateResult(
-                f"no latent fires {MIN_SHIFT_FIRINGS} times on the {len(self._content):,} tokens of the shift design: "
-                "raise shift_texts"
-            )
-        by_latent, without_by_latent = self._shares_and_without(counted)
-        value, without = by_latent.nanmean(1), without_by_latent.nanmean(2)
-        return [
-            Measure(
-                f"shift_{name}",
-                float(value[number]),
-                *jackknife_interval(float(value[number]), without[:, number]),
-                int(counted.sum()),
-                {"mask": mask},
-            )
-            for number, name in enumerate(COMPONENTS)
-        ]
+        of_all = ShiftMeasures()
+        of_all.add(self)
+        return of_all.measures(mask)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the texts, each counted once."""
+        return len(self._content)
 
     @property
     def firings(self) -> Float[Tensor, " latent"]:
@@ -330,3 +377,38 @@ class ShiftDesign:
         every = torch.arange(n_texts)
         n_folds = min(N_FOLDS, n_texts)
         return shares(every), torch.stack([shares(every[every % n_folds != fold]) for fold in range(n_folds)])
+
+
+class ShiftMeasures:
+    """The measures of `ShiftDesign`, from blocks of latents."""
+
+    def __init__(self) -> None:
+        self._means = {name: MeanOverLatents() for name in COMPONENTS}
+        self._n = self._n_tokens = 0
+
+    def add(self, design: ShiftDesign) -> None:
+        """Add the latents of a block."""
+        shares, without = design.by_latent()
+        self._n_tokens = design.n_tokens
+        self._n += int((design.firings >= MIN_SHIFT_FIRINGS).sum())
+        for number, name in enumerate(COMPONENTS):
+            self._means[name].add(shares[number], without[:, number])
+
+    def measures(self, mask: str) -> list[Measure]:
+        """`shift_position`, `shift_content` and `shift_interaction`.
+
+        Args:
+            mask: `on` or `lifted`, reported in the slice.
+
+        Raises:
+            DegenerateResult: no latent fires often enough.
+        """
+        if self._n == 0:
+            raise DegenerateResult(
+                f"no latent fires {MIN_SHIFT_FIRINGS} times on the {self._n_tokens:,} tokens of the shift design: "
+                "raise shift_texts"
+            )
+        where = {"mask": mask}
+        return [
+            Measure(f"shift_{name}", mean.value, *mean.interval(), self._n, where) for name, mean in self._means.items()
+        ]

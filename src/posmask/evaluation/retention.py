@@ -8,6 +8,7 @@ from torch import Tensor
 
 from posmask.data.activations import Batch
 from posmask.errors import DegenerateResult
+from posmask.evaluation.means import MeanOverLatents
 from posmask.kernels import operations
 from posmask.masks.base import PositionMask, PositionOrigin
 from posmask.results.intervals import jackknife_interval
@@ -16,9 +17,12 @@ from posmask.sae.autoencoder import Codes
 
 __all__ = [
     "PositionMass",
+    "ProfileFidelity",
+    "Retention",
     "SpecialPositions",
     "mask_measures",
     "profile_fidelity",
+    "raise_if_none",
     "retention",
     "retention_by_latent",
     "special_positions",
@@ -56,20 +60,23 @@ class PositionMass:
         by_fold = self.firings.sum(1)
         return torch.stack([by_fold[half].sum(0) for half in HALVES]).amin(0) >= MIN_FIRINGS
 
-    def counted_or_raise(self) -> Bool[Tensor, " latent"]:
-        """The latents that fire at least 20 times in each half of the texts.
 
-        Raises:
-            DegenerateResult: there are no such latents.
-        """
-        counted = self.counted()
-        if not bool(counted.any()):
-            first, second = (int(self.tokens[half].sum()) for half in HALVES)
-            raise DegenerateResult(
-                f"no latent fires {MIN_FIRINGS} times in each half of the held-out texts ({first:,} and {second:,} "
-                "tokens): evaluate on more tokens of more texts"
-            )
-        return counted
+def raise_if_none(n_counted: int, of_latents: PositionMass | None) -> None:
+    """Raise an error if no latent fires 20 times in each half of the texts.
+
+    Args:
+        n_counted: how many do.
+        of_latents: accumulated from the codes of some latents.
+
+    Raises:
+        DegenerateResult: none does.
+    """
+    if n_counted == 0 and of_latents is not None:
+        first, second = (int(of_latents.tokens[half].sum()) for half in HALVES)
+        raise DegenerateResult(
+            f"no latent fires {MIN_FIRINGS} times in each half of the held-out texts ({first:,} and {second:,} "
+            "tokens): evaluate on more tokens of more texts"
+        )
 
 
 @dataclass(frozen=True)
@@ -98,7 +105,7 @@ def special_positions(
     return SpecialPositions((by_half[0], by_half[1]))
 
 
-def retention(lifted: PositionMass, special: SpecialPositions, *, after: float | None = None) -> list[Measure]:
+class Retention:
     """`retention` and `retention_chance`: whether latents still fire at their positions with the mask lifted.
 
     retention = mean over latents of (mass at the latent's positions) / (its total mass) with the mask lifted, in
@@ -107,35 +114,62 @@ def retention(lifted: PositionMass, special: SpecialPositions, *, after: float |
 
     Latents with fewer than 20 firings in a half are left out; `n` counts the remaining ones. Intervals by jackknife
     over folds of texts, with the latents' positions held fixed.
+    """
 
-    Args:
-        lifted: accumulated from codes with the mask lifted.
-        special: positions of each latent.
-        after: training without the mask, as a fraction of the original steps; reported in the slice.
+    def __init__(self) -> None:
+        self._means = {name: (MeanOverLatents(), MeanOverLatents()) for name in ("retention", "retention_chance")}
+        self._n = 0
+        self._lifted: PositionMass | None = None
+
+    def add(self, lifted: PositionMass, special: SpecialPositions) -> None:
+        """Add latents.
+
+        Args:
+            lifted: accumulated from their codes with the mask lifted.
+            special: positions of each latent.
+        """
+        self._lifted, counted = lifted, lifted.counted()
+        self._n += int(counted.sum())
+        for number, (half, positions) in enumerate(zip(HALVES, special.for_half, strict=True)):
+            mass, tokens = lifted.mass[half], lifted.tokens[half]
+            chosen = positions[:, counted]
+            inside = torch.einsum("fpl,pl->fl", mass[..., counted], chosen).double()
+            total = mass.sum(1)[:, counted].double()
+            tokens_inside = (tokens @ chosen).double()
+            n_tokens = tokens.sum(1, keepdim=True).double().expand_as(tokens_inside)
+            parts = {"retention": (inside, total), "retention_chance": (tokens_inside, n_tokens)}
+            for name, (top, bottom) in parts.items():
+                without = (top.sum(0) - top) / (bottom.sum(0) - bottom)
+                self._means[name][number].add(top.sum(0) / bottom.sum(0), without)
+
+    def measures(self, *, after: float | None = None) -> list[Measure]:
+        """The two measures.
+
+        Args:
+            after: training without the mask, as a fraction of the original steps; reported in the slice.
+
+        Raises:
+            DegenerateResult: no latent fires often enough.
+        """
+        raise_if_none(self._n, self._lifted)
+        measures, where = [], None if after is None else {"after": f"{after:g}"}
+        for name, (first, second) in self._means.items():
+            value = (first.value + second.value) / 2
+            # A fold left out of one half does not change the value of the other half.
+            folds = (first.without + second.value) / 2, (first.value + second.without) / 2
+            measures.append(Measure(name, value, *jackknife_interval(value, *folds), self._n, where))
+        return measures
+
+
+def retention(lifted: PositionMass, special: SpecialPositions, *, after: float | None = None) -> list[Measure]:
+    """The measures of `Retention` of all latents together.
 
     Raises:
         DegenerateResult: no latent fires often enough.
     """
-    counted = lifted.counted_or_raise()
-    values: dict[str, list[Tensor]] = {"retention": [], "retention_chance": []}
-    without: dict[str, list[Tensor]] = {"retention": [], "retention_chance": []}
-    for half, positions in zip(HALVES, special.for_half, strict=True):
-        mass, tokens = lifted.mass[half], lifted.tokens[half]
-        chosen = positions[:, counted]
-        inside = torch.einsum("fpl,pl->fl", mass[..., counted], chosen).double()
-        total = mass.sum(1)[:, counted].double()
-        tokens_inside, n_tokens = (tokens @ chosen).double(), tokens.sum(1, keepdim=True).double()
-        for name, top, bottom in (("retention", inside, total), ("retention_chance", tokens_inside, n_tokens)):
-            values[name].append((top.sum(0) / bottom.sum(0)).nanmean())
-            without[name].append(((top.sum(0) - top) / (bottom.sum(0) - bottom)).nanmean(1))
-    measures = []
-    for name, (first, second) in values.items():
-        value = float(first + second) / 2
-        # A fold left out of one half does not change the value of the other half.
-        folds = (without[name][0] + second) / 2, (first + without[name][1]) / 2
-        where = None if after is None else {"after": f"{after:g}"}
-        measures.append(Measure(name, value, *jackknife_interval(value, *folds), int(counted.sum()), where))
-    return measures
+    of_all = Retention()
+    of_all.add(lifted, special)
+    return of_all.measures(after=after)
 
 
 def retention_by_latent(
@@ -158,7 +192,7 @@ def retention_by_latent(
     return share, chance
 
 
-def profile_fidelity(used: PositionMass, openness: Float[Tensor, "position latent"]) -> list[Measure]:
+class ProfileFidelity:
     """`profile_fidelity`: the agreement of latents' activation profiles with their openness.
 
     For each latent, sum over p of min(q[p], o[p]) for two distributions over positions: its mean activation q and its
@@ -167,27 +201,52 @@ def profile_fidelity(used: PositionMass, openness: Float[Tensor, "position laten
 
     A strict mask raises this number by construction, and few firings lower it for all masks (a finite sample is never
     as flat as an open mask). Interpret it together with retention.
+    """
 
-    Args:
-        used: accumulated from codes with the mask.
-        openness: of the mask.
+    def __init__(self) -> None:
+        self._mean, self._n = MeanOverLatents(), 0
+        self._used: PositionMass | None = None
+
+    def add(self, used: PositionMass, openness: Float[Tensor, "position latent"]) -> None:
+        """Add latents.
+
+        Args:
+            used: accumulated from their codes with the mask.
+            openness: of the mask.
+        """
+        self._used, counted, openness = used, used.counted(), openness.to(used.mass.device)
+        self._n += int(counted.sum())
+        by_fold = used.mass[..., counted]
+        mass, tokens = by_fold.sum(0), used.tokens.sum(0)
+
+        def overlap(mass: Tensor, tokens: Tensor) -> Tensor:
+            seen = tokens > 0
+            rate = mass[seen] / tokens[seen, None]
+            expected = openness[seen][:, counted]
+            return torch.minimum(rate / rate.sum(0), expected / expected.sum(0)).sum(0)
+
+        without = [overlap(mass - by_fold[fold], tokens - used.tokens[fold]) for fold in range(N_FOLDS)]
+        self._mean.add(overlap(mass, tokens), torch.stack(without))
+
+    def measures(self) -> list[Measure]:
+        """The measure.
+
+        Raises:
+            DegenerateResult: no latent fires often enough.
+        """
+        raise_if_none(self._n, self._used)
+        return [Measure("profile_fidelity", self._mean.value, *self._mean.interval(), self._n)]
+
+
+def profile_fidelity(used: PositionMass, openness: Float[Tensor, "position latent"]) -> list[Measure]:
+    """The measure of `ProfileFidelity` of all latents together.
 
     Raises:
         DegenerateResult: no latent fires often enough.
     """
-    counted, openness = used.counted_or_raise(), openness.to(used.mass.device)
-    by_fold = used.mass[..., counted]
-    mass, tokens = by_fold.sum(0), used.tokens.sum(0)
-
-    def overlap(mass: Tensor, tokens: Tensor) -> Tensor:
-        seen = tokens > 0
-        rate = mass[seen] / tokens[seen, None]
-        expected = openness[seen][:, counted]
-        return torch.minimum(rate / rate.sum(0), expected / expected.sum(0)).sum(0).nanmean()
-
-    without = torch.stack([overlap(mass - by_fold[fold], tokens - used.tokens[fold]) for fold in range(N_FOLDS)])
-    value = float(overlap(mass, tokens))
-    return [Measure("profile_fidelity", value, *jackknife_interval(value, without), int(counted.sum()))]
+    of_all = ProfileFidelity()
+    of_all.add(used, openness)
+    return of_all.measures()
 
 
 def mask_measures(mask: PositionMask) -> list[Measure]:

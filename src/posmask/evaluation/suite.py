@@ -10,22 +10,24 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
 from posmask.data import tokens
 from posmask.data.activations import Activations, Batch, evaluation_batches, training_batches
 from posmask.data.sites import LanguageModel
 from posmask.errors import DegenerateResult
+from posmask.evaluation.blocks import latent_blocks
 from posmask.evaluation.downstream import InModel, WindowMass, causal, recovered, without_latents
-from posmask.evaluation.latent_table import LatentTable, latent_table
+from posmask.evaluation.latent_table import LatentTableParts
 from posmask.evaluation.latents import MOST_PROBED, LatentFacts, vocabulary_effects
-from posmask.evaluation.position import PositionInformation, ShiftDesign
+from posmask.evaluation.position import InformationMeasures, ShiftMeasures
 from posmask.evaluation.reconstruction import Reconstruction, dead_share
 from posmask.evaluation.retention import (
     PositionMass,
+    ProfileFidelity,
+    Retention,
     mask_measures,
-    profile_fidelity,
     retention,
     retention_by_latent,
     special_positions,
@@ -47,6 +49,8 @@ from posmask.training.settings import TrainingSettings
 __all__ = ["EvaluationData", "baselines", "evaluate", "forgetting"]
 
 _RETENTION = ("retention", "retention_chance")
+_INFORMATION = ("position_information", "position_information_null", "position_bound_share")
+_SHIFT = ("shift_position", "shift_content", "shift_interaction")
 _memory = memory_for(
     "the evaluation", "lower evaluation.probe_train or --jobs, or finish on the CPU with --set device=cpu"
 )
@@ -161,125 +165,138 @@ def _of_heldout_texts(
     facts: LatentFacts,
     advance: Callable[[int], None],
 ) -> list[Measure]:
-    has_lifted = sae.mask.lifting_matters()
-    codes = _CodesForTable(sae, data)
-    used, information, window_mass, measures = _heldout(sae, data, facts, codes, advance)
-    measures += mask_measures(sae.mask) + ([] if dead is None else dead_share(sae, dead))
-    measures += measured(["profile_fidelity"], profile_fidelity, used, sae.mask.openness().detach())
-    lifted = _position_mass(sae, data, advance, codes.heldout["lifted"]) if has_lifted else used
-    special = special_positions(lifted, sae.mask.bound_positions(), data.settings.retention_positions)
-    measures += measured(_RETENTION, retention, lifted, special)
-    facts.add_positions(used, information, *retention_by_latent(lifted, special), sae.mask.settings.position_origin)
-    del used, lifted, special  # 0.3 GB each for 18,432 latents at 128 positions
-    measures += _shift(sae, data, codes, advance)
-    facts.tables = codes.tables()
+    stored = {mask: _StoredCodes(sae) for mask in (("on", "lifted") if sae.mask.lifting_matters() else ("on",))}
+    window_mass, measures = _heldout(sae, data, facts, stored, advance)
+    _shift(sae, data, stored, advance)
+    information, fidelity, retained, shift = _of_latents(sae, data, facts, stored)
+    measures += information + mask_measures(sae.mask) + ([] if dead is None else dead_share(sae, dead))
+    measures += [*fidelity, *retained, *shift]
     measures += [measure for mask, table in facts.tables.items() for measure in table.measures(mask)]
+    del stored
     in_model_metrics = ["ce_recovered", "kl_recovered", "causal_specificity"]
     measures += measured(in_model_metrics, _in_model, sae, window_mass, data, advance)
     facts.add_effects(*vocabulary_effects(sae, data.load_model()))
     return measures
 
 
-class _CodesForTable:
-    """The codes that the table of latents needs, with the mask on and, where that differs, lifted."""
+class _StoredCodes:
+    """The codes of the held-out texts and of the shift design, with the mask on or lifted."""
 
-    def __init__(self, sae: SparseAutoencoder, data: EvaluationData) -> None:
-        self._sae, self._data = sae, data
-        masks = ("on", "lifted") if sae.mask.lifting_matters() else ("on",)
-        self.heldout, self.shift = ({mask: StoredCodes(sae.d_sae) for mask in masks} for _ in range(2))
+    def __init__(self, sae: SparseAutoencoder) -> None:
+        self.heldout, self.shift = StoredCodes(sae.d_sae), StoredCodes(sae.d_sae)
 
-    def tables(self) -> dict[str, LatentTable]:
-        """The table of latents with the mask on and lifted."""
-        settings, sinks = self._data.settings, self._data.heldout.sinks
-        tables = {}
-        for mask in self.heldout:
-            codes = self._sae.encode_batch(sinks.to(self._sae.encoder.device), use_mask=mask == "on")
-            tables[mask] = latent_table(
-                self.heldout[mask],
-                self.shift[mask],
-                torch.bincount(codes.latent, minlength=self._sae.d_sae).cpu(),
-                n_sinks=len(sinks),
-                n_positions=self._data.n_positions,
-                n_windows=settings.shift_windows,
-                shift_length=tokens.shift_length(self._data.n_positions, settings.shift_windows),
-            )
-        return tables
+
+def _of_latents(
+    sae: SparseAutoencoder, data: EvaluationData, facts: LatentFacts, stored: Mapping[str, _StoredCodes]
+) -> tuple[list[Measure], list[Measure], list[Measure], list[Measure]]:
+    """What is measured per latent: (information about position, fidelity, retention, shift design).
+
+    The latents' profiles and their table are added to `facts`.
+    """
+    settings, n_positions, device = data.settings, data.n_positions, _statistics_device(sae.encoder.device)
+    origin, lifted = sae.mask.settings.position_origin, "lifted" if "lifted" in stored else "on"
+    openness, bound_positions = sae.mask.openness().detach(), sae.mask.bound_positions()
+    information, fidelity, retained = InformationMeasures(), ProfileFidelity(), Retention()
+    shift = {mask: ShiftMeasures() for mask in stored}
+    tables = {mask: LatentTableParts(n_positions) for mask in stored}
+    blocks = (
+        latent_blocks(
+            codes.heldout,
+            codes.shift,
+            n_positions=n_positions,
+            n_windows=settings.shift_windows,
+            shift_length=tokens.shift_length(n_positions, settings.shift_windows),
+            position_origin=origin,
+            device=device,
+        )
+        for codes in stored.values()
+    )
+    for of_masks in zip(*blocks, strict=True):
+        by_mask = dict(zip(stored, of_masks, strict=True))
+        on, off = by_mask["on"], by_mask[lifted]
+        information.add(on.information, on.in_context)
+        fidelity.add(on.at_origin, openness[:, on.latents])
+        special = special_positions(off.at_origin, bound_positions[:, off.latents], settings.retention_positions)
+        retained.add(off.at_origin, special)
+        of_position = on.information.by_latent(on.in_context)
+        facts.add_positions(on.at_origin, of_position, *retention_by_latent(off.at_origin, special), origin)
+        for mask, block in by_mask.items():
+            shift[mask].add(block.design)
+            tables[mask].add(block)
+    sinks = data.heldout.sinks.to(device)
+    for mask, parts in tables.items():
+        codes = sae.encode_batch(sinks, use_mask=mask == "on")
+        firings = torch.bincount(codes.latent, minlength=sae.d_sae).cpu()
+        facts.tables[mask] = parts.table(stored[mask].heldout.batch, firings, len(sinks))
+    return (
+        measured(_INFORMATION, information.measures),
+        measured(["profile_fidelity"], fidelity.measures),
+        measured(_RETENTION, retained.measures),
+        [
+            measure
+            for mask, of_mask in shift.items()
+            for measure in measured(_SHIFT, of_mask.measures, mask, slices=[{"mask": mask}])
+        ],
+    )
 
 
 def _heldout(
     sae: SparseAutoencoder,
     data: EvaluationData,
     facts: LatentFacts,
-    stored: _CodesForTable,
+    stored: Mapping[str, _StoredCodes],
     advance: Callable[[int], None],
-) -> tuple[PositionMass, Float[Tensor, " latent"], WindowMass, list[Measure]]:
+) -> tuple[WindowMass, list[Measure]]:
+    """Encode the held-out texts: measures of reconstruction, and the mass of latents in windows for the causal test."""
     heldout, device = data.heldout, _statistics_device(sae.encoder.device)
     mean, _ = heldout.center_and_scale
     reconstruction = Reconstruction(data.n_positions, heldout.n_texts, mean.to(device))
-    position_origin = sae.mask.settings.position_origin
-    used = PositionMass(data.n_positions, sae.d_sae, device)
-    in_context = used if position_origin == "context" else PositionMass(data.n_positions, sae.d_sae, device)
-    information = PositionInformation(data.n_positions, sae.d_sae, heldout.n_texts, heldout.kept_positions, device)
     window_mass = WindowMass(data.n_positions, data.settings.causal_windows, sae.d_sae, device)
     texts_in_model = data.in_model.texts.to(device)
     for batch in _kept_batches(heldout, device, advance):
         codes = sae.encode_batch(batch)
         reconstruction.update(batch, codes, sae.sparse_decode(codes))
-        used.update(batch, codes, position_origin)
-        if in_context is not used:
-            in_context.update(batch, codes)
-        information.update(batch, codes)
         facts.update(batch, codes)
-        stored.heldout["on"].add(batch, codes)
+        stored["on"].heldout.add(batch, codes)
         # Latents are chosen on texts other than those they are ablated on.
         is_unseen = ~torch.isin(batch.text, texts_in_model)
         window_mass.update(batch.select(is_unseen), codes.select(is_unseen))
+    if "lifted" in stored:
+        for batch in _kept_batches(heldout, device, advance):
+            stored["lifted"].heldout.add(batch, sae.encode_batch(batch, use_mask=False))
     sinks = heldout.sinks.to(device)
     reconstruction.update_sinks(sinks, sae.sparse_decode(sae.encode_batch(sinks)))
-    of_position = ["position_information", "position_information_null", "position_bound_share"]
-    measures = reconstruction.measures() + measured(of_position, information.measures, in_context)
-    return used, information.by_latent(in_context), window_mass, measures
+    return window_mass, reconstruction.measures()
 
 
-def _position_mass(
-    sae: SparseAutoencoder, data: EvaluationData, advance: Callable[[int], None], stored: StoredCodes | None = None
-) -> PositionMass:
-    """Activation mass on the held-out texts with the mask lifted; the codes are added to `stored`."""
+def _position_mass(sae: SparseAutoencoder, data: EvaluationData) -> PositionMass:
+    """Activation mass on the held-out texts with the mask lifted."""
     device = _statistics_device(sae.encoder.device)
     lifted = PositionMass(data.n_positions, sae.d_sae, device)
-    for batch in _kept_batches(data.heldout, device, advance):
-        codes = sae.encode_batch(batch, use_mask=False)
-        lifted.update(batch, codes, sae.mask.settings.position_origin)
-        if stored is not None:
-            stored.add(batch, codes)
+    for batch in _kept_batches(data.heldout, device, lambda n: None):
+        lifted.update(batch, sae.encode_batch(batch, use_mask=False), sae.mask.settings.position_origin)
     return lifted
 
 
 def _shift(
     sae: SparseAutoencoder,
     data: EvaluationData,
-    stored: _CodesForTable,
+    stored: Mapping[str, _StoredCodes],
     advance: Callable[[int], None],
-) -> list[Measure]:
-    measures, device = [], _statistics_device(sae.encoder.device)
-    n_texts, n_windows = data.settings.shift_texts, data.settings.shift_windows
-    length = tokens.shift_length(data.n_positions, n_windows)
+) -> None:
+    """Encode the texts of the shift design, without content that is an attention sink in any window."""
+    device, n_texts = _statistics_device(sae.encoder.device), data.settings.shift_texts
+    length = tokens.shift_length(data.n_positions, data.settings.shift_windows)
 
     def content_of(batch: Batch) -> Tensor:
         return batch.text.long() * length + (batch.position.long() - 1) % length
 
     sunk = torch.zeros(n_texts * length, dtype=torch.bool, device=device)
     sunk[content_of(data.shift.sinks.to(device))] = True
-    for mask, codes_of_mask in stored.shift.items():
-        design = ShiftDesign(n_texts, length, n_windows, sae.d_sae, device)
+    for mask, codes in stored.items():
         for batch in _kept_batches(data.shift, device, advance):
             seen = batch.select(~sunk[content_of(batch)])
-            codes = sae.encode_batch(seen, use_mask=mask == "on")
-            design.update(seen, codes)
-            codes_of_mask.add(seen, codes)
-        parts = ["shift_position", "shift_content", "shift_interaction"]
-        measures += measured(parts, design.measures, mask, slices=[{"mask": mask}])
-    return measures
+            codes.shift.add(seen, sae.encode_batch(seen, use_mask=mask == "on"))
 
 
 def _in_model(
@@ -411,7 +428,7 @@ def forgetting(
     """
     steps = {round(share * settings.n_steps): float(share) for share in data.settings.forgetting_fractions}
     open_sae = without_mask(sae).to(sae.encoder.device)
-    before = _position_mass(open_sae, data, lambda n: None)
+    before = _position_mass(open_sae, data)
     special = special_positions(before, sae.mask.bound_positions(), data.settings.retention_positions)
     measures: list[Measure] = []
 
@@ -421,7 +438,7 @@ def forgetting(
 
     def measure_retention(done: int) -> None:
         if done in steps:
-            add_retention(_position_mass(open_sae, data, lambda n: None), steps[done])
+            add_retention(_position_mass(open_sae, data), steps[done])
 
     if 0 in steps:
         add_retention(before, 0.0)
