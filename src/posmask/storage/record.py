@@ -4,14 +4,15 @@ Every reader that joins folders compares them with it, so that results of differ
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from posmask.errors import BadSetting, DamagedFolder
 from posmask.storage import layout
-from posmask.storage.atomic import replacing
+from posmask.storage.atomic import claim, refusal, replacing
 from posmask.storage.layout import STUDY_FILE
 from posmask.storage.manifest import as_json, identity, read_manifest
 
@@ -19,7 +20,9 @@ __all__ = [
     "RECORD_MARK",
     "StudyRecord",
     "check_identity",
+    "check_links",
     "check_listed",
+    "claim_of",
     "misplaced",
     "read_record",
     "write_record",
@@ -66,6 +69,25 @@ def read_record(root: Path) -> StudyRecord | None:
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedFolder(f"{path} cannot be read ({error}): move it away, `posmask run` writes it again") from None
     return record
+
+
+@contextmanager
+def claim_of(root: Path, path: Path, *, wait: bool) -> Iterator[bool]:
+    """Hold the lock of a file or folder in a run folder; see `atomic.claim`."""
+    name = "-".join(path.relative_to(root).parts)
+    with claim(layout.locks_folder(root), name, wait=wait) as claimed:
+        yield claimed
+
+
+def check_links(root: Path) -> None:
+    """Refuse a run folder in which folders are symbolic links: work would leave it. The root itself may be one.
+
+    Raises:
+        BadSetting: a folder is a symbolic link.
+    """
+    for folder in layout.folders(root):
+        if folder.is_symlink():
+            raise refusal(f"{folder} is a symbolic link")
 
 
 def check_listed(root: Path, label: str, made_from: Mapping[str, Any]) -> None:

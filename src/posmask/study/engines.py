@@ -23,8 +23,8 @@ from posmask.data.harvest import ComputeShards
 from posmask.evaluation.suite import EvaluationData
 from posmask.kernels import runtime
 from posmask.progress import part_finished
-from posmask.storage import atomic, layout, manifest
-from posmask.storage.record import check_listed
+from posmask.storage import layout, manifest
+from posmask.storage.record import check_listed, claim_of
 from posmask.study.cell import fill
 from posmask.study.harvests import prepare
 from posmask.study.settings import StudySettings
@@ -103,7 +103,7 @@ def _share(study: StudySettings, todo: list[Target], data: EvaluationData, root:
         for target in list(waiting):
             if needs(target, root, {other.folder for other in waiting}):
                 continue  # Another process is making the folder that this one needs.
-            with atomic.claim(target.folder, wait=False) as claimed:
+            with claim_of(root, target.folder, wait=False) as claimed:
                 if not claimed:
                     continue
                 make_target(study, target, data, root, say)

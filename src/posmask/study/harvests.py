@@ -25,7 +25,8 @@ from posmask.probing.datasets import ProbeDataset, read_probe_dataset
 from posmask.probing.order_probes import order_tokens
 from posmask.probing.order_tasks import OrderTask, make_order_task
 from posmask.progress import announce
-from posmask.storage import atomic, layout, manifest
+from posmask.storage import layout, manifest
+from posmask.storage.record import claim_of
 from posmask.storage.remote import Store
 from posmask.study.settings import StudySettings
 from posmask.study.source import Source, texts_identity
@@ -200,7 +201,7 @@ class _Vectors:
 
         if (activations := finished()) is not None:
             return activations
-        with atomic.claim(local, wait=True):
+        with claim_of(self._root, local, wait=True):
             activations = finished()  # Another process may have harvested it in the meantime.
             if activations is None:
                 model = self._source.loaded if self._compute is None else None
@@ -213,7 +214,7 @@ def _remote_store(study: StudySettings, root: Path) -> Store | None:
     if study.activations_url is None:
         return None
     cache_bytes = round(study.activations_cache_gb * 1e9)
-    return Store(study.activations_url, layout.activations_folder(root) / ".store", cache_bytes)
+    return Store(study.activations_url, layout.cache_folder(root), cache_bytes)
 
 
 def _texts_sha256(texts: Sequence[str]) -> str:
