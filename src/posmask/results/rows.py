@@ -25,6 +25,7 @@ __all__ = [
     "parse_slice",
     "read_records",
     "read_rows",
+    "read_rows_of",
     "read_units",
     "slice_text",
     "write_records",
@@ -231,6 +232,22 @@ def read_rows(path: Path) -> list[Row]:
         DamagedFolder: the file is not a table of rows, or the `.zst` file is damaged or too large.
     """
     return read_records(path, Row)
+
+
+def read_rows_of(path: Path, cell: str, seed: int) -> list[Row]:
+    """Read the `rows.csv` of a cell.
+
+    Raises:
+        DamagedFolder: as `read_rows`, or rows are of another cell or seed.
+    """
+    rows = read_rows(path)
+    if others := {(row.cell, row.seed) for row in rows} - {(cell, seed)}:
+        other, other_seed = min(others)
+        raise DamagedFolder(
+            f"{path} holds rows of {other!r} with seed {other_seed}, not only of {cell!r} with seed {seed}: move the "
+            "folder away, `posmask run` makes it again"
+        )
+    return rows
 
 
 def write_units(path: Path, measures: Iterable[Measure]) -> None:

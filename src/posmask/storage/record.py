@@ -22,6 +22,7 @@ __all__ = [
     "check_identity",
     "check_links",
     "check_listed",
+    "check_record",
     "claim_of",
     "misplaced",
     "read_record",
@@ -97,10 +98,23 @@ def check_listed(root: Path, label: str, made_from: Mapping[str, Any]) -> None:
     """
     record = read_record(root)
     if record is None or record.folders.get(label) != identity(made_from):
-        raise BadSetting(
-            f"{root} now belongs to a run with other settings than this one, which started first and stops at {label}: "
-            "give each study a folder of its own with --root"
-        )
+        raise _overtaken(root, f"stops at {label}")
+
+
+def check_record(root: Path, expected: StudyRecord) -> None:
+    """
+    Raises:
+        BadSetting: the run folder no longer belongs to the study of this record.
+    """
+    if read_record(root) != expected:
+        raise _overtaken(root, "writes no results")
+
+
+def _overtaken(root: Path, end: str) -> BadSetting:
+    return BadSetting(
+        f"{root} now belongs to a run with other settings than this one, which started first and {end}: give each "
+        "study a folder of its own with --root"
+    )
 
 
 def check_identity(folder: Path, expected: str) -> None:

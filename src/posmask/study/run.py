@@ -16,7 +16,15 @@ from posmask.results import comparisons, rows
 from posmask.sae.autoencoder import SparseAutoencoder
 from posmask.sae.files import read_origin, read_sae, write_sae
 from posmask.storage import atomic, layout, manifest
-from posmask.storage.record import RECORD_MARK, StudyRecord, check_links, claim_of, read_record, write_record
+from posmask.storage.record import (
+    RECORD_MARK,
+    StudyRecord,
+    check_links,
+    check_record,
+    claim_of,
+    read_record,
+    write_record,
+)
 from posmask.study import engines
 from posmask.study.cell import evaluate_to_folder, fill, train_cell
 from posmask.study.estimate import Plan, Stage
@@ -119,12 +127,18 @@ def _engine(engine: Literal["local", "ray"], study: StudySettings, n_jobs: int):
 
 
 def _join_results(study: StudySettings, targets: list[Target], root: Path) -> list[rows.Row]:
-    results = [row for target in targets for row in rows_in(target)]
-    with atomic.replacing(root / layout.RESULTS_FILE, *_OUTPUTS[layout.RESULTS_FILE]) as draft:
-        rows.write_rows(draft, results)
-    with atomic.replacing(root / layout.VERDICTS_FILE, *_OUTPUTS[layout.VERDICTS_FILE]) as draft:
-        comparisons.write_verdicts(draft, _verdicts(study, targets))
+    with claim_of(root, root / layout.STUDY_FILE, wait=True):  # So that the root keeps its study meanwhile.
+        check_record(root, _record(study, targets))
+        results = [row for target in targets for row in rows_in(target)]
+        with atomic.replacing(root / layout.RESULTS_FILE, *_OUTPUTS[layout.RESULTS_FILE]) as draft:
+            rows.write_rows(draft, results)
+        with atomic.replacing(root / layout.VERDICTS_FILE, *_OUTPUTS[layout.VERDICTS_FILE]) as draft:
+            comparisons.write_verdicts(draft, _verdicts(study, targets))
     return results
+
+
+def _record(study: StudySettings, targets: list[Target]) -> StudyRecord:
+    return StudyRecord(study.name, study.baseline, {target.label: target.identity for target in targets})
 
 
 def _warn_of_slow_precision(study: StudySettings, say: Callable[[str], None]) -> None:
@@ -148,7 +162,7 @@ def _begin(study: StudySettings, targets: list[Target], root: Path, *, recompute
     Args:
         recompute: whether cells will be made.
     """
-    record = StudyRecord(study.name, study.baseline, {target.label: target.identity for target in targets})
+    record = _record(study, targets)
     with claim_of(root, root / layout.STUDY_FILE, wait=True):  # Several processes may begin it.
         try:
             changed = read_record(root) != record
