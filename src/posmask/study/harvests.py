@@ -97,6 +97,9 @@ def prepare(
     Args:
         compute: computes vectors on other machines; None: this process does.
         for_training: False harvests training vectors only if they are used.
+
+    Raises:
+        DegenerateResult: all held-out vectors are equal.
     """
     vectors = _Vectors(study, source, root, compute)
     by_kind: dict[HarvestKind, list[Harvest]] = {}
@@ -107,6 +110,7 @@ def prepare(
     if for_training:
         load_training()
     heldout_vectors = vectors.packed(heldout, study.corpus.eval_split, study.corpus.heldout_tokens)
+    _ = heldout_vectors.center_and_scale  # Fails before anything is trained if the model gives constant vectors.
     runtime.give_back_freed_memory()
     return EvaluationData(
         load_training,
