@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import zstandard
 from safetensors.numpy import load_file, save_file
 
 from posmask.errors import DamagedFolder, DegenerateResult
+from posmask.storage.compressed import unpacked
 
 __all__ = [
-    "MAX_DECOMPRESSED_BYTES",
     "Measure",
     "Row",
     "Units",
@@ -32,9 +31,6 @@ __all__ = [
     "write_rows",
     "write_units",
 ]
-
-MAX_DECOMPRESSED_BYTES = 2 * 1024**3
-"""Larger compressed tables are refused."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,17 +203,12 @@ def read_records(path: Path, kind: type[Record]) -> list[Record]:
 
 
 def _decompressed(path: Path) -> bytes:
-    data = path.read_bytes()
     try:
-        size = zstandard.frame_content_size(data)
-        if 0 <= size <= MAX_DECOMPRESSED_BYTES:
-            return zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False)
-    except zstandard.ZstdError as error:
-        raise DamagedFolder(f"{path} cannot be decompressed ({error}): restore the file") from None
-    declared = f"{size:,} bytes" if size > 0 else "no decompressed size"
-    raise DamagedFolder(
-        f"{path} declares {declared}, the limit is {MAX_DECOMPRESSED_BYTES:,}: decompress it with `zstd -d`"
-    )
+        return b"".join(unpacked(path))
+    except ValueError as error:
+        raise DamagedFolder(
+            f"{path} cannot be decompressed ({error}): restore the file, or unpack it with `zstd -d`"
+        ) from None
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:

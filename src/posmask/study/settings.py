@@ -84,7 +84,7 @@ class CorpusSettings(_Settings):
     `hf:OWNER/NAME[:CONFIGURATION][@REVISION]` (see `posmask.data.texts`). Divided like the tables."""
     n_texts: int | None = Field(default=None, gt=0)
     """How many of these texts are read, from the start, before they are divided. None: all."""
-    n_positions: int = Field(gt=1)
+    n_positions: int = Field(gt=1, le=2**17)
     """Context length in tokens, including BOS."""
     training_tokens: int = Field(gt=0)
     """Minimum number of kept tokens to harvest for training."""

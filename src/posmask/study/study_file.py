@@ -36,11 +36,13 @@ def read_study(path: Path, changes: Sequence[str] = ()) -> StudySettings:
         raise BadSetting(
             f"there is no study file {path}: give the path of a TOML file, such as studies/quick.toml"
         ) from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BadSetting(f"{path} is not a readable TOML file ({error}): correct it") from None
     _resolve_paths(values, path.parent)
     for change in changes:
         _apply_change(values, change)
+    if (name := _beyond_64_bits(values)) is not None:
+        raise BadSetting(f"{path}: {name} is a whole number beyond 64 bits: choose a smaller one")
     _find_modules(values, path.parent)
     try:
         study = StudySettings.model_validate(values)
@@ -55,6 +57,17 @@ def read_study(path: Path, changes: Sequence[str] = ()) -> StudySettings:
     if problems:
         raise _refusal(path, problems)
     return study
+
+
+def _beyond_64_bits(value: Any, name: str = "") -> str | None:
+    """The name of the first whole number in a study's values that no tensor could count to; None if there is none."""
+    if isinstance(value, dict):
+        inside = ((f"{name}.{key}" if name else str(key), entry) for key, entry in value.items())
+    elif isinstance(value, list):
+        inside = ((name, entry) for entry in value)
+    else:
+        return name if isinstance(value, int) and not -(2**63) <= value < 2**63 else None
+    return next((found for key, entry in inside if (found := _beyond_64_bits(entry, key)) is not None), None)
 
 
 def _refusal(path: Path, problems: Sequence[str]) -> BadSetting:
@@ -89,7 +102,7 @@ def _apply_change(values: dict[str, Any], change: str) -> None:
         raise BadSetting(f"{change!r} changes no setting: write TABLE.KEY=VALUE, such as model.layer=5")
     try:
         values[key] = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         values[key] = text.strip()
 
 
