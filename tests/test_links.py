@@ -80,3 +80,14 @@ def test_locks_are_inside_the_run_folder(study_file, tmp_path):
             assert claimed
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"run"}
     assert {path.name for path in root.iterdir()} == {".locks"}
+
+
+def test_the_log_of_a_helper_is_not_written_through_a_link(study_file, finish, tmp_path):
+    root = tmp_path / "run"
+    finish(root)
+    (tmp_path / "thesis.txt").write_text("years of work")
+    (root / "jobs").mkdir()
+    (root / "jobs" / "2.log").symlink_to(tmp_path / "thesis.txt")
+    with pytest.raises(BadSetting, match=r"jobs/2\.log is a symbolic link"):
+        run_study(read_study(study_file, ["training.learning_rate=0.004"]), root, silent, n_jobs=2)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"

@@ -14,16 +14,19 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from conftest import make_sae
 from posmask.cli.commands import app
 from posmask.errors import BadSetting, DamagedFolder
 from posmask.report import write_report
 from posmask.report.reading import read_studies
 from posmask.results.rows import read_rows, write_rows
+from posmask.sae.files import write_sae
 from posmask.storage import layout
 from posmask.storage.layout import STUDY_FILE
 from posmask.storage.manifest import file_entry, read_manifest, sealed_manifest
 from posmask.storage.record import read_record
 from posmask.study import engines
+from posmask.study import run as run_module
 from posmask.study.run import _begin, evaluate_folder, run_study
 from posmask.study.saes import read_init
 from posmask.study.source import Source
@@ -328,3 +331,21 @@ def test_two_runs_with_other_settings_on_one_root_mix_nothing(study_file, finish
         assert read_manifest(cell.path)["identity"] == read_record(root).folders[cell.path.name]
         of_cell = [row for row in read.rows if (row.cell, row.seed) == (cell.cell, cell.seed)]
         assert list(map(repr, of_cell)) == list(map(repr, read_rows(cell.path / "rows.csv")))
+
+
+def test_a_start_that_changes_during_the_run_is_refused(study_file, finish, tmp_path, monkeypatch):
+    finish(tmp_path / "first")
+    start = shutil.copytree(tmp_path / "first" / "cells" / "open-seed0", tmp_path / "start")
+    (start / "manifest.json").unlink()
+    for name in ("settings.json", "rows.csv"):
+        (start / name).unlink()
+    text = study_file.read_text().partition('[[cells]]\nname = "slice-compute"')[0]
+    study_file.write_text(f'{text}init_from = "{start}"\n')
+
+    def change(*args, recompute):
+        write_sae(make_sae("open", rule={"kind": "topk", "k": 4}, seed=3), start)
+
+    monkeypatch.setattr(run_module, "_begin", change)
+    monkeypatch.setattr(engines, "check_listed", lambda *args: None)
+    with pytest.raises(BadSetting, match=r"sae\.safetensors was changed during this run"):
+        run(study_file, tmp_path / "run")

@@ -40,9 +40,7 @@ def unpacked(path: Path) -> Iterator[bytes]:
                     frame = None if frame.eof else frame
                     total += len(piece)
                     if total > limit:
-                        raise ValueError(
-                            f"its {size:,} bytes unpack to more than {limit:,}, the limit for this size"
-                        )
+                        raise ValueError(f"its {size:,} bytes unpack to more than {limit:,}, the limit for this size")
                     yield piece
     except zstandard.ZstdError as error:
         raise ValueError(str(error)) from None

@@ -14,7 +14,7 @@ from posmask.errors import BadSetting, DamagedFolder
 from posmask.storage import layout
 from posmask.storage.atomic import claim, refusal, replacing
 from posmask.storage.layout import STUDY_FILE
-from posmask.storage.manifest import as_json, identity, read_manifest
+from posmask.storage.manifest import as_json, file_sha256, identity, read_manifest
 
 __all__ = [
     "RECORD_MARK",
@@ -23,6 +23,7 @@ __all__ = [
     "check_links",
     "check_listed",
     "check_record",
+    "check_sha256",
     "claim_of",
     "misplaced",
     "read_record",
@@ -128,6 +129,15 @@ def check_identity(folder: Path, expected: str) -> None:
             f"{folder} was replaced during this run by one that was made from other settings: give each study a folder "
             "of its own with --root, then run both again"
         )
+
+
+def check_sha256(file: Path, expected: str) -> None:
+    """
+    Raises:
+        BadSetting: a file from outside the run folder is no longer what this run began with.
+    """
+    if file_sha256(file) != expected:
+        raise BadSetting(f"{file} was changed during this run: run again, with the file that is meant")
 
 
 def misplaced(root: Path) -> list[str]:

@@ -23,7 +23,7 @@ from posmask.data.harvest import ComputeShards
 from posmask.evaluation.suite import EvaluationData
 from posmask.kernels import runtime
 from posmask.progress import part_finished
-from posmask.storage import layout, manifest
+from posmask.storage import atomic, layout, manifest
 from posmask.storage.record import check_listed, claim_of
 from posmask.study.cell import fill
 from posmask.study.harvests import prepare
@@ -138,13 +138,12 @@ def _watching(todo: list[Target]) -> Iterator[None]:
 @contextmanager
 def _helpers(study: StudySettings, root: Path, n_helpers: int, n_threads: int) -> Iterator[None]:
     """Helper processes that make cells of this study while the block runs."""
-    if n_helpers:
-        layout.jobs_folder(root).mkdir(parents=True, exist_ok=True)
+    logs = [layout.job_log(root, number) for number in range(2, 2 + n_helpers)]
+    for log in logs:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        atomic.check_file(log)
     spawn = multiprocessing.get_context("spawn")
-    helpers = [
-        spawn.Process(target=_help, args=(study, root, n_threads, layout.job_log(root, number)), daemon=True)
-        for number in range(2, 2 + n_helpers)
-    ]
+    helpers = [spawn.Process(target=_help, args=(study, root, n_threads, log), daemon=True) for log in logs]
     for helper in helpers:
         helper.start()
     try:
