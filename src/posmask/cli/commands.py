@@ -3,6 +3,7 @@
 Imports are inside the functions, so that `posmask --help` and shell completion import neither torch nor numpy.
 """
 
+import io
 import json
 import shlex
 import sys
@@ -49,6 +50,9 @@ _INTERRUPTED = 130
 
 def main() -> None:
     """Run the command line. Errors of posmask, of the disk and of memory are one sentence on standard error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # A terminal or log that is not UTF-8 must not end a finished run.
     try:
         app()
     except PosmaskError as error:

@@ -65,11 +65,12 @@ class Local:
         self._n_jobs = n_jobs
 
     def make(self, study: StudySettings, todo: list[Target], data: EvaluationData, root: Path, say: Say) -> None:
-        if self._n_jobs > 1:
-            say(f"{self._n_jobs} processes share the cells; helpers write their output to {layout.jobs_folder(root)}.")
-        n_threads = max(1, torch.get_num_threads() // self._n_jobs)
+        n_jobs = min(self._n_jobs, len(todo))
+        if n_jobs > 1:
+            say(f"{n_jobs} processes share the cells; helpers write their output to {layout.jobs_folder(root)}.")
+        n_threads = max(1, torch.get_num_threads() // n_jobs)
         # Set explicitly even if unchanged: torch multiplies differently with one thread set than with one detected.
-        with _helpers(study, root, self._n_jobs - 1, n_threads), runtime.threads(n_threads), _watching(todo):
+        with _helpers(study, root, n_jobs - 1, n_threads), runtime.threads(n_threads), _watching(todo):
             _share(study, todo, data, root, say)
 
 
@@ -174,7 +175,12 @@ def _end_with_parent() -> None:
 
 def _help(study: StudySettings, root: Path, n_threads: int, log: Path) -> None:
     _end_with_parent()
-    with log.open("a", buffering=1) as file, redirect_stdout(file), redirect_stderr(file), runtime.threads(n_threads):
+    with (
+        log.open("a", buffering=1, encoding="utf8") as file,
+        redirect_stdout(file),
+        redirect_stderr(file),
+        runtime.threads(n_threads),
+    ):
         runtime.keep_freed_memory()
         source = Source(study.model, study.device)
         todo = [target for target in targets_of(study, source, root) if state_of(target, verify=True) != "finished"]

@@ -17,6 +17,8 @@ from posmask.study.settings import StudySettings
 
 __all__ = ["read_study"]
 
+_MOST_PROBLEMS = 50  # of a study file that are printed
+
 
 def read_study(path: Path, changes: Sequence[str] = ()) -> StudySettings:
     """The settings in a study file, checked as far as can be without loading anything.
@@ -49,9 +51,14 @@ def read_study(path: Path, changes: Sequence[str] = ()) -> StudySettings:
     except ValidationError as error:
         raise _refusal(path, problems_of(error, values)) from None
     problems = []
+    built: set[str] = set()  # Cells that differ in nothing else but these are built once.
     for cell in study.cells:
+        shape = cell.model_dump_json(exclude={"name", "seeds", "step_fraction", "measure_forgetting"})
+        if shape in built:
+            continue
         try:
             check_buildable(study, cell)
+            built.add(shape)
         except PosmaskError as error:
             problems.append(f'cell "{cell.name}": {error}')
     if problems:
@@ -73,7 +80,8 @@ def _beyond_64_bits(value: Any, name: str = "") -> str | None:
 def _refusal(path: Path, problems: Sequence[str]) -> BadSetting:
     if len(problems) == 1:
         return BadSetting(f"{path}: {problems[0]}")
-    return BadSetting("\n  ".join((f"{path} has {len(problems)} problems:", *problems)))
+    shown = [*problems[:_MOST_PROBLEMS], *(["and others"] if len(problems) > _MOST_PROBLEMS else [])]
+    return BadSetting("\n  ".join((f"{path} has {len(problems):,} problems:", *shown)))
 
 
 def _find_modules(values: dict[str, Any], folder: Path) -> None:
