@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 
 from posmask.cli import sae_commands
+from posmask.cli.interrupts import INTERRUPTED, interrupts
 from posmask.cli.options import (
     Changes,
     Json,
@@ -45,7 +46,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-_INTERRUPTED = 130
 
 
 def main() -> None:
@@ -54,7 +54,8 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # A terminal or log that is not UTF-8 must not end a finished run.
     try:
-        app()
+        with interrupts():
+            app()
     except PosmaskError as error:
         _fail(str(error), 2 if isinstance(error, BadSetting) else 3 if isinstance(error, DamagedFolder) else 1)
     except OSError as error:
@@ -173,7 +174,7 @@ def run(
         rows = run.run_study(settings, root, say=print, n_jobs=jobs, engine=engine, plan=plan)
     except KeyboardInterrupt:
         print("\nposmask: interrupted; the same command resumes from the finished folders", file=sys.stderr)
-        raise typer.Exit(_INTERRUPTED) from None
+        raise typer.Exit(INTERRUPTED) from None
     page = report.write_report(root)
     console.print(results_table(summarize(rows)))
     for line in missing_lines(rows):
