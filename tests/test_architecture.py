@@ -51,15 +51,21 @@ def test_packages_import_only_packages_above_them():
     assert violations == []
 
 
+REMOVALS = {"rmtree", "unlink", "rmdir", "rename", "renames", "removedirs", "rm", "rm_file", "truncate"}
+REMOVALS |= {"remove", "move", "replace"}
+
+
 def removals(path):
     """Calls that remove, rename or overwrite a file or folder, wherever in a module."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf8"))):
+        if isinstance(node, ast.ImportFrom) and node.module in ("os", "shutil"):
+            yield from (alias.name for alias in node.names if alias.name in REMOVALS)
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
             continue
         name, of = node.func.attr, ast.unparse(node.func.value)
         one_word = len(node.args) == 1 and not node.keywords  # Path.replace(target), not str.replace(old, new)
         if (
-            name in ("rmtree", "unlink", "rmdir", "rename", "renames", "removedirs", "rm", "rm_file", "truncate")
+            name in REMOVALS - {"remove", "move", "replace"}
             or (name == "replace" and (one_word or of == "os"))
             or (name in ("remove", "move") and of in ("os", "shutil"))
         ):

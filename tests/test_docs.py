@@ -331,3 +331,10 @@ def test_every_column_of_an_audit_is_documented(columns):
 def test_the_slurm_command_is_the_one_that_plan_prints():
     shown = example("docs/cluster.md", "srun --nodes 2").replace("\\\n", "").split()
     assert shown == slurm_line(Path("STUDY.toml")).split()
+
+
+def test_each_test_that_a_page_names_exists():
+    root = Path(__file__).parents[1]
+    named = {name for page in root.glob("docs/*.md") for name in re.findall(r"tests/[\w/]+\.py", page.read_text())}
+    assert len(named) > 15
+    assert [name for name in sorted(named) if not (root / name).is_file()] == []

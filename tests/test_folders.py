@@ -148,7 +148,7 @@ def test_set_aside_keeps_every_earlier_folder(folder, tmp_path):
 
 
 def _hold(path, held, release):
-    with claim(path, wait=False) as claimed:
+    with claim(path.parent, path.name, wait=False) as claimed:
         held.put(claimed)
         release.wait(20)
 
@@ -159,13 +159,13 @@ def test_a_claim_is_exclusive_and_ends_with_its_process(tmp_path):
     other = spawn.Process(target=_hold, args=(path, held, release))
     other.start()
     assert held.get(timeout=30)
-    with claim(path, wait=False) as claimed:
+    with claim(path.parent, path.name, wait=False) as claimed:
         assert not claimed
-    with claim(path.with_name("b"), wait=False) as claimed:
+    with claim(path.parent, "b", wait=False) as claimed:
         assert claimed
     other.kill()  # no cleanup runs
     other.join()
-    with claim(path, wait=True) as claimed:
+    with claim(path.parent, path.name, wait=True) as claimed:
         assert claimed
 
 

@@ -7,19 +7,27 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from conftest import make_sae
 from posmask.cli.commands import app
 from posmask.errors import BadSetting, DamagedFolder
 from posmask.report import write_report
 from posmask.report.reading import read_studies
+from posmask.results.rows import read_rows, write_rows
+from posmask.sae.files import write_sae
+from posmask.storage import layout
 from posmask.storage.layout import STUDY_FILE
+from posmask.storage.manifest import file_entry, read_manifest, sealed_manifest
 from posmask.storage.record import read_record
 from posmask.study import engines
-from posmask.study.run import _begin, run_study
+from posmask.study import run as run_module
+from posmask.study.run import _begin, evaluate_folder, run_study
 from posmask.study.saes import read_init
 from posmask.study.source import Source
 from posmask.study.study_file import read_study
@@ -212,3 +220,132 @@ def test_workers_end_when_their_run_is_killed(sent, tmp_path, model_folder):
             time.sleep(0.05)
     finally:
         process.kill()
+
+
+def write_other_results(root):
+    """Change the numbers of a cell in the joined table, as a run with other settings would."""
+    table = [
+        replace(row, value=row.value + 1) if row.cell == "open" else row for row in read_rows(root / "results.csv")
+    ]
+    write_rows(root / "results.csv", table)
+
+
+def write_other_record(root, labels):
+    """Let other settings decide these folders, as a run that begins with them does."""
+    record = json.loads((root / STUDY_FILE).read_text())
+    record["folders"] |= dict.fromkeys(labels, "0" * 16)
+    (root / STUDY_FILE).write_text(json.dumps(record, indent=1))
+
+
+def test_the_report_takes_no_numbers_from_a_table_of_other_settings(finish, tmp_path):
+    """A run that was overtaken writes its table last."""
+    root = tmp_path / "run"
+    finish(root)
+    (expected,) = read_studies([root])
+    write_other_results(root)
+    (read,) = read_studies([root])
+    assert list(map(repr, read.rows)) == list(map(repr, expected.rows))
+    assert read.verdicts == []
+    assert any("results.csv has other numbers than the folders of" in warning for warning in read.warnings)
+
+
+def test_the_report_excludes_table_rows_of_cells_of_other_settings(finish, tmp_path):
+    root = tmp_path / "run"
+    finish(root)
+    write_other_record(root, ["open-seed0", "slice-compute-seed0"])
+    (read,) = read_studies([root])
+    assert {row.cell for row in read.rows} == {"llm"}
+    assert read.cells == []
+    assert read.verdicts == []
+    assert any("made from other settings than the study has now: open-seed0" in line for line in read.warnings)
+
+
+def test_the_report_excludes_baselines_of_other_settings(finish, tmp_path):
+    root = tmp_path / "run"
+    finish(root)
+    write_other_record(root, ["baselines"])
+    (read,) = read_studies([root])
+    assert {row.cell for row in read.rows} == {"open", "slice-compute"}
+    assert any("made from other settings than the study has now: baselines" in line for line in read.warnings)
+
+
+def test_a_run_that_was_overtaken_in_its_last_cell_writes_no_table(study_file, finish, tmp_path, monkeypatch):
+    root = tmp_path / "run"
+    finish(root)
+    shutil.rmtree(root / "cells" / "slice-compute-seed0")
+    make = engines.Local.make
+
+    def make_and_be_overtaken(*args):
+        make(*args)
+        write_other_record(root, ["open-seed0"])
+
+    monkeypatch.setattr(engines.Local, "make", make_and_be_overtaken)
+    with pytest.raises(BadSetting, match=r"now belongs to a run with other settings .* --root"):
+        run(study_file, root)
+    assert not (root / "results.csv").exists()
+
+
+@pytest.mark.parametrize("label", ["open-seed0", "baselines"])
+def test_rows_of_another_cell_in_a_sealed_folder_are_refused(study_file, finish, tmp_path, label):
+    root = tmp_path / "run"
+    finish(root)
+    folder = layout.cell_folder(root, label)
+    manifest = read_manifest(folder)
+    rows_file = folder / "rows.csv"
+    rows_file.write_text(rows_file.read_text().replace("\nopen,", "\nslice-compute,").replace("\nllm,", "\nopen,"))
+    files = {**manifest["files"], "rows.csv": file_entry(rows_file)}
+    facts = {key: manifest[key] for key in manifest if key not in ("identity", "made_from", "files", "sha256")}
+    (folder / "manifest.json").write_text(sealed_manifest(manifest["made_from"], facts, files))
+    with pytest.raises(DamagedFolder, match=r"rows\.csv holds rows of"):
+        run(study_file, root)
+    (root / "results.csv").unlink(missing_ok=True)
+    (read,) = read_studies([root])
+    assert {row.cell for row in read.rows} == {"llm", "open", "slice-compute"} - {
+        "llm" if label == "baselines" else "open"
+    }
+    assert any("holds rows of" in warning for warning in read.warnings)
+
+
+def test_an_evaluation_needs_a_root_of_the_same_settings(study_file, finish, tmp_path):
+    root = tmp_path / "run"
+    finish(root)
+    before = (root / "baselines" / "manifest.json").read_bytes()
+    study = read_study(study_file, ["evaluation.shift_texts=30"])
+    with pytest.raises(BadSetting, match="belongs to the study 'tiny' with another model, other texts or another"):
+        evaluate_folder(study, root, root / "cells" / "open-seed0", lambda line: None)
+    assert (root / "baselines" / "manifest.json").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_two_runs_with_other_settings_on_one_root_mix_nothing(study_file, finish, tmp_path):
+    """Threads replace processes here: a claim excludes both."""
+    root = tmp_path / "run"
+    finish(tmp_path / "warm")
+    with ThreadPoolExecutor(2) as threads:
+        both = [threads.submit(run, study_file, root, changes) for changes in ((), CHANGED)]
+        errors = [result.exception() for result in both]
+    assert all(isinstance(error, BadSetting | None) for error in errors)
+    assert None not in errors or errors.count(None) == 1
+    (read,) = read_studies([root])
+    for cell in read.cells:
+        assert read_manifest(cell.path)["identity"] == read_record(root).folders[cell.path.name]
+        of_cell = [row for row in read.rows if (row.cell, row.seed) == (cell.cell, cell.seed)]
+        assert list(map(repr, of_cell)) == list(map(repr, read_rows(cell.path / "rows.csv")))
+
+
+def test_a_start_that_changes_during_the_run_is_refused(study_file, finish, tmp_path, monkeypatch):
+    finish(tmp_path / "first")
+    start = shutil.copytree(tmp_path / "first" / "cells" / "open-seed0", tmp_path / "start")
+    (start / "manifest.json").unlink()
+    for name in ("settings.json", "rows.csv"):
+        (start / name).unlink()
+    text = study_file.read_text().partition('[[cells]]\nname = "slice-compute"')[0]
+    study_file.write_text(f'{text}init_from = "{start}"\n')
+
+    def change(*args, recompute):
+        write_sae(make_sae("open", rule={"kind": "topk", "k": 4}, seed=3), start)
+
+    monkeypatch.setattr(run_module, "_begin", change)
+    monkeypatch.setattr(engines, "check_listed", lambda *args: None)
+    with pytest.raises(BadSetting, match=r"sae\.safetensors was changed during this run"):
+        run(study_file, tmp_path / "run")

@@ -39,9 +39,10 @@ from posmask.report import page as page_module
 from posmask.report import page_server, write_paper_figures, write_report, write_report_folder
 from posmask.report.browser import shown_word
 from posmask.results.comparisons import Verdict, paired_difference, read_verdicts, sample, write_verdicts
-from posmask.results.rows import Measure, Row, Units, read_units, write_rows, write_units
+from posmask.results.rows import Measure, Row, Units, read_rows, read_units, write_rows, write_units
 from posmask.results.table import COMPARED
 from posmask.sae.files import write_sae
+from posmask.storage.layout import cell_label
 from posmask.storage.manifest import read_manifest, write_folder
 from posmask.storage.record import StudyRecord, write_record
 
@@ -56,7 +57,7 @@ class Words:
         return WORDS[ids[0] % len(WORDS)]
 
 
-def write_cell(root, name, kind, *, seed=0, level=0.8, latents=True, d_sae=D_SAE):
+def write_cell(root, name, kind, *, seed=0, level=0.8, latents=True, d_sae=D_SAE, gating="forward"):
     """Write a cell of a small untrained SAE with rows and latents, and return its rows."""
     generator = np.random.default_rng(seed + len(name))
     units = {metric: Units(generator.uniform(size=30) + level, np.full(30, 2.0)) for metric in ("ev", "order")}
@@ -95,7 +96,7 @@ def write_cell(root, name, kind, *, seed=0, level=0.8, latents=True, d_sae=D_SAE
             for part in ("position", "content", "interaction")
         ),
     ]
-    rows = [Row.of(m, cell=name, mask=kind, budget="width", gating="forward", seed=seed) for m in measures]
+    rows = [Row.of(m, cell=name, mask=kind, budget="width", gating=gating, seed=seed) for m in measures]
     made_from = {"cell": {"name": name}, "seed": seed, "note": HOSTILE, "evaluation": {"order_test_groups": 60}}
     with write_folder(root / "cells" / f"{name}-seed{seed}", made_from, versions={"torch": "2"}) as draft:
         write_rows(draft / "rows.csv", rows)
@@ -166,6 +167,14 @@ def page(study):
 def root(study, tmp_path):
     """A copy of the study that a test may damage."""
     return shutil.copytree(study, tmp_path / "study")
+
+
+def put_nan(root, label):
+    """Replace a number of a cell in the joined table; its folder must be unreadable, or it would be believed."""
+    rows = read_rows(root / "results.csv")
+    chosen = [(row.metric, cell_label(row.cell, row.seed)) == ("dead_share", label) for row in rows]
+    values = [math.nan if is_chosen else row.value for is_chosen, row in zip(chosen, rows, strict=True)]
+    write_rows(root / "results.csv", [replace(row, value=value) for row, value in zip(rows, values, strict=True)])
 
 
 def block(page, name):
@@ -350,9 +359,9 @@ def test_every_fraction_on_the_page_has_a_leading_zero(page):
 
 def test_a_gradient_only_mask_is_marked(tmp_path):
     rows = [
-        replace(row, gating=gating)
+        row
         for name, kind, gating in (("open", "open", "forward"), ("hard", "hard", "gradient"))
-        for row in write_cell(tmp_path, name, kind, latents=False)
+        for row in write_cell(tmp_path, name, kind, latents=False, gating=gating)
     ]
     write_rows(tmp_path / "results.csv", rows)
     write_study_record(tmp_path)
@@ -584,8 +593,7 @@ def test_unreadable_files_are_excluded_and_listed(root):
     (root / "cells" / "hard-seed0" / "curve.csv").write_text("tampered")
     (root / "cells" / "soft-seed1" / "manifest.json").unlink()
     (root / "cells" / ".soft-seed2.draft-1").mkdir()
-    text = (root / "results.csv").read_text().replace("0.25,nan,nan", "nan,nan,nan", 1)
-    (root / "results.csv").write_text(text)
+    put_nan(root, "hard-seed0")
     (root / "verdicts.csv").write_text("nothing\n1\n")
     page = write_report(root).read_text(encoding="utf8")
     assert str(root) not in page
@@ -998,7 +1006,7 @@ def test_pages_of_damaged_and_empty_folders_open_without_errors(root, tmp_path, 
     """`open_page` also checks that the console has no error."""
     (root / "cells" / "hard-seed0" / "latents.safetensors").write_bytes(b"tampered")
     (root / "cells" / "soft-seed0" / "manifest.json").unlink()
-    (root / "results.csv").write_text((root / "results.csv").read_text().replace("0.25,nan,nan", "nan,nan,nan"))
+    put_nan(root, "hard-seed0")
     tab = open_page(write_report(root))
     warnings = tab.locator(".warnings").first.inner_text()
     for part in ("latents.safetensors is not what was written", "soft-seed0 has no manifest.json", "are NaN"):

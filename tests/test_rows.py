@@ -6,7 +6,7 @@ import pytest
 import zstandard
 
 from posmask.errors import DamagedFolder
-from posmask.results.rows import MAX_DECOMPRESSED_BYTES, Row, read_rows, write_rows
+from posmask.results.rows import Row, read_rows, write_rows
 
 ROWS = [
     Row("open", "open", "width", "forward", seed, "order_accuracy", f"task=ä, b;k={k}", 0.1 + seed / 3, 0.05, 0.2, k)
@@ -51,15 +51,3 @@ def test_a_compressed_table_with_other_columns_raises_an_error(tmp_path):
     path.write_bytes(zstandard.compress(b"nothing\n1\n"))
     with pytest.raises(DamagedFolder, match=r"is not a table of posmask's"):
         read_rows(path)
-
-
-@pytest.mark.parametrize(
-    ("size", "declared"), [(MAX_DECOMPRESSED_BYTES + 1, "2,147,483,649 bytes"), (-1, "no decompressed size")]
-)
-def test_a_compressed_table_without_a_small_declared_size_raises_an_error(tmp_path, plain, size, declared):
-    """The header is checked before anything is decompressed."""
-    packer = zstandard.ZstdCompressor().compressobj(size=size)
-    packed = packer.compress(plain) + packer.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
-    (tmp_path / "results.csv.zst").write_bytes(packed)
-    with pytest.raises(DamagedFolder, match=rf"declares {declared}, the limit is 2,147,483,648: decompress"):
-        read_rows(tmp_path / "results.csv.zst")

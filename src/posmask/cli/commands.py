@@ -3,6 +3,7 @@
 Imports are inside the functions, so that `posmask --help` and shell completion import neither torch nor numpy.
 """
 
+import io
 import json
 import shlex
 import sys
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 
 from posmask.cli import sae_commands
+from posmask.cli.interrupts import INTERRUPTED, interrupts
 from posmask.cli.options import (
     Changes,
     Json,
@@ -44,13 +46,16 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-_INTERRUPTED = 130
 
 
 def main() -> None:
     """Run the command line. Errors of posmask, of the disk and of memory are one sentence on standard error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # A terminal or log that is not UTF-8 must not end a finished run.
     try:
-        app()
+        with interrupts():
+            app()
     except PosmaskError as error:
         _fail(str(error), 2 if isinstance(error, BadSetting) else 3 if isinstance(error, DamagedFolder) else 1)
     except OSError as error:
@@ -169,7 +174,7 @@ def run(
         rows = run.run_study(settings, root, say=print, n_jobs=jobs, engine=engine, plan=plan)
     except KeyboardInterrupt:
         print("\nposmask: interrupted; the same command resumes from the finished folders", file=sys.stderr)
-        raise typer.Exit(_INTERRUPTED) from None
+        raise typer.Exit(INTERRUPTED) from None
     page = report.write_report(root)
     console.print(results_table(summarize(rows)))
     for line in missing_lines(rows):

@@ -41,6 +41,8 @@ StorageDtype = Literal["model", "float32", "bfloat16", "int8"]
 """Precision of vectors on disk; `model` is the precision in which the model computes."""
 
 _FIELDS = ("position", "token_id", "text", "keep", "sentence", "line", "end", "text_position")
+_ROUNDING = {torch.float32: 2.0**-18, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-8, torch.int8: 2.0**-7}
+"""Standard deviation of vectors, relative to their norm, that rounding alone may cause, by their precision on disk."""
 STORED_FIELDS = (*_FIELDS, "sink")
 """What a shard holds of each token beside its vector."""
 
@@ -178,7 +180,7 @@ class Activations:
         """The mean of the kept vectors, and the scale with mean |x - mean|^2 = d_model * scale^2.
 
         Raises:
-            DegenerateResult: all vectors are equal.
+            DegenerateResult: all vectors are equal, exactly or up to rounding.
         """
         total = torch.zeros(self.d_model, dtype=torch.float64)
         squares = torch.zeros((), dtype=torch.float64)
@@ -188,8 +190,10 @@ class Activations:
             squares += vectors.square().sum()
         mean = total / self.n_kept
         variance = squares / self.n_kept - mean.square().sum()
-        if not float(variance) > 0:
-            raise DegenerateResult("all vectors are equal, so there is nothing to encode: check model, layer and texts")
+        if not float(variance) > _ROUNDING[self._stored] ** 2 * float(squares / self.n_kept):
+            raise DegenerateResult(
+                "all vectors are equal up to rounding, so there is nothing to encode: check model, layer and texts"
+            )
         return mean.float(), (variance / self.d_model).sqrt().float()
 
     def batch(self, index: Int[Tensor, " token"]) -> Batch:

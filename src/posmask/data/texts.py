@@ -8,18 +8,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import zstandard
-
 from posmask.data.pretrained import first_line
 from posmask.errors import BadSetting, MissingAsset, MissingExtra, PosmaskError
 from posmask.progress import announce
+from posmask.storage.compressed import unpacked
 from posmask.storage.manifest import file_sha256
 
 __all__ = ["HUB_PREFIX", "content_of", "load_from_hub", "read_texts", "why_unusable"]
 
 HUB_PREFIX = "hf:"
 _ENDINGS = (".txt", ".jsonl", ".jsonl.zst")
-_READ_BYTES = 2**16
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # UTF-32 starts with one of them, too.
 
 
@@ -122,29 +120,21 @@ def _lines(path: Path) -> Iterator[bytes]:
         with path.open("rb") as file:
             yield from file
         return
-    started = b""
-    for part in _unpacked(path):
-        *complete, started = (started + part).split(b"\n")
-        yield from complete
-    yield started
-
-
-def _unpacked(path: Path) -> Iterator[bytes]:
-    """The contents of a compressed file of one or several frames."""
-    frame: Any = None  # Only decompressobj reports a frame that ends too early.
+    started: list[bytes] = []
     try:
-        with path.open("rb") as file:
-            while packed := file.read(_READ_BYTES):
-                while packed:
-                    frame = frame or zstandard.ZstdDecompressor().decompressobj()
-                    yield frame.decompress(packed)
-                    packed = frame.unused_data if frame.eof else b""
-                    frame = None if frame.eof else frame
-        reason = "it ends in the middle of a frame" if frame is not None else ""
-    except zstandard.ZstdError as error:
-        reason = str(error)
-    if reason:
-        raise BadSetting(f"{path} is damaged ({reason}): copy or compress it again")
+        for part in unpacked(path):
+            first, *more = part.split(b"\n")
+            started.append(first)
+            if more:
+                yield b"".join(started)
+                *complete, last = more
+                yield from complete
+                started = [last]
+    except ValueError as error:
+        raise BadSetting(
+            f"{path} is damaged ({error}): copy or compress it again, or unpack it with `zstd -d`"
+        ) from None
+    yield b"".join(started)
 
 
 def _decoded(content: bytes, path: Path, number: int) -> str:

@@ -19,6 +19,8 @@ from posmask.storage.manifest import file_sha256
 
 __all__ = ["MASKS", "code_of", "make_mask", "mask_settings"]
 
+_MOST_ENTRIES = 2**31  # of a mask's table: 8 GiB
+
 
 class _Kinds(dict[str, type[PositionMask]]):
     """Kinds by name; `MODULE:CLASS` is imported when it is first looked up, in worker processes too."""
@@ -109,6 +111,12 @@ def make_mask(settings: MaskSettings, n_positions: int, d_sae: int, seed: int = 
     """A mask of the kind `settings.kind`.
 
     Raises:
-        BadSetting: the settings do not fit the context length or the number of latents.
+        BadSetting: the settings do not fit the context length or the number of latents, or their table would have more
+            than 2^31 entries (8 GiB).
     """
+    if n_positions * d_sae > _MOST_ENTRIES:
+        raise BadSetting(
+            f"a mask of {n_positions:,} positions and {d_sae:,} latents would have more than {_MOST_ENTRIES:,} "
+            "entries: choose fewer positions (n_positions) or latents (d_sae)"
+        )
     return MASKS[settings.kind](settings, n_positions, d_sae, seed)

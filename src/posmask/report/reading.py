@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from posmask.errors import DamagedFolder
 from posmask.results.comparisons import Verdict, read_verdicts
-from posmask.results.rows import Row, Units, parse_slice, read_rows, read_units
+from posmask.results.rows import Row, Units, parse_slice, read_rows, read_rows_of, read_units
 from posmask.results.table import missing_lines
 from posmask.storage import layout
 from posmask.storage.layout import STUDY_FILE
@@ -159,14 +159,12 @@ def _read_study(root: Path) -> Study:
         )
     warnings: list[str] = []
     record = _record(root, warnings) if has_run else None
-    cells = _cells(root, record, warnings) if has_run else []
-    rows = _tolerant(read_rows, results, warnings) if has_run else _baseline_rows(root, None, warnings)
-    if rows is None:
-        rows = [row for cell in cells for row in _tolerant(read_rows, cell.path / layout.ROWS_FILE, warnings) or []]
-        rows = [*_baseline_rows(root, record, warnings), *rows]
-        warnings.append(f"The numbers are those of the {len(cells)} finished cells; `posmask run` writes results.csv.")
-    if record is not None:
-        rows = [row for row in rows if row.mask == "none" or layout.cell_label(row.cell, row.seed) in record.folders]
+    finished = _finished(root, record, warnings) if has_run else _Finished([], {}, set())
+    cells = finished.cells
+    if has_run:
+        rows, is_current = _joined(results, finished, record, warnings)
+    else:
+        rows, is_current = _baseline_rows(root, None, warnings) or [], False
     readable = {(cell.cell, cell.seed) for cell in cells}
     missing = {(row.cell, row.seed) for row in rows if row.mask != "none"} - readable
     evaluated, rows_of_evaluated = _evaluated(root, record, {row.cell for row in rows}, warnings)
@@ -175,7 +173,7 @@ def _read_study(root: Path) -> Study:
         names = _first_few([layout.cell_label(cell, seed) for cell, seed in sorted(missing)])
         warnings.append(f"In the tables only, because the folder is missing or unreadable: {names}.")
     known = {row.cell for row in rows}
-    found = _tolerant(read_verdicts, root / layout.VERDICTS_FILE, warnings) if has_run else None
+    found = _tolerant(read_verdicts, root / layout.VERDICTS_FILE, warnings) if is_current else None
     verdicts = [
         verdict
         for verdict in found or []
@@ -209,11 +207,68 @@ def _record(root: Path, warnings: list[str]) -> StudyRecord | None:
     return record
 
 
-def _cells(root: Path, record: StudyRecord | None, warnings: list[str]) -> list[CellFolder]:
-    """The finished cells of the study; other folders in `root/cells` are named in warnings."""
+@dataclass(frozen=True)
+class _Finished:
+    """The finished folders that belong to a study.
+
+    Attributes:
+        cells: the cells.
+        rows: of the cells and the baselines, by label.
+        excluded: labels of folders that were made from other settings.
+    """
+
+    cells: list[CellFolder]
+    rows: dict[str, list[Row]]
+    excluded: set[str]
+
+
+def _joined(
+    results: Path, finished: _Finished, record: StudyRecord | None, warnings: list[str]
+) -> tuple[list[Row], bool]:
+    """The rows of a study, and whether its joined tables are those of its folders.
+
+    The rows are those of results.csv if it agrees with every finished folder, else those of the folders.
+    """
+    table = _tolerant(read_rows, results, warnings)
+    of_folders = [row for rows in finished.rows.values() for row in rows]
+    if table is None:
+        n_cells = len(finished.cells)
+        warnings.append(f"The numbers are those of the {n_cells} finished cells; `posmask run` writes results.csv.")
+        return of_folders, True
+    by_label: dict[str, list[Row]] = {}
+    for row in table:
+        by_label.setdefault(_label_of(row), []).append(row)
+    if other := [label for label, rows in finished.rows.items() if not _are_equal(rows, by_label.get(label, []))]:
+        warnings.append(
+            f"{results.name} has other numbers than the folders of {_first_few(other)}: all numbers are those of the "
+            "folders, and verdicts are left out; `posmask run` writes both tables again."
+        )
+        return of_folders, False
+    listed = by_label.keys() if record is None else {layout.BASELINES, *record.folders}
+    left_out = finished.excluded | (by_label.keys() - listed)
+    return [row for label, rows in by_label.items() if label not in left_out for row in rows], True
+
+
+def _label_of(row: Row) -> str:
+    return layout.BASELINES if row.mask == "none" else layout.cell_label(row.cell, row.seed)
+
+
+def _are_equal(rows: Sequence[Row], others: Sequence[Row]) -> bool:
+    """Whether two tables have the same rows, NaN being equal to NaN."""
+    return len(rows) == len(others) and all(
+        row == other or repr(row) == repr(other) for row, other in zip(rows, others, strict=True)
+    )
+
+
+def _finished(root: Path, record: StudyRecord | None, warnings: list[str]) -> _Finished:
+    """Read the finished folders of the study; other folders in `root/cells` are named in warnings."""
     folder = layout.cells_folder(root)
     cells: list[CellFolder] = []
+    rows: dict[str, list[Row]] = {}
     not_listed, other_settings = [], []
+    of_baselines = _baseline_rows(root, record, warnings)
+    if of_baselines:
+        rows[layout.BASELINES] = of_baselines
     for path in sorted(path for path in folder.glob("*") if path.is_dir()) if folder.is_dir() else []:
         if path.name.startswith("."):
             continue
@@ -225,8 +280,10 @@ def _cells(root: Path, record: StudyRecord | None, warnings: list[str]) -> list[
             manifest = read_manifest(path, verify=True)
             if record is not None and manifest["identity"] != record.folders[path.name]:
                 other_settings.append(path.name)
-            else:
-                cells.append(CellFolder(name, seed, path, manifest))
+                continue
+            if (path / layout.ROWS_FILE).is_file():
+                rows[path.name] = read_rows_of(path / layout.ROWS_FILE, name, seed)
+            cells.append(CellFolder(name, seed, path, manifest))
         except (DamagedFolder, ValueError, OSError) as error:
             reason = str(error).replace(f"{root}/", "")  # Pages are shared, so they have no paths of this machine.
             warnings.append(f"Cell {path.name} is left out of figures and latents: {reason}.")
@@ -244,7 +301,8 @@ def _cells(root: Path, record: StudyRecord | None, warnings: list[str]) -> list[
         )
     if not cells:
         warnings.append("The folder has no finished cell, so there are no figures of masks or training and no latents.")
-    return cells
+    excluded = {*other_settings, *([layout.BASELINES] if of_baselines is None else [])}
+    return _Finished(cells, rows, excluded)
 
 
 def _evaluated(
@@ -266,7 +324,7 @@ def _evaluated(
                 continue
             if not (path / layout.OPENNESS_FILE).is_file():
                 raise DamagedFolder("it was written by an earlier version; remove it and evaluate the SAE again")
-            of_sae = read_rows(path / layout.ROWS_FILE)
+            of_sae = read_rows_of(path / layout.ROWS_FILE, path.name, 0)
         except (DamagedFolder, ValueError, OSError) as error:
             warnings.append(f"Evaluated SAE {path.name} is left out: {str(error).replace(f'{root}/', '')}.")
             continue
@@ -296,8 +354,8 @@ def _first_few(names: Sequence[str]) -> str:
     return f"{', '.join(names[:6])}{more}"
 
 
-def _baseline_rows(root: Path, record: StudyRecord | None, warnings: list[str]) -> list[Row]:
-    """Rows of the model itself, if results.csv is missing."""
+def _baseline_rows(root: Path, record: StudyRecord | None, warnings: list[str]) -> list[Row] | None:
+    """Rows of the model itself; None if they were made from other settings."""
     folder = layout.cell_folder(root, layout.BASELINES)
     if not folder.is_dir():
         return []
@@ -308,8 +366,8 @@ def _baseline_rows(root: Path, record: StudyRecord | None, warnings: list[str]) 
         return []
     if record is not None and manifest["identity"] != record.folders.get(layout.BASELINES):
         warnings.append("Excluded, made from other settings than the study has now: baselines.")
-        return []
-    return _tolerant(read_rows, folder / layout.ROWS_FILE, warnings) or []
+        return None
+    return _tolerant(lambda path: read_rows_of(path, MODEL_CELL, 0), folder / layout.ROWS_FILE, warnings) or []
 
 
 def _tolerant(read: Callable[[Path], Read], path: Path, warnings: list[str]) -> Read | None:

@@ -2,14 +2,17 @@
 
 import http.server
 import os
+import sys
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from posmask.errors import DamagedFolder
+from posmask.errors import BadSetting, DamagedFolder
 
 __all__ = ["page_server"]
+
+_LAST_PORT = 65_535
 
 
 class _Handler(http.server.SimpleHTTPRequestHandler):
@@ -18,16 +21,26 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
     Another site's page cannot read them through a host name that resolves to 127.0.0.1.
     """
 
+    timeout = 60  # seconds that a client may be silent
+
     def send_head(self) -> Any:
         name, _, port = (self.headers.get("Host") or "").rpartition(":")
         if name not in ("127.0.0.1", "localhost") or port != str(self.connection.getsockname()[1]):
             self.send_error(403, "This page is served to 127.0.0.1 and localhost only")
             return None
-        path = Path(self.translate_path(self.path)).resolve()
-        if not path.is_relative_to(Path(self.directory).resolve()):  # through a symbolic link
+        if not self._is_served():
             self.send_error(404)
             return None
         return super().send_head()
+
+    def _is_served(self) -> bool:
+        """Whether the request is for a file in the folder, and not for one that a symbolic link leads to."""
+        try:
+            path = Path(self.translate_path(self.path))
+            file = path / "index.html" if path.is_dir() else path
+            return file.is_file() and file.resolve().is_relative_to(Path(self.directory).resolve())
+        except (ValueError, OSError):  # NUL characters, or a name that is too long
+            return False
 
     def list_directory(self, path: Any) -> Any:
         self.send_error(404)
@@ -52,6 +65,15 @@ class _PageHandler(_Handler):
         return self.directory if path.partition("?")[0] == "/" else os.path.join(self.directory, "none")
 
 
+class _Server(http.server.ThreadingHTTPServer):
+    request_queue_size = 64  # A page requests its data at once.
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Print errors, but not that a browser closed its connection."""
+        if not isinstance(sys.exception(), ConnectionError | TimeoutError):
+            super().handle_error(request, client_address)
+
+
 def page_server(page: Path, port: int = 0) -> http.server.ThreadingHTTPServer:
     """Return a server of a report page, bound to 127.0.0.1; `serve_forever` starts it.
 
@@ -61,7 +83,10 @@ def page_server(page: Path, port: int = 0) -> http.server.ThreadingHTTPServer:
 
     Raises:
         DamagedFolder: `page` is neither.
+        BadSetting: the port is taken or impossible.
     """
+    if not 0 <= port <= _LAST_PORT:
+        raise BadSetting(f"port = {port} does not exist: choose one from 1 to {_LAST_PORT}, or 0 for any free one")
     is_file = page.is_file() and page.suffix == ".html"
     if not is_file and not (page / "index.html").is_file():
         raise DamagedFolder(
@@ -69,4 +94,10 @@ def page_server(page: Path, port: int = 0) -> http.server.ThreadingHTTPServer:
             "latents"
         )
     handler = _PageHandler if is_file else _Handler
-    return http.server.ThreadingHTTPServer(("127.0.0.1", port), partial(handler, directory=str(page)))
+    try:
+        return _Server(("127.0.0.1", port), partial(handler, directory=str(page)))
+    except OSError as error:
+        raise BadSetting(
+            f"port {port} cannot be used ({error.strerror}), perhaps because another program serves there: choose "
+            "another with --port; 0 takes any free one"
+        ) from None

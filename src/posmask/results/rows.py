@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import zstandard
 from safetensors.numpy import load_file, save_file
 
 from posmask.errors import DamagedFolder, DegenerateResult
+from posmask.storage.compressed import unpacked
 
 __all__ = [
-    "MAX_DECOMPRESSED_BYTES",
     "Measure",
     "Row",
     "Units",
@@ -25,15 +24,13 @@ __all__ = [
     "parse_slice",
     "read_records",
     "read_rows",
+    "read_rows_of",
     "read_units",
     "slice_text",
     "write_records",
     "write_rows",
     "write_units",
 ]
-
-MAX_DECOMPRESSED_BYTES = 2 * 1024**3
-"""Larger compressed tables are refused."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,17 +203,12 @@ def read_records(path: Path, kind: type[Record]) -> list[Record]:
 
 
 def _decompressed(path: Path) -> bytes:
-    data = path.read_bytes()
     try:
-        size = zstandard.frame_content_size(data)
-        if 0 <= size <= MAX_DECOMPRESSED_BYTES:
-            return zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False)
-    except zstandard.ZstdError as error:
-        raise DamagedFolder(f"{path} cannot be decompressed ({error}): restore the file") from None
-    declared = f"{size:,} bytes" if size > 0 else "no decompressed size"
-    raise DamagedFolder(
-        f"{path} declares {declared}, the limit is {MAX_DECOMPRESSED_BYTES:,}: decompress it with `zstd -d`"
-    )
+        return b"".join(unpacked(path))
+    except ValueError as error:
+        raise DamagedFolder(
+            f"{path} cannot be decompressed ({error}): restore the file, or unpack it with `zstd -d`"
+        ) from None
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
@@ -231,6 +223,22 @@ def read_rows(path: Path) -> list[Row]:
         DamagedFolder: the file is not a table of rows, or the `.zst` file is damaged or too large.
     """
     return read_records(path, Row)
+
+
+def read_rows_of(path: Path, cell: str, seed: int) -> list[Row]:
+    """Read the `rows.csv` of a cell.
+
+    Raises:
+        DamagedFolder: as `read_rows`, or rows are of another cell or seed.
+    """
+    rows = read_rows(path)
+    if others := {(row.cell, row.seed) for row in rows} - {(cell, seed)}:
+        other, other_seed = min(others)
+        raise DamagedFolder(
+            f"{path} holds rows of {other!r} with seed {other_seed}, not only of {cell!r} with seed {seed}: move the "
+            "folder away, `posmask run` makes it again"
+        )
+    return rows
 
 
 def write_units(path: Path, measures: Iterable[Measure]) -> None:

@@ -15,7 +15,7 @@ from posmask.masks.base import PositionMask
 from posmask.sae.autoencoder import SparseAutoencoder, check_sizes, check_table
 from posmask.sae.rules import rule_settings
 from posmask.storage.atomic import check_file
-from posmask.storage.layout import OPENNESS_FILE, SAE_FILE, WEIGHTS_FILE
+from posmask.storage.layout import OPENNESS_FILE, ROWS_FILE, SAE_FILE, SETTINGS_FILE, WEIGHTS_FILE
 from posmask.storage.manifest import MANIFEST, read_manifest
 
 __all__ = ["flaw_of", "read_origin", "read_sae", "read_width", "write_sae"]
@@ -58,14 +58,15 @@ def read_sae(folder: Path, *, verify: bool = False) -> SparseAutoencoder:
 
     Args:
         folder: the folder of the SAE.
-        verify: also compare the folder's files with its manifest, if it has one.
+        verify: also compare the folder's files with its manifest. Only a folder that holds nothing but an SAE, as
+            `write_sae` leaves it, needs none.
 
     Raises:
         BadSetting: the kind of its mask or rule is unknown.
         DamagedFolder: a file is missing, or its tensors do not match the description, are not finite or are out of
             range.
     """
-    if verify and (folder / MANIFEST).exists():
+    if verify and any((folder / name).exists() for name in (MANIFEST, SETTINGS_FILE, ROWS_FILE)):
         read_manifest(folder, verify=True)
     try:
         description = json.loads((folder / SAE_FILE).read_text(encoding="utf8"))

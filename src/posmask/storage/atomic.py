@@ -191,15 +191,18 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def claim(path: Path, *, wait: bool) -> Iterator[bool]:
-    """Hold the lock to make a folder, so that only one of several processes does. Released when the process ends.
+def claim(locks: Path, name: str, *, wait: bool) -> Iterator[bool]:
+    """Hold a lock, so that only one of several processes makes a folder. Released when the process ends.
+
+    Args:
+        locks: the folder of the locks, which are left behind.
+        name: of what is made.
 
     Yields:
         Whether this process holds it; always so with `wait`, which waits for the others.
     """
-    locks = path.parent.with_name(".locks")  # Apart, since they are left behind.
     locks.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(locks / f"{path.parent.name}-{path.name}")
+    lock = FileLock(locks / name)
     try:
         lock.acquire(timeout=-1 if wait else 0)
     except Timeout:
@@ -212,13 +215,18 @@ def claim(path: Path, *, wait: bool) -> Iterator[bool]:
 
 
 def _is_running(process: int) -> bool:
+    """Whether a process works; one that ended and that its parent has not waited for (a zombie) does not."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
     except (PermissionError, OverflowError):
         pass
-    return True
+    try:  # of Linux; elsewhere a zombie counts as running
+        state = Path(f"/proc/{process}/stat").read_text(encoding="utf8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return True
+    return state[:1] not in (["Z"], ["X"])
 
 
 def refusal(what: str) -> BadSetting:

@@ -3,7 +3,7 @@
 ROOT/
   study.json, results.csv, verdicts.csv, report.html
   baselines/, cells/CELL-seedN/, evaluated/NAME/     one finished folder each
-  activations/, checkpoints/CELL-seedN/, jobs/N.log, stale/
+  activations/, checkpoints/CELL-seedN/, jobs/N.log, stale/, .locks/
 """
 
 import itertools
@@ -38,14 +38,18 @@ __all__ = [
     "VERDICTS_FILE",
     "WEIGHTS_FILE",
     "activations_folder",
+    "all_checkpoints_folder",
+    "cache_folder",
     "cell_folder",
     "cell_label",
     "cells_folder",
     "checkpoints_folder",
     "evaluated_folder",
     "evaluated_folders",
+    "folders",
     "job_log",
     "jobs_folder",
+    "locks_folder",
     "parse_cell_label",
     "stale_folder",
     "stale_paths",
@@ -117,14 +121,24 @@ def cell_folder(root: Path, label: str) -> Path:
     return root / label if label == BASELINES else cells_folder(root) / label
 
 
+def all_checkpoints_folder(root: Path) -> Path:
+    """The checkpoints of all trainings that are not finished."""
+    return root / "checkpoints"
+
+
 def checkpoints_folder(root: Path, label: str) -> Path:
     """The checkpoints of a training that is not finished."""
-    return root / "checkpoints" / label
+    return all_checkpoints_folder(root) / label
 
 
 def activations_folder(root: Path) -> Path:
     """The harvested vectors, one folder per set."""
     return root / "activations"
+
+
+def cache_folder(root: Path) -> Path:
+    """The local copies of vectors that are in a remote store."""
+    return activations_folder(root) / ".store"
 
 
 def evaluated_folders(root: Path) -> Path:
@@ -154,3 +168,22 @@ def jobs_folder(root: Path) -> Path:
 def job_log(root: Path, number: int) -> Path:
     """The output of a helper process of `run --jobs`."""
     return jobs_folder(root) / f"{number}.log"
+
+
+def locks_folder(root: Path) -> Path:
+    """The locks of processes that share a run folder; they are left behind."""
+    return root / ".locks"
+
+
+def folders(root: Path) -> list[Path]:
+    """All folders of a run folder that hold other folders or files of posmask."""
+    return [
+        cells_folder(root),
+        all_checkpoints_folder(root),
+        activations_folder(root),
+        cache_folder(root),
+        evaluated_folders(root),
+        stale_folder(root),
+        jobs_folder(root),
+        locks_folder(root),
+    ]

@@ -10,6 +10,7 @@ A folder is replaced or removed only if its manifest lists all of its files. Any
 import hashlib
 import json
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -50,6 +51,8 @@ MANIFEST = "manifest.json"
 _SEAL = "sha256"
 _PARTS = "parts.json"
 _REMEDY = "`posmask run` recomputes it"
+_SYSTEM_FILES = re.compile(r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini")
+"""Names of files in which operating systems keep how a folder is shown; they are nobody's data."""
 
 
 def identity(made_from: Mapping[str, Any]) -> str:
@@ -218,6 +221,8 @@ def _posmask_manifest(path: Path) -> dict[str, Any] | None:
 def foreign_in(path: Path, known: Collection[str] = ()) -> str | None:
     """The name of the first file in a folder that posmask did not write, or None.
 
+    Files that an operating system adds to folders that are looked at (.DS_Store) do not count.
+
     Args:
         known: files that are posmask's whatever the manifest says.
     """
@@ -227,7 +232,8 @@ def foreign_in(path: Path, known: Collection[str] = ()) -> str | None:
         for name in sorted((*below, *files)):
             file = Path(folder, name)
             within = file.relative_to(path).as_posix()
-            if file.is_symlink() or (name in files and within not in listed):
+            is_foreign = name in files and within not in listed and not _SYSTEM_FILES.fullmatch(name)
+            if file.is_symlink() or is_foreign:
                 return f"a foreign or damaged {MANIFEST}" if within == MANIFEST else within
     return None
 
@@ -384,17 +390,26 @@ def _stays_within(name: str) -> bool:
 
 
 def damage_under(root: Path) -> tuple[int, list[str]]:
-    """The number of finished folders under `root`, without stale ones, and the problems that were found."""
-    n_folders, problems = 0, []
-    for manifest in sorted(root.rglob(MANIFEST)):
-        within = manifest.relative_to(root).parts[:-1]
-        if within[:1] == (layout.stale_folder(root).name,) or any(name.startswith(".") for name in within):
-            continue
-        n_folders += 1
-        try:
-            read_manifest(manifest.parent, verify=True)
-        except DamagedFolder as error:
-            problems.append(str(error))
+    """The number of finished folders in a run folder, without stale ones, and the problems that were found.
+
+    Symbolic links are followed. A folder without a manifest is a problem where only finished folders belong.
+    """
+    n_folders, problems, seen = 0, [], set()
+    of_finished = {layout.cells_folder(root), layout.evaluated_folders(root), layout.activations_folder(root)}
+    for path, below, files in os.walk(root, followlinks=True):
+        folder = Path(path)
+        is_new = (real := folder.resolve()) not in seen
+        seen.add(real)
+        is_finished = MANIFEST in files
+        if is_finished or folder.parent in of_finished or folder == layout.cell_folder(root, layout.BASELINES):
+            n_folders += is_finished
+            try:
+                read_manifest(folder, verify=True)
+            except DamagedFolder as error:
+                problems.append(str(error))
+        below[:] = sorted(name for name in below if is_new and not is_finished and not name.startswith("."))
+        if folder == root:
+            below[:] = [name for name in below if folder / name != layout.stale_folder(root)]
     return n_folders, problems
 
 
@@ -420,6 +435,6 @@ def set_aside(path: Path, places: Iterable[Path]) -> Path:
         BadSetting: as `check_aside`.
     """
     check_aside(path)
-    target = next(place for place in places if not place.exists())
+    target = next(place for place in places if not os.path.lexists(place))
     target.parent.mkdir(parents=True, exist_ok=True)
     return path.rename(target)

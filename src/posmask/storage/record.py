@@ -4,22 +4,27 @@ Every reader that joins folders compares them with it, so that results of differ
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from posmask.errors import BadSetting, DamagedFolder
 from posmask.storage import layout
-from posmask.storage.atomic import replacing
+from posmask.storage.atomic import claim, refusal, replacing
 from posmask.storage.layout import STUDY_FILE
-from posmask.storage.manifest import as_json, identity, read_manifest
+from posmask.storage.manifest import as_json, file_sha256, identity, read_manifest
 
 __all__ = [
     "RECORD_MARK",
     "StudyRecord",
     "check_identity",
+    "check_links",
     "check_listed",
+    "check_record",
+    "check_sha256",
+    "claim_of",
     "misplaced",
     "read_record",
     "write_record",
@@ -68,6 +73,25 @@ def read_record(root: Path) -> StudyRecord | None:
     return record
 
 
+@contextmanager
+def claim_of(root: Path, path: Path, *, wait: bool) -> Iterator[bool]:
+    """Hold the lock of a file or folder in a run folder; see `atomic.claim`."""
+    name = "-".join(path.relative_to(root).parts)
+    with claim(layout.locks_folder(root), name, wait=wait) as claimed:
+        yield claimed
+
+
+def check_links(root: Path) -> None:
+    """Refuse a run folder in which folders are symbolic links: work would leave it. The root itself may be one.
+
+    Raises:
+        BadSetting: a folder is a symbolic link.
+    """
+    for folder in layout.folders(root):
+        if folder.is_symlink():
+            raise refusal(f"{folder} is a symbolic link")
+
+
 def check_listed(root: Path, label: str, made_from: Mapping[str, Any]) -> None:
     """
     Raises:
@@ -75,10 +99,23 @@ def check_listed(root: Path, label: str, made_from: Mapping[str, Any]) -> None:
     """
     record = read_record(root)
     if record is None or record.folders.get(label) != identity(made_from):
-        raise BadSetting(
-            f"{root} now belongs to a run with other settings than this one, which started first and stops at {label}: "
-            "give each study a folder of its own with --root"
-        )
+        raise _overtaken(root, f"stops at {label}")
+
+
+def check_record(root: Path, expected: StudyRecord) -> None:
+    """
+    Raises:
+        BadSetting: the run folder no longer belongs to the study of this record.
+    """
+    if read_record(root) != expected:
+        raise _overtaken(root, "writes no results")
+
+
+def _overtaken(root: Path, end: str) -> BadSetting:
+    return BadSetting(
+        f"{root} now belongs to a run with other settings than this one, which started first and {end}: give each "
+        "study a folder of its own with --root"
+    )
 
 
 def check_identity(folder: Path, expected: str) -> None:
@@ -92,6 +129,15 @@ def check_identity(folder: Path, expected: str) -> None:
             f"{folder} was replaced during this run by one that was made from other settings: give each study a folder "
             "of its own with --root, then run both again"
         )
+
+
+def check_sha256(file: Path, expected: str) -> None:
+    """
+    Raises:
+        BadSetting: a file from outside the run folder is no longer what this run began with.
+    """
+    if file_sha256(file) != expected:
+        raise BadSetting(f"{file} was changed during this run: run again, with the file that is meant")
 
 
 def misplaced(root: Path) -> list[str]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from posmask.errors import BadSetting, DamagedFolder, MissingAsset, MissingExtra
 from posmask.progress import announce
 from posmask.storage.atomic import move_file, remove_file, scratch_file
-from posmask.storage.manifest import MANIFEST, file_entry, identity, manifest_of, sealed_manifest
+from posmask.storage.manifest import MANIFEST, file_entry, file_sha256, identity, manifest_of, sealed_manifest
 
 __all__ = ["Shards", "Store", "StoredFolder"]
 
@@ -158,6 +158,8 @@ class StoredFolder:
         self.name = name
         self.url = f"{store.url}/{name}"
         self.local = store.cache / name
+        self._compared: set[str] = set()
+        """Names of cached files whose checksums this process has compared."""
 
     def manifest(self) -> dict[str, Any] | None:
         """Return the manifest of a finished folder; None for others.
@@ -241,7 +243,7 @@ class StoredFolder:
         """
         path = self.local / name
         with contextlib.suppress(FileNotFoundError):
-            if path.stat().st_size == entry["bytes"]:  # Its checksum was compared after the download.
+            if self._is_intact(path, entry):
                 os.utime(path)
                 return path
         self._make_room(entry["bytes"])
@@ -253,12 +255,23 @@ class StoredFolder:
                     break
                 if file_entry(beside) == entry:
                     move_file(beside, path)
+                    self._compared.add(name)
                     return path
         self._store.remove(f"{self.name}/{name}")
         raise DamagedFolder(
             f"{self.url}/{name} is missing or damaged (its checksum differs, read twice): it is removed; `posmask run` "
             "recomputes it"
         )
+
+    def _is_intact(self, path: Path, entry: Mapping[str, Any]) -> bool:
+        """Whether a cached file is what was written; its checksum is compared once per process."""
+        if path.stat().st_size != entry["bytes"]:
+            return False
+        if path.name not in self._compared:
+            if file_sha256(path) != entry["sha256"]:
+                return False
+            self._compared.add(path.name)
+        return True
 
     def _make_room(self, n_bytes: int) -> None:
         """Remove the least recently used files until `n_bytes` fit; other processes may remove files meanwhile."""

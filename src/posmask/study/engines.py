@@ -24,7 +24,7 @@ from posmask.evaluation.suite import EvaluationData
 from posmask.kernels import runtime
 from posmask.progress import part_finished
 from posmask.storage import atomic, layout, manifest
-from posmask.storage.record import check_listed
+from posmask.storage.record import check_listed, claim_of
 from posmask.study.cell import fill
 from posmask.study.harvests import prepare
 from posmask.study.settings import StudySettings
@@ -65,11 +65,12 @@ class Local:
         self._n_jobs = n_jobs
 
     def make(self, study: StudySettings, todo: list[Target], data: EvaluationData, root: Path, say: Say) -> None:
-        if self._n_jobs > 1:
-            say(f"{self._n_jobs} processes share the cells; helpers write their output to {layout.jobs_folder(root)}.")
-        n_threads = max(1, torch.get_num_threads() // self._n_jobs)
+        n_jobs = min(self._n_jobs, len(todo))
+        if n_jobs > 1:
+            say(f"{n_jobs} processes share the cells; helpers write their output to {layout.jobs_folder(root)}.")
+        n_threads = max(1, torch.get_num_threads() // n_jobs)
         # Set explicitly even if unchanged: torch multiplies differently with one thread set than with one detected.
-        with _helpers(study, root, self._n_jobs - 1, n_threads), runtime.threads(n_threads), _watching(todo):
+        with _helpers(study, root, n_jobs - 1, n_threads), runtime.threads(n_threads), _watching(todo):
             _share(study, todo, data, root, say)
 
 
@@ -103,7 +104,7 @@ def _share(study: StudySettings, todo: list[Target], data: EvaluationData, root:
         for target in list(waiting):
             if needs(target, root, {other.folder for other in waiting}):
                 continue  # Another process is making the folder that this one needs.
-            with atomic.claim(target.folder, wait=False) as claimed:
+            with claim_of(root, target.folder, wait=False) as claimed:
                 if not claimed:
                     continue
                 make_target(study, target, data, root, say)
@@ -138,13 +139,12 @@ def _watching(todo: list[Target]) -> Iterator[None]:
 @contextmanager
 def _helpers(study: StudySettings, root: Path, n_helpers: int, n_threads: int) -> Iterator[None]:
     """Helper processes that make cells of this study while the block runs."""
-    if n_helpers:
-        layout.jobs_folder(root).mkdir(parents=True, exist_ok=True)
+    logs = [layout.job_log(root, number) for number in range(2, 2 + n_helpers)]
+    for log in logs:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        atomic.check_file(log)
     spawn = multiprocessing.get_context("spawn")
-    helpers = [
-        spawn.Process(target=_help, args=(study, root, n_threads, layout.job_log(root, number)), daemon=True)
-        for number in range(2, 2 + n_helpers)
-    ]
+    helpers = [spawn.Process(target=_help, args=(study, root, n_threads, log), daemon=True) for log in logs]
     for helper in helpers:
         helper.start()
     try:
@@ -175,7 +175,12 @@ def _end_with_parent() -> None:
 
 def _help(study: StudySettings, root: Path, n_threads: int, log: Path) -> None:
     _end_with_parent()
-    with log.open("a", buffering=1) as file, redirect_stdout(file), redirect_stderr(file), runtime.threads(n_threads):
+    with (
+        log.open("a", buffering=1, encoding="utf8") as file,
+        redirect_stdout(file),
+        redirect_stderr(file),
+        runtime.threads(n_threads),
+    ):
         runtime.keep_freed_memory()
         source = Source(study.model, study.device)
         todo = [target for target in targets_of(study, source, root) if state_of(target, verify=True) != "finished"]

@@ -25,7 +25,8 @@ from posmask.probing.datasets import ProbeDataset, read_probe_dataset
 from posmask.probing.order_probes import order_tokens
 from posmask.probing.order_tasks import OrderTask, make_order_task
 from posmask.progress import announce
-from posmask.storage import atomic, layout, manifest
+from posmask.storage import layout, manifest
+from posmask.storage.record import claim_of
 from posmask.storage.remote import Store
 from posmask.study.settings import MeasurementSettings
 from posmask.study.source import Source, texts_identity
@@ -96,6 +97,9 @@ def prepare(
     Args:
         compute: computes vectors on other machines; None: this process does.
         for_training: False harvests training vectors only if they are used.
+
+    Raises:
+        DegenerateResult: all held-out vectors are equal.
     """
     vectors = _Vectors(study, source, root, compute)
     by_kind: dict[HarvestKind, list[Harvest]] = {}
@@ -106,6 +110,7 @@ def prepare(
     if for_training:
         load_training()
     heldout_vectors = vectors.packed(heldout, study.corpus.eval_split, study.corpus.heldout_tokens)
+    _ = heldout_vectors.center_and_scale  # Fails before anything is trained if the model gives constant vectors.
     runtime.give_back_freed_memory()
     return EvaluationData(
         load_training,
@@ -208,7 +213,7 @@ class _Vectors:
 
         if (activations := finished()) is not None:
             return activations
-        with atomic.claim(local, wait=True):
+        with claim_of(self._root, local, wait=True):
             activations = finished()  # Another process may have harvested it in the meantime.
             if activations is None:
                 model = self._source.loaded if self._compute is None else None
@@ -221,7 +226,7 @@ def _remote_store(study: MeasurementSettings, root: Path) -> Store | None:
     if study.activations_url is None:
         return None
     cache_bytes = round(study.activations_cache_gb * 1e9)
-    return Store(study.activations_url, layout.activations_folder(root) / ".store", cache_bytes)
+    return Store(study.activations_url, layout.cache_folder(root), cache_bytes)
 
 
 def _texts_sha256(texts: Sequence[str]) -> str:

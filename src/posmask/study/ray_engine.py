@@ -22,7 +22,7 @@ from posmask.errors import BadSetting, DegenerateResult, MissingExtra
 from posmask.evaluation.suite import EvaluationData
 from posmask.kernels import devices, runtime
 from posmask.progress import part_finished, progress_bars, shown_by
-from posmask.storage import atomic
+from posmask.storage.record import check_listed, claim_of
 from posmask.study.cell import train_cell
 from posmask.study.engines import make_target, needs
 from posmask.study.harvests import prepare
@@ -247,10 +247,11 @@ def _make(worker: _Worker, root: Path, label: str, stage: Stage) -> list[str]:
         source = _source(study)
         (target,) = (target for target in targets_of(study, source, root) if target.label == label)
         data = _kept("data", f"{root} {study.model_dump_json()}", lambda: prepare(study, source, root))
-        with atomic.claim(target.folder, wait=True):
+        with claim_of(root, target.folder, wait=True):
             if stage == "evaluate":
                 make_target(study, target, data, root, messages.append)
             elif state_of(target, verify=True) not in ("finished", "trained"):
+                check_listed(root, label, target.made_from)
                 sae, _ = untrained(study, target, data.training)
                 train_cell(study, target, sae, data, keeps_end=True)
     return messages

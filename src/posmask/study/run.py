@@ -1,19 +1,30 @@
 """Carry out a study: make the folders that are missing and join their rows into one results table."""
 
 from collections import Counter
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Literal
+
+import torch.distributed as dist
 
 from posmask.errors import BadSetting, DamagedFolder
 from posmask.interop import reading
 from posmask.kernels import devices, runtime
 from posmask.progress import part_finished, study_progress
 from posmask.results import comparisons, rows
+from posmask.sae.autoencoder import SparseAutoencoder
 from posmask.sae.files import read_origin, read_sae, write_sae
 from posmask.storage import atomic, layout, manifest
-from posmask.storage.record import RECORD_MARK, StudyRecord, read_record, write_record
+from posmask.storage.record import (
+    RECORD_MARK,
+    StudyRecord,
+    check_links,
+    check_record,
+    claim_of,
+    read_record,
+    write_record,
+)
 from posmask.study import engines
 from posmask.study.cell import evaluate_to_folder, fill_baselines, train_cell
 from posmask.study.estimate import Plan, Stage
@@ -58,6 +69,7 @@ def run_study(
         BadSetting: a file or folder that posmask did not write is in the way; nothing is changed then. Or another run
             with other settings uses the same root.
     """
+    check_links(root)
     for name, marks in _OUTPUTS.items():
         atomic.check_file(root / name, *marks)
     runtime.keep_freed_memory()
@@ -115,12 +127,18 @@ def _engine(engine: Literal["local", "ray"], study: StudySettings, n_jobs: int):
 
 
 def _join_results(study: StudySettings, targets: list[Target], root: Path) -> list[rows.Row]:
-    results = [row for target in targets for row in rows_in(target)]
-    with atomic.replacing(root / layout.RESULTS_FILE, *_OUTPUTS[layout.RESULTS_FILE]) as draft:
-        rows.write_rows(draft, results)
-    with atomic.replacing(root / layout.VERDICTS_FILE, *_OUTPUTS[layout.VERDICTS_FILE]) as draft:
-        comparisons.write_verdicts(draft, _verdicts(study, targets))
+    with claim_of(root, root / layout.STUDY_FILE, wait=True):  # So that the root keeps its study meanwhile.
+        check_record(root, _record(study, targets))
+        results = [row for target in targets for row in rows_in(target)]
+        with atomic.replacing(root / layout.RESULTS_FILE, *_OUTPUTS[layout.RESULTS_FILE]) as draft:
+            rows.write_rows(draft, results)
+        with atomic.replacing(root / layout.VERDICTS_FILE, *_OUTPUTS[layout.VERDICTS_FILE]) as draft:
+            comparisons.write_verdicts(draft, _verdicts(study, targets))
     return results
+
+
+def _record(study: StudySettings, targets: list[Target]) -> StudyRecord:
+    return StudyRecord(study.name, study.baseline, {target.label: target.identity for target in targets})
 
 
 def _warn_of_slow_precision(study: StudySettings, say: Callable[[str], None]) -> None:
@@ -144,8 +162,8 @@ def _begin(study: StudySettings, targets: list[Target], root: Path, *, recompute
     Args:
         recompute: whether cells will be made.
     """
-    record = StudyRecord(study.name, study.baseline, {target.label: target.identity for target in targets})
-    with atomic.claim(layout.cells_folder(root) / layout.STUDY_FILE, wait=True):  # Several processes may begin it.
+    record = _record(study, targets)
+    with claim_of(root, root / layout.STUDY_FILE, wait=True):  # Several processes may begin it.
         try:
             changed = read_record(root) != record
         except DamagedFolder:
@@ -181,8 +199,9 @@ def train_together(
         The strategy, with its traffic; None if the cell is trained already.
 
     Raises:
-        BadSetting: no such cell, or one that cannot be divided in this way.
+        BadSetting: no such cell, one that cannot be divided in this way, or one that other processes are making.
     """
+    check_links(root)
     source = Source(study.model, study.device)
     label = layout.cell_label(cell, seed)
     target = next((target for target in targets_of(study, source, root) if target.label == label), None)
@@ -192,15 +211,29 @@ def train_together(
     if state_of(target) in ("finished", "trained"):
         return None
     check_checkpoints(target.checkpoints)
-    data = prepare(study, source, root)
-    sae, _ = untrained(study, target, data.training)
-    if by == "data":
-        strategy = distributed.ByData(sae)
-        train_cell(study, target, sae, data, strategy, keeps_end=True)
-    else:
-        strategy = distributed.ByPosition(sae, data.training.position[data.training.keep])
-        train_cell(study, target, strategy.local_sae, data, strategy, keeps_end=True)
+    with _claimed(target) if dist.get_rank() == 0 else nullcontext():  # One claim for all processes.
+        data = prepare(study, source, root)
+        sae, _ = untrained(study, target, data.training)
+        if by == "data":
+            strategy = distributed.ByData(sae)
+            train_cell(study, target, sae, data, strategy, keeps_end=True)
+        else:
+            strategy = distributed.ByPosition(sae, data.training.position[data.training.keep])
+            train_cell(study, target, strategy.local_sae, data, strategy, keeps_end=True)
     return strategy
+
+
+@contextmanager
+def _claimed(target: Target) -> Iterator[None]:
+    """Hold the claim to make a folder.
+
+    Raises:
+        BadSetting: another process holds it.
+    """
+    with claim_of(target.root, target.folder, wait=False) as claimed:
+        if not claimed:
+            raise BadSetting(f"{target.folder} is being made by another process on this root: wait for it, or end it")
+        yield
 
 
 def evaluate_folder(
@@ -216,8 +249,10 @@ def evaluate_folder(
         The SAE's rows, then those of the baselines.
 
     Raises:
-        BadSetting: the SAE is of another model, layer or site, or of contexts of another length.
+        BadSetting: the SAE is of another model, layer or site, or of contexts of another length; or the root belongs
+            to a study with other settings, or another process evaluates an SAE of this name.
     """
+    check_links(root)
     runtime.keep_freed_memory()
     name = folder.resolve().name
     if not reading.is_external(folder):
@@ -240,21 +275,54 @@ def _evaluate(study: StudySettings, root: Path, folder: Path, name: str, say: Ca
     made_from = {**results_origin(study, source), "sae": checked_init(folder, source.made_from)}
     target = Target(None, 0, root, layout.evaluated_folder(root, name), made_from)
     baseline = targets_of(study, source, root)[0]
+    _check_shared(baseline)
+    with _claimed(target):
+        return _evaluate_claimed(study, source, target, baseline, sae, folder, say)
+
+
+def _check_shared(baseline: Target) -> None:
+    """
+    Raises:
+        BadSetting: the run folder belongs to a study whose results have other settings than these baselines.
+    """
+    record = read_record(baseline.root)
+    if record is not None and record.folders.get(baseline.label) != baseline.identity:
+        raise BadSetting(
+            f"{baseline.root} belongs to the study {record.study!r} with another model, other texts or another "
+            "evaluation, so results would not be comparable: give --root, or run the study with these settings first"
+        )
+
+
+def _evaluate_claimed(
+    study: StudySettings,
+    source: Source,
+    target: Target,
+    baseline: Target,
+    sae: SparseAutoencoder,
+    folder: Path,
+    say: Callable[[str], None],
+) -> list[rows.Row]:
+    root = target.root
     missing = [item for item in (baseline, target) if state_of(item) != "finished"]
     for item in missing:
         manifest.check_aside(item.folder)
     if missing:
         data = prepare(study, source, root, for_training=False)
-        for item in missing:
-            if item.folder.exists():
-                moved = manifest.set_aside(item.folder, layout.stale_paths(root, item.label))
-                say(f"{item.label} was made from other settings: moved to {moved}.")
-        if baseline in missing:
-            fill_baselines(study, baseline, data)
+        with claim_of(root, baseline.folder, wait=True):
+            if state_of(baseline) != "finished":  # Another process may have made them in the meantime.
+                _set_aside(baseline, say)
+                fill_baselines(study, baseline, data)
         if target in missing:
+            _set_aside(target, say)
             sae = sae.to(study.device)
-            with manifest.write_folder(target.folder, made_from) as draft:
-                columns = {"cell": name, "budget": "", "seed": 0}
+            with manifest.write_folder(target.folder, target.made_from) as draft:
+                columns = {"cell": target.label, "budget": "", "seed": 0}
                 evaluate_to_folder(study, target, sae, data, rows_in(baseline), draft, columns)
                 write_sae(sae, draft, read_origin(folder))  # The page shows its latents and mask.
     return [*rows_in(target), *rows_in(baseline)]
+
+
+def _set_aside(target: Target, say: Callable[[str], None]) -> None:
+    if target.folder.exists():
+        moved = manifest.set_aside(target.folder, layout.stale_paths(target.root, target.label))
+        say(f"{target.label} was made from other settings: moved to {moved}.")

@@ -8,6 +8,7 @@ from typing import Any
 
 from posmask.interop import saebench
 from posmask.probing import datasets
+from posmask.progress import announce
 from posmask.results import rows
 from posmask.storage import manifest
 from posmask.study.settings import MeasurementSettings
@@ -25,6 +26,8 @@ def write_saebench(
 ) -> None:
     """Write the probe accuracies of an SAE and of the model as SAEBench's sparse probing evaluation.
 
+    The file is left out if an accuracy could not be computed, which it cannot represent.
+
     Args:
         baseline: the rows of the model's own channels.
     """
@@ -34,6 +37,12 @@ def write_saebench(
     sae = _accuracies(
         (measure.metric, rows.parse_slice(rows.slice_text(measure.slice or {})), measure.value) for measure in measures
     )
+    without = [
+        name for name in evaluation.probe_datasets if not all(name in of for of in map(_datasets_of, (llm, sae)))
+    ]
+    if without:
+        announce(f"{label} has no {path.name}, because accuracies on {', '.join(without)} could not be computed.")
+        return
     config = saebench.EvalConfig(
         random_seed=datasets.SAEBENCH_SEED,
         dataset_names=evaluation.probe_datasets,
@@ -49,7 +58,7 @@ def write_saebench(
     sizes = {
         where["dataset"]: [int(where["train"]), row.n]
         for row, where in zip(baseline, slices, strict=True)
-        if row.metric == "probe_accuracy" and "class" not in where
+        if row.metric == "probe_accuracy" and "train" in where and "class" not in where
     }
     run = saebench.EvalRun(
         eval_id=str(uuid.uuid5(uuid.NAMESPACE_URL, identity)),
@@ -64,6 +73,10 @@ def write_saebench(
         },
     )
     saebench.write_eval_output(path, saebench.eval_output(llm, sae, config, run))
+
+
+def _datasets_of(accuracies: saebench.Accuracies) -> set[str]:
+    return {dataset for dataset, _, _ in accuracies}
 
 
 def _accuracies(values: Iterable[tuple[str, Mapping[str, str], float]]) -> saebench.Accuracies:

@@ -10,7 +10,8 @@ from posmask.masks.base import PositionMask
 from posmask.sae.autoencoder import SparseAutoencoder
 from posmask.sae.files import read_origin, read_sae
 from posmask.sae.warm_start import renormalize_, warm_start
-from posmask.storage.record import check_identity
+from posmask.storage.layout import WEIGHTS_FILE
+from posmask.storage.record import check_identity, check_sha256
 from posmask.study.settings import CellSettings, StudySettings
 from posmask.study.targets import Target
 
@@ -83,6 +84,8 @@ def untrained(study: StudySettings, target: Target, training: Activations) -> tu
         sae = make_sae(study, target.cell, training.d_model, target.seed)
         sae.center, sae.scale = training.center_and_scale
         return sae.to(study.device), 0
+    if target.init_identity is None:
+        check_sha256(target.init_folder / WEIGHTS_FILE, target.made_from["init_from"]["sha256"])
     source = read_init(target.init_folder, training.d_model, target.init_identity)
     origin = read_origin(target.init_folder)
     if "imported" in origin:  # Its constants are not those of these vectors.

@@ -1,5 +1,6 @@
 """Settings of a study: data, with the rules that relate them. `study_file` reads them, `cell` builds SAEs from them."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -85,7 +86,7 @@ class CorpusSettings(_Settings):
     `hf:OWNER/NAME[:CONFIGURATION][@REVISION]` (see `posmask.data.texts`). Divided like the tables."""
     n_texts: int | None = Field(default=None, gt=0)
     """How many of these texts are read, from the start, before they are divided. None: all."""
-    n_positions: int = Field(gt=1)
+    n_positions: int = Field(gt=1, le=2**17)
     """Context length in tokens, including BOS."""
     training_tokens: int = Field(gt=0)
     """Minimum number of kept tokens to harvest for training."""
@@ -185,7 +186,7 @@ class MeasurementSettings(_Settings):
     evaluation: EvaluationSettings
     device: str = "cpu"
     """Device of the model and the SAEs: cpu, cuda, cuda:1, mps. Not part of any identity."""
-    activations_url: str | None = None
+    activations_url: str | None = Field(default=None, min_length=1)
     """URL under which harvested vectors are stored, such as s3://BUCKET/PATH. None: in the run folder. Not part of any
     identity."""
     activations_cache_gb: float = Field(default=100.0, gt=0)
@@ -214,8 +215,8 @@ class StudySettings(MeasurementSettings):
         names = [cell.name for cell in self.cells]
         if MODEL_CELL in names:
             yield f"a cell is called {MODEL_CELL!r}, which stands for the model itself: rename it"
-        for name in names:
-            if names.count(name) > 1:
+        for name, count in Counter(names).items():
+            if count > 1:
                 yield f"two cells are called {name!r}: give each its own name"
         yield from self._problems_of_comparisons(names)
         yield from self._problems_of_starts()
@@ -291,7 +292,8 @@ class StudySettings(MeasurementSettings):
 
     def n_steps(self, cell: CellSettings) -> int:
         """Number of steps that a cell is trained for, without those of the cell that it starts from."""
-        source = next((other for other in self.cells if other.name == cell.init_from), None)
+        is_cell = cell.init_from is not None and cell.init_folder is None
+        source = next((other for other in self.cells if other.name == cell.init_from), None) if is_cell else None
         total = round(cell.step_fraction * self.training.n_steps)
         return total - (self.n_steps(source) if source is not None and source != cell else 0)
 

@@ -17,6 +17,8 @@ from posmask.study.settings import StudySettings
 
 __all__ = ["read_study"]
 
+_MOST_PROBLEMS = 50  # of a study file that are printed
+
 
 def read_study(path: Path, changes: Sequence[str] = ()) -> StudySettings:
     """The settings in a study file, checked as far as can be without loading anything.
@@ -36,20 +38,27 @@ def read_study(path: Path, changes: Sequence[str] = ()) -> StudySettings:
         raise BadSetting(
             f"there is no study file {path}: give the path of a TOML file, such as studies/quick.toml"
         ) from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BadSetting(f"{path} is not a readable TOML file ({error}): correct it") from None
     _resolve_paths(values, path.parent)
     for change in changes:
         _apply_change(values, change)
+    if (name := _beyond_64_bits(values)) is not None:
+        raise BadSetting(f"{path}: {name} is a whole number beyond 64 bits: choose a smaller one")
     _find_modules(values, path.parent)
     try:
         study = StudySettings.model_validate(values)
     except ValidationError as error:
         raise _refusal(path, problems_of(error, values)) from None
     problems = []
+    built: set[str] = set()  # Cells that differ in nothing else but these are built once.
     for cell in study.cells:
+        shape = cell.model_dump_json(exclude={"name", "seeds", "step_fraction", "measure_forgetting"})
+        if shape in built:
+            continue
         try:
             check_buildable(study, cell)
+            built.add(shape)
         except PosmaskError as error:
             problems.append(f'cell "{cell.name}": {error}')
     if problems:
@@ -57,10 +66,22 @@ def read_study(path: Path, changes: Sequence[str] = ()) -> StudySettings:
     return study
 
 
+def _beyond_64_bits(value: Any, name: str = "") -> str | None:
+    """The name of the first whole number in a study's values that no tensor could count to; None if there is none."""
+    if isinstance(value, dict):
+        inside = ((f"{name}.{key}" if name else str(key), entry) for key, entry in value.items())
+    elif isinstance(value, list):
+        inside = ((name, entry) for entry in value)
+    else:
+        return name if isinstance(value, int) and not -(2**63) <= value < 2**63 else None
+    return next((found for key, entry in inside if (found := _beyond_64_bits(entry, key)) is not None), None)
+
+
 def _refusal(path: Path, problems: Sequence[str]) -> BadSetting:
     if len(problems) == 1:
         return BadSetting(f"{path}: {problems[0]}")
-    return BadSetting("\n  ".join((f"{path} has {len(problems)} problems:", *problems)))
+    shown = [*problems[:_MOST_PROBLEMS], *(["and others"] if len(problems) > _MOST_PROBLEMS else [])]
+    return BadSetting("\n  ".join((f"{path} has {len(problems):,} problems:", *shown)))
 
 
 def _find_modules(values: dict[str, Any], folder: Path) -> None:
@@ -89,7 +110,7 @@ def _apply_change(values: dict[str, Any], change: str) -> None:
         raise BadSetting(f"{change!r} changes no setting: write TABLE.KEY=VALUE, such as model.layer=5")
     try:
         values[key] = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         values[key] = text.strip()
 
 

@@ -16,7 +16,7 @@ from posmask.results import rows
 from posmask.sae.files import WEIGHTS_FILE, read_origin, read_width
 from posmask.storage import layout, manifest
 from posmask.storage.record import check_identity
-from posmask.study.settings import CellSettings, MeasurementSettings, StudySettings
+from posmask.study.settings import MODEL_CELL, CellSettings, MeasurementSettings, StudySettings
 from posmask.study.source import Source, texts_identity
 
 __all__ = [
@@ -232,10 +232,13 @@ def rows_in(target: Target) -> list[rows.Row]:
 
     Raises:
         BadSetting: the folder was made from other settings.
-        DamagedFolder: a file differs from its checksum.
+        DamagedFolder: a file differs from its checksum, or rows are of another cell.
     """
     check_identity(target.folder, target.identity)
-    return rows.read_rows(target.folder / layout.ROWS_FILE)
+    name = MODEL_CELL if target.label == layout.BASELINES else target.label
+    return rows.read_rows_of(
+        target.folder / layout.ROWS_FILE, name if target.cell is None else target.cell.name, target.seed
+    )
 
 
 def cell_states(study: StudySettings, root: Path) -> list[tuple[str, CellState]]:

@@ -1,0 +1,79 @@
+"""Ctrl-C ends a command within three seconds, whatever its threads do."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+BUSY = {
+    "a pool that is waited for": """
+with ThreadPoolExecutor(1) as threads:
+    threads.submit(time.sleep, 60)
+    ready()
+    time.sleep(60)
+""",
+    "a thread that is waited for at the end": """
+threading.Thread(target=time.sleep, args=(60,)).start()
+ready()
+time.sleep(60)
+""",
+    "an error that is caught and retried": """
+ready()
+while True:
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        pass
+""",
+    "a loop without Python": """
+ready()
+hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+""",
+}
+BEGIN = """
+import hashlib, sys, threading, time
+from concurrent.futures import ThreadPoolExecutor
+from posmask.cli import commands
+def ready():
+    print("ready", flush=True)
+def app():
+"""
+
+
+@pytest.mark.parametrize("busy", BUSY)
+def test_ctrl_c_ends_a_command_within_three_seconds(busy):
+    code = BEGIN + BUSY[busy].replace("\n", "\n    ") + "\ncommands.app = app\ncommands.main()\n"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(0.3)  # The work begins after the line.
+        process.send_signal(signal.SIGINT)
+        started = time.monotonic()
+        try:
+            assert process.wait(30) == 130
+            assert time.monotonic() - started < 4  # 2 s alone; others may use the processor.
+        finally:
+            process.kill()
+
+
+def test_a_command_that_ends_leaves_neither_a_thread_nor_a_pipe(posmask_command):
+    before = os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []
+    for _ in range(5):
+        posmask_command("--version")
+    assert len(os.listdir("/proc/self/fd") if before else []) <= len(before) + 1
+
+
+@pytest.fixture
+def posmask_command(monkeypatch):
+    def run(*words):
+        from posmask.cli.commands import main
+
+        monkeypatch.setattr("sys.argv", ["posmask", *words])
+        with pytest.raises(SystemExit):
+            main()
+
+    return run
