@@ -23,9 +23,11 @@ from posmask.kernels import devices, runtime
 from posmask.progress import announce
 from posmask.results import rows
 from posmask.sae.files import write_sae
-from posmask.storage import atomic, layout, manifest
+from posmask.storage import layout, manifest
+from posmask.storage.record import check_links, claim_of
 from posmask.study.cell import evaluate_to_folder, fill_baselines
 from posmask.study.harvests import heldout_of, prepare
+from posmask.study.run import check_shared
 from posmask.study.source import Source
 from posmask.study.targets import Target, results_origin, rows_in, state_of
 
@@ -130,6 +132,8 @@ def _run(settings: AuditSettings, subjects: Sequence[Subject], root: Path) -> li
         )
         for subject in subjects
     ]
+    check_links(root)
+    check_shared(baseline)
     missing = [target for target in (baseline, *targets) if state_of(target, verify=True) != "finished"]
     for target in missing:
         manifest.check_aside(target.folder)
@@ -139,7 +143,7 @@ def _run(settings: AuditSettings, subjects: Sequence[Subject], root: Path) -> li
         data = prepare(settings, source, root, for_training=False)
         beyond = _beyond(settings, source, root)
         for target in missing:
-            with atomic.claim(target.folder, wait=True):
+            with claim_of(root, target.folder, wait=True):
                 if state_of(target, verify=True) == "finished":
                     continue
                 if target.folder.exists():

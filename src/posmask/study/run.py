@@ -37,7 +37,7 @@ from posmask.training import distributed
 from posmask.training.checkpoints import check_checkpoints, remove_checkpoints
 from posmask.training.trackers import check_tracker
 
-__all__ = ["evaluate_folder", "run_study", "train_together"]
+__all__ = ["check_shared", "evaluate_folder", "run_study", "train_together"]
 
 _OUTPUTS = {
     layout.RESULTS_FILE: (rows.header_of(rows.Row),),
@@ -275,13 +275,14 @@ def _evaluate(study: StudySettings, root: Path, folder: Path, name: str, say: Ca
     made_from = {**results_origin(study, source), "sae": checked_init(folder, source.made_from)}
     target = Target(None, 0, root, layout.evaluated_folder(root, name), made_from)
     baseline = targets_of(study, source, root)[0]
-    _check_shared(baseline)
+    check_shared(baseline)
     with _claimed(target):
         return _evaluate_claimed(study, source, target, baseline, sae, folder, say)
 
 
-def _check_shared(baseline: Target) -> None:
-    """
+def check_shared(baseline: Target) -> None:
+    """Check that results can be compared with those of the study in the run folder, if there is one.
+
     Raises:
         BadSetting: the run folder belongs to a study whose results have other settings than these baselines.
     """
