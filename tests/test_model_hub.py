@@ -7,6 +7,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+import transformers.utils.hub
 from typer.testing import CliRunner
 
 from conftest import make_sae
@@ -31,6 +32,8 @@ def local_hub(monkeypatch, tmp_path):
         template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.address)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+        # transformers keeps a client, which keeps the address of the hub.
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield hub
