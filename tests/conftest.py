@@ -14,11 +14,11 @@ os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 # Triton kernels run in its interpreter, on the CPU. Triton reads this when the kernels are imported.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from jaxtyping import install_import_hook
+from shape_checks import check_shapes
 
 # Shape annotations are checked in tests only. `kernels` is excluded: numba compiles its functions.
 _CHECKED = ["masks", "data", "sae", "training", "results.intervals", "evaluation", "probing"]
-install_import_hook([f"posmask.{name}" for name in _CHECKED], "beartype.beartype")
+check_shapes([f"posmask.{name}" for name in _CHECKED])
 
 import pytest
 import torch
