@@ -328,21 +328,39 @@ def study_file(tmp_path, model_folder, texts):
 
 
 @pytest.fixture(scope="session")
-def first_root(tmp_path_factory):
-    return tmp_path_factory.mktemp("finished") / "run"
+def first_run(tmp_path_factory):
+    """The root of the study that `finished` runs, and the rows that its run returned (None before it)."""
+    return SimpleNamespace(root=tmp_path_factory.mktemp("finished") / "run", results=None)
 
 
 @pytest.fixture
-def finish(study_file, first_root):
-    """Make a run folder in which the study of `study_file` is finished, and return its rows.
+def finished(first_run, model_folder, texts):
+    """The finished study of `study_file`, which runs once per session; read its folders, and write into copies only."""
+    if first_run.results is None:
+        path = first_run.root.with_suffix(".toml")
+        path.write_text(STUDY.replace("MODEL", str(model_folder)))
+        first_run.results = run_study(read_study(path), first_run.root, say=lambda line: None)
+    return first_run
 
-    The study runs once per session and is copied.
-    """
+
+@pytest.fixture
+def finish(finished):
+    """Make a run folder in which the study of `study_file` is finished, and return its rows."""
 
     def finish(root):
-        if not (first_root / layout.VERDICTS_FILE).exists():
-            run_study(read_study(study_file), first_root, say=lambda line: None)
-        shutil.copytree(first_root, root)
+        shutil.copytree(finished.root, root)
         return read_rows(root / layout.RESULTS_FILE)
 
     return finish
+
+
+@pytest.fixture
+def begin(finished):
+    """Make a run folder with the harvests and the baselines of the study of `study_file`, and with these cells."""
+
+    def begin(root, *cells):
+        for name in ("activations", "baselines", *(f"cells/{cell}" for cell in cells)):
+            shutil.copytree(finished.root / name, root / name, dirs_exist_ok=True)
+        return root
+
+    return begin
