@@ -84,11 +84,14 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(params=["numba", "integers", "torch", "triton"])
 def either_way(request):
-    """With the compiled loops of the CPU, without and with products of integers, torch operations, Triton kernels."""
+    """With the compiled loops of the CPU, without and with products of integers, torch operations, Triton kernels.
+
+    Returns the name of the way; Triton's interpreter takes a tenth of a second per token.
+    """
     if request.param == "triton":
         interpret_triton()
     with backend.use("numba", integers=True) if request.param == "integers" else backend.use(request.param, False):
-        yield
+        yield request.param
 
 
 @pytest.fixture
