@@ -25,7 +25,6 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import compile_loops
 from posmask.data import embedded
@@ -41,11 +40,12 @@ from posmask.results.rows import read_rows
 from posmask.sae.autoencoder import Codes, SparseAutoencoder
 from posmask.sae.rules import rule_settings
 from posmask.storage import layout
-from posmask.study.run import run_study
 from posmask.study.study_file import read_study
 from posmask.training.loop import train
 from study_toml import tiny_study
 
+# transformers and scikit-learn, which `posmask.study.run` needs, are imported in fixtures: the process that starts the
+# workers of a parallel run imports this module, too, and needs neither.
 torch.set_num_threads(1)  # The tensors are so small that a second thread would mostly wait.
 
 # These run in another environment or in separate processes.
@@ -237,6 +237,8 @@ def make_texts(n_texts, *, seed=0, n_words=30):
 
 @pytest.fixture(scope="session")
 def tokenizer():
+    from transformers import PreTrainedTokenizerFast
+
     vocabulary = {word: number for number, word in enumerate(["<unk>", "<bos>", "<eos>", *WORDS])}
     model = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     model.pre_tokenizer = WhitespaceSplit()
@@ -245,6 +247,8 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def causal_lm():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=3 + len(WORDS),
@@ -339,6 +343,8 @@ def first_run(tmp_path_factory):
 @pytest.fixture
 def finished(first_run, model_folder, texts):
     """The finished study of `study_file`, which runs once per session; read its folders, and write into copies only."""
+    from posmask.study.run import run_study
+
     if first_run.results is None:
         path = first_run.root.with_suffix(".toml")
         path.write_text(STUDY.replace("MODEL", str(model_folder)))
