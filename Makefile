@@ -9,8 +9,9 @@ DEV := .venv/.ready-dev
 run: $(READY)
 	$(BIN)/posmask run studies/quick.toml --jobs 2
 
-# Tests run in parallel on up to four cores.
-PYTEST := $(BIN)/pytest -n auto --maxprocesses 4
+# Tests run in parallel on up to four cores. Each worker starts with a contiguous part of them, so that most fixtures of
+# a file are made once, and one that has finished takes over tests of another.
+PYTEST := $(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
 
 test: $(DEV)
 	$(PYTEST) -m "not slow"

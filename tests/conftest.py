@@ -14,18 +14,17 @@ os.environ.setdefault("NUMBA_NUM_THREADS", "1")
 # Triton kernels run in its interpreter, on the CPU. Triton reads this when the kernels are imported.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from jaxtyping import install_import_hook
+from shape_checks import check_shapes
 
 # Shape annotations are checked in tests only. `kernels` is excluded: numba compiles its functions.
 _CHECKED = ["masks", "data", "sae", "training", "results.intervals", "evaluation", "probing"]
-install_import_hook([f"posmask.{name}" for name in _CHECKED], "beartype.beartype")
+check_shapes([f"posmask.{name}" for name in _CHECKED])
 
 import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import compile_loops
 from posmask.data import embedded
@@ -41,11 +40,12 @@ from posmask.results.rows import read_rows
 from posmask.sae.autoencoder import Codes, SparseAutoencoder
 from posmask.sae.rules import rule_settings
 from posmask.storage import layout
-from posmask.study.run import run_study
 from posmask.study.study_file import read_study
 from posmask.training.loop import train
 from study_toml import tiny_study
 
+# transformers and scikit-learn, which `posmask.study.run` needs, are imported in fixtures: the process that starts the
+# workers of a parallel run imports this module, too, and needs neither.
 torch.set_num_threads(1)  # The tensors are so small that a second thread would mostly wait.
 
 # These run in another environment or in separate processes.
@@ -84,11 +84,14 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(params=["numba", "integers", "torch", "triton"])
 def either_way(request):
-    """With the compiled loops of the CPU, without and with products of integers, torch operations, Triton kernels."""
+    """With the compiled loops of the CPU, without and with products of integers, torch operations, Triton kernels.
+
+    Returns the name of the way; Triton's interpreter takes a tenth of a second per token.
+    """
     if request.param == "triton":
         interpret_triton()
     with backend.use("numba", integers=True) if request.param == "integers" else backend.use(request.param, False):
-        yield
+        yield request.param
 
 
 @pytest.fixture
@@ -234,6 +237,8 @@ def make_texts(n_texts, *, seed=0, n_words=30):
 
 @pytest.fixture(scope="session")
 def tokenizer():
+    from transformers import PreTrainedTokenizerFast
+
     vocabulary = {word: number for number, word in enumerate(["<unk>", "<bos>", "<eos>", *WORDS])}
     model = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     model.pre_tokenizer = WhitespaceSplit()
@@ -242,6 +247,8 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def causal_lm():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=3 + len(WORDS),
@@ -328,21 +335,41 @@ def study_file(tmp_path, model_folder, texts):
 
 
 @pytest.fixture(scope="session")
-def first_root(tmp_path_factory):
-    return tmp_path_factory.mktemp("finished") / "run"
+def first_run(tmp_path_factory):
+    """The root of the study that `finished` runs, and the rows that its run returned (None before it)."""
+    return SimpleNamespace(root=tmp_path_factory.mktemp("finished") / "run", results=None)
 
 
 @pytest.fixture
-def finish(study_file, first_root):
-    """Make a run folder in which the study of `study_file` is finished, and return its rows.
+def finished(first_run, model_folder, texts):
+    """The finished study of `study_file`, which runs once per session; read its folders, and write into copies only."""
+    from posmask.study.run import run_study
 
-    The study runs once per session and is copied.
-    """
+    if first_run.results is None:
+        path = first_run.root.with_suffix(".toml")
+        path.write_text(STUDY.replace("MODEL", str(model_folder)))
+        first_run.results = run_study(read_study(path), first_run.root, say=lambda line: None)
+    return first_run
+
+
+@pytest.fixture
+def finish(finished):
+    """Make a run folder in which the study of `study_file` is finished, and return its rows."""
 
     def finish(root):
-        if not (first_root / layout.VERDICTS_FILE).exists():
-            run_study(read_study(study_file), first_root, say=lambda line: None)
-        shutil.copytree(first_root, root)
+        shutil.copytree(finished.root, root)
         return read_rows(root / layout.RESULTS_FILE)
 
     return finish
+
+
+@pytest.fixture
+def begin(finished):
+    """Make a run folder with the harvests and the baselines of the study of `study_file`, and with these cells."""
+
+    def begin(root, *cells):
+        for name in ("activations", "baselines", *(f"cells/{cell}" for cell in cells)):
+            shutil.copytree(finished.root / name, root / name, dirs_exist_ok=True)
+        return root
+
+    return begin

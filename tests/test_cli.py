@@ -18,13 +18,12 @@ from posmask.cli import commands
 from posmask.cli.commands import app
 from posmask.cli.printing import results_table, status_table
 from posmask.errors import BadSetting, DamagedFolder, DegenerateResult, MissingAsset, MissingExtra, NothingToDo
+from posmask.kernels import runtime
 from posmask.report import write_report
 from posmask.results.rows import Row
 from posmask.results.table import summarize
 from posmask.storage.manifest import write_folder
 from posmask.storage.record import StudyRecord, write_record
-from posmask.study.run import run_study
-from posmask.study.study_file import read_study
 
 ROOT = Path(__file__).parent.parent
 
@@ -173,16 +172,18 @@ print([name for name in {optional} if name in sys.modules], torch.distributed.is
     assert result.stdout == "[] False\n"
 
 
-def test_status_notices_lost_and_truncated_files_and_prints_the_whole_command(study_file, tmp_path, monkeypatch):
-    root, change = tmp_path / "the run", "training.n_steps = 21"
-    run_study(read_study(study_file, [change]), root, say=lambda line: None)
+def test_status_notices_lost_and_truncated_files_and_prints_the_whole_command(
+    study_file, finish, tmp_path, monkeypatch
+):
+    root, change = tmp_path / "the run", "training.n_steps = 20"
+    finish(root)
     monkeypatch.chdir(tmp_path)
 
     def status():
         words = ["status", "tiny.toml", "--root", "the run", "--set", change]
         return CliRunner().invoke(app, words, catch_exceptions=False).output.splitlines()
 
-    command = "`posmask run tiny.toml --root 'the run' --set 'training.n_steps = 21'`"
+    command = "`posmask run tiny.toml --root 'the run' --set 'training.n_steps = 20'`"
     assert status()[-1] == f"3 of 3 finished under the run; {command} writes report.html."
     write_report(root)
     assert status()[-1] == "3 of 3 finished under the run."
@@ -244,9 +245,14 @@ def test_every_command_explains_itself_and_is_in_the_readme(command):
 
 def test_doctor_says_what_is_here(monkeypatch, tmp_path):
     monkeypatch.setenv("POSMASK_CACHE", str(tmp_path))
+    # The measurement takes seconds: see test_doctor_as_json.
+    monkeypatch.setattr(runtime, "product_rate", {"float32": 87e9, "bfloat16": 15e9}.get)
+    monkeypatch.setattr(runtime, "fast_precision", lambda: "float32")
     result = CliRunner().invoke(app, ["doctor"])
     assert result.exit_code == 0
-    assert "auto means" in result.output
+    assert "float32 87 GFLOP/s" in result.output
+    assert "bfloat16 15 GFLOP/s" in result.output
+    assert "auto means float32" in result.output
     assert "would be downloaded, 93 MB" in result.output
     assert list(tmp_path.iterdir()) == []
 

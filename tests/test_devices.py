@@ -21,7 +21,8 @@ from posmask.data.activations import training_batches
 from posmask.data.harvest import harvest
 from posmask.data.tokens import Tokens, pad, shifted
 from posmask.errors import DegenerateResult
-from posmask.evaluation import settings, suite
+from posmask.evaluation import suite
+from posmask.evaluation.settings import EvaluationSettings
 from posmask.kernels import backend
 from posmask.masks import make_mask, mask_settings
 from posmask.probing.datasets import ProbeDataset
@@ -129,7 +130,7 @@ SETTINGS = TrainingSettings(
 )
 
 
-CASES = [*((kind, "topk") for kind in MASKS), *(("slice", rule) for rule in RULES)]
+CASES = [*((kind, "topk") for kind in MASKS), *(("slice", rule) for rule in RULES if rule != "topk")]
 
 
 def fresh_sae(kind, rule):
@@ -146,9 +147,10 @@ def torch_operations():
 @pytest.mark.parametrize(("kind", "rule"), CASES)
 def test_training_on_another_device_gives_the_same_sae(kind, rule, activations, torch_operations, other_device):
     here, there = (fresh_sae(kind, rule) for _ in range(2))
-    expected = train_on(here, activations, SETTINGS)
+    settings = SETTINGS.model_copy(update={"n_steps": 6})
+    expected = train_on(here, activations, settings)
     there.center, there.scale = activations.center_and_scale
-    trained = train(there.to(THERE), training_batches(activations, 256, SETTINGS.n_steps, 0), SETTINGS, "test")
+    trained = train(there.to(THERE), training_batches(activations, 256, 6, 0), settings, "test")
     assert there.encoder.device == THERE
     assert [point.loss for point in trained.curve] == pytest.approx([point.loss for point in expected.curve])
     torch.testing.assert_close(there.decoder.detach().cpu(), here.decoder.detach())
@@ -278,7 +280,7 @@ def test_an_sae_on_another_device_has_the_same_measures(
     monkeypatch.setattr(SparseAutoencoder, "encode_batch", encode_there)
     tokens = shifted(make_texts(200, n_words=5), tokenizer, N_POSITIONS, 20, 4)
     shift = harvest(tokens, language_model, tmp_path / "shift", {}, "shift")
-    evaluation_settings = settings.EvaluationSettings(
+    evaluation_settings = EvaluationSettings(
         retention_positions=4, shift_texts=20, shift_windows=4, model_contexts=8, order_tasks=(), order_train_groups=8,
         order_test_groups=4, probe_datasets=(), probe_train=20, probe_test=10, ks=(1, 5),
         probe_protocol="saebench" if kind == "open" else "default",

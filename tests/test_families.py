@@ -36,8 +36,19 @@ def documented_line(model_type):
     return line
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("model_type", CHOSEN)
+IN_BFLOAT16 = ("bloom", "gemma2", "jamba", "rwkv")  # in `make test`; the others run in `make test-all`
+
+
+@pytest.mark.parametrize(
+    ("model_type", "dtype"),
+    [
+        *((model_type, torch.float32) for model_type in CHOSEN),
+        *(
+            pytest.param(model_type, torch.bfloat16, marks=[] if model_type in IN_BFLOAT16 else [pytest.mark.slow])
+            for model_type in CHOSEN
+        ),
+    ],
+)
 def test_a_family_does_what_the_documentation_says(model_type, dtype):
     sites, reason = outcome(model_type, dtype)
     line = documented_line(model_type)

@@ -7,11 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 
 from conftest import make_texts
-from hub_stand_in import serve_hub
+from posmask.cli import commands
 from posmask.data.models import load_model, load_tokenizer, weights_identity
 from posmask.errors import BadSetting
 from test_model_hub import local_hub  # noqa: F401 (a fixture)
@@ -21,25 +22,33 @@ NAME = "user/tiny"
 
 
 @pytest.fixture
-def hub(model_folder):
-    with serve_hub() as hub:
-        hub.files[NAME] = {path.name: path.read_bytes() for path in model_folder.iterdir()}
-        yield hub
+def hub(local_hub, model_folder):  # noqa: F811
+    local_hub.files[NAME] = {path.name: path.read_bytes() for path in model_folder.iterdir()}
+    return local_hub
 
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """Change to a folder with texts and a study of the model on the hub."""
     monkeypatch.chdir(tmp_path)
-    write_study(NAME)
+    Path("study.toml").write_text(STUDY.format(model=NAME))
     Path("texts").mkdir()
     for number, text in enumerate(make_texts(400)):
         Path(f"texts/{number:04}.txt").write_text(text)
     return tmp_path
 
 
-def write_study(model_name):
-    Path("study.toml").write_text(STUDY.format(model=model_name))
+@pytest.fixture
+def posmask(here, monkeypatch, capsys):
+    """Run a command in this process, with the local hub; return its exit code, standard output and standard error."""
+
+    def run(words):
+        monkeypatch.setattr(sys, "argv", ["posmask", *words.split()])
+        with pytest.raises(SystemExit) as ended:
+            commands.main()
+        return ended.value.code, *capsys.readouterr()
+
+    return run
 
 
 ONE_AFTER_ANOTHER = """
@@ -55,20 +64,16 @@ for words in sys.argv[1:]:
 """
 
 
-def posmask(hub, *commands, **environment):
-    """Run commands in one process, with the local hub and a separate cache, and return the completed process."""
-    home = {"HF_HOME": str(Path("hf").resolve()), "HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0"}
-    return subprocess.run(
+def in_a_new_process(hub, *commands, **environment):
+    """Run commands in one process, with the local hub and its cache, and return their standard output."""
+    cache = {"HF_HUB_CACHE": str(Path("hub-cache").resolve()), "HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run(
         [sys.executable, "-c", ONE_AFTER_ANOTHER, *commands],
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, **home, **environment},
+        env={**os.environ, **cache, **environment},
     )
-
-
-def succeeds(hub, *commands, **environment):
-    done = posmask(hub, *commands, **environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -83,37 +88,39 @@ def weights_in(root):
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 
 
-def test_a_study_of_a_model_on_the_hub_runs_online_and_from_the_cache(hub, here):
-    online = succeeds(hub, "run study.toml --root online", "status study.toml --root online")
-    assert "2 of 2 finished" in online
-    (commit,) = (path.name for path in Path("hf/hub/models--user--tiny/snapshots").iterdir())
+def test_a_study_of_a_model_on_the_hub_runs_online_and_from_the_cache(hub, posmask, monkeypatch):
+    assert posmask("run study.toml --root online")[0] == 0
+    assert "2 of 2 finished" in posmask("status study.toml --root online")[1]
+    (commit,) = (path.name for path in Path("hub-cache/models--user--tiny/snapshots").iterdir())
     assert weights_in("online") == {f"{NAME}@{commit}"}
     hub.requests.clear()
-    offline = succeeds(hub, "run study.toml --root offline", "status study.toml --root online", **OFFLINE)
+    assert "2 of 2 finished" in in_a_new_process(hub, "status study.toml --root online", **OFFLINE)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert posmask("run study.toml --root offline")[0] == 0
     assert weights_in("offline") == {f"{NAME}@{commit}"}
-    assert "2 of 2 finished" in offline
     assert not hub.requests
 
 
 @pytest.mark.slow  # huggingface_hub retries for most of a minute.
 def test_other_commands_and_an_unreachable_hub(hub, here):
     evaluate = "evaluate online/cells/open-seed0 study.toml --root online"
-    succeeds(hub, "run study.toml --root online", "plan study.toml --root online", evaluate)
+    in_a_new_process(hub, "run study.toml --root online", "plan study.toml --root online", evaluate)
     shutil.rmtree("online/evaluated")
-    succeeds(hub, evaluate, "plan study.toml", **OFFLINE)
+    in_a_new_process(hub, evaluate, "run study.toml --root offline", "plan study.toml", **OFFLINE)
+    assert weights_in("offline") == weights_in("online")
     unreachable = {"HF_ENDPOINT": "http://127.0.0.1:9"}  # nothing listens on this port
-    done = succeeds(hub, "status study.toml --root online", "run study.toml --root unreachable", **unreachable)
+    done = in_a_new_process(hub, "status study.toml --root online", "run study.toml --root unreachable", **unreachable)
     assert "2 of 2 finished" in done
     assert weights_in("unreachable") == weights_in("online")
 
 
-def test_a_plan_downloads_no_weights(hub, here):
-    done = posmask(hub, "plan study.toml")
-    assert done.returncode == 2
-    assert "has no config.json" in done.stderr
-    succeeds(hub, "plan study.toml --set model.layer=0.5")
+def test_a_plan_downloads_no_weights(hub, posmask):
+    code, _, errors = posmask("plan study.toml")
+    assert code == 2
+    assert "has no config.json" in errors
+    assert posmask("plan study.toml --set model.layer=0.5")[0] == 0
     assert not [request for request in hub.requests if ".safetensors" in request]
-    assert not list(Path("hf").rglob("*.safetensors"))
+    assert not list(Path("hub-cache").rglob("*.safetensors"))
 
 
 def test_weights_are_those_of_the_commit_in_the_identity(local_hub, model_folder, causal_lm, tmp_path):  # noqa: F811

@@ -88,10 +88,10 @@ def test_rows_and_verdicts_of_cells_outside_the_record_are_excluded(study_file, 
     assert read.verdicts == []
 
 
-def test_a_cell_replaced_during_the_run_raises_and_no_table_is_written(study_file, tmp_path, monkeypatch):
-    other = tmp_path / "other"
+def test_a_cell_replaced_during_the_run_raises_and_no_table_is_written(study_file, begin, tmp_path, monkeypatch):
+    other = begin(tmp_path / "other")
     run(study_file, other, CHANGED)
-    root = tmp_path / "run"
+    root = begin(tmp_path / "run")
     make = engines.Local.make
 
     def make_and_replace(*args):
@@ -125,14 +125,14 @@ def test_a_run_stops_when_another_with_other_settings_takes_its_root(study_file,
     assert not (root / "results.csv").exists()
 
 
-def test_a_cell_never_starts_from_a_cell_with_other_settings(study_file, tmp_path):
+def test_a_cell_never_starts_from_a_cell_with_other_settings(study_file, begin, tmp_path):
     text = (
         study_file.read_text()
         .partition("[[comparisons]]")[0]
         .replace('name = "open"', 'name = "open"\nstep_fraction = 0.5')
     )
     study_file.write_text(text + 'init_from = "open"\n')
-    root = tmp_path / "run"
+    root = begin(tmp_path / "run")
     run(study_file, root)
     settings = read_study(study_file, CHANGED)
     targets = {target.label: target for target in targets_of(settings, Source(settings.model), root)}
@@ -173,11 +173,12 @@ def test_a_damaged_record_is_reported_and_written_again(study_file, finish, tmp_
     assert read_record(root) == before
 
 
-def test_the_baseline_is_the_same_for_comparisons_and_page(study_file, tmp_path):
+def test_the_baseline_is_the_same_for_comparisons_and_page(study_file, finish, tmp_path):
     text = study_file.read_text()
     half = '[[cells]]\nname = "open-half"\nmask = { kind = "open" }\nstep_fraction = 0.5\n'
     study_file.write_text(text.replace("[[cells]]", f"{half}[[cells]]", 1))
     root = tmp_path / "run"
+    finish(root)
     run(study_file, root)
     (read,) = read_studies([root])
     assert read.rows[-1].cell != "llm"

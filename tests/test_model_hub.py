@@ -7,6 +7,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+import transformers.utils.hub
 from typer.testing import CliRunner
 
 from conftest import make_sae
@@ -22,16 +23,23 @@ from test_saelens import ORIGIN, assert_scaled, contexts, scaled
 from test_saelens_files import flip_a_bit, random_tensors
 
 
+def use_hub(address, cache, monkeypatch):
+    """Let huggingface_hub and transformers use a hub at this address, with a separate cache."""
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    # transformers keeps a client, which keeps the address of the hub.
+    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)
+
+
 @pytest.fixture
 def local_hub(monkeypatch, tmp_path):
     """Start a local hub; huggingface_hub uses it with a separate cache, a token with write access, and git LFS."""
     with serve_hub() as hub:
-        constants = huggingface_hub.constants
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
-        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.address)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "ENDPOINT", hub.address)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        use_hub(hub.address, tmp_path / "hub-cache", monkeypatch)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield hub
 

@@ -24,7 +24,7 @@ def smollm():
 @pytest.fixture(scope="module")
 def tasks(smollm):
     """Every task, built once."""
-    return {name: make_order_task(name, smollm, 128, 120, 40) for name in order_tasks.ORDER_TASKS}
+    return {name: make_order_task(name, smollm, 128, 60, 20) for name in order_tasks.ORDER_TASKS}
 
 
 def sides(task):
@@ -41,7 +41,7 @@ def parts(texts):
 @pytest.mark.parametrize("name", order_tasks.ORDER_TASKS)
 def test_order_groups_have_equal_bags_and_a_bag_of_words_scores_exactly_1_over_k(name, tasks, smollm):
     task = tasks[name]
-    assert len(task.texts) == 160 * task.n_classes
+    assert len(task.texts) == 80 * task.n_classes
     rows = smollm(list(task.texts), add_special_tokens=False)["input_ids"]
     for start in range(0, len(rows), task.n_classes):
         group = rows[start : start + task.n_classes]
@@ -64,8 +64,8 @@ def test_order_groups_have_equal_bags_and_a_bag_of_words_scores_exactly_1_over_k
 @pytest.mark.parametrize("name", order_tasks.ORDER_TASKS)
 def test_order_tasks_are_determined_by_the_seed_and_splits_are_disjoint(name, tasks, smollm):
     task = tasks[name]
-    assert task == make_order_task(name, smollm, 128, 120, 40)
-    other = make_order_task(name, smollm, 128, 120, 40, seed=1)
+    assert task == make_order_task(name, smollm, 128, 60, 20)
+    other = make_order_task(name, smollm, 128, 60, 20, seed=1)
     assert len(set(task.texts) & set(other.texts)) < len(task.texts) / 2
     train, test = sides(task)
     assert not set(train) & set(test)
@@ -287,7 +287,7 @@ def test_every_task_can_be_written(tasks, smollm, tmp_path, monkeypatch):
 @pytest.mark.embedded
 @pytest.mark.parametrize("name", order_tasks.ORDER_TASKS)
 def test_validation_uses_other_texts_than_evaluation(name, tasks, smollm):
-    validation = find_groups(name, smollm, 128, 120, 40, "validation")
+    validation = find_groups(name, smollm, 128, 60, 20, "validation")
     assert min(validation.n_train_groups, validation.n_test_groups) >= 15
     if name == "agreement_swap":
         used = [

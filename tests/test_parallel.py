@@ -4,26 +4,21 @@ import json
 import multiprocessing
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from conftest import D_MODEL, D_SAE, MASKS, N_POSITIONS, RULES, make_sae, make_texts
-from posmask.data.activations import Activations, training_batches
+from parallel_training import SETTINGS, Stopped, train_all_cases, trained
 from posmask.errors import BadSetting
 from posmask.masks import make_mask, mask_settings
 from posmask.sae.autoencoder import SparseAutoencoder
 from posmask.sae.rules import rule_settings
 from posmask.training import distributed
-from posmask.training.checkpoints import Checkpoints
 from posmask.training.distributed import ByData, ByPosition
-from posmask.training.loop import train
-from posmask.training.settings import TrainingSettings
 from study_toml import tiny_study
 
-SETTINGS = TrainingSettings(n_steps=30, batch_tokens=240, learning_rate=5e-3, dead_after_eligible_tokens=300, aux_k=4)
 STUDY = tiny_study(
     """
 [[cells]]
@@ -36,42 +31,6 @@ mask = { kind = "slice", n_slices = 4 }
     ks="ks = [1, 5]",
 )
 EVEN = torch.arange(16)
-
-
-class _Stopped(Exception):
-    pass
-
-
-def trained(folder, kind, rule, parallel_by=None, checkpoint_folder=None, write_at=0, stop=False):
-    """Return the curve, the SAE and the bytes sent of one process, trained alone or by data or position with others.
-
-    With `checkpoint_folder`, training resumes from the newest checkpoint in it and writes one after step `write_at`.
-    """
-    activations = Activations(folder)
-    mask = make_mask(mask_settings(MASKS[kind]), N_POSITIONS, D_SAE)
-    sae = SparseAutoencoder(D_MODEL, rule_settings(RULES[rule]), mask)
-    sae.center, sae.scale = activations.center_and_scale
-    if parallel_by is None:
-        strategy, local_sae, token_indices, options = None, sae, None, {}
-    else:
-        strategy = ByData(sae) if parallel_by == "data" else ByPosition(sae, activations.position[activations.keep])
-        local_sae, token_indices = getattr(strategy, "local_sae", sae), strategy.token_indices
-        options = {"processes": strategy}
-    checkpoints = None if checkpoint_folder is None else Checkpoints(Path(checkpoint_folder), {"what": kind})
-    n_done = 0 if checkpoints is None else checkpoints.done
-
-    def after_step(done):
-        if stop and done > write_at:
-            raise _Stopped
-        if checkpoints is not None:
-            checkpoints.due = lambda at_end: done == write_at
-
-    batches = training_batches(
-        activations, SETTINGS.batch_tokens, SETTINGS.n_steps - n_done, 0, after=n_done, token_indices=token_indices
-    )
-    curve = train(local_sae, batches, SETTINGS, "test", after_step, checkpoints, **options).curve
-    return curve, strategy.merge_() if parallel_by == "position" else sae, getattr(strategy, "bytes_sent", 0)
-
 
 CASES = {
     2: [
@@ -90,26 +49,20 @@ CASES = {
 }
 
 
-def train_all_cases(rank, n_processes, rendezvous, folder, checkpoint_folder, out):
-    """Train all cases in one process, so that it starts only once."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=n_processes)
-    try:
-        for number, (parallel_by, kind, rule) in enumerate(CASES[n_processes]):
-            curve, sae, sent = trained(folder, kind, rule, parallel_by, f"{checkpoint_folder}-{number}", write_at=20)
-            result = {"curve": [vars(point) for point in curve], "sae": sae.state_dict(), "sent": sent}
-            torch.save(result, f"{out}-{number}-{rank}")
-    finally:
-        dist.destroy_process_group()
+def fresh_sae(kind, rule):
+    mask = make_mask(mask_settings(MASKS[kind]), N_POSITIONS, D_SAE)
+    return SparseAutoencoder(D_MODEL, rule_settings(RULES[rule]), mask)
 
 
 @pytest.mark.parametrize("n_processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_several_processes_train_the_same_sae_and_send_few_bytes(activations, tmp_path, n_processes):
     spawn = multiprocessing.get_context("spawn")
-    arguments = (n_processes, tmp_path / "meeting", activations.folder, tmp_path / "checkpoints", tmp_path / "result")
-    for number, (_, kind, rule) in enumerate(CASES[n_processes]):
-        with pytest.raises(_Stopped):
-            trained(activations.folder, kind, rule, None, tmp_path / f"checkpoints-{number}", write_at=10, stop=True)
+    cases = [(parallel_by, fresh_sae(kind, rule)) for parallel_by, kind, rule in CASES[n_processes]]
+    files = (tmp_path / "checkpoints", tmp_path / "result")
+    arguments = (n_processes, tmp_path / "meeting", activations.folder, cases, *files)
+    for number, (_, sae) in enumerate(cases):
+        with pytest.raises(Stopped):
+            trained(activations.folder, sae, None, tmp_path / f"checkpoints-{number}", write_at=5, stop=True)
     processes = [spawn.Process(target=train_all_cases, args=(rank, *arguments)) for rank in range(n_processes)]
     for process in processes:
         process.start()
@@ -117,9 +70,9 @@ def test_several_processes_train_the_same_sae_and_send_few_bytes(activations, tm
         process.join(200)
         assert process.exitcode == 0
     for number, (parallel_by, kind, rule) in enumerate(CASES[n_processes]):
-        curve, sae, _ = trained(activations.folder, kind, rule)
-        checkpoint_folder = tmp_path / f"checkpoints-{number}"  # of step 20
-        resumed_curve, resumed_sae, _ = trained(activations.folder, kind, rule, None, checkpoint_folder)
+        curve, sae, _ = trained(activations.folder, cases[number][1])
+        checkpoint_folder = tmp_path / f"checkpoints-{number}"  # of step 10
+        resumed_curve, resumed_sae, _ = trained(activations.folder, cases[number][1], None, checkpoint_folder)
         resumed = {"curve": [vars(point) for point in resumed_curve], "sae": resumed_sae.state_dict(), "sent": 0}
         others = [torch.load(tmp_path / f"result-{number}-{rank}", weights_only=True) for rank in range(n_processes)]
         for result in (resumed, *others):

@@ -4,6 +4,7 @@ import base64
 import csv
 import gzip
 import http.client
+import http.server
 import json
 import math
 import re
@@ -785,15 +786,35 @@ def test_serving_a_page_does_not_serve_its_folder(study, tmp_path):
     server.server_close()
 
 
-@pytest.mark.parametrize("path", ["", "report.html"])
-def test_serve_accepts_a_report_or_its_folder(study, tmp_path, path):
-    write_report(study, out=tmp_path / "report.html")
-    command = [sys.executable, "-m", "posmask.cli", "serve", str(tmp_path / path), "--port", "0"]
+def test_serve_accepts_a_report_or_its_folder(study, tmp_path, monkeypatch):
+    page = write_report(study, out=tmp_path / "report.html")
+
+    def interrupted(server):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(http.server.ThreadingHTTPServer, "serve_forever", interrupted)
+    for path in (tmp_path, page):
+        result = CliRunner().invoke(app, ["serve", str(path), "--port", "0"])
+        assert result.exit_code == 0, result.output
+        assert result.output.startswith("http://127.0.0.1:")
+        assert f"serves {page};" in result.output
+
+
+def test_an_interrupt_ends_a_server(study, tmp_path):
+    page = write_report(study, out=tmp_path / "report.html")
+    # A shell that runs the tests in the background ignores interrupts, also for the processes that they start.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from posmask.cli import commands; "
+    command = [sys.executable, "-c", f"{code}commands.main()", "serve", str(page), "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        line = process.stdout.readline()
+        limit = threading.Timer(60, process.kill)
+        limit.start()
+        port = int(process.stdout.readline().removeprefix("http://127.0.0.1:").partition("/")[0])
+        connection = http.client.HTTPConnection("127.0.0.1", port)
+        connection.request("GET", "/")
+        assert connection.getresponse().read() == page.read_bytes()
         process.send_signal(signal.SIGINT)
-    assert line.startswith("http://127.0.0.1:")
-    assert f"serves {tmp_path / 'report.html'};" in line
+        assert process.wait() == 0
+        limit.cancel()
 
 
 def test_a_client_that_disconnects_early_causes_no_error(served, tmp_path, capfd):

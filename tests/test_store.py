@@ -62,7 +62,7 @@ def url(request, tmp_path):
     return f"memory://{tmp_path.name}" if request.param == "memory" else f"file://{tmp_path / 'elsewhere'}"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def tokens(tokenizer):
     return pack(make_texts(200), tokenizer, N_POSITIONS, 3000)
 

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from typer.testing import CliRunner
 
-from conftest import D_MODEL, N_POSITIONS, STUDY, make_sae, train_on
+from conftest import D_MODEL, N_POSITIONS, make_sae, train_on
 from posmask import masks
 from posmask.cli.commands import app
 from posmask.data.activations import Activations
@@ -53,13 +53,13 @@ def run(path, root):
     return result, lines
 
 
-def test_a_study_runs_from_text_to_results(study_file, tmp_path):
-    results, _ = run(study_file, tmp_path / "run")
-    with (tmp_path / "run" / "results.csv").open() as file:
+def test_a_study_runs_from_text_to_results(finished):
+    root, results = finished.root, finished.results
+    with (root / "results.csv").open() as file:
         assert next(
             csv.reader(file)
         ) == "cell,mask,budget,gating,seed,metric,slice,value,ci_low,ci_high,n,reason".split(",")
-    assert repr(rows.read_rows(tmp_path / "run" / "results.csv")) == repr(results)
+    assert repr(rows.read_rows(root / "results.csv")) == repr(results)
     metrics = {row.metric for row in results if row.cell == "slice-compute"}
     assert metrics >= {
         "explained_variance", "l0", "dead_share", "retention", "retention_chance", "profile_fidelity",
@@ -81,7 +81,7 @@ def test_a_study_runs_from_text_to_results(study_file, tmp_path):
         assert (cell, "probe_accuracy", f"{slice_text};class=odd") in by_slice
     for after in ("0", "0.05", "0.5", "1"):
         assert ("slice-compute", "retention", f"after={after}") in by_slice
-    verdicts = read_verdicts(tmp_path / "run" / "verdicts.csv")
+    verdicts = read_verdicts(root / "verdicts.csv")
     assert {(verdict.label, verdict.against) for verdict in verdicts} == {
         ("slice-compute", "open"), ("slice-compute", "open + segments4"),
     }  # fmt: skip
@@ -89,13 +89,13 @@ def test_a_study_runs_from_text_to_results(study_file, tmp_path):
     verdict_ev = next(verdict for verdict in verdicts if verdict.column == "explained_variance")
     ev_slice, ev_open = (by_slice[cell, "explained_variance", ""].value for cell in ("slice-compute", "open"))
     assert verdict_ev.effect == pytest.approx(ev_slice - ev_open)
-    saebench_output = json.loads((tmp_path / "run" / "cells" / "open-seed0" / "saebench.json").read_text())
+    saebench_output = json.loads((root / "cells" / "open-seed0" / "saebench.json").read_text())
     slice_text = "dataset=toy;k=5;source=sae;pooling=mean;protocol=default;train=40"
     assert saebench_output["eval_result_metrics"]["sae"]["sae_top_5_test_accuracy"] == pytest.approx(
         by_slice["open", "probe_accuracy", slice_text].value
     )
     for name in ("open-seed0", "slice-compute-seed0"):
-        folder = tmp_path / "run" / "cells" / name
+        folder = root / "cells" / name
         assert {path.name for path in folder.iterdir()} == {
             "manifest.json", "settings.json", "sae.json", "sae.safetensors", "openness.safetensors", "curve.csv",
             "latents.parquet", "profiles.parquet",
@@ -165,13 +165,13 @@ def test_changed_evaluation_settings_keep_the_training(study_file, finish, tmp_p
     ],
 )
 def test_only_the_parts_of_an_evaluation_that_changed_are_computed(
-    study_file, tmp_path, monkeypatch, old, new, computed
+    study_file, finish, begin, tmp_path, monkeypatch, old, new, computed
 ):
     root = tmp_path / "run"
-    run(study_file, root)
+    finish(root)
     assert study_file.read_text().count(old) == 1
     study_file.write_text(study_file.read_text().replace(old, new))
-    fresh, _ = run(study_file, tmp_path / "fresh")
+    fresh, _ = run(study_file, begin(tmp_path / "fresh"))
     called = []
     for part, name in (("heldout", "_of_heldout_texts"), ("order", "_order"), ("probes", "_topics")):
         compute = getattr(suite, name)
@@ -199,8 +199,8 @@ def test_a_training_is_not_kept_from_a_damaged_folder(study_file, finish, tmp_pa
     assert targets.state_of(open_cell, verify=True) == "other settings"
 
 
-def test_changed_evaluation_settings_keep_a_checkpoint(study_file, tmp_path, monkeypatch):
-    root = tmp_path / "run"
+def test_changed_evaluation_settings_keep_a_checkpoint(study_file, begin, tmp_path, monkeypatch):
+    root = begin(tmp_path / "run")
     monkeypatch.setattr(study_cell, "CHECKPOINT_SECONDS", 0.0)
 
     def fail(*arguments, **options):
@@ -216,10 +216,11 @@ def test_changed_evaluation_settings_keep_a_checkpoint(study_file, tmp_path, mon
     def checkpoints(*arguments, **options):
         kept = Checkpoints(*arguments, **options)
         steps.append(kept.done)
-        return kept
+        fail()
 
     monkeypatch.setattr(study_cell, "Checkpoints", checkpoints)
-    run(study_file, root)
+    with pytest.raises(BadSetting, match="stopped"):
+        run(study_file, root)
     assert steps[0] > 0
 
 
@@ -244,14 +245,14 @@ def test_settings_can_be_overridden(study_file):
             read_study(study_file, [change])
 
 
-def test_cells_with_different_seeds_are_compared_on_the_shared_seeds(study_file, tmp_path):
+def test_cells_with_different_seeds_are_compared_on_the_shared_seeds(study_file, begin, tmp_path):
     text = (
         study_file.read_text()
         .replace("measure_forgetting = true", "seeds = [1]")
         .replace("seeds = [0]", "seeds = [0, 1]", 1)
     )
     study_file.write_text(text)
-    results, _ = run(study_file, tmp_path / "run")
+    results, _ = run(study_file, begin(tmp_path / "run", "open-seed0"))
     seeds = {cell: {row.seed for row in results if row.cell == cell} for cell in ("open", "slice-compute")}
     assert seeds == {"open": {0, 1}, "slice-compute": {1}}
     by_seed = {
@@ -283,9 +284,10 @@ def test_validation_and_evaluation_use_disjoint_texts(study_file, tmp_path):
     assert len(list((tmp_path / "run" / "activations").glob("training-*"))) == 1  # both use the same training tokens
 
 
-def test_processes_with_the_same_root_share_the_work(study_file, tmp_path, monkeypatch):
+def test_processes_with_the_same_root_share_the_work_and_give_the_same_bytes(
+    study_file, finished, tmp_path, monkeypatch
+):
     """Threads replace processes here: a claim excludes both."""
-    alone, _ = run(study_file, tmp_path / "alone")
     labels, fill = [], study_cell.fill
     monkeypatch.setattr(
         engines, "fill", lambda study, target, *rest: (labels.append(target.label), fill(study, target, *rest))
@@ -294,8 +296,17 @@ def test_processes_with_the_same_root_share_the_work(study_file, tmp_path, monke
         both = [job.result()[0] for job in [pool.submit(run, study_file, tmp_path / "shared") for _ in range(2)]]
     assert sorted(labels) == ["baselines", "open-seed0", "slice-compute-seed0"]
     assert repr(both[0]) == repr(both[1])
-    for row, expected in zip(both[0], alone, strict=True):
+    for row, expected in zip(both[0], finished.results, strict=True):
         assert row.metric in SECONDS or repr(row) == repr(expected)
+    for cell in ("open-seed0", "slice-compute-seed0"):
+        pair = [root / "cells" / cell for root in (finished.root, tmp_path / "shared")]
+        for file in ("sae.safetensors", "curve.csv", "settings.json"):
+            assert (pair[0] / file).read_bytes() == (pair[1] / file).read_bytes()
+        lines = [
+            [line for line in (folder / "rows.csv").read_text().splitlines() if "_seconds" not in line]
+            for folder in pair
+        ]
+        assert lines[0] == lines[1]
 
 
 @pytest.mark.slow
@@ -327,20 +338,6 @@ def test_layers_and_seeds_have_different_identities(study_file):
         if target.cell is not None
     ]
     assert len(set(identities)) == 6
-
-
-def test_running_a_cell_twice_gives_the_same_bytes(study_file, finish, tmp_path):
-    finish(tmp_path / "first")
-    run(study_file, tmp_path / "second")
-    for cell in ("open-seed0", "slice-compute-seed0"):
-        pair = [tmp_path / name / "cells" / cell for name in ("first", "second")]
-        for file in ("sae.safetensors", "curve.csv", "settings.json"):
-            assert (pair[0] / file).read_bytes() == (pair[1] / file).read_bytes()
-        lines = [
-            [line for line in (folder / "rows.csv").read_text().splitlines() if "_seconds" not in line]
-            for folder in pair
-        ]
-        assert lines[0] == lines[1]
 
 
 def test_only_damaged_folders_are_reported_and_recomputed(study_file, finish, tmp_path):
@@ -375,14 +372,14 @@ def files_in(folder):
 
 
 @pytest.mark.parametrize("where", ["checkpoints/open-seed0/notes", "checkpoints/open-seed0", "checkpoints"])
-def test_a_run_removes_nothing_through_a_link_in_the_checkpoints(study_file, tmp_path, precious, where):
+def test_a_run_removes_nothing_through_a_link_in_the_checkpoints(study_file, begin, tmp_path, precious, where):
     root = tmp_path / "run"
     (root / where).parent.mkdir(parents=True)
     (root / where).symlink_to(precious)
     before = files_in(precious)
     if where.endswith("notes"):
         (root / "checkpoints" / "open-seed0" / ".DS_Store").write_bytes(b"junk")
-        run(study_file, root)
+        run(study_file, begin(root, "slice-compute-seed0"))
         assert (root / "checkpoints" / "open-seed0" / ".DS_Store").exists()
     else:
         with pytest.raises(BadSetting, match=f"{where} is a symbolic link, which posmask did not write"):
@@ -413,7 +410,9 @@ def test_a_run_replaces_its_earlier_results_and_page(study_file, finish, tmp_pat
     page = write_report(root)
     old = page.read_bytes()
     assert b'<meta name="generator" content="posmask ' in old
-    study_file.write_text(study_file.read_text().replace("n_slices = 4", "n_slices = 2"))
+    compute = 'n_slices = 4 }\nbudget = "compute"\nmeasure_forgetting = true\n'
+    assert compute in study_file.read_text()
+    study_file.write_text(study_file.read_text().replace(compute, "n_slices = 2 }\n"))
     run(study_file, root)
     assert not page.exists()
     page.write_bytes(old)
@@ -432,7 +431,7 @@ def test_a_folder_that_posmask_did_not_write_is_not_moved(study_file, tmp_path, 
     assert not (root / "activations").exists()
 
 
-def test_an_interrupted_cell_leaves_no_files_and_the_next_run_resumes(study_file, tmp_path, monkeypatch):
+def test_an_interrupted_cell_leaves_no_files_and_the_next_run_resumes(study_file, begin, tmp_path, monkeypatch):
     evaluate = study_cell.evaluate
 
     def stop(sae, *rest):
@@ -442,7 +441,7 @@ def test_an_interrupted_cell_leaves_no_files_and_the_next_run_resumes(study_file
 
     monkeypatch.setattr(study_cell, "evaluate", stop)
     with pytest.raises(KeyboardInterrupt):
-        run(study_file, tmp_path / "run")
+        run(study_file, begin(tmp_path / "run", "open-seed0"))
     assert [path.name for path in (tmp_path / "run" / "cells").iterdir()] == ["open-seed0"]
     assert not (tmp_path / "run" / "results.csv").exists()
     monkeypatch.setattr(study_cell, "evaluate", evaluate)
@@ -489,9 +488,10 @@ mask = { kind = "soft", low = 0.3, high = 0.7, position_origin = "sentence", fre
 """
 
 
-def test_cells_with_init_from_train_for_the_remaining_steps(study_file, tmp_path):
+def test_cells_with_init_from_train_for_the_remaining_steps(study_file, finish, tmp_path):
     study_file.write_text(study_file.read_text().replace("measure_forgetting = true\n", "") + STARTED)
     root = tmp_path / "run"
+    finish(root)
     results, _ = run(study_file, root)
     value = {(row.cell, row.metric): row.value for row in results if not row.slice}
     for cell, n_steps in (("open", 20), ("open-half", 10), ("upcycled", 10), ("split", 10), ("switch", 20)):
@@ -511,15 +511,15 @@ def test_cells_with_init_from_train_for_the_remaining_steps(study_file, tmp_path
     }  # fmt: skip
 
 
-def test_cells_can_start_from_a_users_sae(study_file, tmp_path):
-    run(study_file, tmp_path / "first")
+def test_cells_can_start_from_a_users_sae(study_file, finish, begin, tmp_path):
+    finish(tmp_path / "first")
     sae_folder = tmp_path / "first" / "cells" / "open-seed0"
     base = study_file.read_text().replace("measure_forgetting = true\n", "")
     both_cells = base.replace('{ kind = "open" }', f'{{ kind = "open" }}\ninit_from = "{sae_folder}"').replace(
         'budget = "compute"', f'budget = "compute"\ninit_from = "{sae_folder}"'
     )
     study_file.write_text(both_cells)
-    results, _ = run(study_file, tmp_path / "second")
+    results, _ = run(study_file, begin(tmp_path / "second"))
     tokens = {row.cell: row.value for row in results if row.metric == "train_tokens"}
     assert tokens == {"open": 2 * 20 * 256, "slice-compute": 2 * 20 * 256}
     start = json.loads((sae_folder / "sae.json").read_text())
@@ -614,9 +614,9 @@ def test_exports_state_the_explained_variance_at_their_position(finish, tmp_path
     )
 
 
-def test_an_imported_sae_is_evaluated_and_used_as_a_start(study_file, tmp_path):
+def test_an_imported_sae_is_evaluated_and_used_as_a_start(study_file, finish, begin, tmp_path):
     """An open cell that is exported to SAELens and imported keeps its numbers and can initialize cells."""
-    first, _ = run(study_file, tmp_path / "first")
+    first = finish(tmp_path / "first")
     export_saelens(tmp_path / "first" / "cells" / "open-seed0", tmp_path / "theirs", lossy=True)
     import_sae(tmp_path / "theirs", tmp_path / "imported")
     settings = read_study(study_file)
@@ -643,7 +643,7 @@ def test_an_imported_sae_is_evaluated_and_used_as_a_start(study_file, tmp_path):
     init_from = f'init_from = "{tmp_path / "imported"}"'
     text = text.replace('{ kind = "open" }', f'{{ kind = "open" }}\n{init_from}')
     study_file.write_text(text.replace('budget = "compute"', f'budget = "compute"\n{init_from}'))
-    second, _ = run(study_file, tmp_path / "second")
+    second, _ = run(study_file, begin(tmp_path / "second"))
     started = read_sae(tmp_path / "second" / "cells" / "slice-compute-seed0")
     assert torch.equal(started.scale, read_sae(tmp_path / "first" / "cells" / "open-seed0").scale)
     explained = {row.cell: row.value for row in second if row.metric == "explained_variance" and not row.slice}
@@ -765,7 +765,7 @@ def test_invalid_starts_raise_before_any_work(study_file, old, new, message):
         read_study(study_file)
 
 
-def test_a_new_mask_or_rule_needs_one_class_and_one_registry_entry(study_file, tmp_path, monkeypatch):
+def test_a_new_mask_or_rule_needs_one_class_and_one_registry_entry(study_file, begin, tmp_path, monkeypatch):
     """As documented in docs/architecture.md: the study, its table and its page need no other change."""
 
     class Odd(PositionMask):
@@ -790,7 +790,7 @@ def test_a_new_mask_or_rule_needs_one_class_and_one_registry_entry(study_file, t
     text = study_file.read_text().replace('{ kind = "topk", k = 4 }', '{ kind = "floored", floor = 0.1 }')
     text = text.replace('{ kind = "slice", n_slices = 4 }\nbudget = "compute"', '{ kind = "odd", leak = 0.1 }')
     study_file.write_text(text)
-    results, _ = run(study_file, tmp_path / "run")
+    results, _ = run(study_file, begin(tmp_path / "run"))
     assert {row.mask for row in results} == {"none", "open", "odd"}
     assert write_report(tmp_path / "run").is_file()
     sae = read_sae(tmp_path / "run" / "cells" / "slice-compute-seed0")
@@ -898,9 +898,10 @@ def test_old_results_are_removed_before_new_cells(study_file, finish, tmp_path, 
     assert not (root / "results.csv").exists()
 
 
-def test_seeds_are_paired_and_three_seeds_give_a_verdict(study_file, tmp_path):
+def test_seeds_are_paired_and_three_seeds_give_a_verdict(study_file, finish, tmp_path):
     text = study_file.read_text().replace("seeds = [0]", "seeds = [0, 1, 2]").replace("measure_forgetting = true\n", "")
-    study_file.write_text(text.replace("n_steps = 20", "n_steps = 60"))
+    study_file.write_text(text)
+    finish(tmp_path / "run")
     results, _ = run(study_file, tmp_path / "run")
     verdicts = {
         (v.against, v.column): v
@@ -925,10 +926,18 @@ def test_a_class_without_texts_raises_an_error(study_file, tmp_path, monkeypatch
         run(study_file, tmp_path / "run")
 
 
-def test_a_small_dataset_is_capped_and_rows_record_the_real_sizes(study_file, tmp_path):
-    study_file.write_text(study_file.read_text().replace("probe_train = 40", "probe_train = 40_000"))
-    study_file.write_text(study_file.read_text().replace("probe_test = 10", "probe_test = 10_000"))
-    results, _ = run(study_file, tmp_path / "run")
+@pytest.fixture
+def one_cell(study_file):
+    """Remove all cells but the open one from the study."""
+    study_file.write_text(study_file.read_text().partition('[[cells]]\nname = "slice-compute"')[0])
+    return study_file
+
+
+def test_a_small_dataset_is_capped_and_rows_record_the_real_sizes(one_cell, finish, tmp_path):
+    one_cell.write_text(one_cell.read_text().replace("probe_train = 40", "probe_train = 40_000"))
+    one_cell.write_text(one_cell.read_text().replace("probe_test = 10", "probe_test = 10_000"))
+    finish(tmp_path / "run")
+    results, _ = run(one_cell, tmp_path / "run")
     row = next(
         row for row in results if row.metric == "probe_accuracy" and row.cell == "open" and "class" not in row.slice
     )
@@ -937,9 +946,10 @@ def test_a_small_dataset_is_capped_and_rows_record_the_real_sizes(study_file, tm
     assert n_train / (n_train + row.n) == pytest.approx(0.8, abs=0.01)
 
 
-def test_a_study_with_the_saebench_protocol(study_file, tmp_path):
-    study_file.write_text(study_file.read_text().replace("ks = [1", 'probe_protocol = "saebench"\nks = [1'))
-    results, _ = run(study_file, tmp_path / "run")
+def test_a_study_with_the_saebench_protocol(one_cell, finish, tmp_path):
+    one_cell.write_text(one_cell.read_text().replace("ks = [1", 'probe_protocol = "saebench"\nks = [1'))
+    finish(tmp_path / "run")
+    results, _ = run(one_cell, tmp_path / "run")
     protocols = {rows.parse_slice(row.slice)["protocol"] for row in results if row.metric == "probe_accuracy"}
     assert protocols == {"saebench"}
     saebench_output = json.loads((tmp_path / "run" / "cells" / "open-seed0" / "saebench.json").read_text())
@@ -947,7 +957,7 @@ def test_a_study_with_the_saebench_protocol(study_file, tmp_path):
     assert saebench_output["eval_result_metrics"]["sae"]["sae_test_accuracy"] > 0
 
 
-def test_a_study_without_probes_and_without_an_open_cell(study_file, tmp_path):
+def test_a_study_without_probes_and_without_an_open_cell(study_file, begin, tmp_path):
     text = study_file.read_text()
     for old, new in (
         ('order_tasks = ["toy_order"]', "order_tasks = []"),
@@ -958,7 +968,7 @@ def test_a_study_without_probes_and_without_an_open_cell(study_file, tmp_path):
         assert old in text
         text = text.replace(old, new)
     study_file.write_text(text)
-    results, _ = run(study_file, tmp_path / "run")
+    results, _ = run(study_file, begin(tmp_path / "run"))
     assert read_verdicts(tmp_path / "run" / "verdicts.csv") == []
     assert "order_accuracy" not in {row.metric for row in results}
     page = write_report(tmp_path / "run").read_text(encoding="utf8")
@@ -966,9 +976,9 @@ def test_a_study_without_probes_and_without_an_open_cell(study_file, tmp_path):
     assert "explained variance" in page
 
 
-def test_ablated_latents_are_chosen_on_other_texts_than_the_evaluation(study_file, tmp_path, monkeypatch):
+def test_ablated_latents_are_chosen_on_other_texts_than_the_evaluation(study_file, begin, tmp_path, monkeypatch):
     settings = read_study(study_file)
-    data = harvests.prepare(settings, Source(settings.model), tmp_path)
+    data = harvests.prepare(settings, Source(settings.model), begin(tmp_path / "run"))
     chosen_on, evaluated_on = set(), set()
     update, replace = WindowMass.update, suite.without_latents
 
@@ -995,14 +1005,14 @@ def test_ablated_latents_are_chosen_on_other_texts_than_the_evaluation(study_fil
     assert not chosen_on & evaluated_on
 
 
-def test_metrics_that_cannot_be_computed_are_missing_with_their_reason(study_file, tmp_path, monkeypatch):
+def test_metrics_that_cannot_be_computed_are_missing_with_their_reason(study_file, begin, tmp_path, monkeypatch):
     for module, name in (
         (retention, "MIN_FIRINGS"),
         (downstream, "MIN_CAUSAL_FIRINGS"),
         (position, "MIN_SHIFT_FIRINGS"),
     ):
         monkeypatch.setattr(module, name, 10**9)
-    results, _ = run(study_file, tmp_path / "run")
+    results, _ = run(study_file, begin(tmp_path / "run"))
     by_key = {(row.cell, row.metric, row.slice): row for row in results}
     for metric, where in (
         ("retention", ""), ("profile_fidelity", ""), ("position_information", ""), ("causal_specificity", ""),
@@ -1029,17 +1039,12 @@ def test_evaluating_an_untrained_sae_raises_an_error(study_file, tmp_path):
 
 
 @pytest.mark.parametrize("fast", ["float32", "bfloat16"])
-def test_slow_bfloat16_is_reported_and_the_manifest_records_the_precision(
-    model_folder, tmp_path, texts, monkeypatch, fast
-):
+def test_slow_bfloat16_is_reported_and_the_manifest_records_the_precision(one_cell, begin, tmp_path, monkeypatch, fast):
     monkeypatch.setattr(runtime, "fast_precision", lambda device="cpu": fast)
     monkeypatch.setattr(runtime, "bfloat16_slowdown", lambda: 5.78)
-    text = STUDY.replace("MODEL", str(model_folder)).replace("[training]", '[training]\nprecision = "bfloat16"')
-    text = text.partition('[[cells]]\nname = "slice-compute"')[0]
-    file = tmp_path / "study.toml"
-    file.write_text(text)
+    one_cell.write_text(one_cell.read_text().replace("[training]", '[training]\nprecision = "bfloat16"'))
     lines: list[str] = []
-    study_run.run_study(read_study(file), tmp_path / "run", lines.append)
+    study_run.run_study(read_study(one_cell), begin(tmp_path / "run"), lines.append)
     warnings = [line for line in lines if "bfloat16" in line]
     assert len(warnings) == (fast == "float32")
     if warnings:

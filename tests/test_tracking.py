@@ -169,11 +169,11 @@ def test_an_error_of_training_is_not_the_trackers(monkeypatch, tmp_path, capsys)
     assert "trackio failed" in capsys.readouterr().err
 
 
-def test_a_study_whose_tracker_fails_is_the_same_as_without_one(study_file, tmp_path, monkeypatch, capsys):
+def test_a_study_whose_tracker_fails_is_the_same_as_without_one(study_file, begin, tmp_path, monkeypatch, capsys):
     study = read_study(study_file, ["track=trackio"])
     monkeypatch.setattr(trackers, "_given_up", set())
     monkeypatch.setitem(sys.modules, "trackio", Tracker("log"))
-    run_study(study, tmp_path / "run", say=lambda line: None)
+    run_study(study, begin(tmp_path / "run"), say=lambda line: None)
     assert capsys.readouterr().err.count("The tracker trackio failed") == 1
     for cell in ("open-seed0", "slice-compute-seed0"):
         assert len((tmp_path / "run" / "cells" / cell / "curve.csv").read_text().splitlines()) > 2
