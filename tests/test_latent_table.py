@@ -112,7 +112,7 @@ def test_few_firings_are_undecided():
 @pytest.mark.parametrize("in_memory", [2**28, 1000])
 def test_codes_are_stored_by_blocks(in_memory, monkeypatch):
     monkeypatch.setattr(stored_codes, "LATENTS_PER_BLOCK", 7)
-    monkeypatch.setattr(stored_codes, "_IN_MEMORY_BYTES", in_memory)
+    monkeypatch.setattr(stored_codes, "MOST_BYTES_IN_MEMORY", in_memory)
     random = torch.Generator().manual_seed(0)
     stored, dense = StoredCodes(20), []
     for number in range(5):

@@ -13,11 +13,11 @@ from torch import Tensor
 from posmask.data.activations import Batch
 from posmask.sae.autoencoder import Codes
 
-__all__ = ["StoredCodes"]
+__all__ = ["LATENTS_PER_BLOCK", "MOST_BYTES_IN_MEMORY", "StoredCodes"]
 
 LATENTS_PER_BLOCK = 512
 _ENTRY = np.dtype([("token", np.int32), ("latent", np.int32), ("value", np.float32)])
-_IN_MEMORY_BYTES = 2**28
+MOST_BYTES_IN_MEMORY = 2**28
 
 
 class StoredCodes:
@@ -50,7 +50,7 @@ class StoredCodes:
         self._n_bytes_in_memory += entries.nbytes
         self._batches.append(replace(batch, vectors=batch.vectors[:, :0]).to(torch.device("cpu")))
         self._n_tokens += len(batch)
-        if self._n_bytes_in_memory > _IN_MEMORY_BYTES:
+        if self._n_bytes_in_memory > MOST_BYTES_IN_MEMORY:
             self._write()
 
     @property

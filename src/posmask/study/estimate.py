@@ -23,6 +23,7 @@ from posmask.data.activations import Batch, bytes_per_token
 from posmask.data.harvest import sink_sentence
 from posmask.data.tokens import shift_length
 from posmask.errors import BadSetting, DamagedFolder, DegenerateResult
+from posmask.evaluation.stored_codes import LATENTS_PER_BLOCK, MOST_BYTES_IN_MEMORY
 from posmask.kernels import cpu, devices, runtime
 from posmask.masks.base import PositionMask
 from posmask.probing import datasets
@@ -532,6 +533,10 @@ class _Costs:
         vectors = sum(item.stored * self.bytes_per_token(item) for item in self._sets)
         logits = self._outline.n_vocabulary * (4 * 10 * n_positions + n_bytes * self._n_in_model)
         dictionary = 4 * 2 * width * d_model  # in training also its gradients and Adam's moments
-        tables = 4 * n_positions * width * (4 * 16 + 19 + 16)  # in evaluation: sums by fold, null draws, a copy
+        # In evaluation: sums by fold, null draws and copies for a block of latents, profiles of all, and their codes.
+        tables = 4 * n_positions * min(width, LATENTS_PER_BLOCK) * 2 * (4 * 16 + 19 + 16) + 2 * n_positions * width
+        tables += 2 * MOST_BYTES_IN_MEMORY
+        if any(cell.measure_forgetting for cell in self._study.cells):
+            tables = max(tables, 4 * n_positions * width * 2 * 16)
         weights, cell = n_bytes * sum(self._outline.n_parameters()), max(4 * dictionary, 2 * dictionary + tables)
         return 850_000_000 + weights + vectors + logits + cell
