@@ -67,6 +67,7 @@ def audit_all(
     context: int | None = None,
     order: bool = True,
     device: str = "cpu",
+    allow_pickle: bool = False,
     root: Path | str | None = None,
 ) -> list[AuditReport]:
     """Audit SAEs of one site of one model on the same texts.
@@ -84,6 +85,7 @@ def audit_all(
         context: tokens per context, including BOS; None for the length that the SAEs state.
         order: whether to probe for order, which takes about a third of the time.
         device: of the model and the SAEs.
+        allow_pickle: read pickled weights (.pt) of SAEs, in a process with limited memory.
         root: folder for harvests and results; None for audits/MODEL-SITE.
 
     Raises:
@@ -94,7 +96,7 @@ def audit_all(
     devices.check_device(device)
     if site is not None and layer is not None:
         raise BadSetting(f"site = {site!r} and layer = {layer} both name the site: give one of them")
-    subjects = [read_subject(sae, context=context, model=model, hook=site) for sae in saes]
+    subjects = [read_subject(sae, context=context, model=model, hook=site, allow_pickle=allow_pickle) for sae in saes]
     subjects = _uniquely_named(subjects)
     settings = audit_settings(
         subjects, model=model, layer=layer, texts=texts, n_texts=n_texts, n_tokens=tokens, order=order, device=device

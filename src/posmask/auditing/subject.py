@@ -72,7 +72,12 @@ def named_saes(words: Sequence[str]) -> list[str]:
 
 
 def read_subject(
-    source: Any, *, context: int | None = None, model: str | None = None, hook: str | None = None
+    source: Any,
+    *,
+    context: int | None = None,
+    model: str | None = None,
+    hook: str | None = None,
+    allow_pickle: bool = False,
 ) -> Subject:
     """Read the SAE of an audit.
 
@@ -82,6 +87,7 @@ def read_subject(
         context: tokens per context; None for the length that its files state.
         model: the model; None for the one that its files state.
         hook: the site in TransformerLens's words; None for the one that its files state.
+        allow_pickle: read pickled weights (.pt), in a process with limited memory.
 
     Raises:
         BadSetting: it is not an SAE that posmask reads, or its context length is unknown.
@@ -96,8 +102,11 @@ def read_subject(
         path = Path(source)
         sae, origin, name = read_sae(path, verify=True), read_origin(path), path.resolve().name
     else:
-        sae, origin = reading.read_external(source, n_positions=context, model_name=model, hook_name=hook)
-        name = re.sub(r"^(hf|saelens):", "", str(source)).strip("/.")
+        sae, origin = reading.read_external(
+            source, n_positions=context, model_name=model, hook_name=hook, allow_pickle=allow_pickle
+        )
+        plain = Path(source).resolve().as_posix() if Path(source).exists() else re.sub("^[a-z]+:", "", str(source))
+        name = "-".join(plain.split("/")[-2:])
     if model is not None:
         origin = {**origin, "model": model}
     if hook is not None:

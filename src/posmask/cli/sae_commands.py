@@ -72,6 +72,9 @@ def audit(
     ] = None,
     order: Annotated[bool, typer.Option("--order/--no-order", help="Probe codes and stream for order.")] = True,
     device: Annotated[str, typer.Option(help="Device: cpu, cuda, cuda:1 or mps.")] = "cpu",
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read pickled weights (.pt), as `posmask import` does.")
+    ] = False,
     root: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Folder for vectors and results.", show_default="audits/MODEL-SITE"),
@@ -104,6 +107,7 @@ def audit(
         context=context,
         order=order,
         device=device,
+        allow_pickle=allow_pickle,
         root=root,
     )
     console.print(audit_table([one.summary for one in reports]))
