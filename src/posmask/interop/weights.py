@@ -161,8 +161,8 @@ def check_pickle_allowed(what: object, *, allow_pickle: bool) -> None:
     """
     if not allow_pickle:
         raise BadSetting(
-            f"{what} is a pickle, which can run code when it is loaded: pass --allow-pickle to `posmask "
-            "import` (allow_pickle=True in Python) to read its tensors with torch.load(weights_only=True) in a process "
+            f"{what} is a pickle, which can run code when it is loaded: pass --allow-pickle "
+            "(allow_pickle=True in Python) to read its tensors with torch.load(weights_only=True) in a process "
             "with limited memory, or get safetensors"
         )
 
