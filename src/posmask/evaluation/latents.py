@@ -72,6 +72,7 @@ class LatentFacts:
         self._codes: list[tuple[Tensor, Tensor, Tensor]] = []
         self._n_tokens, self._n_codes, self._full = 0, 0, False
         self._arrays: dict[str, np.ndarray] = {}
+        self._blocks: list[dict[str, np.ndarray]] = []
         self._probes: list[str] = []
         self._probed: list[tuple[Tensor, Tensor]] = []
         self._position_origin = "context"
@@ -138,10 +139,7 @@ class LatentFacts:
             "retention_chance": chance.float(),
         }
         self._arrays["tokens_by_position"] = tokens.int().cpu().numpy()
-        for name, tensor in tensors.items():
-            array = tensor.cpu().numpy()
-            before = [self._arrays[name]] if name in self._arrays else []
-            self._arrays[name] = np.concatenate([*before, array], axis=-1)
+        self._blocks.append({name: tensor.cpu().numpy() for name, tensor in tensors.items()})
 
     def add_probe(self, name: str, latents: Int[Tensor, " chosen"], weights: Float[Tensor, " chosen"]) -> None:
         """Add the latents that a probe on mean-pooled codes chose, in the order of choice, and its weights."""
@@ -156,7 +154,9 @@ class LatentFacts:
 
     def write(self, folder: Path, tokenizer: Any) -> None:
         """Write `latents.safetensors` and `latents.json` into `folder`."""
-        arrays = self._arrays | (self._texts() if self._tokens else {})
+        names = self._blocks[0] if self._blocks else ()
+        profiles = {name: np.concatenate([block[name] for block in self._blocks], axis=-1) for name in names}
+        arrays = self._arrays | profiles | (self._texts() if self._tokens else {})
         n_chosen = max((len(latents) for latents, _ in self._probed), default=0)
         chosen = np.full((len(self._probes), n_chosen), -1, np.int32)
         weights = np.zeros((len(self._probes), n_chosen), np.float32)
