@@ -71,7 +71,7 @@ function refilter(id) {
   let shown = 0;
   for (const line of document.getElementById(id).tBodies[0].rows) {
     const text = line.textContent.toLowerCase();
-    line.hidden = !words.every(word => text.includes(word)) || (only && !$(".better, .worse", line)) || (kind && line.dataset.of !== kind);
+    line.hidden = !words.every(word => text.includes(word)) || (only && !$(".better, .worse", line)) || (kind && line.dataset.group !== kind);
     shown += !line.hidden;
   }
   announce(shown + " rows");
@@ -112,7 +112,7 @@ function adapted(spec, holder) {
   spec = adaptedToPage(structuredClone(spec), holder);
   if (holder.clientWidth < 560 && spec.encoding?.color?.legend !== null && spec.encoding?.color?.field !== "cell") {
     for (const layer of spec.layer ?? [spec]) for (const channel of ["color", "shape", "strokeDash"])
-      if (layer.encoding?.[channel]) layer.encoding[channel].legend = { ...layer.encoding[channel].legend, orient: "top", columns: 2 };
+      if (layer.encoding?.[channel]?.field && layer.encoding[channel].legend !== null) layer.encoding[channel].legend = { ...layer.encoding[channel].legend, orient: "top", columns: 2 };
   }
   if (spec.usermeta?.columns) spec.columns = Math.max(1, Math.floor(holder.clientWidth / spec.usermeta.columns));
   if (spec.usermeta?.moment) { // as many moments as fit, including the first and the last
@@ -147,7 +147,7 @@ $$("[data-save]").forEach(button => button.addEventListener("click", async () =>
   const kind = button.dataset.save, view = views.get(name);
   if (kind === "csv") {
     const spec = adapted(await json("chart-" + name), holder);
-    const parts = spec.concat?.map(part => part.data ?? part.layer?.[0].data ?? spec.data) ?? [spec.data];
+    const parts = (spec.concat ?? [spec]).map(part => part.data ?? part.layer?.[0].data ?? spec.data);
     save(`${pageName}-${name}.csv`, "text/csv", parts.map(part => csv(columnsOf(part.values))).join("\n"));
   } else if (kind === "svg") save(`${pageName}-${name}.svg`, "image/svg+xml", await view.toSVG());
   else save(`${pageName}-${name}.png`, "image/png", await view.toImageURL("png", 2));

@@ -3,6 +3,7 @@
 import base64
 import gzip
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -62,5 +63,6 @@ _TEMPLATES = jinja2.Environment(
 _TEMPLATES.filters |= {
     "number": format_number,
     "signed": format_signed,
+    "minus": lambda text: re.sub(r"(?<!\w)-(?=\d)", "−", text),
     "column_title": lambda name: COMPARED[name].full_title if name in COMPARED else name,
 }
