@@ -108,7 +108,7 @@ def _view(audit: Audit) -> dict[str, Any]:
     return {
         "audit": audit,
         "summary": summary,
-        "order": {line["about"]: line for line in orders if line["k"] == largest},
+        "order": {"block": None, "local": None} | {line["about"]: line for line in orders if line["k"] == largest},
         "order_k": largest,
         "order_tasks": audit.order.to_dict("records"),
         "latents": latents,

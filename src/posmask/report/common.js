@@ -114,6 +114,7 @@ function adapted(spec, holder) {
     for (const layer of spec.layer ?? [spec]) for (const channel of ["color", "shape", "strokeDash"])
       if (layer.encoding?.[channel]?.field && layer.encoding[channel].legend !== null) layer.encoding[channel].legend = { ...layer.encoding[channel].legend, orient: "top", columns: 2 };
   }
+  if (holder.clientWidth < 560) spec.config = { ...spec.config, legend: { ...spec.config?.legend, layout: { top: { anchor: "start", direction: "vertical" } } } };
   if (spec.usermeta?.columns) spec.columns = Math.max(1, Math.floor(holder.clientWidth / spec.usermeta.columns));
   if (spec.usermeta?.moment) { // as many moments as fit, including the first and the last
     const last = Math.max(...spec.data.values.map(value => value.moment)), n = Math.max(2, Math.min(last, Math.floor((holder.clientWidth - 90) / spec.usermeta.moment)));
@@ -121,7 +122,7 @@ function adapted(spec, holder) {
     spec.data.values = spec.data.values.filter(value => kept.has(value.moment));
   }
   if (spec.concat && holder.clientWidth >= 700) for (const part of spec.concat) part.width = Math.floor(Math.min(1100, holder.clientWidth - 130) / spec.columns) - 70;
-  if (spec.concat && holder.clientWidth < 700) { spec.columns = 1; for (const part of spec.concat) part.width = Math.max(160, holder.clientWidth - 110); spec.config = { ...spec.config, legend: { orient: "bottom" } }; }
+  if (spec.concat && holder.clientWidth < 700) { spec.columns = 1; for (const part of spec.concat) part.width = Math.max(160, holder.clientWidth - 110); spec.config = { ...spec.config, legend: { ...spec.config?.legend, orient: "bottom" } }; }
   return spec;
 }
 async function draw(holder) {

@@ -78,7 +78,7 @@ def smoothed(audit: Audit, column: str) -> _Values:
 def _color(audits: Sequence[Audit], **symbols: Any) -> alt.Color:
     """The color channel of the field `sae`, without a legend for a single SAE."""
     names = [audit.name for audit in audits]
-    legend = alt.Legend(orient="top", columns=3, symbolLimit=0, labelLimit=220, symbolOpacity=1, **symbols)
+    legend = alt.Legend(orient="top", columns=2, symbolLimit=0, labelLimit=220, symbolOpacity=1, **symbols)
     legend = legend if len(names) > 1 else None
     return alt.Color("sae:N", scale=alt.Scale(domain=names, range=COLORS), title=None, legend=legend)
 
@@ -269,13 +269,13 @@ def _classes(audits: Sequence[Audit]) -> Figure:
 def _order(audits: Sequence[Audit]) -> Figure | None:
     """Accuracy of probes for order on codes and on the stream, and the difference with its interval."""
     values = [
-        {"sae": audit.name, "row": f"{line['about']} order, k = {line['k']}", **line}
+        {"sae": audit.name, "row": f"{line['about']}, k = {line['k']}", **line}
         for audit in audits
-        for line in sorted(audit.summary["order"], key=lambda line: (line["about"], line["k"]))
+        for line in audit.summary["order"]
     ]
     if not values:
         return None
-    rows = sorted(dict.fromkeys(value["row"] for value in values), key=lambda row: row.split()[0])
+    rows = list(dict.fromkeys(value["row"] for value in sorted(values, key=lambda value: (value["about"], value["k"]))))
     data = inline_data(values)
     y = alt.Y("row:N", sort=rows, title=None, axis=alt.Axis(labelLimit=200, grid=True))
     offset = alt.YOffset("sae:N", sort=[audit.name for audit in audits])
@@ -301,7 +301,7 @@ def _order(audits: Sequence[Audit]) -> Figure | None:
                 "on:N",
                 title=None,
                 scale=alt.Scale(domain=["codes", "stream"], range=["circle", "diamond"]),
-                legend=alt.Legend(orient="top", symbolStrokeColor=_GRAY),
+                legend=alt.Legend(orient="top", columns=2, symbolStrokeColor=_GRAY),
             ),
             fillOpacity=alt.FillOpacity("on:O", scale=alt.Scale(domain=["codes", "stream"], range=[1, 0]), legend=None),
             tooltip=["sae:N", "row:N", "on:N", alt.Tooltip("accuracy:Q", format=".3f")],
@@ -374,7 +374,7 @@ def _removal(audits: Sequence[Audit]) -> Figure | None:
             "removed:N",
             title=None,
             scale=alt.Scale(domain=groups, range=["circle", "diamond"]),
-            legend=alt.Legend(orient="top", symbolStrokeColor=_GRAY, labelLimit=220),
+            legend=alt.Legend(orient="top", columns=2, symbolStrokeColor=_GRAY, labelLimit=220),
         ),
         fillOpacity=alt.FillOpacity("removed:O", scale=alt.Scale(domain=groups, range=[1, 0]), legend=None),
         tooltip=[
