@@ -5,9 +5,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
-from typing import Any
-
-from markupsafe import Markup
+from typing import TYPE_CHECKING, Any
 
 from posmask.report import figures
 from posmask.report.audits import Audit, read_audits
@@ -16,6 +14,9 @@ from posmask.report.figures.audit import audit_figures
 from posmask.report.rendering import chart_blocks, render
 from posmask.storage.atomic import check_file, replacing
 from posmask.storage.layout import AUDIT_FILE, LIFTED, PAGE_MARK
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = ["write_audit_figures", "write_audit_page"]
 
@@ -65,7 +66,7 @@ def write_audit_figures(root: Path, names: Sequence[str], folder: Path) -> list[
 
 def _page(audits: Sequence[Audit]) -> dict[str, Any]:
     """The template's variables."""
-    (title,) = [audits[0].name] if len(audits) == 1 else [f"{len(audits)} SAEs"]
+    title = audits[0].name if len(audits) == 1 else f"{len(audits)} SAEs"
     return {
         "title": f"audit of {title}",
         "heading": title,
@@ -123,14 +124,14 @@ def _view(audit: Audit) -> dict[str, Any]:
 
 def _chosen(audit: Audit) -> list[dict[str, Any]]:
     """The latents of the table: those that depend on position, the largest share first, then others by q-value."""
-    latents = audit.latents
+    latents = audit.latents.reset_index(drop=True)
     share = latents[["position_share", "shift_position"]].max(axis=1)
     depends = latents["class"].isin(_DEPENDENT)
     rank = latents.assign(first=-depends.astype(int), second=latents["q_value"].where(~depends, -share))
     chosen = rank.sort_values(["first", "second", "latent"], na_position="last").head(_N_LATENTS)
     numbers = chosen["latent"].tolist()
     profiles = _profiles(audit, numbers)
-    lines = latents.loc[chosen.index].to_dict("records")
+    lines = latents.iloc[chosen.index].to_dict("records")
     return [
         line
         | {"profile": _spark(profiles.get(line["latent"], {})), "example": _example(line["example"])}
@@ -145,45 +146,37 @@ _Profile = list[Mapping[str, Any]]
 def _profiles(audit: Audit, latents: Sequence[int]) -> dict[int, dict[str, _Profile]]:
     """The bins of each latent's profile, by mask."""
     profiles: dict[int, dict[str, _Profile]] = {}
-    for bin in audit.profiles[audit.profiles["latent"].isin(latents)].to_dict("records"):
+    table: pd.DataFrame = audit.profiles.loc[audit.profiles["latent"].isin(latents)]
+    for bin in table.to_dict("records"):
         profiles.setdefault(bin["latent"], {}).setdefault(bin["mask"], []).append(bin)
     return profiles
 
 
-def _spark(profile: Mapping[str, _Profile]) -> Markup | None:
-    """A small chart of firing rate by bin of positions with its interval; dashed with the mask lifted."""
+def _spark(profile: Mapping[str, _Profile]) -> dict[str, Any] | None:
+    """Paths of a small chart of firing rate by bin of positions, with its interval, by mask; None if it never fires."""
     bins = [bin for of_mask in profile.values() for bin in of_mask]
     highest = max((bin["firing_rate"] for bin in bins), default=0)
     if not highest:
         return None
     # Bins with few tokens have wide intervals, which would flatten the line.
-    top = min(2 * highest, max(bin["firing_rate_high"] for bin in bins if math.isfinite(bin["firing_rate_high"])))
-    top = max(top, highest)
+    top = min(2 * highest, max([highest, *(bin["firing_rate_high"] for bin in bins)]))
     width, height = _SPARK
-    paths = []
+
+    def path(of_mask: _Profile, column: str) -> list[str]:
+        rates = [bin[column] if math.isfinite(bin[column]) else bin["firing_rate"] for bin in of_mask]
+        return [
+            f"{width * (number + 0.5) / len(rates):.1f} {height - 1 - (height - 3) * min(1, max(0, rate) / top):.1f}"
+            for number, rate in enumerate(rates)
+        ]
+
+    paths = {}
     for mask, of_mask in profile.items():
-        x = [width * (number + 0.5) / len(of_mask) for number in range(len(of_mask))]
-
-        def y(rate: float) -> float:
-            return height - 1 - (height - 3) * min(1, max(0, rate) / top)
-
-        def points(column: str, x: Sequence[float] = x, of_mask: _Profile = of_mask) -> list[str]:
-            return [
-                f"{at:.1f} {y(bin[column] if math.isfinite(bin[column]) else bin['firing_rate']):.1f}"
-                for at, bin in zip(x, of_mask, strict=True)
-            ]
-
-        band = "M" + "L".join([*points("firing_rate_high"), *reversed(points("firing_rate_low"))]) + "Z"
-        paths.append(
-            f'<path class="band {mask}" d="{band}"/><path class="line {mask}" d="M{"L".join(points("firing_rate"))}"/>'
-        )
-    of_first = next(iter(profile.values()))
-    most, least = (choose(of_first, key=lambda bin: bin["firing_rate"]) for choose in (max, min))
+        low, rate, high = (path(of_mask, f"firing_rate{end}") for end in ("_low", "", "_high"))
+        paths[mask] = {"band": f"M{'L'.join([*high, *reversed(low)])}Z", "line": f"M{'L'.join(rate)}"}
+    first_mask = next(iter(profile.values()))
+    most, least = (choose(first_mask, key=lambda bin: bin["firing_rate"]) for choose in (max, min))
     label = f"Fires most at {_bin(most)} and least at {_bin(least)}"
-    return Markup(
-        f'<svg class="spark" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
-        f'aria-label="{label}"><title>{label}</title>{"".join(paths)}</svg>'
-    )
+    return {"width": width, "height": height, "paths": paths, "label": label}
 
 
 def _bin(bin: Mapping[str, Any]) -> str:

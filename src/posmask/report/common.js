@@ -112,9 +112,8 @@ function adapted(spec, holder) {
   spec = adaptedToPage(structuredClone(spec), holder);
   if (holder.clientWidth < 560 && spec.encoding?.color?.legend !== null && spec.encoding?.color?.field !== "cell") {
     for (const layer of spec.layer ?? [spec]) for (const channel of ["color", "shape", "strokeDash"])
-      if (layer.encoding?.[channel]?.field && layer.encoding[channel].legend !== null) layer.encoding[channel].legend = { ...layer.encoding[channel].legend, orient: "top", columns: 2 };
+      if (layer.encoding?.[channel]?.field && layer.encoding[channel].legend !== null) layer.encoding[channel].legend = { labelLimit: holder.clientWidth - 60, ...layer.encoding[channel].legend, orient: "top", columns: Math.min(2, layer.encoding[channel].legend?.columns ?? 2) };
   }
-  if (holder.clientWidth < 560) spec.config = { ...spec.config, legend: { ...spec.config?.legend, layout: { top: { anchor: "start", direction: "vertical" } } } };
   if (spec.usermeta?.columns) spec.columns = Math.max(1, Math.floor(holder.clientWidth / spec.usermeta.columns));
   if (spec.usermeta?.moment) { // as many moments as fit, including the first and the last
     const last = Math.max(...spec.data.values.map(value => value.moment)), n = Math.max(2, Math.min(last, Math.floor((holder.clientWidth - 90) / spec.usermeta.moment)));
@@ -131,7 +130,7 @@ async function draw(holder) {
     const [spec] = await Promise.all([json("chart-" + name), loadVega(), ready]);
     const style = getComputedStyle(document.documentElement), ink = style.getPropertyValue("--ink").trim(), line = style.getPropertyValue("--line").trim();
     const font = "system-ui, sans-serif";
-    const config = { background: null, font, view: { stroke: null }, axis: { labelColor: ink, titleColor: ink, gridColor: line, tickColor: line, domainColor: line, titleFontWeight: 500, labelOverlap: "greedy", labelSeparation: 6 }, legend: { labelColor: ink, titleColor: ink, labelFontSize: 11 }, header: { labelColor: ink, titleColor: ink, labelFontWeight: 600 }, text: { color: ink } };
+    const config = { background: null, font, view: { stroke: null }, axis: { labelColor: ink, titleColor: ink, gridColor: line, tickColor: line, domainColor: line, titleFontWeight: 500, labelOverlap: "greedy", labelSeparation: 6 }, legend: { labelColor: ink, titleColor: ink, labelFontSize: 11, layout: { top: { anchor: "start", direction: "vertical" } } }, header: { labelColor: ink, titleColor: ink, labelFontWeight: 600 }, text: { color: ink } };
     const shown = adapted(spec, holder);
     if (shown.usermeta?.cells && !shown.data.values.length) { holder.textContent = "None of the selected cells has this metric."; drawn.add(holder); return; }
     const { view } = await window.vegaEmbed(holder, shown, { config, renderer: spec.usermeta?.canvas ? "canvas" : "svg", actions: false });

@@ -5,6 +5,8 @@ Each SAE has a color. With the mask lifted, lines are dashed and bars are pale.
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import takewhile
 from typing import Any
 
 import altair as alt
@@ -17,12 +19,20 @@ __all__ = ["audit_figures", "smoothed"]
 _PER_OCTAVE = 8
 _STEADY = 0.005  # L0 that varies by less, relative to its mean, is not drawn
 _GRAY = "#888"
+_SHORT = 28  # characters of names of which two fit beside each other
 _FEW_TICKS = alt.Axis(tickCount=6)
+_BESIDE = {
+    "explained_variance": ("explained_variance_with_sinks", "with sinks"),
+    "silent_share": ("silent_share_null", "null"),
+}
+"""Columns drawn beside others, and what legends call them."""
+_DASHES = {(False, False): [1, 0], (False, True): [6, 3], (True, False): [2, 2], (True, True): [1, 4]}
 _Values = list[dict[str, Any]]
 
 
 def audit_figures(audits: Sequence[Audit]) -> dict[str, Figure]:
     """Return every chart for which the audits have numbers, by its name on the page."""
+    audits = _shortened(audits)
     curves = {
         "variance": ("explained_variance", "explained variance", ".2f"),
         "loss": ("cross_entropy_increase", "increase of the cross-entropy, nats", "~g"),
@@ -31,13 +41,23 @@ def audit_figures(audits: Sequence[Audit]) -> dict[str, Figure]:
         "silent": ("silent_share", "silent share", ".0%"),
         "dense": ("dense_share", "dense share", ".1%"),
     }
-    charts = {
+    charts: dict[str, Figure | None] = {
         "classes": _classes(audits),
         **{name: _by_position(audits, *about) for name, about in curves.items()},
         "order": _order(audits),
         "removal": _removal(audits),
     }
     return {name: chart for name, chart in charts.items() if chart is not None}
+
+
+def _shortened(audits: Sequence[Audit]) -> list[Audit]:
+    """Audits whose names fit in a legend: long ones without the words with which all of them begin."""
+    names = [audit.name for audit in audits]
+    if len(names) == 1 or max(map(len, names)) <= _SHORT:
+        return list(audits)
+    n_same = sum(1 for _ in takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False)))
+    length = max(names[0].rfind(mark, 0, n_same) for mark in "-/.") + 1
+    return [replace(audit, name=f"…{audit.name[length:]}" if length else audit.name) for audit in audits]
 
 
 def smoothed(audit: Audit, column: str) -> _Values:
@@ -77,39 +97,30 @@ def smoothed(audit: Audit, column: str) -> _Values:
 
 def _color(audits: Sequence[Audit], **symbols: Any) -> alt.Color:
     """The color channel of the field `sae`, without a legend for a single SAE."""
+    return alt.Color("sae:N", title=None, **_colors(audits, **symbols))
+
+
+def _fill(audits: Sequence[Audit]) -> alt.Fill:
+    """The same inside of marks."""
+    return alt.Fill("sae:N", title=None, **_colors(audits))
+
+
+def _colors(audits: Sequence[Audit], **symbols: Any) -> dict[str, Any]:
     names = [audit.name for audit in audits]
-    legend = alt.Legend(orient="top", columns=2, symbolLimit=0, labelLimit=220, symbolOpacity=1, **symbols)
-    legend = legend if len(names) > 1 else None
-    return alt.Color("sae:N", scale=alt.Scale(domain=names, range=COLORS), title=None, legend=legend)
-
-
-def _legend(is_needed: bool) -> alt.Legend | None:
-    if not is_needed:
-        return None
-    return alt.Legend(orient="top", columns=2, symbolType="stroke", symbolStrokeColor=_GRAY, symbolStrokeWidth=2)
+    columns = 2 if max(map(len, names)) <= _SHORT else 1
+    legend = alt.Legend(orient="top", columns=columns, symbolLimit=0, labelLimit=500, symbolOpacity=1, **symbols)
+    scale = alt.Scale(domain=names, range=COLORS)
+    return {"scale": scale, "legend": legend if len(names) > 1 else None}
 
 
 def _by_position(audits: Sequence[Audit], column: str, title: str, number: str) -> Figure | None:
-    """A column of the table of positions against position, with its interval and its null where it has them."""
-    values = [value for audit in audits for value in smoothed(audit, column)]
-    if not values or (column == "l0" and _is_steady(values)):
+    """A column of the table of positions against position, with its interval and the column drawn beside it."""
+    lines = _lines(audits, column)
+    if not lines or (column == "l0" and _is_steady(lines)):
         return None
-    has_null = f"{column}_null" in audits[0].positions
-    lines = [value | {"line": value["mask"]} for value in values]
-    if has_null:
-        lines = [value | {"line": f"measured, {value['mask']}"} for value in values]
-        lines += [
-            value | {"line": f"null, {value['mask']}"}
-            for audit in audits
-            for value in smoothed(audit, f"{column}_null")
-        ]
-    if column == "stream_norm":
-        lines = _of_the_stream(lines)
-    names = sorted({line["line"] for line in lines}, key=lambda name: ("null" in name, "lifted" in name))
-    dashes = [[[1, 0], [6, 3], [2, 2], [1, 4]][("lifted" in name) + 2 * ("null" in name)] for name in names]
-    last = max(value["last position"] for value in values)
+    last = max(value["last position"] for value in lines)
     ticks = [2**power for power in range(math.floor(math.log2(last)) + 1)]
-    position = alt.X(
+    x = alt.X(
         "position:Q",
         title="position in the context",
         scale=alt.Scale(type="log", base=2, domain=[1, last], nice=False),
@@ -120,51 +131,51 @@ def _by_position(audits: Sequence[Audit], column: str, title: str, number: str) 
     color = _color(audits, symbolType="stroke", symbolStrokeWidth=3)
     if not any("sae" in line for line in lines):
         color = alt.value(COLORS[0])
-    data = inline_data(lines)
-    line = (
-        alt.Chart(data)
-        .mark_line(strokeWidth=1.8, clip=True)
-        .encode(
-            x=position,
-            y=y,
-            color=color,
-            strokeDash=alt.StrokeDash(
-                "line:N",
-                title=None,
-                scale=alt.Scale(domain=names, range=dashes),
-                legend=_legend(len(names) > 1),
-            ),
-            detail="beyond:N",
-            tooltip=[
-                *(["sae:N"] if len(audits) > 1 else []),
-                "line:N",
-                "first position:Q",
-                "last position:Q",
-                alt.Tooltip("value:Q", format=".4f"),
-                alt.Tooltip("low:Q", format=".4f"),
-                alt.Tooltip("high:Q", format=".4f"),
-            ],
+    base = alt.Chart(inline_data(lines))
+    layers = [
+        base.mark_line(strokeWidth=1.8, clip=True).encode(
+            x=x, y=y, color=color, strokeDash=_dash(lines), detail="beyond:N", tooltip=_curve_tooltip(audits)
         )
-    )
-    layers: list[alt.Chart] = [line]
+    ]
     if any("low" in value for value in lines):
-        band = alt.Chart(data).mark_area(opacity=0.18, clip=True)
-        layers.append(
-            band.encode(
-                x=position,
-                y=alt.Y("low:Q", title=title),
-                y2="high:Q",
-                color=color,
-                detail=["beyond:N", "line:N"],
-            )
-        )
+        band = base.mark_area(opacity=0.18, clip=True)
+        low = alt.Y("low:Q", title=title)
+        layers.append(band.encode(x=x, y=low, y2="high:Q", color=color, detail=["beyond:N", "line:N"]))
     layers += _ends_of_contexts(audits, last)
     if column == "stream_norm":
         layers += _sinks(audits)
     if domain[0] < 0 < domain[1]:
-        zero = alt.Chart(inline_data([{"at": 0}])).mark_rule(color=_GRAY)
-        layers.append(zero.encode(y="at:Q"))
+        layers.append(alt.Chart(inline_data([{"at": 0}])).mark_rule(color=_GRAY).encode(y="at:Q"))
     return alt.layer(*layers).properties(width="container", height=220)
+
+
+def _lines(audits: Sequence[Audit], column: str) -> _Values:
+    """The values of a column and of the one beside it, where that differs; `line` is what the legend calls them."""
+    is_lifted = any("lifted" in audit.masks for audit in audits)
+    other, about = _BESIDE.get(column, (None, None))
+    lines, beside = [], []
+    for audit in audits:
+        values = smoothed(audit, column)
+        lines += [value | {"line": value["mask"] if is_lifted else "measured", "dotted": False} for value in values]
+        others = smoothed(audit, other) if other else []
+        if [value["value"] for value in others] != [value["value"] for value in values]:
+            names = (f"{value['mask']}, {about}" if is_lifted else about for value in others)
+            beside += [value | {"line": name, "dotted": True} for value, name in zip(others, names, strict=True)]
+    return _of_the_stream(lines) if column == "stream_norm" else lines + beside
+
+
+def _dash(lines: _Values) -> alt.StrokeDash:
+    """Dashed with the mask lifted, dotted for the column beside."""
+    dashes = {line["line"]: _DASHES[line["dotted"], line["mask"] == "mask lifted"] for line in lines}
+    legend = alt.Legend(orient="top", columns=2, symbolType="stroke", symbolStrokeColor=_GRAY, symbolStrokeWidth=2)
+    scale = alt.Scale(domain=list(dashes), range=list(dashes.values()))
+    return alt.StrokeDash("line:N", title=None, scale=scale, legend=legend if len(dashes) > 1 else None)
+
+
+def _curve_tooltip(audits: Sequence[Audit]) -> list[Any]:
+    names = ["sae:N"] if len(audits) > 1 else []
+    numbers = [alt.Tooltip(f"{name}:Q", format=".4f") for name in ("value", "low", "high")]
+    return [*names, "line:N", "first position:Q", "last position:Q", *numbers]
 
 
 def _is_steady(values: _Values) -> bool:
@@ -306,7 +317,7 @@ def _order(audits: Sequence[Audit]) -> Figure | None:
             fillOpacity=alt.FillOpacity("on:O", scale=alt.Scale(domain=["codes", "stream"], range=[1, 0]), legend=None),
             tooltip=["sae:N", "row:N", "on:N", alt.Tooltip("accuracy:Q", format=".3f")],
         )
-        .encode(fill=_color(audits))
+        .encode(fill=_fill(audits))
     )
     links = alt.Chart(data).mark_rule(color=_GRAY).encode(y=y, yOffset=offset, x="stream:Q", x2="codes:Q")
     difference = (
@@ -369,7 +380,7 @@ def _removal(audits: Sequence[Audit]) -> Figure | None:
     )
     point = base.mark_point(size=70, opacity=1).encode(
         x=alt.X("cross_entropy_increase:Q", title="increase of the cross-entropy without them, nats", axis=_FEW_TICKS),
-        fill=_color(audits),
+        fill=_fill(audits),
         shape=alt.Shape(
             "removed:N",
             title=None,
