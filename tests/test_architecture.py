@@ -89,6 +89,6 @@ def test_the_library_names_no_cells_of_a_study():
     studies = sorted((Path(__file__).parents[1] / "studies").glob("*.toml"))
     names = {cell.name for study in studies for cell in read_study(study).cells} - {*MASKS}
     assert "split-width" in names
-    for path in [*PACKAGE.rglob("*.py"), *(PACKAGE / "report").glob("page.*")]:
+    for path in (path for ending in ("py", "html", "js", "css") for path in PACKAGE.rglob(f"*.{ending}")):
         text = path.read_text(encoding="utf8")
         assert not [name for name in names if re.search(rf"[\"'`]{re.escape(name)}[\"'`]", text)], path.name

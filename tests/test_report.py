@@ -832,45 +832,6 @@ def test_a_client_that_disconnects_early_causes_no_error(served, tmp_path, capfd
 
 # User interaction in Chromium.
 
-CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    playwright = pytest.importorskip(
-        "playwright.sync_api", reason="playwright is not installed: pip install playwright"
-    )
-    if CHROMIUM is None:
-        pytest.skip("Chromium is not installed (apt-get install chromium): the page was not tried in a browser")
-    with playwright.sync_playwright() as running:
-        browser = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def open_page(chromium):
-    """Open an address; the test fails if the browser console has a message at its end."""
-    console_messages, contexts = [], []
-
-    def opened(address, **settings):
-        context = chromium.new_context(viewport={"width": 1200, "height": 900}, accept_downloads=True, **settings)
-        contexts.append(context)
-        tab = context.new_page()
-        tab.on("console", lambda message: console_messages.append(message.text))
-        tab.on("pageerror", lambda error: console_messages.append(str(error)))
-        tab.on("dialog", lambda dialog: console_messages.append(f"dialog: {dialog.message}"))
-        tab.goto(address if isinstance(address, str) else address.as_uri())
-        tab.wait_for_selector("html[data-ready]")
-        return tab
-
-    yield opened
-    for context in contexts:
-        context.close()
-    assert console_messages == []
-
 
 def show(tab, selector):
     tab.locator(selector).first.scroll_into_view_if_needed()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from posmask.evaluation.latent_table import CLASSES, KINDS, LIFTED
+from posmask.evaluation.latent_table import CLASS_RULES, CLASSES, KIND_RULES, KINDS, LIFTED
 from posmask.results.rows import Row, parse_slice
 
 __all__ = ["summarized"]
@@ -45,6 +45,7 @@ def summarized(
         "beyond": _beyond(latents, positions),
         "order": [line for line in order.to_dict("records") if line["task"] == "all"],
         "removal": removal.to_dict("records"),
+        "rules": {"classes": CLASS_RULES, "kinds": KIND_RULES},
     }
     return _plain({**summary, "sentences": list(_sentences(summary))})
 

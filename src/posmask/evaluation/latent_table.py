@@ -28,12 +28,14 @@ from posmask.evaluation.position import COMPONENTS, N_NULL_DRAWS, PositionInform
 from posmask.evaluation.retention import N_FOLDS, PositionMass
 from posmask.results.intervals import jackknife_intervals
 from posmask.results.rows import Measure
-from posmask.storage.layout import LATENT_TABLE_FILE, PROFILES_FILE
+from posmask.storage.layout import LATENT_TABLE_FILE, LIFTED, PROFILES_FILE
 
 __all__ = [
     "CLASSES",
+    "CLASS_RULES",
     "COLUMNS",
     "KINDS",
+    "KIND_RULES",
     "LIFTED",
     "PROFILE_COLUMNS",
     "LatentTable",
@@ -56,9 +58,38 @@ CONTENT_SHARE = 0.1
 DENSE_RATE = 0.1
 """Dense latents fire at more than this share of tokens (Sun et al. 2025, arXiv 2506.15679)."""
 MIN_SINKS = 10
+SINK_RATE = 0.5
+"""Latents of attention sinks fire at least at this share of them,"""
+SINK_CONTRAST = 10
+"""and this many times as often as at other tokens."""
 LONGEST_PERIOD = 64
 _MOST_STARTS_AT_ONE_POSITION = 0.25
 _FIRST_POSITIONS = 4  # are often special, and would hide a period
+
+CLASS_RULES: Mapping[str, str] = {
+    "dead": "It fires on no held-out token, in no text of the shift design and at no attention sink.",
+    "position-tracking": f"It depends on position (q below {LEVEL}), and position explains at least "
+    f"{TRACKING_SHARE:.0%} of the uncertainty about its firing or of its variance in the shift design. Or it fires "
+    f"at attention sinks: at {SINK_RATE:.0%} of them or more, and {SINK_CONTRAST} times as often as at other tokens.",
+    "mixed": f"It depends on position (q below {LEVEL}), and the larger of these shares is at least {LEAST_SHARE:.0%} "
+    f"and below {TRACKING_SHARE:.0%}.",
+    "dense": f"It does not depend on position, as content latents do not, and fires at more than {DENSE_RATE:.0%} of "
+    "tokens.",
+    "content": f"The 95 % intervals of both shares of position, where measured, end below {CONTENT_SHARE:.0%}.",
+    "undecided": "None of the above: it fires too rarely, or the intervals are too wide.",
+}
+"""The rule of each class, in the order in which they apply."""
+
+KIND_RULES: Mapping[str, str] = {
+    "sink": f"It fires at attention sinks, as above; only with at least {MIN_SINKS} of them.",
+    "periodic": f"A period of 2 to {LONGEST_PERIOD} positions explains at least half of the variance of its mean "
+    "activation by position.",
+    "first": "At least half of its mean activation by position is at the first position after BOS.",
+    "early": "Half of its excess over its mean activation is reached in the first third of the context.",
+    "late": "Half of this excess is reached only in the last third.",
+    "middle": "All others.",
+}
+"""Where a position-tracking or mixed latent fires, in the order in which the rules apply."""
 
 COLUMNS: Mapping[str, str] = {
     "latent": "index in the SAE",
@@ -87,9 +118,6 @@ COLUMNS: Mapping[str, str] = {
     "sink_rate": "share of attention sinks at which it fires",
 }
 """Columns of the table and their meanings."""
-
-LIFTED = "lifted_"
-"""Prefix of the columns with the mask lifted, in tables of SAEs whose mask can be lifted."""
 
 PROFILE_COLUMNS: Mapping[str, str] = {
     "latent": "index in the SAE",
@@ -380,8 +408,8 @@ def _classes(every: Mapping[str, Tensor]) -> tuple[np.ndarray, np.ndarray]:
     share, shift = every["position_share"], every["shift_position"]
     largest = torch.fmax(share, shift)
     depends = (every["q_value"] < LEVEL) & (largest >= LEAST_SHARE)
-    is_sink = (every["sinks"] >= MIN_SINKS) & (every["sink_rate"] >= 0.5)
-    is_sink &= every["sink_rate"] >= 10 * every["firing_rate"]
+    is_sink = (every["sinks"] >= MIN_SINKS) & (every["sink_rate"] >= SINK_RATE)
+    is_sink &= every["sink_rate"] >= SINK_CONTRAST * every["firing_rate"]
     highs = torch.stack([every["position_share_high"], every["shift_position_high"]])
     bounded = (highs.isnan() | (highs < CONTENT_SHARE)).all(0) & highs.isfinite().any(0) & every["is_counted"]
     fires_nowhere = (every["firings"] == 0) & (every["shift_firings"] == 0) & ~(every["sink_rate"] > 0)

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 from posmask.report.reading import CellFolder
 from posmask.storage.layout import LATENT_WORDS_FILE, LATENTS_FILE, OPENNESS_FILE, WEIGHTS_FILE
 
-__all__ = ["Browser", "browser", "pack", "shown_word"]
+__all__ = ["Browser", "browser", "pack", "shown_text", "shown_word"]
 
 _N_NEAREST = 8  # nearest neighbors per latent
 _TWIN = 0.7  # cosine of decoder rows above which latents are counted as duplicates
@@ -45,10 +45,14 @@ def shown_word(word: str) -> str:
     >>> shown_word("a\\tb"), shown_word("\\u202ex"), len(shown_word("x" * 10_000_000))
     ('a⇥b', '⟨202E⟩x', 41)
     """
-    word = word if len(word) <= _LONGEST_WORD else word[:_LONGEST_WORD] + "…"
-    word = word.replace("\n", "↵").replace("\t", "⇥")
+    return shown_text(word if len(word) <= _LONGEST_WORD else word[:_LONGEST_WORD] + "…")
+
+
+def shown_text(text: str) -> str:
+    """Return a text for a page, with control and direction characters made visible."""
+    text = text.replace("\n", "↵").replace("\t", "⇥")
     hidden = ("Cc", "Cf", "Cs", "Zl", "Zp")
-    return "".join(f"⟨{ord(char):X}⟩" if unicodedata.category(char) in hidden else char for char in word)
+    return "".join(f"⟨{ord(char):X}⟩" if unicodedata.category(char) in hidden else char for char in text)
 
 
 def pack(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> bytes:

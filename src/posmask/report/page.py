@@ -1,7 +1,5 @@
 """Writes the page: verdicts first, then tables, figures, single latents, and the source of every number."""
 
-import base64
-import gzip
 import importlib.metadata
 import json
 import math
@@ -10,15 +8,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import vl_convert
-
 from posmask.report import browser as latents
 from posmask.report import figures, tables
 from posmask.report.reading import CellFolder, Study, read_studies
+from posmask.report.rendering import chart_blocks, render, zipped
 from posmask.results.comparisons import LEVEL, MIN_SEEDS
 from posmask.results.rows import Row
-from posmask.results.table import COLUMNS, COMPARED, format_number, format_signed
+from posmask.results.table import COLUMNS
 from posmask.storage.atomic import check_file, replacing
 from posmask.storage.layout import PAGE_MARK, REPORT_FILE
 from posmask.storage.manifest import check_folder, write_folder
@@ -27,7 +23,6 @@ __all__ = ["N_LATENTS", "write_paper_figures", "write_report", "write_report_fol
 
 N_LATENTS = 500
 """Default number of latents per cell on a self-contained page."""
-_HERE = Path(__file__).parent
 
 
 def write_report(*roots: Path, n_latents: int = N_LATENTS, out: Path | None = None) -> Path:
@@ -47,7 +42,7 @@ def write_report(*roots: Path, n_latents: int = N_LATENTS, out: Path | None = No
     path = out or roots[0] / REPORT_FILE
     check_file(path, PAGE_MARK)
     page, blocks = _page(read_studies(roots), n_latents)
-    html = _render(page, {name: base64.b64encode(block).decode() for name, block in blocks.items()})
+    html = render("page", page, blocks)
     with replacing(path, PAGE_MARK) as beside:
         beside.write_text(html, encoding="utf8")
     return path
@@ -73,8 +68,7 @@ def write_report_folder(*roots: Path, out: Path | None = None) -> Path:
         (draft / "data").mkdir()
         for name in [name for name in blocks if name.startswith(("cell-", "texts-"))]:
             (draft / "data" / f"{name}.gz").write_bytes(blocks.pop(name))
-        html = _render(page, {name: base64.b64encode(block).decode() for name, block in blocks.items()})
-        (draft / "index.html").write_text(html, encoding="utf8")
+        (draft / "index.html").write_text(render("page", page, blocks), encoding="utf8")
     return folder
 
 
@@ -129,7 +123,7 @@ def _page(studies: Sequence[Study], n_latents: int | None) -> tuple[dict[str, An
         "warnings": list(dict.fromkeys(warning for study in studies for warning in study.warnings)),
         "version": importlib.metadata.version("posmask"),
     }
-    return page, _blocks(facts, charts) | browsed.blocks
+    return page, {"page": zipped(json.dumps(facts, allow_nan=False))} | chart_blocks(charts) | browsed.blocks
 
 
 def _facts(studies: Sequence[Study], study_tables: Sequence[tables.StudyTable], cells: list[str]) -> dict[str, Any]:
@@ -156,15 +150,6 @@ def _facts(studies: Sequence[Study], study_tables: Sequence[tables.StudyTable], 
     }
 
 
-def _blocks(facts: dict[str, Any], charts: dict[str, figures.Figure]) -> dict[str, bytes]:
-    blocks = {"page": _zipped(json.dumps(facts, allow_nan=False))}
-    for name, chart in charts.items():
-        blocks[f"chart-{name}"] = _zipped(json.dumps(figures.as_spec(chart), allow_nan=False))
-    if charts:
-        blocks["vega"] = _zipped(_vega_bundle())
-    return blocks
-
-
 def _study(study: Study, table: tables.StudyTable) -> dict[str, Any]:
     heldout = (row.n for row in study.rows if row.metric == "explained_variance" and not row.slice)
     return {
@@ -185,10 +170,6 @@ def _rows(studies: Sequence[Study]) -> list[Row]:
 
 def _baselines(studies: Sequence[Study]) -> list[str]:
     return [study.baseline for study in studies if study.baseline is not None]
-
-
-def _zipped(text: str) -> bytes:
-    return gzip.compress(text.encode(), 9, mtime=0)
 
 
 def _picked(studies: Sequence[Study], cells: list[str]) -> list[str]:
@@ -222,27 +203,3 @@ def _folder(cell: CellFolder, study: Study) -> dict[str, Any]:
         "megabytes": sum(entry["bytes"] for entry in cell.manifest["files"].values()) / 1e6,
         "versions": ", ".join(f"{name} {number}" for name, number in cell.manifest.get("versions", {}).items()),
     }
-
-
-def _render(page: dict[str, Any], blocks: dict[str, str]) -> str:
-    style, script = ((_HERE / f"page.{kind}").read_text(encoding="utf8") for kind in ("css", "js"))
-    return _TEMPLATES.get_template("page.html").render(**page, blocks=blocks, style=style, script=script)
-
-
-def _vega_bundle() -> str:
-    """Vega, Vega-Lite and vega-embed as one script that sets `window.vegaEmbed`."""
-    return vl_convert.javascript_bundle()  # pyright: ignore[reportCallIssue]
-
-
-_TEMPLATES = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(_HERE),
-    autoescape=True,
-    trim_blocks=True,
-    lstrip_blocks=True,
-    undefined=jinja2.StrictUndefined,
-)
-_TEMPLATES.filters |= {
-    "number": format_number,
-    "signed": format_signed,
-    "column_title": lambda name: COMPARED[name].full_title if name in COMPARED else name,
-}

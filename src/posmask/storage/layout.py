@@ -1,7 +1,7 @@
 """Layout of a run folder: the name of every file and folder, and the label of a cell.
 
 ROOT/
-  study.json, results.csv, verdicts.csv, report.html
+  study.json, results.csv, verdicts.csv, report.html, audit.html
   baselines/, cells/CELL-seedN/, evaluated/NAME/     one finished folder each
   activations/, checkpoints/CELL-seedN/, jobs/N.log, stale/, .locks/
 """
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 __all__ = [
+    "AUDIT_FILE",
     "BASELINES",
     "CURVE_FILE",
     "DEAD_FILE",
@@ -18,6 +19,7 @@ __all__ = [
     "LATENT_CSV_FILE",
     "LATENT_TABLE_FILE",
     "LATENT_WORDS_FILE",
+    "LIFTED",
     "OPENNESS_FILE",
     "ORDER_FILE",
     "PAGE_MARK",
@@ -59,6 +61,7 @@ STUDY_FILE = "study.json"
 RESULTS_FILE = "results.csv"
 VERDICTS_FILE = "verdicts.csv"
 REPORT_FILE = "report.html"
+AUDIT_FILE = "audit.html"
 PAGE_MARK = b'<meta name="generator" content="posmask'
 """At the beginning of every page that posmask wrote."""
 BASELINES = "baselines"
@@ -80,6 +83,8 @@ OPENNESS_FILE = "openness.safetensors"
 LATENTS_FILE = "latents.safetensors"
 LATENT_WORDS_FILE = "latents.json"
 LATENT_TABLE_FILE = "latents.parquet"
+LIFTED = "lifted_"
+"""Prefix of the columns with the mask lifted in the table of latents, for SAEs whose mask can be lifted."""
 PROFILES_FILE = "profiles.parquet"
 POSITIONS_FILE = "positions.csv"
 ORDER_FILE = "order.csv"

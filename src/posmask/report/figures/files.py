@@ -27,7 +27,8 @@ def write_figures(charts: dict[str, Figure], folder: Path) -> list[Path]:
         spec = as_spec(chart)
         if spec.get("width") == "container":
             spec["width"] = 520
-        config = {"background": "white", "font": "sans-serif", "view": {"stroke": None}}
+        stacked = {"layout": {"top": {"anchor": "start", "direction": "vertical"}}}
+        config = {"background": "white", "font": "sans-serif", "view": {"stroke": None}, "legend": stacked}
         spec["config"] = {**spec.get("config", {}), **config}
         svg = vl_convert.vegalite_to_svg(spec)
         contents = {

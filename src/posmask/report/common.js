@@ -1,0 +1,159 @@
+"use strict";
+// Blocks are decoded on first use. Text from data is only ever set as text, never as HTML.
+const $ = (query, from = document) => from.querySelector(query);
+const $$ = (query, from = document) => [...from.querySelectorAll(query)];
+function make(tag, attributes = {}, ...inside) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else if (value !== null && value !== undefined) element.setAttribute(name, value);
+  }
+  element.append(...inside.filter(child => child !== null));
+  return element;
+}
+const announce = text => { $("#status").textContent = text; };
+const blocks = new Map();
+async function unzip(name) {
+  const holder = document.getElementById("block-" + name);
+  let bytes;
+  if (holder) { const text = atob(holder.textContent.trim()); bytes = new Uint8Array(text.length); for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i); }
+  else { const answer = await fetch("data/" + name + ".gz"); if (!answer.ok) throw new Error("data/" + name + ".gz: " + answer.status); bytes = await answer.arrayBuffer(); }
+  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).arrayBuffer();
+}
+function once(key, load) { if (!blocks.has(key)) blocks.set(key, load()); return blocks.get(key); }
+const json = name => once("json " + name, async () => JSON.parse(new TextDecoder().decode(await unzip(name))));
+const KINDS = { int32: Int32Array, uint16: Uint16Array, uint8: Uint8Array, float32: Float32Array };
+const table = name => once("table " + name, async () => {
+  const bytes = await unzip(name), length = new DataView(bytes).getUint32(0, true);
+  const header = JSON.parse(new TextDecoder().decode(new Uint8Array(bytes, 4, length)));
+  for (const [key, { type, shape, at }] of Object.entries(header.arrays)) {
+    header[key] = new KINDS[type](bytes, 4 + length + at, shape.reduce((product, n) => product * n, 1));
+    header[key].width = shape.slice(1).reduce((product, n) => product * n, 1);
+  }
+  return header;
+});
+const row = (array, number) => array.subarray(number * array.width, (number + 1) * array.width);
+const digits = (value, n = 3) => Number.isFinite(value) ? value.toFixed(n).replace("-", "−") : "–";
+function save(name, type, content) {
+  const link = make("a", { href: typeof content === "string" && content.startsWith("data:") ? content : URL.createObjectURL(new Blob([content], { type })), download: name });
+  document.body.append(link); link.click(); link.remove();
+}
+// A spreadsheet would run text that begins like a formula.
+const quoted = value => { let text = String(value ?? ""); if (/^[=+@\t\r]/.test(text) || (text.startsWith("-") && isNaN(text))) text = "'" + text; return /[",\n\r]/.test(text) ? '"' + text.replaceAll('"', '""') + '"' : text; };
+const csv = lines => lines.map(line => line.map(quoted).join(",")).join("\n") + "\n";
+const pageName = document.title.replace(/[^\w.-]+/g, "-");
+
+// Tables: sort, filter, save.
+function sortable(sorted) {
+  const heads = $$("thead tr:last-child th", sorted);
+  heads.forEach((head, index) => {
+    const button = make("button", { type: "button" }); button.append(...head.childNodes); head.append(button);
+    if (head.hasAttribute("aria-label")) { button.setAttribute("aria-label", head.getAttribute("aria-label")); head.removeAttribute("aria-label"); }
+    button.addEventListener("click", () => {
+      const down = head.getAttribute("aria-sort") !== "descending" && (index > 0 || head.getAttribute("aria-sort") === "ascending");
+      heads.forEach(other => other.removeAttribute("aria-sort"));
+      head.setAttribute("aria-sort", down ? "descending" : "ascending");
+      const key = line => { const cell = line.children[index], value = cell.dataset.value; return value === undefined ? cell.textContent.trim() : value === "" || value === "nan" ? null : Number(value); };
+      const body = sorted.tBodies[0];
+      const order = [...body.rows].map((line, at) => [key(line), at, line]).sort(([a, i], [b, j]) => {
+        if (a === null || b === null) return (a === null) - (b === null) || i - j;
+        const by = typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b), "en", { numeric: true });
+        return (down ? -by : by) || i - j;
+      });
+      body.append(...order.map(([, , line]) => line));
+      announce("Sorted by " + button.textContent);
+    });
+  });
+}
+$$("table.sortable").forEach(sortable);
+function refilter(id) {
+  const words = ($(`[data-filter="${id}"]`)?.value ?? "").toLowerCase().split(/\s+/).filter(Boolean), only = $(`[data-only="${id}"]`)?.checked, kind = $(`[data-class="${id}"]`)?.value;
+  let shown = 0;
+  for (const line of document.getElementById(id).tBodies[0].rows) {
+    const text = line.textContent.toLowerCase();
+    line.hidden = !words.every(word => text.includes(word)) || (only && !$(".better, .worse", line)) || (kind && line.dataset.group !== kind);
+    shown += !line.hidden;
+  }
+  announce(shown + " rows");
+}
+$$("[data-filter]").forEach(input => input.addEventListener("input", () => refilter(input.dataset.filter)));
+$$("[data-only]").forEach(input => input.addEventListener("change", () => refilter(input.dataset.only)));
+$$("[data-class]").forEach(input => input.addEventListener("change", () => refilter(input.dataset.class)));
+$$("[data-csv]").forEach(button => button.addEventListener("click", () => {
+  const saved = document.getElementById(button.dataset.csv);
+  const named = $$("thead tr:last-child th", saved).map(head => ($("button", head)?.getAttribute("aria-label") ?? head.textContent).trim());
+  // The interval below a number becomes a separate column.
+  const lines = [...saved.tBodies[0].rows].filter(line => !line.hidden), ranged = named.map((_, index) => lines.some(line => $(".i, small", line.children[index])));
+  const cells = line => [...line.children].flatMap((cell, index) => [cell.dataset.value ?? cell.textContent.trim(), ...(ranged[index] ? [$(".i, small", cell)?.textContent ?? ""] : [])]);
+  save(`${pageName}-${saved.id}.csv`, "text/csv", csv([named.flatMap((name, index) => ranged[index] ? [name, name + ", interval"] : [name]), ...lines.map(cells)]));
+}));
+
+// Light and dark theme.
+const theme = $("#theme");
+function setTheme(isDark) {
+  document.documentElement.dataset.theme = isDark ? "dark" : "light";
+  theme.setAttribute("aria-pressed", isDark); drawn.forEach(holder => draw(holder));
+}
+
+// Charts are drawn when they are near the viewport.
+const drawn = new Set(), views = new Map();
+let ready = null; // what drawing waits for
+function loadVega() {
+  return once("vega", async () => {
+    const code = new TextDecoder().decode(await unzip("vega"));
+    await new Promise((resolve, reject) => {
+      window.vegaReady = resolve;
+      document.head.append(make("script", { type: "module", onerror: reject }, code + "\n;window.vegaReady();"));
+    });
+  });
+}
+// The script of a page follows this one and defines adaptedToPage(spec, holder).
+function adapted(spec, holder) {
+  spec = adaptedToPage(structuredClone(spec), holder);
+  if (holder.clientWidth < 560 && spec.encoding?.color?.legend !== null && spec.encoding?.color?.field !== "cell") {
+    for (const layer of spec.layer ?? [spec]) for (const channel of ["color", "shape", "strokeDash"])
+      if (layer.encoding?.[channel]?.field && layer.encoding[channel].legend !== null) layer.encoding[channel].legend = { labelLimit: holder.clientWidth - 60, ...layer.encoding[channel].legend, orient: "top", columns: Math.min(2, layer.encoding[channel].legend?.columns ?? 2) };
+  }
+  if (spec.usermeta?.columns) spec.columns = Math.max(1, Math.floor(holder.clientWidth / spec.usermeta.columns));
+  if (spec.usermeta?.moment) { // as many moments as fit, including the first and the last
+    const last = Math.max(...spec.data.values.map(value => value.moment)), n = Math.max(2, Math.min(last, Math.floor((holder.clientWidth - 90) / spec.usermeta.moment)));
+    const kept = new Set(Array.from({ length: n }, (_, at) => 1 + Math.round(at * (last - 1) / (n - 1))));
+    spec.data.values = spec.data.values.filter(value => kept.has(value.moment));
+  }
+  if (spec.concat && holder.clientWidth >= 700) for (const part of spec.concat) part.width = Math.floor(Math.min(1100, holder.clientWidth - 130) / spec.columns) - 70;
+  if (spec.concat && holder.clientWidth < 700) { spec.columns = 1; for (const part of spec.concat) part.width = Math.max(160, holder.clientWidth - 110); spec.config = { ...spec.config, legend: { ...spec.config?.legend, orient: "bottom" } }; }
+  return spec;
+}
+async function draw(holder) {
+  const name = holder.dataset.chart;
+  try {
+    const [spec] = await Promise.all([json("chart-" + name), loadVega(), ready]);
+    const style = getComputedStyle(document.documentElement), ink = style.getPropertyValue("--ink").trim(), line = style.getPropertyValue("--line").trim();
+    const font = "system-ui, sans-serif";
+    const config = { background: null, font, view: { stroke: null }, axis: { labelColor: ink, titleColor: ink, gridColor: line, tickColor: line, domainColor: line, titleFontWeight: 500, labelOverlap: "greedy", labelSeparation: 6 }, legend: { labelColor: ink, titleColor: ink, labelFontSize: 11, layout: { top: { anchor: "start", direction: "vertical" } } }, header: { labelColor: ink, titleColor: ink, labelFontWeight: 600 }, text: { color: ink } };
+    const shown = adapted(spec, holder);
+    if (shown.usermeta?.cells && !shown.data.values.length) { holder.textContent = "None of the selected cells has this metric."; drawn.add(holder); return; }
+    const { view } = await window.vegaEmbed(holder, shown, { config, renderer: spec.usermeta?.canvas ? "canvas" : "svg", actions: false });
+    holder.style.minHeight = "0";
+    if (!holder.hasAttribute("data-compare")) views.set(name, view);
+    drawn.add(holder);
+  } catch (error) { holder.textContent = "This figure cannot be drawn: " + error.message; holder.classList.add("failed"); }
+}
+const watcher = new IntersectionObserver(entries => { for (const entry of entries) if (entry.isIntersecting) { watcher.unobserve(entry.target); draw(entry.target); } }, { rootMargin: "300px" });
+function columnsOf(values) { const names = [...new Set(values.flatMap(Object.keys))]; return [names, ...values.map(value => names.map(name => value[name]))]; }
+$$("[data-save]").forEach(button => button.addEventListener("click", async () => {
+  const name = button.dataset.ofChart, holder = $(`[data-chart="${name}"]:not([data-compare])`);
+  if (!views.has(name)) await draw(holder);
+  const kind = button.dataset.save, view = views.get(name);
+  if (kind === "csv") {
+    const spec = adapted(await json("chart-" + name), holder);
+    const parts = (spec.concat ?? [spec]).map(part => part.data ?? part.layer?.[0].data ?? spec.data);
+    save(`${pageName}-${name}.csv`, "text/csv", parts.map(part => csv(columnsOf(part.values))).join("\n"));
+  } else if (kind === "svg") save(`${pageName}-${name}.svg`, "image/svg+xml", await view.toSVG());
+  else save(`${pageName}-${name}.png`, "image/png", await view.toImageURL("png", 2));
+}));
+let width = innerWidth, resizing;
+addEventListener("resize", () => { if (innerWidth === width) return; width = innerWidth; clearTimeout(resizing); resizing = setTimeout(() => drawn.forEach(holder => draw(holder)), 200); });
+theme.addEventListener("click", () => setTheme(document.documentElement.dataset.theme !== "dark"));
+dark.addEventListener("change", () => setTheme(dark.matches));
+theme.setAttribute("aria-pressed", dark.matches);
