@@ -28,7 +28,7 @@ from posmask.auditing.measures import ORDER_COLUMNS, POSITION_COLUMNS, REMOVAL_C
 from posmask.cli.commands import app
 from posmask.cli.printing import slurm_line
 from posmask.data import embedded
-from posmask.evaluation.latent_table import COLUMNS, PROFILE_COLUMNS
+from posmask.evaluation.latent_table import CLASS_RULES, COLUMNS, KIND_RULES, PROFILE_COLUMNS
 from posmask.results.rows import read_rows
 from posmask.study.study_file import read_study
 from test_wheel import STUDY
@@ -326,6 +326,13 @@ def test_every_column_of_an_audit_is_documented(columns):
     page = (DOCS / "audit.md").read_text(encoding="utf8")
     for name, meaning in columns.items():
         assert f"| `{name}` | {meaning} |" in page
+
+
+@pytest.mark.parametrize("rules", [CLASS_RULES, KIND_RULES])
+def test_every_rule_of_an_audit_is_documented(rules):
+    page = (DOCS / "audit.md").read_text(encoding="utf8")
+    for name, rule in rules.items():
+        assert f"| {name} | {rule} |" in page
 
 
 def test_the_slurm_command_is_the_one_that_plan_prints():

@@ -29,6 +29,7 @@ __all__ = [
     "ORDER_COLUMNS",
     "POSITION_COLUMNS",
     "REMOVAL_COLUMNS",
+    "Beyond",
     "beyond_context",
     "order_table",
     "position_table",
@@ -92,12 +93,14 @@ N_REMOVAL_WINDOWS = 4
 MIN_FIRINGS = 40
 _FEW = 2
 Profile = dict[str, Float[Tensor, " position"]]
+Beyond = dict[str, dict[str, float]]
+"""Metrics in the last quarter of the SAE's context and beyond it, on the same contexts, by metric and range."""
 
 
 def position_table(
     sae: SparseAutoencoder, data: EvaluationData, rows: Sequence[Row], beyond: Activations | None, beyond_contexts: int
-) -> pd.DataFrame:
-    """The table of positions, see `POSITION_COLUMNS`.
+) -> tuple[pd.DataFrame, Beyond | None]:
+    """The table of positions, see `POSITION_COLUMNS`, and what differs beyond the context.
 
     Args:
         rows: of the evaluation of the SAE.
@@ -106,16 +109,30 @@ def position_table(
     """
     parts = []
     for mask in ("on", "lifted") if sae.mask.lifting_matters() else ("on",):
-        columns = _by_position(sae, data.heldout, data.in_model, data.n_positions, use_mask=mask == "on")
+        columns, _ = _by_position(sae, data.heldout, data.in_model, data.n_positions, use_mask=mask == "on")
         columns |= _latents_by_position(rows, mask, data.n_positions)
         parts.append(_frame(columns, mask, first=1, context=data.n_positions))
+    differences = None
     if beyond is not None:
         length = int(beyond.position.max()) + 1
-        longer = _longer(sae, length)
         in_model = InModel(data.load_model(), beyond, beyond_contexts)
-        columns = _by_position(longer, beyond, in_model, length, use_mask=True)
+        columns, reconstruction = _by_position(_longer(sae, length), beyond, in_model, length, use_mask=True)
         parts.append(_frame(columns, "on", first=data.n_positions, context=data.n_positions))
-    return pd.concat(parts, ignore_index=True).reindex(columns=list(POSITION_COLUMNS))
+        differences = _beyond(columns, reconstruction, data.n_positions, length)
+    return pd.concat(parts, ignore_index=True).reindex(columns=list(POSITION_COLUMNS)), differences
+
+
+def _beyond(columns: Profile, reconstruction: Reconstruction, n_positions: int, length: int) -> Beyond:
+    ranges = {
+        "last quarter of the context": (n_positions - max(1, n_positions // 4), n_positions - 1),
+        "beyond": (n_positions, length - 1),
+    }
+    of_ranges = {name: reconstruction.within(*ends) for name, ends in ranges.items()}
+    for name, (first, last) in ranges.items():
+        for column in ("cross_entropy_increase", "kl_divergence"):
+            of_ranges[name][column] = float(columns[column][first : last + 1].nanmean())
+    metrics = of_ranges["beyond"]
+    return {metric: {name: values[metric] for name, values in of_ranges.items()} for metric in metrics}
 
 
 def _longer(sae: SparseAutoencoder, n_positions: int) -> SparseAutoencoder:
@@ -137,7 +154,7 @@ def _frame(columns: Profile, mask: str, *, first: int, context: int) -> pd.DataF
 
 def _by_position(
     sae: SparseAutoencoder, activations: Activations, in_model: InModel, n_positions: int, *, use_mask: bool
-) -> Profile:
+) -> tuple[Profile, Reconstruction]:
     device = sae.encoder.device
     mean, _ = activations.center_and_scale
     reconstruction = Reconstruction(n_positions, activations.n_texts, mean.to(device))
@@ -152,7 +169,7 @@ def _by_position(
     sinks = activations.sinks.to(device)
     reconstruction.update_sinks(sinks, sae.sparse_decode(sae.encode_batch(sinks, use_mask=use_mask)))
     columns = reconstruction.by_position() | {"stream_norm": norms / n, "tokens": n}
-    return columns | _losses_by_position(sae, in_model, n_positions, use_mask=use_mask)
+    return columns | _losses_by_position(sae, in_model, n_positions, use_mask=use_mask), reconstruction
 
 
 def _losses_by_position(sae: SparseAutoencoder, in_model: InModel, n_positions: int, *, use_mask: bool) -> Profile:

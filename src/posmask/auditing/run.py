@@ -186,11 +186,11 @@ def _fill(
         if beyond is not None:
             latents = latents.join(beyond_context(sae, beyond, data.n_positions))
         latents = latents.join(_words(draft))
-        positions = position_table(sae, data, of_sae, beyond, _BEYOND_CONTEXTS)
+        positions, differences = position_table(sae, data, of_sae, beyond, _BEYOND_CONTEXTS)
         order = order_table({"codes": of_sae, "stream": baseline}, {"codes": units, "stream": units_of_stream})
         removal = removal_table(sae, latents, data)
         about = _about(settings, subject, data)
-        summary = summarized(about, of_sae, latents, positions, order, removal)
+        summary = summarized(about, of_sae, latents, differences, order, removal)
         latents.to_parquet(draft / layout.LATENT_TABLE_FILE)
         tables: dict[str, pd.DataFrame] = {
             layout.LATENT_CSV_FILE: latents,
@@ -229,7 +229,7 @@ def _words(folder: Path) -> pd.DataFrame:
     arrays = load_file(folder / layout.LATENTS_FILE)
     described = json.loads((folder / layout.LATENT_WORDS_FILE).read_text(encoding="utf8"))
     words = {int(token): word for token, word in described["words"].items()}
-    promoted = [" ".join(words[token] for token in ids) for ids in arrays["promoted"][:, :_N_WORDS].tolist()]
+    promoted = [" | ".join(words[token] for token in ids) for ids in arrays["promoted"][:, :_N_WORDS].tolist()]
     show: Callable[[int], str] = lambda latent: _example(arrays, words, latent)  # noqa: E731
     return pd.DataFrame({"promoted": promoted, "example": [show(latent) for latent in range(len(promoted))]})
 

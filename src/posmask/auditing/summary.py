@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from posmask.auditing.measures import Beyond
 from posmask.evaluation.latent_table import CLASS_RULES, CLASSES, KIND_RULES, KINDS, LIFTED
 from posmask.results.rows import Row, parse_slice
 
@@ -18,7 +19,7 @@ def summarized(
     about: Mapping[str, Any],
     rows: Sequence[Row],
     latents: pd.DataFrame,
-    positions: pd.DataFrame,
+    beyond: Beyond | None,
     order: pd.DataFrame,
     removal: pd.DataFrame,
 ) -> dict[str, Any]:
@@ -27,6 +28,7 @@ def summarized(
     Args:
         about: the SAE, model, site and texts.
         rows: of the evaluation.
+        beyond: what differs beyond the SAE's context; None if it was not measured.
     """
     classes = {mask: _classes(rows, mask) for mask in ("on", "lifted")}
     classes = {mask: shares for mask, shares in classes.items() if shares}
@@ -42,7 +44,7 @@ def summarized(
         "explained_variance_with_sinks": _overall(rows, "explained_variance_with_sinks"),
         "l0": _overall(rows, "l0"),
         "ce_recovered": _overall(rows, "ce_recovered"),
-        "beyond": _beyond(latents, positions),
+        "beyond": None if beyond is None else beyond | {"latents": _counts(latents["beyond_context"].tolist())},
         "order": [line for line in order.to_dict("records") if line["task"] == "all"],
         "removal": removal.to_dict("records"),
         "rules": {"classes": CLASS_RULES, "kinds": KIND_RULES},
@@ -72,19 +74,9 @@ def _overall(rows: Sequence[Row], metric: str) -> dict[str, Any] | None:
     }
 
 
-def _beyond(latents: pd.DataFrame, positions: pd.DataFrame) -> dict[str, Any] | None:
-    """The last quarter of the context against the positions beyond it; None if they were not measured."""
-    outside = positions[positions["is_beyond"]]
-    if outside.empty:
-        return None
-    inside = positions[~positions["is_beyond"] & (positions["mask"] == "on")]
-    last = inside[inside["position"] >= 0.75 * inside["position"].max()]
-    numbers = {
-        column: {"last quarter of the context": last[column].mean(), "beyond": outside[column].mean()}
-        for column in ("explained_variance", "l0", "cross_entropy_increase", "kl_divergence")
-    }
-    verdicts = latents["beyond_context"].tolist()
-    return {**numbers, "latents": {name: verdicts.count(name) for name in ("holds", "fails", "undecided")}}
+def _counts(verdicts: list[str]) -> dict[str, int]:
+    """How many latents fire as often beyond the context as within it, and how many do not."""
+    return {name: verdicts.count(name) for name in ("holds", "fails", "undecided")}
 
 
 def _sentences(summary: Mapping[str, Any]) -> Any:
@@ -103,9 +95,9 @@ def _sentences(summary: Mapping[str, Any]) -> Any:
         values = beyond["explained_variance"]
         counts = beyond["latents"]
         yield (
-            f"Beyond its {summary['n_positions']} positions, explained variance by position is {values['beyond']:.3f} "
-            f"after {values['last quarter of the context']:.3f} in the last quarter of them; {counts['fails']:,} "
-            f"latents fire at other rates there, {counts['holds']:,} at similar rates."
+            f"Beyond its {summary['n_positions']} positions it explains {values['beyond']:.3f} of the variance, after "
+            f"{values['last quarter of the context']:.3f} in the last quarter of them, on the same contexts; "
+            f"{counts['fails']:,} latents fire at other rates there, {counts['holds']:,} at similar rates."
         )
     largest = max((line["k"] for line in summary["order"]), default=0)
     for line in summary["order"]:

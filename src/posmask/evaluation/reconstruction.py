@@ -118,6 +118,16 @@ class Reconstruction:
         columns["explained_variance_with_sinks"] = _explained(at, sums)
         return columns | {"sink_tokens": self._of_sinks["n"].cpu()}
 
+    def within(self, first: int, last: int) -> dict[str, float]:
+        """`explained_variance` and `l0` of the kept tokens at a range of positions, relative to the mean of all tokens.
+
+        The mean of few vectors would explain a part of their variance.
+        """
+        error, squares, active, n = (
+            float(self._by_fold[name][:, first : last + 1].sum()) for name in ("error", "squares", "active", "n")
+        )
+        return {"explained_variance": 1 - error / squares, "l0": active / n}
+
     def measures(self) -> list[Measure]:
         """`explained_variance` and `l0`, overall with confidence intervals over texts, and by position; and the sinks.
 
