@@ -50,16 +50,19 @@ def server(local_hub):
     return local_hub.files
 
 
-def cell_folder(folder, sae):
-    folder.mkdir()
-    write_sae(sae, folder, ORIGIN)
+def cell_folder(folder, sae, explained=0.7512):
+    """A finished folder as a study writes it; an earlier one is replaced."""
+    if folder.exists():
+        shutil.rmtree(folder)
     measures = [
-        Measure("explained_variance", 0.7512, 0.74, 0.76),
+        Measure("explained_variance", explained, 0.74, 0.76),
         Measure("train_tokens", 819200.0),
         Measure("order_accuracy", 0.625, slice={"task": "chronology", "k": 5, "pooling": "mean"}),
     ]
     where = {"cell": folder.name, "mask": "slice", "budget": "width", "gating": "forward", "seed": 0}
-    write_rows(folder / "rows.csv", [Row.of(measure, **where) for measure in measures])
+    with write_folder(folder, {"what": "test"}) as draft:
+        write_sae(sae, draft, ORIGIN)
+        write_rows(draft / "rows.csv", [Row.of(measure, **where) for measure in measures])
     return folder
 
 
@@ -97,13 +100,10 @@ def test_the_card_describes_the_site(site, words, tmp_path):
 
 def test_a_damaged_cell_is_not_pushed(server, tmp_path):
     for name in ("sae.safetensors", "rows.csv"):
-        cell_folder(tmp_path / "made", scaled(make_sae("slice")))
-        with write_folder(tmp_path / "cell", {"what": name}) as draft:
-            shutil.copytree(tmp_path / "made", draft, dirs_exist_ok=True)
-        flip_a_bit(tmp_path / "cell" / name)
+        cell = cell_folder(tmp_path / "cell", scaled(make_sae("slice")))
+        flip_a_bit(cell / name)
         with pytest.raises(DamagedFolder, match=f"{name} is not what was written"):
-            hub.push(tmp_path / "cell", "user/new")
-        shutil.rmtree(tmp_path / "made")
+            hub.push(cell, "user/new")
     assert not server.get("user/new")
 
 
@@ -112,13 +112,14 @@ def requests_with(hub, text):
 
 
 def test_only_new_weights_are_uploaded_with_git_lfs(local_hub, tmp_path):
-    cell = cell_folder(tmp_path / "cell", scaled(make_sae("slice")))
+    sae = scaled(make_sae("slice"))
+    cell = cell_folder(tmp_path / "cell", sae)
     hub.push(cell, "user/new")
     (weights,) = local_hub.storage.values()
     assert weights == local_hub.files["user/new"]["cell/sae_weights.safetensors"]
     steps = [len(requests_with(local_hub, what)) for what in ("/objects/batch", "PUT /storage", "/lfs/verify")]
     assert steps == [1, 1, 1]
-    (cell / "rows.csv").write_bytes((cell / "rows.csv").read_bytes().replace(b"0.7512", b"0.7777"))
+    cell_folder(cell, sae, explained=0.7777)
     hub.push(cell, "user/new")
     assert len(requests_with(local_hub, "PUT /storage")) == 1
     assert b"0.7777" in local_hub.files["user/new"]["README.md"]

@@ -48,8 +48,8 @@ def test_all_missing_and_unknown_settings_are_named_at_once(study_file):
         '  cell "slice-compute": mask.slices is not a setting: did you mean n_slices?',
         "  sae.d_sae is missing",
         "  training.learning_rate is missing",
-        "  seeds = [0, [1]] holds [1], which must be a whole number",
         "  model.layer = 0 must be above 0",
+        "  seeds = [0, [1]] holds [1], which must be a whole number",
         '  cell "open": mask: mask kind is missing: choose one of '
         "open, slice, hard, cohort, band, soft, importance, split, switch, windows",
     ]

@@ -6,7 +6,6 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +108,10 @@ def fill(study: StudySettings, target: Target, data: EvaluationData, baseline: l
             sae, training = _copy_training(earlier, draft)
             sae.to(study.device)
         columns = {"cell": target.cell.name, "budget": target.cell.budget, "seed": target.seed}
-        measure_forgetting = partial(forgetting, sae, data, study.training, target.seed, target.label)
+
+        def measure_forgetting() -> list[rows.Measure]:
+            return forgetting(sae, data, study.training, target.seed, target.label)
+
         further = {"forgetting": measure_forgetting} if target.cell.measure_forgetting else {}
         evaluate_to_folder(study, target, sae, data, baseline, draft, columns, training, further)
     runtime.give_back_freed_memory()
