@@ -7,12 +7,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import posmask
 from conftest import D_MODEL, make_sae
 from posmask.auditing import audit_all, measures, settings
 from posmask.auditing.measures import ORDER_COLUMNS, POSITION_COLUMNS, REMOVAL_COLUMNS, order_table, removal_table
 from posmask.auditing.subject import hub_model, named_saes
+from posmask.cli.commands import app
 from posmask.data.activations import Activations, evaluation_batches
 from posmask.data.models import EMBEDDED_MODEL
 from posmask.errors import BadSetting, DamagedFolder, NothingToDo
@@ -255,3 +257,45 @@ def test_removed_latents_are_matched_by_activity(monkeypatch):
 def test_without_position_tracking_latents_nothing_is_removed():
     latents = pd.DataFrame({"firings": [50], "mean_activation": [1.0], "class": ["content"]})
     assert removal_table(make_sae("open"), latents, SimpleNamespace()).empty
+
+
+def test_the_command_prints_a_table_and_writes_the_page(model_folder, shared, tmp_path):
+    for name in ("first", "second"):
+        write_sae(toy_sae(), tmp_path / name, {"model": str(model_folder), "layer": 2, "site": "residual_after"})
+    words = ["audit", str(tmp_path / "first"), str(tmp_path / "second"), "--tokens", "1.2k", "--no-order"]
+    words += ["--root", str(shared / "command")]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert lines[0].split() == ["position-", "expl."]
+    assert lines[1].split() == [
+        "SAE",
+        "latents",
+        "tracking",
+        "mixed",
+        "content",
+        "dense",
+        "dead",
+        "undecided",
+        "var.",
+        "L0",
+    ]
+    report = posmask.read_audit(shared / "command" / "evaluated" / "first")
+    counts = [str(report.summary["classes"]["on"][name]["count"]) for name in CLASSES]
+    assert lines[2].split()[: 2 + len(CLASSES)] == ["first", str(D_SAE), *counts]
+    for sentence in report.summary["sentences"]:
+        assert f"- {sentence}" in lines
+    page = shared / "command" / "audit.html"
+    assert lines[-1] == f"The page: {page}"
+    assert max(map(len, lines[:3])) <= 80
+    text = page.read_text(encoding="utf8")
+    assert "first" in text
+    assert "second" in text
+    assert "The audit of first, second harvests" in result.stderr
+
+
+@pytest.mark.parametrize("count", ["", "0", "-5", "many", "1e5", "200 k tokens", "9" * 40])
+def test_counts_of_tokens_are_checked(count):
+    result = CliRunner().invoke(app, ["audit", "x", "y", "--tokens", count])
+    assert result.exit_code != 0
+    assert isinstance(result.exception, BadSetting) or "--tokens" in result.output

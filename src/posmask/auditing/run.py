@@ -96,10 +96,11 @@ def audit_all(
     devices.check_device(device)
     if site is not None and layer is not None:
         raise BadSetting(f"site = {site!r} and layer = {layer} both name the site: give one of them")
-    subjects = [read_subject(sae, context=context, model=model, hook=site, allow_pickle=allow_pickle) for sae in saes]
+    hook = site if layer is None else sites.hook_name(layer, "residual_after")
+    subjects = [read_subject(sae, context=context, model=model, hook=hook, allow_pickle=allow_pickle) for sae in saes]
     subjects = _uniquely_named(subjects)
     settings = audit_settings(
-        subjects, model=model, layer=layer, texts=texts, n_texts=n_texts, n_tokens=tokens, order=order, device=device
+        subjects, model=model, texts=texts, n_texts=n_texts, n_tokens=tokens, order=order, device=device
     )
     root = Path("audits") / settings.name if root is None else Path(root)
     for subject in subjects:
@@ -180,6 +181,7 @@ def _fill(
     with manifest.write_folder(target.folder, target.made_from) as draft:
         columns = {"cell": subject.name, "budget": "", "seed": 0}
         evaluate_to_folder(settings, target, sae, data, baseline, draft, columns)
+        runtime.give_back_freed_memory()
         of_sae, units = rows.read_rows(draft / layout.ROWS_FILE), rows.read_units(draft / layout.UNITS_FILE)
         units_of_stream = rows.read_units(layout.cell_folder(target.root, layout.BASELINES) / layout.UNITS_FILE)
         latents = pd.read_parquet(draft / layout.LATENT_TABLE_FILE)

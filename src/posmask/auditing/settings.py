@@ -59,7 +59,6 @@ def audit_settings(
     subjects: Sequence[Subject],
     *,
     model: str | None = None,
-    layer: int | None = None,
     texts: str | None = None,
     n_texts: int | None = None,
     n_tokens: int = DEFAULT_TOKENS,
@@ -71,7 +70,6 @@ def audit_settings(
     Args:
         subjects: the SAEs.
         model: replaces the model that they state.
-        layer: replaces the layer that they state: the residual stream after this many layers.
         texts: as in `corpus.texts` of a study; None for embedded texts.
         n_texts: how many of the texts are read; None for all.
         n_tokens: kept held-out tokens.
@@ -83,10 +81,7 @@ def audit_settings(
             such layer, reads only shorter contexts or has vectors of another size.
     """
     name = _shared("model", [model or subject.model for subject in subjects], subjects, "--model")
-    if layer is None:
-        number, site = _shared("site", [subject.site for subject in subjects], subjects, "--site or --layer")
-    else:
-        number, site = layer, "residual_after"
+    number, site = _shared("site", [subject.site for subject in subjects], subjects, "--site or --layer")
     n_positions = _shared("context", [subject.sae.mask.n_positions for subject in subjects], subjects, "--context")
     outline = models.load_outline(name, number, site) if _is_here(name) else None
     if outline is not None:

@@ -24,7 +24,7 @@ __all__ = ["InModel", "Losses", "WindowMass", "causal", "recovered", "without_la
 
 MIN_CAUSAL_FIRINGS = 40
 _BLOCK_BYTES = 2**24
-_CONTEXTS_AT_ONCE = 2  # 25 MB of log-probabilities each, several times over
+_TOKENS_AT_ONCE = 256  # 50 MB of log-probabilities for 49,152 tokens of vocabulary, several times over
 Replace = Callable[[Batch, Int[Tensor, " token"]], Float[Tensor, "token d_model"]]
 """Maps kept tokens and the index of each token's context to the vectors that replace theirs."""
 
@@ -100,6 +100,10 @@ class InModel:
         """Tokens of all contexts."""
         return len(self.starts) * self._length
 
+    def _groups(self) -> tuple[Int[Tensor, " context"], ...]:
+        """The contexts that the model reads at once."""
+        return torch.arange(len(self.starts)).split(max(1, _TOKENS_AT_ONCE // self._length))
+
     def losses(self, replacements: Sequence[Replace], advance: Callable[[int], None] = lambda n: None) -> list[Losses]:
         """The losses of the unmodified model, followed by those with each replacement.
 
@@ -110,7 +114,7 @@ class InModel:
             DegenerateResult: predictions are NaN or infinite.
         """
         parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(1 + len(replacements))]
-        for contexts in torch.arange(len(self.starts)).split(_CONTEXTS_AT_ONCE):
+        for contexts in self._groups():
             batch = self.batch(contexts).to(self._model.device)
             ids = batch.token_id.view(len(contexts), -1).long()
             context = contexts.repeat_interleave(self._length).to(ids.device)
@@ -141,7 +145,7 @@ class InModel:
         """Logits of the unmodified model in its precision, computed once and stored in a temporary file."""
         stored: Tensor | None = None
         with tempfile.NamedTemporaryFile() as file:
-            for contexts in torch.arange(len(self.starts)).split(_CONTEXTS_AT_ONCE):
+            for contexts in self._groups():
                 batch = self.batch(contexts)
                 logits = self._logits(batch.token_id.view(len(contexts), -1).long(), batch.vectors)
                 if stored is None:

@@ -199,7 +199,7 @@ def _origin(form: Form, metadata: Mapping[str, Any], hook_name: str | None) -> O
         raise BadSetting(
             "neither its files nor the names of its folders say which site it was trained on, and files of this format "
             "may be of sites that posmask does not read: keep the names of the repository's folders in the path, or "
-            "pass --hook-name, such as blocks.12.hook_resid_post"
+            "pass --hook-name (--site in an audit), such as blocks.12.hook_resid_post"
         )
     if site is not None:
         origin["layer"], origin["site"] = site
