@@ -20,7 +20,7 @@ from posmask.errors import BadSetting
 from posmask.evaluation.suite import EvaluationData
 from posmask.interop import reading, sites
 from posmask.kernels import devices, runtime
-from posmask.progress import announce
+from posmask.progress import announce, progress_bar
 from posmask.results import rows
 from posmask.sae.files import write_sae
 from posmask.storage import layout, manifest
@@ -185,12 +185,17 @@ def _fill(
         of_sae, units = rows.read_rows(draft / layout.ROWS_FILE), rows.read_units(draft / layout.UNITS_FILE)
         units_of_stream = rows.read_units(layout.cell_folder(target.root, layout.BASELINES) / layout.UNITS_FILE)
         latents = pd.read_parquet(draft / layout.LATENT_TABLE_FILE)
-        if beyond is not None:
-            latents = latents.join(beyond_context(sae, beyond, data.n_positions))
-        latents = latents.join(_words(draft))
-        positions, differences = position_table(sae, data, of_sae, beyond, _BEYOND_CONTEXTS)
-        order = order_table({"codes": of_sae, "stream": baseline}, {"codes": units, "stream": units_of_stream})
-        removal = removal_table(sae, latents, data)
+        with progress_bar(f"tables of {subject.name}", 4, "tables") as advance:
+            if beyond is not None:
+                latents = latents.join(beyond_context(sae, beyond, data.n_positions))
+            latents = latents.join(_words(draft))
+            advance(1)
+            positions, differences = position_table(sae, data, of_sae, beyond, _BEYOND_CONTEXTS)
+            advance(1)
+            order = order_table({"codes": of_sae, "stream": baseline}, {"codes": units, "stream": units_of_stream})
+            advance(1)
+            removal = removal_table(sae, latents, data)
+            advance(1)
         about = _about(settings, subject, data)
         summary = summarized(about, of_sae, latents, differences, order, removal)
         latents.to_parquet(draft / layout.LATENT_TABLE_FILE)
