@@ -34,11 +34,13 @@ def contents(n_texts, length, random):
     return traits
 
 
-def simulate(fires, n_latents, n_tokens=100_000, seed=0, starts_alike=False):
+def simulate(fires, n_latents, n_tokens=100_000, seed=0, starts_alike=False, sink_firings=None, sink_position=()):
     """The table of latents that fire where `fires(position, traits, random)` says, as [token latent].
 
     Args:
         starts_alike: each text begins a context, as with one text per context.
+        sink_firings: number of attention sinks at which each latent fires; None for none.
+        sink_position: position of each attention sink.
     """
     random = torch.Generator().manual_seed(seed)
     n_texts, width = n_tokens // 120, N_POSITIONS - 1
@@ -60,7 +62,9 @@ def simulate(fires, n_latents, n_tokens=100_000, seed=0, starts_alike=False):
     parts = LatentTableParts(N_POSITIONS)
     for block in latent_blocks(heldout, shift, n_positions=N_POSITIONS, n_windows=N_WINDOWS, shift_length=LENGTH):
         parts.add(block)
-    return parts.table(heldout.batch, torch.zeros(n_latents, dtype=torch.int64), n_sinks=0)
+    sink_firings = torch.zeros(n_latents, dtype=torch.int64) if sink_firings is None else torch.tensor(sink_firings)
+    sink_position = torch.tensor(sink_position, dtype=torch.int64)
+    return parts.table(heldout.batch, sink_firings, sink_position)
 
 
 def codes_of(firing, random):

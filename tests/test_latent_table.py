@@ -104,6 +104,18 @@ def test_columns_are_documented_and_complete():
     assert table.rate.T @ tokens / tokens.sum() == pytest.approx(rate, rel=0.05)
 
 
+def test_latents_of_sinks_track_position_only_if_sinks_are_at_the_first_positions():
+    fires = content_only(3)
+    first = simulate(fires, 3, n_tokens=6000, sink_firings=[12, 12, 2], sink_position=[1] * 11 + [60])
+    rate = first.columns["sink_rate"]
+    assert rate.tolist() == pytest.approx([1, 1, 1 / 6])
+    expected = np.where((rate >= 0.5) & (rate >= 10 * first.columns["firing_rate"]), "sink", first.columns["kind"])
+    assert first.columns["kind"].tolist() == expected.tolist()
+    assert "sink" in expected
+    anywhere = simulate(fires, 3, n_tokens=6000, sink_firings=[12, 12, 2], sink_position=range(1, 13))
+    assert "sink" not in anywhere.columns["kind"]
+
+
 def test_few_firings_are_undecided():
     table = simulate(lambda position, traits, random: chance(0.001, (len(position), 40), random), 40, n_tokens=8000)
     assert set(table.columns["class"]) == {"undecided"}

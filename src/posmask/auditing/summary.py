@@ -97,7 +97,7 @@ def _sentences(summary: Mapping[str, Any]) -> Any:
         yield (
             f"Beyond its {summary['n_positions']} positions it explains {values['beyond']:.3f} of the variance, after "
             f"{values['last quarter of the context']:.3f} in the last quarter of them, on the same contexts; "
-            f"{counts['fails']:,} latents fire at other rates there, {counts['holds']:,} at similar rates."
+            f"latents that fire at similar rates there: {counts['holds']:,}, at other rates: {counts['fails']:,}."
         )
     largest = max((line["k"] for line in summary["order"]), default=0)
     for line in summary["order"]:

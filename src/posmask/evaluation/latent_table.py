@@ -64,13 +64,15 @@ SINK_CONTRAST = 10
 """and this many times as often as at other tokens."""
 LONGEST_PERIOD = 64
 _MOST_STARTS_AT_ONE_POSITION = 0.25
-_FIRST_POSITIONS = 4  # are often special, and would hide a period
+FIRST_POSITIONS = 4
+"""The first positions after BOS, which are often special."""
 
 CLASS_RULES: Mapping[str, str] = {
     "dead": "It fires on no held-out token, in no text of the shift design and at no attention sink.",
     "position-tracking": f"It depends on position (q below {LEVEL}), and position explains at least "
-    f"{TRACKING_SHARE:.0%} of the uncertainty about its firing or of its variance in the shift design. Or it fires "
-    f"at attention sinks: at {SINK_RATE:.0%} of them or more, and {SINK_CONTRAST} times as often as at other tokens.",
+    f"{TRACKING_SHARE:.0%} of the uncertainty about its firing or of its variance in the shift design. Or most "
+    f"attention sinks are at the first {FIRST_POSITIONS} positions, and it fires at {SINK_RATE:.0%} of the sinks or more and "
+    f"{SINK_CONTRAST} times as often as at other tokens.",
     "mixed": f"It depends on position (q below {LEVEL}), and the larger of these shares is at least {LEAST_SHARE:.0%} "
     f"and below {TRACKING_SHARE:.0%}.",
     "dense": f"It does not depend on position, as content latents do not, and fires at more than {DENSE_RATE:.0%} of "
@@ -81,7 +83,7 @@ CLASS_RULES: Mapping[str, str] = {
 """The rule of each class, in the order in which they apply."""
 
 KIND_RULES: Mapping[str, str] = {
-    "sink": f"It fires at attention sinks, as above; only with at least {MIN_SINKS} of them.",
+    "sink": f"It fires at attention sinks at the first positions, as above; only with at least {MIN_SINKS} of them.",
     "periodic": f"A period of 2 to {LONGEST_PERIOD} positions explains at least half of the variance of its mean "
     "activation by position.",
     "first": "At least half of its mean activation by position is at the first position after BOS.",
@@ -216,18 +218,21 @@ class LatentTableParts:
         part = _of_heldout(block.in_context, block.information, self._bins) | _of_shift(block.design)
         self._parts.append({name: tensor.cpu() for name, tensor in part.items()})
 
-    def table(self, heldout: Batch, sink_firings: Int[Tensor, " latent"], n_sinks: int) -> LatentTable:
+    def table(
+        self, heldout: Batch, sink_firings: Int[Tensor, " latent"], sink_position: Int[Tensor, " sink"]
+    ) -> LatentTable:
         """Test and classify each latent.
 
         Args:
             heldout: the kept held-out tokens.
             sink_firings: number of attention sinks at which each latent fires.
-            n_sinks: number of attention sinks.
+            sink_position: position of each attention sink.
         """
+        n_sinks, n_first = len(sink_position), int((sink_position <= FIRST_POSITIONS).sum())
         every = {name: torch.cat([part[name] for part in self._parts], dim=-1) for name in self._parts[0]}
         d_sae = len(every["firing_rate"])
         every["sink_rate"] = sink_firings.double() / n_sinks if n_sinks else torch.full((d_sae,), torch.nan)
-        every["sinks"] = torch.full((d_sae,), n_sinks)
+        every["first_sinks"] = torch.full((d_sae,), n_first if 2 * n_first >= n_sinks else 0)
         uses_rotations = _texts_begin_anywhere(heldout.position, heldout.text_position)
         if not uses_rotations:
             for name in ("position_share", "position_share_low", "position_share_high", "position_bits"):
@@ -347,7 +352,7 @@ def _shape_of(
     excess = (seen - seen.mean(0)).clamp(min=0)
     reached = excess.cumsum(0) >= excess.sum(0) / 2
     half = reached.double().argmax(0) / max(1, len(seen) - 1)
-    rest = seen[min(_FIRST_POSITIONS, len(seen) // 4) :]
+    rest = seen[min(FIRST_POSITIONS, len(seen) // 4) :]
     n, total = len(rest), (rest - rest.mean(0)).square().sum(0)
     period = total.new_full((profile.shape[1],), torch.nan)
     for length in range(2, min(LONGEST_PERIOD, n // 4) + 1):
@@ -408,7 +413,7 @@ def _classes(every: Mapping[str, Tensor]) -> tuple[np.ndarray, np.ndarray]:
     share, shift = every["position_share"], every["shift_position"]
     largest = torch.fmax(share, shift)
     depends = (every["q_value"] < LEVEL) & (largest >= LEAST_SHARE)
-    is_sink = (every["sinks"] >= MIN_SINKS) & (every["sink_rate"] >= SINK_RATE)
+    is_sink = (every["first_sinks"] >= MIN_SINKS) & (every["sink_rate"] >= SINK_RATE)
     is_sink &= every["sink_rate"] >= SINK_CONTRAST * every["firing_rate"]
     highs = torch.stack([every["position_share_high"], every["shift_position_high"]])
     bounded = (highs.isnan() | (highs < CONTENT_SHARE)).all(0) & highs.isfinite().any(0) & every["is_counted"]

@@ -227,7 +227,7 @@ def _of_latents(
     for mask, parts in tables.items():
         codes = sae.encode_batch(sinks, use_mask=mask == "on")
         firings = torch.bincount(codes.latent, minlength=sae.d_sae).cpu()
-        facts.tables[mask] = parts.table(stored[mask].heldout.batch, firings, len(sinks))
+        facts.tables[mask] = parts.table(stored[mask].heldout.batch, firings, sinks.position.cpu())
     return (
         measured(_INFORMATION, information.measures),
         measured(["profile_fidelity"], fidelity.measures),
