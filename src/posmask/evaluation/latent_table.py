@@ -71,8 +71,8 @@ CLASS_RULES: Mapping[str, str] = {
     "dead": "It fires on no held-out token, in no text of the shift design and at no attention sink.",
     "position-tracking": f"It depends on position (q below {LEVEL}), and position explains at least "
     f"{TRACKING_SHARE:.0%} of the uncertainty about its firing or of its variance in the shift design. Or most "
-    f"attention sinks are at the first {FIRST_POSITIONS} positions, and it fires at {SINK_RATE:.0%} of the sinks or more "
-    f"and {SINK_CONTRAST} times as often as at other tokens.",
+    f"attention sinks are at the first {FIRST_POSITIONS} positions, and it fires at {SINK_RATE:.0%} of the sinks or "
+    f"more and {SINK_CONTRAST} times as often as at other tokens.",
     "mixed": f"It depends on position (q below {LEVEL}), and the larger of these shares is at least {LEAST_SHARE:.0%} "
     f"and below {TRACKING_SHARE:.0%}.",
     "dense": f"It does not depend on position, as content latents do not, and fires at more than {DENSE_RATE:.0%} of "
