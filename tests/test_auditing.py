@@ -14,6 +14,7 @@ from conftest import D_MODEL, make_sae
 from posmask.auditing import audit_all, measures, settings
 from posmask.auditing.measures import ORDER_COLUMNS, POSITION_COLUMNS, REMOVAL_COLUMNS, order_table, removal_table
 from posmask.auditing.subject import hub_model, named_saes
+from posmask.auditing.summary import summarized
 from posmask.cli.commands import app
 from posmask.data.activations import Activations, evaluation_batches
 from posmask.data.models import EMBEDDED_MODEL
@@ -252,6 +253,27 @@ def test_removed_latents_are_matched_by_activity(monkeypatch):
     assert (table["latents"] == 2).all()
     assert table["cross_entropy_increase"].tolist() == [0.0] * 10  # all positions and four windows, of both kinds
     assert table["first_position"].tolist()[:5] == [1, 1, 4, 8, 12]
+
+
+def test_the_sentence_on_removals_is_about_all_positions():
+    """The first window begins at position 1, too."""
+
+    def line(first, last, removed, increase):
+        return dict(zip(REMOVAL_COLUMNS, (first, last, removed, 3, increase, increase - 1, increase + 1), strict=True))
+
+    lines = [
+        line(first, last, removed, increase)
+        for removed, increases in (("position-tracking latents", (0.5, 7, 8)), ("matched latents", (0.25, 7, 8)))
+        for (first, last), increase in zip(((1, 14), (1, 7), (8, 14)), increases, strict=True)
+    ]
+    nothing = pd.DataFrame({"kind": [], "task": [], "class": []})
+    rows = [Row("sae", "open", "", "", 0, name, "", 0.5, 0.4, 0.6, 1) for name in ("explained_variance", "l0")]
+    summary = summarized({"d_sae": 3}, rows, nothing, None, nothing, pd.DataFrame(lines))
+    sentence = (
+        "Cross-entropy without the 3 position-tracking latents: 0.5000 (-0.5000 to 1.5000) nats higher; without as many "
+        "matched latents: 0.2500 (-0.7500 to 1.2500) nats higher."
+    )
+    assert sentence in summary["sentences"]
 
 
 def test_without_position_tracking_latents_nothing_is_removed():

@@ -107,18 +107,14 @@ def _sentences(summary: Mapping[str, Any]) -> Any:
                 f"cases on codes and {line['stream']:.3f} on the stream, a difference of {line['difference']:+.3f} "
                 f"({line['difference_low']:+.3f} to {line['difference_high']:+.3f}); chance is 0.5."
             )
-    whole = {line["removed"]: line for line in summary["removal"] if line["first_position"] == 1}
+    last = max((line["last_position"] for line in summary["removal"]), default=0)
+    everywhere = {"first_position": 1, "last_position": last}
+    whole = {line["removed"]: line for line in summary["removal"] if everywhere.items() <= line.items()}
     if _REMOVED in whole:
-        most = max(line["last_position"] for line in whole.values())
-        whole = {
-            line["removed"]: line
-            for line in summary["removal"]
-            if line["first_position"] == 1 and line["last_position"] == most
-        }
         of_tracking, of_matched = whole[_REMOVED], whole["matched latents"]
         yield (
-            f"Removing {of_tracking['latents']} position-tracking latents raises the cross-entropy by "
-            f"{_increase(of_tracking)} nats, removing as many matched latents by {_increase(of_matched)}."
+            f"Cross-entropy without the {of_tracking['latents']} position-tracking latents: {_increase(of_tracking)} nats "
+            f"higher; without as many matched latents: {_increase(of_matched)} nats higher."
         )
     else:
         yield "No position-tracking latent fires often enough for the causal test."
