@@ -270,8 +270,8 @@ def test_the_sentence_on_removals_is_about_all_positions():
     rows = [Row("sae", "open", "", "", 0, name, "", 0.5, 0.4, 0.6, 1) for name in ("explained_variance", "l0")]
     summary = summarized({"d_sae": 3}, rows, nothing, None, nothing, pd.DataFrame(lines))
     sentence = (
-        "Cross-entropy without the 3 position-tracking latents: 0.5000 (-0.5000 to 1.5000) nats higher; without as many "
-        "matched latents: 0.2500 (-0.7500 to 1.2500) nats higher."
+        "Cross-entropy without the 3 position-tracking latents: 0.5000 (-0.5000 to 1.5000) nats higher; without as "
+        "many matched latents: 0.2500 (-0.7500 to 1.2500) nats higher."
     )
     assert sentence in summary["sentences"]
 

@@ -113,8 +113,8 @@ def _sentences(summary: Mapping[str, Any]) -> Any:
     if _REMOVED in whole:
         of_tracking, of_matched = whole[_REMOVED], whole["matched latents"]
         yield (
-            f"Cross-entropy without the {of_tracking['latents']} position-tracking latents: {_increase(of_tracking)} nats "
-            f"higher; without as many matched latents: {_increase(of_matched)} nats higher."
+            f"Cross-entropy without the {of_tracking['latents']} position-tracking latents: {_increase(of_tracking)} "
+            f"nats higher; without as many matched latents: {_increase(of_matched)} nats higher."
         )
     else:
         yield "No position-tracking latent fires often enough for the causal test."
