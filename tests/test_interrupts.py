@@ -34,7 +34,8 @@ hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
 """,
 }
 BEGIN = """
-import hashlib, sys, threading, time
+import hashlib, signal, sys, threading, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # A shell's background jobs ignore the signal.
 from concurrent.futures import ThreadPoolExecutor
 from posmask.cli import commands
 def ready():
