@@ -1,5 +1,6 @@
 """`posmask audit`: settings from the SAE, tables, resumption and refusals, on a tiny model."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -27,6 +28,7 @@ from posmask.sae.autoencoder import SparseAutoencoder
 from posmask.sae.files import write_sae
 from posmask.sae.rules import rule_settings
 from posmask.storage import layout
+from simulated_latents import batch_of
 
 N_POSITIONS, D_SAE = 16, 24
 TOKENS = 1200
@@ -95,6 +97,54 @@ def test_numbers_by_position_are_those_of_the_vectors(model_folder, shared):
     assert report.summary["tokens"] == activations.n_kept
     assert within["stream_norm"][3] == pytest.approx(float(norms[position == 3].mean()), rel=1e-5)
     assert within["tokens"].sum() == report.summary["tokens"]
+
+
+def test_latents_that_fail_beyond_the_context_are_found(monkeypatch):
+    random = torch.Generator().manual_seed(0)
+    n_texts, n_positions, length, of_kind = 96, 64, 128, 60
+    text = torch.arange(n_texts).repeat_interleave(length)
+    position = torch.arange(length).repeat(n_texts)
+    on_topic = (torch.rand(n_texts, of_kind, generator=random) < 0.4)[text]
+    passage = torch.rand(n_texts, length // 32, of_kind, generator=random) < 0.05
+    in_passage = passage.repeat_interleave(32, 1).flatten(0, 1)
+    within, beyond = (position < n_positions)[:, None], (position >= n_positions)[:, None]
+    rates = {
+        "everywhere": torch.full((len(text), of_kind), 0.04),
+        "on a topic": 0.1 * on_topic,
+        "in passages": 0.9 * in_passage,
+        "not beyond": 0.04 * within.expand(-1, of_kind),
+        "four times as often beyond": 0.02 + 0.06 * beyond.expand(-1, of_kind),
+        "on a topic, not beyond": 0.1 * on_topic * within,
+        "too rare": torch.full((len(text), of_kind), 2e-4),
+    }
+    rate = torch.cat(list(rates.values()), 1)
+    fires = torch.rand(rate.shape, generator=random) < rate
+    sae = SparseAutoencoder(len(rates) * of_kind, rule_settings({"kind": "relu", "l1_coefficient": 0}),
+                            make_mask(mask_settings({"kind": "open"}), n_positions, fires.shape[1]))  # fmt: skip
+    with torch.no_grad():
+        sae.encoder.copy_(torch.eye(fires.shape[1]))
+        sae.encoder_bias.zero_()
+    texts_of = [slice(start, start + 12 * length) for start in range(0, len(text), 12 * length)]
+
+    def batches(activations, device):
+        for part in texts_of:
+            batch = batch_of(position[part], text[part], position[part])
+            yield dataclasses.replace(batch, vectors=fires[part] * 2.0 - 1)
+
+    monkeypatch.setattr(measures, "evaluation_batches", batches)
+    table = measures.beyond_context(sae, SimpleNamespace(position=position), n_positions)
+    found = {kind: part["beyond_context"].value_counts() for kind, part in
+             zip(rates, (table[i : i + of_kind] for i in range(0, len(table), of_kind)), strict=True)}  # fmt: skip
+    fails = {kind: int(counts.get("fails", 0)) for kind, counts in found.items()}
+    planted = ("not beyond", "four times as often beyond", "on a topic, not beyond")
+    right = sum(fails[kind] for kind in planted)
+    assert right >= 0.95 * len(planted) * of_kind, found
+    assert right >= 0.99 * sum(fails.values()), found
+    assert found["everywhere"]["holds"] >= 0.95 * of_kind
+    assert fails["in passages"] <= 0.05 * of_kind, found["in passages"]  # Firings of one passage are not independent.
+    assert found["too rare"]["undecided"] >= 0.95 * of_kind
+    ratio = table["beyond_rate_ratio"][4 * of_kind : 5 * of_kind]
+    assert abs(ratio.median() - 4) < 0.2
 
 
 def test_a_masked_sae_is_audited_with_its_mask_on_and_lifted(model_folder, shared):
