@@ -22,7 +22,7 @@ from posmask.results.table import COMPARED, PRINTED, Line, format_number, summar
 ROOT = Path(__file__).parents[1] / "docs" / "results"
 PAGE = ROOT / "README.md"
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "trade-off.png"
-PICTURED = ("open", "slice", "hard", "switch", "windows", "open + segments8")
+PICTURED = ("open", "slice", "hard", "switch", "windows", "open + segments8-mean")
 
 LOG_ROWS = (
     ("Run 0, no mask", "0.5 everywhere", "open"),
@@ -31,7 +31,7 @@ LOG_ROWS = (
     ("Run 3, soft: learned, from openness 0.3 to 0.7", "0.5 everywhere", "soft-high"),
     ("Run 4, importance of positions from gradients", "announced", "importance"),
     ("static slicing", "announced", "slice"),
-    ("static slicing after the fact: `open` pooled by 8 segments", "–", "open + segments8"),
+    ("static slicing after the fact: `open` pooled by 8 segments", "–", "open + segments8-mean"),
     ("masked gradient updates alone, slices", "announced", "slice-gradient"),
     ("masked gradient updates alone, hard", "announced", "hard-gradient"),
 )
@@ -61,7 +61,14 @@ STRICTNESS = {
     "gradient only, positions": (("16", "hard-gradient"), ("64", "gradient-64"), ("128", "open")),
 }
 KEY = ("slice", "windows", "windows-free", "halves", "split", "split-tied", "split-width")
-VERDICT_COLUMNS = [column for name, column in COMPARED.items() if name != "ce_recovered"]
+VERDICT_COLUMNS = {
+    "explained_variance": COMPARED["explained_variance"].full_title,
+    "order k=1": "order probing of both kinds, k = 1",
+    "order k=5": "order probing of both kinds, k = 5",
+    "probing k=1": COMPARED["probing k=1"].full_title,
+    "probing k=5": COMPARED["probing k=5"].full_title,
+}
+"""Columns of the published comparisons, which were made before order was reported as block and local order."""
 HEAD = tuple(column.full_title for column in PRINTED)
 
 
@@ -107,19 +114,19 @@ def verdicts(judged: list[Verdict]) -> str:
     by_key = {(verdict.label, verdict.against, verdict.column): verdict for verdict in judged}
     rows = []
     for label, against in pairs:
-        if against == "open" and label not in (*KEY, "open + segments8"):
+        if against == "open" and label not in (*KEY, "open + segments8-mean"):
             continue
-        line = [by_key.get((label, against, column.name)) for column in VERDICT_COLUMNS]
+        line = [by_key.get((label, against, name)) for name in VERDICT_COLUMNS]
         n_seeds = next(verdict.n_seeds for verdict in line if verdict is not None)
         texts = ["–" if verdict is None else _verdict_text(verdict) for verdict in line]
         rows.append([f"{label} against {against}", str(n_seeds), *texts])
-    return _table(["comparison", "seeds", *(column.full_title for column in VERDICT_COLUMNS)], rows)
+    return _table(["comparison", "seeds", *VERDICT_COLUMNS.values()], rows)
 
 
 def _verdict_text(verdict: Verdict) -> str:
     effect, low, high = (format_number(value) for value in (verdict.effect, verdict.ci_low, verdict.ci_high))
     text = f"{effect} ({low} to {high})"
-    return text if verdict.verdict == "no evidence" else f"**{text} {verdict.verdict}**"
+    return text if verdict.verdict == "undecided" else f"**{text} {verdict.verdict}**"
 
 
 def pack(folder: Path) -> None:
@@ -141,7 +148,8 @@ def summary_rows(rows: Iterable[Row]) -> list[Row]:
         if not where:
             groups[row.cell, row.seed, row.metric, ""] = [row]
         elif row.metric in ("order_accuracy", "probe_accuracy") and "class" not in where:
-            slice = f"k={where['k']};pooling={where['pooling']}"
+            about = f"about={where['about']};" if "about" in where else ""
+            slice = f"{about}k={where['k']};pooling={where['pooling']}"
             groups.setdefault((row.cell, row.seed, row.metric, slice), []).append(row)
     return [
         replace(group[0], slice=slice, value=_mean(group), ci_low=math.nan, ci_high=math.nan, n=len(group))

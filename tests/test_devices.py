@@ -344,7 +344,7 @@ def probed_texts(evaluation_settings, language_model, tokenizer, folder):
     for text in make_texts(n_train + n_test, n_words=6):
         words = text.split()
         texts += [text, " ".join([words[-1], *words[1:-1], words[0]])]
-    task = OrderTask("toy_order", 2, tuple(texts), n_train, n_test)
+    task = OrderTask("toy_order", 2, tuple(texts), n_train, n_test, "block")
     order = harvest(order_tokens(task, tokenizer, N_POSITIONS), language_model, folder / "order", {}, "order")
     texts = make_texts(60, n_words=8)
     label = torch.tensor([text.count("red") % 2 for text in texts])

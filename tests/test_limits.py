@@ -106,7 +106,6 @@ STUDY_SIZES = [
     "sae.d_sae",
     "training.batch_tokens",
     "evaluation.shift_windows",
-    "evaluation.order_segments",
     "evaluation.retention_positions",
     "evaluation.causal_windows",
 ]

@@ -57,7 +57,7 @@ def cell_folder(folder, sae, explained=0.7512):
     measures = [
         Measure("explained_variance", explained, 0.74, 0.76),
         Measure("train_tokens", 819200.0),
-        Measure("order_accuracy", 0.625, slice={"task": "chronology", "k": 5, "pooling": "mean"}),
+        Measure("order_accuracy", 0.625, slice={"task": "chronology", "about": "block", "k": 5, "pooling": "mean"}),
     ]
     where = {"cell": folder.name, "mask": "slice", "budget": "width", "gating": "forward", "seed": 0}
     with write_folder(folder, {"what": "test"}) as draft:
@@ -165,7 +165,7 @@ def test_the_card_has_results_mask_and_loading_code(server, tmp_path):
     assert card.count("\n## first\n") == card.count("\n## second\n") == card.count("Written by hand.") == 1
     assert "| explained_variance | 0.7512 | 0.74 to 0.76 |" in card
     assert "| train_tokens | 819,200 |  |" in card
-    assert "| order accuracy, k = 5, mean pooling | 0.625 | |" in card
+    assert "| block order, k = 5, mean pooling | 0.625 | |" in card
     assert "Static slicing: the contiguous latent block b is open on the contiguous position block b only." in card
     assert 'from_pretrained("user/new", "first")' in card
     with pytest.raises(BadSetting, match=r"user/new holds 2 SAEs of known formats \(first, second\): name"):

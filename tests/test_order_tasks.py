@@ -1,3 +1,4 @@
+import itertools
 import json
 from bisect import bisect
 from collections import Counter
@@ -174,7 +175,7 @@ def test_each_part_is_used_once_over_both_splits():
 
 def test_edge_features_count_the_words_at_both_ends(tokenizer):
     texts = ("red blue green old new and", "red old new blue green and", "red big and", "red small or and")
-    task = OrderTask("toy", 2, texts, 1, 1)
+    task = OrderTask("toy", 2, texts, 1, 1, "local")
     counts = order_tasks.edge_features(task, tokenizer, 2).toarray()
     ids = {word: tokenizer.convert_tokens_to_ids(word) for word in "red blue green old new big small or and".split()}
     first, last = np.split(counts, 2, axis=1)
@@ -183,6 +184,25 @@ def test_edge_features_count_the_words_at_both_ends(tokenizer):
         for side, word_counts in zip(words, (first[row], last[row]), strict=True):
             assert {word for word, i in ids.items() if word_counts[i]} == set(side.split())
             assert word_counts.sum() == len(side.split())
+
+
+def test_texts_of_a_group_stand_at_one_random_offset_after_other_texts(tokenizer):
+    texts = tuple(f"{a} {b} old" for a, b in itertools.permutations("red blue green big small new and or".split(), 2))
+    task = OrderTask("toy", 2, texts, 20, 8, "local", at_offsets=True)
+    padded = order_probes.order_tokens(task, tokenizer, 16)
+    assert padded.keep.sum(1).tolist() == [3] * len(padded.keep)  # what stands before a text is not kept
+    starts = padded.keep.float().argmax(1)
+    groups = starts[: len(texts)].view(-1, 2)
+    assert torch.equal(groups[:, 0], groups[:, 1])
+    assert len(groups.unique()) > 8
+    assert (int(groups.min()), int(groups.max())) == (1, 13)
+    for text, row in enumerate(padded.id[: len(texts)].tolist()):
+        start, ids = int(starts[text]), tokenizer(texts[text], add_special_tokens=False)["input_ids"]
+        assert row[start : start + 3] == ids
+        assert row[1:start] == padded.id[text ^ 1, 1:start].tolist()  # the same before all texts of a group
+        assert tokenizer.eos_token_id not in row[1:start]
+    # The shuffled copies of the test texts keep their places.
+    assert torch.equal(padded.keep[len(texts) :], padded.keep[40 : len(texts)])
 
 
 @pytest.fixture

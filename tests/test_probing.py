@@ -14,7 +14,13 @@ from posmask.errors import BadSetting, DegenerateResult
 from posmask.probing import datasets, order_probes, order_tasks
 from posmask.probing.order_tasks import OrderTask
 from posmask.probing.pooling import PooledTexts, Pooling
-from posmask.probing.probes import ProbeTask, all_feature_correct, k_sparse_correct, logistic_regression
+from posmask.probing.probes import (
+    ProbeTask,
+    all_feature_correct,
+    chosen_features,
+    k_sparse_correct,
+    logistic_regression,
+)
 
 
 def pooled(rows):
@@ -127,17 +133,10 @@ def test_the_probe_on_all_features_does_not_use_the_test_labels():
     assert torch.equal(all_feature_correct(features, inverted, torch.Generator().manual_seed(0)), ~correct)
 
 
-POOLINGS = {
-    "mean": {},
-    "fair": {"live": make_sae("hard").mask.live()},
-    "segments": {"segment_of_position": equal_segments(N_POSITIONS, 4)},
-    "growing": {"segment_of_position": growing_segments(N_POSITIONS)},
-    "fair segments": {
-        "live": make_sae("hard").mask.live(),
-        "segment_of_position": equal_segments(N_POSITIONS, 4),
-    },
-    "last": {"last_token_only": True},
-}
+POOLINGS = [
+    "mean", "fair", "segments4", "segments4-mean", "growing", "growing-mean", "parts2", "parts3", "moment", "max",
+    "binary", "last",
+]  # fmt: skip
 
 
 def contexts(n_texts, *, seed=0):
@@ -150,34 +149,56 @@ def contexts(n_texts, *, seed=0):
     return batch_of(vectors[:n], position, text)
 
 
+def pooled_by_loop(name, rows, tokens, position, live):
+    """One text's row: for each part of the pooling, one number per feature."""
+    n = len(tokens)
+    segment = {
+        "segments4": equal_segments(N_POSITIONS, 4), "growing": growing_segments(N_POSITIONS),
+    }.get(name.removesuffix("-mean"))  # fmt: skip
+    n_parts = {"parts2": 2, "parts3": 3, "moment": 2}.get(name, 1) if segment is None else int(segment.max()) + 1
+    parts = torch.zeros(n_parts, rows.shape[1])
+    if name in ("max", "binary"):
+        largest = rows[tokens].max(0).values
+        return largest[None] if name == "max" else (largest > 0).float()[None]
+    if name == "last":
+        return rows[tokens[-1:]]
+    if name == "moment":
+        far = [2 * (rank + 0.5) / n - 1 for rank in range(n)]
+        moment = sum(weight * rows[token] for weight, token in zip(far, tokens, strict=True)) / n
+        return torch.stack([rows[tokens].mean(0), moment])
+    for rank, token in enumerate(tokens):
+        at = int(position[token])
+        part = 0 if segment is None else int(segment[at])
+        part = {"parts2": rank * 2 // n, "parts3": rank * 3 // n}.get(name, part)
+        for feature in range(rows.shape[1]):
+            divisor = n
+            if name == "fair":
+                divisor = max(1, sum(float(live[int(position[t]), feature]) for t in tokens))
+            if name.endswith("-mean"):
+                divisor = sum(int(segment[int(position[t])]) == part for t in tokens)
+            parts[part, feature] += rows[token, feature] / divisor
+    return parts
+
+
+@pytest.mark.parametrize("at_once", [2**23, 100])
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("name", POOLINGS)
-def test_pooling_equals_a_plain_loop(name, dense):
-    options = dict(POOLINGS[name])
+def test_pooling_equals_a_plain_loop(name, dense, at_once, monkeypatch):
+    if dense and name in ("fair", "max", "binary"):
+        pytest.skip("of activations only")
+    monkeypatch.setattr("posmask.probing.pooling._MOST_NUMBERS_AT_ONCE", at_once)
     sae, batch = make_sae("hard"), contexts(9)
-    if dense:
-        options.pop("live", None)
     codes = None if dense else sae.sparse_encode(batch.vectors, batch.position)
     rows = batch.vectors if codes is None else codes.dense()
-    pooling = Pooling(10, rows.shape[1], **options)
+    live = sae.mask.live()
+    pooling = Pooling(name, 10, rows.shape[1], N_POSITIONS, live=live if name == "fair" else None)
     for part in (batch.text < 4, batch.text >= 4):
         pooling.update(batch.select(part), None if codes is None else codes.select(part))
-    segment = options.get("segment_of_position", torch.zeros(N_POSITIONS, dtype=torch.int64))
-    live = options.get("live", torch.ones(N_POSITIONS, rows.shape[1]))
-    expected = torch.zeros(10, int(segment.max()) + 1, rows.shape[1])
-    for text in range(9):
-        tokens = (batch.text == text).nonzero()[:, 0].tolist()
-        for token in tokens[-1:] if name == "last" else tokens:
-            token_segment = segment[batch.position[token].long()]
-            for feature in range(rows.shape[1]):
-                counted = [
-                    t
-                    for t in (tokens[-1:] if name == "last" else tokens)
-                    if segment[batch.position[t].long()] == token_segment
-                    and live[batch.position[t].long(), feature] > 0
-                ]
-                if token in counted:
-                    expected[text, token_segment, feature] += rows[token, feature] / len(counted)
+    of_texts = [
+        pooled_by_loop(name, rows, (batch.text == text).nonzero()[:, 0].tolist(), batch.position, live)
+        for text in range(9)
+    ]
+    expected = torch.stack([*of_texts, torch.zeros_like(of_texts[0])])
     pooled_rows = pooling.texts.rows(torch.arange(10))
     torch.testing.assert_close(pooled_rows, expected.flatten(1))
     chosen = torch.tensor([3, 0, 5])
@@ -194,7 +215,7 @@ def test_fair_pooling_averages_over_the_open_positions_of_a_latent():
     position = torch.arange(1, n_positions, dtype=torch.int32)
     batch = batch_of(torch.zeros(len(position), 1), position, position * 0)
     codes = codes_of(live[1:])
-    mean, fair = Pooling(1, d_sae), Pooling(1, d_sae, live=live)
+    mean, fair = Pooling("mean", 1, d_sae, n_positions), Pooling("fair", 1, d_sae, n_positions, live=live)
     for pooling in (mean, fair):
         pooling.update(batch, codes)
     everything = torch.arange(1)
@@ -236,6 +257,34 @@ def test_memory_of_pooled_texts_is_bounded():
     """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(result.stdout) < 0.8  # GB: 256 MB of rows in memory, one block, and the inputs of the probe
+
+
+def test_a_reversed_text_has_the_opposite_moment():
+    rows = torch.rand(7, 3, generator=torch.Generator().manual_seed(0))
+    moments = []
+    for order in (torch.arange(7), torch.arange(6, -1, -1)):
+        pooling = Pooling("moment", 1, 3, N_POSITIONS)
+        pooling.update(batch_of(rows[order], torch.arange(1, 8), torch.zeros(7)), None)
+        moments.append(pooling.texts.rows(torch.arange(1))[0])
+    torch.testing.assert_close(moments[0][:3], moments[1][:3])
+    torch.testing.assert_close(moments[0][3:], -moments[1][3:])
+
+
+def test_ranking_by_t_prefers_reliable_features():
+    """A feature that is huge in one text has the largest difference of means, but a small t."""
+    random = torch.Generator().manual_seed(0)
+    label = torch.arange(200) % 2 == 0
+    small = label * 0.2 + 0.1 + 0.02 * torch.rand(200, generator=random)
+    rare = torch.zeros(200)
+    rare[0] = 500
+    features = pooled(torch.stack([rare, small, torch.rand(200, generator=random)], 1))
+    task = ProbeTask(torch.arange(200), label, torch.arange(200), label)
+    assert chosen_features(features, [task], 2)[0].tolist()[0] == 0
+    assert chosen_features(features, [task], 2, "t")[0].tolist()[0] == 1
+    table = features.rows(torch.arange(200)).double()
+    sides = table[label], table[~label]
+    t = (sides[0].mean(0) - sides[1].mean(0)) / (sides[0].var(0) / 100 + sides[1].var(0) / 100).sqrt()
+    assert chosen_features(features, [task], 3, "t")[0].tolist() == t.abs().argsort(descending=True).tolist()
 
 
 def make_dataset(n_class=40):
@@ -355,7 +404,7 @@ def test_texts_without_kept_tokens_are_dropped_and_rows_record_the_real_sizes():
 
 def toy_order(n_train=60, n_test=40, n_classes=2):
     texts = tuple(f"{group} {label}" for group in range(n_train + n_test) for label in range(n_classes))
-    return OrderTask("toy", n_classes, texts, n_train, n_test)
+    return OrderTask("toy", n_classes, texts, n_train, n_test, "block")
 
 
 @pytest.mark.parametrize("n_classes", [2, 3])
@@ -374,7 +423,7 @@ def test_order_probes_are_correct_with_order_features_and_controls_are_at_chance
     bag = torch.arange(len(task.texts)).float()[:, None] // n_classes
     bag = torch.cat([bag, bag[-n_shuffled:]])
     bag_measures = order_probes.order_accuracy(task, pooled(torch.cat([bag, (bag % 7) ** 2], 1)), (1,), "mean")
-    assert [measure.value for measure in bag_measures] == [0.5, 0.5, 0.5]
+    assert [measure.value for measure in bag_measures] == [0.5, 0.5, 0.5, 0.5]
 
 
 def test_accuracies_on_constant_features_are_missing_with_the_reason():
@@ -392,9 +441,9 @@ def test_probes_with_permuted_order_labels_are_at_chance():
     """Averaged over many draws, with features that encode the order perfectly."""
     accuracies = []
     for number in range(12):
-        task = OrderTask(f"toy{number}", 2, toy_order().texts, 60, 40)
+        task = OrderTask(f"toy{number}", 2, toy_order().texts, 60, 40, "block")
         order_features = torch.nn.functional.one_hot(torch.arange(280) % 2, 2).float()
-        accuracies.append(order_probes.order_accuracy(task, pooled(order_features), (1,), "mean")[2].value)
+        accuracies.append(order_probes.order_accuracy(task, pooled(order_features), (1,), "mean")[3].value)
     assert 0.25 < sum(accuracies) / len(accuracies) < 0.75
 
 
@@ -405,7 +454,7 @@ def tokenizer():
 
 @pytest.mark.embedded
 def test_a_leaking_task_raises_an_error(tokenizer):
-    leaking = OrderTask("leak", 2, ("old cat", "new cat") * 30, 20, 10)
+    leaking = OrderTask("leak", 2, ("old cat", "new cat") * 30, 20, 10, "local")
     with pytest.raises(BadSetting, match=r"a bag of words scores 1\.0 on leak, not exactly 1/2"):
         order_probes.bag_accuracy(leaking, tokenizer)
 

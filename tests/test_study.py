@@ -26,6 +26,7 @@ from posmask.interop.saelens_files import export_saelens
 from posmask.kernels import runtime
 from posmask.masks.base import MaskSettings, PositionMask
 from posmask.probing import datasets
+from posmask.probing.order_tasks import ORDER_TASKS
 from posmask.report import write_report
 from posmask.report.reading import read_studies
 from posmask.results import rows
@@ -72,9 +73,9 @@ def test_a_study_runs_from_text_to_results(finished):
     by_slice = {(row.cell, row.metric, row.slice): row for row in results}
     assert by_slice["slice-compute", "d_sae", ""].value == 4 * 32
     assert by_slice["open", "train_tokens", ""].value == 20 * 256
-    assert by_slice["llm", "order_bag_accuracy", "task=toy_order"].value == 0.5
-    for pooling in ("mean", "segments4"):
-        assert ("open", "order_accuracy", f"task=toy_order;k=5;pooling={pooling}") in by_slice
+    assert by_slice["llm", "order_bag_accuracy", "task=toy_order;about=local"].value == 0.5
+    for pooling in ("mean", "segments4", "moment"):
+        assert ("open", "order_accuracy", f"task=toy_order;about=local;k=5;pooling={pooling}") in by_slice
     for cell, source in (("open", "sae"), ("llm", "llm")):
         slice_text = f"dataset=toy;k=1;source={source};pooling=mean;protocol=default;train=40"
         assert (cell, "probe_accuracy", slice_text) in by_slice
@@ -83,9 +84,26 @@ def test_a_study_runs_from_text_to_results(finished):
         assert ("slice-compute", "retention", f"after={after}") in by_slice
     verdicts = read_verdicts(root / "verdicts.csv")
     assert {(verdict.label, verdict.against) for verdict in verdicts} == {
-        ("slice-compute", "open"), ("slice-compute", "open + segments4"),
+        ("slice-compute", "open"), ("slice-compute", "open + segments4"), ("open + segments4", "open"),
+        ("open + moment", "open"), ("slice-compute", "slice-compute + zero-step"),
+        ("slice-compute", "slice-compute + matched"),
     }  # fmt: skip
-    assert {verdict.verdict for verdict in verdicts} == {"no evidence"}  # one seed
+    assert {verdict.verdict for verdict in verdicts} == {"undecided"}  # one seed
+    # Without training the mask reconstructs as `open` does, and its codes are those of `open` in its slices.
+    at_zero = by_slice["slice-compute", "explained_variance", "control=zero-step"]
+    assert at_zero.value == pytest.approx(by_slice["open", "explained_variance", ""].value, abs=1e-6)
+    for metric, where in (
+        ("order_accuracy", "task=toy_order;about=local;k=5"),
+        ("probe_accuracy", "dataset=toy;k=5;source=sae"),
+    ):
+        values = [
+            row.value
+            for name in ("zero-step", "matched")
+            for row in results
+            if row.metric == metric and row.slice.startswith(f"{where};pooling={name}") and "class" not in row.slice
+        ]
+        assert len(values) == 2
+        assert values[0] == values[1]
     verdict_ev = next(verdict for verdict in verdicts if verdict.column == "explained_variance")
     ev_slice, ev_open = (by_slice[cell, "explained_variance", ""].value for cell in ("slice-compute", "open"))
     assert verdict_ev.effect == pytest.approx(ev_slice - ev_open)
@@ -727,6 +745,55 @@ def test_an_sae_of_another_model_is_refused(theirs, ours, fits, tmp_path):
 METRICS = ("explained_variance", "l0", "order_accuracy", "probe_accuracy", "retention", "ce_recovered")
 
 
+HYPOTHESIS = {"cell": "slice-compute", "against": "open + moment", "column": "local k=5", "expected": "better"}
+
+
+@pytest.mark.parametrize(
+    ("hypothesis", "change", "message"),
+    [
+        ({"cell": "slcie"}, {}, "hypotheses name 'slcie', which is not a cell: choose from open, slice-compute"),
+        ({"against": "open + max"}, {}, "hypotheses name 'open + max', but open has only ['moment', 'segments4']"),
+        ({"column": "order k=5"}, {}, "in 'order k=5': choose a column from explained_variance, ce_recovered"),
+        ({"column": "block k=5"}, {}, "in block k=5, but no order task is about block order: add one"),
+        ({"column": "explained_variance"}, {}, "which does not depend on the pooling: compare the cells themselves"),
+        ({"expected": "nicer"}, {}, "hypothesis \"slice-compute\": expected = \"nicer\" must be 'better', 'worse'"),
+        ({}, {"seeds": [0, 1]}, "'open + moment' with 2 seeds, which decide nothing: give both at least 3"),
+        ({}, {"cell_seeds": [0, 1]}, "have the seeds [0, 1] and [0, 1, 2]: give both the same"),
+        ({}, {"margins": {"accuracy": 0}}, "margins.accuracy = 0 must be above 0"),
+        ({}, {"margins": {"acuracy": 0.1}}, "margins.acuracy is not a setting: did you mean accuracy?"),
+        ({}, {"twice": True}, "in local k=5 twice, or for nothing: remove it"),
+        ({}, {"tasks": ["toy_order", "kept"]}, "kept, which are kept for confirmation"),
+    ],
+)
+def test_hypotheses_that_cannot_be_tested_are_refused(hypothesis, change, message, study_file, texts, monkeypatch):
+    kept = replace(ORDER_TASKS["toy_order"], for_confirmation=True)
+    monkeypatch.setitem(ORDER_TASKS, "kept", kept)
+    written = HYPOTHESIS | hypothesis
+    lines = "".join(f"{key} = {json.dumps(value)}\n" for key, value in written.items())
+    text = study_file.read_text().replace("seeds = [0]", f"seeds = {change.get('seeds', [0, 1, 2])}")
+    text += f"\n[[hypotheses]]\n{lines}" * (2 if "twice" in change else 1)
+    for name, value in change.get("margins", {}).items():
+        text += f"\n[margins]\n{name} = {value}\n"
+    if "cell_seeds" in change:
+        text = text.replace('name = "slice-compute"', f'name = "slice-compute"\nseeds = {change["cell_seeds"]}')
+    if "tasks" in change:
+        text = text.replace('["toy_order"]', json.dumps(change["tasks"]))
+        text = text.replace("[corpus]", '[corpus]\neval_split = "validation"')
+    study_file.write_text(text)
+    with pytest.raises(BadSetting) as error:
+        read_study(study_file)
+    assert message in str(error.value)
+
+
+def test_a_valid_hypothesis_is_read(study_file, texts):
+    lines = "".join(f"{key} = {json.dumps(value)}\n" for key, value in HYPOTHESIS.items())
+    text = study_file.read_text().replace("seeds = [0]", "seeds = [0, 1, 2]")
+    study_file.write_text(f"{text}\n[[hypotheses]]\n{lines}\n[margins]\naccuracy = 0.02\n")
+    study = read_study(study_file)
+    assert study.hypotheses[0].model_dump() == HYPOTHESIS
+    assert study.margins.by_column()["local k=5"] == 0.02
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -831,8 +898,10 @@ def test_a_new_mask_or_rule_needs_one_class_and_one_registry_entry(study_file, b
         ('kind = "open"', 'kind = ["open"]', "mask kind ['open'] is unknown"),
         ('name = "open"', 'name = "llm"', "stands for the model itself: rename it"),
         ('against = "open + segments4"', 'against = "opne"', "comparisons name 'opne', which is not a cell"),
-        ('"open + segments4"', '"open + segments8"', "open has the poolings ['growing4', 'segments4']"),
+        ('"open + segments4"', '"open + segments8"', "open has only ['moment', 'segments4']"),
         ('"open + segments4"', '"open"', "'slice-compute' against 'open' twice, or for nothing"),
+        ('"moment"]', '"momentum"]', "order_poolings has 'momentum', which is unknown: choose from segmentsN"),
+        ('"moment"]', '"segments0"]', "order_poolings has 'segments0', which is unknown"),
         ("ks = [1, 5, 20]", "ks = [1, 20]", "ks = [1, 20] must include 1 and 5"),
         ("model_contexts = 8", "model_contexts = 1", "evaluation.model_contexts = 1 must be above 1"),
         ("model_contexts = 8", "model_contexts = 6", "gives 4 causal windows less than two contexts each"),
@@ -917,7 +986,11 @@ def test_seeds_are_paired_and_three_seeds_give_a_verdict(study_file, finish, tmp
     assert verdict.effect == pytest.approx(sum(differences) / 3)
     assert verdict.ci_low < verdict.effect < verdict.ci_high
     direction = "better" if verdict.effect > 0 else "worse"
-    assert verdict.verdict == (direction if verdict.p_corrected < LEVEL else "no evidence")
+    if verdict.p_equivalence < LEVEL:
+        direction = "equivalent"
+    elif verdict.p_corrected >= LEVEL or abs(verdict.effect) < verdict.margin:
+        direction = "undecided"
+    assert verdict.verdict == direction
 
 
 def test_a_class_without_texts_raises_an_error(study_file, tmp_path, monkeypatch):

@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
+import scipy
 
 from posmask.errors import DegenerateResult
 from posmask.results import comparisons
 from posmask.results.bootstrap import resample_counts
-from posmask.results.comparisons import Comparison, holm, judge, paired_difference
+from posmask.results.comparisons import Comparison, Hypothesis, equivalence, judge, paired_difference
 from posmask.results.rows import Units
 from posmask.results.table import COMPARED
 
@@ -92,32 +93,32 @@ def test_at_most_5_percent_of_null_studies_have_a_verdict(spreads):
     for _ in range(1000):
         study: dict = {}
         for number in range(3):
-            for column in ("order k=1", "order k=5"):
+            for column in ("block k=1", "block k=5"):
                 cell, other = units_of(simulated(random, 5, *spreads, n_tasks=2), column)
                 for name, seeds in ((f"cell{number}", cell), ("open", other)):
                     merged = study.setdefault(name, {seed: {} for seed in seeds})
                     for seed, new in seeds.items():
                         merged[seed].update(new)
-        false += any(verdict.verdict != "no evidence" for verdict in judge(study, planned))
+        false += any(verdict.verdict in ("better", "worse") for verdict in judge(study, planned))
     assert false <= 50
 
 
 def test_a_large_difference_gives_a_verdict_with_its_sign():
     random = np.random.default_rng(0)
     for difference, direction in ((0.3, "better"), (-0.3, "worse")):
-        cell, other = units_of(simulated(random, 5, 0.02, 0.2, 0.2, difference=difference), "order k=5")
+        cell, other = units_of(simulated(random, 5, 0.02, 0.2, 0.2, difference=difference), "block k=5")
         (verdict,) = judge({"slice": cell, "open": other}, [Comparison("slice", "open")])
         assert (verdict.verdict, verdict.n_seeds, verdict.n_comparisons) == (direction, 5, 1)
         assert verdict.ci_low < verdict.effect < verdict.ci_high
         assert verdict.ci_low * verdict.ci_high > 0
 
 
-def test_fewer_than_three_seeds_give_no_evidence():
+def test_fewer_than_three_seeds_decide_nothing():
     random = np.random.default_rng(0)
     for n_seeds in (1, 2):
-        cell, other = units_of(simulated(random, n_seeds, 0.0, 0.01, 0.01, difference=0.5), "order k=5")
+        cell, other = units_of(simulated(random, n_seeds, 0.0, 0.01, 0.01, difference=0.5), "block k=5")
         (verdict,) = judge({"slice": cell, "open": other}, [Comparison("slice", "open")])
-        assert verdict.verdict == "no evidence"
+        assert verdict.verdict == "undecided"
         assert verdict.p_corrected < 1e-6
 
 
@@ -141,8 +142,8 @@ def test_equal_cells_have_zero_difference():
 def test_other_poolings_are_selected_by_name():
     ones, half = Units(np.ones(20), np.ones(20)), Units(np.arange(20) % 2 * 1.0, np.ones(20))
     rows = {
-        "order_accuracy|task=a;k=5;pooling=mean": half,
-        "order_accuracy|task=a;k=5;pooling=segments8": ones,
+        "order_accuracy|task=a;about=block;k=5;pooling=mean": half,
+        "order_accuracy|task=a;about=block;k=5;pooling=segments8": ones,
         "probe_accuracy|dataset=b;k=5;source=sae;pooling=mean;protocol=default;train=9": half,
         "probe_accuracy|dataset=b;k=5;source=sae;pooling=mean;protocol=default;train=9;class=x": ones,
         "explained_variance|": half,
@@ -152,10 +153,10 @@ def test_other_poolings_are_selected_by_name():
     )
     effects = {(verdict.label, verdict.column): verdict.effect for verdict in verdicts}
     assert effects == {
-        ("open + segments8", "order k=5"): 0.5,  # columns without a pooling are compared once
-        ("open", "order k=5"): 0, ("open", "probing k=5"): 0, ("open", "explained_variance"): 0,
+        ("open + segments8", "block k=5"): 0.5,  # columns without a pooling are compared once
+        ("open", "block k=5"): 0, ("open", "probing k=5"): 0, ("open", "explained_variance"): 0,
     }  # fmt: skip
-    assert judge({"open": dict.fromkeys(range(3), rows)}, [Comparison("open + growing7", "open")]) == []
+    assert judge({"open": dict.fromkeys(range(3), rows)}, [Comparison("open + growing", "open")]) == []
 
 
 def test_a_column_without_a_finite_value_has_no_verdict():
@@ -176,14 +177,68 @@ def test_units_without_a_finite_value_raise_an_error():
         paired_difference(none, none)
 
 
-def test_holm_keeps_order_and_never_exceeds_1():
-    assert holm([0.5, 0.001, 0.6]) == pytest.approx([1.0, 0.003, 1.0])
-    assert holm([]) == []
+@pytest.mark.parametrize("spreads", [(0.01, 0.05, 0.05)])
+@pytest.mark.parametrize("difference", [0.01, -0.01])
+def test_a_difference_of_the_margin_is_called_equivalent_in_at_most_5_percent_of_studies(spreads, difference):
+    random, called = np.random.default_rng(2), 0
+    for _ in range(400):
+        cell, other = units_of(simulated(random, 5, *spreads, difference=difference), "block k=5")
+        (verdict,) = judge({"slice": cell, "open": other}, [Comparison("slice", "open")])
+        called += verdict.verdict == "equivalent"
+    assert called <= 20
+
+
+def test_small_differences_are_equivalent_and_never_better():
+    random = np.random.default_rng(0)
+    cell, other = units_of(simulated(random, 5, 0.0, 0.0, 0.001, difference=0.0004), "block k=5")
+    (verdict,) = judge({"slice": cell, "open": other}, [Comparison("slice", "open")])
+    assert verdict.p_corrected < 0.01  # significantly above 0
+    assert (verdict.verdict, verdict.margin, verdict.n_agree) == ("equivalent", 0.01, 5)
+    (verdict,) = judge({"slice": cell, "open": other}, [Comparison("slice", "open")], margins={"block k=5": 0.0001})
+    assert verdict.verdict == "better"
+
+
+def test_equivalence_is_the_larger_of_two_one_sided_tests():
+    random = np.random.default_rng(0)
+    estimate = paired_difference(*simulated(random, 5, 0.01, 0.1, 0.1, difference=0.005))
+    both = [scipy.stats.t.sf((side * estimate.effect + 0.02) / estimate.error, estimate.freedom) for side in (-1, 1)]
+    assert equivalence(estimate, 0.02) == pytest.approx(max(both))
+
+
+def test_hypotheses_are_tested_in_order_until_one_fails():
+    random, study = np.random.default_rng(0), {"open": {}}
+    for number, difference in enumerate((0.3, 0.0, 0.3)):
+        cell, other = units_of(simulated(random, 5, 0.02, 0.1, 0.1, difference=difference), "block k=5")
+        study[f"cell{number}"] = cell
+        study[f"open{number}"] = other
+    pairs = [(f"cell{number}", f"open{number}") for number in range(3)]
+    hypotheses = [Hypothesis(*pair, "block k=5", "better") for pair in pairs]
+    verdicts = judge(study, [Comparison(*pair) for pair in pairs], hypotheses)
+    assert [(v.hypothesis, v.verdict, v.expected) for v in verdicts] == [
+        (1, "better", "better"), (2, "undecided", "better"), (3, "undecided", "better"),
+    ]  # fmt: skip
+    assert verdicts[2].p_corrected == 1.0  # it was not tested
+    reordered = judge(study, [], [hypotheses[0], hypotheses[2], hypotheses[1]])
+    assert [v.verdict for v in reordered] == ["better", "better", "undecided"]
+    absent = judge(study, [], [Hypothesis("cell0", "open0", "local k=5", "better"), hypotheses[0]])
+    assert [v.verdict for v in absent] == ["undecided"]  # a hypothesis that cannot be tested ends the order
+
+
+def test_controls_are_compared_by_name():
+    ones, half = Units(np.ones(20), np.ones(20)), Units(np.arange(20) % 2 * 1.0, np.ones(20))
+    rows = {
+        "order_accuracy|task=a;about=block;k=5;pooling=mean": ones,
+        "order_accuracy|task=a;about=block;k=5;pooling=zero-step": half,
+        "explained_variance|": half,
+        "explained_variance|control=zero-step": ones,
+    }
+    verdicts = judge({"slice": dict.fromkeys(range(3), rows)}, [Comparison("slice", "slice + zero-step")])
+    assert {v.column: v.effect for v in verdicts} == {"block k=5": 0.5, "explained_variance": -0.5}
 
 
 def test_written_verdicts_are_read_back(tmp_path):
     random = np.random.default_rng(0)
-    cell, other = units_of(simulated(random, 3, 0.0, 0.2, 0.2), "order k=1")
+    cell, other = units_of(simulated(random, 3, 0.0, 0.2, 0.2), "block k=1")
     verdicts = judge({"slice": cell, "open": other}, [Comparison("slice", "open")])
     comparisons.write_verdicts(tmp_path / "verdicts.csv", verdicts)
     assert comparisons.read_verdicts(tmp_path / "verdicts.csv") == verdicts

@@ -31,6 +31,7 @@ __all__ = [
     "REMOVAL_COLUMNS",
     "Beyond",
     "beyond_context",
+    "beyond_table",
     "order_table",
     "position_table",
     "removal_table",
@@ -97,29 +98,35 @@ Beyond = dict[str, dict[str, float]]
 """Metrics in the last quarter of the SAE's context and beyond it, on the same contexts, by metric and range."""
 
 
-def position_table(
-    sae: SparseAutoencoder, data: EvaluationData, rows: Sequence[Row], beyond: Activations | None, beyond_contexts: int
-) -> tuple[pd.DataFrame, Beyond | None]:
-    """The table of positions, see `POSITION_COLUMNS`, and what differs beyond the context.
+def position_table(sae: SparseAutoencoder, data: EvaluationData, rows: Sequence[Row]) -> pd.DataFrame:
+    """The table of positions within the SAE's context, see `POSITION_COLUMNS`.
 
     Args:
         rows: of the evaluation of the SAE.
-        beyond: vectors of contexts that are longer than the SAE's; None leaves them out.
-        beyond_contexts: how many of these contexts the model continues from.
     """
     parts = []
     for mask in ("on", "lifted") if sae.mask.lifting_matters() else ("on",):
         columns, _ = _by_position(sae, data.heldout, data.in_model, data.n_positions, use_mask=mask == "on")
         columns |= _latents_by_position(rows, mask, data.n_positions)
         parts.append(_frame(columns, mask, first=1, context=data.n_positions))
-    differences = None
-    if beyond is not None:
-        length = int(beyond.position.max()) + 1
-        in_model = InModel(data.load_model(), beyond, beyond_contexts)
-        columns, reconstruction = _by_position(_longer(sae, length), beyond, in_model, length, use_mask=True)
-        parts.append(_frame(columns, "on", first=data.n_positions, context=data.n_positions))
-        differences = _beyond(columns, reconstruction, data.n_positions, length)
-    return pd.concat(parts, ignore_index=True).reindex(columns=list(POSITION_COLUMNS)), differences
+    return pd.concat(parts, ignore_index=True).reindex(columns=list(POSITION_COLUMNS))
+
+
+def beyond_table(
+    sae: SparseAutoencoder, data: EvaluationData, beyond: Activations, n_contexts: int
+) -> tuple[pd.DataFrame, Beyond]:
+    """The table of positions beyond the SAE's context, and what differs from positions within it.
+
+    Args:
+        beyond: vectors of contexts that are longer than the SAE's.
+        n_contexts: how many of these contexts the model continues from.
+    """
+    length = int(beyond.position.max()) + 1
+    in_model = InModel(data.load_model(), beyond, n_contexts)
+    columns, reconstruction = _by_position(_longer(sae, length), beyond, in_model, length, use_mask=True)
+    frame = _frame(columns, "on", first=data.n_positions, context=data.n_positions)
+    differences = _beyond(columns, reconstruction, data.n_positions, length)
+    return frame.reindex(columns=list(POSITION_COLUMNS)), differences
 
 
 def _beyond(columns: Profile, reconstruction: Reconstruction, n_positions: int, length: int) -> Beyond:
@@ -317,6 +324,7 @@ def order_table(rows: Mapping[str, Sequence[Row]], units: Mapping[str, Mapping[s
             (where["task"], int(where["k"])): row
             for row in rows[source]
             if row.metric == "order_accuracy" and (where := parse_slice(row.slice))["pooling"] == "mean"
+            if where["k"] != "all"
         }
         for source in ("codes", "stream")
     }

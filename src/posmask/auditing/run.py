@@ -10,7 +10,7 @@ import pandas as pd
 from safetensors.numpy import load_file
 
 from posmask.auditing.cost import expected_sentence
-from posmask.auditing.measures import beyond_context, order_table, position_table, removal_table
+from posmask.auditing.measures import beyond_context, beyond_table, order_table, position_table, removal_table
 from posmask.auditing.result import AuditReport, read_audit
 from posmask.auditing.settings import DEFAULT_TOKENS, AuditSettings, audit_settings
 from posmask.auditing.subject import Subject, read_subject
@@ -185,17 +185,22 @@ def _fill(
         of_sae, units = rows.read_rows(draft / layout.ROWS_FILE), rows.read_units(draft / layout.UNITS_FILE)
         units_of_stream = rows.read_units(layout.cell_folder(target.root, layout.BASELINES) / layout.UNITS_FILE)
         latents = pd.read_parquet(draft / layout.LATENT_TABLE_FILE)
-        with progress_bar(f"tables of {subject.name}", 4, "tables") as advance:
-            if beyond is not None:
-                latents = latents.join(beyond_context(sae, beyond, data.n_positions))
-            latents = latents.join(_words(draft))
-            advance(1)
-            positions, differences = position_table(sae, data, of_sae, beyond, _BEYOND_CONTEXTS)
-            advance(1)
+        with progress_bar(f"tables of {subject.name}", 5, "tables") as advance:
             order = order_table({"codes": of_sae, "stream": baseline}, {"codes": units, "stream": units_of_stream})
             advance(1)
             removal = removal_table(sae, latents, data)
             advance(1)
+            positions, differences = position_table(sae, data, of_sae), None
+            advance(1)
+            data.in_model.forget()  # Longer contexts need as much memory.
+            runtime.give_back_freed_memory()
+            if beyond is not None:
+                latents = latents.join(beyond_context(sae, beyond, data.n_positions))
+                advance(1)
+                further, differences = beyond_table(sae, data, beyond, _BEYOND_CONTEXTS)
+                positions = pd.concat([positions, further], ignore_index=True)
+            latents = latents.join(_words(draft))
+            advance(1 if beyond is not None else 2)
         about = _about(settings, subject, data)
         summary = summarized(about, of_sae, latents, differences, order, removal)
         latents.to_parquet(draft / layout.LATENT_TABLE_FILE)

@@ -110,6 +110,7 @@ def audit_settings(
             "order_tasks": ORDER_TASKS if order else (),
             "order_train_groups": 100,
             "order_test_groups": 50,
+            "order_poolings": (),
             "ks": [k for k in _KS if k <= smallest],
         },
         "device": device,

@@ -74,7 +74,8 @@ def audit_table(summaries: Sequence[Mapping[str, Any]]) -> Table:
 
 def verdict_line(path: Path) -> str:
     """Count the verdicts of a study's comparisons; `path` is its verdicts.csv."""
-    from posmask.results.comparisons import MIN_SEEDS, read_verdicts
+    from posmask.results.comparisons import read_verdicts
+    from posmask.results.table import MIN_SEEDS
 
     verdicts = read_verdicts(path)
     if not verdicts:
@@ -83,7 +84,7 @@ def verdict_line(path: Path) -> str:
     seeds = min(verdict.n_seeds for verdict in verdicts)
     needed = f" (a verdict needs {MIN_SEEDS} seeds, this study has {seeds})"
     return (
-        f"Verdicts: {count['better']} better, {count['worse']} worse, {count['no evidence']} no evidence"
+        f"Verdicts: {', '.join(f'{count[word]} {word}' for word in ('better', 'worse', 'equivalent', 'undecided'))}"
         f"{needed if seeds < MIN_SEEDS else ''}; differences with intervals in verdicts.csv and on the page."
     )
 

@@ -373,30 +373,67 @@ def pack_singly(
     return _padded(rows, tokenizer, n_positions)
 
 
-def pad(texts: Sequence[str], tokenizer: Tokenizer, n_positions: int) -> Tokens:
+def pad(
+    texts: Sequence[str],
+    tokenizer: Tokenizer,
+    n_positions: int,
+    groups_at_offsets: Int[Tensor, " text"] | None = None,
+    *,
+    seed: int = 0,
+) -> Tokens:
     """Put each text into a separate context: BOS, the truncated text, then padding (EOS ids that are not kept).
 
     Context i holds text i. BOS and EOS tokens within a text are not kept.
 
     Args:
         n_positions: tokens per context.
+        groups_at_offsets: the group of each text, in ascending order. The texts of a group then stand at one random
+            position at which the longest of them fits, after the end of the first texts of the groups before it,
+            which is not kept. None: texts stand after BOS.
+        seed: of the random positions.
 
     Raises:
         NothingToDo: the tokenizer has neither BOS nor EOS.
     """
-    return _padded(list(enumerate(_token_ids(list(texts), tokenizer))), tokenizer, n_positions)
+    rows = _token_ids(list(texts), tokenizer)
+    before = [] if groups_at_offsets is None else _before(rows, groups_at_offsets.tolist(), n_positions, seed)
+    return _padded(list(enumerate(rows)), tokenizer, n_positions, before)
 
 
-def _padded(rows: Sequence[tuple[int, list[int]]], tokenizer: Tokenizer, n_positions: int) -> Tokens:
-    """A context per row (text index, token ids)."""
+def _before(rows: list[list[int]], group_of: list[int], n_positions: int, seed: int) -> list[list[int]]:
+    """Token ids that stand before each row, the same for all rows of a group."""
+    random, before = generator(seed, "offsets"), []
+    for group in dict.fromkeys(group_of):
+        members = [row for row, its_group in zip(rows, group_of, strict=True) if its_group == group]
+        room = max(0, n_positions - 1 - max(map(len, members)))
+        offset = int(torch.randint(room + 1, (), generator=random))
+        others: list[int] = []
+        number = group
+        while len(others) < offset and number - 1 > group - len(rows):
+            number -= 1
+            others = [*rows[group_of.index(number % (group_of[-1] + 1))], *others]
+        before += [others[len(others) - offset :] if offset else []] * len(members)
+    return before
+
+
+def _padded(
+    rows: Sequence[tuple[int, list[int]]],
+    tokenizer: Tokenizer,
+    n_positions: int,
+    before: Sequence[list[int]] = (),
+) -> Tokens:
+    """A context per row (text index, token ids); `before` stands between BOS and each row and is not kept."""
     bos, eos = _special_ids(tokenizer)
     ids = torch.full((len(rows), n_positions), eos, dtype=torch.int64)
     text = torch.full((len(rows), n_positions), -1, dtype=torch.int64)
     ids[:, 0] = bos
     for context, (number, row) in enumerate(rows):
-        row = row[: n_positions - 1]
-        ids[context, 1 : 1 + len(row)] = torch.tensor(row, dtype=torch.int64)
-        text[context, 1 : 1 + len(row)] = number
+        other = before[context] if before else []
+        start = 1 + len(other)
+        ids[context, 1:start] = torch.tensor(other, dtype=torch.int64)
+        row = row[: n_positions - start]
+        ids[context, start : start + len(row)] = torch.tensor(row, dtype=torch.int64)
+        text[context, start : start + len(row)] = number
     return _tokens(ids, text, (text >= 0) & (ids != bos) & (ids != eos), tokenizer)
 
 

@@ -95,6 +95,10 @@ class InModel:
         """All tokens of the contexts with these indices, context by context."""
         return self._activations.batch((self.starts[contexts, None] + torch.arange(self._length)).reshape(-1))
 
+    def forget(self) -> None:
+        """Free the unmodified model's predictions, which are computed again when they are needed."""
+        self.__dict__.pop("_clean_logits", None)
+
     @property
     def n_tokens(self) -> int:
         """Tokens of all contexts."""

@@ -128,30 +128,44 @@ class Reconstruction:
         )
         return {"explained_variance": 1 - error / squares, "l0": active / n}
 
-    def measures(self) -> list[Measure]:
-        """`explained_variance` and `l0`, overall with confidence intervals over texts, and by position; and the sinks.
+    def overall(self, where: Mapping[str, object] | None = None) -> list[Measure]:
+        """`explained_variance` and `l0` of all kept tokens, with confidence intervals over texts.
 
-        Raises:
-            DegenerateResult: no code is ever active, or the codes explain no variance.
+        Args:
+            where: their slice.
         """
         has_tokens = self._by_text["n"] > 0  # These texts are the units of the bootstrap.
         text = {name: values[has_tokens].cpu() for name, values in self._by_text.items()}
         n = int(text["n"].sum())
-        explained = 1 - float(text["error"].sum() / text["total"].sum())
-        l0 = float(text["active"].sum() / n)
-        if l0 == 0 or not explained > 0:
-            raise DegenerateResult(
-                f"the SAE has {l0:.3g} active latents per token and explains {explained:.3g} of the variance on "
-                "held-out tokens, so its metrics would be meaningless: train it first, or check that it is of this "
-                "model and site"
-            )
-        measures = [
-            ratio("explained_variance", text["total"] - text["error"], text["total"], n=n),
-            ratio("l0", text["active"], text["n"], n=n),
-            *self._sink_measures(),
+        return [
+            ratio("explained_variance", text["total"] - text["error"], text["total"], n=n, slice=where),
+            ratio("l0", text["active"], text["n"], n=n, slice=where),
         ]
+
+    def measures(self) -> list[Measure]:
+        """`overall`, the same by position and its mean and median over positions, and the sinks.
+
+        `explained_variance_position_mean` and `_median` count every position alike, whatever its share of the variance.
+
+        Raises:
+            DegenerateResult: no code is ever active, or the codes explain no variance.
+        """
+        explained, l0 = overall = self.overall()
+        if l0.value == 0 or not explained.value > 0:
+            raise DegenerateResult(
+                f"the SAE has {l0.value:.3g} active latents per token and explains {explained.value:.3g} of the "
+                "variance on held-out tokens, so its metrics would be meaningless: train it first, or check that it "
+                "is of this model and site"
+            )
+        measures = [*overall, *self._sink_measures()]
         n_at = self._by_fold["n"].sum(0).long().tolist()
         metrics = self._at_positions()
+        for name, summarize in (("mean", Tensor.nanmean), ("median", Tensor.nanmedian)):
+            value, without = metrics["explained_variance"]
+            folds = torch.stack([summarize(one) for one in without])
+            low, high = jackknife_intervals(summarize(value), folds)
+            metric = f"explained_variance_position_{name}"
+            measures.append(Measure(metric, float(summarize(value)), float(low), float(high), int(sum(n_at))))
         intervals = {name: jackknife_intervals(*pair) for name, pair in metrics.items()}
         for position, n_tokens in enumerate(n_at):
             for name, (value, _) in metrics.items():

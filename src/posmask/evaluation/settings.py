@@ -2,15 +2,20 @@
 
 from typing import Annotated, Any
 
-from jaxtyping import Int
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from torch import Tensor
 
-from posmask.data import tokens
+from posmask.masks import MASKS
+from posmask.masks.base import MaskSettings
 from posmask.probing import datasets
 from posmask.probing.order_tasks import ORDER_TASKS
+from posmask.probing.pooling import is_pooling_of_codes
 
-__all__ = ["EvaluationSettings"]
+__all__ = ["EvaluationSettings", "may_have_controls"]
+
+
+def may_have_controls(mask: MaskSettings) -> bool:
+    """Whether the SAEs with these masks may have controls."""
+    return mask.kind != "open" and mask.gating == "forward" and not MASKS[mask.kind].reads_vectors
 
 
 class EvaluationSettings(BaseModel):
@@ -37,8 +42,8 @@ class EvaluationSettings(BaseModel):
     """Training groups per order task."""
     order_test_groups: int = Field(default=155, gt=1)
     """Test groups per order task."""
-    order_segments: int = Field(default=8, gt=1)
-    """Position segments of the segment-pooling baseline, which pools the codes of the unmasked SAE per segment."""
+    order_poolings: tuple[str, ...] = ("segments8", "growing", "moment")
+    """Further poolings of an unmasked SAE's codes in order tasks, the baselines of masks; see `probing.pooling`."""
     probe_datasets: tuple[str, ...] = ()
     """Names of embedded probe datasets, or of SAEBench's datasets on the hub."""
     probe_train: int = Field(default=800, gt=1)
@@ -50,14 +55,6 @@ class EvaluationSettings(BaseModel):
     ks: tuple[Annotated[int, Field(gt=0)], ...] = Field(default=(1, 5, 20, 50), min_length=1)
     """Numbers of latents that probes use."""
 
-    def segment_poolings(self, n_positions: int) -> dict[str, Int[Tensor, " position"]]:
-        """The segment of each position in the segment-pooling baselines, by name such as `segments8` or `growing7`."""
-        growing = tokens.growing_segments(n_positions)
-        return {
-            f"segments{self.order_segments}": tokens.equal_segments(n_positions, self.order_segments),
-            f"growing{int(growing.max()) + 1}": growing,
-        }
-
     def parts(self) -> dict[str, dict[str, Any]]:
         """The parts of an evaluation by name, in order, and the settings that each of them depends on.
 
@@ -68,7 +65,7 @@ class EvaluationSettings(BaseModel):
             return self.model_dump(mode="json", include=set(names))
 
         heldout = only("retention_positions", "shift_texts", "shift_windows", "model_contexts", "causal_windows")
-        order = only("ks", "order_train_groups", "order_test_groups", "order_segments")
+        order = only("ks", "order_train_groups", "order_test_groups", "order_poolings")
         probes = only("ks", "probe_train", "probe_test", "probe_protocol")
         if self.probe_protocol == "saebench":  # It draws from one stream for all datasets.
             probes |= only("probe_datasets")
@@ -97,6 +94,11 @@ class EvaluationSettings(BaseModel):
             for setting, known in (("order_tasks", ORDER_TASKS), ("probe_datasets", datasets.dataset_names()))
             for name in getattr(self, setting)
             if name not in known
+        ] + [
+            f"order_poolings has {name!r}, which is unknown: choose from segmentsN, segmentsN-mean (N segments), "
+            "growing, growing-mean, partsN, moment, max, binary, last"
+            for name in self.order_poolings
+            if not is_pooling_of_codes(name)
         ]
         if problems:
             raise ValueError("\n".join(problems))

@@ -4,10 +4,11 @@ Each function encodes harvested vectors batch by batch and passes batch and code
 returns its measures at the end. Rows follow the order in which `evaluate` calls the functions.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Bool
@@ -18,6 +19,7 @@ from posmask.data.activations import Activations, Batch, evaluation_batches, tra
 from posmask.data.sites import LanguageModel
 from posmask.errors import DegenerateResult
 from posmask.evaluation.blocks import latent_blocks
+from posmask.evaluation.controls import Control
 from posmask.evaluation.downstream import InModel, WindowMass, causal, recovered, without_latents
 from posmask.evaluation.latent_table import LatentTableParts
 from posmask.evaluation.latents import MOST_PROBED, LatentFacts, vocabulary_effects
@@ -37,7 +39,7 @@ from posmask.evaluation.stored_codes import StoredCodes
 from posmask.kernels.devices import memory_for
 from posmask.probing import datasets, order_probes
 from posmask.probing.order_tasks import OrderTask
-from posmask.probing.pooling import Pooling
+from posmask.probing.pooling import PooledTexts, Pooling
 from posmask.probing.probes import OnFit
 from posmask.progress import progress_bar
 from posmask.results.rows import Measure, measured, missing
@@ -51,6 +53,8 @@ __all__ = ["EvaluationData", "baselines", "evaluate", "forgetting"]
 _RETENTION = ("retention", "retention_chance")
 _INFORMATION = ("position_information", "position_information_null", "position_bound_share")
 _SHIFT = ("shift_position", "shift_content", "shift_interaction")
+_PROBED_ON_ALL = ("mean", "moment")
+"""Poolings whose order probes are also fitted on all features."""
 _memory = memory_for(
     "the evaluation", "lower evaluation.probe_train or --jobs, or finish on the CPU with --set device=cpu"
 )
@@ -116,6 +120,7 @@ def evaluate(
     label: str,
     kept: Mapping[str, list[Measure]] | None = None,
     earlier: Path | None = None,
+    controls: Mapping[str, Control] | None = None,
 ) -> tuple[dict[str, list[Measure]], LatentFacts]:
     """Compute every measure of a trained SAE except forgetting, and the data of the latent browser.
 
@@ -125,6 +130,7 @@ def evaluate(
         kept: measures of an earlier evaluation of the same SAE, by part (`EvaluationSettings.parts`); these parts are
             not computed.
         earlier: the folder of that evaluation.
+        controls: codes that are probed in the same way, and whose reconstruction is measured (`controls.controls_of`).
 
     Returns:
         Measures by part, and the data of the latent browser.
@@ -132,29 +138,32 @@ def evaluate(
     Raises:
         DegenerateResult: the SAE explains no variance. A metric that cannot be computed is a measure without a value.
     """
-    facts, measures = LatentFacts(sae.d_sae, earlier), dict(kept or {})
+    facts, measures, controls = LatentFacts(sae.d_sae, earlier), dict(kept or {}), controls or {}
     order = {f"order {name}": pair for name, pair in data.order.items()}
     probes = {f"probes {name}": pair for name, pair in data.probes.items()}
     n_tokens = sum(vectors.n_kept for part, (_, vectors) in [*order.items(), *probes.items()] if part not in measures)
     if "heldout" not in measures:
         n_passes = 2 if sae.mask.lifting_matters() else 1
         n_tokens += (data.heldout.n_kept + data.shift.n_kept) * n_passes + 3 * data.in_model.n_tokens
-    streams = {name: torch.Generator().manual_seed(datasets.SAEBENCH_SEED) for name in ("mean", "fair")}
+        n_tokens += data.heldout.n_kept * len(controls)
+    poolings = ("mean", "fair", *controls)
+    streams = {name: torch.Generator().manual_seed(datasets.SAEBENCH_SEED) for name in poolings}
     with progress_bar(f"evaluate {label}", n_tokens, "tokens") as advance:
         if "heldout" in measures:
             facts.keep_heldout()
         else:
             measures["heldout"] = _of_heldout_texts(sae, dead, data, facts, advance)
+            measures["heldout"] += _reconstruction_of_controls(controls, data, advance)
         for part, (task, vectors) in order.items():
             if part in measures:
                 facts.keep_probes(task.name)
             else:
-                measures[part] = _order(sae, task, vectors, data, facts, advance)
+                measures[part] = _order(sae, controls, task, vectors, data, facts, advance)
         for part, (dataset, vectors) in probes.items():
             if part in measures:
                 facts.keep_probes(dataset.name)
             else:
-                measures[part] = _topics(sae, dataset, vectors, data, facts, streams, advance)
+                measures[part] = _topics(sae, controls, dataset, vectors, data, facts, streams, advance)
     return {part: measures[part] for part in ("heldout", *order, *probes)}, facts
 
 
@@ -176,6 +185,22 @@ def _of_heldout_texts(
     in_model_metrics = ["ce_recovered", "kl_recovered", "causal_specificity"]
     measures += measured(in_model_metrics, _in_model, sae, window_mass, data, advance)
     facts.add_effects(*vocabulary_effects(sae, data.load_model()))
+    return measures
+
+
+def _reconstruction_of_controls(
+    controls: Mapping[str, Control], data: EvaluationData, advance: Callable[[int], None]
+) -> list[Measure]:
+    """`explained_variance` and `l0` of the SAEs of the controls."""
+    measures = []
+    mean, _ = data.heldout.center_and_scale
+    for name, control in controls.items():
+        device = _statistics_device(control.sae.encoder.device)
+        reconstruction = Reconstruction(data.n_positions, data.heldout.n_texts, mean.to(device))
+        for batch in _kept_batches(data.heldout, device, advance):
+            codes = control.sae.encode_batch(batch)
+            reconstruction.update(batch, codes, control.sae.sparse_decode(codes))
+        measures += reconstruction.overall({"control": name})
     return measures
 
 
@@ -320,24 +345,24 @@ def _in_model(
 
 def _order(
     sae: SparseAutoencoder,
+    controls: Mapping[str, Control],
     task: OrderTask,
     activations: Activations,
     data: EvaluationData,
     facts: LatentFacts,
     advance: Callable[[int], None],
 ) -> list[Measure]:
-    measures, n_texts = [], activations.n_texts
-    poolings = _poolings(sae, n_texts)
-    if sae.mask.settings.kind == "open":
-        device = _statistics_device(sae.encoder.device)
-        for name, segments in data.settings.segment_poolings(data.n_positions).items():
-            poolings[name] = Pooling(n_texts, sae.d_sae, segment_of_position=segments, device=device)
-    _pool(sae, activations, poolings, advance)
-    for name, pooling in poolings.items():
-        classes = order_probes.positives(task)
-        names = [_probe_name(task.name, number, len(classes)) for number in classes]
+    measures: list[Measure] = []
+    further = data.settings.order_poolings if sae.mask.settings.kind == "open" else ()
+    classes = order_probes.positives(task)
+    names = [_probe_name(task.name, number, len(classes)) for number in classes]
+    for name, texts in _pooled(sae, controls, activations, data, further, advance).items():
         on_fit = _record_probes(facts, name, data.settings.ks, names)
-        measures += order_probes.order_accuracy(task, pooling.texts, data.settings.ks, name, on_fit)
+        measures += order_probes.order_accuracy(
+            task, texts, data.settings.ks, name, permutations=name not in controls, on_fit=on_fit
+        )
+        if name in _PROBED_ON_ALL:
+            measures += order_probes.order_accuracy_of_all(task, texts, name)
     return measures
 
 
@@ -359,6 +384,7 @@ def _record_probes(facts: LatentFacts, pooling: str, ks: tuple[int, ...], names:
 
 def _topics(
     sae: SparseAutoencoder,
+    controls: Mapping[str, Control],
     dataset: datasets.ProbeDataset,
     activations: Activations,
     data: EvaluationData,
@@ -366,13 +392,12 @@ def _topics(
     streams: Mapping[str, torch.Generator],
     advance: Callable[[int], None],
 ) -> list[Measure]:
-    measures, poolings = [], _poolings(sae, len(dataset.texts))
-    _pool(sae, activations, poolings, advance)
+    measures = []
     names = [f"{dataset.name}: {label}" for label in dataset.classes]
-    for name, pooling in poolings.items():
+    for name, texts in _pooled(sae, controls, activations, data, (), advance).items():
         measures += datasets.probe_accuracy(
             dataset,
-            pooling.texts,
+            texts,
             data.settings.ks,
             source="sae",
             pooling=name,
@@ -384,29 +409,32 @@ def _topics(
     return measures
 
 
-def _poolings(sae: SparseAutoencoder, n_texts: int) -> dict[str, Pooling]:
-    """Mean pooling, and position-fair pooling where it differs from it."""
-    device = _statistics_device(sae.encoder.device)
-    poolings = {"mean": Pooling(n_texts, sae.d_sae, device=device)}
+def _pooled(
+    sae: SparseAutoencoder,
+    controls: Mapping[str, Control],
+    activations: Activations,
+    data: EvaluationData,
+    further: Sequence[str],
+    advance: Callable[[int], None],
+) -> dict[str, PooledTexts]:
+    """The codes of each text by name of the pooling: `mean`, further ones, `fair` where it differs, and controls."""
+    device, n_texts = _statistics_device(sae.encoder.device), activations.n_texts
+
+    def pooling(name: str, n_latents: int = sae.d_sae, **options: Any) -> Pooling:
+        return Pooling(name, n_texts, n_latents, data.n_positions, device=device, **options)
+
+    own = {name: pooling(name) for name in ("mean", *further)}
     live = (sae.mask.openness().detach() > 0).float()
     if sae.mask.gates_code() and not bool((live == 1).all()):
-        origin = sae.mask.settings.position_origin
-        poolings["fair"] = Pooling(n_texts, sae.d_sae, live=live, position_origin=origin, device=device)
-    return poolings
-
-
-def _pool(
-    sae: SparseAutoencoder | None,
-    activations: Activations,
-    poolings: dict[str, Pooling],
-    advance: Callable[[int], None],
-) -> None:
-    """Encode each batch once and add it to every pooling. Without an SAE the model's own channels are pooled."""
-    (device,) = {pooling.texts.device for pooling in poolings.values()}
+        own["fair"] = pooling("fair", live=live, position_origin=sae.mask.settings.position_origin)
+    of_controls = {name: pooling("mean", control.d_sae) for name, control in controls.items()}
     for batch in _kept_batches(activations, device, advance):
-        codes = None if sae is None else sae.encode_batch(batch)
-        for pooling in poolings.values():
-            pooling.update(batch, codes)
+        codes = sae.encode_batch(batch)
+        for each in own.values():
+            each.update(batch, codes)
+        for name, control in controls.items():
+            of_controls[name].update(batch, control.encode(batch))
+    return {name: each.texts for name, each in (own | of_controls).items()}
 
 
 @_memory
@@ -459,30 +487,36 @@ def baselines(data: EvaluationData) -> list[Measure]:
         BadSetting: the groups of an order task do not have equal token counts.
     """
     measures = data.in_model.reference_measures()
-    device = _statistics_device(data.load_model().device)
     with progress_bar("evaluate the model itself", data.n_probed_tokens, "tokens") as advance:
         for task, activations in data.order.values():
             measures += order_probes.bag_accuracy(task, data.tokenizer) + order_probes.edge_accuracy(
                 task, data.tokenizer
             )
-            n_texts, d_model = activations.n_texts, activations.d_model
-            poolings = {
-                "mean": Pooling(n_texts, d_model, device=device),
-                "last": Pooling(n_texts, d_model, last_token_only=True, device=device),
-            }
-            _pool(None, activations, poolings, advance)
-            for name, pooling in poolings.items():
-                measures += order_probes.order_accuracy(task, pooling.texts, data.settings.ks, name)
+            for name, texts in _pooled_vectors(("mean", "last", "moment"), activations, data, advance).items():
+                measures += order_probes.order_accuracy(task, texts, data.settings.ks, name)
+                measures += order_probes.order_accuracy_of_all(task, texts, name)
         random = torch.Generator().manual_seed(datasets.SAEBENCH_SEED)
         for dataset, activations in data.probes.values():
-            pooling = Pooling(len(dataset.texts), activations.d_model, device=device)
-            _pool(None, activations, {"mean": pooling}, advance)
             measures += datasets.probe_accuracy(
                 dataset,
-                pooling.texts,
+                _pooled_vectors(["mean"], activations, data, advance)["mean"],
                 data.settings.ks,
                 source="llm",
                 protocol=data.settings.probe_protocol,
                 random=random,
             )
     return measures
+
+
+def _pooled_vectors(
+    names: Sequence[str], activations: Activations, data: EvaluationData, advance: Callable[[int], None]
+) -> dict[str, PooledTexts]:
+    """The model's own channels of each text in these poolings."""
+    device = _statistics_device(data.load_model().device)
+    poolings = {
+        name: Pooling(name, activations.n_texts, activations.d_model, data.n_positions, device=device) for name in names
+    }
+    for batch in _kept_batches(activations, device, advance):
+        for pooling in poolings.values():
+            pooling.update(batch, None)
+    return {name: pooling.texts for name, pooling in poolings.items()}

@@ -27,7 +27,7 @@ from posmask.interop.saelens_files import (
 from posmask.interop.sites import described
 from posmask.masks import MASKS
 from posmask.results.rows import read_rows
-from posmask.results.table import summarize
+from posmask.results.table import PRINTED, summarize
 from posmask.sae.autoencoder import SparseAutoencoder
 from posmask.sae.files import read_origin, read_sae
 from posmask.storage.layout import ROWS_FILE
@@ -193,10 +193,10 @@ def _results(cell: Path) -> Iterator[str]:
             interval = "" if row.ci_low != row.ci_low else f"{_rounded(row.ci_low)} to {_rounded(row.ci_high)}"
             yield f"| {row.metric} | {_rounded(row.value)} | {interval} |"
     for line in summarize(rows):
-        for family, accuracies in (("order", line.order), ("probe", line.probing)):
-            for k, value in accuracies.items():
-                if value == value:
-                    yield f"| {family} accuracy, k = {k}, {line.pooling} pooling | {_rounded(value)} | |"
+        for column in PRINTED:
+            value = line.numbers[column.name]
+            if column.is_probing and value == value:
+                yield f"| {column.full_title}, {line.pooling} pooling | {_rounded(value)} | |"
     yield from (
         "",
         "`rows.csv` has all results by position, task and text; posmask's `docs/metrics.md` defines the metrics.",

@@ -129,7 +129,7 @@ class PositionMask(nn.Module):
         self._groups: list[LiveGroup] | None = None
         self._live: Tensor | None = None
         self._strict: bool | None = None
-        self.register_buffer("copied_from", torch.arange(d_sae), persistent=False)
+        self.register_buffer("copied_from", torch.arange(d_sae))
         self._start(generator(seed, f"mask {settings.kind}"))
 
     def _start(self, random: torch.Generator) -> None:
@@ -262,8 +262,9 @@ class PositionMask(nn.Module):
         self._live = None
         self._strict = None
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        state_dict.setdefault(f"{prefix}copied_from", self.copied_from)  # Files of earlier versions lack it.
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._changed()
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:

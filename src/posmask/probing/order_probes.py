@@ -17,12 +17,12 @@ from posmask.data import tokens
 from posmask.errors import BadSetting, DegenerateResult
 from posmask.probing.order_tasks import OrderTask, edge_features
 from posmask.probing.pooling import PooledTexts
-from posmask.probing.probes import OnFit, ProbeTask, k_sparse_correct
+from posmask.probing.probes import OnFit, ProbeTask, all_feature_correct, k_sparse_correct
 from posmask.results.intervals import ratio
 from posmask.results.rows import Measure, missing
 from posmask.seeds import generator
 
-__all__ = ["bag_accuracy", "edge_accuracy", "order_accuracy", "order_tokens", "positives"]
+__all__ = ["bag_accuracy", "edge_accuracy", "order_accuracy", "order_accuracy_of_all", "order_tokens", "positives"]
 
 N_PERMUTATIONS = 5
 
@@ -30,30 +30,39 @@ N_PERMUTATIONS = 5
 def order_tokens(task: OrderTask, tokenizer: tokens.Tokenizer, n_positions: int) -> tokens.Tokens:
     """The tokens of a task's texts, followed by copies of its test texts with their tokens in random order."""
     test = torch.arange(task.n_train_groups * task.n_classes, len(task.texts))
-    return tokens.with_shuffled(tokens.pad(task.texts, tokenizer, n_positions), test, tokenizer)
+    groups = torch.arange(len(task.texts)) // task.n_classes if task.at_offsets else None
+    padded = tokens.pad(task.texts, tokenizer, n_positions, groups_at_offsets=groups)
+    return tokens.with_shuffled(padded, test, tokenizer)
 
 
 def order_accuracy(
-    task: OrderTask, features: PooledTexts, ks: Sequence[int], pooling: str, on_fit: OnFit = lambda *fit: None
+    task: OrderTask,
+    features: PooledTexts,
+    ks: Sequence[int],
+    pooling: str,
+    *,
+    permutations: bool = True,
+    on_fit: OnFit = lambda *fit: None,
 ) -> list[Measure]:
     """`order_accuracy`: the share of test texts that a k-sparse probe classifies correctly, with two controls.
 
     Means over classes. `order_shuffled` is the accuracy of the same probe on test texts with shuffled tokens.
     `order_permuted` is the mean accuracy of 5 probes whose training labels are swapped in a random half of the groups.
-    Both controls are 0.5 in expectation. Units are test groups.
+    Both controls are 0.5 in expectation. `order_accuracy_by_t` is the accuracy of probes on the features with the
+    largest t statistics. Units are test groups.
 
     Args:
         features: one row per text of `order_tokens`.
         ks: numbers of features.
-        pooling: name of the pooling of `features`, reported in the slice.
+        pooling: name of the pooling or control that `features` are from, reported in the slice.
+        permutations: whether to fit probes with permuted labels.
         on_fit: called with the probes of `positives(task)` in order, followed by the permuted probes.
 
     Returns:
         One measure per metric and k; `order_accuracy` without a value if the features are constant on training texts.
     """
     n_texts = len(task.texts)
-    test = torch.arange(task.n_train_groups, task.n_train_groups + task.n_test_groups)
-    train = torch.arange(task.n_train_groups)
+    train, test = _groups(task)
     probes, permuted = [], []
     for positive in positives(task):
         train_pairs, train_label = _pairs(task, train, positive)
@@ -61,25 +70,45 @@ def order_accuracy(
         shuffled = test_pairs + n_texts - task.n_train_groups * task.n_classes
         tested = torch.cat([test_pairs, shuffled]), test_label.repeat(2)
         probes.append(ProbeTask(train_pairs, train_label, *tested))
-        for draw in range(N_PERMUTATIONS):
+        for draw in range(N_PERMUTATIONS if permutations else 0):
             swap = torch.rand(len(train), generator=generator(positive, f"permuted {task.name} {draw}")) < 0.5
             permuted.append(ProbeTask(train_pairs, train_label ^ swap.repeat_interleave(2), *tested))
+    slices = {k: {"task": task.name, "about": task.about, "k": k, "pooling": pooling} for k in ks}
     try:
         correct_by_k = k_sparse_correct(features, [*probes, *permuted], ks, on_fit)
+        correct_by_t = k_sparse_correct(features, probes, ks, ranking="t")
     except DegenerateResult as error:
-        slices = [{"task": task.name, "k": k, "pooling": pooling} for k in ks]
-        return missing(str(error), ["order_accuracy"], slices)
+        return missing(str(error), ["order_accuracy"], slices.values())
     measures = []
     for k, correct in correct_by_k.items():
         by_group = torch.stack([right.double().view(2, -1, 2).mean(2) for right in correct])
-        accuracy, permuted_accuracy = by_group[: len(probes)].mean(0), by_group[len(probes) :].mean(0)
-        where = {"task": task.name, "k": k, "pooling": pooling}
+        accuracy = by_group[: len(probes)].mean(0)
+        by_t = torch.stack([right.double().view(2, -1, 2).mean(2)[0] for right in correct_by_t[k]]).mean(0)
         measures += [
-            ratio("order_accuracy", accuracy[0], slice=where),
-            ratio("order_shuffled", accuracy[1], slice=where),
-            ratio("order_permuted", permuted_accuracy[0], slice=where),
+            ratio("order_accuracy", accuracy[0], slice=slices[k]),
+            ratio("order_shuffled", accuracy[1], slice=slices[k]),
+            ratio("order_accuracy_by_t", by_t, slice=slices[k]),
         ]
+        if permutations:
+            measures.append(ratio("order_permuted", by_group[len(probes) :].mean(0)[0], slice=slices[k]))
     return measures
+
+
+def order_accuracy_of_all(task: OrderTask, features: PooledTexts, pooling: str) -> list[Measure]:
+    """`order_accuracy` with `k=all`: that of probes on all features (`all_feature_correct`), mean over classes."""
+    slices = {"task": task.name, "about": task.about, "k": "all", "pooling": pooling}
+    random, right = generator(0, f"all features {task.name}"), []
+    for positive in positives(task):
+        pairs = [_pairs(task, groups, positive) for groups in _groups(task)]
+        probe = ProbeTask(*pairs[0], *pairs[1])
+        right.append(all_feature_correct(features, probe, random).double().view(-1, 2).mean(1))
+    return [ratio("order_accuracy", torch.stack(right).mean(0), slice=slices)]
+
+
+def _groups(task: OrderTask) -> tuple[Int[Tensor, " train_group"], Int[Tensor, " test_group"]]:
+    """The training and the test groups."""
+    train = torch.arange(task.n_train_groups)
+    return train, torch.arange(task.n_train_groups, task.n_train_groups + task.n_test_groups)
 
 
 def positives(task: OrderTask) -> range:
@@ -116,14 +145,15 @@ def bag_accuracy(task: OrderTask, tokenizer: tokens.Tokenizer) -> list[Measure]:
             f"a bag of words scores {accuracy} on {task.name}, not exactly 1/{task.n_classes}: its groups do not "
             "have equal token counts under this tokenizer; remove the task"
         )
-    return [Measure("order_bag_accuracy", accuracy, n=task.n_test_groups, slice={"task": task.name})]
+    return [
+        Measure("order_bag_accuracy", accuracy, n=task.n_test_groups, slice={"task": task.name, "about": task.about})
+    ]
 
 
 def edge_accuracy(task: OrderTask, tokenizer: tokens.Tokenizer) -> list[Measure]:
     """`order_edges`: accuracy of probes on the first three and last three tokens, on the pairs of `order_accuracy`."""
     edges = edge_features(task, tokenizer)
-    train = torch.arange(task.n_train_groups)
-    test = torch.arange(task.n_train_groups, task.n_train_groups + task.n_test_groups)
+    train, test = _groups(task)
     right = []
     for positive in positives(task):
         train_pairs, train_label = _pairs(task, train, positive)
@@ -131,4 +161,4 @@ def edge_accuracy(task: OrderTask, tokenizer: tokens.Tokenizer) -> list[Measure]
         probe = LogisticRegression(C=1.0, max_iter=1000).fit(edges[train_pairs.numpy()], train_label.numpy())
         predicted = torch.from_numpy(np.asarray(probe.predict(edges[test_pairs.numpy()]), dtype=bool))
         right.append((predicted == test_label).double().view(-1, 2).mean(1))
-    return [ratio("order_edges", torch.stack(right).mean(0), slice={"task": task.name})]
+    return [ratio("order_edges", torch.stack(right).mean(0), slice={"task": task.name, "about": task.about})]

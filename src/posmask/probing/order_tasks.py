@@ -14,7 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice, permutations, zip_longest
+from itertools import islice, pairwise, permutations, zip_longest
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -26,21 +26,30 @@ from posmask.errors import BadSetting, NothingToDo
 from posmask.probing.catalogs import translations
 from posmask.seeds import generator
 
-__all__ = ["ORDER_TASKS", "OrderRecipe", "OrderTask", "edge_features", "find_groups", "make_order_task"]
+__all__ = ["ORDER_TASKS", "About", "OrderRecipe", "OrderTask", "edge_features", "find_groups", "make_order_task"]
 
 Group = tuple[str, ...]  # One text per class, in the order of the classes.
 _Groups = tuple[Iterator[Group], Iterator[Group]]  # Training and test groups.
 
 
+About = Literal["block", "local"]
+"""block: where a passage of several words stands. local: the order of neighboring words or sentences."""
+
+
 @dataclass(frozen=True)
 class OrderTask:
-    """Texts of complete groups: text `g * n_classes + c` is class c of group g; the first `n_train_groups` train."""
+    """Texts of complete groups: text `g * n_classes + c` is class c of group g; the first `n_train_groups` train.
+
+    With `at_offsets` each group stands at a random position of its context, after the end of other texts.
+    """
 
     name: str
     n_classes: int
     texts: tuple[str, ...]
     n_train_groups: int
     n_test_groups: int
+    about: About
+    at_offsets: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,7 +62,10 @@ class OrderRecipe:
         labels: meaning of each class.
         split_by: what is never in both the training and the test groups.
         sources: each carrier with a description of the part that is used.
-        about: block: where a passage of several words stands. local: the order of neighboring words or sentences.
+        about: what kind of order it is.
+        for_confirmation: whether it is kept for confirming hypotheses, so that nothing may be chosen by it. The texts
+            of these tasks stand at random positions of the context, so that no position of the context tells where in
+            the text a token is.
     """
 
     groups: Callable[[torch.Generator, tokens.EvalSplit], _Groups]
@@ -61,7 +73,8 @@ class OrderRecipe:
     labels: tuple[str, ...]
     split_by: str
     sources: tuple[tuple[embedded.Carrier, str], ...]
-    about: Literal["block", "local"]
+    about: About
+    for_confirmation: bool = False
 
 
 _Item = TypeVar("_Item")
@@ -107,21 +120,24 @@ def _in_both_orders(start: str, pairs: Iterable[tuple[str, ...]]) -> Iterator[Gr
         yield f"{start} {second} ; {first} ;", f"{start} {first} ; {second} ;"
 
 
+def _sentences(text: str) -> list[str]:
+    """The sentences of a text that end with a word in lower case and a mark."""
+    sentences, words = [], []
+    for word in text.split():
+        words.append(word)
+        if _LAST_WORD.fullmatch(word):
+            sentences.append(" ".join(words))
+            words = []
+    return sentences
+
+
 def _articles(random: torch.Generator, split: tokens.EvalSplit) -> tuple[list[list[str]], list[list[str]]]:
     """The complete sentences of news articles, by article, for the training and for the test articles.
 
     A sentence ends with a word in lower case and a full stop, so "U.S." and "Sen." do not end sentences. Headlines and
     first sentences, which begin with a place and an agency, are left out.
     """
-    articles = []
-    for text in _texts("100_news_fake", split, "1"):
-        sentences, words = [], []
-        for word in text.partition("\n")[2].split():
-            words.append(word)
-            if _LAST_WORD.fullmatch(word):
-                sentences.append(" ".join(words))
-                words = []
-        articles.append(sentences[1:])
+    articles = [_sentences(text.partition("\n")[2])[1:] for text in _texts("100_news_fake", split, "1")]
     return _halves(_shuffled(articles, random))
 
 
@@ -234,17 +250,22 @@ def _bigram_shift(random: torch.Generator, split: tokens.EvalSplit) -> _Groups:
 
     def groups(articles: list[list[str]]) -> Iterator[Group]:
         fitting = ([(text,) for text in article if 8 <= len(text.split()) <= 30][:4] for article in articles)
-        for (sentence,) in _each_once(_in_rounds(fitting), seen):
-            words = sentence.split()
-            plain = [re.fullmatch("[a-z]+", word) is not None for word in words]
-            starts = [i for i in range(1, len(words) - 2) if plain[i] and plain[i + 1] and words[i] != words[i + 1]]
-            if starts:
-                i = starts[int(torch.randint(len(starts), (), generator=random))]
-                swapped = [*words[:i], words[i + 1], words[i], *words[i + 2 :]]
-                yield f"Sentence: {' '.join(swapped)} ;", f"Sentence: {sentence} ;"
+        return _with_swapped_words("Sentence:", _each_once(_in_rounds(fitting), seen), random)
 
     train, test = _articles(random, split)
     return iter(list(groups(train))), groups(test)  # All training draws come before the first test draw.
+
+
+def _with_swapped_words(start: str, sentences: Iterable[tuple[str, ...]], random: torch.Generator) -> Iterator[Group]:
+    """Sentences with two adjacent inner words in lower case swapped (class 0) and intact (class 1)."""
+    for (sentence,) in sentences:
+        words = sentence.split()
+        plain = [re.fullmatch("[a-z]+", word) is not None for word in words]
+        starts = [i for i in range(1, len(words) - 2) if plain[i] and plain[i + 1] and words[i] != words[i + 1]]
+        if starts:
+            i = starts[int(torch.randint(len(starts), (), generator=random))]
+            swapped = [*words[:i], words[i + 1], words[i], *words[i + 2 :]]
+            yield f"{start} {' '.join(swapped)} ;", f"{start} {sentence} ;"
 
 
 def _sentence_order(random: torch.Generator, split: tokens.EvalSplit) -> _Groups:
@@ -315,6 +336,68 @@ def _language_order(random: torch.Generator, split: tokens.EvalSplit) -> _Groups
     return groups(train), groups(test)
 
 
+def _plain_texts(table: str, split: tokens.EvalSplit, label: str | None = None) -> list[str]:
+    """The texts of a table in one line each."""
+    texts = (text.replace("\\n", " ") for text in _texts(table, split, label))
+    return [" ".join(text.split()) for text in texts]
+
+
+def _openings_in_both_orders(first: list[str], second: list[str], random: torch.Generator) -> _Groups:
+    """The openings of two kinds of texts in both orders; no text is in more than one group."""
+    sides = [_halves(_shuffled([_opening(text, 20) for text in texts], random), 1 / 3) for texts in (first, second)]
+    train, test = (_in_both_orders("Text:", zip(*(side[part] for side in sides), strict=False)) for part in (0, 1))
+    return train, test
+
+
+def _genre_order(random: torch.Generator, split: tokens.EvalSplit) -> _Groups:
+    """The opening of a restaurant review and that of a school essay, in either order.
+
+    No text is in more than one group.
+    """
+    return _openings_in_both_orders(_plain_texts("111_yelp_data", split), _plain_texts("94_ai_gen", split), random)
+
+
+def _rating_order(random: torch.Generator, split: tokens.EvalSplit) -> _Groups:
+    """The openings of a review with the best and of one with the worst rating, in either order.
+
+    No review is in more than one group.
+    """
+    best, worst = (_plain_texts("111_yelp_data", split, label) for label in ("4", "0"))
+    return _openings_in_both_orders(best, worst, random)
+
+
+def _story_order(random: torch.Generator, split: tokens.EvalSplit) -> _Groups:
+    """Two adjacent sentences of a personal story, in their original or in reversed order.
+
+    One pair per story, no sentence is used twice, and no story is in both splits.
+    """
+    seen: set[str] = set()
+    sides = _halves(_shuffled([_sentences(text) for text in _plain_texts("48_cm_correct", split)], random))
+
+    def groups(stories: list[list[str]]) -> Iterator[Group]:
+        fitting = (
+            [pair for pair in pairwise(story) if all(8 <= len(s.split()) <= 30 for s in pair)][:1] for story in stories
+        )
+        return _in_both_orders("Story:", _each_once(_in_rounds(fitting), seen))
+
+    return groups(sides[0]), groups(sides[1])
+
+
+def _review_shift(random: torch.Generator, split: tokens.EvalSplit) -> _Groups:
+    """A sentence of a review of at least 15 words, and the same with two adjacent inner words in lower case swapped.
+
+    One sentence per review, no sentence is used twice, and no review is in both splits.
+    """
+    seen: set[str] = set()
+    sides = _halves(_shuffled([_sentences(text) for text in _plain_texts("111_yelp_data", split)], random))
+
+    def groups(reviews: list[list[str]]) -> Iterator[Group]:
+        fitting = ([(text,) for text in review if 15 <= len(text.split()) <= 45][:1] for review in reviews)
+        return _with_swapped_words("Review:", _each_once(_in_rounds(fitting), seen), random)
+
+    return iter(list(groups(sides[0]))), groups(sides[1])  # All training draws come before the first test draw.
+
+
 ORDER_TASKS: dict[str, OrderRecipe] = {
     "topic_permutation": OrderRecipe(
         _topic_permutation,
@@ -379,6 +462,42 @@ ORDER_TASKS: dict[str, OrderRecipe] = {
         "turn, and by film but for the two at the border",
         ((embedded.DIALOGUE_CARRIER, "its film dialogue"),),
         "local",
+    ),
+    "genre_order": OrderRecipe(
+        _genre_order,
+        "Does the opening of a restaurant review stand before that of a school essay?",
+        ("essay first", "review first"),
+        "text",
+        ((embedded.TEXT_CARRIER, "tables 111_yelp_data and 94_ai_gen"),),
+        "block",
+        for_confirmation=True,
+    ),
+    "rating_order": OrderRecipe(
+        _rating_order,
+        "Does the opening of a review with the best rating stand before that of one with the worst?",
+        ("worst first", "best first"),
+        "review",
+        ((embedded.TEXT_CARRIER, "table 111_yelp_data"),),
+        "block",
+        for_confirmation=True,
+    ),
+    "story_order": OrderRecipe(
+        _story_order,
+        "Do two adjacent sentences of a personal story stand in their true order?",
+        ("reversed", "true order"),
+        "story",
+        ((embedded.TEXT_CARRIER, "table 48_cm_correct"),),
+        "local",
+        for_confirmation=True,
+    ),
+    "review_shift": OrderRecipe(
+        _review_shift,
+        "Is a sentence of a review intact, or are two adjacent words in it swapped?",
+        ("swapped", "intact"),
+        "review",
+        ((embedded.TEXT_CARRIER, "table 111_yelp_data"),),
+        "local",
+        for_confirmation=True,
     ),
 }
 
@@ -447,7 +566,9 @@ def find_groups(
         )
     )
     texts = tuple(text for group in train + test for text in group)
-    return OrderTask(name, len(recipe.labels), texts, len(train), len(test))
+    return OrderTask(
+        name, len(recipe.labels), texts, len(train), len(test), recipe.about, at_offsets=recipe.for_confirmation
+    )
 
 
 def _only_order_differs(group: Group, tokenizer: tokens.Tokenizer, n_positions: int) -> bool:

@@ -1,7 +1,8 @@
 """Probes on pooled features after SAEBench's protocol: k-sparse probes, and a probe on all features.
 
-k-sparse: raw features are ranked by |mean(positives) - mean(negatives)| over the training texts, and the probe is an L2
-logistic regression (C = 1, with intercept, not standardized) on the first k: the minimum of
+k-sparse: raw features are ranked by |mean(positives) - mean(negatives)| over the training texts (or by Welch's t, which
+does not favor features of large variance), and the probe is an L2 logistic regression (C = 1, with intercept, not
+standardized) on the first k: the minimum of
 
     |w|^2 / 2 + sum over training texts of log(1 + exp(-y (w . f + b)))        y = +1 or -1
 
@@ -13,6 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +24,15 @@ from torch import Tensor, nn
 from posmask.errors import DegenerateResult
 from posmask.probing.pooling import PooledTexts
 
-__all__ = ["OnFit", "ProbeTask", "all_feature_correct", "chosen_features", "k_sparse_correct", "logistic_regression"]
+__all__ = [
+    "OnFit",
+    "ProbeTask",
+    "Ranking",
+    "all_feature_correct",
+    "chosen_features",
+    "k_sparse_correct",
+    "logistic_regression",
+]
 
 _MOST_NEWTON_STEPS = 100
 _MOST_HALVINGS = 30
@@ -43,18 +53,35 @@ OnFit = Callable[[int, Int[Tensor, "task k"], Float[Tensor, "task k"]], None]
 """Called with fitted probes: k, the features that each chose in the order of choice, and their weights."""
 
 
-def chosen_features(features: PooledTexts, tasks: Sequence[ProbeTask], n_chosen: int) -> Int[Tensor, "task chosen"]:
-    """For each task the features of largest |difference of class means| on the training texts, largest first."""
-    weight = torch.zeros(features.n_texts, len(tasks), dtype=torch.float64)
+Ranking = Literal["difference", "t"]
+"""How features are ranked: by the difference of class means, as in SAEBench, or by Welch's t statistic."""
+
+
+def chosen_features(
+    features: PooledTexts, tasks: Sequence[ProbeTask], n_chosen: int, ranking: Ranking = "difference"
+) -> Int[Tensor, "task chosen"]:
+    """For each task the features of largest |difference of class means| or |t| on the training texts, largest first."""
+    weight = torch.zeros(2, features.n_texts, len(tasks), dtype=torch.float64)
+    n = torch.zeros(2, len(tasks), 1, dtype=torch.float64, device=features.device)
     for number, task in enumerate(tasks):
-        positives, negatives = task.train[task.train_label], task.train[~task.train_label]
-        weight[positives, number], weight[negatives, number] = 1 / len(positives), -1 / len(negatives)
-    difference = features.weighted_sums(weight).abs()
-    return torch.sort(difference, dim=1, descending=True, stable=True).indices[:, :n_chosen]
+        for side, texts in enumerate((task.train[task.train_label], task.train[~task.train_label])):
+            weight[side, texts, number], n[side, number] = 1 / len(texts), len(texts)
+    score = features.weighted_sums(weight[0] - weight[1]).abs()
+    if ranking == "t":
+        both = torch.cat([*weight], 1)
+        mean, of_squares = features.weighted_sums(both), features.weighted_sums(both, of_squares=True)
+        variance = (of_squares - mean.square()).clamp(min=0).view(2, len(tasks), -1) / (n - 1).clamp(min=1)
+        # A feature without variance in both classes either separates them or is constant.
+        score = score / variance.sum(0).sqrt().clamp(min=1e-12)
+    return torch.sort(score, dim=1, descending=True, stable=True).indices[:, :n_chosen]
 
 
 def k_sparse_correct(
-    features: PooledTexts, tasks: Sequence[ProbeTask], ks: Sequence[int], on_fit: OnFit = lambda *fit: None
+    features: PooledTexts,
+    tasks: Sequence[ProbeTask],
+    ks: Sequence[int],
+    on_fit: OnFit = lambda *fit: None,
+    ranking: Ranking = "difference",
 ) -> dict[int, list[Bool[Tensor, " test_text"]]]:
     """Fit k-sparse probes and report which test texts they classify correctly, by k and task.
 
@@ -67,7 +94,7 @@ def k_sparse_correct(
     Raises:
         DegenerateResult: the chosen features are constant over a task's training texts.
     """
-    chosen = chosen_features(features, tasks, max(ks))
+    chosen = chosen_features(features, tasks, max(ks), ranking)
     used, column = chosen.unique(return_inverse=True)
     columns = features.columns(used)
     n_train = max(len(task.train) for task in tasks)

@@ -242,7 +242,7 @@ function compare() {
   const verdicts = new Map(), opposite = { better: "worse", worse: "better" };
   for (const [label, against, column, effect, low, high, verdict] of facts.verdicts) {
     const sign = label === a && against === b ? 1 : label === b && against === a ? -1 : 0, plus = value => (value > 0 ? "+" : "") + digits(value);
-    const word = verdict === "no evidence" ? "not significant" : sign > 0 ? verdict : opposite[verdict];
+    const word = verdict in opposite && sign < 0 ? opposite[verdict] : verdict;
     if (sign) verdicts.set(facts.compared[column], `${plus(sign * effect)} (${plus(sign > 0 ? low : -high)} to ${plus(sign > 0 ? high : -low)}), ${word}`);
   }
   body.replaceChildren(...facts.columns.map((name, index) => {

@@ -12,9 +12,9 @@ from posmask.report import browser as latents
 from posmask.report import figures, tables
 from posmask.report.reading import CellFolder, Study, read_studies
 from posmask.report.rendering import chart_blocks, render, zipped
-from posmask.results.comparisons import LEVEL, MIN_SEEDS
+from posmask.results.comparisons import LEVEL
 from posmask.results.rows import Row
-from posmask.results.table import COLUMNS
+from posmask.results.table import COLUMNS, MIN_SEEDS
 from posmask.storage.atomic import check_file, replacing
 from posmask.storage.layout import PAGE_MARK, REPORT_FILE
 from posmask.storage.manifest import check_folder, write_folder

@@ -10,11 +10,10 @@ import numpy as np
 from posmask.errors import DegenerateResult
 from posmask.report.reading import MODEL_CELL, Numbers, Study
 from posmask.results.comparisons import Difference, Sample, paired_difference, sample
-from posmask.results.rows import Row, Units, parse_slice, slice_text
+from posmask.results.rows import CONTROLS, Row, Units, parse_slice, slice_text
 from posmask.results.table import COLUMNS, Column, Line, format_number, format_signed, summarize
 
 __all__ = [
-    "CONTROLS",
     "TIES",
     "Number",
     "StudyTable",
@@ -41,7 +40,7 @@ TIES = (
     ("causal_specificity", {}, "causal specificity, nats"),
 )
 """Columns of the table of ties to positions: metric, required pairs of the slice, heading."""
-CONTROLS = {
+_ORDER_CONTROLS = {
     "order_bag_accuracy": "bag of words (exactly 1/K)",
     "order_edges": "first and last 3 tokens",
     "order_shuffled": "tokens shuffled at test time: mean and range over cells, poolings, k",
@@ -201,7 +200,9 @@ class _TableNumbers:
 
 
 def _where(column: Column, pooling: str) -> dict[str, str]:
-    return {**column.where, "pooling": pooling} if column.is_probing else {}
+    if column.is_probing:
+        return {**column.where, "pooling": pooling}
+    return {"control": pooling} if pooling in CONTROLS else {}
 
 
 def _paired(samples: Sequence[Sample], others: Sequence[Sample]) -> Difference | None:
@@ -218,7 +219,7 @@ def verdict_table(study: Study) -> dict[str, Any]:
         lines.setdefault((verdict.label, verdict.against), {})[verdict.column] = verdict
     words = [verdict.verdict for verdict in study.verdicts]
     decided = sorted(
-        (verdict for verdict in study.verdicts if verdict.verdict != "no evidence"),
+        (verdict for verdict in study.verdicts if verdict.verdict != "undecided"),
         key=lambda verdict: (
             verdict.verdict != "better",
             verdict.column in ("explained_variance", "ce_recovered"),
@@ -230,7 +231,7 @@ def verdict_table(study: Study) -> dict[str, Any]:
         "n_decided": len(decided),
         "columns": list(dict.fromkeys(verdict.column for verdict in study.verdicts)),
         "lines": lines,
-        "count": {word: words.count(word) for word in ("better", "worse", "no evidence")},
+        "count": {word: words.count(word) for word in ("better", "worse", "equivalent", "undecided")},
         "n_seeds": min((verdict.n_seeds for verdict in study.verdicts), default=0),
     }
 
@@ -325,7 +326,7 @@ def controls(rows: Sequence[Row]) -> dict[str, Any]:
     tasks = list(dict.fromkeys(parse_slice(row.slice)["task"] for row in rows if row.metric == "order_bag_accuracy"))
     values: dict[tuple[str, str], list[float]] = {}
     for row in rows:
-        if row.metric in CONTROLS and math.isfinite(row.value):
+        if row.metric in _ORDER_CONTROLS and math.isfinite(row.value):
             values.setdefault((row.metric, parse_slice(row.slice)["task"]), []).append(row.value)
 
     def number(metric: str, task: str) -> Number | None:
@@ -338,5 +339,5 @@ def controls(rows: Sequence[Row]) -> dict[str, Any]:
 
     return {
         "tasks": tasks,
-        "lines": {title: [number(metric, task) for task in tasks] for metric, title in CONTROLS.items()},
+        "lines": {title: [number(metric, task) for task in tasks] for metric, title in _ORDER_CONTROLS.items()},
     }

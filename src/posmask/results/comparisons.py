@@ -1,4 +1,4 @@
-"""Paired comparisons of cells, and their verdicts: better, worse or no evidence.
+"""Paired comparisons of cells, and their verdicts: better, worse, equivalent or undecided.
 
 Two cells of a study are compared on the same seeds and the same units (texts, or groups of texts). d[s] is the
 difference of the metric for seed s (a mean over tasks or datasets, if there are several). The mean of d over S seeds
@@ -10,32 +10,44 @@ has two sources of variance, which are estimated separately and added:
 
 The interval is a t interval. Its degrees of freedom are the square of the mean of the roots of S - 1 and of
 Satterthwaite's number for two crossed random effects (1946, Biometrics 2:110): alone, the former covers too much and
-the latter too little (docs/log.md has the coverage in simulated studies). The p values of all comparisons of a study
-are corrected together (Holm 1979). A verdict other than "no evidence" needs a corrected p below 0.04, which keeps
-studies with any false verdict below 5 % although the variances are estimates, and at least three seeds, because fewer
-do not show the spread over seeds.
+the latter too little (docs/log.md has the coverage in simulated studies).
+
+A line has two p values: of no difference (two-sided), and of a difference of at least the column's margin (two
+one-sided tests, Schuirmann 1987). The hypotheses that a study names are tested in their order, each only if all before
+it came out as expected, which needs no correction (Maurer, Hothorn and Lehmacher 1995). All other lines are
+exploratory: their p values are adjusted for the false discovery rate (Benjamini and Hochberg 1995), either kind on its
+own. A line is
+
+    equivalent       if the p of a difference of at least the margin is below 0.04,
+    better, worse    if the p of no difference is below 0.04 and the difference is at least the margin,
+    undecided        otherwise, and with fewer than three seeds, which do not show the spread over seeds.
+
+0.04 keeps null studies with any better or worse line below 5 % although the variances are estimates.
 """
 
 import contextlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import scipy
 
 from posmask.errors import DegenerateResult
 from posmask.results.bootstrap import resample_counts
-from posmask.results.rows import Units, parse_slice, read_records, write_records
-from posmask.results.table import COMPARED, Column
+from posmask.results.rows import Units, parse_slice, read_records, variant_of, write_records
+from posmask.results.table import COMPARED, MIN_SEEDS, Column
 
 __all__ = [
-    "MIN_SEEDS",
     "Comparison",
     "Difference",
+    "Hypothesis",
+    "Outcome",
     "Verdict",
-    "holm",
+    "equivalence",
+    "false_discovery",
     "judge",
     "paired_difference",
     "read_verdicts",
@@ -43,10 +55,9 @@ __all__ = [
     "write_verdicts",
 ]
 
-MIN_SEEDS = 3
-"""Verdicts need at least this many seeds."""
 LEVEL = 0.04
 """Verdicts need a corrected p value below this."""
+Outcome = Literal["better", "worse", "equivalent", "undecided"]
 
 Sample = Mapping[str, Units]
 """One seed of one cell: the units of each task or dataset that a metric is the mean over."""
@@ -61,6 +72,12 @@ class Difference:
     ci_high: float
     p: float
     n_seeds: int
+    n_agree: int
+    """How many seeds have a difference of the same sign as the mean."""
+    error: float
+    """Standard error."""
+    freedom: float
+    """Degrees of freedom."""
 
 
 def paired_difference(cell: Sequence[Sample], against: Sequence[Sample]) -> Difference:
@@ -86,6 +103,7 @@ def paired_difference(cell: Sequence[Sample], against: Sequence[Sample]) -> Diff
     difference = np.mean(by_name, axis=0)
     point, draw = difference[:, 0], difference[:, 1:]
     n_seeds, effect = len(point), float(point.mean())
+    n_agree = int((np.sign(point) == np.sign(effect)).sum())
     over_units = float(draw.mean(0).var()) * inflation
     over_seeds = 0.0
     if n_seeds > 1:
@@ -94,7 +112,7 @@ def paired_difference(cell: Sequence[Sample], against: Sequence[Sample]) -> Diff
         over_seeds = float(point.var(ddof=1)) / n_seeds
     variance = over_units + over_seeds
     if variance == 0:
-        return Difference(effect, effect, effect, 1.0 if effect == 0 else 0.0, n_seeds)
+        return Difference(effect, effect, effect, 1.0 if effect == 0 else 0.0, n_seeds, n_agree, 0.0, math.inf)
     spread = over_units**2 / max(degrees, 1) + (over_seeds**2 / (n_seeds - 1) if n_seeds > 1 else 0)
     freedom = variance**2 / spread
     if n_seeds > 1:  # Satterthwaite's number alone is too large if few seeds happen to be close together.
@@ -102,7 +120,14 @@ def paired_difference(cell: Sequence[Sample], against: Sequence[Sample]) -> Diff
     error = math.sqrt(variance)
     half_width = float(scipy.stats.t.ppf(0.975, freedom)) * error
     p = 2 * float(scipy.stats.t.sf(abs(effect) / error, freedom))
-    return Difference(effect, effect - half_width, effect + half_width, p, n_seeds)
+    return Difference(effect, effect - half_width, effect + half_width, p, n_seeds, n_agree, error, freedom)
+
+
+def equivalence(difference: Difference, margin: float) -> float:
+    """The p value of a difference of at least `margin`: the larger of two one-sided tests."""
+    if difference.error == 0:
+        return 0.0 if abs(difference.effect) < margin else 1.0
+    return float(scipy.stats.t.sf((margin - abs(difference.effect)) / difference.error, difference.freedom))
 
 
 def _ratios(cell: Sequence[Sample], name: str, counts: np.ndarray) -> np.ndarray:
@@ -115,17 +140,13 @@ def _ratios(cell: Sequence[Sample], name: str, counts: np.ndarray) -> np.ndarray
     return top / bottom
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Return Holm's corrected p values, which bound the chance of any false verdict.
+def false_discovery(p_values: Sequence[float]) -> list[float]:
+    """Return p values adjusted for the false discovery rate.
 
-    >>> holm([0.01, 0.04, 0.03])
-    [0.03, 0.06, 0.06]
+    >>> false_discovery([0.01, 0.04, 0.03])
+    [0.03, 0.04, 0.04]
     """
-    corrected, largest = [0.0] * len(p_values), 0.0
-    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
-        corrected[index] = largest
-    return corrected
+    return scipy.stats.false_discovery_control(p_values).tolist() if p_values else []
 
 
 @dataclass(frozen=True)
@@ -137,8 +158,28 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class Hypothesis:
+    """What a study expects of a comparison in a column, a name in `COMPARED`."""
+
+    label: str
+    against: str
+    column: str
+    expected: Outcome
+
+
+@dataclass(frozen=True)
 class Verdict:
-    """A line of `verdicts.csv`: whether `label` is better than `against` in `column`, a name in `COMPARED`."""
+    """A line of `verdicts.csv`: how `label` compares with `against` in `column`, a name in `COMPARED`.
+
+    Attributes:
+        p_corrected: of no difference.
+        n_comparisons: how many comparisons it was corrected for.
+        p_equivalence: of a difference of at least `margin`, corrected in the same way.
+        margin: the smallest difference that matters.
+        n_agree: how many seeds have a difference of the same sign as the mean.
+        hypothesis: the number of the study's hypothesis, from 1; 0 for exploratory lines.
+        expected: by the hypothesis.
+    """
 
     label: str
     against: str
@@ -150,6 +191,11 @@ class Verdict:
     n_seeds: int
     n_comparisons: int
     verdict: str
+    p_equivalence: float = math.nan
+    margin: float = 0.0
+    n_agree: int = 0
+    hypothesis: int = 0
+    expected: str = ""
 
 
 def sample(units: Mapping[str, Units], pooling: str, column: Column) -> Sample:
@@ -165,42 +211,84 @@ def sample(units: Mapping[str, Units], pooling: str, column: Column) -> Sample:
         if (
             metric == column.metric
             and "class" not in slice
-            and slice.get("pooling", "mean") == pooling
+            and variant_of(slice) == pooling
             and column.where.items() <= slice.items()
         ):
             selected[slice.get("task") or slice.get("dataset") or metric] = values
     return selected
 
 
-def judge(units: Mapping[str, Mapping[int, Mapping[str, Units]]], comparisons: Sequence[Comparison]) -> list[Verdict]:
-    """Return the verdicts of a study, with p values corrected over all of them together.
+def judge(
+    units: Mapping[str, Mapping[int, Mapping[str, Units]]],
+    comparisons: Sequence[Comparison],
+    hypotheses: Sequence[Hypothesis] = (),
+    margins: Mapping[str, float] | None = None,
+) -> list[Verdict]:
+    """Return the verdicts of a study: its hypotheses in their order, then the other lines of the comparisons.
 
     A column that one of the cells lacks, or that has no value for a draw of its units, has no verdict.
 
     Args:
         units: units by cell and seed; two cells are compared on the seeds that both have.
+        margins: the smallest difference that matters, by column, where it is not `Column.margin`.
     """
-    differences: list[tuple[Comparison, str, Difference]] = []
-    for comparison in comparisons:
+    margin = {name: column.margin for name, column in COMPARED.items()} | dict(margins or {})
+    every: dict[tuple[str, str, str], Difference] = {}
+    of_hypotheses = [Comparison(hypothesis.label, hypothesis.against) for hypothesis in hypotheses]
+    for comparison in dict.fromkeys([*of_hypotheses, *comparisons]):
         for name, pair in _paired_samples(units, comparison).items():
             with contextlib.suppress(DegenerateResult):
-                differences.append((comparison, name, paired_difference(*pair)))
-    corrected = holm([difference.p for _, _, difference in differences])
-    return [
-        Verdict(
-            comparison.label,
-            comparison.against,
-            name,
-            difference.effect,
-            difference.ci_low,
-            difference.ci_high,
-            p,
-            difference.n_seeds,
-            len(differences),
-            _verdict(difference, p),
-        )
-        for (comparison, name, difference), p in zip(differences, corrected, strict=True)
+                every[comparison.label, comparison.against, name] = paired_difference(*pair)
+    verdicts, all_as_expected = [], True
+    for number, hypothesis in enumerate(hypotheses, start=1):
+        key = hypothesis.label, hypothesis.against, hypothesis.column
+        if key not in every:
+            all_as_expected = False
+            continue
+        difference = every.pop(key)
+        p_values = difference.p, equivalence(difference, margin[hypothesis.column])
+        if not all_as_expected:
+            p_values = 1.0, 1.0
+        verdict = _verdict(key, difference, p_values, len(hypotheses), margin)
+        all_as_expected &= verdict.verdict == hypothesis.expected
+        verdicts.append(replace(verdict, hypothesis=number, expected=hypothesis.expected))
+    listed = {(comparison.label, comparison.against) for comparison in comparisons}
+    rest = {key: difference for key, difference in every.items() if key[:2] in listed}
+    corrected = false_discovery([difference.p for difference in rest.values()])
+    equivalent = false_discovery([equivalence(difference, margin[key[2]]) for key, difference in rest.items()])
+    verdicts += [
+        _verdict(key, difference, p_values, len(rest), margin)
+        for (key, difference), p_values in zip(rest.items(), zip(corrected, equivalent, strict=True), strict=True)
     ]
+    return verdicts
+
+
+def _verdict(
+    key: tuple[str, str, str],
+    difference: Difference,
+    p_values: tuple[float, float],
+    n_comparisons: int,
+    margins: Mapping[str, float],
+) -> Verdict:
+    (p_corrected, p_equivalence), margin, outcome = p_values, margins[key[2]], "undecided"
+    if difference.n_seeds >= MIN_SEEDS:
+        if p_equivalence < LEVEL:
+            outcome = "equivalent"
+        elif p_corrected < LEVEL and abs(difference.effect) >= margin:
+            outcome = "better" if difference.effect > 0 else "worse"
+    return Verdict(
+        *key,
+        difference.effect,
+        difference.ci_low,
+        difference.ci_high,
+        p_corrected,
+        difference.n_seeds,
+        n_comparisons,
+        outcome,
+        p_equivalence,
+        margin,
+        difference.n_agree,
+    )
 
 
 def _paired_samples(
@@ -218,12 +306,6 @@ def _paired_samples(
         if seeds and all(a and a.keys() == b.keys() for a, b in zip(left, right, strict=True)):
             pairs[column.name] = left, right
     return pairs
-
-
-def _verdict(difference: Difference, p_corrected: float) -> str:
-    if difference.n_seeds < MIN_SEEDS or not p_corrected < LEVEL:
-        return "no evidence"
-    return "better" if difference.effect > 0 else "worse"
 
 
 def write_verdicts(path: Path, verdicts: Sequence[Verdict]) -> None:

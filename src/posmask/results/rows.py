@@ -15,6 +15,7 @@ from posmask.errors import DamagedFolder, DegenerateResult
 from posmask.storage.compressed import unpacked
 
 __all__ = [
+    "CONTROLS",
     "Measure",
     "Row",
     "Units",
@@ -27,10 +28,19 @@ __all__ = [
     "read_rows_of",
     "read_units",
     "slice_text",
+    "variant_of",
     "write_records",
     "write_rows",
     "write_units",
 ]
+
+
+CONTROLS = {
+    "zero-step": "its mask on the unmasked SAE, without training",
+    "matched": "the unmasked SAE's codes, pooled by its mask",
+    "re-tied": "trained copies of a latent replaced by their mean",
+}
+"""The controls of a masked cell and what they are."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,6 +169,15 @@ def parse_slice(text: str) -> dict[str, str]:
     {'task': 'chronology', 'k': '5'}
     """
     return dict(part.split("=", 1) for part in text.split(";")) if text else {}
+
+
+def variant_of(slice: Mapping[str, str]) -> str:
+    """Return which codes of a cell a number is about: a pooling or a control; `mean` for the cell's own numbers.
+
+    >>> variant_of({"task": "chronology", "pooling": "segments8"}), variant_of({"control": "re-tied"}), variant_of({})
+    ('segments8', 're-tied', 'mean')
+    """
+    return slice.get("control") or slice.get("pooling", "mean")
 
 
 Record = TypeVar("Record")

@@ -9,11 +9,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from posmask.results.rows import Row, parse_slice
+from posmask.results.rows import Row, parse_slice, variant_of
 
 __all__ = [
     "COLUMNS",
     "COMPARED",
+    "MIN_SEEDS",
     "PRINTED",
     "Column",
     "Line",
@@ -43,6 +44,8 @@ class Column:
     """Decimals."""
     compared: bool = False
     """Whether cells are compared by it (`verdicts.csv`); more is better."""
+    margin: float = 0.01
+    """The smallest difference between cells that matters: smaller ones are equivalent."""
     heading: str = ""
     """Heading in the table of the command line, two lines; empty leaves the column out of it."""
 
@@ -57,17 +60,17 @@ class Column:
         return bool(self.where)
 
 
-def _probing(name: str, group: str, metric: str, heading: str, *, printed_ks: Sequence[int]) -> list[Column]:
-    """Accuracies for probes on 1, 5 and 20 latents; cells are compared by the first two."""
+def _probing(name: str, group: str, metric: str, heading: str, **where: str) -> list[Column]:
+    """Accuracies for probes on 1, 5 and 20 latents; cells are compared by the first two, which are printed."""
     return [
         Column(
             f"{name} k={k}",
             f"k = {k}",
             group,
             metric,
-            {"k": str(k)},
+            {"k": str(k), **where},
             compared=k < 20,
-            heading=f"{heading}\nk={k}" if k in printed_ks else "",
+            heading=f"{heading}\nk={k}" if k < 20 else "",
         )
         for k in (1, 5, 20)
     ]
@@ -81,27 +84,35 @@ COLUMNS = [
         "reconstruction",
         "explained_variance",
         compared=True,
+        margin=0.005,
         heading="expl.\nvar.",
     ),
-    Column("ce_recovered", "CE recovered", "reconstruction", "ce_recovered", compared=True, heading="CE\nrec."),
-    Column("dead", "dead", "reconstruction", "dead_share"),
     Column(
-        "retention_gain",
-        "retention − chance",
-        "ties to positions",
-        "retention",
-        minus="retention_chance",
-        heading="ret.−\nchance",
+        "explained_variance_median", "its median over positions", "reconstruction", "explained_variance_position_median"
     ),
+    Column(
+        "ce_recovered",
+        "CE recovered",
+        "reconstruction",
+        "ce_recovered",
+        compared=True,
+        margin=0.005,
+        heading="CE\nrec.",
+    ),
+    Column("dead", "dead", "reconstruction", "dead_share"),
+    Column("retention_gain", "retention − chance", "ties to positions", "retention", minus="retention_chance"),
     Column("fidelity", "fidelity", "ties to positions", "profile_fidelity"),
-    *_probing("order", "order probing", "order_accuracy", "order", printed_ks=(1, 5, 20)),
-    # Without k = 20 the command line's table fits 80 columns.
-    *_probing("probing", "standard probing", "probe_accuracy", "probe", printed_ks=(1, 5)),
+    *_probing("block", "block order", "order_accuracy", "block", about="block"),
+    *_probing("local", "local order", "order_accuracy", "local", about="local"),
+    *_probing("probing", "standard probing", "probe_accuracy", "probe"),
 ]
 """Every reported column, in order."""
 
 COMPARED = {column.name: column for column in COLUMNS if column.compared}
 """The columns that cells are compared by, by name."""
+
+MIN_SEEDS = 3
+"""Cells are compared on at least this many seeds."""
 
 PRINTED = [column for column in COLUMNS if column.heading]
 """The columns of the table that the command line prints."""
@@ -112,7 +123,9 @@ class Line:
     """One line of the table: a cell at one pooling, or the model itself.
 
     Attributes:
-        label: the cell, with ` + pooling` for a pooling other than the mean.
+        label: the cell, with ` + pooling` for a pooling other than the mean, or ` + control`.
+        pooling: the pooling or control.
+        is_control: whether it is a control of a masked cell.
         overall: means over seeds of every metric without a slice, by metric; NaN for a metric without rows.
         numbers: the reported numbers, by column name; NaN where the rows have no such number.
     """
@@ -122,26 +135,14 @@ class Line:
     mask: str
     budget: str
     gating: str
+    is_control: bool
     n_seeds: int
     overall: Mapping[str, float]
     numbers: Mapping[str, float]
 
-    @property
-    def order(self) -> dict[int, float]:
-        """Mean accuracy over order tasks for each printed k."""
-        return self._accuracies("order_accuracy")
-
-    @property
-    def probing(self) -> dict[int, float]:
-        """Mean accuracy over datasets for each printed k."""
-        return self._accuracies("probe_accuracy")
-
-    def _accuracies(self, metric: str) -> dict[int, float]:
-        return {int(column.where["k"]): self.numbers[column.name] for column in PRINTED if column.metric == metric}
-
     def printed(self, column: Column) -> bool:
-        """Whether the column's number is on this line: only a cell's first line has the numbers without a pooling."""
-        return column.is_probing or self.pooling == "mean"
+        """Whether the column's number is on this line: a cell's other poolings have the same reconstruction."""
+        return column.is_probing or self.pooling == "mean" or self.is_control
 
 
 def summarize(rows: Sequence[Row]) -> list[Line]:
@@ -149,7 +150,7 @@ def summarize(rows: Sequence[Row]) -> list[Line]:
     lines: dict[str, list[Line]] = {"cell": [], "pooled": [], "model": []}
     for cell in dict.fromkeys(row.cell for row in rows):
         cell_rows = [(row, parse_slice(row.slice)) for row in rows if row.cell == cell]
-        poolings = list(dict.fromkeys(slice["pooling"] for _, slice in cell_rows if "pooling" in slice)) or ["mean"]
+        poolings = list(dict.fromkeys(["mean", *(variant_of(slice) for _, slice in cell_rows)]))
         for pooling in poolings:
             line = _line(cell_rows, pooling)
             kind = "model" if line.mask == "none" else "cell" if pooling == "mean" else "pooled"
@@ -159,9 +160,11 @@ def summarize(rows: Sequence[Row]) -> list[Line]:
 
 def _line(cell_rows: Sequence[tuple[Row, Mapping[str, str]]], pooling: str) -> Line:
     first = cell_rows[0][0]
+    is_control = any(slice.get("control") == pooling for _, slice in cell_rows)
+    without_slice = {"control": pooling} if is_control else {}
     by_metric: dict[str, list[float]] = {}
     for row, slice in cell_rows:
-        if not slice:
+        if slice == without_slice:
             by_metric.setdefault(row.metric, []).append(row.value)
     means = {metric: _mean(values) for metric, values in by_metric.items()}
     numbers = {}
@@ -183,6 +186,7 @@ def _line(cell_rows: Sequence[tuple[Row, Mapping[str, str]]], pooling: str) -> L
         mask=first.mask,
         budget=first.budget,
         gating=first.gating,
+        is_control=is_control,
         n_seeds=len({row.seed for row, _ in cell_rows}),
         overall=defaultdict(lambda: math.nan, means),
         numbers=numbers,

@@ -10,7 +10,7 @@ from posmask.masks.base import Copies, PositionMask
 from posmask.sae.autoencoder import SparseAutoencoder
 from posmask.sae.rules import RuleSettings
 
-__all__ = ["copy_latents_", "renormalize_", "warm_start", "without_mask"]
+__all__ = ["copied_latents", "copy_latents_", "renormalize_", "warm_start", "without_mask"]
 
 
 def copy_latents_(sae: SparseAutoencoder, copies: Copies) -> None:
@@ -65,7 +65,7 @@ def warm_start(
     """
     _check_source(source, mask)
     unborn = ~(mask.live() > 0).any(0)
-    copied = _copied_latents(source, mask)
+    copied = copied_latents(source, mask)
     sae = SparseAutoencoder(source.d_model, rule or source.rule.settings, mask, seed).to(source.encoder.dtype)
     mask.copied_from[~unborn] = copied[~unborn]
     weights = source.state_dict()
@@ -97,7 +97,7 @@ def _check_source(source: SparseAutoencoder, mask: PositionMask) -> None:
         )
 
 
-def _copied_latents(source: SparseAutoencoder, mask: PositionMask) -> Int[Tensor, " latent"]:
+def copied_latents(source: SparseAutoencoder, mask: PositionMask) -> Int[Tensor, " latent"]:
     """The latent of the source that each latent of the mask copies; of unborn latents any.
 
     Raises:

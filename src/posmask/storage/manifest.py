@@ -46,7 +46,7 @@ __all__ = [
     "write_in_parts",
 ]
 
-FORMAT = 6  # Part of every identity: raise it when the same settings would now write something else.
+FORMAT = 7  # Part of every identity: raise it when the same settings would now write something else.
 MANIFEST = "manifest.json"
 _SEAL = "sha256"
 _PARTS = "parts.json"

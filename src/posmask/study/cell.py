@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from posmask.data.activations import training_batches
+from posmask.evaluation.controls import controls_of
 from posmask.evaluation.suite import EvaluationData, baselines, evaluate, forgetting
 from posmask.kernels import runtime
 from posmask.results import rows
@@ -22,7 +23,7 @@ from posmask.sae.files import read_origin, read_sae, write_sae
 from posmask.sae.rules import make_rule
 from posmask.storage import layout, manifest
 from posmask.study.saebench_file import write_saebench
-from posmask.study.saes import untrained
+from posmask.study.saes import read_init, untrained
 from posmask.study.settings import MODEL_CELL, MeasurementSettings, StudySettings
 from posmask.study.targets import Target, trained_before, training_part
 from posmask.training import distributed, loop
@@ -196,11 +197,14 @@ def evaluate_to_folder(
         further: parts of the evaluation that come after the others, by name.
     """
     identities = _part_identities(study, target)
+    unmasked = None
+    if target.unmasked_folder is not None:
+        unmasked = read_init(target.unmasked_folder, sae.d_model, target.unmasked_identity)
     earlier = None if training is None else training.earlier
     kept = {} if earlier is None else _kept_parts(earlier, identities)
     started = time.perf_counter()
     dead = None if training is None else training.dead
-    measures, latents = evaluate(sae, dead, data, target.label, kept, earlier)
+    measures, latents = evaluate(sae, dead, data, target.label, kept, earlier, controls_of(sae, unmasked))
     evaluate_seconds = time.perf_counter() - started
     latents.write(draft, data.tokenizer)
     if training is not None:
@@ -222,6 +226,7 @@ def evaluate_to_folder(
 def _part_identities(study: MeasurementSettings, target: Target) -> dict[str, str]:
     """The identity of each part of an evaluation: SAE, corpus, and the settings that the part depends on."""
     shared = {"sae": training_part(target.made_from), "corpus": target.made_from["corpus"]}
+    shared |= {name: target.made_from[name] for name in ("unmasked",) if name in target.made_from}
     return {
         name: manifest.identity({**shared, "part": name, "evaluation": settings})
         for name, settings in study.evaluation.parts().items()

@@ -75,10 +75,10 @@ class Local:
 
 
 def needs(target: Target, root: Path, missing: set[Path]) -> bool:
-    """Whether a folder must wait for others: the baselines, or the cell that it starts from."""
-    return (
-        target.cell is not None and layout.cell_folder(root, layout.BASELINES) in missing
-    ) or target.init_folder in missing
+    """Whether a folder must wait for others: the baselines, the cell that it starts from, or the unmasked cell."""
+    return (target.cell is not None and layout.cell_folder(root, layout.BASELINES) in missing) or (
+        target.init_folder in missing or target.unmasked_folder in missing
+    )
 
 
 def make_target(study: StudySettings, target: Target, data: EvaluationData, root: Path, say: Say) -> None:
@@ -99,7 +99,7 @@ def make_target(study: StudySettings, target: Target, data: EvaluationData, root
 
 def _share(study: StudySettings, todo: list[Target], data: EvaluationData, root: Path, say: Say) -> None:
     """Make the missing folders, each in one process, until all are finished."""
-    waiting = sorted(todo, key=lambda target: target.init_folder is not None)  # cells that others start from come first
+    waiting = sorted(todo, key=_comes_later)
     while waiting:
         for target in list(waiting):
             if needs(target, root, {other.folder for other in waiting}):
@@ -113,6 +113,11 @@ def _share(study: StudySettings, todo: list[Target], data: EvaluationData, root:
             break
         else:
             time.sleep(1)
+
+
+def _comes_later(target: Target) -> bool:
+    """Whether a folder may need that of another cell."""
+    return target.init_folder is not None or target.unmasked_folder is not None
 
 
 @contextmanager

@@ -23,12 +23,15 @@ from posmask.data.activations import Batch, bytes_per_token
 from posmask.data.harvest import sink_sentence
 from posmask.data.tokens import shift_length
 from posmask.errors import BadSetting, DamagedFolder, DegenerateResult
+from posmask.evaluation.settings import may_have_controls
 from posmask.evaluation.stored_codes import LATENTS_PER_BLOCK, MOST_BYTES_IN_MEMORY
 from posmask.kernels import cpu, devices, runtime
 from posmask.masks.base import PositionMask
 from posmask.probing import datasets
 from posmask.probing.order_tasks import ORDER_TASKS
+from posmask.probing.pooling import n_parts
 from posmask.progress import announce, shown_by
+from posmask.results.rows import CONTROLS
 from posmask.sae.rules import make_rule
 from posmask.seeds import generator
 from posmask.storage import layout, manifest
@@ -495,8 +498,11 @@ class _Costs:
         n_encoded = heldout + shift + self._n_probed + 3 * self._n_in_model
         n_lifted = (heldout + shift) * masked + heldout * len(self._forgetting_steps | {0}) * cell.measure_forgetting
         widths = [d_sae, d_sae] if masked else [d_sae]  # pooled by mean, and where a latent is open
-        segments = [int(of[-1]) + 1 for of in self._study.evaluation.segment_poolings(n_positions).values()]
-        seconds = self._probing([*widths, *(n * d_sae for n in segments if is_open)], widths)
+        further = [n_parts(name, n_positions) for name in self._study.evaluation.order_poolings]
+        n_controls = len(CONTROLS) if masked and may_have_controls(cell.mask) else 0
+        n_encoded += n_controls * (self._n_probed + heldout)
+        widths += n_controls * [d_sae]
+        seconds = self._probing([*widths, *(n * d_sae for n in further if is_open)], widths)
         k = getattr(self._study.sae.rule, "k", _ACTIVE)
         seconds = rates.host * (seconds + heldout * k * _COUNT + n_positions * d_sae * _CONCLUDE)
         seconds += n_encoded * self._encode(shape) + n_lifted * self._encode(Shape(d_sae, d_sae))

@@ -14,6 +14,8 @@ from posmask.study.settings import (
     CellSettings,
     ComparisonSettings,
     CorpusSettings,
+    HypothesisSettings,
+    MarginSettings,
     ModelSettings,
     SaeSettings,
     StudySettings,
@@ -28,9 +30,15 @@ TABLES: dict[str, type[BaseModel]] = {
     "sae": SaeSettings,
     "training": TrainingSettings,
     "evaluation": EvaluationSettings,
+    "margins": MarginSettings,
 }
 """The tables of a study file."""
-_ARRAYS: dict[str, type[BaseModel]] = {"cells": CellSettings, "comparisons": ComparisonSettings}
+_ARRAYS: dict[str, type[BaseModel]] = {
+    "cells": CellSettings,
+    "comparisons": ComparisonSettings,
+    "hypotheses": HypothesisSettings,
+}
+_SINGULAR = {"hypotheses": "hypothesis"}
 _PLAIN = {
     "int_type": "a whole number",
     "int_parsing": "a whole number",
@@ -128,7 +136,7 @@ def _written(place: Place, values: Mapping[str, Any]) -> Place:
 def _setting_of(place: Place) -> Place:
     """The place of the setting that a value belongs to, such as `cuts` for an entry of `cuts`."""
     end = len(place)
-    while end and isinstance(place[end - 1], int) and place[: end - 1] not in (("cells",), ("comparisons",)):
+    while end and isinstance(place[end - 1], int) and place[: end - 1] not in [(name,) for name in _ARRAYS]:
         end -= 1
     return place[:end]
 
@@ -144,7 +152,8 @@ def _name(place: Place, values: Mapping[str, Any]) -> str:
     if len(place) > 1 and place[0] in _ARRAYS and isinstance(place[1], int):
         entry = values[place[0]][place[1]]
         name = entry.get("name", entry.get("cell")) if isinstance(entry, Mapping) else None
-        label = f"{str(place[0])[:-1]} {json.dumps(name) if name else f'number {place[1] + 1}'}"
+        kind = _SINGULAR.get(str(place[0]), str(place[0])[:-1])
+        label = f"{kind} {json.dumps(name) if name else f'number {place[1] + 1}'}"
         return ": ".join(filter(None, (label, ".".join(str(part) for part in place[2:]))))
     return ".".join(str(part) for part in place)
 

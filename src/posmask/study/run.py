@@ -9,6 +9,7 @@ from typing import Literal
 import torch.distributed as dist
 
 from posmask.errors import BadSetting, DamagedFolder
+from posmask.evaluation.settings import may_have_controls
 from posmask.interop import reading
 from posmask.kernels import devices, runtime
 from posmask.progress import part_finished, study_progress
@@ -176,15 +177,27 @@ def _begin(study: StudySettings, targets: list[Target], root: Path, *, recompute
 
 
 def _verdicts(study: StudySettings, targets: list[Target]) -> list[comparisons.Verdict]:
-    """Each cell against the baseline, then the comparisons that the study lists."""
+    """The study's hypotheses, each cell against the baseline and its controls, and what the study lists."""
     units: dict[str, dict[int, dict[str, rows.Units]]] = {}
     for target in targets:
         if target.cell is not None:
             units.setdefault(target.cell.name, {})[target.seed] = rows.read_units(target.folder / layout.UNITS_FILE)
     baseline = study.baseline
     pairs = [(cell.name, baseline) for cell in study.cells if baseline is not None and cell.name != baseline]
+    pairs += [
+        (cell.name, f"{cell.name} + {control}")
+        for cell in study.cells
+        if may_have_controls(cell.mask)
+        for control in rows.CONTROLS
+    ]
+    if baseline is not None:
+        pairs += [(f"{baseline} + {pooling}", baseline) for pooling in study.evaluation.order_poolings]
     pairs += [(comparison.cell, comparison.against) for comparison in study.comparisons]
-    return comparisons.judge(units, [comparisons.Comparison(*pair) for pair in pairs])
+    hypotheses = [
+        comparisons.Hypothesis(each.cell, each.against, each.column, each.expected) for each in study.hypotheses
+    ]
+    planned = [comparisons.Comparison(*pair) for pair in pairs]
+    return comparisons.judge(units, planned, hypotheses, study.margins.by_column())
 
 
 def train_together(

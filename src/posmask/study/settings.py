@@ -21,6 +21,9 @@ from posmask.data.activations import StorageDtype
 from posmask.errors import BadSetting
 from posmask.evaluation.settings import EvaluationSettings
 from posmask.masks.base import MaskSettings
+from posmask.probing.order_tasks import ORDER_TASKS
+from posmask.results.rows import CONTROLS
+from posmask.results.table import COMPARED, MIN_SEEDS
 from posmask.sae import rules
 from posmask.training import trackers
 from posmask.training.settings import TrainingSettings
@@ -30,6 +33,8 @@ __all__ = [
     "CellSettings",
     "ComparisonSettings",
     "CorpusSettings",
+    "HypothesisSettings",
+    "MarginSettings",
     "MeasurementSettings",
     "ModelSettings",
     "SaeSettings",
@@ -149,6 +154,8 @@ class CellSettings(_Settings):
     installed."""
     budget: Literal["width", "compute"] = "width"
     """width: d_sae latents in total. compute: d_sae latents open at each position, and as many in total as needed."""
+    d_sae: int | None = Field(default=None, gt=0)
+    """Number of latents, if it differs from the study's; with `budget = "compute"` those open at each position."""
     init_from: str | None = None
     """The SAE that the cell starts from: the name of an open cell, or the folder of an unmasked SAE (a path with a
     slash). Each latent is a copy of one of its latents. None: random weights."""
@@ -174,7 +181,28 @@ class ComparisonSettings(_Settings):
 
     cell: str
     against: str
-    """A cell's name, or `CELL + POOLING` for its order probes on another pooling, such as `open + segments8`."""
+    """A cell's name, `CELL + POOLING` for its order probes on another pooling, such as `open + segments8`, or
+    `CELL + CONTROL` for a control of a masked cell (`evaluation.controls`), such as `windows + zero-step`."""
+
+
+class HypothesisSettings(ComparisonSettings):
+    """What the study expects of one comparison. Hypotheses are tested in their order, before everything else."""
+
+    column: str
+    """A column of `verdicts.csv`, such as `block k=5` or `explained_variance`."""
+    expected: Literal["better", "worse", "equivalent"]
+
+
+class MarginSettings(_Settings):
+    """The smallest differences that matter: a smaller one is equivalent, and never better or worse."""
+
+    explained_variance: float = Field(default=0.005, gt=0)
+    ce_recovered: float = Field(default=0.005, gt=0)
+    accuracy: float = Field(default=0.01, gt=0)
+
+    def by_column(self) -> dict[str, float]:
+        """The margin of each compared column."""
+        return {name: self.accuracy if column.is_probing else getattr(self, name) for name, column in COMPARED.items()}
 
 
 class MeasurementSettings(_Settings):
@@ -201,6 +229,8 @@ class StudySettings(MeasurementSettings):
     training: TrainingSettings
     cells: tuple[CellSettings, ...] = Field(min_length=1)
     comparisons: tuple[ComparisonSettings, ...] = ()
+    hypotheses: tuple[HypothesisSettings, ...] = ()
+    margins: MarginSettings = MarginSettings()
     track: trackers.Tracker | None = None
     """Tracker that receives training curves, too. Not part of any identity."""
 
@@ -219,6 +249,13 @@ class StudySettings(MeasurementSettings):
             if count > 1:
                 yield f"two cells are called {name!r}: give each its own name"
         yield from self._problems_of_comparisons(names)
+        yield from self._problems_of_hypotheses(names)
+        kept = [name for name in self.evaluation.order_tasks if ORDER_TASKS[name].for_confirmation]
+        if kept and self.corpus.eval_split == "validation":
+            yield (
+                f"corpus.eval_split = 'validation' is for choosing, but order_tasks has {', '.join(kept)}, which are "
+                "kept for confirmation: leave them out, or evaluate on the split of reported numbers"
+            )
         yield from self._problems_of_starts()
         steps = [round(share * self.training.n_steps) for share in self.evaluation.forgetting_fractions]
         if len(set(steps)) < len(steps) or not any(steps):
@@ -244,7 +281,7 @@ class StudySettings(MeasurementSettings):
                 f"evaluation.retention_positions = {self.evaluation.retention_positions} is not below the "
                 f"{self.corpus.n_positions - 1} positions after BOS: retention would be 1 for everything"
             )
-        if max(self.evaluation.ks) > self.sae.d_sae:
+        if max(self.evaluation.ks) > min([self.sae.d_sae, *(cell.d_sae or self.sae.d_sae for cell in self.cells)]):
             yield (
                 f"evaluation.ks asks for probes on {max(self.evaluation.ks)} latents of sae.d_sae = {self.sae.d_sae}: "
                 "lower it"
@@ -272,6 +309,12 @@ class StudySettings(MeasurementSettings):
                 continue
             if source is None:
                 yield f"{cell.name} starts from {cell.init_from!r}, which is not a cell (a folder needs a slash)"
+                continue
+            if (source.d_sae or self.sae.d_sae) != (cell.d_sae or self.sae.d_sae):
+                yield (
+                    f"{cell.name} starts from {cell.init_from}, which has another number of latents: give both the "
+                    "same d_sae"
+                )
                 continue
             if source.mask.kind != "open" or source.budget != "width" or source.init_from is not None:
                 yield (
@@ -301,37 +344,69 @@ class StudySettings(MeasurementSettings):
         baseline = self.baseline
         pairs = {(cell.name, baseline) for cell in self.cells if baseline not in (None, cell.name)}
         open_cells = {cell.name for cell in self.cells if cell.mask.kind == "open"}
-        pooled = set(self.evaluation.segment_poolings(self.corpus.n_positions))
-        for comparison in self.comparisons:
+        pooled = set(self.evaluation.order_poolings)
+        for comparison in (*self.comparisons, *self.hypotheses):
+            what = "hypotheses" if isinstance(comparison, HypothesisSettings) else "comparisons"
             sides = comparison.cell, comparison.against
             unknown = [side for side in sides if side.partition(" + ")[0] not in names]
             for side in unknown:
-                yield f"comparisons name {side!r}, which is not a cell: choose from {', '.join(names)}"
+                yield f"{what} name {side!r}, which is not a cell: choose from {', '.join(names)}"
             if unknown:
                 continue
             for side in sides:
                 name, _, pooling = side.partition(" + ")
-                known = pooled if name in open_cells else {"fair"}
+                known = pooled if name in open_cells else {"fair", *CONTROLS}
                 if pooling and pooling not in known:
-                    yield f"comparisons name {side!r}, but {name} has the poolings {sorted(known)}"
-            left, right = (next(cell for cell in self.cells if cell.name == side.partition(" + ")[0]) for side in sides)
+                    yield f"{what} name {side!r}, but {name} has only {sorted(known)}"
+            if what == "hypotheses":
+                continue
+            left, right = (self._cell_of(side) for side in sides)
             if not set(self.seeds_of(left)) & set(self.seeds_of(right)):
                 yield f"comparisons compare {sides[0]!r} with {sides[1]!r}, which share no seed: give them one"
             if sides[0] == sides[1] or sides in pairs:
                 yield f"comparisons list {sides[0]!r} against {sides[1]!r} twice, or for nothing: remove it"
             pairs.add(sides)
 
+    def _problems_of_hypotheses(self, names: list[str]) -> Iterator[str]:
+        kinds = {ORDER_TASKS[name].about for name in self.evaluation.order_tasks}
+        seen = set()
+        for hypothesis in self.hypotheses:
+            sides, column = (hypothesis.cell, hypothesis.against), COMPARED.get(hypothesis.column)
+            said = f"hypotheses compare {sides[0]!r} with {sides[1]!r}"
+            if column is None:
+                yield f"{said} in {hypothesis.column!r}: choose a column from {', '.join(COMPARED)}"
+            elif column.where.get("about", next(iter(kinds), "")) not in kinds and column.metric == "order_accuracy":
+                yield f"{said} in {column.name}, but no order task is about {column.where['about']} order: add one"
+            elif column.metric == "probe_accuracy" and not self.evaluation.probe_datasets:
+                yield f"{said} in {column.name}, but there are no probe_datasets: add one"
+            elif not column.is_probing and not {side.partition(" + ")[2] for side in sides} <= {"", *CONTROLS}:
+                yield f"{said} in {column.name}, which does not depend on the pooling: compare the cells themselves"
+            if sides[0] == sides[1] or (*sides, hypothesis.column) in seen:
+                yield f"{said} in {hypothesis.column} twice, or for nothing: remove it"
+            seen.add((*sides, hypothesis.column))
+            if {side.partition(" + ")[0] for side in sides} <= set(names):
+                seeds = [self.seeds_of(self._cell_of(side)) for side in sides]
+                if set(seeds[0]) != set(seeds[1]):
+                    yield f"{said}, which have the seeds {list(seeds[0])} and {list(seeds[1])}: give both the same"
+                elif len(seeds[0]) < MIN_SEEDS:
+                    yield f"{said} with {len(seeds[0])} seeds, which decide nothing: give both at least {MIN_SEEDS}"
+
+    def _cell_of(self, side: str) -> CellSettings:
+        return next(cell for cell in self.cells if cell.name == side.partition(" + ")[0])
+
     @property
     def baseline(self) -> str | None:
         """The cell that every other cell is compared with: the first open cell at full width with all steps."""
         for cell in self.cells:
-            if cell.mask.kind == "open" and cell.budget == "width" and cell.step_fraction == 1:
+            is_plain = cell.mask.kind == "open" and cell.budget == "width" and cell.d_sae is None
+            if is_plain and cell.step_fraction == 1:
                 return cell.name
         return None
 
     def width(self, cell: CellSettings) -> int:
         """Number of latents of a cell's SAE."""
+        d_sae = cell.d_sae or self.sae.d_sae
         if cell.budget == "width":
-            return self.sae.d_sae
+            return d_sae
         kind = masks.MASKS[cell.mask.kind]
-        return kind.width_at_equal_compute(cell.mask, self.corpus.n_positions, self.sae.d_sae)
+        return kind.width_at_equal_compute(cell.mask, self.corpus.n_positions, d_sae)

@@ -4,13 +4,14 @@ import contextlib
 import itertools
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from posmask import masks
 from posmask.data.models import is_path
 from posmask.errors import BadSetting, DamagedFolder
+from posmask.evaluation.settings import may_have_controls
 from posmask.interop import sites
 from posmask.results import rows
 from posmask.sae.files import WEIGHTS_FILE, read_origin, read_width
@@ -40,7 +41,9 @@ class Target:
     """A folder that a study makes: where it is and what it must be made from.
 
     `cell` is None for the baselines and for SAEs that the study did not train. `init_folder` holds the SAE that the
-    cell starts from; `init_identity` is the identity of that folder if it is a cell of the study.
+    cell starts from; `init_identity` is the identity of that folder if it is a cell of the study. `unmasked_folder`
+    is the baseline of the same seed, whose SAE the controls of a masked cell need, and `unmasked_identity` its
+    identity.
     """
 
     cell: CellSettings | None
@@ -50,6 +53,8 @@ class Target:
     made_from: dict[str, Any]
     init_folder: Path | None = None
     init_identity: str | None = None
+    unmasked_folder: Path | None = None
+    unmasked_identity: str | None = None
 
     @property
     def label(self) -> str:
@@ -84,7 +89,7 @@ def baselines_of(target: Target) -> Target:
 def targets_of(study: StudySettings, source: Source, root: Path) -> list[Target]:
     """The baselines and every cell with every seed, in the order of the study file."""
     shared = results_origin(study, source)
-    training_part = study.model_dump(mode="json", include={"sae", "training"})
+    of_training = study.model_dump(mode="json", include={"sae", "training"})
     by_name = {cell.name: cell for cell in study.cells}
 
     def made_from_of(cell: CellSettings, seed: int) -> dict[str, Any]:
@@ -92,7 +97,7 @@ def targets_of(study: StudySettings, source: Source, root: Path) -> list[Target]
         cell_part = cell.model_dump(mode="json", exclude={"seeds", *(["init_from"] if cell.init_folder else [])})
         if (code := masks.code_of(cell.mask)) is not None:
             cell_part["mask_code"] = code
-        return {**shared, **training_part, "cell": cell_part, "seed": seed}
+        return {**shared, **of_training, "cell": cell_part, "seed": seed}
 
     def target_of(cell: CellSettings, seed: int) -> Target:
         made_from = made_from_of(cell, seed)
@@ -107,7 +112,16 @@ def targets_of(study: StudySettings, source: Source, root: Path) -> list[Target]
             init_identity = manifest.identity(made_from_of(origin, seed))
             made_from["init_from"] = origin.model_dump(mode="json", exclude={"measure_forgetting", "seeds"})
         folder = layout.cell_folder(root, layout.cell_label(cell.name, seed))
-        return Target(cell, seed, root, folder, made_from, init_folder, init_identity)
+        target = Target(cell, seed, root, folder, made_from, init_folder, init_identity)
+        unmasked = None if study.baseline is None else by_name[study.baseline]
+        if unmasked is None or not may_have_controls(cell.mask) or seed not in study.seeds_of(unmasked):
+            return target
+        of_unmasked = made_from_of(unmasked, seed)
+        if unmasked.init_folder is not None:
+            of_unmasked["init_from"] = checked_init(unmasked.init_folder, source.made_from)
+        made_from["unmasked"] = training_part(of_unmasked)
+        folder = layout.cell_folder(root, layout.cell_label(unmasked.name, seed))
+        return replace(target, unmasked_folder=folder, unmasked_identity=manifest.identity(of_unmasked))
 
     baselines_target = Target(None, 0, root, layout.cell_folder(root, layout.BASELINES), shared)
     return [baselines_target, *(target_of(cell, seed) for cell in study.cells for seed in study.seeds_of(cell))]
@@ -170,7 +184,12 @@ def checked_init(folder: Path, model_made_from: Mapping[str, Any]) -> dict[str, 
     return {"sha256": manifest.file_sha256(folder / WEIGHTS_FILE)}
 
 
-_FOR_EVALUATION = {"corpus": {"heldout_tokens", "eval_split"}, "cell": {"measure_forgetting"}, "evaluation": None}
+_FOR_EVALUATION = {
+    "corpus": {"heldout_tokens", "eval_split"},
+    "cell": {"measure_forgetting"},
+    "evaluation": None,
+    "unmasked": None,
+}
 """Settings in an identity that training does not depend on."""
 
 

@@ -12,11 +12,12 @@ from posmask.results.table import COLUMNS, Line
 
 __all__ = ["trade_off"]
 
-_X, _Y = "explained variance", "order accuracy"
+_X, _Y = "explained variance", "block order accuracy"
 _MARKS = {
     "equal width": ("circle", COLORS[0]),
     "equal compute": ("square", COLORS[5]),
-    "pooled by segments": ("triangle-up", COLORS[2]),
+    "another pooling": ("triangle-up", COLORS[2]),
+    "control": ("cross", COLORS[3]),
 }
 _NARROW = 270  # width of the plot on a phone, in pixels
 _HEIGHT = 330
@@ -33,8 +34,8 @@ def trade_off(
 ) -> Figure | None:
     """Return the chart with one mark per cell; None if no cell has both numbers.
 
-    A cell pooled by segments has the reconstruction of the cell. Names are placed where they fit: those of `baselines`
-    first, then of cells that no other cell beats in both numbers, then of the others.
+    A cell with another pooling has the reconstruction of the cell. Names are placed where they fit: those of
+    `baselines` first, then of cells that no other cell beats in both numbers, then of the others.
 
     Args:
         lines: lines of the tables with their labels.
@@ -82,17 +83,19 @@ def _values(
     lines: Sequence[tuple[Line, str]], numbers: Mapping[str, Sequence[Number | None]], k: int
 ) -> list[dict[str, Any]]:
     """A value per mark, with the bounds of its intervals where there are any."""
-    columns = {_X: "explained_variance", _Y: f"order k={k}"}
+    columns = {_X: "explained_variance", _Y: f"block k={k}"}
     index = {column.name: i for i, column in enumerate(COLUMNS)}
     values = []
     for line, label in lines:
         coordinates = {axis: line.numbers[name] for axis, name in columns.items()}
         if line.pooling == "fair" or any(map(math.isnan, coordinates.values())):
             continue
-        kind = f"equal {line.budget}" if line.pooling == "mean" else "pooled by segments"
+        kind = "control" if line.is_control else f"equal {line.budget}"
+        if not line.is_control and line.pooling != "mean":
+            kind = "another pooling"
         value: dict[str, Any] = {"cell": label, **coordinates, "what": kind}
         # Reconstruction is the cell's, whatever its codes are pooled by.
-        labels = {_X: label.removesuffix(f" + {line.pooling}"), _Y: label}
+        labels = {_X: label if line.is_control else label.removesuffix(f" + {line.pooling}"), _Y: label}
         for axis, name in columns.items():
             number = numbers[labels[axis]][index[name]]
             value[f"range of {axis}"] = "none"
