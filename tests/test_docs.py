@@ -53,6 +53,8 @@ EXAMPLES = {
     ("docs/architecture.md", "src/posmask/"): "a tree of files",
     ("docs/quick-study.md", "                                expl.    CE  ret.− order"): "what `make run` prints",
     ("docs/quick-study.md", "runs/quick/"): "a tree of files",
+    ("docs/command-line.md", "quick                ━"): "tests/test_progress.py tests the form on a terminal",
+    ("docs/command-line.md", "quick, stage 9 of 24"): "tests/test_progress.py tests the form in a log",
     ("docs/index.md", "make run"): "timed by hand, as the README says",
     ("docs/cluster.md", "posmask run STUDY.toml --engine ray"): "tests/test_on_ray.py runs it on a local cluster",
     (

@@ -14,6 +14,7 @@ from posmask.results.rows import Row, parse_slice
 __all__ = [
     "COLUMNS",
     "COMPARED",
+    "MODEL_LABEL",
     "PRINTED",
     "Column",
     "Line",
@@ -22,6 +23,10 @@ __all__ = [
     "missing_lines",
     "summarize",
 ]
+
+
+MODEL_LABEL = "the model itself"
+"""Label of the results that need no SAE."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +181,7 @@ def _line(cell_rows: Sequence[tuple[Row, Mapping[str, str]]], pooling: str) -> L
         else:
             minus = means.get(column.minus, math.nan) if column.minus else 0
             numbers[column.name] = means.get(column.metric, math.nan) - minus
-    name = "the model itself" if first.mask == "none" else first.cell
+    name = MODEL_LABEL if first.mask == "none" else first.cell
     return Line(
         label=name if pooling == "mean" else f"{name} + {pooling}",
         pooling=pooling,
