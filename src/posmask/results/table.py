@@ -16,6 +16,7 @@ __all__ = [
     "COMPARED",
     "MODEL_LABEL",
     "PRINTED",
+    "SHOWN",
     "Column",
     "Line",
     "format_number",
@@ -49,7 +50,7 @@ class Column:
     compared: bool = False
     """Whether cells are compared by it (`verdicts.csv`); more is better."""
     heading: str = ""
-    """Heading in the table of the command line, two lines; empty leaves the column out of it."""
+    """Heading in narrow tables, two lines; empty leaves the column out of `PRINTED`."""
 
     @property
     def full_title(self) -> str:
@@ -100,7 +101,6 @@ COLUMNS = [
     ),
     Column("fidelity", "fidelity", "ties to positions", "profile_fidelity"),
     *_probing("order", "order probing", "order_accuracy", "order", printed_ks=(1, 5, 20)),
-    # Without k = 20 the command line's table fits 80 columns.
     *_probing("probing", "standard probing", "probe_accuracy", "probe", printed_ks=(1, 5)),
 ]
 """Every reported column, in order."""
@@ -109,7 +109,14 @@ COMPARED = {column.name: column for column in COLUMNS if column.compared}
 """The columns that cells are compared by, by name."""
 
 PRINTED = [column for column in COLUMNS if column.heading]
-"""The columns of the table that the command line prints."""
+"""The columns of the tables in `docs/results` and on the cards of pushed SAEs."""
+
+SHOWN = [
+    COMPARED[name]
+    for name in ("explained_variance", "ce_recovered", "order k=1", "order k=5", "probing k=1", "probing k=5")
+]
+"""The numbers of the command line's table, which has eight columns: `cell`, `budget` and these. Cells are compared by
+each of them."""
 
 
 @dataclass(frozen=True)
