@@ -31,6 +31,7 @@ from posmask.results.rows import Row
 from posmask.results.table import SHOWN, summarize
 from posmask.storage.manifest import write_folder
 from posmask.storage.record import StudyRecord, write_record
+from posmask.study.estimate import Line, Plan
 from posmask.study.study_file import read_study
 
 ROOT = Path(__file__).parent.parent
@@ -429,10 +430,28 @@ def test_the_next_command_follows_from_the_seeds(study_file, tmp_path):
         settings = read_study(study_file, changes)
         return commands._next_step(settings, [], study_file, None, tmp_path, list(changes), 1)
 
-    assert "--set 'seeds=[7, 0, 1]'" in next_step("seeds=[7]")
+    command = next_step("seeds=[1]")
+    assert "--set 'seeds=[1, 0, 2]'" in command
+    assert command.count("seeds=") == 1
     assert next_step("seeds=[0, 1, 2]") == f"Next: posmask report {tmp_path} --all writes a page with all latents"
     cells = 'cells=[{name = "open", mask = {kind = "open"}}, {name = "cut", mask = {kind = "open"}, seeds = [0]}]'
     assert next_step("seeds=[0, 1, 2]", cells, "comparisons=[]") == (f"Next: give cut at least 3 seeds in {study_file}")
+
+
+@pytest.mark.parametrize("width", [44, 80])
+def test_the_table_of_a_plan_keeps_every_number_and_enough_of_the_names(width):
+    name = "windows-with-a-long-name.and-more_of-it"
+    lines = [Line("harvest", "training texts", 5000, 1.0), Line("baselines", "the model itself", 2250, 0.5)]
+    lines += [Line("training", name, 768_000, 1000.0), Line("evaluation", name, 6594, 10_000.0)]
+    file = io.StringIO()
+    for table in printing._plan_tables(Plan(tuple(lines), 3, 0, 1, 1, ()), width):
+        Console(file=file, width=width).print(table)
+    text = file.getvalue()
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    assert all(number in text for number in ("16 min 40 s", "2 h 47 min"))
+    assert ("768,000" in text) == (width == 80)
+    assert text.count("\n") < 14
 
 
 def test_an_audited_name_is_not_markup():

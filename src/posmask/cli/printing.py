@@ -81,8 +81,7 @@ def results_table(
         if needed <= width:
             break
         if form == "stacked" and needed - longest + min(longest, _SHORT_NAME) <= width:
-            table.columns[0].width = width - needed + longest  # A long name takes several lines; numbers are never cut.
-            break
+            break  # A long name takes several lines; numbers are never cut.
     if len(columns) < len(SHOWN):
         table.caption = Text(f"{len(SHOWN) - len(columns)} columns do not fit", justify="left")
     return table
@@ -232,26 +231,32 @@ def _watch_line(states: list[tuple[str, "CellState"]], root: Path) -> str:
     return f"{len(states) - len(left)} of {len(states)} finished under {root}{rest}"
 
 
-def _plan_tables(plan: "estimate.Plan") -> list[Table]:
-    """Return the table of harvests and the table of cells."""
+_TOKENS_COLUMNS = 64
+"""Terminals with at least this many columns show the tokens of each cell in a plan."""
+
+
+def _plan_tables(plan: "estimate.Plan", width: int) -> list[Table]:
+    """Return the table of harvests and the table of cells; narrow ones have times only."""
     harvest = _columns("harvest", "tokens", "time")
     for line in plan.lines:
         if line.stage == "harvest":
             harvest.add_row(line.what, *_tokens_and_time(line))
-    cells = _columns("cell", "trained on,\ntokens", "\ntime", "encoded,\ntokens", "\ntime")
+    shown = slice(None) if width >= _TOKENS_COLUMNS else slice(1, None)
+    headings = (("trained on,\ntokens", "training,\ntime"), ("encoded,\ntokens", "evaluation,\ntime"))
+    cells = _columns("cell", *(heading for pair in headings for heading in pair[shown]))
     for line in plan.lines:
         if line.stage == "baselines":
-            cells.add_row(line.what, "", "", *_tokens_and_time(line))
+            cells.add_row(line.what, *("", "")[shown], *_tokens_and_time(line)[shown])
     trained = {line.what: line for line in plan.lines if line.stage == "training"}
     evaluated = {line.what: line for line in plan.lines if line.stage == "evaluation"}
     for name, line in trained.items():
-        cells.add_row(name, *_tokens_and_time(line), *_tokens_and_time(evaluated[name]))
+        cells.add_row(name, *_tokens_and_time(line)[shown], *_tokens_and_time(evaluated[name])[shown])
     return [harvest, cells]
 
 
 def _columns(first: str, *others: str) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_edge=False, header_style="bold")
-    table.add_column(first, no_wrap=True, vertical="bottom")
+    table.add_column(f"\n{first}" if "\n" in others[0] else first, overflow="fold")
     for name in others:
         table.add_column(name, justify="right", no_wrap=True)
     return table
@@ -290,7 +295,7 @@ def print_plan(plan: "estimate.Plan", root: Path, gpu: str | None) -> None:
     print(textwrap.fill(f"{finished} under {root}.", width))
     disk, memory = plan.disk_bytes / 1e9, plan.memory_bytes / 1e9
     print(f"Disk: {disk:.1f} GB to write. Memory: about {memory:.1f} GB at the peak.\n")
-    for table in _plan_tables(plan):
+    for table in _plan_tables(plan, console.width):
         console.print(table)
         console.print()
     for assumption in plan.assumptions:
