@@ -297,7 +297,13 @@ def verdict(label, column, effect, half=0.004, kind="no evidence", n_seeds=3, ag
     return Verdict(label, against, column, effect, effect - half, effect + half, p, n_seeds, 12, kind)
 
 
-ROWS = [*rows_of("open", 0.75, mask="open"), *rows_of(HOSTILE, 0.125), *rows_of("llm", 0.5, mask="none")]
+SEGMENTS = "order_accuracy", "k=5;pooling=segments4"
+ROWS = [
+    *rows_of("open", 0.75, mask="open"),
+    Row("open", "open", "compute", "forward", 0, *SEGMENTS, 0.625, 0.0, 0.0, 9),
+    *rows_of(HOSTILE, 0.125),
+    *rows_of("llm", 0.5, mask="none"),
+]
 
 
 def shown_at(width, verdicts, **settings):
@@ -310,14 +316,15 @@ def shown_at(width, verdicts, **settings):
 @pytest.mark.parametrize("width", [66, 80, 120, 200])
 def test_the_table_has_eight_columns_with_differences_and_never_cuts_a_number(width):
     verdicts = [verdict(HOSTILE, column.name, -0.0625) for column in SHOWN]
-    text = shown_at(width, verdicts)
+    text = shown_at(width, [*verdicts, verdict("open + segments4", "order k=5", -0.125)])
     lines = text.splitlines()
     assert max(map(len, lines)) <= width
     assert not re.search("\x1b|…", text)
     assert lines[1].split() == ["cell", "budget", "var.", "rec.", "k=1", "k=5", "k=1", "k=5"]
     rules = [number for number, line in enumerate(lines) if "─" in line]
-    assert [line.split()[0] for line in lines[rules[0] + 1 : rules[1]]] == ["open", "the"]
+    assert [line.split()[0] for line in lines[rules[0] + 1 : rules[1]]] == ["open", "open", "the"]
     assert lines[rules[0] + 1].split() == ["open", "compute", *["0.750"] * 6]
+    assert lines[rules[0] + 2].split() == ["open", "+", "segments4", "compute", "–", "0.625", "–", "–"]
     below = "\n".join(lines[rules[1] + 1 :])
     assert "".join(line.split(" ")[0] for line in below.splitlines()) == HOSTILE
     assert (below.count("−0.062"), below.count("±0.004")) == (6, 6)

@@ -60,8 +60,10 @@ def results_table(
         width: columns of the terminal; None: those of `console`.
     """
     width = console.width if width is None else width
-    differences = {(of.label, of.column): of for of in verdicts if of.against == baseline}
     is_baseline = {line.label: line.mask == "none" or line.label.partition(" + ")[0] == baseline for line in lines}
+    differences = {
+        (of.label, of.column): of for of in verdicts if of.against == baseline and not is_baseline.get(of.label)
+    }
     rows = [line for line in lines if is_baseline[line.label] or line.pooling == "mean"]
     rows.sort(key=lambda line: not is_baseline[line.label])
     longest = max(len(line.label) for line in rows)
