@@ -2,28 +2,37 @@ import importlib.metadata
 import io
 import json
 import os
+import pty
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 
-import huggingface_hub
+import huggingface_hub.constants
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from posmask.cli import commands
+from posmask.cli import commands, printing
+from posmask.cli import installation as doctor
 from posmask.cli.commands import app
-from posmask.cli.printing import results_table, status_table
+from posmask.cli.encoding import replace_unencodable
+from posmask.cli.printing import audit_table, results_table, status_table, table_note
 from posmask.errors import BadSetting, DamagedFolder, DegenerateResult, MissingAsset, MissingExtra, NothingToDo
 from posmask.kernels import runtime
 from posmask.report import write_report
+from posmask.results.comparisons import Verdict
+from posmask.results.finding import finding
 from posmask.results.rows import Row
-from posmask.results.table import summarize
+from posmask.results.table import SHOWN, summarize
 from posmask.storage.manifest import write_folder
 from posmask.storage.record import StudyRecord, write_record
+from posmask.study.estimate import Line, Plan
+from posmask.study.study_file import read_study
 
 ROOT = Path(__file__).parent.parent
 
@@ -221,6 +230,7 @@ def test_doctor_as_json(monkeypatch, tmp_path):
     assert report["cache"] == str(tmp_path)
     assert report["gflops"].keys() == {"float32", "bfloat16"}
     assert {download["cached"] for download in report["downloads"]} == {False}
+    assert all(isinstance(problem, str) for problem in report["problems"])
 
 
 def test_verify_refuses_what_is_no_study_and_an_unfinished_one(tmp_path):
@@ -254,6 +264,7 @@ def test_doctor_says_what_is_here(monkeypatch, tmp_path):
     assert "bfloat16 15 GFLOP/s" in result.output
     assert "auto means float32" in result.output
     assert "would be downloaded, 93 MB" in result.output
+    assert re.match(r"(Ready, after a download of \d+ MB|Not ready: )", result.output.splitlines()[-1])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -266,23 +277,275 @@ def test_status_of_the_quick_study_needs_no_model(tmp_path):
     assert re.search(r"^slice-gradient +seed 0", result.output, re.M)
 
 
-def test_the_table_keeps_every_number_at_80_columns_and_in_a_log():
-    rows = [
-        Row("c" * 60, "slice", "compute", "forward", 0, metric, where, -0.1234, 0.0, 0.0, 9)
+HOSTILE = "[red]x[/x]" + "y" * 50
+
+
+def rows_of(cell, value, mask="slice", seed=0):
+    """The rows of a cell whose reported numbers are all `value`."""
+    return [
+        Row(cell, mask, "" if mask == "none" else "compute", "forward", seed, metric, where, value, 0.0, 0.0, 9)
         for metric, where in (
             ("explained_variance", ""),
             ("ce_recovered", ""),
-            ("retention", ""),
-            ("retention_chance", ""),
             *((f"{what}_accuracy", f"k={k};pooling=mean") for what in ("order", "probe") for k in (1, 5, 20)),
         )
     ]
-    log = io.StringIO()
-    Console(file=log, width=80).print(results_table(summarize(rows)))
-    assert log.getvalue().count("−0.123") == 7
-    assert re.search(r" 0\.000 ", log.getvalue())  # retention minus chance
-    assert not re.search("\x1b|…", log.getvalue())
-    assert max(map(len, log.getvalue().splitlines())) <= 80
+
+
+def verdict(label, column, effect, half=0.004, kind="no evidence", n_seeds=3, against="open"):
+    p = 0.5 if kind == "no evidence" else 0.001
+    return Verdict(label, against, column, effect, effect - half, effect + half, p, n_seeds, 12, kind)
+
+
+SEGMENTS = "order_accuracy", "k=5;pooling=segments4"
+ROWS = [
+    *rows_of("open", 0.75, mask="open"),
+    Row("open", "open", "compute", "forward", 0, *SEGMENTS, 0.625, 0.0, 0.0, 9),
+    *rows_of(HOSTILE, 0.125),
+    *rows_of("llm", 0.5, mask="none"),
+]
+
+
+def shown_at(width, verdicts, **settings):
+    file = io.StringIO()
+    table = results_table(summarize(ROWS), "open", verdicts, width)
+    Console(file=file, width=width, **settings).print(table)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("width", [66, 80, 120, 200])
+def test_the_table_has_eight_columns_with_differences_and_never_cuts_a_number(width):
+    verdicts = [verdict(HOSTILE, column.name, -0.0625) for column in SHOWN]
+    text = shown_at(width, [*verdicts, verdict("open + segments4", "order k=5", -0.125)])
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= width
+    assert not re.search("\x1b|…", text)
+    assert lines[1].split() == ["cell", "budget", "var.", "rec.", "k=1", "k=5", "k=1", "k=5"]
+    rules = [number for number, line in enumerate(lines) if "─" in line]
+    assert [line.split()[0] for line in lines[rules[0] + 1 : rules[1]]] == ["open", "open", "the"]
+    assert lines[rules[0] + 1].split() == ["open", "compute", *["0.750"] * 6]
+    assert lines[rules[0] + 2].split() == ["open", "+", "segments4", "compute", "–", "0.625", "–", "–"]
+    below = "\n".join(lines[rules[1] + 1 :])
+    assert "".join(line.split(" ")[0] for line in below.splitlines()) == HOSTILE
+    assert (below.count("−0.062"), below.count("±0.004")) == (6, 6)
+    assert below.count("0.125") == 6 * (width == 200)  # Wide tables have room for values, too.
+
+
+def test_columns_that_do_not_fit_are_left_out_and_counted():
+    text = shown_at(44, [verdict(HOSTILE, column.name, -0.0625) for column in SHOWN])
+    assert max(map(len, text.splitlines())) <= 44
+    assert "3 columns do not fit" in text
+    assert "…" not in text
+
+
+def test_a_table_without_differences_shows_values():
+    text = shown_at(80, [])
+    assert text.count("0.125") == 6
+    assert "±" not in text
+
+
+def test_small_intervals_do_not_read_as_zero():
+    assert "±0.0004" in shown_at(80, [verdict(HOSTILE, "explained_variance", -0.002, half=0.0004)])
+
+
+def test_significant_differences_have_a_star_and_a_color_where_there_is_color():
+    verdicts = [
+        verdict(HOSTILE, "explained_variance", -0.0625, kind="worse"),
+        verdict(HOSTILE, "order k=5", 0.0625, kind="better"),
+        verdict(HOSTILE, "order k=1", 0.0625),
+    ]
+    plain = shown_at(120, verdicts)
+    assert len(re.findall(r"−0\.062\*", plain)) == len(re.findall(r"\+0\.062\*", plain)) == 1
+    assert "significant" in table_note("open", verdicts)
+    colors = {"force_terminal": True, "color_system": "standard"}
+    colored = shown_at(120, verdicts, **colors)
+    assert "\x1b[31m−0.062*" in colored
+    assert "\x1b[32m+0.062*" in colored
+    assert colored.count("\x1b[31m") == colored.count("\x1b[32m") == 1
+    without = shown_at(120, verdicts, **colors, no_color=True)
+    assert "\x1b[31m" not in without
+    assert "−0.062*" in without
+
+
+def test_a_table_on_a_terminal_without_unicode_keeps_signs(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    replace_unencodable()
+    Console(width=80).print(results_table(summarize(ROWS), "open", [verdict(HOSTILE, "order k=5", -0.0625)], 80))
+    print("−1 ± 2 … 日")
+    stream.flush()
+    text = stream.buffer.getvalue().decode("ascii")
+    assert "-0.062" in text
+    assert "+/-0.004" in text
+    assert text.endswith("-1 +/- 2 . ?\n")
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "sentence"),
+    [
+        ([], "Nothing is compared: the study has neither an open cell as baseline nor comparisons."),
+        (
+            [verdict("slice", "order k=5", 0.9, n_seeds=1)],
+            "With 1 seed no difference to open can be established: comparisons need 3 seeds.",
+        ),
+        (
+            [verdict("slice", "order k=5", 0.9)],
+            "Compared with open (3 seeds, corrected for 12 comparisons), no difference is significant.",
+        ),
+        (
+            [
+                verdict("slice", "explained_variance", -0.1, kind="worse"),
+                verdict("hard", "explained_variance", -0.2, kind="worse", n_seeds=5),
+                verdict("hard", "order k=5", 0.02, kind="better"),
+                verdict("hard", "order k=1", 0.5),
+                verdict("hard", "order k=1", 0.7, against="slice", kind="better"),
+                verdict("late", "order k=5", 0.5, n_seeds=2),
+            ],
+            "Compared with open (2 to 5 seeds, corrected for 12 comparisons), explained variance is lower in 2 cells, "
+            "most in hard (−0.200, 95 % CI [−0.204, −0.196]); order probing at k = 5 is higher in hard (+0.020, 95 % "
+            "CI [0.016, 0.024]); no other difference is significant; late: fewer than 3 seeds.",
+        ),
+        (
+            [verdict("hard", "order k=1", 0.7, against="slice", kind="better")],
+            "Compared with slice (3 seeds, corrected for 12 comparisons), order probing at k = 1 is higher in hard "
+            "(+0.700, 95 % CI [0.696, 0.704]); no other difference is significant.",
+        ),
+    ],
+)
+def test_the_finding_is_what_the_verdicts_say(verdicts, sentence):
+    assert finding(verdicts, "open") == sentence
+
+
+def test_a_run_ends_with_finding_page_and_next_command(study_file, finish, tmp_path, monkeypatch):
+    finish(tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+
+    def end_of(*options):
+        words = ["run", "tiny.toml", "--root", "run", *options]
+        return CliRunner().invoke(app, words, catch_exceptions=False).stdout.splitlines()
+
+    *_, empty, found, page, command, cost = end_of("--set", "training.batch_tokens=256")
+    assert (empty, page) == ("", "The page: run/report.html")
+    assert found == "With 1 seed no difference to open can be established: comparisons need 3 seeds."
+    assert command == ("Next: posmask run tiny.toml --root run --set training.batch_tokens=256 --set 'seeds=[0, 1, 2]'")
+    assert re.fullmatch(r" +\(3 seeds, about \d.* more; finished cells stay\)", cost)
+    read_study(study_file, ["seeds=[0, 1, 2]"])
+
+
+def test_the_next_command_follows_from_the_seeds(study_file, tmp_path):
+    def next_step(*changes):
+        settings = read_study(study_file, changes)
+        return commands._next_step(settings, [], study_file, None, tmp_path, list(changes), 1)
+
+    command = next_step("seeds=[1]")
+    assert "--set 'seeds=[1, 0, 2]'" in command
+    assert command.count("seeds=") == 1
+    assert next_step("seeds=[0, 1, 2]") == f"Next: posmask report {tmp_path} --all writes a page with all latents"
+    cells = 'cells=[{name = "open", mask = {kind = "open"}}, {name = "cut", mask = {kind = "open"}, seeds = [0]}]'
+    assert next_step("seeds=[0, 1, 2]", cells, "comparisons=[]") == (f"Next: give cut at least 3 seeds in {study_file}")
+
+
+@pytest.mark.parametrize("width", [44, 80])
+def test_the_table_of_a_plan_keeps_every_number_and_enough_of_the_names(width):
+    name = "windows-with-a-long-name.and-more_of-it"
+    lines = [Line("harvest", "training texts", 5000, 1.0), Line("baselines", "the model itself", 2250, 0.5)]
+    lines += [Line("training", name, 768_000, 1000.0), Line("evaluation", name, 6594, 10_000.0)]
+    file = io.StringIO()
+    for table in printing._plan_tables(Plan(tuple(lines), 3, 0, 1, 1, ()), width):
+        Console(file=file, width=width).print(table)
+    text = file.getvalue()
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    assert all(number in text for number in ("16 min 40 s", "2 h 47 min"))
+    assert ("768,000" in text) == (width == 80)
+    assert text.count("\n") < 14
+
+
+def test_an_audited_name_is_not_markup():
+    summary = {
+        "name": HOSTILE,
+        "d_sae": 8,
+        "classes": {"on": {"position": {"count": 1}}},
+        "explained_variance": {"value": 0.5},
+        "l0": {"value": 4},
+    }
+    file = io.StringIO()
+    Console(file=file, width=120).print(audit_table([summary]))
+    assert HOSTILE in file.getvalue()
+
+
+def test_watching_prints_a_line_per_change_and_ends_with_the_page(monkeypatch, tmp_path, capsys):
+    steps = [
+        [("baselines", "missing"), ("open-seed0", "missing")],
+        [("baselines", "finished"), ("open-seed0", "missing")],
+        [("baselines", "finished"), ("open-seed0", "missing")],
+        [("baselines", "finished"), ("open-seed0", "finished")],
+        [("baselines", "finished"), ("open-seed0", "finished")],
+    ]
+    remaining = iter(steps)
+
+    def sleep(seconds):
+        if steps[-1] is not steps[0] and remaining.__length_hint__() == 1:
+            for name in ("results.csv", "report.html"):
+                (tmp_path / name).touch()
+
+    monkeypatch.setattr(printing.time, "sleep", sleep)
+    (tmp_path / "checkpoints" / "open-seed0").mkdir(parents=True)
+    printing.watched(lambda: next(remaining), tmp_path)
+    assert capsys.readouterr().out.splitlines() == [
+        f"0 of 2 finished under {tmp_path}; with checkpoints: open-seed0",
+        f"1 of 2 finished under {tmp_path}; with checkpoints: open-seed0",
+        f"2 of 2 finished under {tmp_path}; results.csv and report.html not yet written",
+        f"2 of 2 finished under {tmp_path}",
+    ]
+
+
+def test_watching_on_a_terminal_refreshes_a_table_until_interrupted(tmp_path):
+    master, slave = pty.openpty()
+    command = [sys.executable, "-m", "posmask.cli", "status", "studies/quick.toml", "--root", tmp_path, "--watch"]
+    environment = {**os.environ, "COLUMNS": "60", "TERM": "xterm"}
+    with subprocess.Popen(command, stdout=slave, stderr=slave, cwd=ROOT, env=environment) as process:
+        os.close(slave)
+        text = ""
+        while "0 of 9 finished" not in text:
+            text += os.read(master, 65536).decode()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=20) == 0
+    os.close(master)
+    assert "slice-gradient" in text
+    assert "Traceback" not in text
+
+
+def test_watch_and_json_exclude_each_other(posmask):
+    code, _, errors = posmask("status", "studies/quick.toml", "--watch", "--json")
+    assert (code, errors) == (2, "posmask: --watch and --json exclude each other: choose one\n")
+
+
+@pytest.mark.parametrize(
+    ("changes", "verdict"),
+    [
+        ({}, "Ready: all packages fit, and the embedded model and texts are downloaded."),
+        (
+            {"downloads": [{"megabytes": 93, "cached": False}, {"megabytes": 5, "cached": True}]},
+            "Ready, after a download of 93 MB, which `posmask fetch` or the first run does.",
+        ),
+        ({"problems": ["a", "b"]}, "Not ready: a; b."),
+    ],
+)
+def test_the_verdict_of_doctor_is_a_sentence(changes, verdict):
+    assert doctor._verdict({"problems": [], "downloads": [], **changes}) == verdict
+
+
+def test_doctor_names_unmet_requirements_and_a_full_disk(monkeypatch, tmp_path):
+    needs = ["rich>=13.9", "typer>=99", "nothing-of-this-name>=1", "ray>=999; extra == 'ray'"]
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda name: needs)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder: SimpleNamespace(free=3e8))
+    first, second = doctor._unmet_requirements()
+    assert re.fullmatch(r"typer is [\d.]+: pip install 'typer>=99'", first)
+    assert second == "nothing-of-this-name is not installed: pip install 'nothing-of-this-name>=1'"
+    assert doctor._disk_problems(tmp_path / "cache") == [
+        f"only 0.3 GB are free in {tmp_path}: free 2 GB, or set POSMASK_CACHE"
+    ]
 
 
 def test_a_damaged_cell_stands_in_the_table_of_states():

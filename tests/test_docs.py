@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer.main
+from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
@@ -26,10 +27,13 @@ from conftest import D_MODEL, WORDS, make_texts
 from posmask import masks
 from posmask.auditing.measures import ORDER_COLUMNS, POSITION_COLUMNS, REMOVAL_COLUMNS
 from posmask.cli.commands import app
-from posmask.cli.printing import slurm_line
+from posmask.cli.printing import results_table, slurm_line, table_note
 from posmask.data import embedded
 from posmask.evaluation.latent_table import CLASS_RULES, COLUMNS, KIND_RULES, PROFILE_COLUMNS
+from posmask.results.comparisons import read_verdicts
+from posmask.results.finding import finding
 from posmask.results.rows import read_rows
+from posmask.results.table import summarize
 from posmask.study.study_file import read_study
 from test_wheel import STUDY
 
@@ -51,8 +55,11 @@ EXAMPLES = {
     ("README.md", "make run     # sets everything up"): "CI runs `make test`; `make run` was timed by hand",
     ("README.md", "import posmask"): "test_the_python_example_of_the_readme",
     ("docs/architecture.md", "src/posmask/"): "a tree of files",
-    ("docs/quick-study.md", "                                expl.    CE  ret.− order"): "what `make run` prints",
+    ("docs/quick-study.md", "With 1 seed"): "tests/test_cli.py tests the last lines of a run",
+    ("docs/quick-study.md", "                                  expl."): "test_the_table_of_the_quick_study_page",
     ("docs/quick-study.md", "runs/quick/"): "a tree of files",
+    ("docs/command-line.md", "quick                ━"): "tests/test_progress.py tests the form on a terminal",
+    ("docs/command-line.md", "quick, stage 9 of 24"): "tests/test_progress.py tests the form in a log",
     ("docs/index.md", "make run"): "timed by hand, as the README says",
     ("docs/cluster.md", "posmask run STUDY.toml --engine ray"): "tests/test_on_ray.py runs it on a local cluster",
     (
@@ -98,6 +105,22 @@ def test_every_example_has_a_test_or_a_reason():
         assert any(code.startswith(start) for other, code in shown if other == page), f"{page} has no example {start}"
     tests = {name for name in globals() if name.startswith("test_")} | {"test_saelens_page"}
     assert {how for how in EXAMPLES.values() if how.startswith("test_")} <= tests
+
+
+def test_the_table_of_the_quick_study_page():
+    """The page shows what the command line prints for a kept study at 80 columns."""
+    folder, shown = (
+        DOCS / "results" / "key-gpt2",
+        example("docs/quick-study.md", "                                  expl."),
+    )
+    verdicts, file = read_verdicts(folder / "verdicts.csv"), io.StringIO()
+    table = results_table(summarize(read_rows(folder / "summary.csv")), "open", verdicts, 80)
+    Console(file=file, width=80).print(table)
+    lines = [line.rstrip() for line in file.getvalue().splitlines()]
+    assert shown.splitlines()[: len(lines)] == lines
+    sentences = " ".join(shown.split())
+    assert table_note("open", verdicts) in sentences
+    assert sentences.endswith(finding(verdicts, "open"))
 
 
 MODULE = re.compile(r"`posmask((?:\.[a-z_]+)+)`")

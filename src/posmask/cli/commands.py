@@ -3,7 +3,7 @@
 Imports are inside the functions, so that `posmask --help` and shell completion import neither torch nor numpy.
 """
 
-import io
+import contextlib
 import json
 import shlex
 import sys
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 
 from posmask.cli import sae_commands
+from posmask.cli.encoding import replace_unencodable
 from posmask.cli.interrupts import INTERRUPTED, interrupts
 from posmask.cli.options import (
     Changes,
@@ -30,6 +31,7 @@ from posmask.errors import BadSetting, DamagedFolder, NothingToDo, PosmaskError
 from posmask.storage import layout
 
 if TYPE_CHECKING:
+    from posmask.results.rows import Row
     from posmask.study import estimate
     from posmask.study.settings import StudySettings
 
@@ -50,9 +52,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line. Errors of posmask, of the disk and of memory are one sentence on standard error."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # A terminal or log that is not UTF-8 must not end a finished run.
+    replace_unencodable()
     try:
         with interrupts():
             app()
@@ -161,14 +161,16 @@ def run(
     the report page is DIR/report.html.
     """
     from posmask import report
-    from posmask.cli.printing import console, results_table, run_summary, verdict_line
+    from posmask.cli.printing import console, cost_line, print_wrapped, results_table, table_note
+    from posmask.results.comparisons import read_verdicts
+    from posmask.results.finding import finding
     from posmask.results.table import missing_lines, summarize
     from posmask.study import run
     from posmask.study.study_file import read_study
 
     started = time.perf_counter()
     settings = read_study(study_file, [*(changes or ()), *([f"track={track}"] if track else [])])
-    root = root or Path("runs") / settings.name
+    given_root, root = root, root or Path("runs") / settings.name
     try:
         plan = _announced_plan(settings, root) if engine == "local" and settings.device == "cpu" else None
         rows = run.run_study(settings, root, say=print, n_jobs=jobs, engine=engine, plan=plan)
@@ -176,12 +178,43 @@ def run(
         print("\nposmask: interrupted; the same command resumes from the finished folders", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
     page = report.write_report(root)
-    console.print(results_table(summarize(rows)))
+    verdicts = read_verdicts(root / layout.VERDICTS_FILE)
+    console.print(results_table(summarize(rows), settings.baseline, verdicts))
+    print_wrapped(table_note(settings.baseline, verdicts))
     for line in missing_lines(rows):
-        print(line)
-    print(run_summary(time.perf_counter() - started, jobs))
-    print(verdict_line(root / layout.VERDICTS_FILE))
+        print_wrapped(line)
+    print_wrapped(cost_line(time.perf_counter() - started, jobs))
+    print()
+    print_wrapped(finding(verdicts, settings.baseline))
     print(f"The page: {page}")
+    print(_next_step(settings, rows, study_file, given_root, root, changes, jobs))
+
+
+def _next_step(
+    settings: "StudySettings",
+    rows: list["Row"],
+    study_file: Path,
+    given_root: Path | None,
+    root: Path,
+    changes: list[str] | None,
+    jobs: int,
+) -> str:
+    """The command to run next: with enough seeds for comparisons if there are fewer, else for all latents."""
+    from posmask.progress import duration
+    from posmask.results.comparisons import MIN_SEEDS
+
+    own = [cell.name for cell in settings.cells if cell.seeds is not None and len(cell.seeds) < MIN_SEEDS]
+    if own:
+        return f"Next: give {', '.join(own)} at least {MIN_SEEDS} seeds in {study_file}"
+    if len(settings.seeds) >= MIN_SEEDS:
+        return f"Next: {shlex.join(['posmask', 'report', str(root), '--all'])} writes a page with all latents"
+    new = [seed for seed in range(MIN_SEEDS + len(settings.seeds)) if seed not in settings.seeds]
+    seeds = [*settings.seeds, *new][:MIN_SEEDS]
+    others = [change for change in changes or () if change.partition("=")[0].strip() != "seeds"]
+    command = _run_command(study_file, given_root, [*others, f"seeds={json.dumps(seeds)}"], jobs)
+    spent = sum(row.value for row in rows if row.metric in ("train_seconds", "evaluate_seconds"))
+    more = spent / jobs * (len(seeds) / len(settings.seeds) - 1)
+    return f"Next: {command}\n      ({len(seeds)} seeds, about {duration(more)} more; finished cells stay)"
 
 
 def _announced_plan(study: "StudySettings", root: Path) -> "estimate.Plan | None":
@@ -259,14 +292,29 @@ def train_distributed(
 
 
 @registered(app, "status", "Studies")
-def status(study_file: StudyFile, root: Root = None, changes: Changes = None, as_json: Json = False) -> None:
+def status(
+    study_file: StudyFile,
+    root: Root = None,
+    changes: Changes = None,
+    watch: Annotated[
+        bool,
+        typer.Option("--watch", help="Refresh until the study and its page are finished; Ctrl+C stops it."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """List the cells of a study that are finished, missing, damaged, or made from other settings."""
-    from posmask.cli.printing import console, status_table
+    from posmask.cli.printing import console, lacking_outputs, status_table, watched
     from posmask.study.study_file import read_study
     from posmask.study.targets import cell_states
 
+    if watch and as_json:
+        raise BadSetting("--watch and --json exclude each other: choose one")
     settings = read_study(study_file, changes or ())
     given_root, root = root, root or Path("runs") / settings.name
+    if watch:
+        with contextlib.suppress(KeyboardInterrupt):
+            watched(lambda: cell_states(settings, root), root)
+        return
     states = cell_states(settings, root)
     n_finished = sum(state == "finished" for _, state in states)
     if as_json:
@@ -277,15 +325,16 @@ def status(study_file: StudyFile, root: Root = None, changes: Changes = None, as
     rest = ""
     if n_finished < len(states):
         rest = "completes the rest"
-    elif lacking := [name for name in (layout.RESULTS_FILE, layout.REPORT_FILE) if not (root / name).is_file()]:
+    elif lacking := lacking_outputs(root):
         rest = f"writes {' and '.join(lacking)}"
     command = f"; `{_run_command(study_file, given_root, changes)}` {rest}" if rest else ""
     print(f"{n_finished} of {len(states)} finished under {root}{command}.")
 
 
-def _run_command(study_file: Path, root: Path | None, changes: list[str] | None) -> str:
+def _run_command(study_file: Path, root: Path | None, changes: list[str] | None, jobs: int = 1) -> str:
     """The command that continues a study with the same options."""
     options = [] if root is None else ["--root", str(root)]
+    options += [] if jobs == 1 else ["--jobs", str(jobs)]
     for change in changes or ():
         options += ["--set", change]
     return shlex.join(["posmask", "run", str(study_file), *options])

@@ -141,7 +141,7 @@ def evaluate(
     Its results go to DIR/evaluated, with a file in SAEBench's format, and are printed beside those of the model
     itself. Measures that need the training run, such as dead latents, are missing.
     """
-    from posmask.cli.printing import console, results_table
+    from posmask.cli.printing import console, print_wrapped, results_table, table_note
     from posmask.interop import reading
     from posmask.results.table import missing_lines, summarize
     from posmask.sae.files import read_origin
@@ -152,8 +152,9 @@ def evaluate(
     root = root or Path("runs") / settings.name
     rows = run.evaluate_folder(settings, root, folder)
     console.print(results_table(summarize(rows)))
+    print_wrapped(table_note(None, ()))
     for line in missing_lines(rows):
-        print(line)
+        print_wrapped(line)
     written = layout.evaluated_folder(root, folder.resolve().name)
     if (written / layout.SAE_FILE).is_file():  # Earlier versions left it out.
         for remark in reading.remarks(read_origin(written), settings.corpus.n_positions):

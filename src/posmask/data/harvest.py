@@ -18,7 +18,7 @@ from posmask.data.sites import LanguageModel
 from posmask.data.tokens import Tokens
 from posmask.errors import DamagedFolder, DegenerateResult, NothingToDo
 from posmask.kernels.devices import memory_for
-from posmask.progress import announce, progress_bar
+from posmask.progress import announce, progress_bar, stage_label
 from posmask.storage.manifest import MANIFEST, take_apart, write_in_parts
 from posmask.storage.remote import Shards, StoredFolder
 
@@ -87,7 +87,7 @@ def harvest(
         compute = partial(shards_here, model)
     with (
         _parts(folder, made_from) as (is_written, add),
-        progress_bar(f"harvest {label}", tokens.n_kept, "tokens") as advance,
+        progress_bar(stage_label("harvest", label), tokens.n_kept, "tokens") as advance,
     ):
         missing = {name: contexts for name, contexts in shards.items() if not is_written(name)}
         advance(sum(int(tokens.keep[chunk].sum()) for name in shards.keys() - missing for chunk in shards[name]))

@@ -41,14 +41,15 @@ from posmask.probing import datasets, order_probes
 from posmask.probing.order_tasks import OrderTask
 from posmask.probing.pooling import PooledTexts, Pooling
 from posmask.probing.probes import OnFit
-from posmask.progress import progress_bar
+from posmask.progress import progress_bar, stage_label
 from posmask.results.rows import Measure, measured, missing
+from posmask.results.table import MODEL_LABEL
 from posmask.sae.autoencoder import SparseAutoencoder
 from posmask.sae.warm_start import without_mask
 from posmask.training import loop
 from posmask.training.settings import TrainingSettings
 
-__all__ = ["EvaluationData", "baselines", "evaluate", "forgetting"]
+__all__ = ["EvaluationData", "baselines", "evaluate", "forgetting", "unmasked_label"]
 
 _RETENTION = ("retention", "retention_chance")
 _INFORMATION = ("position_information", "position_information_null", "position_bound_share")
@@ -148,12 +149,13 @@ def evaluate(
         n_tokens += data.heldout.n_kept * len(controls)
     poolings = ("mean", "fair", *controls)
     streams = {name: torch.Generator().manual_seed(datasets.SAEBENCH_SEED) for name in poolings}
-    with progress_bar(f"evaluate {label}", n_tokens, "tokens") as advance:
+    with progress_bar(stage_label("evaluate", label), n_tokens, "tokens") as advance:
         if "heldout" in measures:
             facts.keep_heldout()
         else:
             measures["heldout"] = _of_heldout_texts(sae, dead, data, facts, advance)
             measures["heldout"] += _reconstruction_of_controls(controls, data, advance)
+        advance(0, explained_variance=_explained_variance(measures["heldout"]))
         for part, (task, vectors) in order.items():
             if part in measures:
                 facts.keep_probes(task.name)
@@ -165,6 +167,10 @@ def evaluate(
             else:
                 measures[part] = _topics(sae, controls, dataset, vectors, data, facts, streams, advance)
     return {part: measures[part] for part in ("heldout", *order, *probes)}, facts
+
+
+def _explained_variance(measures: list[Measure]) -> float | None:
+    return next((of.value for of in measures if of.metric == "explained_variance" and of.slice is None), None)
 
 
 def _of_heldout_texts(
@@ -437,6 +443,11 @@ def _pooled(
     return {name: each.texts for name, each in (own | of_controls).items()}
 
 
+def unmasked_label(label: str) -> str:
+    """Return the name of the SAE that `forgetting` trains."""
+    return f"{label} without its mask"
+
+
 @_memory
 def forgetting(
     sae: SparseAutoencoder, data: EvaluationData, settings: TrainingSettings, seed: int, label: str
@@ -475,7 +486,7 @@ def forgetting(
     batches = training_batches(
         data.training, continued.batch_tokens, continued.n_steps, seed, device=open_sae.encoder.device
     )
-    loop.train(open_sae, batches, continued, f"{label} without its mask", measure_retention)
+    loop.train(open_sae, batches, continued, unmasked_label(label), measure_retention)
     return measures
 
 
@@ -487,7 +498,7 @@ def baselines(data: EvaluationData) -> list[Measure]:
         BadSetting: the groups of an order task do not have equal token counts.
     """
     measures = data.in_model.reference_measures()
-    with progress_bar("evaluate the model itself", data.n_probed_tokens, "tokens") as advance:
+    with progress_bar(stage_label("evaluate", MODEL_LABEL), data.n_probed_tokens, "tokens") as advance:
         for task, activations in data.order.values():
             measures += order_probes.bag_accuracy(task, data.tokenizer) + order_probes.edge_accuracy(
                 task, data.tokenizer

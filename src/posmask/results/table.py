@@ -15,7 +15,9 @@ __all__ = [
     "COLUMNS",
     "COMPARED",
     "MIN_SEEDS",
+    "MODEL_LABEL",
     "PRINTED",
+    "SHOWN",
     "Column",
     "Line",
     "format_number",
@@ -23,6 +25,10 @@ __all__ = [
     "missing_lines",
     "summarize",
 ]
+
+
+MODEL_LABEL = "the model itself"
+"""Label of the results that need no SAE."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ class Column:
     margin: float = 0.01
     """The smallest difference between cells that matters: smaller ones are equivalent."""
     heading: str = ""
-    """Heading in the table of the command line, two lines; empty leaves the column out of it."""
+    """Heading in narrow tables, two lines; empty leaves the column out of `PRINTED`."""
 
     @property
     def full_title(self) -> str:
@@ -115,7 +121,14 @@ MIN_SEEDS = 3
 """Cells are compared on at least this many seeds."""
 
 PRINTED = [column for column in COLUMNS if column.heading]
-"""The columns of the table that the command line prints."""
+"""The columns of the tables in `docs/results` and on the cards of pushed SAEs."""
+
+SHOWN = [
+    COMPARED[name]
+    for name in ("explained_variance", "ce_recovered", "block k=1", "block k=5", "local k=5", "probing k=5")
+]
+"""The numbers of the command line's table, which has eight columns: `cell`, `budget` and these. Cells are compared by
+each of them."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +192,7 @@ def _line(cell_rows: Sequence[tuple[Row, Mapping[str, str]]], pooling: str) -> L
         else:
             minus = means.get(column.minus, math.nan) if column.minus else 0
             numbers[column.name] = means.get(column.metric, math.nan) - minus
-    name = "the model itself" if first.mask == "none" else first.cell
+    name = MODEL_LABEL if first.mask == "none" else first.cell
     return Line(
         label=name if pooling == "mean" else f"{name} + {pooling}",
         pooling=pooling,

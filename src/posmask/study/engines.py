@@ -20,9 +20,10 @@ from typing import Protocol
 import torch
 
 from posmask.data.harvest import ComputeShards
-from posmask.evaluation.suite import EvaluationData
+from posmask.evaluation.suite import EvaluationData, unmasked_label
 from posmask.kernels import runtime
-from posmask.progress import part_finished
+from posmask.progress import Show, progress_bars, sent_by, stage_label, stages_finished
+from posmask.results.table import MODEL_LABEL
 from posmask.storage import atomic, layout, manifest
 from posmask.storage.record import check_listed, claim_of
 from posmask.study.cell import fill
@@ -31,7 +32,7 @@ from posmask.study.settings import StudySettings
 from posmask.study.source import Source
 from posmask.study.targets import Target, baselines_of, rows_in, state_of, targets_of
 
-__all__ = ["Engine", "Local", "make_target", "needs"]
+__all__ = ["Engine", "Local", "make_target", "needs", "stages_of"]
 
 
 _WATCH_SECONDS = 1.0
@@ -70,8 +71,23 @@ class Local:
             say(f"{n_jobs} processes share the cells; helpers write their output to {layout.jobs_folder(root)}.")
         n_threads = max(1, torch.get_num_threads() // n_jobs)
         # Set explicitly even if unchanged: torch multiplies differently with one thread set than with one detected.
-        with _helpers(study, root, n_jobs - 1, n_threads), runtime.threads(n_threads), _watching(todo):
+        with (
+            progress_bars() as show,
+            _helpers(study, root, n_jobs - 1, n_threads, show),
+            runtime.threads(n_threads),
+            _watching(todo),
+        ):
             _share(study, todo, data, root, say)
+
+
+def stages_of(target: Target) -> list[str]:
+    """The labels of the stages in which a folder is made, at most: an SAE may be trained already."""
+    if target.cell is None:
+        return [stage_label("evaluate", MODEL_LABEL)]
+    stages = [stage_label("train", target.label), stage_label("evaluate", target.label)]
+    if target.cell.measure_forgetting:
+        stages.append(stage_label("train", unmasked_label(target.label)))
+    return stages
 
 
 def needs(target: Target, root: Path, missing: set[Path]) -> bool:
@@ -109,7 +125,7 @@ def _share(study: StudySettings, todo: list[Target], data: EvaluationData, root:
                     continue
                 make_target(study, target, data, root, say)
             waiting.remove(target)
-            part_finished(target.label)
+            stages_finished(stages_of(target))
             break
         else:
             time.sleep(1)
@@ -130,7 +146,7 @@ def _watching(todo: list[Target]) -> Iterator[None]:
         while waiting and not stop.wait(_WATCH_SECONDS):
             for target in [target for target in waiting if state_of(target) == "finished"]:
                 waiting.remove(target)
-                part_finished(target.label)
+                stages_finished(stages_of(target))
 
     watcher = threading.Thread(target=contextvars.copy_context().run, args=(watch,), daemon=True)
     watcher.start()
@@ -142,22 +158,38 @@ def _watching(todo: list[Target]) -> Iterator[None]:
 
 
 @contextmanager
-def _helpers(study: StudySettings, root: Path, n_helpers: int, n_threads: int) -> Iterator[None]:
-    """Helper processes that make cells of this study while the block runs."""
+def _helpers(study: StudySettings, root: Path, n_helpers: int, n_threads: int, show: Show) -> Iterator[None]:
+    """Helper processes that make cells of this study while the block runs; `show` displays their stages."""
     logs = [layout.job_log(root, number) for number in range(2, 2 + n_helpers)]
     for log in logs:
         log.parent.mkdir(parents=True, exist_ok=True)
         atomic.check_file(log)
     spawn = multiprocessing.get_context("spawn")
-    helpers = [spawn.Process(target=_help, args=(study, root, n_threads, log), daemon=True) for log in logs]
-    for helper in helpers:
-        helper.start()
+    helpers, receivers = [], []
+    for log in logs:
+        receiver, sender = spawn.Pipe(duplex=False)
+        helpers.append(spawn.Process(target=_help, args=(study, root, n_threads, log, sender), daemon=True))
+        helpers[-1].start()
+        sender.close()  # The helper has its own; the receiver ends with it.
+        receivers.append(receiver)
+    threading.Thread(target=_relay, args=(receivers, show), daemon=True).start()
     try:
         yield
     finally:
         for helper in helpers:
             helper.terminate()
             helper.join()
+
+
+def _relay(receivers: list[connection.Connection], show: Show) -> None:
+    """Show the stages that helpers send, until all of them have ended."""
+    while receivers:
+        for receiver in connection.wait(receivers):
+            assert isinstance(receiver, connection.Connection)
+            try:
+                show(receiver.recv())
+            except (EOFError, OSError):
+                receivers.remove(receiver)
 
 
 def _end_with_parent() -> None:
@@ -178,13 +210,14 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
 
 
-def _help(study: StudySettings, root: Path, n_threads: int, log: Path) -> None:
+def _help(study: StudySettings, root: Path, n_threads: int, log: Path, sender: connection.Connection) -> None:
     _end_with_parent()
     with (
         log.open("a", buffering=1, encoding="utf8") as file,
         redirect_stdout(file),
         redirect_stderr(file),
         runtime.threads(n_threads),
+        sent_by(sender.send),
     ):
         runtime.keep_freed_memory()
         source = Source(study.model, study.device)

@@ -22,7 +22,7 @@ from posmask.data import models, sites
 from posmask.data.activations import Batch, bytes_per_token
 from posmask.data.harvest import sink_sentence
 from posmask.data.tokens import shift_length
-from posmask.errors import BadSetting, DamagedFolder, DegenerateResult
+from posmask.errors import BadSetting, DegenerateResult
 from posmask.evaluation.settings import may_have_controls
 from posmask.evaluation.stored_codes import LATENTS_PER_BLOCK, MOST_BYTES_IN_MEMORY
 from posmask.kernels import cpu, devices, runtime
@@ -31,10 +31,10 @@ from posmask.probing import datasets
 from posmask.probing.order_tasks import ORDER_TASKS
 from posmask.probing.pooling import n_parts
 from posmask.progress import announce, shown_by
-from posmask.results.rows import CONTROLS
+from posmask.results.table import MODEL_LABEL
 from posmask.sae.rules import make_rule
 from posmask.seeds import generator
-from posmask.storage import layout, manifest
+from posmask.storage import layout
 from posmask.study.harvests import Harvest, HarvestKind, harvests
 from posmask.study.saes import make_sae
 from posmask.study.settings import CellSettings, StudySettings
@@ -184,7 +184,7 @@ def measure(
         below, above = measured, above * measured / below
     factors: list[float] = []
     n_measured = 0
-    with shown_by(lambda *progress: None):
+    with shown_by(lambda stage: None):
         for cell in cells if cpu.loops_are_compiled() else ():  # Compiling them would take all the time.
             caution = max(10.0, 2 * statistics.median(factors or [0.0]))
             measured_factors = _step_factors(study, cell, outline.d_model, machine, caution, lambda: end - clock())
@@ -314,15 +314,13 @@ class Plan:
     memory_bytes: int
     assumptions: tuple[str, ...]
 
-    def seconds(self, stage: Stage | None = None) -> float:
-        """Of one stage, or of all."""
-        return sum(line.seconds for line in self.lines if stage in (None, line.stage))
+    def seconds(self, stage: Stage | None = None, what: str | None = None) -> float:
+        """Of one stage, or of all; of a single cell with all seeds, or of everything."""
+        return sum(line.seconds for line in self.lines if stage in (None, line.stage) and what in (None, line.what))
 
-    def seconds_of(self, cell: str) -> float:
-        """Of the training and evaluation of a cell, for all seeds that are not finished."""
-        return sum(
-            line.seconds for line in self.lines if line.stage in ("training", "evaluation") and line.what == cell
-        )
+    def harvest_seconds(self, kind: HarvestKind) -> float:
+        """Of the harvests of one kind."""
+        return self.seconds("harvest", _KINDS[kind])
 
 
 @dataclass(frozen=True)
@@ -415,15 +413,7 @@ def _sets(study: StudySettings, root: Path) -> list[_Set]:
     model, texts = {}, {}
     if layout.activations_folder(root).is_dir():
         model, texts = Source(study.model, study.device).made_from, texts_identity(study)
-    return [_set(study, item, _finished_facts(item.folder(root))) for item in harvests(study, model, texts)]
-
-
-def _finished_facts(folder: Path) -> Mapping[str, Any] | None:
-    """The manifest of a finished harvest; None if there is none."""
-    try:
-        return manifest.read_manifest(folder)
-    except DamagedFolder:
-        return None
+    return [_set(study, item, item.facts(root)) for item in harvests(study, model, texts)]
 
 
 def _set(study: StudySettings, item: Harvest, facts: Mapping[str, Any] | None) -> _Set:
@@ -471,7 +461,7 @@ class _Costs:
         d_model = self._outline.d_model
         seconds = 2 * self._n_in_model * self._rates.above
         seconds += self._rates.host * self._probing([d_model, d_model], [d_model])
-        return Line("baselines", "the model itself", left * self._n_probed, left * seconds)
+        return Line("baselines", MODEL_LABEL, left * self._n_probed, left * seconds)
 
     def training(self, cell: CellSettings, n_left: int, n_untrained: int) -> Line:
         """Args: n_left, n_untrained: seeds that are not finished, and those of them that are not trained either."""
@@ -499,7 +489,7 @@ class _Costs:
         n_lifted = (heldout + shift) * masked + heldout * len(self._forgetting_steps | {0}) * cell.measure_forgetting
         widths = [d_sae, d_sae] if masked else [d_sae]  # pooled by mean, and where a latent is open
         further = [n_parts(name, n_positions) for name in self._study.evaluation.order_poolings]
-        n_controls = len(CONTROLS) if masked and may_have_controls(cell.mask) else 0
+        n_controls = 2 + mask.may_have_copies() if masked and may_have_controls(cell.mask) else 0
         n_encoded += n_controls * (self._n_probed + heldout)
         widths += n_controls * [d_sae]
         seconds = self._probing([*widths, *(n * d_sae for n in further if is_open)], widths)

@@ -52,6 +52,13 @@ class Harvest:
     def folder(self, root: Path) -> Path:
         return layout.activations_folder(root) / f"{self.label}-{manifest.identity(self.made_from)}"
 
+    def facts(self, root: Path) -> Mapping[str, Any] | None:
+        """The manifest of the finished folder; None if it is not finished. A remote store is not consulted."""
+        try:
+            return manifest.read_manifest(self.folder(root))
+        except DamagedFolder:
+            return None
+
 
 def harvests(study: MeasurementSettings, model: Mapping[str, Any], texts: Mapping[str, Any]) -> list[Harvest]:
     """Every set of vectors that a study needs, in the order of execution.

@@ -7,7 +7,6 @@ repeated on another one, which resumes from the shards and checkpoints in the ru
 import logging
 import os
 import socket
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,10 +20,10 @@ from posmask.data.tokens import Tokens
 from posmask.errors import BadSetting, DegenerateResult, MissingExtra
 from posmask.evaluation.suite import EvaluationData
 from posmask.kernels import devices, runtime
-from posmask.progress import part_finished, progress_bars, shown_by
+from posmask.progress import Show, Stage, progress_bars, shown_by, stages_finished, throttled
 from posmask.storage.record import check_listed, claim_of
 from posmask.study.cell import train_cell
-from posmask.study.engines import make_target, needs
+from posmask.study.engines import make_target, needs, stages_of
 from posmask.study.harvests import prepare
 from posmask.study.saes import untrained
 from posmask.study.settings import StudySettings
@@ -36,7 +35,7 @@ __all__ = ["Cluster", "connected"]
 _RETRIES = 5
 """How often a task is repeated on another worker after its own is lost."""
 _LOOK_SECONDS = 1.0
-Stage = Literal["train", "evaluate"]
+Step = Literal["train", "evaluate"]
 
 
 @contextmanager
@@ -120,7 +119,7 @@ class Cluster:
         self, study: StudySettings, todo: list[Target], data: EvaluationData, root: Path, say: Callable[[str], None]
     ) -> None:
         """See `engines.Engine`."""
-        waiting: dict[str, tuple[Target, Stage]] = {
+        waiting: dict[str, tuple[Target, Step]] = {
             target.label: (target, "evaluate" if target.cell is None else "train") for target in todo
         }
         running: dict[Any, str] = {}
@@ -128,25 +127,25 @@ class Cluster:
             with progress_bars() as show:
                 while waiting:
                     missing = {target.folder for target, _ in waiting.values()}
-                    for label, (target, stage) in waiting.items():
+                    for label, (target, step) in waiting.items():
                         ready = (
-                            target.init_folder not in missing if stage == "train" else not needs(target, root, missing)
+                            target.init_folder not in missing if step == "train" else not needs(target, root, missing)
                         )
                         if ready and label not in running.values() and len(running) < self._n_jobs:
-                            task = self._task(_make).options(name=f"{stage} {label}")
-                            running[task.remote(self._worker, root.resolve(), label, stage)] = label
+                            task = self._task(_make).options(name=f"{step} {label}")
+                            running[task.remote(self._worker, root.resolve(), label, step)] = label
                     finished, _ = self._ray.wait(list(running), timeout=_LOOK_SECONDS)
-                    for line in self._ray.get(self._worker.board.read.remote()):
-                        show(*line)
+                    for stage in self._ray.get(self._worker.board.read.remote()):
+                        show(stage)
                     for task in finished:
                         label = running.pop(task)
-                        target, stage = waiting.pop(label)
-                        for line in self._result(task, f"{stage} {label}"):
+                        target, step = waiting.pop(label)
+                        for line in self._result(task, f"{step} {label}"):
                             say(line)
-                        if stage == "train":
+                        if step == "train":
                             waiting[label] = target, "evaluate"
                         else:
-                            part_finished(label)
+                            stages_finished(stages_of(target))
         finally:
             for task in running:
                 self._ray.cancel(task, force=True)
@@ -171,18 +170,18 @@ class Cluster:
 
 
 class _Board:
-    """Where workers say how far they are."""
+    """The latest state of each stage that workers report."""
 
     def __init__(self) -> None:
-        self._at: dict[str, tuple[int, str, int]] = {}
+        self._at: dict[str, Stage] = {}
 
-    def write(self, label: str, total: int, unit: str, done: int) -> None:
-        self._at[label] = (total, unit, done)
+    def write(self, stage: Stage) -> None:
+        self._at[stage.label] = stage
 
-    def read(self) -> list[tuple[str, int, str, int]]:
-        """What is new since the last time."""
+    def read(self) -> list[Stage]:
+        """Return the states that are new since the last call."""
         news, self._at = self._at, {}
-        return [(label, *at) for label, at in news.items()]
+        return list(news.values())
 
 
 class _Worker:
@@ -198,19 +197,11 @@ class _Worker:
     def at_work(self) -> Iterator[None]:
         os.chdir(self._folder)  # Study files may name what lies beside them.
         runtime.keep_freed_memory()
-        with runtime.threads(self._n_threads), shown_by(self._tell()):
+        with runtime.threads(self._n_threads), shown_by(self._report()):
             yield
 
-    def _tell(self) -> Callable[[str, int, str, int], None]:
-        last = 0.0
-
-        def tell(label: str, total: int, unit: str, done: int) -> None:
-            nonlocal last
-            if done in (0, total) or time.monotonic() - last >= _LOOK_SECONDS:
-                last = time.monotonic()
-                self.board.write.remote(label, total, unit, done)
-
-        return tell
+    def _report(self) -> Show:
+        return throttled(lambda stage: self.board.write.remote(stage), _LOOK_SECONDS)
 
 
 _at_hand: dict[tuple[str, str], Any] = {}
@@ -239,7 +230,7 @@ def _compute_shard(
         return shard
 
 
-def _make(worker: _Worker, root: Path, label: str, stage: Stage) -> list[str]:
+def _make(worker: _Worker, root: Path, label: str, step: Step) -> list[str]:
     """Train a cell as far as the checkpoint at its end, or make the rest of its folder; return messages."""
     messages: list[str] = []
     study = worker.study
@@ -248,7 +239,7 @@ def _make(worker: _Worker, root: Path, label: str, stage: Stage) -> list[str]:
         (target,) = (target for target in targets_of(study, source, root) if target.label == label)
         data = _kept("data", f"{root} {study.model_dump_json()}", lambda: prepare(study, source, root))
         with claim_of(root, target.folder, wait=True):
-            if stage == "evaluate":
+            if step == "evaluate":
                 make_target(study, target, data, root, messages.append)
             elif state_of(target, verify=True) not in ("finished", "trained"):
                 check_listed(root, label, target.made_from)

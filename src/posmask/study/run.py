@@ -12,7 +12,7 @@ from posmask.errors import BadSetting, DamagedFolder
 from posmask.evaluation.settings import may_have_controls
 from posmask.interop import reading
 from posmask.kernels import devices, runtime
-from posmask.progress import part_finished, study_progress
+from posmask.progress import stage_label, stages_finished, study_progress
 from posmask.results import comparisons, rows
 from posmask.sae.autoencoder import SparseAutoencoder
 from posmask.sae.files import read_origin, read_sae, write_sae
@@ -28,11 +28,11 @@ from posmask.storage.record import (
 )
 from posmask.study import engines
 from posmask.study.cell import evaluate_to_folder, fill_baselines, train_cell
-from posmask.study.estimate import Plan, Stage
-from posmask.study.harvests import prepare
+from posmask.study.estimate import Plan
+from posmask.study.harvests import Harvest, harvests, prepare
 from posmask.study.saes import untrained
 from posmask.study.settings import StudySettings
-from posmask.study.source import Source
+from posmask.study.source import Source, texts_identity
 from posmask.study.targets import Target, check_fits, checked_init, results_origin, rows_in, state_of, targets_of
 from posmask.training import distributed
 from posmask.training.checkpoints import check_checkpoints, remove_checkpoints
@@ -80,19 +80,20 @@ def run_study(
     _warn_of_slow_precision(study, say)
     source = Source(study.model, study.device)
     targets = targets_of(study, source, root)
-    todo = [target for target in targets if state_of(target, verify=True) != "finished"]
+    states = {target.label: state_of(target, verify=True) for target in targets}
+    todo = [target for target in targets if states[target.label] != "finished"]
     if len(todo) < len(targets):
         say(f"{len(targets) - len(todo)} of {len(targets)} folders are finished and stay as they are.")
     for target in todo:
         manifest.check_aside(target.folder)
         check_checkpoints(target.checkpoints)
     if todo:
-        labels = [target.label for target in targets]
-        finished = [target.label for target in targets if target not in todo]
-        progress = study_progress(study.name, labels, finished, _costs(todo, plan))
-        with _engine(engine, study, n_jobs) as made_by, progress:
+        missing = [item for item in harvests(study, source.made_from, texts_identity(study)) if not item.facts(root)]
+        trained = {label for label, state in states.items() if state == "trained"}
+        costs = _costs(study, missing, todo, trained, plan)
+        with _engine(engine, study, n_jobs) as made_by, study_progress(study.name, costs):
             data = prepare(study, source, root, made_by.compute)  # If this fails, existing results are untouched.
-            part_finished(_HARVEST)
+            stages_finished(stage_label("harvest", item.label) for item in missing)  # A store may have had them.
             _begin(study, targets, root, recompute=True)
             made_by.make(study, todo, data, root, say)
     else:
@@ -102,20 +103,36 @@ def run_study(
     return _join_results(study, targets, root)
 
 
-_HARVEST: Stage = "harvest"
+def _costs(
+    study: StudySettings, missing: list[Harvest], todo: list[Target], trained: set[str], plan: Plan | None
+) -> dict[str, float]:
+    """Predicted seconds of each stage, by its label; without a plan all stages weigh the same.
 
-
-def _costs(todo: list[Target], plan: Plan | None) -> dict[str, float]:
-    """Predicted seconds of the harvest and of each folder, by label."""
-    if plan is None:
-        return {target.label: 1.0 for target in todo}
-    n_left = Counter(target.cell.name for target in todo if target.cell is not None)
-    costs = {_HARVEST: plan.seconds(_HARVEST)}
+    Args:
+        study: the settings.
+        missing: harvests that are not finished.
+        todo: folders that are not finished.
+        trained: labels of those whose SAE is kept.
+        plan: predicted seconds.
+    """
+    n_of_kind = Counter(item.kind for item in missing)
+    costs = {
+        stage_label("harvest", item.label): plan.harvest_seconds(item.kind) / n_of_kind[item.kind] if plan else 1.0
+        for item in missing
+    }
+    n_evaluated = Counter(target.cell.name for target in todo if target.cell is not None)
+    n_trained = Counter(target.cell.name for target in todo if target.cell is not None and target.label not in trained)
     for target in todo:
         cell = target.cell
-        costs[target.label] = (
-            plan.seconds("baselines") if cell is None else plan.seconds_of(cell.name) / n_left[cell.name]
-        )
+        if cell is None:
+            costs[engines.stages_of(target)[0]] = plan.seconds("baselines") if plan else 1.0
+            continue
+        train, evaluate, *unmasked = engines.stages_of(target)
+        training = plan.seconds("training", cell.name) / max(1, n_trained[cell.name]) if plan else 1.0
+        costs[evaluate] = plan.seconds("evaluation", cell.name) / n_evaluated[cell.name] if plan else 1.0
+        steps = {} if target.label in trained else {train: study.n_steps(cell)}
+        steps |= dict.fromkeys(unmasked, round(max(study.evaluation.forgetting_fractions) * study.training.n_steps))
+        costs |= {stage: training * n / sum(steps.values()) for stage, n in steps.items()}
     return costs
 
 

@@ -14,7 +14,7 @@ from posmask.errors import DegenerateResult
 from posmask.kernels import operations, runtime
 from posmask.kernels.devices import memory_for
 from posmask.masks.base import Copies, Observed
-from posmask.progress import progress_bar
+from posmask.progress import progress_bar, stage_label
 from posmask.sae.autoencoder import SparseAutoencoder
 from posmask.sae.files import flaw_of
 from posmask.sae.warm_start import copy_latents_
@@ -80,12 +80,15 @@ def train(
     trainer = _Trainer(sae, settings, label, checkpoints, processes or SingleProcess())
     n_done = trainer.restore()
     n_tokens = (settings.n_steps - n_done) * settings.batch_tokens
-    with progress_bar(f"train {label}", n_tokens, "tokens") as advance:
+    with progress_bar(stage_label("train", label), n_tokens, "tokens") as advance:
         for done, batch in enumerate((batch.to(sae.encoder.device) for batch in batches), start=n_done + 1):
             step = trainer.step(batch, done)
+            explained_variance = None
             if _is_recorded(done, settings.n_steps):
-                on_point(trainer.record(batch, step, done))
-            advance(settings.batch_tokens)
+                point = trainer.record(batch, step, done)
+                on_point(point)
+                explained_variance = point.explained_variance
+            advance(settings.batch_tokens, explained_variance=explained_variance)
             after_step(done)
             trainer.write_checkpoint_if_due(done)
     return trainer.finish()
