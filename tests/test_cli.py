@@ -316,7 +316,7 @@ def shown_at(width, verdicts, **settings):
 @pytest.mark.parametrize("width", [66, 80, 120, 200])
 def test_the_table_has_eight_columns_with_differences_and_never_cuts_a_number(width):
     verdicts = [verdict(HOSTILE, column.name, -0.0625) for column in SHOWN]
-    text = shown_at(width, [*verdicts, verdict("open + segments4", "order k=5", -0.125)])
+    text = shown_at(width, [*verdicts, verdict("open + segments4", "block k=5", -0.125)])
     lines = text.splitlines()
     assert max(map(len, lines)) <= width
     assert not re.search("\x1b|…", text)
@@ -351,8 +351,8 @@ def test_small_intervals_do_not_read_as_zero():
 def test_significant_differences_have_a_star_and_a_color_where_there_is_color():
     verdicts = [
         verdict(HOSTILE, "explained_variance", -0.0625, kind="worse"),
-        verdict(HOSTILE, "order k=5", 0.0625, kind="better"),
-        verdict(HOSTILE, "order k=1", 0.0625),
+        verdict(HOSTILE, "block k=5", 0.0625, kind="better"),
+        verdict(HOSTILE, "block k=1", 0.0625),
     ]
     plain = shown_at(120, verdicts)
     assert len(re.findall(r"−0\.062\*", plain)) == len(re.findall(r"\+0\.062\*", plain)) == 1
@@ -371,7 +371,7 @@ def test_a_table_on_a_terminal_without_unicode_keeps_signs(monkeypatch):
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", stream)
     replace_unencodable()
-    Console(width=80).print(results_table(summarize(ROWS), "open", [verdict(HOSTILE, "order k=5", -0.0625)], 80))
+    Console(width=80).print(results_table(summarize(ROWS), "open", [verdict(HOSTILE, "block k=5", -0.0625)], 80))
     print("−1 ± 2 … 日")
     stream.flush()
     text = stream.buffer.getvalue().decode("ascii")
@@ -385,29 +385,29 @@ def test_a_table_on_a_terminal_without_unicode_keeps_signs(monkeypatch):
     [
         ([], "Nothing is compared: the study has neither an open cell as baseline nor comparisons."),
         (
-            [verdict("slice", "order k=5", 0.9, n_seeds=1)],
+            [verdict("slice", "block k=5", 0.9, n_seeds=1)],
             "With 1 seed no difference to open can be established: comparisons need 3 seeds.",
         ),
         (
-            [verdict("slice", "order k=5", 0.9)],
+            [verdict("slice", "block k=5", 0.9)],
             "Compared with open (3 seeds, corrected for 12 comparisons), no difference is significant.",
         ),
         (
             [
                 verdict("slice", "explained_variance", -0.1, kind="worse"),
                 verdict("hard", "explained_variance", -0.2, kind="worse", n_seeds=5),
-                verdict("hard", "order k=5", 0.02, kind="better"),
-                verdict("hard", "order k=1", 0.5),
-                verdict("hard", "order k=1", 0.7, against="slice", kind="better"),
-                verdict("late", "order k=5", 0.5, n_seeds=2),
+                verdict("hard", "block k=5", 0.02, kind="better"),
+                verdict("hard", "block k=1", 0.5),
+                verdict("hard", "block k=1", 0.7, against="slice", kind="better"),
+                verdict("late", "block k=5", 0.5, n_seeds=2),
             ],
             "Compared with open (2 to 5 seeds, corrected for 12 comparisons), explained variance is lower in 2 cells, "
-            "most in hard (−0.200, 95 % CI [−0.204, −0.196]); order probing at k = 5 is higher in hard (+0.020, 95 % "
+            "most in hard (−0.200, 95 % CI [−0.204, −0.196]); block order at k = 5 is higher in hard (+0.020, 95 % "
             "CI [0.016, 0.024]); no other difference is significant; late: fewer than 3 seeds.",
         ),
         (
-            [verdict("hard", "order k=1", 0.7, against="slice", kind="better")],
-            "Compared with slice (3 seeds, corrected for 12 comparisons), order probing at k = 1 is higher in hard "
+            [verdict("hard", "block k=1", 0.7, against="slice", kind="better")],
+            "Compared with slice (3 seeds, corrected for 12 comparisons), block order at k = 1 is higher in hard "
             "(+0.700, 95 % CI [0.696, 0.704]); no other difference is significant.",
         ),
     ],

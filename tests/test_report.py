@@ -140,7 +140,7 @@ def write_study(root, cells=(("open", "open"), ("hard", "hard"), ("soft", "soft"
             rows += write_cell(root, name, kind, seed=seed, level=0.8 - 0.1 * number)
     write_rows(root / "results.csv", rows)
     verdicts = [
-        Verdict("hard", "open", "order k=5", -0.0123, -0.2, 0.1, 0.5, 3, 2, "no evidence"),
+        Verdict("hard", "open", "block k=5", -0.0123, -0.2, 0.1, 0.5, 3, 2, "no evidence"),
         Verdict("hard", "open", "explained_variance", -0.1, -0.2, -0.05, 0.01, 3, 2, "worse"),
     ]
     write_verdicts(root / "verdicts.csv", verdicts)
@@ -271,7 +271,7 @@ def expected_difference(root, key):
 
 def samples(root, cell, metric):
     folders = [root / "cells" / f"{cell}-seed{seed}" for seed in (0, 1)]
-    column = COMPARED["explained_variance" if metric == "explained_variance" else "order k=5"]
+    column = COMPARED["explained_variance" if metric == "explained_variance" else "block k=5"]
     return [sample(read_units(folder / "units.safetensors"), "mean", column) for folder in folders]
 
 
@@ -524,7 +524,7 @@ def test_script_data_match_the_tables_and_verdicts(study, page):
         for v in read_verdicts(study / "verdicts.csv")
     ]
     assert facts["compared"] == {
-        "explained_variance": 1, "ce_recovered": 2, "order k=1": 6, "order k=5": 7, "probing k=1": 9, "probing k=5": 10
+        "explained_variance": 1, "ce_recovered": 2, "block k=1": 6, "block k=5": 7, "probing k=1": 9, "probing k=5": 10
     }  # fmt: skip
     assert facts["columns"] == [
         "latents", "explained variance", "CE recovered", "dead", "retention − chance", "fidelity",

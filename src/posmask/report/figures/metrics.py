@@ -12,7 +12,7 @@ from posmask.results.table import COLUMNS, Column, Line
 
 __all__ = ["by_position", "cost", "forgetting", "shift_split", "strictness"]
 
-_FAMILY_COLUMNS = ("explained_variance", "retention_gain", "order k=5", "probing k=5")
+_FAMILY_COLUMNS = ("explained_variance", "retention_gain", "block k=5", "probing k=5")
 
 
 def by_position(numbers: Numbers, cells: Sequence[str], metric: str, title: str) -> Figure | None:
