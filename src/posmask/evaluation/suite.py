@@ -196,6 +196,7 @@ def _of_latents(
     settings, n_positions, device = data.settings, data.n_positions, _statistics_device(sae.encoder.device)
     origin, lifted = sae.mask.settings.position_origin, "lifted" if "lifted" in stored else "on"
     openness, bound_positions = sae.mask.openness().detach(), sae.mask.bound_positions()
+    shift_length = tokens.shift_length(n_positions, settings.shift_windows)
     information, fidelity, retained = InformationMeasures(), ProfileFidelity(), Retention()
     shift = {mask: ShiftMeasures() for mask in stored}
     tables = {mask: LatentTableParts(n_positions) for mask in stored}
@@ -205,7 +206,7 @@ def _of_latents(
             codes.shift,
             n_positions=n_positions,
             n_windows=settings.shift_windows,
-            shift_length=tokens.shift_length(n_positions, settings.shift_windows),
+            shift_length=shift_length,
             position_origin=origin,
             device=device,
         )
@@ -223,6 +224,7 @@ def _of_latents(
         for mask, block in by_mask.items():
             shift[mask].add(block.design)
             tables[mask].add(block)
+    facts.add_shift(stored["on"].shift, settings.shift_windows, shift_length)
     sinks = data.heldout.sinks.to(device)
     for mask, parts in tables.items():
         codes = sae.encode_batch(sinks, use_mask=mask == "on")
