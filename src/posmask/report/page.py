@@ -146,7 +146,7 @@ def _facts(studies: Sequence[Study], study_tables: Sequence[tables.StudyTable], 
         "cells": cells,
         "baselines": _baselines(studies),
         "picked": _picked(studies, cells),
-        "colors": figures.COLORS,
+        "colors": figures.cell_colors(_rows(studies)),
     }
 
 

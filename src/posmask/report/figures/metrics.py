@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import altair as alt
 
@@ -15,10 +15,10 @@ __all__ = ["by_position", "cost", "forgetting", "shift_split", "strictness"]
 _FAMILY_COLUMNS = ("explained_variance", "retention_gain", "order k=5", "probing k=5")
 
 
-def by_position(numbers: Numbers, cells: Sequence[str], metric: str, title: str) -> Figure | None:
+def by_position(numbers: Numbers, colors: Mapping[str, str], metric: str, title: str) -> Figure | None:
     """Return a metric at each position after BOS, one line per cell, means over seeds; None without numbers."""
     values = []
-    for cell in cells:
+    for cell in colors:
         for position, rows in numbers.by(cell, metric, "position").items():
             finite = [row.value for row in rows if math.isfinite(row.value)]
             if finite:
@@ -31,18 +31,18 @@ def by_position(numbers: Numbers, cells: Sequence[str], metric: str, title: str)
         .encode(
             x=alt.X("position:Q", title="position in the context", scale=alt.Scale(nice=False)),
             y=alt.Y("value:Q", scale=alt.Scale(zero=False), title=title),
-            color=cell_color(cells),
+            color=cell_color(colors, colors),
             tooltip=["cell:N", "position:Q", alt.Tooltip("value:Q", format=".3f")],
         )
     )
     return for_picked_cells(chart, 240)
 
 
-def forgetting(numbers: Numbers, cells: Sequence[str]) -> Figure | None:
+def forgetting(numbers: Numbers, colors: Mapping[str, str]) -> Figure | None:
     """Return retention and its chance level against the length of training without the mask; None without numbers."""
     values = [
         {"cell": cell, "share": float(after), "value": sum(row.value for row in rows) / len(rows), "what": what}
-        for cell in cells
+        for cell in colors
         for metric, what in (("retention", "retention"), ("retention_chance", "chance"))
         for after, rows in numbers.by(cell, metric, "after").items()
         if all(math.isfinite(row.value) for row in rows)
@@ -59,7 +59,7 @@ def forgetting(numbers: Numbers, cells: Sequence[str]) -> Figure | None:
                 axis=alt.Axis(format="%", tickCount=5),
             ),
             y=alt.Y("value:Q", title="retention", scale=alt.Scale(zero=False)),
-            color=cell_color(list(dict.fromkeys(value["cell"] for value in values))),
+            color=cell_color((value["cell"] for value in values), colors),
             strokeDash=alt.StrokeDash(
                 "what:N",
                 sort=["retention", "chance"],

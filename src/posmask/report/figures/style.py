@@ -1,12 +1,15 @@
 """Colors and pieces that the charts share."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import altair as alt
 from altair.utils import schemapi
 
-__all__ = ["COLORS", "STEP", "Figure", "as_spec", "cell_color", "for_picked_cells", "inline_data"]
+from posmask.results.rows import Row
+
+__all__ = ["COLORS", "STEP", "Figure", "as_spec", "cell_color", "cell_colors", "for_picked_cells", "inline_data"]
 
 # Okabe and Ito's colors and others: distinct for color-blind readers, on light and dark backgrounds.
 COLORS = [
@@ -18,7 +21,6 @@ COLORS = [
     "#D55E00",
     "#8C6BB1",
     "#999933",
-    "#666666",
     "#A05A2C",
     "#00B3A4",
     "#B5485D",
@@ -27,15 +29,26 @@ COLORS = [
     "#D99AC5",
     "#3E6E6B",
 ]
+OPEN_COLORS = ["#666666", "#9A9A9A", "#B8B8B8"]
+"""Cells without a mask are gray, so that masks stand out."""
 STEP = 17
 """Height of a bar in pixels."""
 Figure = alt.TopLevelMixin
 
 
-def cell_color(cells: Sequence[str]) -> alt.Color:
+def cell_colors(rows: Iterable[Row]) -> dict[str, str]:
+    """Return the color of each cell, the same in every chart."""
+    masks = {row.cell: row.mask for row in rows if row.mask != "none"}
+    palettes = {True: itertools.cycle(OPEN_COLORS), False: itertools.cycle(COLORS)}
+    return {cell: next(palettes[mask == "open"]) for cell, mask in masks.items()}
+
+
+def cell_color(cells: Iterable[str], colors: Mapping[str, str]) -> alt.Color:
     """Return the color channel of the field `cell`."""
-    legend = alt.Legend(symbolLimit=0, columns=1, labelLimit=150)
-    return alt.Color("cell:N", scale=alt.Scale(domain=list(cells), range=COLORS), title=None, legend=legend)
+    cells = list(dict.fromkeys(cells))
+    legend = alt.Legend(symbolLimit=0, columns=1, labelLimit=150, symbolType="stroke", symbolStrokeWidth=3)
+    scale = alt.Scale(domain=cells, range=[colors[cell] for cell in cells])
+    return alt.Color("cell:N", scale=scale, title=None, legend=legend)
 
 
 def inline_data(values: list[dict[str, Any]]) -> alt.Data:
