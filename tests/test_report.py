@@ -66,7 +66,10 @@ def write_cell(root, name, kind, *, seed=0, level=0.8, latents=True, d_sae=D_SAE
         Measure("train_seconds", 12.0 + seed, n=1),
         Measure("train_tokens", 4096, n=1),
         Measure("mean_openness", 0.5 if kind != "open" else 1.0, n=D_SAE),
-        *(Measure("explained_variance", 0.8 if p else math.nan, n=9, slice={"position": p}) for p in range(4)),
+        *(
+            Measure("explained_variance", level + p / 10 if p else math.nan, n=9, slice={"position": p})
+            for p in range(4)
+        ),
         *(Measure("l0", 3.0 + p, n=9, slice={"position": p}) for p in range(4)),
         *(Measure("ce_recovered", 0.9 - p / 10, n=9, slice={"position": p}) for p in range(1, 4)),
         Measure("evaluate_seconds", 3.0 + seed, n=1),
@@ -108,6 +111,8 @@ def write_cell(root, name, kind, *, seed=0, level=0.8, latents=True, d_sae=D_SAE
 
 def write_study(root, cells=(("open", "open"), ("hard", "hard"), ("soft", "soft")), seeds=(0, 1)):
     controls = [Measure(name, 0.5, n=50, slice={"task": HOSTILE}) for name in ("order_bag_accuracy", "order_edges")]
+    controls += [Measure("stream_norm", norm, n=9, slice={"position": p}) for p, norm in ((1, 90), (2, 40), (3, 30))]
+    controls.append(Measure("top_variance_share", 0.34, n=1000))
     rows = [Row.of(m, cell="llm", mask="none", budget="", gating="", seed=0) for m in controls]
     for number, (name, kind) in enumerate(cells):
         for seed in seeds:
@@ -285,13 +290,13 @@ def test_every_number_in_a_table_is_a_row_or_a_mean_of_rows(study, page):
                 assert read(parts["d"].replace("seeds ", "")) == pytest.approx(
                     expected_difference(study, key), abs=0.00061
                 ), key
-                assert parts["d"] in attributes["title"]
+                assert parts["d"] in attributes["data-tip"]
                 n_checked["difference"] += 1
-            if "seeds span" in attributes.get("title", ""):
+            if "seeds span" in attributes.get("data-tip", ""):
                 lows, highs = zip(
                     *((float(row["ci_low"]), float(row["ci_high"])) for row in rows_of(study, key)), strict=True
                 )
-                reach = read(attributes["title"].split("span")[1])
+                reach = read(attributes["data-tip"].split("span")[1])
                 assert reach[:2] == pytest.approx([min(lows), max(highs)], abs=0.00051), key
                 n_checked["range"] += 1
         elif "data-verdict" in attributes:
@@ -301,7 +306,7 @@ def test_every_number_in_a_table_is_a_row_or_a_mean_of_rows(study, page):
             interval, word, _ = parts["small"].split("; ")
             assert read(interval) == pytest.approx([verdict.ci_low, verdict.ci_high], abs=0.00051)
             assert word.lstrip("▲▼ ") == verdict.verdict.replace("no evidence", "not significant")
-            assert read(attributes["title"])[0] == pytest.approx(verdict.p_corrected, rel=0.01)
+            assert read(attributes["data-tip"])[0] == pytest.approx(verdict.p_corrected, rel=0.01)
             n_checked["verdict"] += 1
         elif re.search(r"\d", "".join(parts.values())):  # metadata: seeds, identity, size, versions
             is_seed_count = table == "study" and parts[""] == "2"
@@ -317,7 +322,7 @@ def test_every_number_in_a_table_is_a_row_or_a_mean_of_rows(study, page):
 
 def test_the_page_counts_and_describes_the_verdicts(study, page):
     text = re.sub(r"<[^>]+>", "", page.read_text(encoding="utf8").partition('<h2 id="table"')[0])
-    for phrase in ("0 better", "1 worse", "1 not significant", "2 comparisons in total"):
+    for phrase in ("0 better", "1 worse", "1 not significant after correction", "2 comparisons in total"):
         assert phrase in text, phrase
     assert "▼ hard is worse than open in explained variance: −0.100 (−0.200 to −0.050), 3 seeds" in text
     assert "2 seeds (0, 1)" in text
@@ -366,8 +371,15 @@ def test_every_number_in_a_chart_is_a_mean_of_rows(study, page):
             (cell, position) for cell in cells for position in (1, 2, 3)
         }
         for value in values:
-            expected = mean_of_rows(study, f"{value['cell']}|{metric}|position={value['position']}")
+            expected = mean_of_rows(study, f"{value['cell']}|{metric}|position={value['position']:g}")
             assert value["value"] == pytest.approx(expected), (name, value)
+    baseline = {p: mean_of_rows(study, f"open|explained_variance|position={p}") for p in (1, 2, 3)}
+    differences = values_of(page, "difference")
+    assert {value["cell"] for value in differences} == cells - {"open"}
+    for value in differences:
+        key = f"{value['cell']}|explained_variance|position={value['position']:g}"
+        assert value["value"] == pytest.approx(mean_of_rows(study, key) - baseline[value["position"]])
+    assert [(value["position"], value["value"]) for value in values_of(page, "norm")] == [(1, 90), (2, 40), (3, 30)]
     metric = {"retention": "retention", "chance": "retention_chance"}
     decay = values_of(page, "decay")
     assert len(decay) == 6
@@ -384,6 +396,45 @@ def test_every_number_in_a_chart_is_a_mean_of_rows(study, page):
     for value in costs:
         assert value["seconds"] == mean_of_rows(study, f"{value['cell']}|{metric[value['what']]}|")
         assert value["latents"] == mean_of_rows(study, f"{value['cell']}|d_sae|")
+
+
+def test_curves_by_position_are_means_over_eighths_of_octaves(tmp_path):
+    rows = [row for row in write_cell(tmp_path, "open", "open", latents=False) if "position" not in row.slice]
+    values = np.random.default_rng(0).uniform(size=200)
+    for p, value in enumerate(values):
+        for metric, number in (("explained_variance", value), ("l0", 32 + 1e-3 * value)):
+            measure = Measure(metric, number, n=9, slice={"position": p})
+            rows.append(Row.of(measure, cell="open", mask="open", budget="width", gating="forward", seed=0))
+    shutil.rmtree(tmp_path / "cells")
+    (tmp_path / "cells").mkdir()
+    write_rows(tmp_path / "results.csv", rows)
+    page = write_report(tmp_path)
+    seen = []
+    for value in values_of(page, "position"):
+        first, last = (int(end) for end in (value["positions"].split("–") * 2)[:2])
+        assert last - first + 1 == (1 if first < 16 else min(2 ** int(math.log2(first / 8)), 200 - first))
+        assert value["value"] == pytest.approx(values[first : last + 1].mean())
+        seen += range(first, last + 1)
+    assert seen == list(range(1, 200))
+    text = page.read_text(encoding="utf8")
+    assert 'id="block-chart-l0"' not in text
+    assert "L0 does not depend on position: 32 active latents per token" in text
+
+
+def test_a_cell_has_one_color_and_cells_without_a_mask_are_gray(page):
+    colors = json.loads(block(page, "page"))["colors"]
+    assert len(set(colors.values())) == 3
+    red, green, blue = (int(colors["open"][at : at + 2], 16) for at in (1, 3, 5))
+    assert red == green == blue
+    assert {value["cell"]: value["color"] for value in values_of(page, "trade-off")} == colors
+    for name in ("position", "loss", "curves", "decay"):
+        spec = json.loads(block(page, f"chart-{name}"))
+        scale = spec.get("layer", [spec])[0]["encoding"]["color"]["scale"]
+        assert dict(zip(scale["domain"], scale["range"], strict=True)) == colors
+
+
+def test_the_page_warns_if_few_tokens_carry_the_variance(page):
+    assert "1 % of the held-out tokens have 34 % of it" in page.read_text(encoding="utf8")
 
 
 def test_curves_and_masks_match_the_cell_folders(study, page):
@@ -839,6 +890,36 @@ def test_tables_are_sorted_filtered_and_saved(page, open_page):
     assert [line[0] for line in lines[1:]] == ["soft"]
 
 
+def test_position_fair_rows_are_shown_on_demand_and_empty_columns_are_hidden_beside_differences(tmp_path, open_page):
+    rows = [row for name, kind in (("open", "open"), ("hard", "hard")) for row in write_cell(tmp_path, name, kind)]
+    order = {"task": HOSTILE, "k": 5, "pooling": "fair"}
+    fair = Measure("order_accuracy", 0.7, 0.6, 0.8, 50, order)
+    rows.append(Row.of(fair, cell="hard", mask="hard", budget="width", gating="forward", seed=0))
+    write_study_record(tmp_path)
+    shutil.rmtree(tmp_path / "cells" / "hard-seed0")  # else its own rows would be believed
+    write_rows(tmp_path / "results.csv", rows)
+    tab = open_page(write_report(tmp_path))
+    for table in ("study", "by-task"):
+        tab.evaluate("document.querySelectorAll('details').forEach(details => details.open = true)")
+        assert "hard + fair" not in texts(tab, f"#{table} tbody tr:visible th")
+        tab.check(f"[data-fair={table}]")
+        assert "hard + fair" in texts(tab, f"#{table} tbody tr:visible th")
+    heads = "#study thead tr:last-child th:visible"
+    groups = (
+        "[...document.querySelectorAll('#study tr.groups th:not([hidden])')].map(th => [th.textContent, th.colSpan])"
+    )
+    values, all_groups = texts(tab, heads), tab.evaluate(groups)
+    tab.select_option("#shown", "differences")
+    differences = texts(tab, heads)
+    assert "latents" in values
+    assert "latents" not in differences
+    assert "explained variance" in differences
+    assert sum(span for _, span in tab.evaluate(groups)) == len(differences)
+    tab.select_option("#shown", "values")
+    assert texts(tab, heads) == values
+    assert tab.evaluate(groups) == all_groups
+
+
 def test_saved_csv_files_contain_no_formula(tmp_path, open_page):
     page = write_report(write_study(tmp_path, cells=(("open", "open"), ("=cmd()", "hard")), seeds=(0,)))
     tab = open_page(page)
@@ -863,8 +944,9 @@ def test_charts_are_drawn_filtered_redrawn_and_saved(page, open_page):
     tab.wait_for_selector("[data-chart=position] svg")
     tab.click("[data-pick=none]")
     tab.click("#picks button[data-cell=hard]")
-    tab.wait_for_function("document.querySelectorAll('[data-chart=position] .mark-line path').length === 1")
-    for kind, start in (("svg", b"<svg"), ("png", b"\x89PNG"), ("csv", b"cell,position,value")):
+    lines = "document.querySelectorAll('[data-chart=position]:not([data-compare]) .mark-line path')"
+    tab.wait_for_function(f"{lines}.length === 1")
+    for kind, start in (("svg", b"<svg"), ("png", b"\x89PNG"), ("csv", b"cell,position,positions,value")):
         with tab.expect_download() as saved:
             tab.click(f"[data-save={kind}][data-of-chart=position]")
         assert Path(saved.value.path()).read_bytes().startswith(start)
@@ -1162,7 +1244,7 @@ def test_latents_of_folders_by_earlier_versions_are_shown(tmp_path, open_page):
     show_latents(tab)
     assert tab.locator(".map").is_hidden()
     assert tab.locator(".excerpt").count() == 6
-    assert "Mean activation by position" in tab.locator(".latent").inner_text()
+    assert "Mean activation" in tab.locator(".latent").inner_text()
 
 
 def test_the_folder_report_shows_every_seed(served, open_page):

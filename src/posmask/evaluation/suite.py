@@ -22,7 +22,7 @@ from posmask.evaluation.downstream import InModel, WindowMass, causal, recovered
 from posmask.evaluation.latent_table import LatentTableParts
 from posmask.evaluation.latents import MOST_PROBED, LatentFacts, vocabulary_effects
 from posmask.evaluation.position import InformationMeasures, ShiftMeasures
-from posmask.evaluation.reconstruction import Reconstruction, dead_share
+from posmask.evaluation.reconstruction import Reconstruction, dead_share, stream_measures
 from posmask.evaluation.retention import (
     PositionMass,
     ProfileFidelity,
@@ -455,13 +455,16 @@ def forgetting(
 
 @_memory
 def baselines(data: EvaluationData) -> list[Measure]:
-    """Measures that need no SAE: the model's losses, probes on its own channels, and order tasks without order.
+    """Measures that need no SAE: the model's losses and vectors, probes on its channels, and order tasks without order.
 
     Raises:
         BadSetting: the groups of an order task do not have equal token counts.
     """
     measures = data.in_model.reference_measures()
     device = _statistics_device(data.load_model().device)
+    mean, _ = data.heldout.center_and_scale
+    batches = _kept_batches(data.heldout, device, lambda n: None)
+    measures += stream_measures(batches, mean.to(device), data.n_positions)
     with progress_bar("evaluate the model itself", data.n_probed_tokens, "tokens") as advance:
         for task, activations in data.order.values():
             measures += order_probes.bag_accuracy(task, data.tokenizer) + order_probes.edge_accuracy(

@@ -38,13 +38,15 @@ document.addEventListener("keydown", event => {
   const on = tipped(event), strip = on?.closest("[data-strip]"), [across, down] = { ArrowRight: [1, 0], ArrowLeft: [-1, 0], ArrowDown: [0, 1], ArrowUp: [0, -1] }[event.key] ?? [0, 0];
   if (!strip || !(across || down)) return;
   event.preventDefault();
-  const rows = $$("[data-row]", strip), line = on.closest("[data-row]") ?? strip, inLine = $$("[data-tip]", line);
+  const ofRows = strip.hasAttribute("data-rows") ? "tbody tr:not([hidden])" : "[data-row]", rows = $$(ofRows, strip), line = on.closest(ofRows) ?? strip, inLine = $$("[data-tip]", line);
   let next = inLine[inLine.indexOf(on) + across];
   if (down) { const other = rows[rows.indexOf(line) + down], found = other && $$("[data-tip]", other); next = found && ($(".peak", other) ?? found[Math.min(found.length - 1, inLine.indexOf(on))]); }
   if (next) { next.setAttribute("tabindex", 0); next.focus({ preventScroll: false }); }
 });
 // The first value of each strip can be reached by the Tab key.
-new MutationObserver(() => { for (const strip of $$("[data-strip]:not([data-set])")) { strip.setAttribute("data-set", ""); $$("[data-tip]", strip).forEach((element, at) => element.setAttribute("tabindex", at ? -1 : 0)); } }).observe(document.body, { childList: true, subtree: true });
+function setStrips() { for (const strip of $$("[data-strip]:not([data-set])")) { strip.setAttribute("data-set", ""); $$("[data-tip]", strip).forEach((element, at) => element.setAttribute("tabindex", at ? -1 : 0)); } }
+setStrips();
+new MutationObserver(setStrips).observe(document.body, { childList: true, subtree: true });
 
 const blocks = new Map();
 async function unzip(name) {
@@ -101,18 +103,18 @@ function sortable(sorted) {
 }
 $$("table.sortable").forEach(sortable);
 function refilter(id) {
-  const words = ($(`[data-filter="${id}"]`)?.value ?? "").toLowerCase().split(/\s+/).filter(Boolean), only = $(`[data-only="${id}"]`)?.checked, kind = $(`[data-class="${id}"]`)?.value;
+  const words = ($(`[data-filter="${id}"]`)?.value ?? "").toLowerCase().split(/\s+/).filter(Boolean), only = $(`[data-only="${id}"]`)?.checked;
   let shown = 0;
   for (const line of document.getElementById(id).tBodies[0].rows) {
     const text = line.textContent.toLowerCase();
-    line.hidden = !words.every(word => text.includes(word)) || (only && !$(".better, .worse", line)) || (kind && line.dataset.group !== kind);
+    line.hidden = !words.every(word => text.includes(word)) || (only && !$(".better, .worse", line)) || (line.dataset.pooling === "fair" && !$(`[data-fair="${id}"]`)?.checked);
     shown += !line.hidden;
   }
   announce(shown + " rows");
 }
 $$("[data-filter]").forEach(input => input.addEventListener("input", () => refilter(input.dataset.filter)));
 $$("[data-only]").forEach(input => input.addEventListener("change", () => refilter(input.dataset.only)));
-$$("[data-class]").forEach(input => input.addEventListener("change", () => refilter(input.dataset.class)));
+$$("[data-fair]").forEach(input => { input.addEventListener("change", () => refilter(input.dataset.fair)); refilter(input.dataset.fair); });
 $$("[data-csv]").forEach(button => button.addEventListener("click", () => {
   const saved = document.getElementById(button.dataset.csv);
   const named = $$("thead tr:last-child th", saved).map(head => ($("button", head)?.getAttribute("aria-label") ?? head.textContent).trim());

@@ -400,18 +400,18 @@ class Latents {
     }
     const key = (kind, text) => make("span", {}, make("i", { class: "key " + kind }), text);
     const origin = b.position_origin === "context" ? "" : ` The mask counts positions from ${FROM[b.position_origin]}.`;
-    return [make("h4", {}, isRate ? "Firing rate by position" : "Mean activation by position", make("span", { class: "keys" }, key("on", b.lifted_rate ? "mask on" : isRate ? "firing rate" : "mean activation"), b.lifted_rate ? key("lifted", "mask lifted") : null, b.rate_low ? key("interval", "95 % interval") : null, key("open", "mask open"), origin)), svg];
+    return [make("h4", {}, isRate ? "Firing rate" : "Mean activation", make("span", { class: "keys" }, key("on", b.lifted_rate ? "mask on" : isRate ? "firing rate" : "mean activation"), b.lifted_rate ? key("lifted", "mask lifted") : null, b.rate_low ? key("interval", "95 % interval") : null, key("open", "mask open"), origin)), svg];
   }
   excerpts(at) {
     const b = this.block, per = b.text_start.width, width = b.text_value.width / per, { strongest, quantiles = [], positions = [] } = b.excerpts;
-    const groups = [["Strongest, one per text", Array.from({ length: strongest }, (_, n) => "")], ["At quantiles of its activation", quantiles.map(q => "q " + q.toFixed(2))], ["Strongest by position", positions.map(([from, to]) => span(from, to))]];
+    const groups = [[`Strongest, one per text (of ${b.searched.toLocaleString("en")} held-out tokens)`, Array.from({ length: strongest }, (_, n) => "")], ["At quantiles of its activation", quantiles.map(q => "q " + q.toFixed(2))], ["Strongest by position", positions.map(([from, to]) => span(from, to))]];
     const grid = make("div", { class: "excerpts", role: "group", "aria-label": "Texts", "data-strip": "" }); let n = 0;
     for (const [title, tags] of groups) {
       const lines = tags.map(tag => this.excerpt(at, n++, tag, per, width)).filter(Boolean);
-      if (lines.length) grid.append(make("h4", {}, title), ...lines);
+      if (lines.length) grid.append(make("h4", {}, title, grid.children.length ? null : make("span", { class: "keys" }, "@ position, activation of the marked token")), ...lines);
     }
     if (!grid.children.length) return [make("p", { class: "note" }, "It fired on none of the searched tokens.")];
-    return [grid, make("p", { class: "note" }, `From ${b.searched.toLocaleString("en")} held-out tokens; left of each text are position and activation of its marked token.`)];
+    return [grid];
   }
   excerpt(at, n, tag, per, width) {
     const b = this.block, start = b.text_start[at * per + n], length = b.text_length[at * per + n]; if (start < 0) return null;
@@ -462,10 +462,10 @@ class Latents {
       ...line("near_latent", "near_cosine").map(([latent, cosine, n]) => ({ cell: row(b.near_cell, at)[n], latent, cosine }))].filter(({ cosine }) => cosine >= b.near);
     const windows = own.filter(({ cosine }) => cosine > b.copy), center = ({ latent }) => { const kept = this.rowOf.get(latent); return kept === undefined ? Infinity : openRanges(row(b.openness, kept)).center; };
     const family = windows.length ? [{ cell: here, latent: b.latent[at], cosine: 1 }, ...windows].sort((x, y) => center(x) - center(y)) : [];
-    const group = (title, cards) => { if (cards.length) seen.push(make("div", { class: "group", style: `flex-grow:${Math.min(4, cards.length)}` }, make("h4", {}, title), make("div", { class: "cards", tabindex: 0, role: "group", "aria-label": title }, ...cards.map(card => this.card(card, at))))); };
-    group(`Copies in this SAE (cosine above ${b.copy}), by where they are open`, family);
-    group(`Nearest elsewhere (cosine above ${b.near})`, elsewhere);
-    group(windows.length ? "Related in this SAE" : `Nearest in this SAE (cosine above ${b.near})`, own.filter(card => !windows.includes(card)));
+    const group = (title, cards, grow) => { if (cards.length) seen.push(make("div", { class: "group", style: `flex-grow:${Math.min(grow, cards.length)}` }, make("h4", {}, title), make("div", { class: "cards", tabindex: 0, role: "group", "aria-label": title }, ...cards.map(card => this.card(card, at))))); };
+    group(`Copies in this SAE (cosine > ${b.copy})`, family, 4);
+    group(`Nearest elsewhere (cosine > ${b.near})`, elsewhere, 2);
+    group(`${windows.length ? "Others" : "Nearest"} in this SAE (cosine > ${b.near})`, own.filter(card => !windows.includes(card)), 2);
     holder.replaceChildren(...(seen.length ? seen : [make("p", { class: "note" }, `No other latent on this page or in another seed has a decoder cosine above ${b.near}.`)]));
   }
   card({ cell, latent, cosine, label }, at) {

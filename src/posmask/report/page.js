@@ -20,7 +20,20 @@ function pick(cells) {
   $$("#picks button").forEach(button => button.setAttribute("aria-pressed", picked.has(button.dataset.cell)));
   drawn.forEach(async holder => { if ((await json("chart-" + holder.dataset.chart)).usermeta?.cells) draw(holder); });
 }
-$("#shown")?.addEventListener("change", event => document.getElementById("study").classList.toggle("differences", event.target.value === "differences"));
+// Differences or values; columns without any difference are hidden beside differences.
+$("#shown")?.addEventListener("change", event => {
+  const results = $("#study"), isDifferences = event.target.value === "differences", heads = $$("thead tr:last-child th", results);
+  results.classList.toggle("differences", isDifferences);
+  let group = 0, left = 0;
+  const groups = $$("thead tr.groups th", results), spans = groups.map(head => Number(head.dataset.span ??= head.colSpan)), shown = spans.map(() => 0);
+  heads.forEach((head, index) => {
+    const cells = [...results.tBodies[0].rows].map(line => line.children[index]), isEmpty = isDifferences && cells.some(cell => $(".d", cell)) && cells.every(cell => ($(".d", cell)?.textContent ?? "–") === "–");
+    for (const cell of [head, ...cells]) cell.hidden = isEmpty;
+    while (left === spans[group]) { group++; left = 0; }
+    left++; shown[group] += !isEmpty;
+  });
+  groups.forEach((head, at) => { head.hidden = !shown[at]; head.colSpan = Math.max(1, shown[at]); });
+});
 
 // Comparison of two cells.
 function compare() {
@@ -28,7 +41,7 @@ function compare() {
   const verdicts = new Map(), opposite = { better: "worse", worse: "better" };
   for (const [label, against, column, effect, low, high, verdict] of facts.verdicts) {
     const sign = label === a && against === b ? 1 : label === b && against === a ? -1 : 0, plus = value => (value > 0 ? "+" : "") + digits(value);
-    const word = verdict === "no evidence" ? "not significant" : sign > 0 ? verdict : opposite[verdict];
+    const word = verdict === "no evidence" ? "not significant after correction" : sign > 0 ? verdict : opposite[verdict];
     if (sign) verdicts.set(facts.compared[column], `${plus(sign * effect)} (${plus(sign > 0 ? low : -high)} to ${plus(sign > 0 ? high : -low)}), ${word}`);
   }
   body.replaceChildren(...facts.columns.map((name, index) => {

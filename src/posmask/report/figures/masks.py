@@ -49,8 +49,8 @@ def mask_pictures(masks: dict[str, np.ndarray]) -> Figure | None:
         alt.Chart(inline_data(values))
         .mark_rect()
         .encode(
-            x=alt.X("position:O", axis=alt.Axis(values=[0, 32, 64, 96], labelAngle=0, ticks=False), title=None),
-            y=alt.Y("latents:O", axis=None),
+            x=alt.X("position:O", axis=alt.Axis(values=[0, 32, 64, 96], labelAngle=0, ticks=False), title="position"),
+            y=alt.Y("latents:O", axis=alt.Axis(labels=False, ticks=False, domain=False), title="latents"),
             color=alt.Color(
                 "openness:Q",
                 scale=alt.Scale(scheme="blues", domain=[0, 1]),
