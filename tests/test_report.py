@@ -867,6 +867,11 @@ def show_latents(tab):
     tab.wait_for_selector(".latent h3")
 
 
+def wait_for_charts(tab):
+    charts = "[...document.querySelectorAll('.chart')]"
+    tab.wait_for_function(f"{charts}.every(chart => chart.querySelector('svg, canvas'))")
+
+
 def texts(tab, selector):
     return [text.strip() for text in tab.locator(selector).all_inner_texts()]
 
@@ -1178,6 +1183,7 @@ def test_values_are_shown_on_hover_focus_and_touch(page, open_page):
     phone = open_page(f"{page.as_uri()}#cell=hard&latent=9", has_touch=True)
     phone.set_viewport_size({"width": 390, "height": 844})
     phone.wait_for_selector(".excerpt")
+    wait_for_charts(phone)  # which move the page
     phone.locator(".excerpt .peak").first.tap()
     assert phone.locator("#tip").inner_text() == phone.locator(".excerpt .peak").first.get_attribute("data-tip")
     box = phone.locator("#tip").bounding_box()
@@ -1305,6 +1311,31 @@ def test_the_page_is_accessible_and_fits(page, open_page, width, scheme):
     violations = tab.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
     serious = [violation for violation in violations if violation["impact"] in ("serious", "critical")]
     assert [(v["id"], [node["html"][:150] for node in v["nodes"][:3]]) for v in serious] == []
+
+
+def test_print_clips_nothing_and_leaves_no_chart_blank(page, open_page):
+    tab = open_page(page)
+    wait_for_charts(tab)  # without scrolling to them
+    show_latents(tab)
+    tab.emulate_media(media="print")
+    tab.set_viewport_size({"width": 703, "height": 1000})  # A4 without margins, in CSS pixels
+    wide = "[...document.querySelectorAll('table, .chart svg, canvas, .excerpt, .card')]"
+    clipped = f"{wide}.filter(e => e.getBoundingClientRect().right > 704).map(e => e.outerHTML.slice(0, 90))"
+    assert tab.evaluate(clipped) == []
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 703
+    hidden = "[...document.querySelectorAll('.latent, .rows')].filter(e => e.scrollHeight > e.clientHeight + 1).length"
+    assert tab.evaluate(hidden) == 0
+
+
+def test_positions_are_selected_by_touch(page, open_page):
+    tab = open_page(f"{page.as_uri()}#cell=hard", has_touch=True)
+    tab.set_viewport_size({"width": 390, "height": 844})
+    tab.wait_for_selector(".latent h3")
+    tab.locator(".brush").scroll_into_view_if_needed()
+    box = tab.locator(".brush svg").bounding_box()
+    tab.touchscreen.tap(box["x"] + box["width"] * 0.5, box["y"] + 15)
+    tab.wait_for_function("location.hash.includes('p=')")
+    assert tab.input_value("[aria-label='First position']") == tab.input_value("[aria-label='Last position']") == "8"
 
 
 @pytest.mark.parametrize("d_sae", [3_000, pytest.param(20_000, marks=pytest.mark.slow)])

@@ -389,8 +389,9 @@ class Latents {
       svg.append(SVG("path", { class: "line" + kind, d: line }));
     }
     const open = row(b.openness, at);
-    for (let p = 1; p < open.length; p++) if (open[p] && p <= b.bin_end[n - 1]) svg.append(SVG("rect", { x: axis.at(p).toFixed(2), width: (axis.at(p + 1) - axis.at(p) + 0.3).toFixed(2), y: base + 8, height: 7, fill: "var(--ink)", "fill-opacity": (open[p] / 255).toFixed(2) }));
-    svg.append(SVG("rect", { x: left, y: base + 8, width: width - 8 - left, height: 7, fill: "none", stroke: "var(--line)" }), SVG("text", { x: left - 5, y: base + 15, "text-anchor": "end" }, "mask"));
+    svg.append(SVG("rect", { x: left, y: base + 8, width: width - 8 - left, height: 7, fill: "var(--closed)" }));
+    for (let p = 1; p < open.length; p++) if (open[p] && p <= b.bin_end[n - 1]) svg.append(SVG("rect", { x: axis.at(p).toFixed(2), width: (axis.at(p + 1) - axis.at(p) + 0.3).toFixed(2), y: base + 8, height: 7, fill: "var(--open)", "fill-opacity": (open[p] / 255).toFixed(2) }));
+    svg.append(SVG("text", { x: left - 5, y: base + 15, "text-anchor": "end" }, "mask"));
     for (const [x, p] of axis.ticks) svg.append(SVG("text", { x, y: base + 27, "text-anchor": "middle" }, p));
     svg.append(SVG("text", { x: (left + width) / 2, y: height - 4, "text-anchor": "middle" }, "position in the context"));
     for (let bin = 0; bin < n; bin++) {
@@ -404,11 +405,11 @@ class Latents {
   }
   excerpts(at) {
     const b = this.block, per = b.text_start.width, width = b.text_value.width / per, { strongest, quantiles = [], positions = [] } = b.excerpts;
-    const groups = [[`Strongest, one per text (of ${b.searched.toLocaleString("en")} held-out tokens)`, Array.from({ length: strongest }, (_, n) => "")], ["At quantiles of its activation", quantiles.map(q => "q " + q.toFixed(2))], ["Strongest by position", positions.map(([from, to]) => span(from, to))]];
+    const groups = [["Strongest, one per text", Array.from({ length: strongest }, (_, n) => "")], ["At quantiles of its activation", quantiles.map(q => "q " + q.toFixed(2))], ["Strongest by position", positions.map(([from, to]) => span(from, to))]];
     const grid = make("div", { class: "excerpts", role: "group", "aria-label": "Texts", "data-strip": "" }); let n = 0;
     for (const [title, tags] of groups) {
       const lines = tags.map(tag => this.excerpt(at, n++, tag, per, width)).filter(Boolean);
-      if (lines.length) grid.append(make("h4", {}, title, grid.children.length ? null : make("span", { class: "keys" }, "@ position, activation of the marked token")), ...lines);
+      if (lines.length) grid.append(make("h4", {}, title, grid.children.length ? null : make("span", { class: "keys" }, `of ${b.searched.toLocaleString("en")} held-out tokens; @ position, activation`)), ...lines);
     }
     if (!grid.children.length) return [make("p", { class: "note" }, "It fired on none of the searched tokens.")];
     return [grid];
@@ -475,7 +476,7 @@ class Latents {
     if (entry) this.load(cell).then(b => {
       const index = [...b.latent].indexOf(latent);
       if (index < 0) { card.classList.add("absent"); inside.append(make("small", {}, "not on this page")); return; }
-      inside.append(make("span", { class: "line" }, spark(b, index, 110, 24), make("small", {}, openRanges(row(b.openness, index)).text.replace("everywhere", "open everywhere").replace(/^(\d)/, "open at $1"))), ...[0, 1].map(n => this.snippet(b, index, n)).filter(Boolean));
+      inside.append(make("span", { class: "line" }, spark(b, index, 84, 24), make("small", {}, openRanges(row(b.openness, index)).text.replace("everywhere", "open").replace(/^(\d)/, "at $1"))), ...[0, 1].map(n => this.snippet(b, index, n)).filter(Boolean));
     }).catch(() => inside.append(make("small", {}, "cannot be read")));
     else inside.append(make("small", {}, "not on this page"));
     return card;
