@@ -20,6 +20,7 @@ from shape_checks import check_shapes
 _CHECKED = ["masks", "data", "sae", "training", "results.intervals", "evaluation", "probing"]
 check_shapes([f"posmask.{name}" for name in _CHECKED])
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -32,6 +33,10 @@ from posmask.data.activations import Activations, Batch, training_batches
 from posmask.data.harvest import harvest
 from posmask.data.sites import LanguageModel
 from posmask.data.tokens import pack, split_of
+from posmask.evaluation.latent_table import CLASSES, COLUMNS, LatentTable, position_bins
+from posmask.evaluation.latents import LatentFacts
+from posmask.evaluation.retention import PositionMass
+from posmask.evaluation.stored_codes import StoredCodes
 from posmask.kernels import backend, cpu
 from posmask.masks import make_mask, mask_settings
 from posmask.masks.base import Observed
@@ -373,6 +378,61 @@ def begin(finished):
         return root
 
     return begin
+
+
+HOSTILE = "<img src=x onerror=alert(1)><script>alert(1)</script>"
+WORDS = [" the", " dog", HOSTILE, "\u202eabc", "\x00\x07", "שלום", "x" * 1000, "\n", " =1+1"]
+
+
+class Words:
+    """A tokenizer with the one method that the latent browser needs."""
+
+    def decode(self, ids):
+        return WORDS[ids[0] % len(WORDS)]
+
+
+def latent_table(d_sae, seed):
+    """Make a table of latents of random numbers."""
+    random = np.random.default_rng(seed)
+    bins = position_bins(N_POSITIONS).numpy()
+    starts = np.unique(bins[1:], return_index=True)[1] + 1
+    rate = random.uniform(0, 0.2, (len(starts), d_sae)).astype(np.float32)
+    columns = {name: random.uniform(0, 1, d_sae) for name in COLUMNS}
+    columns |= {"latent": np.arange(d_sae), "firings": random.integers(1, 99, d_sae), "kind": np.array([""] * d_sae)}
+    columns |= {"class": random.choice(CLASSES[:4], d_sae), "peak_position": random.integers(1, N_POSITIONS, d_sae)}
+    columns["shift_content"][:2] = np.nan
+    ends = {"bin_start": starts, "bin_end": np.append(starts[1:], N_POSITIONS) - 1}
+    rates = {"rate": rate, "rate_low": rate / 2, "rate_high": rate * 1.5, "mean": rate, "null_rate": rate}
+    return LatentTable(columns=columns, **ends, **rates, n_tokens=600, uses_rotations=True)
+
+
+def write_latents(sae, folder, masks=("on", "lifted")):
+    """Write the data of the latent browser of an SAE, with words that a page must not interpret.
+
+    Args:
+        masks: of the random tables of latents; empty writes none.
+    """
+    vectors, position = make_vectors(600)
+    position = torch.arange(600, dtype=torch.int32) % (N_POSITIONS - 1) + 1
+    batch = batch_of(vectors, position, torch.arange(600) // 30)
+    batch.token_id[:] = torch.arange(600) % len(WORDS)
+    codes = sae.sparse_encode(vectors, position)
+    facts, used = LatentFacts(sae.d_sae), PositionMass(N_POSITIONS, sae.d_sae)
+    facts.update(batch, codes)
+    n_windows, length = 4, (N_POSITIONS - 1) // 5
+    is_moved = (batch.position > length) & (batch.position <= (n_windows + 1) * length)
+    moved = StoredCodes(sae.d_sae)
+    moved.add(batch.select(is_moved), codes.select(is_moved))
+    facts.add_shift(moved, n_windows, length)
+    facts.tables = {mask: latent_table(sae.d_sae, seed) for seed, mask in enumerate(masks)}
+    used.update(batch, codes)
+    share = torch.rand(sae.d_sae, generator=torch.Generator().manual_seed(1))
+    facts.add_positions(used, share, share, torch.full_like(share, 0.5), "context")
+    for number, name in enumerate((HOSTILE, "toy")):
+        facts.add_probe(name, torch.arange(3) + number, torch.tensor([1.5, -0.5, 0.25]))
+    ends = torch.arange(sae.d_sae * 4).view(-1, 4) % len(WORDS), torch.rand(sae.d_sae, 4)
+    facts.add_effects(ends, ends)
+    facts.write(folder, Words())
 
 
 CHROMIUM = next(

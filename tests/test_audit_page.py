@@ -15,14 +15,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from conftest import HOSTILE, N_POSITIONS, make_sae, write_latents
 from posmask.errors import BadSetting, DamagedFolder
 from posmask.evaluation.latent_table import CLASS_RULES, CLASSES, KIND_RULES, KINDS
 from posmask.report import write_audit_figures, write_audit_page
-from posmask.results.table import format_number
+from posmask.sae.files import write_sae
 from posmask.storage.manifest import write_folder
 
-HOSTILE = "<img src=x onerror=alert(1)><script>alert(1)</script>"
-N_POSITIONS, BEYOND, D_SAE = 16, 32, 300
+BEYOND, D_SAE = 32, 300
 BINS = [(p, p) for p in range(1, N_POSITIONS)]
 ENDS = ("", "_low", "_high")
 
@@ -175,6 +175,9 @@ def write_audit(root, name, *, masks=("on",), beyond=False, order=True, removal=
     if change is not None:
         change(tables, summary)
     with write_folder(root / "evaluated" / name, {"sae": name}) as draft:
+        sae = make_sae(summary["mask"], d_sae=D_SAE, seed=seed)
+        write_sae(sae, draft)
+        write_latents(sae, draft, masks=())
         for table in ("latents", "profiles"):
             tables[table].to_parquet(draft / f"{table}.parquet")
         for table in ("positions", "order", "removal"):
@@ -240,56 +243,6 @@ def values_of(page, name):
     spec = json.loads(gzip.decompress(base64.b64decode(text)))
     part = spec["concat"][1] if "concat" in spec else spec
     return (part.get("data") or part["layer"][0]["data"])["values"]
-
-
-def shown(value, digits=3):
-    return "–" if math.isnan(value) else format_number(value, digits)
-
-
-def test_latents_are_listed_by_their_dependence_on_position_with_the_numbers_of_the_table(page, tables):
-    rows = Tables(page).rows
-    for number, name in enumerate(NAMES, 1):
-        latents = tables[name]["latents"]
-        head, *lines = rows[f"latents-{number}"]
-        titles = [text for _, text in head]
-        assert ("class, mask lifted" in titles) == (name == "masked")
-        assert len(lines) == 200
-        depends = latents["class"].isin(["position-tracking", "mixed"])
-        by_share = latents[depends].sort_values("position_share", ascending=False)
-        by_q = latents[~depends].sort_values("q_value")
-        expected = pd.concat([by_share, by_q])[:200]
-        for line, (_, latent) in zip(lines, expected.iterrows(), strict=True):
-            cells = dict(zip(titles, line, strict=True))
-            assert cells["latent"][1] == str(latent["latent"])
-            assert cells["class"][1] == latent["class"]
-            assert cells["kind"][1] == (latent["kind"] or "–")
-            assert cells["profile, peak position"][0] == str(latent["peak_position"])
-            low, high = (shown(100 * latent[f"firing_rate_{end}"], 2) for end in ("low", "high"))
-            assert cells["firing rate, %"][1] == f"{shown(100 * latent['firing_rate'], 2)}{low} to {high}"
-            assert cells["shift: content"][1] == shown(latent["shift_content"])
-            assert cells["q"][0] == str(latent["q_value"])
-            assert cells["period"][1] == ("4" if latent["period"] == 4 else "–")
-            share, range = latent["position_share"], [shown(latent[f"position_share_{e}"]) for e in ("low", "high")]
-            assert cells["position share"][1] == shown(share) + (" to ".join(range) if share == share else "")
-            assert cells["example"][1].endswith(f"number{latent['latent']} ⟨202E⟩end↵")
-
-
-def test_small_profiles_are_those_of_the_table(page, tables):
-    svgs = re.findall(r'<svg class="spark".*?</svg>', page.read_text(encoding="utf8"))
-    latents = [int(line[0][1]) for number in (1, 2, 3) for line in Tables(page).rows[f"latents-{number}"][1:]]
-    assert len(svgs) == len(latents) == 600
-    for number in (0, 250):  # the first of the plain SAE, one of the masked
-        name = NAMES[number // 200]
-        profiles = tables[name]["profiles"]
-        of_latent = profiles[profiles["latent"] == latents[number]]
-        top = min(of_latent["firing_rate_high"].max(), 2 * of_latent["firing_rate"].max())
-        for mask, of_mask in of_latent.groupby("mask"):
-            line = re.search(rf'class="line {mask}" d="M([^"]*)"', svgs[number]).group(1)
-            heights = [float(point.split()[1]) for point in line.split("L")]
-            assert heights == pytest.approx((29 - 27 * of_mask["firing_rate"] / top).tolist(), abs=0.051)
-        on = of_latent[of_latent["mask"] == "on"]
-        peak = on.loc[on["firing_rate"].idxmax()]
-        assert f"Fires most at {peak['first_position']} ({peak['firing_rate']:.2%} of tokens)" in svgs[number]
 
 
 def test_tables_equal_the_summaries(page, tables):
@@ -378,7 +331,6 @@ def test_charts_leave_out_what_long_names_share(tmp_path):
 def test_a_page_without_order_removal_and_beyond_says_so(root, tables, tmp_path):
     def steady(tables, summary):
         tables["positions"]["l0"] = 32.0
-        tables["latents"]["example"] = ""
         tables["latents"].loc[0, ["peak_position", "q_value"]] = -1, math.nan
         tables["profiles"] = tables["profiles"][tables["profiles"]["latent"] > 0]
 
@@ -411,16 +363,6 @@ def test_the_page_loads_nothing_escapes_data_and_names_no_folder_of_this_machine
     assert "A difference of −0.123 was found." in text
 
 
-def test_an_ambiguous_mark_in_an_example_marks_nothing(tmp_path):
-    def quoted(tables, summary):
-        tables["latents"]["example"] = "il dit «oui» et «non»"
-
-    write_audit(tmp_path, "a", change=quoted)
-    text = write_audit_page(tmp_path, ["a"]).read_text(encoding="utf8")
-    assert "il dit «oui» et «non»" in text
-    assert "<mark>" not in text
-
-
 def test_only_finished_audits_and_pages_of_posmask_are_read_and_replaced(root, tables, tmp_path):
     with pytest.raises(DamagedFolder, match=r"no manifest\.json"):
         write_audit_page(root, ["unknown"])
@@ -446,57 +388,49 @@ def test_figures_are_svg_and_pdf(root, tables, tmp_path):
         assert (tmp_path / "figures" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
 
 
-@pytest.fixture(scope="module")
-def short_page(tmp_path_factory):
-    """All parts, with few latents, so that every element can be looked at."""
-
-    def few(tables, summary):
-        tables["latents"] = tables["latents"][:9]
-
-    root = tmp_path_factory.mktemp("short")
-    write_audit(root, "plain", beyond=True, change=few)
-    write_audit(root, "masked", masks=("on", "lifted"), change=few)
-    return write_audit_page(root, ["plain", "masked"])
-
-
 def drawn(tab):
     charts = "[...document.querySelectorAll('.chart')]"
     tab.wait_for_function(f"{charts}.every(chart => chart.querySelector('svg') || chart.matches('.failed'))")
     assert tab.evaluate(f"{charts}.filter(chart => chart.matches('.failed')).map(chart => chart.textContent)") == []
 
 
-def test_latents_are_filtered_sorted_and_saved(page, tables, open_page):
-    tab = open_page(page)
-    drawn(tab)
-    rows = tab.locator("#latents-2 tbody tr:visible")
-    assert rows.count() == 200
-    tab.locator("select[data-class=latents-2]").select_option("position-tracking")
-    assert rows.count() == 60
-    tab.locator("input[data-filter=latents-2]").fill("number7")
-    latents = tables["masked"]["latents"]
-    tracking = latents["latent"][latents["class"] == "position-tracking"]
-    assert rows.count() == sum(str(latent).startswith("7") for latent in tracking) > 0
-    tab.locator("input[data-filter=latents-2]").fill("")
-    tab.locator("#latents-2 thead button", has_text="position share").click()
-    values = [
-        float(value) for value in rows.locator("td:nth-child(7)").evaluate_all("all => all.map(td => td.dataset.value)")
-    ]
-    assert values == sorted(values, reverse=True)
-    with tab.expect_download() as download:
-        tab.locator("button[data-csv=latents-2]").click()
-    saved = pd.read_csv(Path(download.value.path()))
-    assert saved["position share"].tolist() == values
+def test_latents_of_each_sae_have_an_address(page, tables, open_page):
+    tab = open_page(f"{page.as_uri()}#cell=masked&latent=7")
+    tab.wait_for_selector("text=Latent 7 of masked")
+    latent = tables["masked"]["latents"].loc[7]
+    header = tab.locator(".latent header").inner_text()
+    assert latent["class"] in header
+    assert f"position {latent['shift_position']:.2f}" in header
+    profiles = tables["masked"]["profiles"]
+    rates = profiles[(profiles["latent"] == 7) & (profiles["mask"] == "on")]["firing_rate"]
+    tips = tab.locator("svg[aria-label='firing rate by position'] [data-tip]")
+    told = [re.search(r"firing rate ([\d.]+) (%|ppm)", tip).groups() for tip in all_tips(tips)]
+    scale = {"%": 0.01, "ppm": 1e-6}
+    assert [float(number) * scale[unit] for number, unit in told] == pytest.approx(rates.tolist(), abs=6e-4)
+    tab.select_option("#app select[aria-label=Class]", "mixed")
+    assert (
+        tab.locator("#app .note").first.inner_text()
+        == f"{(tables['masked']['latents']['class'] == 'mixed').sum()} latents"
+    )
+    tab.select_option("#app select[aria-label=Cell]", "0")
+    tab.wait_for_function("location.hash.startsWith('#cell=plain')")
     with tab.expect_download() as download:
         tab.locator("button[data-of-chart=order][data-save=csv]").click()
     assert "difference" in Path(download.value.path()).read_text(encoding="utf8")
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "dark"), (390, "light")])
-def test_the_page_is_accessible_and_fits(short_page, open_page, width, scheme):
+def all_tips(values):
+    return values.evaluate_all("all => all.map(element => element.dataset.tip)")
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1024, "dark"), (390, "light")])
+def test_the_page_is_accessible_and_fits(page, open_page, width, scheme):
     axe = pytest.importorskip("axe_core_python")
-    tab = open_page(short_page, color_scheme=scheme)
+    tab = open_page(page, color_scheme=scheme)
     tab.set_viewport_size({"width": width, "height": 844})
     drawn(tab)
+    tab.locator("#app").scroll_into_view_if_needed()
+    tab.wait_for_selector(".latent h3")
     tab.evaluate("document.querySelectorAll('details').forEach(details => details.open = true)")
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
     levels = tab.evaluate("[...document.querySelectorAll('h1, h2, h3')].map(heading => Number(heading.tagName[1]))")
@@ -508,9 +442,11 @@ def test_the_page_is_accessible_and_fits(short_page, open_page, width, scheme):
     assert [(v["id"], [node["html"][:150] for node in v["nodes"][:3]]) for v in serious] == []
 
 
-def test_print_clips_nothing(short_page, open_page):
-    tab = open_page(short_page)
+def test_print_clips_nothing(page, open_page):
+    tab = open_page(page)
     drawn(tab)
+    tab.locator("#app").scroll_into_view_if_needed()
+    tab.wait_for_selector(".latent h3")
     tab.emulate_media(media="print")
     tab.set_viewport_size({"width": 703, "height": 1000})  # A4 without margins, in CSS pixels
     assert tab.evaluate("document.documentElement.scrollWidth") <= 703

@@ -287,17 +287,22 @@ def rows_of(cell, value, mask="slice", seed=0):
         for metric, where in (
             ("explained_variance", ""),
             ("ce_recovered", ""),
-            *((f"{what}_accuracy", f"k={k};pooling=mean") for what in ("order", "probe") for k in (1, 5, 20)),
+            *(("probe_accuracy", f"k={k};pooling=mean") for k in (1, 5, 20)),
+            *(
+                ("order_accuracy", f"about={about};k={k};pooling=mean")
+                for about in ("block", "local")
+                for k in (1, 5, 20)
+            ),
         )
     ]
 
 
-def verdict(label, column, effect, half=0.004, kind="no evidence", n_seeds=3, against="open"):
-    p = 0.5 if kind == "no evidence" else 0.001
+def verdict(label, column, effect, half=0.004, kind="undecided", n_seeds=3, against="open"):
+    p = 0.5 if kind == "undecided" else 0.001
     return Verdict(label, against, column, effect, effect - half, effect + half, p, n_seeds, 12, kind)
 
 
-SEGMENTS = "order_accuracy", "k=5;pooling=segments4"
+SEGMENTS = "order_accuracy", "about=block;k=5;pooling=segments4"
 ROWS = [
     *rows_of("open", 0.75, mask="open"),
     Row("open", "open", "compute", "forward", 0, *SEGMENTS, 0.625, 0.0, 0.0, 9),
@@ -320,7 +325,7 @@ def test_the_table_has_eight_columns_with_differences_and_never_cuts_a_number(wi
     lines = text.splitlines()
     assert max(map(len, lines)) <= width
     assert not re.search("\x1b|…", text)
-    assert lines[1].split() == ["cell", "budget", "var.", "rec.", "k=1", "k=5", "k=1", "k=5"]
+    assert lines[1].split() == ["cell", "budget", "var.", "rec.", "k=1", "k=5", "k=5", "k=5"]
     rules = [number for number, line in enumerate(lines) if "─" in line]
     assert [line.split()[0] for line in lines[rules[0] + 1 : rules[1]]] == ["open", "open", "the"]
     assert lines[rules[0] + 1].split() == ["open", "compute", *["0.750"] * 6]

@@ -7,7 +7,7 @@ import torch
 from conftest import D_SAE, N_POSITIONS, batch_of, codes_of, make_sae, make_vectors
 from posmask.errors import DegenerateResult
 from posmask.evaluation.position import PositionInformation, ShiftDesign
-from posmask.evaluation.reconstruction import Reconstruction, dead_share
+from posmask.evaluation.reconstruction import Reconstruction, dead_share, stream_measures
 from posmask.evaluation.retention import PositionMass, profile_fidelity, retention, special_positions
 
 
@@ -71,6 +71,24 @@ def test_an_sae_of_zeros_raises_an_error():
     metric.update(batch, codes, sae.sparse_decode(codes))
     with pytest.raises(DegenerateResult, match=r"the SAE has 0 active latents per token .* train it first"):
         metric.measures()
+
+
+def test_norm_of_the_stream_and_concentration_of_its_variance():
+    batch = make_batch(400)
+    batch.vectors[7] *= 30
+    v, p, mean = batch.vectors.double().numpy(), batch.position.numpy(), batch.vectors.double().mean(0)
+    parts = (batch.select(part) for part in torch.arange(400).split([150, 250]))
+    measures = stream_measures(parts, mean, N_POSITIONS)
+    norms = by_slice(measures, "stream_norm")
+    assert set(norms) == {(("position", position),) for position in np.unique(p)}
+    for position in np.unique(p):
+        at = norms[(("position", position),)]
+        assert at.value == pytest.approx(np.linalg.norm(v[p == position], axis=1).mean())
+        assert at.n == (p == position).sum()
+    squares = np.sort(((v - mean.numpy()) ** 2).sum(1))
+    (share,) = by_slice(measures, "top_variance_share").values()
+    assert share.value == pytest.approx(squares[-4:].sum() / squares.sum())
+    assert share.value > 0.4
 
 
 def test_dead_share_by_position_counts_the_latents_open_at_the_position():

@@ -22,19 +22,21 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import zstandard
 from safetensors.numpy import load_file
+from safetensors.numpy import save_file as numpy_save_file
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from conftest import D_SAE, MASKS, N_POSITIONS, batch_of, make_sae, make_vectors
+import conftest
+from conftest import D_SAE, HOSTILE, MASKS, N_POSITIONS, WORDS, make_sae, write_latents
 from posmask import masks
 from posmask.cli.commands import app
 from posmask.errors import BadSetting, DamagedFolder
-from posmask.evaluation.latents import LatentFacts
-from posmask.evaluation.retention import PositionMass
+from posmask.evaluation.latent_table import CLASSES
 from posmask.masks.learned import Soft
 from posmask.report import page as page_module
 from posmask.report import page_server, write_paper_figures, write_report, write_report_folder
@@ -47,16 +49,6 @@ from posmask.storage.layout import cell_label
 from posmask.storage.manifest import read_manifest, write_folder
 from posmask.storage.record import StudyRecord, write_record
 
-HOSTILE = "<img src=x onerror=alert(1)><script>alert(1)</script>"
-WORDS = [" the", " dog", HOSTILE, "\u202eabc", "\x00\x07", "שלום", "x" * 1000, "\n", " =1+1"]
-
-
-class Words:
-    """A tokenizer with the one method that the report needs."""
-
-    def decode(self, ids):
-        return WORDS[ids[0] % len(WORDS)]
-
 
 def write_cell(root, name, kind, *, seed=0, level=0.8, latents=True, d_sae=D_SAE, gating="forward"):
     """Write a cell of a small untrained SAE with rows and latents, and return its rows."""
@@ -66,7 +58,7 @@ def write_cell(root, name, kind, *, seed=0, level=0.8, latents=True, d_sae=D_SAE
     def ratio_of(name):
         return float(units[name].top.sum() / units[name].bottom.sum())
 
-    order = {"task": HOSTILE, "k": 5, "pooling": "mean"}
+    order = {"task": HOSTILE, "about": "block", "k": 5, "pooling": "mean"}
     measures = [
         Measure("explained_variance", ratio_of("ev"), 0.80, 0.82, 1000, units=units["ev"]),
         Measure("dead_share", 0.25, n=D_SAE),
@@ -74,7 +66,10 @@ def write_cell(root, name, kind, *, seed=0, level=0.8, latents=True, d_sae=D_SAE
         Measure("train_seconds", 12.0 + seed, n=1),
         Measure("train_tokens", 4096, n=1),
         Measure("mean_openness", 0.5 if kind != "open" else 1.0, n=D_SAE),
-        *(Measure("explained_variance", 0.8 if p else math.nan, n=9, slice={"position": p}) for p in range(4)),
+        *(
+            Measure("explained_variance", level + p / 10 if p else math.nan, n=9, slice={"position": p})
+            for p in range(4)
+        ),
         *(Measure("l0", 3.0 + p, n=9, slice={"position": p}) for p in range(4)),
         *(Measure("ce_recovered", 0.9 - p / 10, n=9, slice={"position": p}) for p in range(1, 4)),
         Measure("evaluate_seconds", 3.0 + seed, n=1),
@@ -114,33 +109,17 @@ def write_cell(root, name, kind, *, seed=0, level=0.8, latents=True, d_sae=D_SAE
     return rows
 
 
-def write_latents(sae, folder):
-    vectors, position = make_vectors(600)
-    position = torch.arange(600, dtype=torch.int32) % (N_POSITIONS - 1) + 1
-    batch = batch_of(vectors, position, torch.arange(600) // 30)
-    batch.token_id[:] = torch.arange(600) % len(WORDS)
-    codes = sae.sparse_encode(vectors, position)
-    facts, used = LatentFacts(sae.d_sae), PositionMass(N_POSITIONS, sae.d_sae)
-    facts.update(batch, codes)
-    used.update(batch, codes)
-    share = torch.rand(sae.d_sae, generator=torch.Generator().manual_seed(1))
-    facts.add_positions(used, share, share, torch.full_like(share, 0.5), "context")
-    for number, name in enumerate((HOSTILE, "toy")):
-        facts.add_probe(name, torch.arange(3) + number, torch.tensor([1.5, -0.5, 0.25]))
-    ends = torch.arange(sae.d_sae * 4).view(-1, 4) % len(WORDS), torch.rand(sae.d_sae, 4)
-    facts.add_effects(ends, ends)
-    facts.write(folder, Words())
-
-
 def write_study(root, cells=(("open", "open"), ("hard", "hard"), ("soft", "soft")), seeds=(0, 1)):
     controls = [Measure(name, 0.5, n=50, slice={"task": HOSTILE}) for name in ("order_bag_accuracy", "order_edges")]
+    controls += [Measure("stream_norm", norm, n=9, slice={"position": p}) for p, norm in ((1, 90), (2, 40), (3, 30))]
+    controls.append(Measure("top_variance_share", 0.34, n=1000))
     rows = [Row.of(m, cell="llm", mask="none", budget="", gating="", seed=0) for m in controls]
     for number, (name, kind) in enumerate(cells):
         for seed in seeds:
             rows += write_cell(root, name, kind, seed=seed, level=0.8 - 0.1 * number)
     write_rows(root / "results.csv", rows)
     verdicts = [
-        Verdict("hard", "open", "block k=5", -0.0123, -0.2, 0.1, 0.5, 3, 2, "no evidence"),
+        Verdict("hard", "open", "block k=5", -0.0123, -0.2, 0.1, 0.5, 3, 2, "undecided"),
         Verdict("hard", "open", "explained_variance", -0.1, -0.2, -0.05, 0.01, 3, 2, "worse"),
     ]
     write_verdicts(root / "verdicts.csv", verdicts)
@@ -311,13 +290,13 @@ def test_every_number_in_a_table_is_a_row_or_a_mean_of_rows(study, page):
                 assert read(parts["d"].replace("seeds ", "")) == pytest.approx(
                     expected_difference(study, key), abs=0.00061
                 ), key
-                assert parts["d"] in attributes["title"]
+                assert parts["d"] in attributes["data-tip"]
                 n_checked["difference"] += 1
-            if "seeds span" in attributes.get("title", ""):
+            if "seeds span" in attributes.get("data-tip", ""):
                 lows, highs = zip(
                     *((float(row["ci_low"]), float(row["ci_high"])) for row in rows_of(study, key)), strict=True
                 )
-                reach = read(attributes["title"].split("span")[1])
+                reach = read(attributes["data-tip"].split("span")[1])
                 assert reach[:2] == pytest.approx([min(lows), max(highs)], abs=0.00051), key
                 n_checked["range"] += 1
         elif "data-verdict" in attributes:
@@ -326,8 +305,8 @@ def test_every_number_in_a_table_is_a_row_or_a_mean_of_rows(study, page):
             assert read(parts[""]) == pytest.approx([verdict.effect], abs=0.00051)
             interval, word, _ = parts["small"].split("; ")
             assert read(interval) == pytest.approx([verdict.ci_low, verdict.ci_high], abs=0.00051)
-            assert word.lstrip("▲▼ ") == verdict.verdict.replace("no evidence", "not significant")
-            assert read(attributes["title"])[0] == pytest.approx(verdict.p_corrected, rel=0.01)
+            assert word.lstrip("▲▼ ") == verdict.verdict
+            assert read(attributes["data-tip"])[0] == pytest.approx(verdict.p_corrected, rel=0.01)
             n_checked["verdict"] += 1
         elif re.search(r"\d", "".join(parts.values())):  # metadata: seeds, identity, size, versions
             is_seed_count = table == "study" and parts[""] == "2"
@@ -343,7 +322,7 @@ def test_every_number_in_a_table_is_a_row_or_a_mean_of_rows(study, page):
 
 def test_the_page_counts_and_describes_the_verdicts(study, page):
     text = re.sub(r"<[^>]+>", "", page.read_text(encoding="utf8").partition('<h2 id="table"')[0])
-    for phrase in ("0 better", "1 worse", "1 not significant", "2 comparisons in total"):
+    for phrase in ("0 better", "1 worse", "1 not significant after correction", "2 comparisons in total"):
         assert phrase in text, phrase
     assert "▼ hard is worse than open in explained variance: −0.100 (−0.200 to −0.050), 3 seeds" in text
     assert "2 seeds (0, 1)" in text
@@ -392,8 +371,15 @@ def test_every_number_in_a_chart_is_a_mean_of_rows(study, page):
             (cell, position) for cell in cells for position in (1, 2, 3)
         }
         for value in values:
-            expected = mean_of_rows(study, f"{value['cell']}|{metric}|position={value['position']}")
+            expected = mean_of_rows(study, f"{value['cell']}|{metric}|position={value['position']:g}")
             assert value["value"] == pytest.approx(expected), (name, value)
+    baseline = {p: mean_of_rows(study, f"open|explained_variance|position={p}") for p in (1, 2, 3)}
+    differences = values_of(page, "difference")
+    assert {value["cell"] for value in differences} == cells - {"open"}
+    for value in differences:
+        key = f"{value['cell']}|explained_variance|position={value['position']:g}"
+        assert value["value"] == pytest.approx(mean_of_rows(study, key) - baseline[value["position"]])
+    assert [(value["position"], value["value"]) for value in values_of(page, "norm")] == [(1, 90), (2, 40), (3, 30)]
     metric = {"retention": "retention", "chance": "retention_chance"}
     decay = values_of(page, "decay")
     assert len(decay) == 6
@@ -410,6 +396,45 @@ def test_every_number_in_a_chart_is_a_mean_of_rows(study, page):
     for value in costs:
         assert value["seconds"] == mean_of_rows(study, f"{value['cell']}|{metric[value['what']]}|")
         assert value["latents"] == mean_of_rows(study, f"{value['cell']}|d_sae|")
+
+
+def test_curves_by_position_are_means_over_eighths_of_octaves(tmp_path):
+    rows = [row for row in write_cell(tmp_path, "open", "open", latents=False) if "position" not in row.slice]
+    values = np.random.default_rng(0).uniform(size=200)
+    for p, value in enumerate(values):
+        for metric, number in (("explained_variance", value), ("l0", 32 + 1e-3 * value)):
+            measure = Measure(metric, number, n=9, slice={"position": p})
+            rows.append(Row.of(measure, cell="open", mask="open", budget="width", gating="forward", seed=0))
+    shutil.rmtree(tmp_path / "cells")
+    (tmp_path / "cells").mkdir()
+    write_rows(tmp_path / "results.csv", rows)
+    page = write_report(tmp_path)
+    seen = []
+    for value in values_of(page, "position"):
+        first, last = (int(end) for end in (value["positions"].split("–") * 2)[:2])
+        assert last - first + 1 == (1 if first < 16 else min(2 ** int(math.log2(first / 8)), 200 - first))
+        assert value["value"] == pytest.approx(values[first : last + 1].mean())
+        seen += range(first, last + 1)
+    assert seen == list(range(1, 200))
+    text = page.read_text(encoding="utf8")
+    assert 'id="block-chart-l0"' not in text
+    assert "L0 does not depend on position: 32 active latents per token" in text
+
+
+def test_a_cell_has_one_color_and_cells_without_a_mask_are_gray(page):
+    colors = json.loads(block(page, "page"))["colors"]
+    assert len(set(colors.values())) == 3
+    red, green, blue = (int(colors["open"][at : at + 2], 16) for at in (1, 3, 5))
+    assert red == green == blue
+    assert {value["cell"]: value["color"] for value in values_of(page, "trade-off")} == colors
+    for name in ("position", "loss", "curves", "decay"):
+        spec = json.loads(block(page, f"chart-{name}"))
+        scale = spec.get("layer", [spec])[0]["encoding"]["color"]["scale"]
+        assert dict(zip(scale["domain"], scale["range"], strict=True)) == colors
+
+
+def test_the_page_warns_if_few_tokens_carry_the_variance(page):
+    assert "1 % of the held-out tokens have 34 % of it" in page.read_text(encoding="utf8")
 
 
 def test_curves_and_masks_match_the_cell_folders(study, page):
@@ -469,7 +494,7 @@ def test_strictness_curves_are_means_of_rows(tmp_path):
     metrics = {
         "explained variance": "explained_variance|",
         "retention − chance": "retention-retention_chance|",
-        "order probing, k = 5": "order_accuracy|k=5",
+        "block order, k = 5": "order_accuracy|k=5",
         "standard probing, k = 5": "probe_accuracy|k=5",
     }
     assert len(spec["concat"]) == 4
@@ -524,11 +549,13 @@ def test_script_data_match_the_tables_and_verdicts(study, page):
         for v in read_verdicts(study / "verdicts.csv")
     ]
     assert facts["compared"] == {
-        "explained_variance": 1, "ce_recovered": 2, "block k=1": 6, "block k=5": 7, "probing k=1": 9, "probing k=5": 10
+        "explained_variance": 1, "ce_recovered": 3, "block k=1": 7, "block k=5": 8, "local k=1": 10, "local k=5": 11,
+        "probing k=1": 13, "probing k=5": 14,
     }  # fmt: skip
     assert facts["columns"] == [
-        "latents", "explained variance", "CE recovered", "dead", "retention − chance", "fidelity",
-        *(f"{kind} probing, k = {k}" for kind in ("order", "standard") for k in (1, 5, 20)),
+        "latents", "explained variance", "its median over positions", "CE recovered", "dead", "retention − chance",
+        "fidelity",
+        *(f"{kind}, k = {k}" for kind in ("block order", "local order", "standard probing") for k in (1, 5, 20)),
     ]  # fmt: skip
 
 
@@ -585,7 +612,7 @@ def test_any_token_is_shown_short_and_visible():
 
 
 def test_a_token_of_ten_megabytes_keeps_the_page_small(tmp_path, monkeypatch):
-    monkeypatch.setitem(globals(), "WORDS", [*WORDS[:6], "x" * 10_000_000])
+    monkeypatch.setattr(conftest, "WORDS", [*WORDS[:6], "x" * 10_000_000])
     write_cell(tmp_path, "open", "open")
     assert write_report(tmp_path).stat().st_size < 1_000_000
 
@@ -837,6 +864,16 @@ def show(tab, selector):
     tab.locator(selector).first.scroll_into_view_if_needed()
 
 
+def show_latents(tab):
+    show(tab, "#app")
+    tab.wait_for_selector(".latent h3")
+
+
+def wait_for_charts(tab):
+    charts = "[...document.querySelectorAll('.chart')]"
+    tab.wait_for_function(f"{charts}.every(chart => chart.querySelector('svg, canvas'))")
+
+
 def texts(tab, selector):
     return [text.strip() for text in tab.locator(selector).all_inner_texts()]
 
@@ -860,14 +897,43 @@ def test_tables_are_sorted_filtered_and_saved(page, open_page):
     assert [line[0] for line in lines[1:]] == ["soft"]
 
 
+def test_position_fair_rows_are_shown_on_demand_and_empty_columns_are_hidden_beside_differences(tmp_path, open_page):
+    rows = [row for name, kind in (("open", "open"), ("hard", "hard")) for row in write_cell(tmp_path, name, kind)]
+    order = {"task": HOSTILE, "k": 5, "pooling": "fair"}
+    fair = Measure("order_accuracy", 0.7, 0.6, 0.8, 50, order)
+    rows.append(Row.of(fair, cell="hard", mask="hard", budget="width", gating="forward", seed=0))
+    write_study_record(tmp_path)
+    shutil.rmtree(tmp_path / "cells" / "hard-seed0")  # else its own rows would be believed
+    write_rows(tmp_path / "results.csv", rows)
+    tab = open_page(write_report(tmp_path))
+    for table in ("study", "by-task"):
+        tab.evaluate("document.querySelectorAll('details').forEach(details => details.open = true)")
+        assert "hard + fair" not in texts(tab, f"#{table} tbody tr:visible th")
+        tab.check(f"[data-fair={table}]")
+        assert "hard + fair" in texts(tab, f"#{table} tbody tr:visible th")
+    heads = "#study thead tr:last-child th:visible"
+    groups = (
+        "[...document.querySelectorAll('#study tr.groups th:not([hidden])')].map(th => [th.textContent, th.colSpan])"
+    )
+    values, all_groups = texts(tab, heads), tab.evaluate(groups)
+    tab.select_option("#shown", "differences")
+    differences = texts(tab, heads)
+    assert "latents" in values
+    assert "latents" not in differences
+    assert "explained variance" in differences
+    assert sum(span for _, span in tab.evaluate(groups)) == len(differences)
+    tab.select_option("#shown", "values")
+    assert texts(tab, heads) == values
+    assert tab.evaluate(groups) == all_groups
+
+
 def test_saved_csv_files_contain_no_formula(tmp_path, open_page):
     page = write_report(write_study(tmp_path, cells=(("open", "open"), ("=cmd()", "hard")), seeds=(0,)))
     tab = open_page(page)
     tab.click("[data-pick=all]")
-    show(tab, "#browsers")
-    tab.wait_for_selector("#browser-0 tbody tr")
+    show_latents(tab)
     lines = []
-    for button in ("[data-csv=study]", "[data-save=csv][data-of-chart=position]", "#browsers button:has-text('CSV')"):
+    for button in ("[data-csv=study]", "[data-save=csv][data-of-chart=position]", "#app button:has-text('CSV')"):
         with tab.expect_download() as saved:
             tab.locator(button).first.click()
         lines += csv.reader(Path(saved.value.path()).read_text(encoding="utf8").splitlines())
@@ -885,8 +951,9 @@ def test_charts_are_drawn_filtered_redrawn_and_saved(page, open_page):
     tab.wait_for_selector("[data-chart=position] svg")
     tab.click("[data-pick=none]")
     tab.click("#picks button[data-cell=hard]")
-    tab.wait_for_function("document.querySelectorAll('[data-chart=position] .mark-line path').length === 1")
-    for kind, start in (("svg", b"<svg"), ("png", b"\x89PNG"), ("csv", b"cell,position,value")):
+    lines = "document.querySelectorAll('[data-chart=position]:not([data-compare]) .mark-line path')"
+    tab.wait_for_function(f"{lines}.length === 1")
+    for kind, start in (("svg", b"<svg"), ("png", b"\x89PNG"), ("csv", b"cell,position,positions,value")):
         with tab.expect_download() as saved:
             tab.click(f"[data-save={kind}][data-of-chart=position]")
         assert Path(saved.value.path()).read_bytes().startswith(start)
@@ -897,91 +964,308 @@ def test_charts_are_drawn_filtered_redrawn_and_saved(page, open_page):
     assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 29)"
 
 
-def test_a_latent_is_searched_shown_and_compared(page, open_page):
+def test_a_latent_is_searched_selected_and_saved(page, open_page):
     tab = open_page(page)
-    show(tab, "#browsers")
-    tab.wait_for_selector("#browser-0 tbody tr")
-    tab.select_option("#browsers select[aria-label=Cell]", "1")
+    show_latents(tab)
+    tab.select_option("#app select[aria-label=Cell]", "1")
     tab.wait_for_selector("text=of hard")
-    tab.click("#browser-0 th[data-key=latent] button")
-    tab.locator("#browsers .rows").focus()
+    tab.click("#latent-list th[data-key=latent] button")
+    tab.locator("#app .rows").focus()
+    tab.keyboard.press("PageDown")
     chosen = tab.locator(".latent h3").inner_text()
     tab.keyboard.press("ArrowUp")
     assert tab.locator(".latent h3").inner_text() != chosen
-    tab.fill("#browsers input[type=search]", "7")
-    assert texts(tab, "#browser-0 tbody tr td:first-child") == ["7"]
-    tab.click("#browser-0 tbody tr")
+    tab.fill("#app input[type=search]", "7")
+    assert texts(tab, "#latent-list tbody tr td:first-child") == ["7"]
+    tab.click("#latent-list tbody tr")
     assert tab.locator(".latent h3").inner_text() == "Latent 7 of hard"
-    assert tab.locator(".tokens").count() > 0
     assert "dog" in tab.locator(".latent").inner_text()
-    assert tab.locator(".tokens .peak").count() == tab.locator(".tokens").count()
-    tab.fill("#browsers input[type=search]", "onerror")  # a token's text, shown as text
-    assert tab.locator("#browser-0 tbody tr").count() > 0
+    tab.fill("#app input[type=search]", "onerror")  # a token's text, shown as text
+    assert tab.locator("#latent-list tbody tr").count() > 0
     assert tab.locator(".latent img").count() == 0
-    tab.select_option("#browsers select[aria-label=Probe]", "1")
-    tab.fill("#browsers input[type=search]", "")
-    assert sorted(map(int, texts(tab, "#browser-0 tbody tr td:first-child"))) == [1, 2, 3]
-    tab.click("#browser-0 tbody tr")
-    tab.locator(".near").nth(1).locator("button").first.click()
-    tab.wait_for_selector("#browser-1 tbody tr")
-    assert tab.locator(".latent h3").count() == 2
+    tab.fill("#app input[type=search]", "")
+    tab.select_option("#app select[aria-label=Class]", "mixed")
+    n_mixed = tab.locator("#latent-list tbody tr").count()
+    assert 0 < n_mixed < D_SAE
+    tab.select_option("#app select[aria-label=Class]", "")
+    tab.select_option("#app select[aria-label=Probe]", "1")
+    assert sorted(map(int, texts(tab, "#latent-list tbody tr td:first-child"))) == [1, 2, 3]
     with tab.expect_download() as saved:
-        tab.locator("#browsers button", has_text="CSV").first.click()
-    assert Path(saved.value.path()).read_text().startswith("latent,firing rate")
+        tab.locator("#app button", has_text="CSV").click()
+    lines = list(csv.DictReader(Path(saved.value.path()).read_text(encoding="utf8").splitlines()))
+    assert {line["latent"] for line in lines} == {"1", "2", "3"}
+    assert {line["class"] for line in lines} <= set(CLASSES)
     tab.select_option("#compare-a", "hard")
     tab.select_option("#compare-b", "open")
     assert "worse" in tab.locator("#compared tr", has_text="explained variance").inner_text()
     tab.select_option("#compare-a", "open")
     tab.select_option("#compare-b", "hard")
     assert "better" in tab.locator("#compared tr", has_text="explained variance").inner_text()
-    tab.click("#compare-latents")
-    names = "[...document.querySelectorAll('.latent h3')].map(title => title.textContent.split(' of ')[1]).join()"
-    tab.wait_for_function(f"{names} === 'open,hard'")
 
 
 def test_the_latent_browser_shows_the_written_data(study, page, open_page):
-    facts = load_file(study / "cells" / "hard-seed0" / "latents.safetensors")
-    tab = open_page(page)
-    show(tab, "#browsers")
-    tab.wait_for_selector("#browser-0 tbody tr")
-    tab.evaluate("browse(0, 1, 9)")
+    folder = study / "cells" / "hard-seed0"
+    facts = load_file(folder / "latents.safetensors")
+    latent_table, profiles = (pd.read_parquet(folder / f"{name}.parquet") for name in ("latents", "profiles"))
+    tab = open_page(f"{page.as_uri()}#cell=hard&latent=9")
     tab.wait_for_selector("text=Latent 9 of hard")
-    fired = 100 * facts["firings"][9] / 600
-    assert f"{fired:.2f} % of 600 tokens" in tab.locator(".latent .facts").inner_text()
-    first = tab.locator(".tokens").first
-    start, length = facts["text_start"][9, 0], facts["text_length"][9, 0]
-    assert first.locator("bdi").count() == length
-    assert first.locator("bdi").all_text_contents() == [
-        shown_word(WORDS[token % len(WORDS)]) for token in facts["token_id"][start : start + length]
-    ]
-    peak = first.locator(".peak").get_attribute("title")
-    peak_token = start + facts["text_value"][9, 0].argmax()
-    assert peak.startswith(f"position {facts['token_position'][peak_token]},")
-    decoders = [
-        load_file(study / "cells" / name / "sae.safetensors")["decoder"]
-        for name in ("hard-seed0", "soft-seed0", "hard-seed1")
-    ]
-    hard, soft, hard_seed_1 = (decoder / np.linalg.norm(decoder, axis=1, keepdims=True) for decoder in decoders)
-    for table, label, other in ((1, "soft", soft), (2, "seed 1", hard_seed_1)):
-        cosine = other @ hard[9]
-        line = tab.locator(".near").nth(table).locator("tr", has_text=label).inner_text()
-        assert re.search(rf"latent {cosine.argmax()}\b", line)
-        assert f"{cosine.max():.2f}" in line
+    of_latent = latent_table.set_index("latent").loc[9]
+    shown = tab.locator(".latent header").inner_text()
+    for part in (
+        f"{100 * facts['firings'][9] / 600:.1f} % of 600 tokens",
+        of_latent["class"],
+        f"mask lifted: {of_latent['lifted_class']}",
+        f"content {of_latent['shift_content']:.2f}, position {of_latent['shift_position']:.2f}",
+        f"({of_latent['position_share_low']:.3f} to {of_latent['position_share_high']:.3f})",
+    ):
+        assert part in shown, (part, shown)
+    n_excerpts = (facts["text_start"][9] >= 0).sum()
+    assert tab.locator(".excerpt").count() == n_excerpts > 6
+    first = tab.locator(".excerpt").first
+    start, length, peak = (int(facts[f"text_{name}"][9, 0]) for name in ("start", "length", "peak"))
+    words = [shown_word(WORDS[token % len(WORDS)]) for token in facts["token_id"][start : start + length]]
+    shown_words = first.locator("bdi").all_text_contents()
+    words[peak], shown_words[peak] = words[peak].strip(), shown_words[peak].strip("␣")
+    assert shown_words == words
+    activation = facts["largest"][9] * facts["text_value"][9, 0, peak] / 255
+    tip = first.locator(".peak").get_attribute("data-tip")
+    assert tip.endswith(f"activation {activation:.2f}, position {facts['token_position'][start + peak]}")
+    assert f"{activation:.2f}" in first.locator("b").inner_text()
+    tips = tab.locator("svg[aria-label='firing rate by position'] [data-tip]")
+    of_profile = profiles[profiles["latent"] == 9]
+    on, lifted = (of_profile[of_profile["mask"] == mask].reset_index() for mask in ("on", "lifted"))
+    assert tips.count() == len(on) == len(lifted)
+    for number, rate in on.iterrows():
+        told = [float(n) for n in re.findall(r"([\d.]+) %", tips.nth(number).get_attribute("data-tip"))]
+        ends = [100 * row[f"firing_rate{end}"] for row in (rate, lifted.loc[number]) for end in ("", "_low", "_high")]
+        assert told == pytest.approx(ends, abs=0.051)
+    counts = [tip.split(": ")[1] for tip in tips_of(tab, "svg[aria-label='Histogram of activations']")]
+    assert counts == [f"{count} tokens" for count in facts["histogram"][9]]
+    cells = [tip.split("activation ")[1] for tip in tips_of(tab, ".moved")]
+    expected = facts["shift_value"][9] / 255 * facts["shift_largest"][9]
+    assert [float(cell) for cell in cells] == pytest.approx(expected.ravel().tolist(), abs=0.006)
+
+
+def tips_of(tab, holder):
+    return tab.locator(f"{holder} [data-tip]").evaluate_all("all => all.map(element => element.dataset.tip)")
+
+
+def test_related_latents_are_those_of_largest_cosine_above_a_limit(study, page, open_page):
+    names = ("hard-seed0", "open-seed0", "soft-seed0", "hard-seed1")
+    decoders = [load_file(study / "cells" / name / "sae.safetensors")["decoder"] for name in names]
+    hard, *others = (decoder / np.linalg.norm(decoder, axis=1, keepdims=True) for decoder in decoders)
+    cosines = [other @ hard[9] for other in others]
+    expected = {
+        (f"latent {cosine.argmax()}", name, f"{cosine.max():.2f}")
+        for cosine, name in zip(cosines, ("open", "soft", "seed 1"), strict=True)
+        if cosine.max() >= 0.4
+    }
+    assert len(expected) > 1
+    tab = open_page(f"{page.as_uri()}#cell=hard&latent=9")
+    cards = tab.locator(".group", has_text="Nearest elsewhere").locator(".card")
+    cards.first.wait_for()
+    parts = [[part.inner_text() for part in card.locator(".title > :not(i)").all()] for card in cards.all()]
+    assert set(map(tuple, parts)) == expected
+    own = hard @ hard[9]
+    near = sorted((cosine for latent, cosine in enumerate(own) if latent != 9 and cosine >= 0.4), reverse=True)[:8]
+    shown = tab.locator(".group", has_text="in this SAE").locator(".cosine")
+    assert sorted(shown.all_inner_texts(), reverse=True) == [f"{cosine:.2f}" for cosine in near]
+
+
+def address(tab):
+    return tab.evaluate("location.hash")
+
+
+def title(tab):
+    return tab.locator(".latent h3").inner_text()
+
+
+def test_a_latent_has_an_address_and_the_back_button_works(page, open_page):
+    tab = open_page(page)
+    show_latents(tab)
+    assert address(tab) == ""
+    first = title(tab)
+    tab.click("#latent-list tbody tr:nth-child(4)")
+    second, of_second = title(tab), address(tab)
+    assert of_second == f"#cell=open&latent={second.split()[1]}"
+    card = tab.locator(".relatives button.card").first
+    name = card.locator("b").inner_text().split()[1]
+    card.click()
+    tab.wait_for_function(f"location.hash !== {of_second!r}")
+    assert title(tab).split()[1] == name
+    third, of_third = title(tab), address(tab)
+    for back, expected, of_expected in (
+        (True, second, of_second),
+        (True, first, ""),
+        (False, second, of_second),
+        (False, third, of_third),
+    ):
+        tab.go_back() if back else tab.go_forward()
+        tab.wait_for_function(f"document.querySelector('.latent h3').textContent === {expected!r}")
+        assert address(tab) == of_expected
+    other = open_page(f"{page.as_uri()}{of_third}")  # a shared link
+    other.wait_for_selector(".latent h3")
+    assert title(other) == third
+    assert other.evaluate("document.querySelector('#app').getBoundingClientRect().top < innerHeight / 2")
+    other.evaluate("location.hash = '#cell=hard&latent=3&p=2-5'")
+    other.wait_for_selector("text=Latent 3 of hard")
+    assert [other.input_value(f"[aria-label='{end} position']") for end in ("First", "Last")] == ["2", "5"]
+    other.evaluate("location.hash = '#cell=hard&latent=12345'")
+    other.wait_for_selector("text=Latent 12345 of hard is not among")
+    other.evaluate("location.hash = '#cell=%3Cimg%20src%3Dx%20onerror%3Dalert(1)%3E'")
+    other.wait_for_selector("text=This page has no latents of <img")
+
+
+def test_positions_are_selected_by_dragging_and_by_keyboard(study, page, open_page):
+    facts = unpacked(block(page, "cell-1"))
+    rates, ends = facts["rate"].astype(int), list(zip(facts["bin_start"], facts["bin_end"], strict=True))
+
+    def active(first, last):
+        inside = [start <= last and end >= first for start, end in ends]
+        return {latent for latent, rate in enumerate(rates) if 2 * rate[inside].max() >= rate.max() > 0}
+
+    def listed():
+        return set(map(int, texts(tab, "#latent-list tbody tr td:first-child")))
+
+    tab = open_page(f"{page.as_uri()}#cell=hard")
+    tab.set_viewport_size({"width": 1400, "height": 1600})  # so that the list is not virtual
+    tab.wait_for_selector(".latent h3")
+    tab.locator(".brush").scroll_into_view_if_needed()
+    box = tab.locator(".brush svg").bounding_box()
+    width = (box["width"] - 4) / len(ends)
+    tab.mouse.move(box["x"] + 2 + 1.5 * width, box["y"] + 15)
+    tab.mouse.down()
+    tab.mouse.move(box["x"] + 2 + 3.5 * width, box["y"] + 15, steps=4)
+    tab.mouse.up()
+    first, last = ends[1][0], ends[3][1]
+    assert address(tab).endswith(f"&p={first}-{last}")
+    assert listed() == active(first, last) != set(range(D_SAE))
+    profile = load_file(study / "cells" / "hard-seed0" / "latents.safetensors")["profile"].astype(float)
+    shares = profile[first : last + 1].sum(0) / profile[1:].sum(0)
+    shown = [float(text.removesuffix(" %")) for text in texts(tab, "#latent-list tbody tr td:nth-child(6)")]
+    assert shown == pytest.approx(sorted((100 * shares[latent] for latent in listed()), reverse=True), abs=0.6)
+    tab.fill("[aria-label='First position']", "1")
+    tab.keyboard.press("Tab")
+    tab.keyboard.type("2")
+    tab.keyboard.press("Enter")
+    assert address(tab).endswith("&p=1-2")
+    assert listed() == active(1, 2)
+    tab.go_back()  # to the first position changed and the last one not
+    tab.wait_for_function(f"location.hash.endsWith('p=1-{last}')")
+    tab.go_back()
+    tab.wait_for_function(f"location.hash.endsWith('p={first}-{last}')")
+    assert listed() == active(first, last)
+    tab.click("#app button:has-text('Clear')")
+    assert "p=" not in address(tab)
+    assert listed() == set(range(D_SAE))
+
+
+def test_values_are_shown_on_hover_focus_and_touch(page, open_page):
+    tab = open_page(f"{page.as_uri()}#cell=hard&latent=9")
+    tab.wait_for_selector(".excerpt")
+    tip = tab.locator("#tip")
+    assert tip.is_hidden()
+    for value in ("svg.profile .hit", ".excerpt .peak", ".moved i"):
+        tab.locator(value).first.hover()
+        assert tip.inner_text() == tab.locator(value).first.get_attribute("data-tip")
+    tab.mouse.move(0, 0)
+    assert tip.is_hidden()
+    stops = tab.locator(".excerpts [tabindex='0']")
+    assert stops.count() == 1
+    stops.focus()
+    seen = []
+    for key in ("ArrowRight", "ArrowRight", "ArrowDown", "ArrowLeft", "ArrowUp"):
+        tab.keyboard.press(key)
+        seen.append(tab.evaluate("document.activeElement.dataset.tip"))
+        assert tip.inner_text() == seen[-1] == tab.locator("#status").inner_text()
+    assert len(set(seen)) > 3
+    assert stops.count() == 1
+    tab.keyboard.press("Escape")
+    assert tip.is_hidden()
+    phone = open_page(f"{page.as_uri()}#cell=hard&latent=9", has_touch=True)
+    phone.set_viewport_size({"width": 390, "height": 844})
+    phone.wait_for_selector(".excerpt")
+    wait_for_charts(phone)  # which move the page
+    phone.locator(".excerpt .peak").first.tap()
+    assert phone.locator("#tip").inner_text() == phone.locator(".excerpt .peak").first.get_attribute("data-tip")
+    box = phone.locator("#tip").bounding_box()
+    assert box["x"] >= 0
+    assert box["x"] + box["width"] <= 390
+
+
+def test_the_map_has_a_dot_per_latent(study, page, open_page):
+    latent_table = pd.read_parquet(study / "cells" / "hard-seed0" / "latents.parquet")
+    tab = open_page(f"{page.as_uri()}#cell=hard")
+    tab.wait_for_selector(".latent h3")
+    tab.locator(".map").scroll_into_view_if_needed()
+    dots = np.array(tab.evaluate("[...latentApp.dots]")).reshape(-1, 2)
+    assert len(dots) == D_SAE
+    content = latent_table["shift_content"].to_numpy()
+    measured = np.isfinite(content)
+    assert np.corrcoef(dots[measured, 1], content[measured])[0, 1] == pytest.approx(-1)
+    assert (dots[~measured, 1] > dots[measured, 1].max()).all()
+    box = tab.locator(".map").bounding_box()
+    distance = np.linalg.norm(dots[:, None] - dots, axis=2) + 99 * np.eye(D_SAE)
+    alone = int(distance.min(1).argmax())
+    x, y = dots[alone] + (box["x"], box["y"])
+    tab.mouse.move(x, y)
+    assert tab.locator("#tip").inner_text().startswith(f"latent {alone},")
+    tab.mouse.click(x, y)
+    assert title(tab) == f"Latent {alone} of hard"
+    shown = texts(tab, ".legend span")
+    counts = latent_table["class"].value_counts()
+    assert sorted(shown) == sorted(f"{name} {count}" for name, count in counts.items())
+
+
+def test_the_detail_of_a_latent_fits_on_a_screen(page, open_page):
+    tab = open_page(f"{page.as_uri()}#cell=hard&latent=9")
+    tab.set_viewport_size({"width": 1440, "height": 900})
+    tab.wait_for_selector(".excerpt")
+    tab.wait_for_timeout(300)
+    tall = tab.evaluate("(e => [e.scrollHeight, e.clientHeight])(document.querySelector('.latent'))")
+    assert tall[0] <= tall[1] + 1 <= 900
+
+
+def test_latents_of_folders_by_earlier_versions_are_shown(tmp_path, open_page):
+    """Without tables of latents, quantiles, histograms and shift strips."""
+    write_cell(tmp_path, "open", "open")
+    folder = tmp_path / "cells" / "open-seed0"
+    for name in ("latents.parquet", "profiles.parquet"):
+        (folder / name).unlink()
+    facts = load_file(folder / "latents.safetensors")
+    early = {
+        name: np.ascontiguousarray(array[:, :6]) if name.startswith("text_") else array
+        for name, array in facts.items()
+        if not name.startswith("shift_") and name not in ("histogram", "text_peak")
+    }
+    numpy_save_file(early, folder / "latents.safetensors")
+    words = json.loads((folder / "latents.json").read_text(encoding="utf8"))
+    del words["excerpts"], words["shift_windows"]
+    (folder / "latents.json").write_text(json.dumps(words), encoding="utf8")
+    manifest = read_manifest(folder)
+    shutil.move(folder, tmp_path / "old")
+    with write_folder(folder, manifest["made_from"]) as draft:
+        for path in (tmp_path / "old").iterdir():
+            if path.name in manifest["files"] and not path.name.endswith("parquet"):
+                shutil.copy(path, draft)
+    tab = open_page(write_report(tmp_path))
+    show_latents(tab)
+    assert tab.locator(".map").is_hidden()
+    assert tab.locator(".excerpt").count() == 6
+    assert "Mean activation" in tab.locator(".latent").inner_text()
 
 
 def test_the_folder_report_shows_every_seed(served, open_page):
-    tab = open_page(f"http://127.0.0.1:{served}/")
-    show(tab, "#browsers")
-    tab.wait_for_selector("#browser-0 tbody tr")
-    cells = texts(tab, "#browsers select[aria-label=Cell] option")
+    tab = open_page(f"http://127.0.0.1:{served}/#cell=hard&seed=1&latent=9")
+    tab.wait_for_selector("text=Latent 9 of hard")
+    cells = texts(tab, "#app select[aria-label=Cell] option")
     assert [cell.split(" (")[0] for cell in cells] == [
         f"{name}, seed {seed}" for name in ("open", "hard", "soft") for seed in (0, 1)
     ]
-    tab.evaluate("browse(0, 2, 9)")
-    tab.wait_for_selector("text=Latent 9 of hard")
-    tab.locator(".near").nth(2).locator("button").click()
-    tab.wait_for_selector("#browser-1 tbody tr")
-    assert tab.locator("#browsers select[aria-label=Cell]").nth(1).input_value() == "3"
+    assert tab.locator("#app select[aria-label=Cell]").input_value() == "3"
+    tab.locator("button.card", has_text="seed 0").click()
+    tab.wait_for_function("!location.hash.includes('seed')")
+    assert tab.locator("#app select[aria-label=Cell]").input_value() == "2"
 
 
 def test_pages_of_damaged_and_empty_folders_open_without_errors(root, tmp_path, open_page):
@@ -993,8 +1277,7 @@ def test_pages_of_damaged_and_empty_folders_open_without_errors(root, tmp_path, 
     warnings = tab.locator(".warnings").first.inner_text()
     for part in ("latents.safetensors is not what was written", "soft-seed0 has no manifest.json", "are NaN"):
         assert part in warnings
-    show(tab, "#browsers")
-    tab.wait_for_selector("#browser-0 tbody tr")
+    show_latents(tab)
     show(tab, "[data-chart=position]")
     tab.wait_for_selector("[data-chart=position] svg")
     (tmp_path / "empty" / "cells").mkdir(parents=True)
@@ -1011,19 +1294,18 @@ def test_two_studies_share_a_page(study, tmp_path, open_page):
     assert {"study: hard", "other: slice"} <= set(texts(tab, "#study tbody th"))
     tab.select_option("#compare-a", "other: slice")
     tab.select_option("#compare-b", "study: hard")
-    show(tab, "#browsers")
-    tab.wait_for_selector("#browser-0 tbody tr")
-    assert tab.locator("#browsers select[aria-label=Cell] option").count() == 5
+    show_latents(tab)
+    assert tab.locator("#app select[aria-label=Cell] option").count() == 5
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (1200, "dark"), (390, "light")])
+@pytest.mark.parametrize(("width", "scheme"), [(1440, "light"), (1024, "dark"), (390, "light")])
 def test_the_page_is_accessible_and_fits(page, open_page, width, scheme):
     axe = pytest.importorskip("axe_core_python")
     tab = open_page(page, color_scheme=scheme)
     tab.set_viewport_size({"width": width, "height": 844})
-    for part in ("#pictures", "[data-chart=cost]", "#browsers"):
+    for part in ("#pictures", "[data-chart=cost]", "#app"):
         show(tab, part)
-    tab.wait_for_selector("#browser-0 tbody tr")
+    tab.wait_for_selector(".latent h3")
     tab.wait_for_selector("[data-chart=cost] svg")
     tab.evaluate("document.querySelectorAll('details').forEach(details => details.open = true)")
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
@@ -1031,6 +1313,31 @@ def test_the_page_is_accessible_and_fits(page, open_page, width, scheme):
     violations = tab.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
     serious = [violation for violation in violations if violation["impact"] in ("serious", "critical")]
     assert [(v["id"], [node["html"][:150] for node in v["nodes"][:3]]) for v in serious] == []
+
+
+def test_print_clips_nothing_and_leaves_no_chart_blank(page, open_page):
+    tab = open_page(page)
+    wait_for_charts(tab)  # without scrolling to them
+    show_latents(tab)
+    tab.emulate_media(media="print")
+    tab.set_viewport_size({"width": 703, "height": 1000})  # A4 without margins, in CSS pixels
+    wide = "[...document.querySelectorAll('table, .chart svg, canvas, .excerpt, .card')]"
+    clipped = f"{wide}.filter(e => e.getBoundingClientRect().right > 704).map(e => e.outerHTML.slice(0, 90))"
+    assert tab.evaluate(clipped) == []
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 703
+    hidden = "[...document.querySelectorAll('.latent, .rows')].filter(e => e.scrollHeight > e.clientHeight + 1).length"
+    assert tab.evaluate(hidden) == 0
+
+
+def test_positions_are_selected_by_touch(page, open_page):
+    tab = open_page(f"{page.as_uri()}#cell=hard", has_touch=True)
+    tab.set_viewport_size({"width": 390, "height": 844})
+    tab.wait_for_selector(".latent h3")
+    tab.locator(".brush").scroll_into_view_if_needed()
+    box = tab.locator(".brush svg").bounding_box()
+    tab.touchscreen.tap(box["x"] + box["width"] * 0.5, box["y"] + 15)
+    tab.wait_for_function("location.hash.includes('p=')")
+    assert tab.input_value("[aria-label='First position']") == tab.input_value("[aria-label='Last position']") == "8"
 
 
 @pytest.mark.parametrize("d_sae", [3_000, pytest.param(20_000, marks=pytest.mark.slow)])
@@ -1048,10 +1355,9 @@ def test_the_folder_report_opens_fast_and_scrolls_smoothly(tmp_path, open_page, 
             loaded.append(tab.evaluate(took))
         assert min(loaded) < 3000
         tab.wait_for_selector("html[data-ready]")
-        show(tab, "#browsers")
-        tab.wait_for_selector("#browser-0 tbody tr")
-        assert f"{d_sae:,} latents" in tab.locator("#browsers").inner_text()
-        tab.click("#browser-0 th[data-key=latent] button")
+        show_latents(tab)
+        assert f"{d_sae:,} latents" in tab.locator("#app").inner_text()
+        tab.click("#latent-list th[data-key=latent] button")
         steps = tab.evaluate(
             """async () => {
               const rows = document.querySelector('.rows'), steps = [];
@@ -1065,8 +1371,8 @@ def test_the_folder_report_opens_fast_and_scrolls_smoothly(tmp_path, open_page, 
               return steps; }"""
         )
         assert sorted(steps)[10] < 200, steps  # two frames take 33 ms; a loaded machine more
-        assert tab.locator("#browser-0 tbody tr").count() < 60
-        assert int(texts(tab, "#browser-0 tbody tr td:first-child")[1]) > d_sae * 3 // 4
+        assert tab.locator("#latent-list tbody tr").count() < 60
+        assert int(texts(tab, "#latent-list tbody tr td:first-child")[1]) > d_sae * 3 // 4
     finally:
         server.shutdown()
         server.server_close()

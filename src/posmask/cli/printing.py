@@ -90,6 +90,8 @@ def results_table(
 
 
 _SHORT_NAME = 12
+_MARKS = {"better": "*", "worse": "*", "equivalent": "="}
+"""Marks after differences, by verdict."""
 _DOWN = range(len(SHOWN), 0, -1)
 
 
@@ -97,7 +99,7 @@ def _column_texts(
     rows: Sequence[Line], column: Column, differences: Mapping[tuple[str, str], "Verdict"], form: str
 ) -> list[Text]:
     """The entries of a column: values, and differences with half of their 95 % intervals, which are symmetric."""
-    mark = any(of.verdict != "no evidence" for of in differences.values())
+    mark = any(of.verdict in _MARKS for of in differences.values())
     plus_minus = "+/-" if console.options.ascii_only else "±"
     texts: list[tuple[str, Text | None]] = []
     for line in rows:
@@ -107,8 +109,8 @@ def _column_texts(
             texts.append((value, None))
             continue
         half = (of.ci_high - of.ci_low) / 2
-        star = "" if not mark else " " if of.verdict == "no evidence" else "*"
-        color = {"better": "green", "worse": "red", "no evidence": ""}[of.verdict]
+        star = "" if not mark else _MARKS.get(of.verdict, " ")
+        color = {"better": "green", "worse": "red"}.get(of.verdict, "")
         interval = f"{plus_minus}{format_number(half, 4 if half < 0.0005 else 3)}"
         if form == "stacked":
             interval = f"\n{interval}{' ' * len(star)}"  # The digits of both lines are aligned.
@@ -125,15 +127,18 @@ def _column_texts(
 
 def table_note(baseline: str | None, verdicts: Sequence["Verdict"]) -> str:
     """Explain the numbers of `results_table`."""
-    note = "Order and probe: accuracy of probes on k latents (chance 0.5), mean over tasks."
+    note = "Block order, local order and probe: accuracy of probes on k latents (chance 0.5), mean over tasks."
     n_seeds = [verdict.n_seeds for verdict in verdicts if verdict.against == baseline]
     if not n_seeds:
         return note
     over = f"texts and {seeds_text(n_seeds)}" if max(n_seeds) > 1 else "texts only, because there is one seed"
-    star = any(of.verdict != "no evidence" for of in verdicts if of.against == baseline)
+    words = {of.verdict for of in verdicts if of.against == baseline}
+    marks = (
+        f"{'; * better or worse' if words & {'better', 'worse'} else ''}{'; = equivalent' * ('equivalent' in words)}"
+    )
     return (
         f"Below the rule: difference to {baseline} ± half of its 95 % interval over {over}"
-        f"{'; * significant after correction' if star else ''}. {note}"
+        f"{marks}{', after correction' * bool(marks)}. {note}"
     )
 
 

@@ -1,6 +1,6 @@
 """Reconstruction quality: explained variance, L0 and dead latents, overall and by position."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 
 import torch
@@ -15,7 +15,7 @@ from posmask.results.intervals import jackknife_intervals, ratio
 from posmask.results.rows import Measure
 from posmask.sae.autoencoder import Codes, SparseAutoencoder
 
-__all__ = ["Reconstruction", "dead_share"]
+__all__ = ["Reconstruction", "dead_share", "stream_measures"]
 
 
 class Reconstruction:
@@ -198,3 +198,33 @@ def dead_share(sae: SparseAutoencoder, dead: Bool[Tensor, " latent"]) -> list[Me
         value = float(dead[is_open].float().mean()) if bool(is_open.any()) else torch.nan
         measures.append(Measure("dead_share", value, n=int(is_open.sum()), slice={"position": position}))
     return measures
+
+
+def stream_measures(batches: Iterable[Batch], mean: Float[Tensor, " d_model"], n_positions: int) -> list[Measure]:
+    """`stream_norm` by position and `top_variance_share` of the model's vectors.
+
+    stream_norm = mean norm of the kept held-out vectors at a position, in the model's units.
+    top_variance_share = share of sum |v - mean|^2 that the 1 % of these vectors farthest from the mean carry. If it is
+    large, explained variance is mostly about few tokens.
+
+    Args:
+        batches: of kept tokens.
+        mean: of their vectors.
+        n_positions: positions per context.
+    """
+    norms, n_at = torch.zeros(2, n_positions, dtype=torch.float64)
+    squares = []
+    for batch in batches:
+        vectors, position = batch.vectors.double(), batch.position.long().cpu()
+        norms.index_add_(0, position, vectors.norm(dim=1).cpu())
+        n_at.index_add_(0, position, torch.ones(len(position), dtype=torch.float64))
+        squares.append((vectors - mean).square().sum(1).cpu())
+    every = torch.cat(squares)
+    top = every.topk(max(1, len(every) // 100)).values
+    return [
+        Measure("top_variance_share", float(top.sum() / every.sum()), n=len(every)),
+        *(
+            Measure("stream_norm", float(norms[p] / n_at[p]), n=int(n_at[p]), slice={"position": p})
+            for p in n_at.nonzero()[:, 0].tolist()
+        ),
+    ]

@@ -24,7 +24,7 @@ from posmask.evaluation.downstream import InModel, WindowMass, causal, recovered
 from posmask.evaluation.latent_table import LatentTableParts
 from posmask.evaluation.latents import MOST_PROBED, LatentFacts, vocabulary_effects
 from posmask.evaluation.position import InformationMeasures, ShiftMeasures
-from posmask.evaluation.reconstruction import Reconstruction, dead_share
+from posmask.evaluation.reconstruction import Reconstruction, dead_share, stream_measures
 from posmask.evaluation.retention import (
     PositionMass,
     ProfileFidelity,
@@ -227,6 +227,7 @@ def _of_latents(
     settings, n_positions, device = data.settings, data.n_positions, _statistics_device(sae.encoder.device)
     origin, lifted = sae.mask.settings.position_origin, "lifted" if "lifted" in stored else "on"
     openness, bound_positions = sae.mask.openness().detach(), sae.mask.bound_positions()
+    shift_length = tokens.shift_length(n_positions, settings.shift_windows)
     information, fidelity, retained = InformationMeasures(), ProfileFidelity(), Retention()
     shift = {mask: ShiftMeasures() for mask in stored}
     tables = {mask: LatentTableParts(n_positions) for mask in stored}
@@ -236,7 +237,7 @@ def _of_latents(
             codes.shift,
             n_positions=n_positions,
             n_windows=settings.shift_windows,
-            shift_length=tokens.shift_length(n_positions, settings.shift_windows),
+            shift_length=shift_length,
             position_origin=origin,
             device=device,
         )
@@ -254,6 +255,7 @@ def _of_latents(
         for mask, block in by_mask.items():
             shift[mask].add(block.design)
             tables[mask].add(block)
+    facts.add_shift(stored["on"].shift, settings.shift_windows, shift_length)
     sinks = data.heldout.sinks.to(device)
     for mask, parts in tables.items():
         codes = sae.encode_batch(sinks, use_mask=mask == "on")
@@ -492,12 +494,16 @@ def forgetting(
 
 @_memory
 def baselines(data: EvaluationData) -> list[Measure]:
-    """Measures that need no SAE: the model's losses, probes on its own channels, and order tasks without order.
+    """Measures that need no SAE: the model's losses and vectors, probes on its channels, and order tasks without order.
 
     Raises:
         BadSetting: the groups of an order task do not have equal token counts.
     """
     measures = data.in_model.reference_measures()
+    device = _statistics_device(data.load_model().device)
+    mean, _ = data.heldout.center_and_scale
+    batches = _kept_batches(data.heldout, device, lambda n: None)
+    measures += stream_measures(batches, mean.to(device), data.n_positions)
     with progress_bar(stage_label("evaluate", MODEL_LABEL), data.n_probed_tokens, "tokens") as advance:
         for task, activations in data.order.values():
             measures += order_probes.bag_accuracy(task, data.tokenizer) + order_probes.edge_accuracy(

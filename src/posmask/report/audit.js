@@ -1,4 +1,6 @@
 const adaptedToPage = spec => spec;
-// All charts are drawn at once, so that none is blank in print.
-(async () => { for (const holder of $$(".chart")) await draw(holder); })();
-document.documentElement.dataset.ready = "";
+json("page").then(facts => {
+  if (facts.latents.length) startLatents(facts.latents, facts.colors);
+  drawAll();
+  document.documentElement.dataset.ready = "";
+});

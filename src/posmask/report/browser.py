@@ -16,12 +16,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 
 from posmask.report.reading import CellFolder
-from posmask.storage.layout import LATENT_WORDS_FILE, LATENTS_FILE, OPENNESS_FILE, WEIGHTS_FILE
+from posmask.storage.layout import (
+    LATENT_TABLE_FILE,
+    LATENT_WORDS_FILE,
+    LATENTS_FILE,
+    OPENNESS_FILE,
+    PROFILES_FILE,
+    WEIGHTS_FILE,
+)
 
 __all__ = ["Browser", "browser", "pack", "shown_text", "shown_word"]
 
 _N_NEAREST = 8  # nearest neighbors per latent
-_TWIN = 0.7  # cosine of decoder rows above which latents are counted as duplicates
+_COPY = 0.7  # cosine of decoder rows above which latents of an SAE are called copies
+_N_COPIES = 3  # copies of a latent that are kept with it
+_NEAR = 0.4  # cosines below it are between unrelated latents
 _LONGEST_WORD = 40
 _ROWS_AT_ONCE = 2048
 
@@ -42,10 +51,11 @@ class Browser:
 def shown_word(word: str) -> str:
     """Return a token's text for a page: at most 40 characters, control and direction characters made visible.
 
-    >>> shown_word("a\\tb"), shown_word("\\u202ex"), len(shown_word("x" * 10_000_000))
-    ('a⇥b', '⟨202E⟩x', 41)
+    >>> shown_word("a\\tb"), shown_word("  "), shown_word("\\u202ex"), len(shown_word("x" * 10_000_000))
+    ('a⇥b', '␣␣', '⟨202E⟩x', 41)
     """
-    return shown_text(word if len(word) <= _LONGEST_WORD else word[:_LONGEST_WORD] + "…")
+    word = shown_text(word if len(word) <= _LONGEST_WORD else word[:_LONGEST_WORD] + "…")
+    return word if word.strip() else word.replace(" ", "␣")
 
 
 def shown_text(text: str) -> str:
@@ -123,6 +133,7 @@ class _Facts:
     header: dict[str, Any]
     openness: np.ndarray  # [position latent]
     kept: np.ndarray  # latents to keep
+    table: dict[str, np.ndarray]  # of the kept latents, from the table of latents and that of profiles
 
 
 def _read_facts(cell: CellFolder, n_kept: int | None, warnings: list[str]) -> _Facts | None:
@@ -137,12 +148,74 @@ def _read_facts(cell: CellFolder, n_kept: int | None, warnings: list[str]) -> _F
             "position_origin": about["position_origin"],
             "tokens": about["n_tokens"],
             "searched": about["n_tokens_searched_for_texts"],
-            "identity": cell.manifest["identity"],
+            "excerpts": about.get("excerpts", {"strongest": arrays["text_start"].shape[1]}),
+            "shift_windows": about.get("shift_windows", []),
+            "near": _NEAR,
+            "copy": _COPY,
         }
-        return _Facts(cell, arrays, about["words"], header, openness, _most_informative(arrays, n_kept))
+        kept = _kept(cell, arrays, n_kept)
+        table, more = _read_table(cell, arrays, kept)
+        return _Facts(cell, arrays, about["words"], header | more, openness, kept, table)
     except (OSError, KeyError, ValueError, SafetensorError) as error:
         warnings.append(f"The latents of {cell.label} cannot be read ({type(error).__name__}: {str(error)[:120]}).")
         return None
+
+
+_TABLE_COLUMNS = (
+    "position_share_low",
+    "position_share_high",
+    "shift_position",
+    "shift_content",
+    "shift_interaction",
+    "q_value",
+    "peak_position",
+)
+_ENDS = ("", "_low", "_high")
+
+
+def _read_table(
+    cell: CellFolder, arrays: dict[str, np.ndarray], kept: np.ndarray
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Columns of the kept latents from the tables of latents and profiles, and what a header has of them.
+
+    `rate` [latent bin] is the firing rate by bin of positions as 0 .. 65,535 of `rate_top` [latent], with the prefix
+    `lifted_` with the mask lifted. A cell without these tables has its mean activation at each position as `rate`.
+    """
+    latents_file, profiles_file = cell.path / LATENT_TABLE_FILE, cell.path / PROFILES_FILE
+    if not (latents_file.is_file() and profiles_file.is_file()):
+        (seen,) = np.nonzero(arrays["tokens_by_position"])
+        columns = _quantized({"rate": arrays["profile"][seen][:, kept].T.astype(np.float32)})
+        bins = {"bin_start": seen.astype(np.int32), "bin_end": seen.astype(np.int32)}
+        return columns | bins, {"profiled": "mean activation"}
+    import pandas as pd
+
+    latents = pd.read_parquet(latents_file).set_index("latent").loc[kept]
+    columns = {name: latents[name].to_numpy(np.float32) for name in _TABLE_COLUMNS}
+    header: dict[str, Any] = {"profiled": "firing rate"}
+    for name in ("class", "kind", "lifted_class"):
+        if name in latents:
+            codes, header[f"{name}_names"] = pd.factorize(latents[name].fillna(""), sort=True)
+            columns[name] = codes.astype(np.uint8)
+            header[f"{name}_names"] = header[f"{name}_names"].tolist()
+    profiles = pd.read_parquet(profiles_file)
+    starts, first = np.unique(profiles["first_position"].to_numpy(), return_index=True)
+    ends = profiles["last_position"].to_numpy()[first]
+    columns |= {"bin_start": starts.astype(np.int32), "bin_end": ends.astype(np.int32)}
+    rates, row_of = {}, np.full(len(arrays["firings"]), -1)
+    row_of[kept] = np.arange(len(kept))
+    for mask in profiles["mask"].unique():
+        of_mask = profiles[(profiles["mask"] == mask) & (row_of[profiles["latent"]] >= 0)]
+        place = row_of[of_mask["latent"]], np.searchsorted(starts, of_mask["first_position"])
+        for end in _ENDS:
+            rate = rates[f"{'' if mask == 'on' else f'{mask}_'}rate{end}"] = np.zeros((len(kept), len(starts)), "f4")
+            rate[place] = of_mask[f"firing_rate{end}"]
+    return columns | _quantized(rates), header
+
+
+def _quantized(rates: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    top = np.max([rate.max(1) for rate in rates.values()], axis=0)
+    scale = 65_535 / np.maximum(top, 1e-30)[:, None]
+    return {"rate_top": top} | {name: np.round(scale * rate).astype(np.uint16) for name, rate in rates.items()}
 
 
 class _Stream:
@@ -156,7 +229,8 @@ class _Stream:
         self._words = [shown_word(words[str(token_id)]) for token_id in ids]
 
     def indices(self, ids: np.ndarray, words: dict[str, str]) -> np.ndarray:
-        """Return the indices of the tokens' words; new words are added."""
+        """Return the indices of the tokens' words, -1 for the token -1; new words are added."""
+        self._index[-1] = -1
         for token_id in np.unique(ids).tolist():
             if token_id not in self._index:
                 self._index[token_id] = len(self._words)
@@ -168,22 +242,41 @@ class _Stream:
         return pack({"words": self._words}, {"token": self._token.astype(np.int32), "position": self._position})
 
 
-def _most_informative(arrays: dict[str, np.ndarray], n_kept: int | None) -> np.ndarray:
-    """The latents to keep, sorted.
-
-    Half are latents that probes selected, first choices first. Three quarters of the others have the highest position
-    information; the rest fire most often.
-    """
+def _kept(cell: CellFolder, arrays: dict[str, np.ndarray], n_kept: int | None) -> np.ndarray:
+    """The latents to keep, sorted: the most informative ones, each with the nearest of its copies in the same SAE."""
     n_latents = len(arrays["firings"])
     if n_kept is None or n_kept >= n_latents:
         return np.arange(n_latents)
+    ranked = _most_informative(cell, arrays, n_kept)
+    decoder = _decoder(cell, [])
+    if decoder is None:
+        return np.sort(ranked)
+    near = _nearest_in_cell(decoder[ranked], np.array(ranked), decoder)
+    kept: dict[int, None] = {}
+    for latent, others, cosines in zip(ranked, near["near_own"], near["near_own_cosine"], strict=True):
+        copies = others[:_N_COPIES][cosines[:_N_COPIES] > _COPY]
+        kept |= dict.fromkeys([latent, *copies.tolist()])
+    return np.sort(list(kept)[:n_kept])
+
+
+def _most_informative(cell: CellFolder, arrays: dict[str, np.ndarray], n_kept: int) -> list[int]:
+    """The most informative latents.
+
+    Half are latents that probes selected, first choices first. Three quarters of the others have the highest position
+    information, or the highest share of position in the shift design; the rest fire most often.
+    """
+    of_position = arrays["position_information"]
+    if (cell.path / LATENT_TABLE_FILE).is_file():
+        import pandas as pd
+
+        of_position = np.fmax(of_position, pd.read_parquet(cell.path / LATENT_TABLE_FILE)["shift_position"])
     selected = [int(latent) for latent in arrays["probe_latent"].T.ravel() if latent >= 0]
     probed = list(dict.fromkeys(selected))[: n_kept // 2]
-    by_position = np.argsort(-np.nan_to_num(arrays["position_information"], nan=-1), kind="stable")
+    by_position = np.argsort(-np.nan_to_num(of_position, nan=-1), kind="stable")
     by_firing = np.argsort(-arrays["firings"], kind="stable")
     n_positional = (n_kept - len(probed)) * 3 // 4
-    kept = list(dict.fromkeys([*probed, *by_position[:n_positional].tolist()]))
-    return np.sort(list(dict.fromkeys([*kept, *by_firing.tolist()]))[:n_kept])
+    ranked = dict.fromkeys([*probed, *by_position[:n_positional].tolist()])
+    return list(dict.fromkeys([*ranked, *by_firing.tolist()]))[:n_kept]
 
 
 def _cell_arrays(facts: _Facts, stream: _Stream) -> dict[str, np.ndarray]:
@@ -200,8 +293,13 @@ def _cell_arrays(facts: _Facts, stream: _Stream) -> dict[str, np.ndarray]:
     }
     for name in ("firings", "position_information", "retention", "retention_chance", "largest"):
         packed[name] = arrays[name][kept]
-    for name in ("text_start", "text_length", "text_value"):
-        packed[name] = arrays[name][kept]
+    packed |= facts.table
+    per_latent = ("text_start", "text_length", "text_peak", "text_value", "histogram")
+    for name in (*per_latent, "shift_piece", "shift_start", "shift_value", "shift_largest"):
+        if name in arrays:
+            packed[name] = arrays[name][kept]
+    if "shift_token_id" in arrays:
+        packed["shift_token"] = stream.indices(arrays["shift_token_id"], facts.words)
     for name in ("promoted", "suppressed"):
         packed[name] = stream.indices(arrays[name][kept], facts.words)
         packed[f"{name}_logit"] = arrays[f"{name}_logit"][kept].astype(np.float32).round(1)
@@ -218,7 +316,7 @@ def _nearest(
 
     Arrays of the neighbors:
         near_own, near_own_cosine [latent neighbor]: in the same SAE.
-        twins [latent]: number of other latents of the same SAE with a cosine above 0.7.
+        copies [latent]: number of other latents of the same SAE with a cosine above 0.7.
         near_cell, near_latent, near_cosine [latent neighbor]: the nearest latent of each other loaded cell, of the same
             seed if the cell has it; the nearest cells first.
         seed_latent, seed_cosine [latent seed]: the nearest latent of each other seed of the cell, loaded or not.
@@ -293,8 +391,8 @@ def _nearest_row(rows: np.ndarray, decoder: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def _nearest_in_cell(rows: np.ndarray, kept: np.ndarray, decoder: np.ndarray) -> dict[str, np.ndarray]:
-    """For each row, the other decoder rows with the largest cosines, and the number of duplicates."""
-    parts: dict[str, list[np.ndarray]] = {"near_own": [], "near_own_cosine": [], "twins": []}
+    """For each row, the other decoder rows with the largest cosines, and the number of copies."""
+    parts: dict[str, list[np.ndarray]] = {"near_own": [], "near_own_cosine": [], "copies": []}
     n_near = min(_N_NEAREST, len(decoder) - 1)
     for start in range(0, len(rows), _ROWS_AT_ONCE):
         part = slice(start, start + _ROWS_AT_ONCE)
@@ -306,7 +404,7 @@ def _nearest_in_cell(rows: np.ndarray, kept: np.ndarray, decoder: np.ndarray) ->
         order = np.argsort(-value, axis=1, kind="stable")
         parts["near_own"].append(np.take_along_axis(near, order, 1).astype(np.int32))
         parts["near_own_cosine"].append(np.take_along_axis(value, order, 1).astype(np.float32))
-        parts["twins"].append((cosine > _TWIN).sum(1).astype(np.int32))
+        parts["copies"].append((cosine > _COPY).sum(1).astype(np.int32))
     return {name: np.concatenate(arrays) for name, arrays in parts.items()}
 
 

@@ -12,6 +12,42 @@ function make(tag, attributes = {}, ...inside) {
   return element;
 }
 const announce = text => { $("#status").textContent = text; };
+
+// Values on hover, touch and focus: an element with data-tip shows it. In a [data-strip], which is one stop of the Tab key,
+// arrow keys move between such elements, and between its rows ([data-row]).
+const tip = make("div", { id: "tip", hidden: "" });
+document.body.append(tip);
+function showTip(text, box) {
+  tip.textContent = text; tip.hidden = false;
+  const { width, height } = tip.getBoundingClientRect(), x = (box.left + box.right) / 2 - width / 2, above = box.top - height - 6;
+  tip.style.left = Math.max(4, Math.min(innerWidth - width - 4, x)) + "px"; tip.style.top = (above > 4 ? above : box.bottom + 6) + "px";
+}
+function hideTip() { tip.hidden = true; }
+const tipped = event => event.target.closest?.("[data-tip]");
+for (const name of ["pointerover", "pointerdown"]) document.addEventListener(name, event => { const on = tipped(event); if (on) showTip(on.dataset.tip, on.getBoundingClientRect()); else if (event.pointerType !== "touch" || name === "pointerdown") hideTip(); });
+document.addEventListener("focusin", event => {
+  const on = tipped(event), strip = event.target.closest("[data-strip]"); if (!on) { hideTip(); return; }
+  showTip(on.dataset.tip, on.getBoundingClientRect()); announce(on.dataset.tip);
+  if (strip) for (const other of $$("[data-tip][tabindex='0']", strip)) if (other !== on) other.setAttribute("tabindex", -1);
+  if (strip) on.setAttribute("tabindex", 0);
+});
+document.addEventListener("focusout", hideTip);
+addEventListener("scroll", hideTip, { capture: true, passive: true });
+document.addEventListener("keydown", event => {
+  if (event.key === "Escape") hideTip();
+  const on = tipped(event), strip = on?.closest("[data-strip]"), [across, down] = { ArrowRight: [1, 0], ArrowLeft: [-1, 0], ArrowDown: [0, 1], ArrowUp: [0, -1] }[event.key] ?? [0, 0];
+  if (!strip || !(across || down)) return;
+  event.preventDefault();
+  const ofRows = strip.hasAttribute("data-rows") ? "tbody tr:not([hidden])" : "[data-row]", rows = $$(ofRows, strip), line = on.closest(ofRows) ?? strip, inLine = $$("[data-tip]", line);
+  let next = inLine[inLine.indexOf(on) + across];
+  if (down) { const other = rows[rows.indexOf(line) + down], found = other && $$("[data-tip]", other); next = found && ($(".peak", other) ?? found[Math.min(found.length - 1, inLine.indexOf(on))]); }
+  if (next) { next.setAttribute("tabindex", 0); next.focus({ preventScroll: false }); }
+});
+// The first value of each strip can be reached by the Tab key.
+function setStrips() { for (const strip of $$("[data-strip]:not([data-set])")) { strip.setAttribute("data-set", ""); $$("[data-tip]", strip).forEach((element, at) => element.setAttribute("tabindex", at ? -1 : 0)); } }
+setStrips();
+new MutationObserver(setStrips).observe(document.body, { childList: true, subtree: true });
+
 const blocks = new Map();
 async function unzip(name) {
   const holder = document.getElementById("block-" + name);
@@ -67,18 +103,18 @@ function sortable(sorted) {
 }
 $$("table.sortable").forEach(sortable);
 function refilter(id) {
-  const words = ($(`[data-filter="${id}"]`)?.value ?? "").toLowerCase().split(/\s+/).filter(Boolean), only = $(`[data-only="${id}"]`)?.checked, kind = $(`[data-class="${id}"]`)?.value;
+  const words = ($(`[data-filter="${id}"]`)?.value ?? "").toLowerCase().split(/\s+/).filter(Boolean), only = $(`[data-only="${id}"]`)?.checked;
   let shown = 0;
   for (const line of document.getElementById(id).tBodies[0].rows) {
     const text = line.textContent.toLowerCase();
-    line.hidden = !words.every(word => text.includes(word)) || (only && !$(".better, .worse", line)) || (kind && line.dataset.group !== kind);
+    line.hidden = !words.every(word => text.includes(word)) || (only && !$(".better, .worse", line)) || (line.dataset.pooling === "fair" && !$(`[data-fair="${id}"]`)?.checked);
     shown += !line.hidden;
   }
   announce(shown + " rows");
 }
 $$("[data-filter]").forEach(input => input.addEventListener("input", () => refilter(input.dataset.filter)));
 $$("[data-only]").forEach(input => input.addEventListener("change", () => refilter(input.dataset.only)));
-$$("[data-class]").forEach(input => input.addEventListener("change", () => refilter(input.dataset.class)));
+$$("[data-fair]").forEach(input => { input.addEventListener("change", () => refilter(input.dataset.fair)); refilter(input.dataset.fair); });
 $$("[data-csv]").forEach(button => button.addEventListener("click", () => {
   const saved = document.getElementById(button.dataset.csv);
   const named = $$("thead tr:last-child th", saved).map(head => ($("button", head)?.getAttribute("aria-label") ?? head.textContent).trim());
@@ -89,13 +125,13 @@ $$("[data-csv]").forEach(button => button.addEventListener("click", () => {
 }));
 
 // Light and dark theme.
-const theme = $("#theme");
+const theme = $("#theme"), onTheme = [];
 function setTheme(isDark) {
   document.documentElement.dataset.theme = isDark ? "dark" : "light";
-  theme.setAttribute("aria-pressed", isDark); drawn.forEach(holder => draw(holder));
+  theme.setAttribute("aria-pressed", isDark); drawn.forEach(holder => draw(holder)); onTheme.forEach(redraw => redraw());
 }
 
-// Charts are drawn when they are near the viewport.
+// Charts are drawn when they are near the viewport, and the others in idle time, so that none is blank in print.
 const drawn = new Set(), views = new Map();
 let ready = null; // what drawing waits for
 function loadVega() {
@@ -124,7 +160,9 @@ function adapted(spec, holder) {
   if (spec.concat && holder.clientWidth < 700) { spec.columns = 1; for (const part of spec.concat) part.width = Math.max(160, holder.clientWidth - 110); spec.config = { ...spec.config, legend: { ...spec.config?.legend, orient: "bottom" } }; }
   return spec;
 }
-async function draw(holder) {
+const turns = new Map(); // of drawing each chart: the last call draws last
+function draw(holder) { drawn.add(holder); const turn = (turns.get(holder) ?? Promise.resolve()).then(() => drawNow(holder)); turns.set(holder, turn); return turn; }
+async function drawNow(holder) {
   const name = holder.dataset.chart;
   try {
     const [spec] = await Promise.all([json("chart-" + name), loadVega(), ready]);
@@ -132,14 +170,14 @@ async function draw(holder) {
     const font = "system-ui, sans-serif";
     const config = { background: null, font, view: { stroke: null }, axis: { labelColor: ink, titleColor: ink, gridColor: line, tickColor: line, domainColor: line, titleFontWeight: 500, labelOverlap: "greedy", labelSeparation: 6 }, legend: { labelColor: ink, titleColor: ink, labelFontSize: 11, layout: { top: { anchor: "start", direction: "vertical" } } }, header: { labelColor: ink, titleColor: ink, labelFontWeight: 600 }, text: { color: ink } };
     const shown = adapted(spec, holder);
-    if (shown.usermeta?.cells && !shown.data.values.length) { holder.textContent = "None of the selected cells has this metric."; drawn.add(holder); return; }
+    if (shown.usermeta?.cells && !shown.data.values.length) { holder.textContent = "None of the selected cells has this metric."; return; }
     const { view } = await window.vegaEmbed(holder, shown, { config, renderer: spec.usermeta?.canvas ? "canvas" : "svg", actions: false });
     holder.style.minHeight = "0";
     if (!holder.hasAttribute("data-compare")) views.set(name, view);
-    drawn.add(holder);
   } catch (error) { holder.textContent = "This figure cannot be drawn: " + error.message; holder.classList.add("failed"); }
 }
 const watcher = new IntersectionObserver(entries => { for (const entry of entries) if (entry.isIntersecting) { watcher.unobserve(entry.target); draw(entry.target); } }, { rootMargin: "300px" });
+async function drawAll() { for (const holder of $$(".chart")) { await new Promise(resolve => (window.requestIdleCallback ?? setTimeout)(resolve)); if (!drawn.has(holder) && !holder.matches(".failed")) { watcher.unobserve(holder); await draw(holder); } } }
 function columnsOf(values) { const names = [...new Set(values.flatMap(Object.keys))]; return [names, ...values.map(value => names.map(name => value[name]))]; }
 $$("[data-save]").forEach(button => button.addEventListener("click", async () => {
   const name = button.dataset.ofChart, holder = $(`[data-chart="${name}"]:not([data-compare])`);

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import math
 from collections.abc import Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ __all__ = ["N_LATENTS", "write_paper_figures", "write_report", "write_report_fol
 
 N_LATENTS = 500
 """Default number of latents per cell on a self-contained page."""
+
+_CONCENTRATED = 0.1
+"""The page warns if 1 % of the tokens carry a larger share of the variance."""
 
 
 def write_report(*roots: Path, n_latents: int = N_LATENTS, out: Path | None = None) -> Path:
@@ -114,6 +118,10 @@ def _page(studies: Sequence[Study], n_latents: int | None) -> tuple[dict[str, An
         "tasks": tables.accuracies(rows, "order_accuracy", "task"),
         "datasets": tables.accuracies(rows, "probe_accuracy", "dataset"),
         "controls": tables.controls(rows),
+        "controls_of": partial(tables.controls_of, tables.controls(rows)),
+        "has_fair": any(line.pooling == "fair" for table in study_tables for line, _ in table.lines),
+        "concentrated": [row for row in rows if row.metric == "top_variance_share" and row.value > _CONCENTRATED],
+        "steady_l0": figures.steady(rows, "l0"),
         "charts": list(charts),
         "cells": cells,
         "browsed": browsed.cells,
@@ -146,7 +154,7 @@ def _facts(studies: Sequence[Study], study_tables: Sequence[tables.StudyTable], 
         "cells": cells,
         "baselines": _baselines(studies),
         "picked": _picked(studies, cells),
-        "colors": figures.COLORS,
+        "colors": figures.cell_colors(_rows(studies)),
     }
 
 

@@ -15,11 +15,12 @@ from posmask.storage.layout import STUDY_FILE
 from posmask.storage.manifest import identity, read_manifest
 from posmask.storage.record import StudyRecord, read_record
 
-__all__ = ["MODEL_CELL", "CellFolder", "Numbers", "Study", "read_studies"]
+__all__ = ["MODEL_CELL", "SEPARATOR", "CellFolder", "Numbers", "Study", "read_studies"]
 
 MODEL_CELL = "llm"
 """Name of the model itself in the rows."""
-_SEPARATOR = ": "  # between the names of study and cell on a page of several studies
+SEPARATOR = ": "
+"""Between the names of study and cell on a page of several studies."""
 Read = TypeVar("Read")
 
 
@@ -134,7 +135,7 @@ def read_studies(roots: Sequence[Path]) -> list[Study]:
 
 def _renamed(study: Study, name: str) -> Study:
     def full(cell: str) -> str:
-        return f"{name}{_SEPARATOR}{cell}"
+        return f"{name}{SEPARATOR}{cell}"
 
     return Study(
         name,

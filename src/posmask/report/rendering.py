@@ -27,12 +27,11 @@ def render(name: str, variables: Mapping[str, Any], blocks: Mapping[str, bytes])
         variables: of its template.
         blocks: data by name, for its script.
     """
-    style, common, script = (
-        (_HERE / file).read_text(encoding="utf8") for file in ("page.css", "common.js", f"{name}.js")
-    )
+    files = ("page.css", "common.js", "latents.js", f"{name}.js")
+    style, *scripts = ((_HERE / file).read_text(encoding="utf8") for file in files)
     encoded = {name: base64.b64encode(block).decode() for name, block in blocks.items()}
     template = _TEMPLATES.get_template(f"{name}.html")
-    return template.render(**variables, blocks=encoded, style=style, script=f"{common}\n{script}")
+    return template.render(**variables, blocks=encoded, style=style, script="\n".join(scripts))
 
 
 def chart_blocks(charts: Mapping[str, figures.Figure]) -> dict[str, bytes]:

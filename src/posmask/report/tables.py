@@ -20,6 +20,7 @@ __all__ = [
     "accuracies",
     "capped",
     "controls",
+    "controls_of",
     "missing",
     "study_table",
     "ties",
@@ -47,6 +48,10 @@ _ORDER_CONTROLS = {
     "order_permuted": "labels permuted: mean and range over cells, poolings, k",
 }
 """Controls of order probing: heading by metric."""
+
+
+_SHORT_CONTROLS = {"order_edges": "first and last tokens", "order_shuffled": "shuffled"}
+"""Controls in the headings of order tasks."""
 
 
 @dataclass(frozen=True)
@@ -341,3 +346,12 @@ def controls(rows: Sequence[Row]) -> dict[str, Any]:
         "tasks": tasks,
         "lines": {title: [number(metric, task) for task in tasks] for metric, title in _ORDER_CONTROLS.items()},
     }
+
+
+def controls_of(table: dict[str, Any], task: str) -> list[tuple[str, str]]:
+    """Return the controls of a task for its heading: short name and value."""
+    if task not in table["tasks"]:
+        return []
+    names = {_ORDER_CONTROLS[metric]: name for metric, name in _SHORT_CONTROLS.items()}
+    numbers = {title: values[table["tasks"].index(task)] for title, values in table["lines"].items()}
+    return [(names[title], number.text) for title, number in numbers.items() if title in names and number is not None]

@@ -4,20 +4,20 @@ A chart of many cells shows the cells that the reader picks: it carries `usermet
 `cell`, and the page replaces the domain of the color scale.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from posmask.report.figures.files import write_figures
 from posmask.report.figures.masks import learned_masks, mask_pictures, read_openness, snapshots
-from posmask.report.figures.metrics import by_position, cost, forgetting, shift_split, strictness
+from posmask.report.figures.metrics import by_position, cost, forgetting, shift_split, steady, stream_norm, strictness
 from posmask.report.figures.scatter import trade_off
-from posmask.report.figures.style import COLORS, Figure, as_spec
+from posmask.report.figures.style import COLORS, Figure, as_spec, cell_colors
 from posmask.report.figures.training import read_curves, training
-from posmask.report.reading import CellFolder, Numbers
+from posmask.report.reading import SEPARATOR, CellFolder, Numbers
 from posmask.report.tables import StudyTable
 from posmask.results.rows import Row
 from posmask.storage.layout import SNAPSHOTS_FILE
 
-__all__ = ["COLORS", "Figure", "as_spec", "figures", "trade_off", "write_figures"]
+__all__ = ["COLORS", "Figure", "as_spec", "cell_colors", "figures", "steady", "trade_off", "write_figures"]
 
 
 def figures(
@@ -39,7 +39,7 @@ def figures(
     numbers = Numbers(rows)
     lines = [(line, label) for table in study_tables for line, label in table.lines if line.mask != "none"]
     in_tables = {label: of_line for table in study_tables for label, of_line in table.numbers.items()}
-    cells = list(dict.fromkeys(row.cell for row in rows if row.mask != "none"))
+    colors = cell_colors(rows)
     masks = {}
     for cell in pictured:
         openness = read_openness(cell, warnings)
@@ -48,17 +48,31 @@ def figures(
     learned = {cell.cell for cell in pictured if (cell.path / SNAPSHOTS_FILE).is_file()}
     curves = read_curves(pictured, warnings)
     charts: dict[str, Figure | None] = {
-        "trade-off": trade_off(lines, in_tables, 5, baselines),
+        "trade-off": trade_off(lines, in_tables, 5, baselines, colors),
         "masks": mask_pictures({cell: openness for cell, openness in masks.items() if not (openness == 1).all()}),
         "snapshots": snapshots([cell for cell in pictured if cell.cell in learned], warnings),
-        "learned": learned_masks(curves, {cell: openness for cell, openness in masks.items() if cell in learned}),
-        "position": by_position(numbers, cells, "explained_variance", "explained variance"),
-        "l0": by_position(numbers, cells, "l0", "L0: active latents per token"),
-        "loss": by_position(numbers, cells, "ce_recovered", "cross-entropy recovered"),
+        "learned": learned_masks(
+            curves, {cell: openness for cell, openness in masks.items() if cell in learned}, colors
+        ),
+        "position": by_position(numbers, colors, "explained_variance", "explained variance"),
+        "difference": by_position(
+            numbers, colors, "explained_variance", "explained variance − baseline", _baseline_of(colors, baselines)
+        ),
+        "l0": by_position(numbers, colors, "l0", "L0: active latents per token"),
+        "loss": by_position(numbers, colors, "ce_recovered", "cross-entropy recovered"),
+        "norm": stream_norm(numbers, list(dict.fromkeys(row.cell for row in rows if row.mask == "none"))),
         "strictness": strictness([line for line, _ in lines], baselines),
-        "decay": forgetting(numbers, cells),
-        "shift": shift_split(numbers, cells),
-        "curves": training(curves),
-        "cost": cost(numbers, cells),
+        "decay": forgetting(numbers, colors),
+        "shift": shift_split(numbers, list(colors)),
+        "curves": training(curves, colors),
+        "cost": cost(numbers, list(colors)),
     }
     return {name: chart for name, chart in charts.items() if chart is not None}
+
+
+def _baseline_of(cells: Iterable[str], baselines: Sequence[str]) -> dict[str, str]:
+    """The baseline of each cell's study."""
+    by_study = {baseline.rpartition(SEPARATOR)[0]: baseline for baseline in baselines}
+    if len(baselines) == 1:
+        return dict.fromkeys(cells, baselines[0])
+    return {cell: by_study[study] for cell in cells if (study := cell.rpartition(SEPARATOR)[0]) in by_study}

@@ -12,11 +12,10 @@ from typing import Any
 import altair as alt
 
 from posmask.report.audits import Audit
-from posmask.report.figures.style import COLORS, STEP, Figure, inline_data
+from posmask.report.figures.style import COLORS, STEP, Figure, inline_data, position_axis, position_bin
 
 __all__ = ["audit_figures", "smoothed"]
 
-_PER_OCTAVE = 8
 _STEADY = 0.005  # L0 that varies by less, relative to its mean, is not drawn
 _GRAY = "#888"
 _SHORT = 28  # characters of names of which two fit beside each other
@@ -70,8 +69,7 @@ def smoothed(audit: Audit, column: str) -> _Values:
     bins: dict[tuple[str, bool, int], _Values] = {}
     for row in audit.positions.to_dict("records"):
         if math.isfinite(row[column]):
-            octave = max(0, math.floor(math.log2(row["position"] / _PER_OCTAVE)))
-            key = row["mask"], row["is_beyond"], (octave << 32) + (row["position"] >> octave)
+            key = row["mask"], row["is_beyond"], position_bin(row["position"])
             bins.setdefault(key, []).append(row)
     values = []
     for (mask, is_beyond, _), rows in bins.items():
@@ -119,13 +117,7 @@ def _by_position(audits: Sequence[Audit], column: str, title: str, number: str) 
     if not lines or (column == "l0" and _is_steady(lines)):
         return None
     last = max(value["last position"] for value in lines)
-    ticks = [2**power for power in range(math.floor(math.log2(last)) + 1)]
-    x = alt.X(
-        "position:Q",
-        title="position in the context",
-        scale=alt.Scale(type="log", base=2, domain=[1, last], nice=False),
-        axis=alt.Axis(values=ticks, format="d", grid=False),
-    )
+    x = position_axis(last)
     domain = _domain(lines, highest=1 if column == "explained_variance" else math.inf)
     y = alt.Y("value:Q", title=title, axis=alt.Axis(format=number), scale=alt.Scale(domain=domain, nice=False))
     color = _color(audits, symbolType="stroke", symbolStrokeWidth=3)

@@ -1,7 +1,7 @@
 """Charts of masks: after training, during training, and the distribution of their openness."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import altair as alt
@@ -49,11 +49,11 @@ def mask_pictures(masks: dict[str, np.ndarray]) -> Figure | None:
         alt.Chart(inline_data(values))
         .mark_rect()
         .encode(
-            x=alt.X("position:O", axis=alt.Axis(values=[0, 32, 64, 96], labelAngle=0, ticks=False), title=None),
-            y=alt.Y("latents:O", axis=None),
+            x=alt.X("position:O", axis=alt.Axis(values=[0, 32, 64, 96], labelAngle=0, ticks=False), title="position"),
+            y=alt.Y("latents:O", axis=alt.Axis(labels=False, ticks=False, domain=False), title="latents"),
             color=alt.Color(
                 "openness:Q",
-                scale=alt.Scale(scheme="viridis", domain=[0, 1]),
+                scale=alt.Scale(scheme="blues", domain=[0, 1]),
                 legend=alt.Legend(orient="top", gradientLength=160),
             ),
             tooltip=["cell:N", "position:O", "openness:Q"],
@@ -110,7 +110,7 @@ def _snapshot_chart(values: list[dict[str, Any]], n_moments: int) -> Figure:
             y=alt.Y("latents:O", axis=None),
             color=alt.Color(
                 "openness:Q",
-                scale=alt.Scale(scheme="viridis", domain=[0, 1]),
+                scale=alt.Scale(scheme="blues", domain=[0, 1]),
                 legend=alt.Legend(orient="top", gradientLength=160),
             ),
             tooltip=["cell:N", alt.Tooltip("tokens:Q", format=","), "position:O", "openness:Q"],
@@ -134,7 +134,9 @@ def _snapshot_chart(values: list[dict[str, Any]], n_moments: int) -> Figure:
     )
 
 
-def learned_masks(curves: list[dict[str, Any]], masks: dict[str, np.ndarray]) -> Figure | None:
+def learned_masks(
+    curves: list[dict[str, Any]], masks: dict[str, np.ndarray], colors: Mapping[str, str]
+) -> Figure | None:
     """Return mean openness during training, and the distribution of openness at its end; None without masks."""
     if not masks:
         return None
@@ -150,7 +152,7 @@ def learned_masks(curves: list[dict[str, Any]], masks: dict[str, np.ndarray]) ->
             {"cell": cell, "openness": round(float(edge) + 0.025, 3), "share": round(float(count / counts.sum()), 5)}
             for edge, count in zip(edges, counts, strict=False)
         ]
-    color = cell_color(list(masks))
+    color = cell_color(masks, colors)
     during = (
         alt.Chart(inline_data(path))
         .mark_line(strokeWidth=1.5)

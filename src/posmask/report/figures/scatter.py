@@ -6,19 +6,14 @@ from typing import Any
 
 import altair as alt
 
-from posmask.report.figures.style import COLORS, Figure, inline_data
+from posmask.report.figures.style import Figure, inline_data
 from posmask.report.tables import Number
 from posmask.results.table import COLUMNS, Line
 
 __all__ = ["trade_off"]
 
 _X, _Y = "explained variance", "block order accuracy"
-_MARKS = {
-    "equal width": ("circle", COLORS[0]),
-    "equal compute": ("square", COLORS[5]),
-    "another pooling": ("triangle-up", COLORS[2]),
-    "control": ("cross", COLORS[3]),
-}
+_MARKS = {"equal width": "circle", "equal compute": "square", "another pooling": "triangle-up", "control": "cross"}
 _NARROW = 270  # width of the plot on a phone, in pixels
 _HEIGHT = 330
 _LETTER, _LINE = 6.5, 12  # size of a letter in pixels
@@ -30,6 +25,7 @@ def trade_off(
     numbers: Mapping[str, Sequence[Number | None]],
     k: int,
     baselines: Sequence[str],
+    colors: Mapping[str, str],
     width: int = 850,
 ) -> Figure | None:
     """Return the chart with one mark per cell; None if no cell has both numbers.
@@ -42,18 +38,25 @@ def trade_off(
         numbers: the tables' numbers by label, for the intervals.
         k: number of latents of the probes.
         baselines: the baseline cells.
+        colors: of the cells.
         width: approximate width in pixels, which decides which names fit.
     """
     values = _values(lines, numbers, k)
+    for value in values:
+        value["color"] = colors[value.pop("of")]
     if not values:
         return None
     _set_name_sides(values, baselines, width)
     _set_name_sides(values, baselines, _NARROW, " narrow")
     kinds = {value["what"] for value in values}
     shown = [kind for kind in _MARKS if kind in kinds]
-    shapes, colors = zip(*(_MARKS[kind] for kind in shown), strict=True)
-    color = alt.Color("what:N", title=None, scale=alt.Scale(domain=shown, range=list(colors)))
-    shape = alt.Shape("what:N", title=None, scale=alt.Scale(domain=shown, range=list(shapes)))
+    color = alt.Color("color:N", scale=None)
+    shape = alt.Shape(
+        "what:N",
+        title=None,
+        scale=alt.Scale(domain=shown, range=[_MARKS[kind] for kind in shown]),
+        legend=alt.Legend(symbolFillColor="#888", symbolStrokeColor="#888"),
+    )
     y_title = f"{_Y}, k = {k}"
     base = alt.Chart(inline_data(values)).encode(
         x=alt.X(f"{_X}:Q", scale=alt.Scale(zero=False, padding=26), axis=alt.Axis(tickCount=8), title=_X),
@@ -93,7 +96,8 @@ def _values(
         kind = "control" if line.is_control else f"equal {line.budget}"
         if not line.is_control and line.pooling != "mean":
             kind = "another pooling"
-        value: dict[str, Any] = {"cell": label, **coordinates, "what": kind}
+        cell = label if line.pooling == "mean" else label.removesuffix(f" + {line.pooling}")
+        value: dict[str, Any] = {"cell": label, "of": cell, **coordinates, "what": kind}
         # Reconstruction is the cell's, whatever its codes are pooled by.
         labels = {_X: label if line.is_control else label.removesuffix(f" + {line.pooling}"), _Y: label}
         for axis, name in columns.items():

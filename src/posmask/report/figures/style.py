@@ -1,12 +1,27 @@
 """Colors and pieces that the charts share."""
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import altair as alt
 from altair.utils import schemapi
 
-__all__ = ["COLORS", "STEP", "Figure", "as_spec", "cell_color", "for_picked_cells", "inline_data"]
+from posmask.results.rows import Row
+
+__all__ = [
+    "COLORS",
+    "STEP",
+    "Figure",
+    "as_spec",
+    "cell_color",
+    "cell_colors",
+    "for_picked_cells",
+    "inline_data",
+    "position_axis",
+    "position_bin",
+]
 
 # Okabe and Ito's colors and others: distinct for color-blind readers, on light and dark backgrounds.
 COLORS = [
@@ -18,7 +33,6 @@ COLORS = [
     "#D55E00",
     "#8C6BB1",
     "#999933",
-    "#666666",
     "#A05A2C",
     "#00B3A4",
     "#B5485D",
@@ -27,15 +41,44 @@ COLORS = [
     "#D99AC5",
     "#3E6E6B",
 ]
+OPEN_COLORS = ["#666666", "#9A9A9A", "#B8B8B8"]
+"""Cells without a mask are gray, so that masks stand out."""
 STEP = 17
 """Height of a bar in pixels."""
+_PER_OCTAVE = 8
 Figure = alt.TopLevelMixin
 
 
-def cell_color(cells: Sequence[str]) -> alt.Color:
+def cell_colors(rows: Iterable[Row]) -> dict[str, str]:
+    """Return the color of each cell, the same in every chart."""
+    masks = {row.cell: row.mask for row in rows if row.mask != "none"}
+    palettes = {True: itertools.cycle(OPEN_COLORS), False: itertools.cycle(COLORS)}
+    return {cell: next(palettes[mask == "open"]) for cell, mask in masks.items()}
+
+
+def cell_color(cells: Iterable[str], colors: Mapping[str, str]) -> alt.Color:
     """Return the color channel of the field `cell`."""
-    legend = alt.Legend(symbolLimit=0, columns=1, labelLimit=150)
-    return alt.Color("cell:N", scale=alt.Scale(domain=list(cells), range=COLORS), title=None, legend=legend)
+    cells = list(dict.fromkeys(cells))
+    legend = alt.Legend(symbolLimit=0, columns=1, labelLimit=150, symbolType="stroke", symbolStrokeWidth=3)
+    scale = alt.Scale(domain=cells, range=[colors[cell] for cell in cells])
+    return alt.Color("cell:N", scale=scale, title=None, legend=legend)
+
+
+def position_bin(position: int) -> int:
+    """Return a number of the bin of a position: single positions up to 8, then eighths of octaves."""
+    octave = max(0, math.floor(math.log2(max(position, 1) / _PER_OCTAVE)))
+    return (octave << 32) + (position >> octave)
+
+
+def position_axis(last: int) -> alt.X:
+    """Return the channel of the field `position` on a logarithmic scale from 1 to `last`."""
+    ticks = [2**power for power in range(math.floor(math.log2(max(last, 1))) + 1)]
+    return alt.X(
+        "position:Q",
+        title="position in the context",
+        scale=alt.Scale(type="log", base=2, domain=[1, last], nice=False),
+        axis=alt.Axis(values=ticks, format="d", grid=False),
+    )
 
 
 def inline_data(values: list[dict[str, Any]]) -> alt.Data:

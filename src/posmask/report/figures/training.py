@@ -1,7 +1,7 @@
 """The chart of training curves, and the curves as `curve.csv` has them."""
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import altair as alt
@@ -33,7 +33,7 @@ def read_curves(pictured: Sequence[CellFolder], warnings: list[str]) -> list[dic
     return values
 
 
-def training(curves: list[dict[str, Any]]) -> Figure | None:
+def training(curves: list[dict[str, Any]], colors: Mapping[str, str]) -> Figure | None:
     """Return explained variance of training batches, one line per cell; None without curves."""
     values = [{key: value for key, value in point.items() if key != "openness"} for point in curves]
     if not values:
@@ -44,7 +44,7 @@ def training(curves: list[dict[str, Any]]) -> Figure | None:
         .encode(
             x=alt.X("tokens:Q", title="training tokens", axis=alt.Axis(format="~s")),
             y=alt.Y("explained variance:Q"),
-            color=cell_color(list(dict.fromkeys(value["cell"] for value in values))),
+            color=cell_color((value["cell"] for value in values), colors),
             tooltip=["cell:N", "tokens:Q", alt.Tooltip("explained variance:Q", format=".3f")],
         )
     )
