@@ -100,9 +100,10 @@ def test_tokens_follow_from_the_settings(settings, tmp_path):
     assert tokens_of(plan, "training") == {"open": 2 * steps, "slice": 4 * steps, "half": steps}
     evaluated = 1500 + 480 + order + probes + 3 * 8 * 16
     lifted = 1500 + 480 + 1500 * 6  # once with the mask lifted, and after 0, 1, 2, 5, 10 and 20 steps without it
+    controls = 2 * (1500 + order + probes)  # zero-step and matched; slices have no copies
     assert tokens_of(plan, "evaluation") == {
         "open": 2 * evaluated,
-        "slice": 2 * (evaluated + lifted),
+        "slice": 2 * (evaluated + lifted + controls),
         "half": 2 * evaluated,
     }
     assert (plan.n_folders, plan.n_finished) == (7, 0)
