@@ -381,14 +381,14 @@ def begin(finished):
 
 
 HOSTILE = "<img src=x onerror=alert(1)><script>alert(1)</script>"
-WORDS = [" the", " dog", HOSTILE, "\u202eabc", "\x00\x07", "שלום", "x" * 1000, "\n", " =1+1"]
+SHOWN_WORDS = [" the", " dog", HOSTILE, "\u202eabc", "\x00\x07", "שלום", "x" * 1000, "\n", " =1+1"]
 
 
 class Words:
     """A tokenizer with the one method that the latent browser needs."""
 
     def decode(self, ids):
-        return WORDS[ids[0] % len(WORDS)]
+        return SHOWN_WORDS[ids[0] % len(SHOWN_WORDS)]
 
 
 def latent_table(d_sae, seed):
@@ -415,7 +415,7 @@ def write_latents(sae, folder, masks=("on", "lifted")):
     vectors, position = make_vectors(600)
     position = torch.arange(600, dtype=torch.int32) % (N_POSITIONS - 1) + 1
     batch = batch_of(vectors, position, torch.arange(600) // 30)
-    batch.token_id[:] = torch.arange(600) % len(WORDS)
+    batch.token_id[:] = torch.arange(600) % len(SHOWN_WORDS)
     codes = sae.sparse_encode(vectors, position)
     facts, used = LatentFacts(sae.d_sae), PositionMass(N_POSITIONS, sae.d_sae)
     facts.update(batch, codes)
@@ -430,7 +430,7 @@ def write_latents(sae, folder, masks=("on", "lifted")):
     facts.add_positions(used, share, share, torch.full_like(share, 0.5), "context")
     for number, name in enumerate((HOSTILE, "toy")):
         facts.add_probe(name, torch.arange(3) + number, torch.tensor([1.5, -0.5, 0.25]))
-    ends = torch.arange(sae.d_sae * 4).view(-1, 4) % len(WORDS), torch.rand(sae.d_sae, 4)
+    ends = torch.arange(sae.d_sae * 4).view(-1, 4) % len(SHOWN_WORDS), torch.rand(sae.d_sae, 4)
     facts.add_effects(ends, ends)
     facts.write(folder, Words())
 
