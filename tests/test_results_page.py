@@ -80,7 +80,7 @@ def test_results_are_small_and_their_summaries_are_current():
 def test_the_report_of_a_study_compares_cells_with_the_baseline(tmp_path):
     page = write_report(RESULTS / "key-late", out=tmp_path / "key-late.html").read_text(encoding="utf8")
     assert "study.json is missing" not in page
-    (title,) = re.findall(r'data-of="windows\|order_accuracy\|k=5;pooling=mean" [^>]*title="([^"]*)"', page)[:1]
+    (title,) = re.findall(r'data-of="windows\|order_accuracy\|k=5;pooling=mean" [^>]*data-tip="([^"]*)"', page)[:1]
     gains = order_gains("key-late")
     assert f"difference to the baseline +{sum(gains.values()) / len(gains):.3f}" in title
 
