@@ -55,6 +55,7 @@ torch.set_num_threads(1)  # The tensors are so small that a second thread would 
 
 # These run in another environment or in separate processes.
 collect_ignore = [
+    "study_in_a_process.py",
     "compile_loops.py",
     "compile_saelens.py",
     "compile_triton.py",

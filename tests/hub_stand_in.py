@@ -101,14 +101,12 @@ def serve_hub():
                     "X_Xet_Token_Expiration": str(expires),
                 }
                 return self.answer(200, {"casUrl": storage_url, "accessToken": "x", "exp": expires}, **headers)
-            if "/tree/" in path or path == f"api/models/{repo}":
+            if "/tree/" in path or "/revision/" in path or path == f"api/models/{repo}":
                 names = sorted(files_of_commit)
                 if "/tree/" in path:
                     entries = [{"type": "file", "path": name, "size": 1, "oid": "a" * 40} for name in names]
                     return self.answer(200, entries)
                 return self.answer(200, {"id": repo, "sha": sha, "siblings": [{"rfilename": name} for name in names]})
-            if "/revision/" in path:
-                return self.answer(200, {"id": repo, "sha": sha, "siblings": []})
             name = path.partition("/resolve/")[2].partition("/")[2]
             if name not in files_of_commit:
                 return self.refuse(404, "EntryNotFound", X_Repo_Commit=sha)

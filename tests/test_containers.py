@@ -5,12 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
 import posmask
+from conftest import STUDY
 from posmask.data import embedded
 from posmask.errors import BadSetting
 from posmask.report import write_report
@@ -144,3 +146,60 @@ def test_ten_thousand_cells_are_listed_in_seconds(study_file, tmp_path):
     states = cell_states(read_study(study_file), root)
     assert len(states) == 10_003
     assert time.process_time() - started < 12  # 5 s alone; others may use the processor.
+
+
+def command(*words, limit_kilobytes=None, environment=None):
+    """Run posmask's command line on toy texts."""
+    script = Path(__file__).parent / "study_in_a_process.py"
+    limit = [] if limit_kilobytes is None else ["bash", "-c", f'ulimit -v {limit_kilobytes}; exec "$@"', "bash"]
+    return subprocess.run(
+        [*limit, sys.executable, script, *map(str, words)],
+        env={**os.environ, **(environment or {})},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_page_under_a_limit_of_address_space_is_made_or_refused(finish, tmp_path):
+    """V8, which draws charts, ends the process that it runs in if it cannot reserve tens of gigabytes."""
+    finish(tmp_path / "run")
+    refused = command("report", tmp_path / "run", limit_kilobytes=16_000_000)
+    assert refused.returncode == 1, refused.stderr
+    assert "charts need V8, which cannot start with 16.4 GB of address space: raise the limit" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    (tmp_path / "run" / "report.html").unlink(missing_ok=True)
+    made = command("report", tmp_path / "run", limit_kilobytes=200_000_000)
+    assert made.returncode == 0, made.stderr
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("setpriv") is None, reason="only root may become another user")
+def test_a_run_of_a_user_who_is_unknown_and_has_no_home(model_folder, read_only, tmp_path):
+    """As in containers that are started with a number for a user; the package's folder is not writable either."""
+    shared = Path(tempfile.mkdtemp())
+    try:
+        shutil.copytree(model_folder, shared / "model")
+        shutil.copytree(Path(__file__).parent, shared / "tests", ignore=shutil.ignore_patterns("__pycache__", "data"))
+        shutil.copytree(read_only / "posmask", shared / "package" / "posmask")
+        (shared / "study.toml").write_text(STUDY.replace("MODEL", str(shared / "model")))
+        (shared / "work").mkdir()
+        for path in (shared, *shared.rglob("*")):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        (shared / "work").chmod(0o777)
+        # The right to read everything is kept, because Python itself may be in root's home.
+        may_read = ["--inh-caps", "+dac_read_search", "--ambient-caps", "+dac_read_search"]
+        user = ["setpriv", "--reuid=12345", "--regid=12345", "--clear-groups", *may_read, "env", "-u", "HOME"]
+        words = [sys.executable, shared / "tests" / "study_in_a_process.py", "run", shared / "study.toml"]
+        done = subprocess.run(
+            [*user, f"PYTHONPATH={shared / 'package'}", *words, "--root", shared / "work" / "run"],
+            cwd="/",
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert (shared / "work" / "run" / "report.html").is_file()
+        assert not [path for path in (shared / "package").rglob("*") if path.suffix in (".nbi", ".nbc")]
+    finally:
+        shutil.rmtree(shared)

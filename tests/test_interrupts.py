@@ -5,8 +5,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+
+from conftest import STUDY
+from posmask.storage.manifest import damage_under
 
 BUSY = {
     "a pool that is waited for": """
@@ -59,6 +63,41 @@ def test_ctrl_c_ends_a_command_within_three_seconds(busy):
             assert time.monotonic() - started < 4  # 2 s alone; others may use the processor.
         finally:
             process.kill()
+
+
+STAGES = ["training", *(pytest.param(stage, marks=pytest.mark.slow) for stage in ("harvest", "evaluation", "page"))]
+
+
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", STAGES)
+def test_ctrl_c_ends_a_run_within_three_seconds(model_folder, tmp_path, stage, jobs):
+    study = tmp_path / "study.toml"
+    study.write_text(STUDY.replace("MODEL", str(model_folder)))
+    script = Path(__file__).parent / "study_in_a_process.py"
+    words = [sys.executable, script, "run", study, "--root", tmp_path / "run", "--jobs", str(jobs)]
+    with subprocess.Popen(
+        words,
+        env={**os.environ, "POSMASK_TEST_ENDLESS": stage},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as process:
+        for line in process.stderr:
+            if line == f"stage {stage}\n":
+                break
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        started = time.monotonic()
+        try:
+            output = process.communicate(timeout=30)[1]
+            assert time.monotonic() - started < 4  # 3 s alone; others may use the processor.
+            assert process.returncode == 130, output
+            assert "Traceback" not in output
+        finally:
+            process.kill()
+    _, problems = damage_under(tmp_path / "run")
+    assert problems == []
 
 
 def test_a_command_that_ends_leaves_neither_a_thread_nor_a_pipe(posmask_command):

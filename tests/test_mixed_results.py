@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from conftest import make_sae
+from conftest import make_sae, make_texts
 from posmask.cli.commands import app
 from posmask.errors import BadSetting, DamagedFolder
 from posmask.report import write_report
@@ -25,7 +25,7 @@ from posmask.storage import layout
 from posmask.storage.layout import STUDY_FILE
 from posmask.storage.manifest import file_entry, read_manifest, sealed_manifest
 from posmask.storage.record import read_record
-from posmask.study import engines
+from posmask.study import engines, harvests
 from posmask.study import run as run_module
 from posmask.study.run import _begin, evaluate_folder, run_study
 from posmask.study.saes import read_init
@@ -350,3 +350,23 @@ def test_a_start_that_changes_during_the_run_is_refused(study_file, finish, tmp_
     monkeypatch.setattr(engines, "check_listed", lambda *args: None)
     with pytest.raises(BadSetting, match=r"sae\.safetensors was changed during this run"):
         run(study_file, tmp_path / "run")
+
+
+def test_texts_that_change_while_they_are_read_end_the_run(study_file, tmp_path, monkeypatch):
+    """They are hashed for the identity of results first, then read."""
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in make_texts(2000)))
+    study_file.write_text(study_file.read_text().replace('tables = ["words"]', f"texts = {json.dumps(str(texts))}"))
+    read = harvests.read_texts
+    calls = []
+
+    def read_and_change(*args):
+        yield from read(*args)
+        calls.append(args)
+        texts.write_text(texts.read_text() + '{"text": "another"}\n')
+
+    monkeypatch.setattr(harvests, "read_texts", read_and_change)
+    with pytest.raises(BadSetting, match=r"texts\.jsonl' was changed during this run"):
+        run(study_file, tmp_path / "run")
+    assert len(calls) == 1
+    assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file() and path.parent.name != ".locks"]

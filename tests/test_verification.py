@@ -15,8 +15,9 @@ from posmask.data.tokens import pack
 from posmask.errors import DamagedFolder
 from posmask.interop import hub
 from posmask.interop.saelens_files import export_saelens
+from posmask.report import write_report
 from posmask.sae.files import write_sae
-from posmask.storage.manifest import read_manifest, write_folder
+from posmask.storage.manifest import read_manifest, sealed_manifest, write_folder
 from posmask.storage.remote import Store
 from posmask.study.run import evaluate_folder
 from posmask.study.study_file import read_study
@@ -180,3 +181,25 @@ def test_any_flipped_bit_of_any_file_of_a_run_is_found(root):
             verify(root)
         file.write_bytes(kept)
     verify(root)
+
+
+@pytest.mark.parametrize("folder", ["cells/open-seed0", "baselines", "activations"])
+def test_verify_names_files_that_posmask_did_not_write(root, folder):
+    folder = root / folder
+    if folder.name == "activations":
+        folder = next(path for path in folder.iterdir() if (path / "manifest.json").is_file())
+    (folder / ".DS_Store").write_bytes(b"of the system")
+    verify(root)
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(DamagedFolder, match=rf"{folder.name} holds notes\.txt, which posmask did not write or use"):
+        verify(root)
+
+
+def test_the_page_shows_no_file_that_a_cell_was_not_finished_with(root):
+    cell = root / "cells" / "slice-compute-seed0"
+    manifest = json.loads((cell / "manifest.json").read_text())
+    facts = {key: manifest[key] for key in manifest.keys() - {"identity", "made_from", "files", "sha256"}}
+    files = {name: entry for name, entry in manifest["files"].items() if not name.startswith("latents.")}
+    (cell / "manifest.json").write_text(sealed_manifest(manifest["made_from"], facts, files))
+    page = write_report(root).read_text(encoding="utf8")
+    assert "1 cells have no data for the latent browser (slice-compute)" in page

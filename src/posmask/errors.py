@@ -12,6 +12,7 @@ __all__ = [
     "NothingToDo",
     "OutOfMemory",
     "PosmaskError",
+    "first_line",
     "unknown_kind",
 ]
 
@@ -49,6 +50,21 @@ class MissingAsset(PosmaskError):
 
 class MissingExtra(PosmaskError):
     """A package that only an optional part of posmask needs is not installed, or is broken."""
+
+
+_LONGEST_REASON = 300
+
+
+def first_line(error: BaseException | str) -> str:
+    """The first line of an error's message, shortened to 300 characters; the name of its type if it has none.
+
+    Errors of other libraries may quote whole files.
+
+    >>> first_line(ValueError("no such key\nin this table"))
+    'no such key'
+    """
+    line = str(error).strip().partition("\n")[0].strip() or type(error).__name__
+    return line if len(line) <= _LONGEST_REASON else f"{line[: _LONGEST_REASON - 3]}..."
 
 
 def unknown_kind(what: str, kind: object, known: Iterable[str]) -> BadSetting:

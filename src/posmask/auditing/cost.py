@@ -12,7 +12,7 @@ from posmask.data.tokens import shift_length
 from posmask.progress import duration
 from posmask.storage import manifest
 from posmask.study.harvests import harvests
-from posmask.study.source import Source, texts_identity
+from posmask.study.source import Source
 
 __all__ = ["expected_sentence"]
 
@@ -81,7 +81,7 @@ def _tokens_to_harvest(settings: AuditSettings, source: Source, root: Path) -> d
     """Tokens of the harvests that are not finished, by label."""
     sizes = _all_tokens(settings)
     todo = {}
-    for item in harvests(settings, source.made_from, texts_identity(settings)):
+    for item in harvests(settings, source.made_from, source.texts_identity(settings)):
         if item.kind in sizes and not manifest.finished(item.folder(root), item.made_from):
             todo[item.label] = sizes[item.kind]
     if settings.beyond_positions and "evaluation" in todo:

@@ -174,15 +174,15 @@ def run(
     try:
         plan = _announced_plan(settings, root) if engine == "local" and settings.device == "cpu" else None
         rows = run.run_study(settings, root, say=print, n_jobs=jobs, engine=engine, plan=plan)
+        verdicts = read_verdicts(root / layout.VERDICTS_FILE)
+        console.print(results_table(summarize(rows), settings.baseline, verdicts))
+        print_wrapped(table_note(settings.baseline, verdicts))
+        for line in missing_lines(rows):
+            print_wrapped(line)
+        page = report.write_report(root)  # after the table, because it may fail for lack of memory
     except KeyboardInterrupt:
         print("\nposmask: interrupted; the same command resumes from the finished folders", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
-    page = report.write_report(root)
-    verdicts = read_verdicts(root / layout.VERDICTS_FILE)
-    console.print(results_table(summarize(rows), settings.baseline, verdicts))
-    print_wrapped(table_note(settings.baseline, verdicts))
-    for line in missing_lines(rows):
-        print_wrapped(line)
     print_wrapped(cost_line(time.perf_counter() - started, jobs))
     print()
     print_wrapped(finding(verdicts, settings.baseline))

@@ -9,7 +9,7 @@ import torch
 
 from posmask.data import embedded
 from posmask.data.pretrained import import_transformers, load_complete
-from posmask.errors import BadSetting, MissingAsset
+from posmask.errors import BadSetting, MissingAsset, first_line
 from posmask.progress import announce
 from posmask.storage.manifest import file_sha256, finished, identity, write_folder
 
@@ -49,7 +49,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
             options = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
             model = load_complete(str(gguf), **options, dtype=torch.bfloat16)
     except (OSError, ValueError, LookupError, struct.error) as error:
-        raise MissingAsset(f"{gguf} cannot be read as GGUF ({error}): fetch it again") from error
+        raise MissingAsset(f"{gguf} cannot be read as GGUF ({first_line(error)}): fetch it again") from error
     # The weights are no longer quantized, but transformers refuses to save a model that is marked as quantized.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 
 from posmask.data import embedded
 from posmask.data.gguf import convert_gguf, converted_folder
-from posmask.data.pretrained import first_line, import_transformers, load_complete
+from posmask.data.pretrained import import_transformers, load_complete
 from posmask.data.sites import SINK_NORM, LanguageModel, Site
-from posmask.errors import BadSetting, DamagedFolder, PosmaskError
+from posmask.errors import BadSetting, DamagedFolder, PosmaskError, first_line
 from posmask.kernels import devices
 from posmask.kernels.runtime import Precision
 from posmask.progress import announce

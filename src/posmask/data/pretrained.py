@@ -4,10 +4,10 @@ import os
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from posmask.errors import BadSetting
+from posmask.errors import BadSetting, first_line
 from posmask.progress import announce
 
-__all__ = ["first_line", "import_transformers", "load_complete"]
+__all__ = ["import_transformers", "load_complete"]
 
 
 def load_complete(description: str, **options: Any) -> Any:
@@ -66,11 +66,6 @@ def _check_complete(description: str, architecture: str, report: Mapping[str, An
 def _first_few(names: Collection[str]) -> str:
     """The first three in alphabetical order."""
     return ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message; the name of its type if it has none."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def import_transformers() -> Any:

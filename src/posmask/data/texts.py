@@ -8,8 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from posmask.data.pretrained import first_line
-from posmask.errors import BadSetting, MissingAsset, MissingExtra, PosmaskError
+from posmask.errors import BadSetting, MissingAsset, MissingExtra, PosmaskError, first_line
 from posmask.progress import announce
 from posmask.storage.compressed import unpacked
 from posmask.storage.manifest import file_sha256
@@ -132,7 +131,7 @@ def _lines(path: Path) -> Iterator[bytes]:
                 started = [last]
     except ValueError as error:
         raise BadSetting(
-            f"{path} is damaged ({error}): copy or compress it again, or unpack it with `zstd -d`"
+            f"{path} is damaged ({first_line(error)}): copy or compress it again, or unpack it with `zstd -d`"
         ) from None
     yield b"".join(started)
 

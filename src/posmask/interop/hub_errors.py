@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from posmask.errors import BadSetting, MissingAsset
+from posmask.errors import BadSetting, MissingAsset, first_line
 
 __all__ = ["hub_errors", "network_error"]
 
@@ -36,6 +36,11 @@ def hub_errors(repo: str, action: str) -> Iterator[None]:
         raise MissingAsset(
             f"the hub could not be reached to {action} {repo}, and the cache lacks it: check the network, "
             "HF_ENDPOINT and HF_HUB_OFFLINE"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:  # A login page of a network, for example.
+        raise MissingAsset(
+            f"what answers in place of the hub to a request to {action} {repo} is no hub ({first_line(error)}): check "
+            "HF_ENDPOINT and the network"
         ) from None
 
 

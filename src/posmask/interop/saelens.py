@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from posmask.errors import BadSetting, MissingExtra
+from posmask.errors import BadSetting, MissingExtra, first_line
 from posmask.interop.positions import Positions, check_position
 from posmask.interop.saelens_files import ARCHITECTURE, saelens_form
 from posmask.masks import make_mask, mask_settings
@@ -43,11 +43,11 @@ try:
 except Exception as error:  # A broken torchvision raises RuntimeError when transformers imports it.
     if isinstance(error, ImportError) and (error.name or "").partition(".")[0] == "sae_lens":
         raise MissingExtra(
-            f"posmask.interop.saelens needs SAELens 6.45 or later ({error}): pip install 'posmask[saelens]'"
+            f"posmask.interop.saelens needs SAELens 6.45 or later ({first_line(error)}): pip install 'posmask[saelens]'"
         ) from None
     raise MissingExtra(
-        f"SAELens is installed, but a package that it imports is broken ({type(error).__name__}: {error}): repair that "
-        "package, which `python -c 'import sae_lens'` names"
+        "SAELens is installed, but a package that it imports is broken "
+        f"({type(error).__name__}: {first_line(error)}): repair that package, which `python -c 'import sae_lens'` names"
     ) from error
 
 __all__ = ["PosmaskSAE", "PosmaskSAEConfig", "as_saelens"]

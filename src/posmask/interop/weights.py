@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from posmask.errors import BadSetting, DamagedFolder
+from posmask.errors import BadSetting, DamagedFolder, first_line
 
 __all__ = ["PICKLES", "Weights", "check_pickle_allowed", "npz_file", "pickle_file", "safetensors_file"]
 
@@ -105,7 +105,7 @@ def safetensors_file(path: Path) -> Weights:
         with safe_open(path, "pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
-        raise DamagedFolder(f"{path} cannot be read ({error}): fetch it again") from None
+        raise DamagedFolder(f"{path} cannot be read ({first_line(error)}): fetch it again") from None
     return Weights(path, shapes, lambda: load_file(path))
 
 
@@ -125,7 +125,9 @@ def npz_file(path: Path) -> Weights:
                 )
             shapes = {member.filename.removesuffix(".npy"): _shape(archive, member) for member in members}
     except Exception as error:  # numpy and zipfile raise errors of many kinds.
-        raise DamagedFolder(f"{path} cannot be read ({error}): fetch GemmaScope's own {path.name} again") from None
+        raise DamagedFolder(
+            f"{path} cannot be read ({first_line(error)}): fetch GemmaScope's own {path.name} again"
+        ) from None
 
     def load() -> Tensors:
         with np.load(path, allow_pickle=False) as arrays:

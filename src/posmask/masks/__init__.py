@@ -9,7 +9,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from posmask.errors import BadSetting, unknown_kind
+from posmask.errors import BadSetting, first_line, unknown_kind
 from posmask.masks.base import MaskSettings, PositionMask
 from posmask.masks.fixed import Band, Cohort, Hard, Open, Slice, Windows
 from posmask.masks.learned import Importance, Soft
@@ -58,8 +58,8 @@ def _imported(kind: str) -> type[PositionMask]:
         loaded = importlib.import_module(module)
     except Exception as error:  # The module is the user's; anything may happen in it.
         raise BadSetting(
-            f"mask kind {kind!r}: module {module!r} cannot be imported ({type(error).__name__}: {error}): put "
-            f"{module}.py beside the study file, or install the module"
+            f"mask kind {kind!r}: module {module!r} cannot be imported ({type(error).__name__}: {first_line(error)}): "
+            f"put {module}.py beside the study file, or install the module"
         ) from error
     kinds = {
         key: value

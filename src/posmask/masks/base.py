@@ -225,6 +225,10 @@ class PositionMask(nn.Module):
         strict = bool(((bound == 0) | (bound == 1)).all())
         return self.support() if strict else torch.ones_like(self.support())
 
+    def flaw(self) -> str | None:
+        """Why tensors that were read cannot be those of this mask in training; None if they can."""
+        return None
+
     def openness_parameters(self) -> list[nn.Parameter]:
         """Parameters that train with `mask_learning_rate`."""
         return []

@@ -102,6 +102,16 @@ class Split(PositionMask):
             self.register_buffer(name, None, persistent=False)
         self.watches = False
 
+    def flaw(self) -> str | None:
+        """Sums must have an entry per open pair of window and latent."""
+        if not torch.equal(self._window.cpu(), _blocks(self.n_positions, self.settings.n_windows)):
+            return "the windows are not those of the mask"
+        if self.towards is None and self.squares is None:
+            return None
+        n_pairs = int(self._by_window().sum())
+        shapes = [None if sums is None else (sums.dim(), len(sums)) for sums in (self.towards, self.squares)]
+        return None if shapes == [(2, n_pairs), (1, n_pairs)] else "the sums do not fit the mask"
+
     def _splitting_steps(self, n_steps: int) -> list[int]:
         settings = self.settings
         return list(moments(settings.first_splitting, settings.last_splitting, settings.n_splittings, n_steps))

@@ -9,12 +9,14 @@ import json
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file
 
+from posmask.errors import DamagedFolder, first_line
+from posmask.report.arrays import read_arrays, read_openness_of, read_words
 from posmask.report.reading import CellFolder
 from posmask.storage.layout import (
     LATENT_TABLE_FILE,
@@ -90,10 +92,10 @@ def browser(
     """
     loaded = []
     for cell in shown:
-        if (cell.path / LATENTS_FILE).is_file():
+        if cell.has(LATENTS_FILE):
             facts = _read_facts(cell, n_kept, warnings)
             loaded += [facts] if facts is not None else []
-    without = [cell.cell for cell in shown if not (cell.path / LATENTS_FILE).is_file()]
+    without = [cell.cell for cell in shown if not cell.has(LATENTS_FILE)]
     if without:
         warnings.append(
             f"{len(without)} cells have no data for the latent browser ({', '.join(without[:4])}"
@@ -138,9 +140,13 @@ class _Facts:
 
 def _read_facts(cell: CellFolder, n_kept: int | None, warnings: list[str]) -> _Facts | None:
     try:
-        arrays = load_file(cell.path / LATENTS_FILE)
-        about = json.loads((cell.path / LATENT_WORDS_FILE).read_text(encoding="utf8"))
-        openness = load_file(cell.path / OPENNESS_FILE)["openness"]
+        arrays = _read_latents(cell.path / LATENTS_FILE)
+        about = read_words(cell.path / LATENT_WORDS_FILE)
+        openness = read_openness_of(cell.path / OPENNESS_FILE)
+        if openness.shape != arrays["profile"].shape or len(about["probes"]) != len(arrays["probe_latent"]):
+            raise DamagedFolder(f"{LATENTS_FILE} does not fit {OPENNESS_FILE} and {LATENT_WORDS_FILE}: recompute it")
+        if lost := {str(id) for name in _IDS for id in np.unique(arrays[name]).tolist()} - about["words"].keys():
+            raise DamagedFolder(f"{LATENT_WORDS_FILE} lacks the token {min(lost)}: recompute it")
         header = {
             "cell": cell.cell,
             "seed": cell.seed,
@@ -156,8 +162,9 @@ def _read_facts(cell: CellFolder, n_kept: int | None, warnings: list[str]) -> _F
         kept = _kept(cell, arrays, n_kept)
         table, more = _read_table(cell, arrays, kept)
         return _Facts(cell, arrays, about["words"], header | more, openness, kept, table)
-    except (OSError, KeyError, ValueError, SafetensorError) as error:
-        warnings.append(f"The latents of {cell.label} cannot be read ({type(error).__name__}: {str(error)[:120]}).")
+    except (DamagedFolder, OSError, KeyError, ValueError) as error:
+        reason = str(error) if isinstance(error, DamagedFolder) else f"{type(error).__name__}: {error}"
+        warnings.append(f"The latents of {cell.label} cannot be read ({reason[:120]}).")
         return None
 
 
@@ -216,6 +223,51 @@ def _quantized(rates: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     top = np.max([rate.max(1) for rate in rates.values()], axis=0)
     scale = 65_535 / np.maximum(top, 1e-30)[:, None]
     return {"rate_top": top} | {name: np.round(scale * rate).astype(np.uint16) for name, rate in rates.items()}
+
+
+_IDS = ("token_id", "promoted", "suppressed")
+_FINITE = ("largest", "profile", "promoted_logit", "suppressed_logit", "probe_weight")
+_SHAPES = {
+    "firings": "latent:i",
+    **dict.fromkeys(("largest", "position_information", "retention", "retention_chance"), "latent"),
+    "probe_latent": "probe? choice?:i",
+    "probe_weight": "probe? choice?",
+    "profile": "position latent",
+    **dict.fromkeys(("promoted", "suppressed"), "latent word:i"),
+    **dict.fromkeys(("promoted_logit", "suppressed_logit"), "latent word"),
+    "text_start": "latent text:i",
+    "text_length": "latent text:u",
+    "text_value": "latent text shown:u",
+    "token_id": "token:i",
+    "token_position": "token:u",
+}
+_SHAPES_OF_LATER_VERSIONS = {
+    "tokens_by_position": "position:i",
+    "text_peak": "latent text:u",
+    "histogram": "latent bar:iu",
+    "shift_token_id": "piece offset:i",
+    **dict.fromkeys(("shift_piece", "shift_start"), "latent:iu"),
+    "shift_value": "latent window column:u",
+    "shift_largest": "latent",
+}
+"""Arrays that cells of earlier versions lack."""
+
+
+def _read_latents(path: Path) -> dict[str, np.ndarray]:
+    """Read `latents.safetensors`, with indices checked.
+
+    Raises:
+        DamagedFolder: its arrays do not fit together, or indices are out of range.
+    """
+    arrays = read_arrays(path, _SHAPES, _SHAPES_OF_LATER_VERSIONS)
+    start, length, tokens = arrays["text_start"].astype(np.int64), arrays["text_length"], arrays["token_id"]
+    chosen, n_latents, shown = arrays["probe_latent"], len(arrays["firings"]), arrays["text_value"].shape[2]
+    texts_exist = (start >= -1) & (length <= shown) & (start + length <= len(tokens))
+    if not bool(texts_exist.all()) or not bool(((chosen >= -1) & (chosen < n_latents)).all()):
+        raise DamagedFolder(f"{path.name} names latents or tokens that do not exist: `posmask run` recomputes the cell")
+    if name := next((name for name in _FINITE if not bool(np.isfinite(arrays[name]).all())), None):
+        raise DamagedFolder(f"{path.name} holds NaN or infinite numbers for {name}: `posmask run` recomputes the cell")
+    return arrays
 
 
 class _Stream:
@@ -328,7 +380,7 @@ def _nearest(
     kept_of = dict(loaded)
     for cell, kept in loaded:
         decoder = _decoder(cell, warnings)
-        if decoder is not None:
+        if decoder is not None and len(decoder) > kept.max(initial=-1):
             rows[cell] = decoder[kept]
     by_seed: dict[str, dict[int, CellFolder]] = {}
     for cell in rows:
@@ -413,7 +465,10 @@ def _decoder(cell: CellFolder, warnings: list[str]) -> np.ndarray | None:
     try:
         with safe_open(cell.path / WEIGHTS_FILE, framework="numpy") as file:
             decoder = file.get_tensor("decoder").astype(np.float32)
-    except (OSError, KeyError, SafetensorError) as error:
-        warnings.append(f"The weights of {cell.label} cannot be read ({str(error)[:120]}).")
+        norms = np.linalg.norm(decoder.astype(np.float64), axis=-1, keepdims=True)
+        if decoder.ndim != 2 or not decoder.size or not np.isfinite(norms).all():
+            raise ValueError(f"its decoder has the shape {list(decoder.shape)}, or is not finite")
+    except (OSError, KeyError, ValueError, TypeError, SafetensorError) as error:
+        warnings.append(f"The weights of {cell.label} cannot be read ({first_line(error)[:120]}).")
         return None
-    return decoder / np.maximum(np.linalg.norm(decoder, axis=1, keepdims=True), 1e-12)
+    return (decoder / np.maximum(norms, 1e-12)).astype(np.float32)

@@ -42,6 +42,7 @@ def write_report(*roots: Path, n_latents: int = N_LATENTS, out: Path | None = No
     Raises:
         DamagedFolder: a folder has neither results nor cells.
         BadSetting: the file to write exists and is not a page that posmask wrote.
+        OutOfMemory: see `call_vl_convert`.
     """
     path = out or roots[0] / REPORT_FILE
     check_file(path, PAGE_MARK)

@@ -33,6 +33,10 @@ class CellFolder:
     path: Path
     manifest: dict[str, Any]
 
+    def has(self, name: str) -> bool:
+        """Whether the cell was finished with this file; others of that name are not read."""
+        return name in self.manifest["files"]
+
     @property
     def label(self) -> str:
         """Cell and seed, for people."""
@@ -80,9 +84,10 @@ class Study:
         """Return the units of measures by cell and seed, without the cells that have no units."""
         units: dict[str, dict[int, dict[str, Units]]] = {}
         for cell in self.cells:
-            path = cell.path / layout.UNITS_FILE
-            if path.is_file():
-                units.setdefault(cell.cell, {})[cell.seed] = read_units(path)
+            if cell.has(layout.UNITS_FILE):
+                of_cell = _tolerant(read_units, cell.path / layout.UNITS_FILE, self.warnings)
+                if of_cell is not None:
+                    units.setdefault(cell.cell, {})[cell.seed] = of_cell
         return units
 
 
@@ -282,7 +287,7 @@ def _finished(root: Path, record: StudyRecord | None, warnings: list[str]) -> _F
             if record is not None and manifest["identity"] != record.folders[path.name]:
                 other_settings.append(path.name)
                 continue
-            if (path / layout.ROWS_FILE).is_file():
+            if layout.ROWS_FILE in manifest["files"]:
                 rows[path.name] = read_rows_of(path / layout.ROWS_FILE, name, seed)
             cells.append(CellFolder(name, seed, path, manifest))
         except (DamagedFolder, ValueError, OSError) as error:
@@ -323,7 +328,7 @@ def _evaluated(
             if identity({key: value for key, value in made_from.items() if key != "sae"}) != baselines:
                 other_settings.append(path.name)
                 continue
-            if not (path / layout.OPENNESS_FILE).is_file():
+            if layout.OPENNESS_FILE not in manifest["files"]:
                 raise DamagedFolder("it was written by an earlier version; remove it and evaluate the SAE again")
             of_sae = read_rows_of(path / layout.ROWS_FILE, path.name, 0)
         except (DamagedFolder, ValueError, OSError) as error:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import vl_convert
 
 from posmask.report import figures
+from posmask.report.v8 import call_vl_convert
 from posmask.results.table import COMPARED, format_number, format_signed
 
 __all__ = ["chart_blocks", "render", "zipped"]
@@ -49,7 +49,7 @@ def zipped(text: str) -> bytes:
 
 def _vega_bundle() -> str:
     """Vega, Vega-Lite and vega-embed as one script that sets `window.vegaEmbed`."""
-    return vl_convert.javascript_bundle()  # pyright: ignore[reportCallIssue]
+    return call_vl_convert("javascript_bundle")
 
 
 _TEMPLATES = jinja2.Environment(

@@ -90,11 +90,13 @@ def paired_difference(cell: Sequence[Sample], against: Sequence[Sample]) -> Diff
         against: samples of the other cell for the same seeds in the same order.
 
     Raises:
-        DegenerateResult: the metric is NaN or infinite for the units or for a draw of them.
+        DegenerateResult: the metric is NaN or infinite for the units or for a draw of them, or the units differ.
     """
     by_name, inflation, degrees = [], 1.0, 0
     for name in sorted(cell[0]):
         n_units = len(cell[0][name].top)
+        if any(len(seed[name].top) != n_units for seed in (*cell, *against)):
+            raise DegenerateResult(f"{name or 'a metric'} has other units in another cell: evaluate both again")
         # Row 0 has every unit once: the point estimate. The other rows are the draws.
         counts = np.concatenate([np.ones((1, n_units)), resample_counts(n_units, name)])
         by_name.append(_ratios(cell, name, counts) - _ratios(against, name, counts))

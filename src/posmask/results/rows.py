@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from posmask.errors import DamagedFolder, DegenerateResult
+from posmask.errors import DamagedFolder, DegenerateResult, first_line
 from posmask.storage.compressed import unpacked
 
 __all__ = [
@@ -218,7 +219,9 @@ def read_records(path: Path, kind: type[Record]) -> list[Record]:
                 for line in csv.DictReader(file)
             ]
     except (ValueError, KeyError, TypeError, csv.Error) as error:
-        raise DamagedFolder(f"{path} is not a table of posmask's ({error}): `posmask run` writes it again") from None
+        raise DamagedFolder(
+            f"{path} is not a table of posmask's ({first_line(error)}): `posmask run` writes it again"
+        ) from None
 
 
 def _decompressed(path: Path) -> bytes:
@@ -226,7 +229,7 @@ def _decompressed(path: Path) -> bytes:
         return b"".join(unpacked(path))
     except ValueError as error:
         raise DamagedFolder(
-            f"{path} cannot be decompressed ({error}): restore the file, or unpack it with `zstd -d`"
+            f"{path} cannot be decompressed ({first_line(error)}): restore the file, or unpack it with `zstd -d`"
         ) from None
 
 
@@ -241,7 +244,15 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         DamagedFolder: the file is not a table of rows, or the `.zst` file is damaged or too large.
     """
-    return read_records(path, Row)
+    rows = read_records(path, Row)
+    for text in {row.slice for row in rows}:
+        try:
+            parse_slice(text)
+        except ValueError:
+            raise DamagedFolder(
+                f"{path} holds the slice {first_line(text)!r}, not key=value pairs: `posmask run` writes it again"
+            ) from None
+    return rows
 
 
 def read_rows_of(path: Path, cell: str, seed: int) -> list[Row]:
@@ -273,5 +284,19 @@ def write_units(path: Path, measures: Iterable[Measure]) -> None:
 
 
 def read_units(path: Path) -> dict[str, Units]:
-    """Read units by `metric|slice`."""
-    return {name: Units(top, bottom) for name, (top, bottom) in load_file(path).items()}
+    """Read units by `metric|slice`.
+
+    Raises:
+        DamagedFolder: the file is not what `write_units` writes.
+    """
+    try:
+        pairs = load_file(path)
+        for name, pair in pairs.items():
+            parse_slice(name.partition("|")[2])
+            if pair.ndim != 2 or len(pair) != 2 or pair.dtype.kind != "f" or not pair.size:
+                raise ValueError(f"{name} has the shape {list(pair.shape)} of {pair.dtype}")
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise DamagedFolder(
+            f"{path} cannot be read ({first_line(error)}): move the folder away, `posmask run` makes it again"
+        ) from None
+    return {name: Units(top, bottom) for name, (top, bottom) in pairs.items()}

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from posmask.errors import BadSetting, DamagedFolder
+from posmask.errors import BadSetting, DamagedFolder, first_line
 from posmask.masks import MASKS, make_mask, mask_settings
 from posmask.masks.base import PositionMask
 from posmask.sae.autoencoder import SparseAutoencoder, check_sizes, check_table
@@ -75,12 +75,13 @@ def read_sae(folder: Path, *, verify: bool = False) -> SparseAutoencoder:
         _check_sizes(description, tensors, MASKS[settings.kind])
         mask = make_mask(settings, description["n_positions"], description["d_sae"])
         sae = SparseAutoencoder(description["d_model"], rule_settings(description["rule"]), mask)
+        _check_kinds(sae, tensors)
         sae.load_state_dict(tensors)
         if (flaw := flaw_of(sae)) is not None:
             raise ValueError(flaw)
     except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise DamagedFolder(
-            f"{folder} holds no readable SAE ({error}): give the folder of an SAE, or train it again"
+            f"{folder} holds no readable SAE ({first_line(error)}): give the folder of an SAE, or train it again"
         ) from error
     return sae
 
@@ -94,13 +95,26 @@ def _check_sizes(description: Any, tensors: Mapping[str, Tensor], kind: type[Pos
     described = {name: description[name] for name in ("d_sae", "d_model", "n_positions")}
     check_sizes(**described)
     actual: dict[str, int] = dict(zip(("d_sae", "d_model"), tensors["encoder"].shape, strict=True))
-    tables = [tensors[name] for name in ("mask.fixed_openness", "mask.theta") if name in tensors]
-    actual["n_positions"] = len(tables[0])
-    if kind.reads_vectors:  # a router, whose table has a row per expert
-        actual["n_positions"] = described["n_positions"]
+    table = next((tensors[name] for name in ("mask.fixed_openness", "mask.theta") if name in tensors), None)
+    if table is None:
+        raise ValueError("its tensors lack the openness of the mask")
+    # The table of a router has a row per expert.
+    actual["n_positions"] = described["n_positions"] if kind.reads_vectors else len(table)
     if described != actual:
         raise ValueError(f"its description has the sizes {described}, its tensors {actual}")
     check_table(described["d_model"], described["d_sae"], described["n_positions"])
+
+
+def _check_kinds(sae: SparseAutoencoder, tensors: Mapping[str, Tensor]) -> None:
+    """Check that numbers are stored as the kind that they are, which `load_state_dict` would convert.
+
+    Raises:
+        ValueError: whole numbers or booleans in place of weights, or the reverse.
+    """
+    for name, ours in sae.state_dict().items():
+        theirs = tensors.get(name)
+        if theirs is not None and theirs.is_floating_point() != ours.is_floating_point():
+            raise ValueError(f"{name} holds {str(theirs.dtype).removeprefix('torch.')} numbers")
 
 
 def flaw_of(sae: SparseAutoencoder) -> str | None:
@@ -113,6 +127,9 @@ def flaw_of(sae: SparseAutoencoder) -> str | None:
     table = sae.mask.table().detach()
     if not bool(((table >= 0) & (table <= 1)).all()):
         return "openness is not within 0 and 1"
+    level, n_parts = sae.rule.level, len(getattr(sae.rule.settings, "parts", ()))
+    if level is not None and not bool(((level >= 0) & (level < n_parts)).all()):
+        return "level names nested parts that do not exist"
     return None
 
 
@@ -138,4 +155,6 @@ def _described(folder: Path, key: str, kind: type) -> Any:
     try:
         return kind(json.loads((folder / SAE_FILE).read_text(encoding="utf8"))[key])
     except (OSError, KeyError, ValueError, TypeError, RecursionError) as error:
-        raise DamagedFolder(f"{folder / SAE_FILE} cannot be read ({error}): give the folder of an SAE") from error
+        raise DamagedFolder(
+            f"{folder / SAE_FILE} cannot be read ({first_line(error)}): give the folder of an SAE"
+        ) from error

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from posmask.errors import BadSetting, DamagedFolder
+from posmask.errors import BadSetting, DamagedFolder, first_line
 from posmask.storage import layout
 from posmask.storage.atomic import delete, make_folder, refusal, replacing, scratch_folder, sync
 
@@ -333,7 +333,7 @@ def read_manifest(path: Path, *, verify: bool = False) -> dict[str, Any]:
     except FileNotFoundError:
         raise DamagedFolder(f"{path} has no {MANIFEST}, so it was never finished: {_REMEDY}") from None
     except ValueError as error:
-        raise DamagedFolder(f"{path / MANIFEST} cannot be read ({error}): {_REMEDY}") from None
+        raise DamagedFolder(f"{path / MANIFEST} cannot be read ({first_line(error)}): {_REMEDY}") from None
     manifest = manifest_of(text, path / MANIFEST)
     if verify:
         problems = [_damage(path, name, entry) for name, entry in manifest["files"].items()]
@@ -376,7 +376,7 @@ def manifest_of(text: str, where: Path | str) -> dict[str, Any]:
             raise ValueError("it is not what was written")
         names = list(files.keys())
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise DamagedFolder(f"{where} cannot be read ({error}): {_REMEDY}") from None
+        raise DamagedFolder(f"{where} cannot be read ({first_line(error)}): {_REMEDY}") from None
     for name in names:
         if not _stays_within(name):
             raise DamagedFolder(f"{where} lists {name!r}, which lies outside the folder: {_REMEDY}")
@@ -392,7 +392,8 @@ def _stays_within(name: str) -> bool:
 def damage_under(root: Path) -> tuple[int, list[str]]:
     """The number of finished folders in a run folder, without stale ones, and the problems that were found.
 
-    Symbolic links are followed. A folder without a manifest is a problem where only finished folders belong.
+    Symbolic links are followed. A folder without a manifest is a problem where only finished folders belong, and so is
+    a file in a finished folder that its manifest does not list, unless an operating system added it.
     """
     n_folders, problems, seen = 0, [], set()
     of_finished = {layout.cells_folder(root), layout.evaluated_folders(root), layout.activations_folder(root)}
@@ -405,6 +406,8 @@ def damage_under(root: Path) -> tuple[int, list[str]]:
             n_folders += is_finished
             try:
                 read_manifest(folder, verify=True)
+                if (foreign := foreign_in(folder)) is not None:
+                    problems.append(f"{folder} holds {foreign}, which posmask did not write or use: move it away")
             except DamagedFolder as error:
                 problems.append(str(error))
         below[:] = sorted(name for name in below if is_new and not is_finished and not name.startswith("."))

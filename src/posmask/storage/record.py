@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from posmask.errors import BadSetting, DamagedFolder
+from posmask.errors import BadSetting, DamagedFolder, first_line
 from posmask.storage import layout
 from posmask.storage.atomic import claim, refusal, replacing
 from posmask.storage.layout import STUDY_FILE
@@ -69,7 +69,9 @@ def read_record(root: Path) -> StudyRecord | None:
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise DamagedFolder(f"{path} cannot be read ({error}): move it away, `posmask run` writes it again") from None
+        raise DamagedFolder(
+            f"{path} cannot be read ({first_line(error)}): move it away, `posmask run` writes it again"
+        ) from None
     return record
 
 

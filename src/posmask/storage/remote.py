@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from posmask.errors import BadSetting, DamagedFolder, MissingAsset, MissingExtra
+from posmask.errors import BadSetting, DamagedFolder, MissingAsset, MissingExtra, first_line
 from posmask.progress import announce
 from posmask.storage.atomic import move_file, remove_file, scratch_file
 from posmask.storage.manifest import MANIFEST, file_entry, file_sha256, identity, manifest_of, sealed_manifest
@@ -55,12 +55,12 @@ class Store:
             self._fs, root = fsspec.core.url_to_fs(url)
         except ImportError as error:
             raise MissingExtra(
-                f"activations_url = {url!r} needs a package that is not installed ({error}): "
+                f"activations_url = {url!r} needs a package that is not installed ({first_line(error)}): "
                 "pip install 'posmask[remote]' for s3://, or the package that it names"
             ) from None
         except ValueError as error:
             raise BadSetting(
-                f"activations_url = {url!r} is not a URL that fsspec knows ({error}): write s3://BUCKET/PATH"
+                f"activations_url = {url!r} is not a URL that fsspec knows ({first_line(error)}): write s3://BUCKET/PATH"
             ) from None
         self.url = url.rstrip("/")
         self._root = root.rstrip("/")
@@ -147,7 +147,7 @@ class Store:
 
 
 def _short(error: BaseException | None) -> str:
-    return f"{type(error).__name__}: {error}".partition("\n")[0][:200]
+    return first_line(f"{type(error).__name__}: {error}")
 
 
 class StoredFolder:

@@ -29,7 +29,7 @@ from posmask.storage import layout, manifest
 from posmask.storage.record import claim_of
 from posmask.storage.remote import Store
 from posmask.study.settings import MeasurementSettings
-from posmask.study.source import Source, texts_identity
+from posmask.study.source import Source
 
 __all__ = ["Harvest", "HarvestKind", "harvests", "heldout_of", "prepare"]
 
@@ -107,10 +107,11 @@ def prepare(
 
     Raises:
         DegenerateResult: all held-out vectors are equal.
+        BadSetting: the texts were changed while this process read them.
     """
     vectors = _Vectors(study, source, root, compute)
     by_kind: dict[HarvestKind, list[Harvest]] = {}
-    for item in harvests(study, source.made_from, texts_identity(study)):
+    for item in harvests(study, source.made_from, source.texts_identity(study)):
         by_kind.setdefault(item.kind, []).append(item)
     (training,), (heldout,), (shift,) = (by_kind[kind] for kind in ("training", "heldout", "shift"))
     load_training = cache(partial(vectors.packed, training, "training", study.corpus.training_tokens))
@@ -134,7 +135,7 @@ def prepare(
 
 def heldout_of(study: MeasurementSettings, source: Source, root: Path) -> Activations:
     """Harvest the held-out vectors alone if they are missing, and return them."""
-    items = harvests(study, source.made_from, texts_identity(study))
+    items = harvests(study, source.made_from, source.texts_identity(study))
     (heldout,) = (item for item in items if item.kind == "heldout")
     vectors = _Vectors(study, source, root, None)
     return vectors.packed(heldout, study.corpus.eval_split, study.corpus.heldout_tokens)
@@ -200,6 +201,7 @@ class _Vectors:
         else:
             own_texts = read_texts(corpus.texts, corpus.n_texts)
             texts = select_texts(own_texts, split, key=whole_text_key, max_characters=corpus.max_characters)
+            self._source.check_texts(self._study)
         announce(f"Read {texts}.")
         return texts
 

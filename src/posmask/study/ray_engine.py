@@ -17,7 +17,7 @@ from torch import Tensor
 from posmask.data.activations import StorageDtype
 from posmask.data.harvest import Contexts, shards_here
 from posmask.data.tokens import Tokens
-from posmask.errors import BadSetting, DegenerateResult, MissingExtra
+from posmask.errors import BadSetting, DegenerateResult, MissingExtra, first_line
 from posmask.evaluation.suite import EvaluationData
 from posmask.kernels import devices, runtime
 from posmask.progress import Show, Stage, progress_bars, shown_by, stages_finished, throttled
@@ -35,6 +35,9 @@ __all__ = ["Cluster", "connected"]
 _RETRIES = 5
 """How often a task is repeated on another worker after its own is lost."""
 _LOOK_SECONDS = 1.0
+_ANSWER_SECONDS = 10
+_HTTP2_SETTINGS = 4
+"""The type of a frame that carries settings."""
 Step = Literal["train", "evaluate"]
 
 
@@ -57,17 +60,37 @@ def connected(study: StudySettings, n_jobs: int) -> Iterator["Cluster"]:
     try:
         if address not in ("", "auto", "local"):
             host, _, port = address.removeprefix("ray://").rpartition(":")
-            socket.create_connection((host, int(port)), timeout=10).close()  # Ray itself tries for many minutes.
+            _check_answers(host, int(port))
         ray.init(logging_level=logging.WARNING)
     except (OSError, RuntimeError, ValueError) as error:
         raise BadSetting(
-            f"no Ray cluster can be reached at {address or 'this machine'} ({str(error).partition(chr(10))[0]}): "
+            f"no Ray cluster can be reached at {address or 'this machine'} ({first_line(error)}): "
             "correct RAY_ADDRESS, or unset it to start one on this machine"
         ) from None
     try:
         yield Cluster(ray, study, n_jobs)
     finally:
         ray.shutdown()
+
+
+def _check_answers(host: str, port: int) -> None:
+    """Check that a gRPC server listens, within seconds; Ray itself tries for many minutes.
+
+    Such a server answers the first bytes of HTTP/2 (RFC 9113, section 3.4) with its settings.
+
+    Raises:
+        OSError: nothing listens, or what listens says nothing or something else.
+    """
+    with socket.create_connection((host, port), timeout=_ANSWER_SECONDS) as connection:
+        if os.environ.get("RAY_USE_TLS", "0") != "0":
+            return  # It would speak after a handshake with certificates only.
+        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, _HTTP2_SETTINGS, 0, 0, 0, 0, 0]))
+        try:
+            answer = connection.recv(4)
+        except TimeoutError:
+            raise OSError(f"what listens there said nothing for {_ANSWER_SECONDS} s") from None
+    if len(answer) < 4 or answer[3] != _HTTP2_SETTINGS:
+        raise OSError("what listens there is no Ray cluster")
 
 
 class Cluster:

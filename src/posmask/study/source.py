@@ -6,6 +6,7 @@ from typing import Any
 from posmask.data import embedded, models, sites
 from posmask.data.texts import content_of
 from posmask.data.tokens import TRAINING_SHARE, VALIDATION_SHARE
+from posmask.errors import BadSetting
 from posmask.kernels import runtime
 from posmask.study.settings import MeasurementSettings, ModelSettings
 
@@ -21,6 +22,7 @@ class Source:
         self.name = settings.name
         self._device = device
         self._precision: runtime.Precision = precision
+        self._texts: dict[str | None, dict[str, Any]] = {}
 
     @cached_property
     def layer(self) -> int:
@@ -42,6 +44,25 @@ class Source:
             "sink_norm": self._settings.sink_norm,
             **({} if self._settings.site == "residual_after" else {"site": self._settings.site}),
         }
+
+    def texts_identity(self, study: MeasurementSettings) -> dict[str, Any]:
+        """`texts_identity`, computed once, so that all identities of a run are of the same texts."""
+        texts = study.corpus.texts
+        if texts not in self._texts:
+            self._texts[texts] = texts_identity(study)
+        return self._texts[texts]
+
+    def check_texts(self, study: MeasurementSettings) -> None:
+        """Check, after texts were read, that they are those of `texts_identity`.
+
+        Raises:
+            BadSetting: a file was changed, added or removed in the meantime.
+        """
+        if self.texts_identity(study) != texts_identity(study):
+            raise BadSetting(
+                f"corpus.texts = {study.corpus.texts!r} was changed during this run, which identifies results by the "
+                "texts: run again when the files stay as they are"
+            )
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from posmask.data.models import is_path
 from posmask.data.texts import HUB_PREFIX
-from posmask.errors import BadSetting, PosmaskError
+from posmask.errors import BadSetting, PosmaskError, first_line
 from posmask.study.problems import TABLES, closest, problems_of
 from posmask.study.saes import check_buildable
 from posmask.study.settings import StudySettings
@@ -39,7 +39,7 @@ def read_study(path: Path, changes: Sequence[str] = ()) -> StudySettings:
             f"there is no study file {path}: give the path of a TOML file, such as studies/quick.toml"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise BadSetting(f"{path} is not a readable TOML file ({error}): correct it") from None
+        raise BadSetting(f"{path} is not a readable TOML file ({first_line(error)}): correct it") from None
     _resolve_paths(values, path.parent)
     for change in changes:
         _apply_change(values, change)

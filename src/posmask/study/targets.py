@@ -18,7 +18,7 @@ from posmask.sae.files import WEIGHTS_FILE, read_origin, read_width
 from posmask.storage import layout, manifest
 from posmask.storage.record import check_identity
 from posmask.study.settings import MODEL_CELL, CellSettings, MeasurementSettings, StudySettings
-from posmask.study.source import Source, texts_identity
+from posmask.study.source import Source
 
 __all__ = [
     "CellState",
@@ -74,7 +74,7 @@ def results_origin(study: MeasurementSettings, source: Source) -> dict[str, Any]
     """The part of every identity that all results of a study share."""
     return {
         "model": source.made_from,
-        "texts": texts_identity(study),
+        "texts": source.texts_identity(study),
         "corpus": study.corpus.model_dump(mode="json", exclude_none=True, exclude={"texts"}),
         "evaluation": study.evaluation.model_dump(mode="json"),
     }

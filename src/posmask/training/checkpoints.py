@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from posmask.errors import DamagedFolder
+from posmask.errors import DamagedFolder, first_line
 from posmask.progress import announce
 from posmask.storage.atomic import clear_drafts, refusal
 from posmask.storage.manifest import MANIFEST, finished, foreign_in, read_manifest, remove, write_folder
@@ -120,9 +121,24 @@ class Checkpoints:
             return False
         return True
 
+    @property
+    def newest(self) -> Path:
+        """The folder of the newest valid checkpoint, if `done` is not 0."""
+        return self._kept[-1]
+
     def read(self) -> dict[str, Tensor]:
-        """The state of the newest checkpoint, copied into memory so that the file can be removed."""
-        return {name: tensor.clone() for name, tensor in load_file(self._kept[-1] / _STATE_FILE).items()}
+        """The state of the newest checkpoint, copied into memory so that the file can be removed.
+
+        Raises:
+            DamagedFolder: it is not a safetensors file.
+        """
+        try:
+            return {name: tensor.clone() for name, tensor in load_file(self.newest / _STATE_FILE).items()}
+        except (OSError, SafetensorError) as error:
+            raise DamagedFolder(
+                f"{self.newest} cannot be read ({first_line(error)}): remove it; `posmask run` resumes from an earlier "
+                "one, or from the first step"
+            ) from None
 
     def expect(self, n_bytes: float) -> None:
         """Set the expected size of a checkpoint in bytes, which delays the first one according to its cost."""

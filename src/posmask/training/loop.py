@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from posmask.data.activations import Batch
-from posmask.errors import DegenerateResult
+from posmask.errors import DamagedFolder, DegenerateResult, first_line
 from posmask.kernels import operations, runtime
 from posmask.kernels.devices import memory_for
 from posmask.masks.base import Copies, Observed
@@ -130,16 +130,27 @@ class _Trainer:
         self._started = time.perf_counter()
 
     def restore(self) -> int:
-        """Restore the newest checkpoint, and return the number of steps done before it; 0 without a checkpoint."""
+        """Restore the newest checkpoint, and return the number of steps done before it; 0 without a checkpoint.
+
+        Raises:
+            DamagedFolder: its tensors are not those of such a training.
+        """
         checkpoints = self._checkpoints
         if checkpoints is None:
             return 0
         if checkpoints.done:
             state = checkpoints.read()
-            local = self._processes.local_state(state)
-            self._deaths.eligible_since_fired, self._curve, seconds = restore_state_(self._sae, self._optimizer, local)
+            try:
+                local = self._processes.local_state(state)
+                deaths, self._curve, seconds = restore_state_(self._sae, self._optimizer, local)
+                self._snapshots.restore_(state)
+            except (KeyError, ValueError, TypeError, IndexError, AttributeError, RuntimeError, OverflowError) as error:
+                raise DamagedFolder(
+                    f"{checkpoints.newest} is not a state of this training ({first_line(error)}): remove it; `posmask "
+                    "run` resumes from an earlier one, or from the first step"
+                ) from error
+            self._deaths.eligible_since_fired = deaths
             self._deaths.n_tokens = checkpoints.done * self._settings.batch_tokens
-            self._snapshots.restore_(state)
             self._started -= seconds
         n_bytes = 3.0 * sum(parameter.nbytes for parameter in self._sae.parameters())  # with Adam's two moments
         checkpoints.expect(n_bytes if self._processes.owns_all_latents else self._processes.totals(n_bytes)[0])

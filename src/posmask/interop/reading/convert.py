@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from posmask.errors import BadSetting, DamagedFolder
+from posmask.errors import BadSetting, DamagedFolder, first_line
 from posmask.interop.reading.form import Form
 from posmask.interop.saelens_files import ARCHITECTURE, CFG_FILE
 from posmask.interop.sites import layer_and_site
@@ -90,7 +90,7 @@ def converted(
     except (BadSetting, DamagedFolder) as error:
         raise type(error)(f"{form.place}: {error}") from None
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        reason = f"{CFG_FILE} lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        reason = f"{CFG_FILE} lacks {error}" if isinstance(error, KeyError) else first_line(error)
         raise BadSetting(f"{form.place}: {reason}: fetch an SAE with complete settings") from None
     origin["imported"] = {"architecture": cfg["architecture"]}
     if form.centering_unstated and _WITH_LAYER_NORM.search(origin.get("model", "")):
@@ -211,6 +211,9 @@ def _origin(form: Form, metadata: Mapping[str, Any], hook_name: str | None) -> O
 
 def _check_finite(tensors: Tensors) -> None:
     for name, tensor in tensors.items():
+        if not tensor.is_floating_point() and not name.startswith("mask."):
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise DamagedFolder(f"{name} holds {kind} numbers, which are no weights: fetch the SAE again")
         if not bool(tensor.isfinite().all()):
             raise DamagedFolder(f"{name} holds NaN or infinite numbers: choose another SAE")
 

@@ -9,6 +9,8 @@ from posmask.interop.weights import check_pickle_allowed
 
 __all__ = ["download"]
 
+_ANSWER_SECONDS = 30.0
+
 
 def download(
     repo: str, path: str | None, *, revision: str | None = None, allow_pickle: bool = False
@@ -49,7 +51,9 @@ def _names(repo: str, revision: str | None) -> set[str]:
     from huggingface_hub import errors
 
     try:
-        return set(hub.HfApi().list_repo_files(repo, revision=revision))
+        # Listing the files by `list_repo_files` would wait without limit for a server that says nothing.
+        about = hub.HfApi().model_info(repo, revision=revision, timeout=_ANSWER_SECONDS)
+        return {sibling.rfilename for sibling in about.siblings or ()}
     except (errors.OfflineModeIsEnabled, ConnectionError, network_error()) as error:
         if isinstance(error, errors.HfHubHTTPError):
             raise

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from posmask.errors import DamagedFolder
+from posmask.errors import DamagedFolder, first_line
 from posmask.interop.weights import Weights
 
 __all__ = ["Form", "path_words", "read_json"]
@@ -50,7 +50,7 @@ def read_json(path: Path) -> dict[str, Any]:
         if not isinstance(values, dict):
             raise TypeError(f"it holds a {type(values).__name__}, not settings by name")
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise DamagedFolder(f"{path} is not readable JSON ({error}): fetch the folder again") from None
+        raise DamagedFolder(f"{path} is not readable JSON ({first_line(error)}): fetch the folder again") from None
     return values
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from posmask.data.texts import HUB_PREFIX
-from posmask.errors import BadSetting, DamagedFolder, MissingExtra
+from posmask.errors import BadSetting, DamagedFolder, MissingExtra, first_line
 from posmask.interop.reading.convert import Origin, converted
 from posmask.interop.reading.download import download
 from posmask.interop.reading.form import Form
@@ -135,7 +135,7 @@ def _form_at(path: Path, *, allow_pickle: bool) -> Form:
     try:
         return format.read(path, allow_pickle=allow_pickle)
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError, ZeroDivisionError) as error:
-        reason = f"its settings lack {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        reason = f"its settings lack {error}" if isinstance(error, KeyError) else first_line(error)
         raise BadSetting(f"{path}: {reason}: fetch an SAE with complete settings") from None
 
 
@@ -174,7 +174,9 @@ def _form_of_saelens(release: str, sae_id: str) -> Form:
     try:
         from sae_lens import SAE
     except ImportError as error:
-        raise MissingExtra(f"release {release} needs SAELens ({error}): pip install 'posmask[saelens]'") from None
+        raise MissingExtra(
+            f"release {release} needs SAELens ({first_line(error)}): pip install 'posmask[saelens]'"
+        ) from None
     return _form_of_object(SAE.from_pretrained(release, sae_id, device="cpu"))
 
 

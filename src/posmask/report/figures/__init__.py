@@ -45,7 +45,7 @@ def figures(
         openness = read_openness(cell, warnings)
         if openness is not None:
             masks[cell.cell] = openness
-    learned = {cell.cell for cell in pictured if (cell.path / SNAPSHOTS_FILE).is_file()}
+    learned = {cell.cell for cell in pictured if cell.has(SNAPSHOTS_FILE)}
     curves = read_curves(pictured, warnings)
     charts: dict[str, Figure | None] = {
         "trade-off": trade_off(lines, in_tables, 5, baselines, colors),

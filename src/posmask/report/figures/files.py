@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from posmask.report.figures.style import Figure, as_spec
+from posmask.report.v8 import call_vl_convert
 from posmask.storage.atomic import check_file, replacing
 
 __all__ = ["write_figures"]
@@ -15,9 +16,8 @@ def write_figures(charts: dict[str, Figure], folder: Path) -> list[Path]:
 
     Raises:
         BadSetting: a file of that name exists and was not written by posmask.
+        OutOfMemory: see `call_vl_convert`.
     """
-    import vl_convert
-
     folder.mkdir(parents=True, exist_ok=True)
     for name in charts:
         for ending in ("svg", "pdf"):
@@ -30,10 +30,10 @@ def write_figures(charts: dict[str, Figure], folder: Path) -> list[Path]:
         stacked = {"layout": {"top": {"anchor": "start", "direction": "vertical"}}}
         config = {"background": "white", "font": "sans-serif", "view": {"stroke": None}, "legend": stacked}
         spec["config"] = {**spec.get("config", {}), **config}
-        svg = vl_convert.vegalite_to_svg(spec)
+        svg = call_vl_convert("vegalite_to_svg", spec)
         contents = {
             folder / f"{name}.svg": svg.encode() + b"\n<!-- " + _MARK + b" -->\n",
-            folder / f"{name}.pdf": vl_convert.svg_to_pdf(svg) + b"\n% " + _MARK + b"\n",
+            folder / f"{name}.pdf": call_vl_convert("svg_to_pdf", svg) + b"\n% " + _MARK + b"\n",
         }
         for path, content in contents.items():
             with replacing(path, _MARK) as beside:

@@ -6,9 +6,9 @@ from typing import Any
 
 import altair as alt
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
+from posmask.errors import DamagedFolder
+from posmask.report.arrays import read_arrays, read_openness_of
 from posmask.report.figures.style import Figure, cell_color, inline_data
 from posmask.report.reading import CellFolder
 from posmask.storage.layout import OPENNESS_FILE, SNAPSHOTS_FILE
@@ -23,8 +23,8 @@ _SNAPSHOT_BINS = (24, 16)  # latents, positions
 def read_openness(cell: CellFolder, warnings: list[str]) -> np.ndarray | None:
     """Return the openness [position latent] of a cell's mask; None if it cannot be read."""
     try:
-        return load_file(cell.path / OPENNESS_FILE)["openness"]
-    except (OSError, KeyError, SafetensorError) as error:
+        return read_openness_of(cell.path / OPENNESS_FILE)
+    except DamagedFolder as error:
         warnings.append(f"The mask of {cell.label} cannot be read ({str(error)[:120]}).")
         return None
 
@@ -73,9 +73,10 @@ def snapshots(learned: Sequence[CellFolder], warnings: list[str]) -> Figure | No
     values, n_moments = [], 0
     for cell in learned:
         try:
-            arrays = load_file(cell.path / SNAPSHOTS_FILE)
+            shapes = {"openness": "moment position latent:u", "tokens": "moment:i"}
+            arrays = read_arrays(cell.path / SNAPSHOTS_FILE, shapes)
             openness, tokens = arrays["openness"] / 255, arrays["tokens"].tolist()
-        except (OSError, KeyError, SafetensorError) as error:
+        except DamagedFolder as error:
             warnings.append(f"The mask of {cell.label} during training cannot be read ({str(error)[:120]}).")
             continue
         n_moments = max(n_moments, len(tokens))

@@ -1,11 +1,13 @@
 """The chart of training curves, and the curves as `curve.csv` has them."""
 
 import csv
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import altair as alt
 
+from posmask.errors import first_line
 from posmask.report.figures.style import Figure, cell_color, for_picked_cells, inline_data
 from posmask.report.reading import CellFolder
 from posmask.storage.layout import CURVE_FILE
@@ -24,13 +26,23 @@ def read_curves(pictured: Sequence[CellFolder], warnings: list[str]) -> list[dic
                         {
                             "cell": cell.cell,
                             "tokens": int(line["tokens"]),
-                            "explained variance": max(0.0, float(line["explained_variance"])),
+                            "explained variance": max(0.0, _finite(line["explained_variance"])),
                             "openness": float(line.get("mean_openness") or "nan"),
                         }
                     )
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            warnings.append(f"The training curve of {cell.label} cannot be read ({error}).")
+        except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
+            warnings.append(f"The training curve of {cell.label} cannot be read ({first_line(error)}).")
     return values
+
+
+def _finite(text: str) -> float:
+    """
+    Raises:
+        ValueError: it is not a finite number.
+    """
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text} is not a finite number")
+    return value
 
 
 def training(curves: list[dict[str, Any]], colors: Mapping[str, str]) -> Figure | None:
