@@ -107,7 +107,7 @@ function refilter(id) {
   let shown = 0;
   for (const line of document.getElementById(id).tBodies[0].rows) {
     const text = line.textContent.toLowerCase();
-    line.hidden = !words.every(word => text.includes(word)) || (only && !$(".better, .worse", line)) || (line.dataset.pooling === "fair" && !$(`[data-fair="${id}"]`)?.checked);
+    line.hidden = !words.every(word => text.includes(word)) || (only && !$(".better, .worse, .equivalent", line)) || (line.dataset.pooling === "fair" && !$(`[data-fair="${id}"]`)?.checked);
     shown += !line.hidden;
   }
   announce(shown + " rows");

@@ -1,5 +1,6 @@
 """Writes the page: verdicts first, then tables, figures, single latents, and the source of every number."""
 
+import contextlib
 import importlib.metadata
 import json
 import math
@@ -17,7 +18,7 @@ from posmask.results.comparisons import LEVEL
 from posmask.results.rows import Row
 from posmask.results.table import COLUMNS, MIN_SEEDS
 from posmask.storage.atomic import check_file, replacing
-from posmask.storage.layout import PAGE_MARK, REPORT_FILE
+from posmask.storage.layout import PAGE_MARK, REPORT_FILE, SAE_FILE
 from posmask.storage.manifest import check_folder, write_folder
 
 __all__ = ["N_LATENTS", "write_paper_figures", "write_report", "write_report_folder"]
@@ -164,13 +165,40 @@ def _study(study: Study, table: tables.StudyTable) -> dict[str, Any]:
     return {
         "study": study,
         "table": table,
+        "about": _about(study, next(heldout, 0)),
         "verdicts": tables.verdict_table(study),
         "capped": tables.capped(study),
         "missing": tables.missing(study, table),
-        "n_heldout": next(heldout, 0),
         "settings": json.dumps(_settings(study), indent=1, ensure_ascii=False),
         "folders": [_folder(cell, study) for cell in study.cells],
     }
+
+
+def _about(study: Study, n_heldout: int) -> list[str]:
+    """What the study is of: model, site, rule, sizes and seeds, as far as the cell folders say."""
+    settings, parts = _settings(study), []
+    model, sae = settings.get("model"), settings.get("sae")
+    if isinstance(model, dict) and "layer" in model:
+        parts.append(f"{_model_name(study)} after layer {model['layer']}")
+    if isinstance(sae, dict) and isinstance(sae.get("rule"), dict):
+        rule = sae["rule"]
+        k = f", k = {rule['k']}" if "k" in rule else ""
+        parts.append(f"{rule.get('kind')}{k}")
+        parts.append(f"{sae.get('d_sae', 0):,} latents")
+    tokens = {row.value for row in study.rows if row.metric == "train_tokens"}
+    if tokens:
+        parts.append(f"{max(tokens):,.0f} training tokens")
+    parts.append(f"{n_heldout:,} held-out tokens")
+    n_seeds = len(study.seeds)
+    parts.append(f"{n_seeds} seed{'s' * (n_seeds != 1)} ({', '.join(map(str, study.seeds))})")
+    return [*parts, f"{study.n_saes} trained SAEs"]
+
+
+def _model_name(study: Study) -> str:
+    for cell in study.cells:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return str(json.loads((cell.path / SAE_FILE).read_text(encoding="utf8"))["origin"]["model"])
+    return "a model"
 
 
 def _rows(studies: Sequence[Study]) -> list[Row]:

@@ -9,9 +9,10 @@ import numpy as np
 
 from posmask.errors import DegenerateResult
 from posmask.report.reading import MODEL_CELL, Numbers, Study
-from posmask.results.comparisons import Difference, Sample, paired_difference, sample
+from posmask.results.comparisons import Difference, Sample, Verdict, paired_difference, sample
+from posmask.results.finding import against_controls, finding
 from posmask.results.rows import CONTROLS, Row, Units, parse_slice, slice_text
-from posmask.results.table import COLUMNS, Column, Line, format_number, format_signed, summarize
+from posmask.results.table import COLUMNS, COMPARED, Column, Line, format_number, format_signed, summarize
 
 __all__ = [
     "TIES",
@@ -27,7 +28,6 @@ __all__ = [
     "verdict_table",
 ]
 
-_MAX_DECIDED = 14  # sentences; the table has all
 TIES = (
     ("mean_openness", {}, "mean openness"),
     ("strictness", {}, "strictness"),
@@ -217,26 +217,70 @@ def _paired(samples: Sequence[Sample], others: Sequence[Sample]) -> Difference |
         return None
 
 
+@dataclass(frozen=True)
+class Mark:
+    """A difference as a picture: places in percent of the column's width.
+
+    Attributes:
+        kind: significant, excludes-zero, equivalent or undecided.
+    """
+
+    low: float
+    value: float
+    high: float
+    zero: float
+    margin_low: float
+    margin_high: float
+    kind: str
+
+
+def _marks(verdicts: Sequence[Verdict]) -> dict[Verdict, Mark]:
+    """The marks of one column, on one scale that includes 0 and the margin."""
+    finite = [v for v in verdicts if all(map(math.isfinite, (v.effect, v.ci_low, v.ci_high)))]
+    low = min([0.0, *(min(v.ci_low, -v.margin) for v in finite)])
+    high = max([0.0, *(max(v.ci_high, v.margin) for v in finite)])
+
+    def place(value: float) -> float:
+        return round(4 + 92 * (value - low) / (high - low or 1), 1)
+
+    marks = {}
+    for v in finite:
+        kind = {"better": "significant", "worse": "significant", "equivalent": "equivalent"}.get(v.verdict, "undecided")
+        if kind == "undecided" and v.ci_low * v.ci_high > 0:
+            kind = "excludes-zero"
+        low_end, value, high_end = (place(end) for end in (v.ci_low, v.effect, v.ci_high))
+        marks[v] = Mark(low_end, value, high_end, place(0), place(-v.margin), place(v.margin), kind)
+    return marks
+
+
+def _group_of(label: str, against: str, study: Study, masks: Mapping[str, str]) -> str:
+    cell, _, variant = label.partition(" + ")
+    if against != study.baseline:
+        return "other pairs"
+    if variant in CONTROLS:
+        return "controls: masks without training"
+    return "masks" if masks.get(cell) != "open" else "unmasked SAEs: other poolings and sizes"
+
+
 def verdict_table(study: Study) -> dict[str, Any]:
-    """Return the verdicts by comparison and column, their counts, and the decided ones, better ones first."""
+    """Return the verdicts by group of comparisons, comparison and column, and their marks."""
     lines: dict[tuple[str, str], dict[str, Any]] = {}
     for verdict in study.verdicts:
         lines.setdefault((verdict.label, verdict.against), {})[verdict.column] = verdict
-    words = [verdict.verdict for verdict in study.verdicts]
-    decided = sorted(
-        (verdict for verdict in study.verdicts if verdict.verdict != "undecided"),
-        key=lambda verdict: (
-            verdict.verdict != "better",
-            verdict.column in ("explained_variance", "ce_recovered"),
-            verdict.p_corrected,
-        ),
-    )
+    masks = {row.cell: row.mask for row in study.rows}
+    groups: dict[str, list[tuple[tuple[str, str], dict[str, Verdict]]]] = {}
+    for pair, line in sorted(lines.items(), key=lambda item: item[0][1] != study.baseline):
+        groups.setdefault(_group_of(*pair, study, masks), []).append((pair, line))
+    columns = [name for name in COMPARED if any(name in line for line in lines.values())]
+    columns += [name for name in dict.fromkeys(v.column for v in study.verdicts) if name not in columns]
+    marks: dict[Verdict, Mark] = {}
+    for name in columns:
+        marks |= _marks([verdict for verdict in study.verdicts if verdict.column == name])
     return {
-        "decided": decided[:_MAX_DECIDED],
-        "n_decided": len(decided),
-        "columns": list(dict.fromkeys(verdict.column for verdict in study.verdicts)),
-        "lines": lines,
-        "count": {word: words.count(word) for word in ("better", "worse", "equivalent", "undecided")},
+        "groups": groups,
+        "columns": columns,
+        "marks": marks,
+        "findings": [finding(study.verdicts, study.baseline), against_controls(study.verdicts)],
         "n_seeds": min((verdict.n_seeds for verdict in study.verdicts), default=0),
     }
 

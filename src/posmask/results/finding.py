@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from posmask.results.comparisons import MIN_SEEDS, Verdict
 from posmask.results.table import COMPARED, Column, format_number, format_signed
 
-__all__ = ["finding", "seeds_text"]
+__all__ = ["against_controls", "finding", "seeds_text"]
 
 
 def finding(verdicts: Sequence[Verdict], baseline: str | None) -> str:
@@ -36,6 +36,30 @@ def finding(verdicts: Sequence[Verdict], baseline: str | None) -> str:
     if not clauses:
         return f"{start}no difference is significant{end}."
     return f"{start}{'; '.join(clauses)}; no other difference is significant{end}."
+
+
+def against_controls(verdicts: Sequence[Verdict]) -> str:
+    """Return what training added to the masks of a study, in one sentence; empty if no cell has a control.
+
+    Cells are compared with the unmasked SAE's codes pooled by their mask, in block and local order at k = 5.
+    """
+    clauses = []
+    for label in dict.fromkeys(
+        verdict.label for verdict in verdicts if verdict.against == f"{verdict.label} + matched"
+    ):
+        numbers = [
+            f"{format_signed(verdict.effect)} in {COMPARED[verdict.column].group} (95 % CI "
+            f"[{format_number(verdict.ci_low)}, {format_number(verdict.ci_high)}], {verdict.verdict})"
+            for verdict in verdicts
+            if (verdict.label, verdict.against) == (label, f"{label} + matched") and verdict.column in _OF_CONTROLS
+        ]
+        if numbers:
+            clauses.append(f"{label} {' and '.join(numbers)}")
+    start = "Compared with pooling the unmasked SAE by the same mask, without training, at k = 5: "
+    return f"{start}{'; '.join(clauses)}." if clauses else ""
+
+
+_OF_CONTROLS = ("block k=5", "local k=5")
 
 
 def seeds_text(n_seeds: Sequence[int]) -> str:

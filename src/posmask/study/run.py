@@ -208,6 +208,8 @@ def _verdicts(study: StudySettings, targets: list[Target]) -> list[comparisons.V
         for control in rows.CONTROLS
     ]
     if baseline is not None:
+        pairs += [(control, baseline) for _, control in pairs if control.partition(" + ")[2] in rows.CONTROLS]
+    if baseline is not None:
         pairs += [(f"{baseline} + {pooling}", baseline) for pooling in study.evaluation.order_poolings]
     pairs += [(comparison.cell, comparison.against) for comparison in study.comparisons]
     hypotheses = [
