@@ -362,8 +362,8 @@ def test_significant_differences_have_a_star_and_a_color_where_there_is_color():
     plain = shown_at(120, verdicts)
     assert len(re.findall(r"−0\.062\*", plain)) == len(re.findall(r"\+0\.062\*", plain)) == 1
     assert "* better or worse, after correction" in table_note("open", verdicts)
-    equal = [verdict(HOSTILE, "block k=5", 0.0005, kind="equivalent")]
-    assert "+0.0005=" in shown_at(120, equal)
+    equal = [verdict(HOSTILE, "block k=5", 0.0004, kind="equivalent")]
+    assert "+0.0004=" in shown_at(120, equal)
     assert "; = equivalent, after correction" in table_note("open", equal)
     colors = {"force_terminal": True, "color_system": "standard"}
     colored = shown_at(120, verdicts, **colors)

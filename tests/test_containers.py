@@ -124,7 +124,7 @@ def test_no_more_processes_work_than_there_are_folders(study_file, finish, tmp_p
     numbers = []
 
     @contextlib.contextmanager
-    def no_helpers(study, root, n_helpers, n_threads):
+    def no_helpers(study, root, n_helpers, *others):
         numbers.append(n_helpers)
         yield
 

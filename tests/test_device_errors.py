@@ -163,7 +163,7 @@ def posmask(study_file, tmp_path, monkeypatch, capsys):
     [
         ("data.models.load_complete", "loading the model", "set model.precision to 'bfloat16', choose a", False),
         ("data.harvest._shard", "the harvest", "set model.precision to 'bfloat16', or lower", False),
-        ("evaluation.suite._pool", "the evaluation", "lower evaluation.probe_train or --jobs", False),
+        ("evaluation.suite._pooled_vectors", "the evaluation", "lower evaluation.probe_train or --jobs", False),
         ("training.fast_loss.fast_gradients", "training", "lower training.batch_tokens, sae.d_sae", True),
         ("evaluation.suite._heldout", "the evaluation", "finish on the CPU with --set device=cpu", True),
     ],

@@ -60,7 +60,7 @@ def first_line(error: BaseException | str) -> str:
 
     Errors of other libraries may quote whole files.
 
-    >>> first_line(ValueError("no such key\nin this table"))
+    >>> first_line(ValueError("no such key\\nin this table"))
     'no such key'
     """
     line = str(error).strip().partition("\n")[0].strip() or type(error).__name__

@@ -231,11 +231,11 @@ def _evaluation_stops():
     def stop(*_: object) -> None:
         raise _Trained
 
-    evaluate, cell.evaluate = cell.evaluate, stop
+    evaluate, cell.evaluate_to_folder = cell.evaluate_to_folder, stop
     try:
         yield
     finally:
-        cell.evaluate = evaluate
+        cell.evaluate_to_folder = evaluate
 
 
 def _evaluate_baselines(settings: StudySettings, root: Path) -> None:
