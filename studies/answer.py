@@ -110,17 +110,20 @@ def strictness(lines: list[Line]) -> str:
 
 def verdicts(judged: list[Verdict]) -> str:
     """Return a line per comparison that the conclusions rest on, with the difference and interval of every column."""
+    columns = VERDICT_COLUMNS
+    if not any(verdict.column in columns and verdict.column.startswith("order") for verdict in judged):
+        columns = {name: column.full_title for name, column in COMPARED.items() if name != "ce_recovered"}
     pairs = dict.fromkeys((verdict.label, verdict.against) for verdict in judged)
     by_key = {(verdict.label, verdict.against, verdict.column): verdict for verdict in judged}
     rows = []
     for label, against in pairs:
-        if against == "open" and label not in (*KEY, "open + segments8-mean"):
+        if columns is VERDICT_COLUMNS and against == "open" and label not in (*KEY, "open + segments8-mean"):
             continue
-        line = [by_key.get((label, against, name)) for name in VERDICT_COLUMNS]
+        line = [by_key.get((label, against, name)) for name in columns]
         n_seeds = next(verdict.n_seeds for verdict in line if verdict is not None)
         texts = ["–" if verdict is None else _verdict_text(verdict) for verdict in line]
         rows.append([f"{label} against {against}", str(n_seeds), *texts])
-    return _table(["comparison", "seeds", *VERDICT_COLUMNS.values()], rows)
+    return _table(["comparison", "seeds", *columns.values()], rows)
 
 
 def _verdict_text(verdict: Verdict) -> str:
@@ -187,7 +190,7 @@ def picture() -> None:
     study = read_studies([ROOT / "full"])[0]
     table = study_table(study)
     lines = [(line, label) for line, label in table.lines if label in PICTURED]
-    chart = figures.trade_off(lines, table.numbers, 5, [study.baseline], width=540)
+    chart = figures.trade_off(lines, table.numbers, 5, [study.baseline], figures.cell_colors(study.rows), width=540)
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
     chart.properties(width=620, height=380).save(PICTURE, scale_factor=1.3)
 

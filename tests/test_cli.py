@@ -409,7 +409,7 @@ def test_a_table_on_a_terminal_without_unicode_keeps_signs(monkeypatch):
                 verdict("hard", "block k=1", 0.7, against="slice", kind="better"),
                 verdict("late", "block k=5", 0.5, n_seeds=2),
             ],
-            "Compared with open (2 to 5 seeds, corrected for 12 comparisons), explained variance is lower in 2 cells, "
+            "Compared with open (2 to 5 seeds, corrected for 12 comparisons), explained variance is lower in 2 rows, "
             "most in hard (−0.200, 95 % CI [−0.204, −0.196]); block order at k = 5 is higher in hard (+0.020, 95 % "
             "CI [0.016, 0.024]); no other difference is significant; late: fewer than 3 seeds.",
         ),

@@ -58,6 +58,7 @@ EXAMPLES = {
     ("docs/quick-study.md", "With 1 seed"): "tests/test_cli.py tests the last lines of a run",
     ("docs/quick-study.md", "                                  expl."): "test_the_table_of_the_quick_study_page",
     ("docs/quick-study.md", "runs/quick/"): "a tree of files",
+    ("docs/metrics.md", "[[hypotheses]]"): "test_the_example_of_hypotheses_is_valid",
     ("docs/command-line.md", "quick                ━"): "tests/test_progress.py tests the form on a terminal",
     ("docs/command-line.md", "quick, stage 9 of 24"): "tests/test_progress.py tests the form in a log",
     ("docs/index.md", "make run"): "timed by hand, as the README says",
@@ -110,7 +111,7 @@ def test_every_example_has_a_test_or_a_reason():
 def test_the_table_of_the_quick_study_page():
     """The page shows what the command line prints for a kept study at 80 columns."""
     folder, shown = (
-        DOCS / "results" / "key-gpt2",
+        DOCS / "results" / "controls",
         example("docs/quick-study.md", "                                  expl."),
     )
     verdicts, file = read_verdicts(folder / "verdicts.csv"), io.StringIO()
@@ -121,6 +122,14 @@ def test_the_table_of_the_quick_study_page():
     sentences = " ".join(shown.split())
     assert table_note("open", verdicts) in sentences
     assert sentences.endswith(finding(verdicts, "open"))
+
+
+def test_the_example_of_hypotheses_is_valid(tmp_path):
+    text = (ROOT / "studies" / "full.toml").read_text(encoding="utf8")
+    (tmp_path / "study.toml").write_text(f"{text}\n{example('docs/metrics.md', '[[hypotheses]]')}", encoding="utf8")
+    study = read_study(tmp_path / "study.toml")
+    (hypothesis,) = study.hypotheses
+    assert (hypothesis.against, hypothesis.expected, study.margins.accuracy) == ("windows + matched", "better", 0.01)
 
 
 MODULE = re.compile(r"`posmask((?:\.[a-z_]+)+)`")

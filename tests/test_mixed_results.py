@@ -85,9 +85,8 @@ def test_rows_and_verdicts_of_cells_outside_the_record_are_excluded(study_file, 
     (root / STUDY_FILE).write_text(json.dumps(record))
     (read,) = read_studies([root])
     assert {row.cell for row in read.rows} == {"llm", "open"}
-    assert {label.partition(" + ")[0] for verdict in read.verdicts for label in (verdict.label, verdict.against)} == {
-        "open"
-    }
+    compared = {label for verdict in read.verdicts for label in (verdict.label, verdict.against)}
+    assert {label.partition(" + ")[0] for label in compared} == {"open"}
 
 
 def test_a_cell_replaced_during_the_run_raises_and_no_table_is_written(study_file, begin, tmp_path, monkeypatch):
@@ -250,9 +249,7 @@ def test_the_report_takes_no_numbers_from_a_table_of_other_settings(finish, tmp_
     write_other_results(root)
     (read,) = read_studies([root])
     assert list(map(repr, read.rows)) == list(map(repr, expected.rows))
-    assert {label.partition(" + ")[0] for verdict in read.verdicts for label in (verdict.label, verdict.against)} == {
-        "open"
-    }
+    assert read.verdicts == []
     assert any("results.csv has other numbers than the folders of" in warning for warning in read.warnings)
 
 
@@ -263,9 +260,7 @@ def test_the_report_excludes_table_rows_of_cells_of_other_settings(finish, tmp_p
     (read,) = read_studies([root])
     assert {row.cell for row in read.rows} == {"llm"}
     assert read.cells == []
-    assert {label.partition(" + ")[0] for verdict in read.verdicts for label in (verdict.label, verdict.against)} == {
-        "open"
-    }
+    assert read.verdicts == []
     assert any("made from other settings than the study has now: open-seed0" in line for line in read.warnings)
 
 

@@ -352,7 +352,8 @@ def test_differences_are_drawn_on_one_scale_per_column(study, page):
     assert len(kinds) == len(verdicts)
     for by_value in places.values():
         values, at = map(np.array, zip(*sorted(by_value.items()), strict=True))
-        assert np.allclose(np.diff(at) / np.diff(values), (at[-1] - at[0]) / (values[-1] - values[0]), rtol=0.05)
+        expected = at[0] + (values - values[0]) * (at[-1] - at[0]) / (values[-1] - values[0])
+        assert np.allclose(at, expected, atol=0.11)  # places have one decimal
     assert kinds["hard|open|explained_variance"] == "significant"
     assert kinds["hard|open|block k=5"] == "undecided"
     assert kinds["hard + zero-step|open|block k=5"] == "equivalent"
@@ -724,9 +725,7 @@ def test_compressed_results_without_cells_show_differences_to_the_baseline(root,
     assert shown["open|explained_variance|"]["d"] == "–"
     text = page.read_text(encoding="utf8")
     assert "results.csv is missing" not in text
-    assert "hard is worse than open in explained variance" in text.replace('<b class="worse">▼ ', "").replace(
-        "</b>", ""
-    )
+    assert "explained variance is lower in hard (−0.100" in text
 
 
 def test_missing_latents_and_capped_sizes_are_reported(tmp_path):

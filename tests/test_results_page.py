@@ -12,7 +12,7 @@ from posmask.report import write_report
 from posmask.results import rows
 from posmask.results.comparisons import read_verdicts
 from posmask.results.rows import parse_slice, write_rows
-from posmask.results.table import format_signed, summarize
+from posmask.results.table import format_number, format_signed, summarize
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 
@@ -36,7 +36,14 @@ def test_every_table_of_the_page_is_generated_from_the_result_files():
     text = (RESULTS / "README.md").read_text(encoding="utf8")
     assert answer().page(text) == text
     marks = set(re.findall(r"<!-- (?!end of )(.+?) -->", text))
-    assert {"full log", "full cells", "full verdicts", "full strictness"} <= marks
+    assert {
+        "full log",
+        "full cells",
+        "full verdicts",
+        "full strictness",
+        "controls cells",
+        "controls verdicts",
+    } <= marks
     changed = re.sub(r"\| 0\.\d\d\d \|", "| 0.999 |", text, count=1)
     assert changed != text
     assert answer().page(changed) == text
@@ -153,6 +160,35 @@ def test_significant_results_are_significant_after_correction():
         if (label, against) == ("windows", "open + segments8-mean") and verdict.verdict != "undecided"
     }
     assert pooled == {("key-gpt2", "order k=1"): "worse"}
+
+
+def test_the_controls_are_those_of_the_page():
+    verdicts = {(v.label, v.against, v.column): v for v in read_verdicts(RESULTS / "controls" / "verdicts.csv")}
+
+    def said(label, against, column="block k=5"):
+        v = verdicts[label, against, column]
+        return f"{format_signed(v.effect)} [{format_number(v.ci_low)}, {format_number(v.ci_high)}]"
+
+    main, page = claims()
+    for pair in (
+        ("windows", "open"), ("windows + zero-step", "open"), ("windows", "windows + matched"),
+        ("open + moment", "open"), ("open + parts3", "open"), ("open + moment", "open", "local k=1"),
+        ("slice", "open"), ("slice", "slice + matched"), ("slice", "open", "probing k=5"),
+    ):  # fmt: skip
+        assert said(*pair) in page, pair
+    for label in ("windows", "windows + zero-step", "open + moment"):
+        v = verdicts[label, "open", "block k=5"]
+        assert f"{v.effect:.3f}" in main
+        assert f"[{v.ci_low:.3f}, {v.ci_high:.3f}]" in main
+    zero_step, matched = (
+        [(v.effect, v.ci_low) for (label, _, _), v in verdicts.items() if label == f"windows + {name}"]
+        for name in ("zero-step", "matched")
+    )
+    assert zero_step == matched
+    assert verdicts["windows", "open", "explained_variance"].verdict == "equivalent"
+    local = [v for (_, against, column), v in verdicts.items() if (against, column) == ("open", "local k=5")]
+    assert len(local) > 8
+    assert {v.verdict for v in local} == {"undecided"}
 
 
 def test_the_share_of_position_bound_latents_equals_the_rows():

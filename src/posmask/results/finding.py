@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from posmask.results.comparisons import MIN_SEEDS, Verdict
+from posmask.results.rows import CONTROLS
 from posmask.results.table import COMPARED, Column, format_number, format_signed
 
 __all__ = ["against_controls", "finding", "seeds_text"]
@@ -20,7 +21,7 @@ def finding(verdicts: Sequence[Verdict], baseline: str | None) -> str:
         if not verdicts:
             return "Nothing is compared: the study has neither an open cell as baseline nor comparisons."
         reference = verdicts[0].against
-    judged = [verdict for verdict in verdicts if verdict.against == reference]
+    judged = [verdict for verdict in verdicts if verdict.against == reference and not _is_control(verdict.label)]
     seeds = seeds_text([verdict.n_seeds for verdict in judged])
     if all(verdict.n_seeds < MIN_SEEDS for verdict in judged):
         return f"With {seeds} no difference to {reference} can be established: comparisons need {MIN_SEEDS} seeds."
@@ -59,6 +60,10 @@ def against_controls(verdicts: Sequence[Verdict]) -> str:
     return f"{start}{'; '.join(clauses)}." if clauses else ""
 
 
+def _is_control(label: str) -> bool:
+    return label.partition(" + ")[2] in CONTROLS
+
+
 _OF_CONTROLS = ("block k=5", "local k=5")
 
 
@@ -82,6 +87,6 @@ def _clauses(column: Column, verdicts: Sequence[Verdict]) -> list[str]:
             largest = max(of_kind, key=lambda verdict: abs(verdict.effect))
             interval = f"[{format_number(largest.ci_low)}, {format_number(largest.ci_high)}]"
             effect = f"{largest.label} ({format_signed(largest.effect)}, 95 % CI {interval})"
-            many = f"{len(of_kind)} cells, most in " if len(of_kind) > 1 else ""
+            many = f"{len(of_kind)} rows, most in " if len(of_kind) > 1 else ""
             clauses.append(f"{name} is {word} in {many}{effect}")
     return clauses
