@@ -86,7 +86,8 @@ def test_a_study_runs_from_text_to_results(finished):
     assert {(verdict.label, verdict.against) for verdict in verdicts} == {
         ("slice-compute", "open"), ("slice-compute", "open + segments4"), ("open + segments4", "open"),
         ("open + moment", "open"), ("slice-compute", "slice-compute + zero-step"),
-        ("slice-compute", "slice-compute + matched"),
+        ("slice-compute", "slice-compute + matched"), ("slice-compute + zero-step", "open"),
+        ("slice-compute + matched", "open"),
     }  # fmt: skip
     assert {verdict.verdict for verdict in verdicts} == {"undecided"}  # one seed
     # Without training the mask reconstructs as `open` does, and its codes are those of `open` in its slices.
@@ -279,7 +280,7 @@ def test_cells_with_different_seeds_are_compared_on_the_shared_seeds(study_file,
     (verdict,) = (
         v
         for v in read_verdicts(tmp_path / "run" / "verdicts.csv")
-        if (v.column, v.against) == ("explained_variance", "open")
+        if (v.label, v.column, v.against) == ("slice-compute", "explained_variance", "open")
     )
     assert verdict.n_seeds == 1
     assert verdict.effect == pytest.approx(by_seed["slice-compute", 1] - by_seed["open", 1])
@@ -975,7 +976,7 @@ def test_seeds_are_paired_and_three_seeds_give_a_verdict(study_file, finish, tmp
     verdicts = {
         (v.against, v.column): v
         for v in read_verdicts(tmp_path / "run" / "verdicts.csv")
-        if v.column == "explained_variance"
+        if (v.label, v.column) == ("slice-compute", "explained_variance")
     }
     verdict = verdicts["open", "explained_variance"]
     assert verdict.n_seeds == 3

@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
+from pydantic import ValidationError
+
 __all__ = [
     "BadSetting",
     "DamagedFolder",
@@ -63,6 +65,9 @@ def first_line(error: BaseException | str) -> str:
     >>> first_line(ValueError("no such key\\nin this table"))
     'no such key'
     """
+    if isinstance(error, ValidationError):  # Its first line is the number of its problems.
+        problem = error.errors(include_url=False)[0]
+        error = " ".join([*map(str, problem["loc"]), problem["msg"]])
     line = str(error).strip().partition("\n")[0].strip() or type(error).__name__
     return line if len(line) <= _LONGEST_REASON else f"{line[: _LONGEST_REASON - 3]}..."
 

@@ -187,7 +187,7 @@ class Pooling:
         n_tokens = operations.counts(place, len(text))
         self.texts.n_tokens[text.cpu()] = n_tokens.cpu()
         total = torch.zeros(len(text) * self._n_parts, self._n_latents, device=text.device)
-        divisor = n_tokens[:, None].repeat_interleave(self._n_parts, 0).float()
+        divisor = n_tokens.float()[:, None].expand(-1, self._n_parts).reshape(-1, 1)
         for part, weight in self._parts(batch, place, n_tokens):
             row = place * self._n_parts + part
             if codes is None:

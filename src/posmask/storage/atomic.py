@@ -8,6 +8,7 @@ links are never followed. Only this module and `manifest` remove or rename anyth
 import glob
 import os
 import shutil
+import stat
 import threading
 import uuid
 from collections.abc import Iterable, Iterator
@@ -50,12 +51,15 @@ def check_file(path: Path, *marks: bytes) -> None:
     Raises:
         BadSetting: something else is in the way.
     """
-    if path.is_symlink():
+    try:
+        mode = path.lstat().st_mode  # Looked at once: another thread may write the file in between.
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    if stat.S_ISLNK(mode):
         raise refusal(f"{path} is a symbolic link")
-    if not path.is_file():
-        if path.exists():
-            raise refusal(f"{path} is not a regular file")
-    elif marks and (ends := _ends(path)) and not any(mark in ends for mark in marks):
+    if not stat.S_ISREG(mode):
+        raise refusal(f"{path} is not a regular file")
+    if marks and (ends := _ends(path)) and not any(mark in ends for mark in marks):
         raise refusal(f"{path} is a file")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from posmask.errors import BadSetting
+from posmask.errors import BadSetting, DamagedFolder
 from posmask.interop.reading.form import Form, read_json
 from posmask.interop.saelens_files import SAELENS_WEIGHTS_FILE
 from posmask.interop.weights import safetensors_file
@@ -26,10 +26,18 @@ def read_llama_scope(path: Path, *, allow_pickle: bool) -> Form:
     """
     settings = read_json(path / "hyperparams.json")
     cfg, d_sae = _cfg(settings), settings["d_sae"]
-    factor = settings["d_model"] ** 0.5 / settings["dataset_average_activation_norm"]["in"]
+    norm = float(settings["dataset_average_activation_norm"]["in"])
+    if not 1e-30 < norm < 1e30:
+        raise DamagedFolder(
+            f"{path / 'hyperparams.json'} has dataset_average_activation_norm = {norm:g}, which is no norm of vectors: "
+            "download it again"
+        )
+    factor = settings["d_model"] ** 0.5 / norm
     threshold = float(settings["jump_relu_threshold"]) * factor
     weights = safetensors_file(path / "checkpoints" / "final.safetensors").renamed(_NAMES, _NAMES)
-    weights = weights.derived("threshold", (d_sae,), lambda tensors: torch.full((d_sae,), threshold).double())
+    weights = weights.derived(
+        "threshold", (d_sae,), lambda tensors: torch.full((d_sae,), threshold, dtype=torch.float64)
+    )
     return Form({**cfg, "d_sae": d_sae, "norm_scaling_factor": factor}, weights)
 
 
