@@ -198,9 +198,9 @@ def measured(
 def run_harvest(
     n_rounds: int, precisions: tuple[str, ...] = ("float32", "bfloat16"), seconds: float | None = None
 ) -> list[dict]:
-    from posmask.data.models import embedded_model_folder
+    from posmask.data.embedded_models import DEFAULT_MODEL, MODELS
 
-    model, found = str(embedded_model_folder()), []
+    model, found = str(MODELS[DEFAULT_MODEL].folder()), []
     for precision in precisions:
         own = str(HERE / "harvest_posmask.py")
         work = {"float32": "harvest-float32", "bfloat16": "harvest-bf16"}[precision]
@@ -257,9 +257,9 @@ HARVESTS = [(f"harvest-{precision}", "32 contexts", n) for n in (1, 2) for preci
 
 
 def run_scaling(n_rounds: int) -> list[dict]:
-    from posmask.data.models import embedded_model_folder
+    from posmask.data.embedded_models import DEFAULT_MODEL, MODELS
 
-    found, model = [], str(embedded_model_folder())
+    found, model = [], str(MODELS[DEFAULT_MODEL].folder())
     script = str(HERE / "harvest_posmask.py")
     for name, points in {**SCALING, "threads of a harvest": HARVESTS}.items():
         if points is HARVESTS:

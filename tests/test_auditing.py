@@ -18,7 +18,7 @@ from posmask.auditing.subject import hub_model, named_saes
 from posmask.auditing.summary import summarized
 from posmask.cli.commands import app
 from posmask.data.activations import Activations, evaluation_batches
-from posmask.data.models import EMBEDDED_MODEL
+from posmask.data.embedded_models import DEFAULT_MODEL
 from posmask.errors import BadSetting, DamagedFolder, NothingToDo
 from posmask.evaluation.downstream import Losses
 from posmask.evaluation.latent_table import CLASSES, COLUMNS
@@ -264,7 +264,7 @@ def test_words_of_the_command_line_name_saes(tmp_path):
     ]  # fmt: skip
     with pytest.raises(BadSetting, match=r"'nothing-here' is neither a path nor followed by the id of an SAE"):
         named_saes(["nothing-here"])
-    assert hub_model(EMBEDDED_MODEL) == EMBEDDED_MODEL
+    assert hub_model(DEFAULT_MODEL) == DEFAULT_MODEL
 
 
 def order_row(source, accuracy, task="language_order"):

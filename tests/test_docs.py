@@ -52,6 +52,8 @@ def examples(page):
 EXAMPLES = {
     ("docs/audit.md", "posmask audit gemma-scope"): "tests/test_auditing.py audits SAEs of each kind on a tiny model",
     ("docs/audit.md", "import posmask"): "tests/test_auditing.py does the same on a tiny model",
+    ("README.md", "posmask audit gemma-scope"): "tests/test_auditing.py audits SAEs of each kind on a tiny model",
+    ("README.md", "- Of 16,384 latents"): "lines of the audit whose cost docs/log.md records",
     ("README.md", "make run     # sets everything up"): "CI runs `make test`; `make run` was timed by hand",
     ("README.md", "import posmask"): "test_the_python_example_of_the_readme",
     ("docs/architecture.md", "src/posmask/"): "a tree of files",

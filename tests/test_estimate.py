@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from conftest import make_sae, train_on
 from posmask.cli.commands import app
 from posmask.data import models, sites
+from posmask.data.embedded_models import DEFAULT_MODEL, MODELS
 from posmask.errors import BadSetting, DegenerateResult
 from posmask.kernels import cpu, runtime
 from posmask.masks import make_mask, mask_settings
@@ -228,11 +229,12 @@ def test_an_outline_has_the_sizes_of_the_model(model_folder, causal_lm):
 
 
 @pytest.mark.embedded
-def test_the_embedded_model_has_the_recorded_sizes():
+@pytest.mark.parametrize("name", [DEFAULT_MODEL, pytest.param("embedded:gemma-3-270m", marks=pytest.mark.slow)])
+def test_the_embedded_models_have_the_recorded_sizes(name):
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(models.embedded_model_folder())
-    assert {name: getattr(config, name) for name in models._EMBEDDED_SHAPE} == models._EMBEDDED_SHAPE
+    config = AutoConfig.from_pretrained(MODELS[name].folder())
+    assert {size: getattr(config, size) for size in MODELS[name].sizes} == MODELS[name].sizes
 
 
 def test_every_stage_is_measured_and_nothing_is_written(settings, tmp_path):

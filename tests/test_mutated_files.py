@@ -233,4 +233,4 @@ def test_any_pickle_of_an_sae(tmp_path):
         with refused_or_fine():
             use(read_external(folder, allow_pickle=True)[0])
 
-    run_cases(case, changed_bytes(content), 20)
+    run_cases(case, changed_bytes(content), 20, seconds=60)  # Each case starts a process that imports torch.

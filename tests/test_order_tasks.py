@@ -10,6 +10,7 @@ import torch
 
 from conftest import make_texts
 from posmask.data import embedded, models, tokens
+from posmask.data.embedded_models import DEFAULT_MODEL
 from posmask.errors import BadSetting, NothingToDo
 from posmask.probing import catalogs, order_files, order_probes, order_tasks
 from posmask.probing.order_tasks import OrderTask, find_groups, make_order_task
@@ -19,7 +20,7 @@ from posmask.storage.manifest import read_manifest
 
 @pytest.fixture(scope="module")
 def smollm():
-    return models.load_tokenizer(models.EMBEDDED_MODEL)
+    return models.load_tokenizer(DEFAULT_MODEL)
 
 
 @pytest.fixture(scope="module")

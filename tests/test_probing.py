@@ -9,6 +9,7 @@ from sklearn.linear_model import LogisticRegression
 
 from conftest import N_POSITIONS, batch_of, codes_of, make_sae, make_vectors
 from posmask.data import embedded, models
+from posmask.data.embedded_models import DEFAULT_MODEL
 from posmask.data.tokens import equal_segments, growing_segments, split_of, text_key, unique_texts
 from posmask.errors import BadSetting, DegenerateResult
 from posmask.probing import datasets, order_probes, order_tasks
@@ -449,7 +450,7 @@ def test_probes_with_permuted_order_labels_are_at_chance():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return models.load_tokenizer(models.EMBEDDED_MODEL)
+    return models.load_tokenizer(DEFAULT_MODEL)
 
 
 @pytest.mark.embedded

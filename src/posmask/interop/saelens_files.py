@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from posmask.data.embedded_models import MODELS
 from posmask.errors import BadSetting
 from posmask.interop.fidelity import measured_fidelity
 from posmask.interop.positions import check_position, typical_position
@@ -40,7 +41,6 @@ CFG_FILE = "cfg.json"
 SAELENS_WEIGHTS_FILE = "sae_weights.safetensors"
 LOSSY_FILE = "LOSSY.md"
 README_FILE = "README.md"
-_EMBEDDED_ON_THE_HUB = {"embedded:SmolLM2-135M-Instruct": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 Tensors = dict[str, Tensor]
 Form = tuple[dict[str, Any], Tensors]
@@ -95,7 +95,7 @@ def _metadata(sae: SparseAutoencoder, origin: Mapping[str, Any], model_name: str
     metadata |= origin.get("metadata", {})
     metadata["posmask_scale"] = float(sae.scale)  # The factor of codes with respect to this SAE's.
     if name is not None:
-        metadata["model_name"] = _EMBEDDED_ON_THE_HUB.get(name, name)
+        metadata["model_name"] = MODELS[name].on_hub if name in MODELS else name
     return metadata
 
 

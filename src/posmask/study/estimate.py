@@ -20,6 +20,7 @@ import torch
 
 from posmask.data import models, sites
 from posmask.data.activations import Batch, bytes_per_token
+from posmask.data.embedded_models import embedded_model
 from posmask.data.harvest import sink_sentence
 from posmask.data.tokens import shift_length
 from posmask.errors import BadSetting, DegenerateResult
@@ -211,7 +212,7 @@ def _model_precision(study: StudySettings) -> runtime.Precision:
 def _model_seconds(study: StudySettings, outline: sites.LanguageModel, left: Callable[[], float]) -> float | None:
     """Seconds per token up to the site, on random tokens; None if the weights are not here or slow to load."""
     name, precision = study.model.name, _model_precision(study)
-    if name == models.EMBEDDED_MODEL and not models.is_embedded_here():
+    if (embedded := embedded_model(name)) is not None and not embedded.is_here:
         return None
     if _BYTES[precision] * sum(outline.n_parameters()) > _MOST_LOADED_BYTES:
         return None

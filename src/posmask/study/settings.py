@@ -63,8 +63,8 @@ class ModelSettings(_Settings):
     """The language model and the site whose vectors SAEs are trained on."""
 
     name: str
-    """`embedded:SmolLM2-135M-Instruct`, a name on the hub, a folder, or a GGUF file (`OWNER/NAME:FILE.gguf`
-    on the hub)."""
+    """`embedded:SmolLM2-135M-Instruct`, `embedded:gemma-3-270m`, a name on the hub, a folder, or a GGUF file
+    (`OWNER/NAME:FILE.gguf` on the hub)."""
     layer: Annotated[int, Field(gt=0)] | Annotated[float, Field(gt=0, lt=1)]
     """Vectors are read after this many layers (`hidden_states[layer]`). A number below 1 is a fraction of the model's
     depth, for studies that are used with several models."""
