@@ -1,7 +1,6 @@
 import json
 import math
 import zipfile
-from dataclasses import replace
 
 import pytest
 import torch

@@ -1,8 +1,10 @@
 """Every option and argument of every command with bad values: a result, or a sentence and its exit code."""
 
+import contextlib
 import json
 import random
 
+import huggingface_hub
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -10,6 +12,7 @@ from typer.testing import CliRunner
 from conftest import make_texts
 from posmask.auditing import run as auditing_run
 from posmask.cli.commands import app
+from posmask.cli.encoding import replace_unencodable
 from posmask.data import models
 from posmask.errors import NothingToDo, PosmaskError
 from posmask.report import serving
@@ -32,6 +35,18 @@ BAD += [
     "--",
     "-",
 ]
+
+
+class Runner(CliRunner):
+    """Writes characters that standard output cannot encode as `main` does."""
+
+    @contextlib.contextmanager
+    def isolation(self, *args, **options):
+        with super().isolation(*args, **options) as streams:
+            replace_unencodable()
+            yield streams
+
+
 NOT_TRIED = ("push", "fetch", "doctor")  # They take no other files and values, or the network.
 
 
@@ -47,6 +62,7 @@ def commands(study_file, model_folder, finish, tmp_path, monkeypatch):
 
     for module, name in ((study_run, "prepare"), (auditing_run, "_run"), (models, "load_model")):
         monkeypatch.setattr(module, name, nothing)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # or it tries for half a minute
     monkeypatch.setattr(serving._Server, "serve_forever", lambda server: None)
     cell, model = "run/cells/open-seed0", str(model_folder)
     return {
@@ -94,7 +110,7 @@ def test_any_value_of_any_option(amount, commands):
     changes = all_changes(commands)
     failures = []
     for name, words in changes if amount is None else random.Random(0).sample(changes, amount):
-        result = CliRunner().invoke(app, [name, *words])
+        result = Runner().invoke(app, [name, *words])
         error = result.exception
         has_remedy = isinstance(error, PosmaskError) and (": " in str(error) or "; " in str(error))
         if not has_remedy and not isinstance(error, OSError) and result.exit_code not in (0, 2):

@@ -191,6 +191,51 @@ def test_the_controls_are_those_of_the_page():
     assert {v.verdict for v in local} == {"undecided"}
 
 
+NUMBER = r"([+−]?\d+\.\d+)"
+INTERVAL = re.compile(rf"\[{NUMBER}, {NUMBER}\]")
+DIFFERENCE = re.compile(rf"{NUMBER},? \(?(?:95 % CI )?{INTERVAL.pattern}")
+
+
+def prose(name):
+    """Return the sentences of a page outside of its tables."""
+    lines = (RESULTS.parents[1] / name).read_text(encoding="utf8").splitlines()
+    text = " ".join(" ".join(line for line in lines if not line.startswith("|")).split())
+    return re.split(r"(?:(?<=[.:])|(?<=\.\*)) +(?=[A-Z*`-])", text)
+
+
+def verdicts_of(difference):
+    """Return the verdicts of all studies whose rounded effect and interval are these."""
+    numbers = [number.replace("−", "-") for number in difference.groups()]
+    return {
+        verdict.verdict
+        for study in (*STUDIES, "controls")
+        for verdict in read_verdicts(RESULTS / study / "verdicts.csv")
+        if all(
+            abs(f(round(value, len(number.partition(".")[2]))) - f(float(number))) < 1e-9
+            for value, number, f in zip(
+                (verdict.effect, verdict.ci_low, verdict.ci_high), numbers, (abs, float, float), strict=True
+            )
+        )
+    }
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_difference_in_a_sentence_is_a_row_with_the_verdict_that_it_claims(name):
+    n_intervals = 0
+    for sentence in prose(name):
+        differences = list(DIFFERENCE.finditer(sentence))
+        n_intervals += len(differences)
+        assert len(differences) == len(INTERVAL.findall(sentence)), f"an interval without its difference: {sentence}"
+        found = [verdicts_of(difference) for difference in differences]
+        assert all(found), f"a difference that is in no verdicts.csv: {sentence}"
+        if len(found) == 1 and "not significant" not in sentence and "undecided" not in sentence:
+            for word, verdicts in (("significant", {"better", "worse"}), ("equivalent", {"equivalent"})):
+                assert word not in sentence or found[0] & verdicts, f"the row says {found[0]}: {sentence}"
+        elif len(found) == 1:
+            assert "undecided" in found[0], f"the row says {found[0]}: {sentence}"
+    assert n_intervals > 3
+
+
 def test_the_share_of_position_bound_latents_equals_the_rows():
     shares = [
         row.value

@@ -40,7 +40,7 @@ def test_all_missing_and_unknown_settings_are_named_at_once(study_file):
         ("seeds = [0]", "seeds = [0, [1]]"),
     )
     assert lines == [
-        " has 10 problems:",
+        " has 10 problems; `posmask init` writes a complete file:",
         "  model.layers is not a setting: did you mean layer?",
         "  sae.n_positions is not a setting: it belongs in [corpus]",
         "  training.n_step is not a setting: did you mean n_steps?",

@@ -78,8 +78,12 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print the traceb
 
 
 def parse_position(value: str | None) -> Any:
-    """The value of an option for a position: an integer, or the word as it is, which posmask checks."""
-    return int(value) if value is not None and value.lstrip("-").isdecimal() else value
+    """The value of an option for a position: a number of up to 18 digits, or the word itself, which is checked later.
+
+    >>> parse_position("-1"), parse_position("typical"), parse_position("9" * 5000) == "9" * 5000
+    (-1, 'typical', True)
+    """
+    return int(value) if value is not None and re.fullmatch(r"-?\d{1,18}", value) else value
 
 
 def parse_count(value: str) -> int:

@@ -11,6 +11,7 @@ and test). Its docstring describes the groups. Add it to `ORDER_TASKS` with the 
 """
 
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -560,9 +561,11 @@ def find_groups(
         raise BadSetting(f"order task {name!r} is unknown: choose from {', '.join(ORDER_TASKS)}")
     recipe = ORDER_TASKS[name]
     train, test = (
-        list(islice((group for group in groups if _only_order_differs(group, tokenizer, n_positions)), wanted))
-        for groups, wanted in zip(
-            recipe.groups(generator(seed, name), split), (n_train_groups, n_test_groups), strict=True
+        list(islice((group for group in groups if _only_order_differs(group, tokenizer, n_positions)), most))
+        for groups, most in zip(
+            recipe.groups(generator(seed, name), split),
+            (min(n, sys.maxsize) for n in (n_train_groups, n_test_groups)),
+            strict=True,
         )
     )
     texts = tuple(text for group in train + test for text in group)

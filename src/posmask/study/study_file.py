@@ -81,7 +81,8 @@ def _refusal(path: Path, problems: Sequence[str]) -> BadSetting:
     if len(problems) == 1:
         return BadSetting(f"{path}: {problems[0]}")
     shown = [*problems[:_MOST_PROBLEMS], *(["and others"] if len(problems) > _MOST_PROBLEMS else [])]
-    return BadSetting("\n  ".join((f"{path} has {len(problems):,} problems:", *shown)))
+    remedy = "; `posmask init` writes a complete file" if any(line.endswith(" is missing") for line in problems) else ""
+    return BadSetting("\n  ".join((f"{path} has {len(problems):,} problems{remedy}:", *shown)))
 
 
 def _find_modules(values: dict[str, Any], folder: Path) -> None:
