@@ -41,13 +41,14 @@ gpu-bench: $(DEV)
 docs: $(DEV)
 	$(PIP) --editable '.[dev,docs]'
 	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --output-dir docs docs/tutorial.ipynb docs/audit-notebook.ipynb
+	$(MAKE) results-pages
 	$(BIN)/zensical build --clean --strict
 
-# Write the page of each study in docs/results to runs/results-pages/.
+# Write the page of each study in docs/results to docs/pages/.
 results-pages: $(READY)
-	mkdir -p runs/results-pages
+	mkdir -p docs/pages
 	for study in $(patsubst docs/results/%/results.csv.zst,%,$(wildcard docs/results/*/results.csv.zst)); do \
-	  $(BIN)/posmask report docs/results/$$study --out runs/results-pages/$$study.html || exit 1; done
+	  $(BIN)/posmask report docs/results/$$study --out docs/pages/$$study.html || exit 1; done
 
 # Train a small GPT-2 on the embedded texts for `posmask run studies/key.toml --set model.name=runs/gpt2`: an hour or two.
 second-model: $(READY)

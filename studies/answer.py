@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+import altair as alt
 import zstandard
 
 from posmask.report import figures
@@ -21,8 +22,26 @@ from posmask.results.table import COMPARED, PRINTED, Line, format_number, summar
 
 ROOT = Path(__file__).parents[1] / "docs" / "results"
 PAGE = ROOT / "README.md"
-PICTURE = Path(__file__).parents[1] / "docs" / "images" / "trade-off.png"
+IMAGES = Path(__file__).parents[1] / "docs" / "images"
 PICTURED = ("open", "slice", "hard", "switch", "windows", "open + segments8-mean")
+
+CONTROLLED = {
+    "windows": "windows: trained with its mask",
+    "windows + zero-step": "the same mask, not trained",
+    "slice": "slice: trained with its mask",
+    "slice + matched": "the same mask, not trained",
+    "open + segments8": "open, pooled by 8 segments",
+    "open + moment": "open, mean and first moment",
+    "open + parts3": "open, thirds of the text",
+}
+"""What the picture of the controls shows, and how it is called there."""
+COMPARED_IN = {
+    "explained_variance": "explained variance",
+    "block k=5": "block order, k = 5",
+    "local k=5": "local order, k = 5",
+    "probing k=5": "standard probing, k = 5",
+}
+"""The columns of that picture."""
 
 LOG_ROWS = (
     ("Run 0, no mask", "0.5 everywhere", "open"),
@@ -185,14 +204,51 @@ def page(text: str) -> str:
     return text
 
 
-def picture() -> None:
+def controls() -> None:
+    """Write the figure of the differences to `open` of masks, the same masks without training, and poolings."""
+    shown = [
+        {
+            "row": number,
+            "what": what,
+            "column": title,
+            **dict(zip(("effect", "low", "high"), _numbers_of(verdict), strict=True)),
+        }
+        for number, (label, what) in enumerate(CONTROLLED.items())
+        for column, title in COMPARED_IN.items()
+        for verdict in read_verdicts(ROOT / "controls" / "verdicts.csv")
+        if (verdict.label, verdict.against, verdict.column) == (label, "open", column)
+    ]
+    names = alt.Y("row:O", scale=alt.Scale(domain=list(range(len(CONTROLLED)))), title=None, axis=None)
+    base = alt.Chart(alt.Data(values=shown))
+    color = alt.condition(
+        "indexof(datum.what, 'trained with') >= 0", alt.value(figures.COLORS[0]), alt.value("#555555")
+    )
+    zero = base.mark_rule(color="#BBBBBB").encode(x=alt.datum(0))
+    interval = base.mark_rule(strokeWidth=2).encode(y=names, x="low:Q", x2="high:Q", color=color)
+    point = base.mark_point(filled=True, size=50, opacity=1).encode(y=names, x="effect:Q", color=color)
+    labels = base.transform_filter(alt.datum.column == COMPARED_IN["block k=5"]).mark_text(align="left", x=0)
+    columns = [
+        alt.layer(zero, interval, point)
+        .transform_filter(alt.datum.column == title)
+        .encode(x=alt.X(title="difference to open", axis=alt.Axis(tickCount=3, format="+.2f", grid=False)))
+        .properties(width=150, height=170, title=alt.Title(title, fontSize=12, fontWeight="normal"))
+        for title in COMPARED_IN.values()
+    ]
+    named = labels.encode(y=names, text="what:N").properties(width=170, height=170)
+    alt.hconcat(named, *columns, spacing=14).configure_view(stroke=None).save(IMAGES / "controls.png", scale_factor=1.3)
+
+
+def _numbers_of(verdict: Verdict) -> tuple[float, float, float]:
+    return verdict.effect, verdict.ci_low, verdict.ci_high
+
+
+def trade_off() -> None:
     """Write the README's figure of reconstruction against order accuracy."""
     study = read_studies([ROOT / "full"])[0]
     table = study_table(study)
     lines = [(line, label) for line, label in table.lines if label in PICTURED]
     chart = figures.trade_off(lines, table.numbers, 5, [study.baseline], figures.cell_colors(study.rows), width=540)
-    PICTURE.parent.mkdir(parents=True, exist_ok=True)
-    chart.properties(width=620, height=380).save(PICTURE, scale_factor=1.3)
+    chart.properties(width=620, height=380).save(IMAGES / "trade-off.png", scale_factor=1.3)
 
 
 if __name__ == "__main__":
@@ -200,5 +256,6 @@ if __name__ == "__main__":
         pack(path.parent)
     for folder in folders():
         write_rows(folder / "summary.csv", summary_rows(read_rows(folder / "results.csv.zst")))
-    picture()
+    trade_off()
+    controls()
     PAGE.write_text(page(PAGE.read_text(encoding="utf8")), encoding="utf8")

@@ -51,6 +51,13 @@ def test_packages_import_only_packages_above_them():
     assert violations == []
 
 
+def test_json_files_are_read_in_one_place():
+    """Otherwise a file that is nested too deeply ends in a traceback where the reader forgot it."""
+    reading = re.compile(r"json\.load\(|json\.loads\([^\n]*read_text")
+    found = [path.name for path in PACKAGE.rglob("*.py") if reading.search(path.read_text(encoding="utf8"))]
+    assert found == ["json_file.py"]
+
+
 REMOVALS = {"rmtree", "unlink", "rmdir", "rename", "renames", "removedirs", "rm", "rm_file", "truncate"}
 REMOVALS |= {"remove", "move", "replace"}
 

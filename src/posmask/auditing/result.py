@@ -1,6 +1,5 @@
 """The result of an audit as data frames, and its figures."""
 
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import pandas as pd
 
 from posmask.errors import BadSetting, DamagedFolder
 from posmask.storage import layout
+from posmask.storage.json_file import read_json
 from posmask.storage.manifest import read_manifest
 
 __all__ = ["AuditReport", "read_audit"]
@@ -56,7 +56,7 @@ class AuditReport:
     @cached_property
     def summary(self) -> dict[str, Any]:
         """What was audited, counts of classes with intervals, main numbers, and sentences that state them."""
-        return json.loads((self.folder / layout.SUMMARY_FILE).read_text(encoding="utf8"))
+        return read_json(self.folder / layout.SUMMARY_FILE)
 
     def plot_profile(self, latent: int) -> Any:
         """Where a latent fires: firing rate by position with its 95 % interval, with the mask on and lifted.

@@ -24,6 +24,7 @@ from posmask.progress import announce, progress_bar
 from posmask.results import rows
 from posmask.sae.files import write_sae
 from posmask.storage import layout, manifest
+from posmask.storage.json_file import read_json
 from posmask.storage.record import check_links, claim_of
 from posmask.study.cell import evaluate_to_folder, fill_baselines
 from posmask.study.harvests import heldout_of, prepare
@@ -239,7 +240,7 @@ def _about(settings: AuditSettings, subject: Subject, data: EvaluationData) -> d
 def _words(folder: Path) -> pd.DataFrame:
     """The columns `promoted` (tokens that a latent's decoder row promotes most) and `example` (its strongest text)."""
     arrays = load_file(folder / layout.LATENTS_FILE)
-    described = json.loads((folder / layout.LATENT_WORDS_FILE).read_text(encoding="utf8"))
+    described = read_json(folder / layout.LATENT_WORDS_FILE)
     words = {int(token): word for token, word in described["words"].items()}
     promoted = [" | ".join(words[token] for token in ids) for ids in arrays["promoted"][:, :_N_WORDS].tolist()]
     show: Callable[[int], str] = lambda latent: _example(arrays, words, latent)  # noqa: E731

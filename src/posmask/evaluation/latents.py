@@ -24,6 +24,7 @@ from posmask.evaluation.latent_table import LatentTable, write_tables
 from posmask.evaluation.retention import PositionMass
 from posmask.evaluation.stored_codes import StoredCodes
 from posmask.sae.autoencoder import Codes, SparseAutoencoder
+from posmask.storage.json_file import read_json
 from posmask.storage.layout import LATENT_TABLE_FILE, LATENT_WORDS_FILE, LATENTS_FILE, PROFILES_FILE
 
 __all__ = [
@@ -134,14 +135,14 @@ class LatentFacts:
         assert self._earlier is not None
         arrays = load_file(self._earlier / LATENTS_FILE)
         self._arrays = {name: array for name, array in arrays.items() if name not in _PROBE_ARRAYS}
-        words = json.loads((self._earlier / LATENT_WORDS_FILE).read_text(encoding="utf8"))
+        words = read_json(self._earlier / LATENT_WORDS_FILE)
         self._position_origin, self._n_tokens = words["position_origin"], words["n_tokens_searched_for_texts"]
         self._shift_windows = words.get("shift_windows", [])
 
     def keep_probes(self, name: str) -> None:
         """Take the probes of an order task or dataset from the earlier evaluation."""
         assert self._earlier is not None
-        words = json.loads((self._earlier / LATENT_WORDS_FILE).read_text(encoding="utf8"))
+        words = read_json(self._earlier / LATENT_WORDS_FILE)
         arrays = load_file(self._earlier / LATENTS_FILE)
         for probe, *parts in zip(words["probes"], *(arrays[part] for part in _PROBE_ARRAYS), strict=True):
             if probe == name or probe.startswith(f"{name}: "):

@@ -1,6 +1,5 @@
 """How well an exported SAE reconstructs if it is not given positions, measured on the held-out vectors of its run."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor
 from posmask.data.activations import Activations, Batch, evaluation_batches
 from posmask.errors import DamagedFolder
 from posmask.sae.autoencoder import SparseAutoencoder
+from posmask.storage.json_file import read_json
 from posmask.storage.layout import SETTINGS_FILE, activations_folder
 from posmask.storage.manifest import read_manifest
 
@@ -93,7 +93,7 @@ def _kept_batches(heldout: Activations) -> Iterator[Batch]:
 def _heldout_of(cell: Path) -> Activations | None:
     """The held-out vectors that a cell was evaluated on, if they are in its run folder and intact."""
     try:
-        made_from = json.loads((cell / SETTINGS_FILE).read_text(encoding="utf8"))
+        made_from = read_json(cell / SETTINGS_FILE)
         corpus = made_from["corpus"]
         wanted = {"model": made_from["model"], "texts": made_from["texts"], "n_positions": corpus["n_positions"]}
         wanted |= {"split": corpus["eval_split"], "tokens": corpus["heldout_tokens"]}

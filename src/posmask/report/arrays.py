@@ -4,7 +4,6 @@ Checksums find accidents; a file that was forged with a matching manifest is fou
 says.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from posmask.errors import DamagedFolder, first_line
+from posmask.storage.json_file import read_json
 
 __all__ = ["read_arrays", "read_openness_of", "read_words"]
 
@@ -75,12 +75,12 @@ def read_words(path: Path) -> dict[str, Any]:
     """
     kinds = {"probes": list, "position_origin": str, "n_tokens": int, "n_tokens_searched_for_texts": int, "words": dict}
     try:
-        about = json.loads(path.read_text(encoding="utf8"))
+        about = read_json(path)
         for name, kind in kinds.items():
             if not isinstance(about[name], kind):
                 raise TypeError(f"{name} is a {type(about[name]).__name__}")
         if not all(isinstance(text, str) for text in (*about["probes"], *about["words"].values())):
             raise TypeError("probes and words must be text")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedFolder(f"{path.name} cannot be read ({first_line(error)}): `posmask run` recomputes it") from None
     return about

@@ -1,6 +1,5 @@
 """Reads the folders of audited SAEs for the page of audits."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from posmask.errors import DamagedFolder
 from posmask.storage import layout
+from posmask.storage.json_file import read_json
 from posmask.storage.manifest import read_manifest
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def _read(folder: Path, name: str) -> Audit:
         raise DamagedFolder(f"{folder} holds no audit: run `posmask audit` on the SAE")
     return Audit(
         name=name,
-        summary=json.loads(summary.read_text(encoding="utf8")),
+        summary=read_json(summary),
         latents=pd.read_parquet(folder / layout.LATENT_TABLE_FILE),
         profiles=pd.read_parquet(folder / layout.PROFILES_FILE),
         positions=pd.read_csv(folder / layout.POSITIONS_FILE),

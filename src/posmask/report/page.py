@@ -18,6 +18,7 @@ from posmask.results.comparisons import LEVEL
 from posmask.results.rows import Row
 from posmask.results.table import COLUMNS, MIN_SEEDS
 from posmask.storage.atomic import check_file, replacing
+from posmask.storage.json_file import read_json
 from posmask.storage.layout import PAGE_MARK, REPORT_FILE, SAE_FILE
 from posmask.storage.manifest import check_folder, write_folder
 
@@ -197,7 +198,7 @@ def _about(study: Study, n_heldout: int) -> list[str]:
 def _model_name(study: Study) -> str:
     for cell in study.cells:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            return str(json.loads((cell.path / SAE_FILE).read_text(encoding="utf8"))["origin"]["model"])
+            return str(read_json(cell.path / SAE_FILE)["origin"]["model"])
     return "a model"
 
 

@@ -15,6 +15,7 @@ from posmask.masks.base import PositionMask
 from posmask.sae.autoencoder import SparseAutoencoder, check_sizes, check_table
 from posmask.sae.rules import rule_settings
 from posmask.storage.atomic import check_file
+from posmask.storage.json_file import read_json
 from posmask.storage.layout import OPENNESS_FILE, ROWS_FILE, SAE_FILE, SETTINGS_FILE, WEIGHTS_FILE
 from posmask.storage.manifest import MANIFEST, read_manifest
 
@@ -69,7 +70,7 @@ def read_sae(folder: Path, *, verify: bool = False) -> SparseAutoencoder:
     if verify and any((folder / name).exists() for name in (MANIFEST, SETTINGS_FILE, ROWS_FILE)):
         read_manifest(folder, verify=True)
     try:
-        description = json.loads((folder / SAE_FILE).read_text(encoding="utf8"))
+        description = read_json(folder / SAE_FILE)
         tensors = load_file(folder / WEIGHTS_FILE)
         settings = mask_settings(description["mask"])
         _check_sizes(description, tensors, MASKS[settings.kind])
@@ -153,8 +154,8 @@ def read_width(folder: Path) -> int:
 
 def _described(folder: Path, key: str, kind: type) -> Any:
     try:
-        return kind(json.loads((folder / SAE_FILE).read_text(encoding="utf8"))[key])
-    except (OSError, KeyError, ValueError, TypeError, RecursionError) as error:
+        return kind(read_json(folder / SAE_FILE)[key])
+    except (OSError, KeyError, ValueError, TypeError) as error:
         raise DamagedFolder(
             f"{folder / SAE_FILE} cannot be read ({first_line(error)}): give the folder of an SAE"
         ) from error

@@ -21,6 +21,7 @@ from typing import Any
 from posmask.errors import BadSetting, DamagedFolder, first_line
 from posmask.storage import layout
 from posmask.storage.atomic import delete, make_folder, refusal, replacing, scratch_folder, sync
+from posmask.storage.json_file import read_json
 
 __all__ = [
     "FORMAT",
@@ -111,7 +112,7 @@ class Parts:
         self.facts: dict[str, Any] = {}
         for name in (_PARTS, MANIFEST):  # The latter of a folder that was finished once, or all but for its name.
             try:
-                kept = json.loads((draft / name).read_text(encoding="utf8"))
+                kept = read_json(draft / name)
                 if kept["identity"] == self._identity:
                     files = kept["files"].items()
                     self.files = {file: entry for file, entry in files if not _damage(draft, file, entry)}

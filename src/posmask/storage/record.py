@@ -3,7 +3,6 @@
 Every reader that joins folders compares them with it, so that results of different settings are never mixed.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ from typing import Any
 from posmask.errors import BadSetting, DamagedFolder, first_line
 from posmask.storage import layout
 from posmask.storage.atomic import claim, refusal, replacing
+from posmask.storage.json_file import read_json
 from posmask.storage.layout import STUDY_FILE
 from posmask.storage.manifest import as_json, file_sha256, identity, read_manifest
 
@@ -61,14 +61,14 @@ def read_record(root: Path) -> StudyRecord | None:
     """
     path = root / STUDY_FILE
     try:
-        values = json.loads(path.read_text(encoding="utf8"))
+        values = read_json(path)
         record = StudyRecord(**values)
         names = [record.study, *record.folders.keys(), *record.folders.values()]
         if not all(isinstance(name, str) for name in names) or not isinstance(record.baseline, str | None):
             raise TypeError("names and identities must be text")
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise DamagedFolder(
             f"{path} cannot be read ({first_line(error)}): move it away, `posmask run` writes it again"
         ) from None

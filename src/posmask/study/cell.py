@@ -1,7 +1,6 @@
 """Train and evaluate one cell of a study, and write its folder."""
 
 import importlib.metadata
-import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -22,6 +21,7 @@ from posmask.sae.autoencoder import SparseAutoencoder
 from posmask.sae.files import read_origin, read_sae, write_sae
 from posmask.sae.rules import make_rule
 from posmask.storage import layout, manifest
+from posmask.storage.json_file import read_json
 from posmask.study.saebench_file import write_saebench
 from posmask.study.saes import read_init, untrained
 from posmask.study.settings import MODEL_CELL, MeasurementSettings, StudySettings
@@ -237,7 +237,7 @@ def _kept_parts(earlier: Path, identities: Mapping[str, str]) -> dict[str, list[
     """The measures of an earlier evaluation of the same SAE whose parts have these identities, by part."""
     table, units = rows.read_rows(earlier / layout.ROWS_FILE), rows.read_units(earlier / layout.UNITS_FILE)
     kept, start = {}, 0
-    for name, part in json.loads((earlier / layout.PARTS_FILE).read_text(encoding="utf8")).items():
+    for name, part in read_json(earlier / layout.PARTS_FILE).items():
         of_part = table[start : start + part["rows"]]
         if part["identity"] == identities.get(name):
             kept[name] = [row.measure(units) for row in of_part]

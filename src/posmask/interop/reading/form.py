@@ -1,12 +1,12 @@
 """The common form of SAEs of all formats: settings and tensors as SAELens 6 names them."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from posmask.errors import DamagedFolder, first_line
 from posmask.interop.weights import Weights
+from posmask.storage import json_file
 
 __all__ = ["Form", "path_words", "read_json"]
 
@@ -46,10 +46,10 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _LARGEST_JSON:
             raise ValueError(f"{path.stat().st_size:,} bytes are not settings")
-        values = json.loads(path.read_text(encoding="utf8"))
+        values = json_file.read_json(path)
         if not isinstance(values, dict):
             raise TypeError(f"it holds a {type(values).__name__}, not settings by name")
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise DamagedFolder(f"{path} is not readable JSON ({first_line(error)}): fetch the folder again") from None
     return values
 
