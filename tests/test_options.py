@@ -63,7 +63,7 @@ def commands(study_file, model_folder, finish, tmp_path, monkeypatch):
     for module, name in ((study_run, "prepare"), (auditing_run, "_run"), (models, "load_model")):
         monkeypatch.setattr(module, name, nothing)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # or it tries for half a minute
-    monkeypatch.setattr(serving._Server, "serve_forever", lambda server: None)
+    monkeypatch.setattr(serving.PageServer, "serve_forever", lambda server: None)
     cell, model = "run/cells/open-seed0", str(model_folder)
     return {
         "init": ["--model", model, "--texts", "texts.txt", "--out", "new.toml"],

@@ -4,6 +4,7 @@ Imports are inside the functions, so that `posmask --help` and shell completion 
 """
 
 import contextlib
+import functools
 import json
 import shlex
 import sys
@@ -31,8 +32,10 @@ from posmask.errors import BadSetting, DamagedFolder, NothingToDo, PosmaskError
 from posmask.storage import layout
 
 if TYPE_CHECKING:
+    from posmask.report.prompts import Codes
     from posmask.results.rows import Row
     from posmask.study import estimate
+    from posmask.study.prompts import Prompts
     from posmask.study.settings import StudySettings
 
 app = typer.Typer(
@@ -452,11 +455,12 @@ def report_command(
 
 @registered(app, "serve", "Results")
 def serve(
-    path: Annotated[
-        Path,
+    paths: Annotated[
+        list[Path],
         typer.Argument(
-            metavar="DIR|PAGE",
-            help="Run folder of a study, a folder written by `posmask report --all`, or a report.html.",
+            metavar="DIR|PAGE [DIR...]",
+            help="Run folder of a study or an audit, a folder written by `posmask report --all`, or a page; then the "
+            "run folders of the page's other cells.",
             show_default=False,
         ),
     ],
@@ -464,19 +468,46 @@ def serve(
 ) -> None:
     """Serve a report page on this machine only, until interrupted.
 
-    In a study's folder, the page with all latents (written by `posmask report --all`) comes before report.html.
+    In a run folder, the page with all latents (written by `posmask report --all`) comes before report.html, and that
+    before audit.html. Where the run folder of the page's cells is at hand, the page has a box into which you type a
+    text to see which latents fire where; its model and SAE are read when the first text is typed.
     """
     from posmask import report
 
+    path = paths[0]
     pages = {path: path / "index.html", path / "report": path / "report" / "index.html"}
-    pages[path / layout.REPORT_FILE] = path / layout.REPORT_FILE
+    pages |= {path / name: path / name for name in (layout.REPORT_FILE, layout.AUDIT_FILE)}
     served = next((page for page, file in pages.items() if file.is_file()), path)
-    with report.page_server(served, port) as server:
+    roots = [root for path in paths if (root := layout.root_of(path)) is not None]
+    for other in paths[1:]:
+        if layout.root_of(other) is None:
+            raise BadSetting(f"{other} holds no cells: give the run folder of a study or an audit after the page")
+    with report.page_server(served, port, _codes_in(roots) if roots else None) as server:
         print(f"http://127.0.0.1:{server.server_address[1]}/ serves {served}; Ctrl+C stops it.", flush=True)
+        if roots:
+            print(_about_prompts(server.codes is not None), flush=True)
         try:
             server.serve_forever()
         except KeyboardInterrupt:
             print()
+
+
+def _about_prompts(has_box: bool) -> str:
+    if has_box:
+        return "Type a text into its section of latents to see which of them fire where."
+    return "The page takes no texts, because another version of posmask wrote it: write it again with `posmask report`."
+
+
+def _codes_in(roots: list[Path]) -> "Codes":
+    """Encode texts with the SAEs of run folders. Torch is imported for the first text."""
+
+    @functools.cache
+    def prompts() -> "Prompts":
+        from posmask.study.prompts import Prompts
+
+        return Prompts(roots)
+
+    return lambda folder, identity, text: prompts().codes(folder, identity, text)
 
 
 @registered(app, "order-tasks", "Results")

@@ -36,6 +36,7 @@ __all__ = [
     "excerpts",
     "position_ranges",
     "shift_strips",
+    "token_text",
     "vocabulary_effects",
 ]
 
@@ -232,7 +233,7 @@ class LatentFacts:
             "n_tokens_searched_for_texts": self._n_tokens,
             "excerpts": {"strongest": N_TEXTS, "quantiles": QUANTILES, "positions": position_ranges(n_positions)},
             "shift_windows": self._shift_windows,
-            "words": {int(token_id): _word(tokenizer, int(token_id)) for token_id in shown if token_id >= 0},
+            "words": {int(token_id): token_text(tokenizer, int(token_id)) for token_id in shown if token_id >= 0},
         }
         (folder / LATENT_WORDS_FILE).write_text(json.dumps(words, ensure_ascii=False), encoding="utf8")
 
@@ -253,7 +254,7 @@ class LatentFacts:
         }
 
 
-def _word(tokenizer: Any, token: int) -> str:
+def token_text(tokenizer: Any, token: int) -> str:
     """A token's text, or the tokenizer's name of the token if its bytes are not complete characters."""
     word = tokenizer.decode([token])
     return str(tokenizer.convert_ids_to_tokens([token])[0]) if "\ufffd" in word or not word else word

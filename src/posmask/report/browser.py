@@ -43,7 +43,8 @@ class Browser:
 
     Attributes:
         blocks: bytes by name.
-        cells: label, cell, seed, block, number of latents kept (`kept`) and in total (`of`) of each cell with a block.
+        cells: of each cell with a block: label, cell, seed, its folder in the run folder and the folder's identity,
+            block, number of latents kept (`kept`) and in total (`of`).
     """
 
     blocks: dict[str, bytes]
@@ -116,6 +117,8 @@ def browser(
                 "label": facts.cell.label,
                 "cell": facts.cell.cell,
                 "seed": facts.cell.seed,
+                "folder": "/".join(facts.cell.path.parts[-2:]),
+                "identity": facts.cell.manifest["identity"],
                 "block": name,
                 "kept": len(facts.kept),
                 "of": len(facts.arrays["firings"]),

@@ -181,6 +181,7 @@ class Latents {
       this.mapped.hidden = !block.shift_content;
       if (!block.other_seeds.length && this.extra === "seeds") this.setExtra("where");
       this.weigh(); this.setRange(null);
+      this.holder.dispatchEvent(new Event("cell"));
       return true;
     } catch (error) { this.say("The latents of this cell cannot be read: " + error.message); return false; }
     finally { this.holder.removeAttribute("aria-busy"); }

@@ -75,7 +75,7 @@ def write_report_folder(*roots: Path, out: Path | None = None) -> Path:
         (draft / "data").mkdir()
         for name in [name for name in blocks if name.startswith(("cell-", "texts-"))]:
             (draft / "data" / f"{name}.gz").write_bytes(blocks.pop(name))
-        (draft / "index.html").write_text(render("page", page, blocks), encoding="utf8")
+        (draft / "index.html").write_text(render("page", page | {"fetches": True}, blocks), encoding="utf8")
     return folder
 
 

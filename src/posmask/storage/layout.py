@@ -53,6 +53,7 @@ __all__ = [
     "jobs_folder",
     "locks_folder",
     "parse_cell_label",
+    "root_of",
     "stale_folder",
     "stale_paths",
 ]
@@ -154,6 +155,12 @@ def evaluated_folders(root: Path) -> Path:
 def evaluated_folder(root: Path, name: str) -> Path:
     """The results of an SAE that the study did not train."""
     return evaluated_folders(root) / name
+
+
+def root_of(path: Path) -> Path | None:
+    """The run folder that a path is, or is directly in; None if there is none."""
+    roots = (path, path.absolute().parent)
+    return next((root for root in roots if cells_folder(root).is_dir() or evaluated_folders(root).is_dir()), None)
 
 
 def stale_folder(root: Path) -> Path:
