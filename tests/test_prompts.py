@@ -16,14 +16,16 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import posmask
 from conftest import HOSTILE, N_POSITIONS, WORDS
+from posmask.auditing import settings
 from posmask.cli.commands import app
 from posmask.data import harvest as harvesting
 from posmask.data import models
 from posmask.data.activations import Activations, evaluation_batches
 from posmask.data.tokens import pad
 from posmask.errors import BadSetting, DamagedFolder, NothingToDo, PosmaskError
-from posmask.report import page_server, serving, write_report, write_report_folder
+from posmask.report import page_server, serving, write_audit_page, write_report, write_report_folder
 from posmask.report.prompts import MOST_BYTES
 from posmask.sae.files import read_sae, write_sae
 from posmask.storage import layout, manifest
@@ -610,6 +612,18 @@ def test_the_mask_is_lifted_and_the_cell_changed(root, page, type_text):
     tab.wait_for_selector(".prompt .note:has-text('open, seed 0')")
     found = codes(root, OPEN)
     check_list(tab, strongest(found), found)
+
+
+def test_a_page_of_an_audit_takes_texts(root, type_text, tmp_path, monkeypatch):
+    monkeypatch.setattr(settings, "TABLES", ("words",))
+    audit = tmp_path / "audit"
+    report = posmask.audit(root / SLICE, tokens=1200, order=False, root=audit)
+    name = f"evaluated/{report.folder.name}"
+    tab = type_text(write_audit_page(audit, [report.folder.name]), Prompts([audit]).codes)
+    found = codes(audit, name)
+    check_list(tab, strongest(found), found)
+    tab.select_option("select[aria-label=Mask]", "lifted")
+    check_list(tab, strongest(found, "lifted"), found)
 
 
 def test_everything_works_by_keyboard(root, page, serve, open_page):
