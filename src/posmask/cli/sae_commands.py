@@ -18,6 +18,7 @@ from posmask.cli.options import (
     parse_count,
     parse_position,
 )
+from posmask.errors import BadSetting
 from posmask.storage import layout
 
 __all__ = ["audit", "evaluate", "export", "import_", "push"]
@@ -168,8 +169,11 @@ def export(
         Path, typer.Argument(metavar="DIR", help="Folder to write; it must not exist yet.", show_default=False)
     ],
     to: Annotated[
-        Literal["saelens", "saelens-lossy"],
-        typer.Option(help="Format: with the mask, or with the mask of one position.", show_default=False),
+        Literal["saelens", "saelens-lossy", "neuronpedia"],
+        typer.Option(
+            help="Format: the SAE with the mask, or with the mask of one position; or pages of its latents.",
+            show_default=False,
+        ),
     ],
     model_name: ModelName = None,
     unknown_position: Annotated[
@@ -182,17 +186,23 @@ def export(
         ),
     ] = None,
 ) -> None:
-    """Write a cell's SAE as a folder that SAELens loads.
+    """Write a cell's SAE as a folder that SAELens loads, or its latents for Neuronpedia.
 
     saelens: keeps the mask, as the architecture `posmask`; import posmask.interop.saelens before loading it.
 
     saelens-lossy: one of SAELens's built-in architectures. They have no positions, so every token is encoded as at one
     position. README.md and LOSSY.md record this, with the explained variance if the run folder has held-out vectors.
+
+    neuronpedia: texts, activations, histogram and logits of each latent that fires, as the batches of SAEDashboard that
+    Neuronpedia's converter reads. Nothing is measured.
     """
     from posmask.interop import saelens_files
     from posmask.interop.readme import positions_text
 
     position = parse_position(unknown_position)
+    if to == "neuronpedia":
+        _export_neuronpedia(cell, folder, model_name, unknown_position)
+        return
     cfg = saelens_files.export_saelens(
         cell, folder, lossy=to == "saelens-lossy", model_name=model_name, unknown_position=position
     )
@@ -201,6 +211,22 @@ def export(
     for key, remedy in (("model_name", "--model-name"), ("hook_name", "an SAE whose folder states its layer")):
         if key not in cfg["metadata"]:
             print(f"cfg.json has no {key}, which SAEBench needs: give {remedy}.")
+
+
+def _export_neuronpedia(cell: Path, folder: Path, model_name: str | None, unknown_position: str | None) -> None:
+    from posmask.interop.neuronpedia import export_neuronpedia
+
+    if unknown_position is not None:
+        raise BadSetting("--unknown-position is for SAEs, not for pages of latents: leave it out with --to neuronpedia")
+    written = export_neuronpedia(cell, folder, model_name=model_name)
+    silent = f"; {written.n_silent:,} never fired and are left out" if written.n_silent else ""
+    print(f"Written: {folder}, {written.n_latents:,} latents{silent}")
+    layer, hook = written.hook.split(".")[1:]
+    print(
+        f"For Neuronpedia's converter: --saedashboard-output-dir {folder} --model-name {written.model_name} "
+        f"--layer-num {layer} --hook-point {hook} --n-prompts-total {written.n_contexts} "
+        f"--n-tokens-in-prompt {written.n_positions}"
+    )
 
 
 def import_(

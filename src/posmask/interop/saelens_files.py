@@ -31,6 +31,7 @@ __all__ = [
     "ARCHITECTURE",
     "export_saelens",
     "lossy_saelens_form",
+    "model_name_of",
     "saelens_form",
     "without_constants",
 ]
@@ -78,7 +79,7 @@ def without_constants(sae: SparseAutoencoder) -> Tensors:
 
 def _metadata(sae: SparseAutoencoder, origin: Mapping[str, Any], model_name: str | None) -> dict[str, Any]:
     """Return the metadata of cfg.json: what an imported SAE stated (`origin["metadata"]`), else what posmask does."""
-    name = model_name or origin.get("model")
+    name = model_name or model_name_of(origin)
     metadata: dict[str, Any] = {
         "sae_lens_version": SAELENS_VERSION,
         "sae_lens_training_version": None,
@@ -95,8 +96,14 @@ def _metadata(sae: SparseAutoencoder, origin: Mapping[str, Any], model_name: str
     metadata |= origin.get("metadata", {})
     metadata["posmask_scale"] = float(sae.scale)  # The factor of codes with respect to this SAE's.
     if name is not None:
-        metadata["model_name"] = MODELS[name].on_hub if name in MODELS else name
+        metadata["model_name"] = name
     return metadata
+
+
+def model_name_of(origin: Mapping[str, Any]) -> str | None:
+    """The name of the model that an SAE's origin states; the embedded model has its name on the hub."""
+    name = origin.get("model")
+    return None if name is None else MODELS[name].on_hub if name in MODELS else name
 
 
 def _base(sae: SparseAutoencoder, architecture: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
