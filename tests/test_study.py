@@ -555,7 +555,7 @@ def test_cells_can_start_from_a_users_sae(study_file, finish, begin, tmp_path):
             run(study_file, tmp_path / "third")
     (sae_folder / "sae.json").write_text(json.dumps(start))
     study_file.write_text(both_cells.replace("k = 4", "k = 3"))
-    with pytest.raises(BadSetting, match=r"would start from an SAE with the rule .* but sae.rule is"):
+    with pytest.raises(BadSetting, match=r"would start from an SAE with the rule .* but its own is"):
         run(study_file, tmp_path / "third")
     study_file.write_text(both_cells.replace("d_sae = 32", "d_sae = 24"))
     with pytest.raises(BadSetting, match="does not open one copy of each of the 32 latents"):

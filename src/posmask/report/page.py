@@ -181,11 +181,9 @@ def _about(study: Study, n_heldout: int) -> list[str]:
     model, sae = settings.get("model"), settings.get("sae")
     if isinstance(model, dict) and "layer" in model:
         parts.append(f"{_model_name(study)} after layer {model['layer']}")
-    if isinstance(sae, dict) and isinstance(sae.get("rule"), dict):
-        rule = sae["rule"]
-        k = f", k = {rule['k']}" if "k" in rule else ""
-        parts.append(f"{rule.get('kind')}{k}")
-        parts.append(f"{sae.get('d_sae', 0):,} latents")
+    parts += _rules(study)
+    if isinstance(sae, dict) and isinstance(sae.get("d_sae"), int):
+        parts.append(f"{sae['d_sae']:,} latents")
     tokens = {row.value for row in study.rows if row.metric == "train_tokens"}
     if tokens:
         parts.append(f"{max(tokens):,.0f} training tokens")
@@ -193,6 +191,20 @@ def _about(study: Study, n_heldout: int) -> list[str]:
     n_seeds = len(study.seeds)
     parts.append(f"{n_seeds} seed{'s' * (n_seeds != 1)} ({', '.join(map(str, study.seeds))})")
     return [*parts, f"{study.n_saes} trained SAEs"]
+
+
+def _rules(study: Study) -> list[str]:
+    """The activation rule of the baseline, or of the first cell, followed by those of the cells that have another."""
+    by_cell: dict[str, str] = {}
+    for cell in study.cells:
+        with contextlib.suppress(KeyError, TypeError):
+            rule = cell.manifest["made_from"]["sae"]["rule"]
+            k = f", k = {rule['k']}" if "k" in rule else ""
+            by_cell[cell.cell] = f"{rule['kind']}{k}"
+    if not by_cell:
+        return []
+    usual = by_cell.get(study.baseline or "", next(iter(by_cell.values())))
+    return [usual, *(f"{cell}: {rule}" for cell, rule in by_cell.items() if rule != usual)]
 
 
 def _model_name(study: Study) -> str:
@@ -222,7 +234,11 @@ def _settings(study: Study) -> dict[str, Any]:
     settings = [cell.manifest.get("made_from", {}) for cell in study.cells]
     if not settings:
         return {}
-    return {key: value for key, value in settings[0].items() if all(other.get(key) == value for other in settings)}
+    shared = {key: value for key, value in settings[0].items() if all(other.get(key) == value for other in settings)}
+    sizes = {json.dumps(of.get("sae", {}).get("d_sae")) for of in settings if isinstance(of.get("sae"), dict)}
+    if "sae" not in shared and len(sizes) == 1:  # The cells differ in their rules.
+        shared["sae"] = {"d_sae": settings[0]["sae"]["d_sae"]}
+    return shared
 
 
 def _folder(cell: CellFolder, study: Study) -> dict[str, Any]:

@@ -261,4 +261,5 @@ def _training_precision(study: StudySettings, target: Target, earlier: Path | No
     assert target.cell is not None
     if earlier is not None:
         return manifest.read_manifest(earlier)["training_precision"]
-    return product_precision(study.training, make_rule(study.sae.rule, study.width(target.cell)), study.device)
+    rule = make_rule(study.rule_of(target.cell), study.width(target.cell))
+    return product_precision(study.training, rule, study.device)

@@ -165,7 +165,8 @@ def measure(
         announce(f"Measuring this machine for at most {MEASURING_SECONDS:.0f} s.")
     runtime.keep_freed_memory()
     precision, host = _model_precision(study), timeit.repeat(_host_work, number=1, repeat=5)
-    machine = gpu or this_machine({"float32", precision, _training_precision(study, on_gpu=False)})
+    of_training = {_training_precision(study, cell, on_gpu=False) for cell in cells or study.cells}
+    machine = gpu or this_machine({"float32", precision, *of_training})
     below, above = (machine.pass_seconds(n, precision) for n in outline.n_parameters())
     if gpu is not None:
         below += _BYTES[precision] * outline.d_model / DISK_RATE
@@ -240,7 +241,7 @@ def _step_factors(
     """Measured over calculated seconds of training steps; none if `caution` times these exceed the time left."""
     shape = shape_of(_mask(study, cell))
     sizes = [min(n, study.training.batch_tokens) for n in _STEP_TOKENS]
-    calculated = {n: _step_seconds(study, shape, d_model, machine, n) for n in sizes}
+    calculated = {n: _step_seconds(study, cell, shape, d_model, machine, n) for n in sizes}
     n_tokens = next((n for n in sizes if caution * _N_STEPS * calculated[n] < left()), 0)
     if not n_tokens:
         return []
@@ -266,16 +267,19 @@ def _mask(study: StudySettings, cell: CellSettings) -> PositionMask:
     return make_sae(study, cell, 1, study.seeds[0]).mask
 
 
-def _step_seconds(study: StudySettings, shape: Shape, d_model: int, machine: Machine, n_tokens: int) -> float:
+def _step_seconds(
+    study: StudySettings, cell: CellSettings, shape: Shape, d_model: int, machine: Machine, n_tokens: int
+) -> float:
     """Calculated from the machine's peak rates."""
-    precision, k = _training_precision(study, on_gpu=machine.transfer is not None), getattr(study.sae.rule, "k", None)
+    precision = _training_precision(study, cell, on_gpu=machine.transfer is not None)
+    k = getattr(study.rule_of(cell), "k", None)
     return sum(machine.step_parts(d_model, shape.d_sae, shape.n_live, k, n_tokens, precision).values())
 
 
-def _training_precision(study: StudySettings, *, on_gpu: bool) -> runtime.Precision:
+def _training_precision(study: StudySettings, cell: CellSettings, *, on_gpu: bool) -> runtime.Precision:
     if on_gpu and study.training.precision == "auto":
         return "bfloat16"
-    return product_precision(study.training, make_rule(study.sae.rule, study.sae.d_sae), study.device)
+    return product_precision(study.training, make_rule(study.rule_of(cell), study.width(cell)), study.device)
 
 
 def _host_work() -> None:
@@ -387,8 +391,8 @@ def plan(
     missing = [harvest for harvest in sets if n_left and not harvest.finished]
     cells = [cell for cell in study.cells if left[cell.name]]
     if rates is None and n_left:
-        by_shape = {shape_of(_mask(study, cell)): cell for cell in cells}
-        kinds_of_steps = [by_shape[shape] for shape in sorted(by_shape, reverse=True)] if measure_steps else []
+        by_kind = {(shape_of(_mask(study, cell)), study.rule_of(cell).model_dump_json()): cell for cell in cells}
+        kinds_of_steps = [by_kind[kind] for kind in sorted(by_kind, reverse=True)] if measure_steps else []
         rates = measure(study, kinds_of_steps, outline, gpu)
     costs = _Costs(study, outline, sets, rates or Rates(GPUS["a100"], 0.0, 0.0))
     kinds = dict.fromkeys(harvest.kind for harvest in sets)
@@ -471,12 +475,12 @@ class _Costs:
         if cell.measure_forgetting:
             steps.append((Shape(shape.d_sae, shape.d_sae), n_left * max(self._forgetting_steps)))
         machine, batch, d_model = self._rates.machine, self._study.training.batch_tokens, self._outline.d_model
-        seconds = sum(n * _step_seconds(self._study, shape, d_model, machine, batch) for shape, n in steps)
+        seconds = sum(n * _step_seconds(self._study, cell, shape, d_model, machine, batch) for shape, n in steps)
         return Line("training", cell.name, batch * sum(n for _, n in steps), self._rates.factor * seconds)
 
-    def _encode(self, shape: Shape) -> float:
+    def _encode(self, shape: Shape, k: int) -> float:
         """A token's codes: a step's product (in float32) and choice, but one pass over rows of active codes, not 5."""
-        k, machine = getattr(self._study.sae.rule, "k", _ACTIVE), self._rates.machine
+        machine = self._rates.machine
         parts = machine.step_parts(self._outline.d_model, 0, shape.n_live, k / 5, 1, "float32")
         return self._rates.factor * (parts["products"] + parts["codes"] + parts["host"])
 
@@ -494,9 +498,9 @@ class _Costs:
         n_encoded += n_controls * (self._n_probed + heldout)
         widths += n_controls * [d_sae]
         seconds = self._probing([*widths, *(n * d_sae for n in further if is_open)], widths)
-        k = getattr(self._study.sae.rule, "k", _ACTIVE)
+        k = getattr(self._study.rule_of(cell), "k", _ACTIVE)
         seconds = rates.host * (seconds + heldout * k * _COUNT + n_positions * d_sae * _CONCLUDE)
-        seconds += n_encoded * self._encode(shape) + n_lifted * self._encode(Shape(d_sae, d_sae))
+        seconds += n_encoded * self._encode(shape, k) + n_lifted * self._encode(Shape(d_sae, d_sae), k)
         seconds += 3 * self._n_in_model * rates.above
         head = self._outline.d_model * self._outline.n_vocabulary  # each latent's effect on the vocabulary, and a sort
         seconds += 2 * d_sae * rates.machine.pass_seconds(head, _model_precision(self._study))

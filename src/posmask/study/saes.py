@@ -20,7 +20,7 @@ __all__ = ["check_buildable", "make_sae", "read_init", "untrained"]
 
 def make_sae(study: StudySettings, cell: CellSettings, d_model: int, seed: int) -> SparseAutoencoder:
     """The SAE of a cell that starts from random weights."""
-    return SparseAutoencoder(d_model, study.sae.rule, _make_mask(study, cell, seed), seed)
+    return SparseAutoencoder(d_model, study.rule_of(cell), _make_mask(study, cell, seed), seed)
 
 
 def _make_mask(study: StudySettings, cell: CellSettings, seed: int) -> PositionMask:
@@ -29,12 +29,13 @@ def _make_mask(study: StudySettings, cell: CellSettings, seed: int) -> PositionM
 
 def _init_sae(study: StudySettings, cell: CellSettings, source: SparseAutoencoder, seed: int) -> SparseAutoencoder:
     """The SAE of a cell that starts from another SAE."""
-    if source.rule.settings.of_codes() != study.sae.rule.of_codes():
+    rule = study.rule_of(cell)
+    if source.rule.settings.of_codes() != rule.of_codes():
         raise BadSetting(
-            f"{cell.name} would start from an SAE with the rule {source.rule.settings.model_dump()}, but sae.rule "
-            f"is {study.sae.rule.model_dump()}: make them equal"
+            f"{cell.name} would start from an SAE with the rule {source.rule.settings.model_dump()}, but its own is "
+            f"{rule.model_dump()}: make them equal"
         )
-    return warm_start(source, _make_mask(study, cell, seed), seed, study.sae.rule)
+    return warm_start(source, _make_mask(study, cell, seed), seed, rule)
 
 
 def check_buildable(study: StudySettings, cell: CellSettings) -> None:
@@ -50,8 +51,8 @@ def check_buildable(study: StudySettings, cell: CellSettings) -> None:
             raise BadSetting(f"init_from = {str(cell.init_folder)!r} does not exist: give the folder of an SAE")
         sae = _init_sae(study, cell, read_sae(cell.init_folder), seed)
     elif cell.init_from is not None:
-        open_cell = CellSettings(name="source", mask=masks.mask_settings({"kind": "open"}))
-        sae = _init_sae(study, cell, make_sae(study, open_cell, 1, 0), seed)
+        source = next(other for other in study.cells if other.name == cell.init_from)
+        sae = _init_sae(study, cell, make_sae(study, source, 1, 0), seed)
     if cell.mask.gradient_sharing and not sae.mask.may_have_copies():
         raise BadSetting(
             f"{cell.name} has gradient_sharing = {cell.mask.gradient_sharing}, but its latents are not copies of each "

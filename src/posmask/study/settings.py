@@ -11,7 +11,9 @@ from pydantic import (
     ConfigDict,
     Field,
     SerializeAsAny,
+    SerializerFunctionWrapHandler,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -138,11 +140,15 @@ class SaeSettings(_Settings):
 
     d_sae: int = Field(gt=0)
     rule: SerializeAsAny[rules.RuleSettings]
+    """The activation rule of all cells that name none."""
 
     @field_validator("rule", mode="before")
     @classmethod
     def _known_rule(cls, value: Any) -> Any:
         return _settings_of(rules.rule_settings, value)
+
+
+_LATER = frozenset({"rule"})
 
 
 class CellSettings(_Settings):
@@ -165,6 +171,8 @@ class CellSettings(_Settings):
     """Seeds of this cell, if they differ from the study's."""
     measure_forgetting: bool = False
     """Whether to continue training a copy without the mask and measure retention; doubles the cost of training."""
+    rule: SerializeAsAny[rules.RuleSettings] | None = None
+    """The activation rule, if it differs from the study's."""
 
     @property
     def init_folder(self) -> Path | None:
@@ -174,6 +182,16 @@ class CellSettings(_Settings):
     @classmethod
     def _known_kind(cls, value: Any) -> Any:
         return _settings_of(partial(masks.mask_settings, may_import=True), value)
+
+    @field_validator("rule", mode="before")
+    @classmethod
+    def _known_rule(cls, value: Any) -> Any:
+        return _settings_of(rules.rule_settings, value)
+
+    @model_serializer(mode="wrap")
+    def _without_unset(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out settings of later versions that are unset, so that they change no identity."""
+        return {name: value for name, value in serialize(self).items() if name not in _LATER or value is not None}
 
 
 class ComparisonSettings(_Settings):
@@ -322,6 +340,13 @@ class StudySettings(MeasurementSettings):
                     "that starts from random weights: name one that does"
                 )
                 continue
+            rule, of_source = self.rule_of(cell), self.rule_of(source)
+            if of_source.of_codes() != rule.of_codes():
+                yield (
+                    f"{cell.name} has the rule {rule.model_dump()}, but starts from {cell.init_from} with the rule "
+                    f"{of_source.model_dump()}: give both the same"
+                )
+                continue
             if lacking := sorted(set(self.seeds_of(cell)) - set(self.seeds_of(source))):
                 yield f"{cell.name} starts from {cell.init_from}, which has no seeds {lacking}: give it those too"
             if self.n_steps(cell) < 1:
@@ -332,6 +357,10 @@ class StudySettings(MeasurementSettings):
 
     def seeds_of(self, cell: CellSettings) -> tuple[int, ...]:
         return cell.seeds or self.seeds
+
+    def rule_of(self, cell: CellSettings) -> rules.RuleSettings:
+        """The activation rule of a cell."""
+        return cell.rule or self.sae.rule
 
     def n_steps(self, cell: CellSettings) -> int:
         """Number of steps that a cell is trained for, without those of the cell that it starts from."""
@@ -396,10 +425,13 @@ class StudySettings(MeasurementSettings):
 
     @property
     def baseline(self) -> str | None:
-        """The cell that every other cell is compared with: the first open cell at full width with all steps."""
+        """The cell that every other cell is compared with.
+
+        It is the first open cell at full width with all steps and the study's rule.
+        """
         for cell in self.cells:
             is_plain = cell.mask.kind == "open" and cell.budget == "width" and cell.d_sae is None
-            if is_plain and cell.step_fraction == 1:
+            if is_plain and cell.step_fraction == 1 and self.rule_of(cell) == self.sae.rule:
                 return cell.name
         return None
 

@@ -89,15 +89,17 @@ def baselines_of(target: Target) -> Target:
 def targets_of(study: StudySettings, source: Source, root: Path) -> list[Target]:
     """The baselines and every cell with every seed, in the order of the study file."""
     shared = results_origin(study, source)
-    of_training = study.model_dump(mode="json", include={"sae", "training"})
+    of_training = study.model_dump(mode="json", include={"training"})
     by_name = {cell.name: cell for cell in study.cells}
 
     def made_from_of(cell: CellSettings, seed: int) -> dict[str, Any]:
+        sae = {"d_sae": study.sae.d_sae, "rule": study.rule_of(cell).model_dump(mode="json")}
         # The path of a folder does not matter; `init_from` of the result has the checksum of its SAE.
-        cell_part = cell.model_dump(mode="json", exclude={"seeds", *(["init_from"] if cell.init_folder else [])})
+        elsewhere = {"seeds", "rule"} | ({"init_from"} if cell.init_folder else set())
+        cell_part = cell.model_dump(mode="json", exclude=elsewhere)
         if (code := masks.code_of(cell.mask)) is not None:
             cell_part["mask_code"] = code
-        return {**shared, **of_training, "cell": cell_part, "seed": seed}
+        return {**shared, "sae": sae, **of_training, "cell": cell_part, "seed": seed}
 
     def target_of(cell: CellSettings, seed: int) -> Target:
         made_from = made_from_of(cell, seed)
@@ -110,11 +112,15 @@ def targets_of(study: StudySettings, source: Source, root: Path) -> list[Target]
             origin = by_name[cell.init_from]
             init_folder = layout.cell_folder(root, layout.cell_label(cell.init_from, seed))
             init_identity = manifest.identity(made_from_of(origin, seed))
-            made_from["init_from"] = origin.model_dump(mode="json", exclude={"measure_forgetting", "seeds"})
+            made_from["init_from"] = origin.model_dump(mode="json", exclude={"measure_forgetting", "seeds", "rule"})
+            if study.rule_of(origin) != study.rule_of(cell):
+                made_from["init_from"]["rule"] = study.rule_of(origin).model_dump(mode="json")
         folder = layout.cell_folder(root, layout.cell_label(cell.name, seed))
         target = Target(cell, seed, root, folder, made_from, init_folder, init_identity)
         unmasked = None if study.baseline is None else by_name[study.baseline]
         if unmasked is None or not may_have_controls(cell.mask) or seed not in study.seeds_of(unmasked):
+            return target
+        if study.rule_of(cell) != study.rule_of(unmasked):  # The controls would differ by more than the training.
             return target
         of_unmasked = made_from_of(unmasked, seed)
         if unmasked.init_folder is not None:
