@@ -39,6 +39,9 @@ CASES = {
         ("data", "soft", "gated"),
         ("position", "slice", "topk"),
         ("position", "slice", "jumprelu"),
+        ("data", "slice", "topk", "learned"),
+        ("position", "slice", "topk", "learned"),
+        ("position", "slice", "topk", "mean"),
     ],
     4: [
         ("data", "split", "topk"),
@@ -49,15 +52,17 @@ CASES = {
 }
 
 
-def fresh_sae(kind, rule):
+def fresh_sae(kind, rule, position_bias=None):
     mask = make_mask(mask_settings(MASKS[kind]), N_POSITIONS, D_SAE)
-    return SparseAutoencoder(D_MODEL, rule_settings(RULES[rule]), mask)
+    sae = SparseAutoencoder(D_MODEL, rule_settings(RULES[rule]), mask, position_bias=position_bias)
+    sae.start_position_bias_(0.1 * torch.randn(N_POSITIONS, D_MODEL, generator=torch.Generator().manual_seed(0)))
+    return sae
 
 
 @pytest.mark.parametrize("n_processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_several_processes_train_the_same_sae_and_send_few_bytes(activations, tmp_path, n_processes):
     spawn = multiprocessing.get_context("spawn")
-    cases = [(parallel_by, fresh_sae(kind, rule)) for parallel_by, kind, rule in CASES[n_processes]]
+    cases = [(parallel_by, fresh_sae(*sae)) for parallel_by, *sae in CASES[n_processes]]
     files = (tmp_path / "checkpoints", tmp_path / "result")
     arguments = (n_processes, tmp_path / "meeting", activations.folder, cases, *files)
     for number, (_, sae) in enumerate(cases):
@@ -69,7 +74,7 @@ def test_several_processes_train_the_same_sae_and_send_few_bytes(activations, tm
     for process in processes:
         process.join(200)
         assert process.exitcode == 0
-    for number, (parallel_by, kind, rule) in enumerate(CASES[n_processes]):
+    for number, (parallel_by, *of_sae) in enumerate(CASES[n_processes]):
         curve, sae, _ = trained(activations.folder, cases[number][1])
         checkpoint_folder = tmp_path / f"checkpoints-{number}"  # of step 10
         resumed_curve, resumed_sae, _ = trained(activations.folder, cases[number][1], None, checkpoint_folder)
@@ -78,12 +83,13 @@ def test_several_processes_train_the_same_sae_and_send_few_bytes(activations, tm
         for result in (resumed, *others):
             for expected, actual in zip(curve, result["curve"], strict=True):
                 for name, value in vars(expected).items():
-                    case = parallel_by, kind, rule, expected.step, name
+                    case = parallel_by, *of_sae, expected.step, name
                     assert actual[name] == pytest.approx(value, rel=1e-5), case
             for name, tensor in sae.state_dict().items():
                 torch.testing.assert_close(result["sae"][name], tensor, rtol=1e-4, atol=1e-5)
             if parallel_by == "position":
-                step_bytes = 4 * 12 + 8 * 12  # the decoder bias, and a few sums
+                shared = 12 + 12 * N_POSITIONS * ("learned" in of_sae)  # the decoder bias, and one per position
+                step_bytes = 4 * shared + 8 * 12  # and a few sums
                 checkpoint_bytes = 3 * 4 * (D_SAE * (2 * 12 + 8) + 12)  # a checkpoint: weights and two moments
                 merge_bytes = 4 * (D_SAE * (2 * 12 + 8) + 12)  # once, at the end
                 assert result["sent"] < merge_bytes + checkpoint_bytes + SETTINGS.n_steps * step_bytes

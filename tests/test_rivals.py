@@ -4,7 +4,9 @@ import json
 import re
 
 import pytest
+import torch
 
+from posmask.data.activations import Activations
 from posmask.errors import BadSetting
 from posmask.report import page
 from posmask.report.reading import read_studies
@@ -91,6 +93,38 @@ def test_a_start_with_other_training_settings_of_the_rule_is_part_of_the_identit
     assert made_from(study, tmp_path)["started-seed0"]["init_from"]["rule"]["threshold_rate"] == 0.1
 
 
+def test_cells_with_a_bias_per_position(study_file, begin, tmp_path):
+    slices = '{ kind = "slice", n_slices = 4 }'
+    study = with_cells(
+        study_file,
+        cell("mean", position_bias='"mean"', measure_forgetting="true"),
+        cell("learned", position_bias='"learned"'),
+        cell("sliced", slices, position_bias='"mean"', budget='"compute"', init_from='"half"', step_fraction=1),
+        cell("half", position_bias='"mean"', step_fraction=0.5),
+    )
+    assert study.baseline == "open"
+    root = begin(tmp_path / "run", "open-seed0")
+    results = study_run.run_study(study, root, say=lambda line: None)
+    saes = {name: read_sae(root / "cells" / f"{name}-seed0") for name in ("open", "mean", "learned", "sliced")}
+    (folder,) = (root / "activations").glob("training-*")
+    activations = Activations(folder)
+    means = saes["mean"].normalize(activations.position_means(16, "context"))[1:].nan_to_num(0)
+    assert saes["open"].position_bias is None
+    assert torch.equal(saes["mean"].position_bias[1:], means)
+    assert torch.equal(saes["sliced"].position_bias[1:], means)
+    moved = (saes["learned"].position_bias.detach()[1:] - means).abs()
+    assert 0 < float(moved.max()) < 0.2
+    for name in saes:
+        values = {row.metric: row.value for row in results if row.cell == name and not row.slice}
+        assert values["explained_variance"] > 0.5
+        assert values["kl_recovered"] > 0.5
+    assert not any("zero-step" in row.slice for row in results)  # The baseline has no bias per position.
+    assert any("retention" in row.metric and "after" in row.slice for row in results if row.cell == "mean")
+    about = page._about(read_studies([root])[0], 1)
+    assert "mean: topk, k = 4, position bias mean" in about
+    assert made_from(study, root)["mean-seed0"]["cell"]["position_bias"] == "mean"
+
+
 def test_an_estimate_uses_the_rule_of_each_cell(study_file, tmp_path):
     relu = '{ kind = "relu", l1_coefficient = 0.1 }'
     study = with_cells(study_file, cell("relu", rule=relu))
@@ -106,6 +140,14 @@ def test_an_estimate_uses_the_rule_of_each_cell(study_file, tmp_path):
         ([cell("x", rule='{ kind = "tpok", k = 4 }')], "'tpok'"),
         ([cell("x", rule='{ kind = "topk", n = 4 }')], "rule.n is not a setting"),
         ([cell("x", rule='{ kind = "topk", k = 64 }')], "k = 64 is more than the 32 latents"),
+        ([cell("x", position_bias='"median"')], "cell \"x\": position_bias = \"median\" must be 'mean' or 'learned'"),
+        (
+            [
+                cell("half", step_fraction=0.5, position_bias='"mean"'),
+                cell("x", '{ kind = "slice", n_slices = 4 }', budget='"compute"', init_from='"half"'),
+            ],
+            "x has position_bias = None, but starts from half with 'mean': give both the same",
+        ),
         (
             [
                 cell("half", step_fraction=0.5),

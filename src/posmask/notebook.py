@@ -20,7 +20,7 @@ from posmask.evaluation.reconstruction import Reconstruction
 from posmask.evaluation.retention import PositionMass, mask_measures, retention, special_positions
 from posmask.results.rows import Measure
 from posmask.sae import rules
-from posmask.sae.autoencoder import SparseAutoencoder
+from posmask.sae.autoencoder import PositionBias, SparseAutoencoder
 from posmask.storage.manifest import check_folder
 from posmask.study.settings import ModelSettings
 from posmask.study.source import Source
@@ -86,6 +86,7 @@ def make_sae(
     budget: Literal["width", "compute"] = "width",
     n_positions: int = 128,
     seed: int = 0,
+    position_bias: PositionBias | None = None,
 ) -> SparseAutoencoder:
     """An untrained SAE for these vectors; masks and rules are named as in study files.
 
@@ -93,6 +94,8 @@ def make_sae(
         mask: such as `{"kind": "slice", "n_slices": 8}`; see docs/masks.md.
         rule: such as `{"kind": "topk", "k": 32}`.
         budget: width: `d_sae` latents in all. compute: `d_sae` latents open at each position.
+        position_bias: a vector per position that is subtracted before encoding and added back after decoding: `mean`,
+            the mean of these vectors at the position, or `learned`, which starts at it.
 
     Raises:
         BadSetting: mask, rule and sizes do not fit together.
@@ -109,8 +112,10 @@ def make_sae(
     if budget == "compute":
         d_sae = masks.MASKS[settings.kind].width_at_equal_compute(settings, n_positions, d_sae)
     made = masks.make_mask(settings, n_positions, d_sae, seed)
-    sae = SparseAutoencoder(activations.d_model, rules.rule_settings(dict(rule)), made, seed)
+    sae = SparseAutoencoder(activations.d_model, rules.rule_settings(dict(rule)), made, seed, position_bias)
     sae.center, sae.scale = activations.center_and_scale
+    if position_bias is not None:
+        sae.start_position_bias_(activations.position_means(n_positions, settings.position_origin))
     return sae
 
 
@@ -154,9 +159,9 @@ def measure(sae: SparseAutoencoder, heldout: Activations, *, retention_positions
     for stored in evaluation_batches(heldout):
         batch = stored.kept()
         codes = sae.encode_batch(batch)
-        reconstruction.update(batch, codes, sae.sparse_decode(codes))
+        reconstruction.update(batch, codes, sae.decode_batch(codes, batch))
         lifted.update(batch, sae.encode_batch(batch, use_mask=False), position_origin)
     sinks = heldout.sinks
-    reconstruction.update_sinks(sinks, sae.sparse_decode(sae.encode_batch(sinks)))
+    reconstruction.update_sinks(sinks, sae.decode_batch(sae.encode_batch(sinks), sinks))
     special = special_positions(lifted, sae.mask.bound_positions(), retention_positions)
     return [*reconstruction.measures(), *mask_measures(sae.mask), *retention(lifted, special)]

@@ -169,19 +169,19 @@ def _by_position(
     for batch in evaluation_batches(activations, device=device):
         kept = batch.kept()
         codes = sae.encode_batch(kept, use_mask=use_mask)
-        reconstruction.update(kept, codes, sae.sparse_decode(codes))
+        reconstruction.update(kept, codes, sae.decode_batch(codes, kept))
         at = kept.position.long().cpu()
         operations.add_at_(norms, at, kept.vectors.float().norm(dim=1).double().cpu())
         operations.count_at_(n, at)
     sinks = activations.sinks.to(device)
-    reconstruction.update_sinks(sinks, sae.sparse_decode(sae.encode_batch(sinks, use_mask=use_mask)))
+    reconstruction.update_sinks(sinks, sae.decode_batch(sae.encode_batch(sinks, use_mask=use_mask), sinks))
     columns = reconstruction.by_position() | {"stream_norm": norms / n, "tokens": n}
     return columns | _losses_by_position(sae, in_model, n_positions, use_mask=use_mask), reconstruction
 
 
 def _losses_by_position(sae: SparseAutoencoder, in_model: InModel, n_positions: int, *, use_mask: bool) -> Profile:
     def reconstruct(batch: Batch, context: Int[Tensor, " token"]) -> Float[Tensor, "token d_model"]:
-        return sae.sparse_decode(sae.encode_batch(batch, use_mask=use_mask))
+        return sae.decode_batch(sae.encode_batch(batch, use_mask=use_mask), batch)
 
     (clean, zeroed), (_, reconstructed) = in_model.references, in_model.losses([reconstruct])
 

@@ -92,8 +92,8 @@ def audit_settings(
                     f"{subject.name} codes vectors of {subject.sae.d_model} numbers, {name} gives {outline.d_model}: "
                     "give the model that it was trained on with --model"
                 )
-    masked = [subject.name for subject in subjects if subject.sae.mask.settings.kind != "open"]
-    beyond = None if masked else _beyond(outline, n_positions)
+    bound = [s.name for s in subjects if s.sae.mask.settings.kind != "open" or s.sae.position_bias is not None]
+    beyond = None if bound else _beyond(outline, n_positions)
     smallest = min(subject.sae.d_sae for subject in subjects)
     corpus: dict[str, Any] = {"texts": texts, "n_texts": n_texts} if texts else {"tables": TABLES}
     n_contexts = max(_MODEL_CONTEXTS[0], min(_MODEL_CONTEXTS[1], _MODEL_TOKENS // n_positions))

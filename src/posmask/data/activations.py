@@ -196,6 +196,17 @@ class Activations:
             )
         return mean.float(), (variance / self.d_model).sqrt().float()
 
+    def position_means(self, n_positions: int, position_origin: PositionOrigin) -> Float[Tensor, "position d_model"]:
+        """The mean of the kept vectors at each position, counted from a mask's origin; NaN where no token is kept."""
+        total = torch.zeros(n_positions, self.d_model, dtype=torch.float64)
+        n = torch.zeros(n_positions, dtype=torch.float64)
+        for stored in evaluation_batches(self):
+            batch = stored.kept()
+            position = batch.positions(position_origin).long()
+            total.index_add_(0, position, batch.vectors.double())
+            n += torch.bincount(position, minlength=n_positions)
+        return (total / n[:, None]).float()
+
     def batch(self, index: Int[Tensor, " token"]) -> Batch:
         """The tokens with these indices, in this order."""
         return self.read(index).to(torch.device("cpu"))

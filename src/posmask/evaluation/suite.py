@@ -205,7 +205,7 @@ def _reconstruction_of_controls(
         reconstruction = Reconstruction(data.n_positions, data.heldout.n_texts, mean.to(device))
         for batch in _kept_batches(data.heldout, device, advance):
             codes = control.sae.encode_batch(batch)
-            reconstruction.update(batch, codes, control.sae.sparse_decode(codes))
+            reconstruction.update(batch, codes, control.sae.decode_batch(codes, batch))
         measures += reconstruction.overall({"control": name})
     return measures
 
@@ -288,7 +288,7 @@ def _heldout(
     texts_in_model = data.in_model.texts.to(device)
     for batch in _kept_batches(heldout, device, advance):
         codes = sae.encode_batch(batch)
-        reconstruction.update(batch, codes, sae.sparse_decode(codes))
+        reconstruction.update(batch, codes, sae.decode_batch(codes, batch))
         facts.update(batch, codes)
         stored["on"].heldout.add(batch, codes)
         # Latents are chosen on texts other than those they are ablated on.
@@ -298,7 +298,7 @@ def _heldout(
         for batch in _kept_batches(heldout, device, advance):
             stored["lifted"].heldout.add(batch, sae.encode_batch(batch, use_mask=False))
     sinks = heldout.sinks.to(device)
-    reconstruction.update_sinks(sinks, sae.sparse_decode(sae.encode_batch(sinks)))
+    reconstruction.update_sinks(sinks, sae.decode_batch(sae.encode_batch(sinks), sinks))
     return window_mass, reconstruction.measures()
 
 
@@ -338,7 +338,7 @@ def _in_model(
     n_windows = data.settings.causal_windows
 
     def reconstruct(batch: Batch, context: Tensor) -> Tensor:
-        return sae.sparse_decode(sae.encode_batch(batch))
+        return sae.decode_batch(sae.encode_batch(batch), batch)
 
     replacements, of_latents = [reconstruct], []
     try:

@@ -55,7 +55,15 @@ def without_constants(sae: SparseAutoencoder) -> Tensors:
 
     Codes are `sae.scale` times as large, so the rule's thresholds are, too. Products are computed in float64 and
     rounded once.
+
+    Raises:
+        BadSetting: the SAE has a bias per position.
     """
+    if sae.position_bias is not None:
+        raise BadSetting(
+            f"this SAE has a bias per position (position_bias = {sae.position_bias_kind!r}), which SAELens's files "
+            "cannot hold: use the folder as it is, with posmask"
+        )
     wide = {name: tensor.detach().double() for name, tensor in sae.state_dict().items() if tensor.is_floating_point()}
     scale, center = wide["scale"], wide["center"]
     rule = copy.deepcopy(sae.rule).double()

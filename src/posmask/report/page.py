@@ -194,13 +194,14 @@ def _about(study: Study, n_heldout: int) -> list[str]:
 
 
 def _rules(study: Study) -> list[str]:
-    """The activation rule of the baseline, or of the first cell, followed by those of the cells that have another."""
+    """The rule of the baseline, or of the first cell, and those of the cells with another one or a position bias."""
     by_cell: dict[str, str] = {}
     for cell in study.cells:
         with contextlib.suppress(KeyError, TypeError):
             rule = cell.manifest["made_from"]["sae"]["rule"]
             k = f", k = {rule['k']}" if "k" in rule else ""
-            by_cell[cell.cell] = f"{rule['kind']}{k}"
+            bias = cell.manifest["made_from"]["cell"].get("position_bias")
+            by_cell[cell.cell] = f"{rule['kind']}{k}{f', position bias {bias}' if bias else ''}"
     if not by_cell:
         return []
     usual = by_cell.get(study.baseline or "", next(iter(by_cell.values())))

@@ -6,13 +6,15 @@ For a token at position p with vector v:
     pre   = (x - decoder_bias) . encoder[j] + encoder_bias[j]    for each latent j
     code  = rule(M[p] * relu(pre))                               (M: the position mask's openness; see rules.py)
     x_hat = sum_j code[j] * decoder[j] + decoder_bias            and  v_hat = x_hat * scale + center
+
+An SAE with a position bias codes x - position_bias[p] in place of x, and adds position_bias[p] to x_hat.
 """
 
 import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, runtime_checkable
+from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -26,7 +28,11 @@ from posmask.sae.rules import RuleSettings, make_rule
 from posmask.sae.selection import GatedEncoder, GroupedInputs, choose, in_group_order, pieces
 from posmask.seeds import generator
 
-__all__ = ["Codes", "PositionedVectors", "SparseAutoencoder", "check_sizes", "check_table"]
+__all__ = ["Codes", "PositionBias", "PositionedVectors", "SparseAutoencoder", "check_sizes", "check_table"]
+
+PositionBias = Literal["mean", "learned"]
+"""A vector per position that is subtracted before encoding and added back after decoding: the mean of the training
+vectors at the position, which stays fixed, or a parameter that starts at that mean."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +122,7 @@ class SparseAutoencoder(nn.Module):
         rule: settings of the activation rule.
         mask: sets the number of latents (d_sae) and the number of positions that can be encoded (n_positions).
         seed: seed of the initial weights.
+        position_bias: the kind of the bias per position; None for none. It is 0 until `start_position_bias_`.
 
     Raises:
         BadSetting: the rule needs more latents.
@@ -123,8 +130,17 @@ class SparseAutoencoder(nn.Module):
 
     center: Tensor
     scale: Tensor
+    position_bias: nn.Parameter | None
+    """The bias per position, [position d_model], in the SAE's units."""
 
-    def __init__(self, d_model: int, rule: RuleSettings, mask: PositionMask, seed: int = 0) -> None:
+    def __init__(
+        self,
+        d_model: int,
+        rule: RuleSettings,
+        mask: PositionMask,
+        seed: int = 0,
+        position_bias: PositionBias | None = None,
+    ) -> None:
         super().__init__()
         self.rule = make_rule(rule, mask.d_sae)
         self.rule.nest(mask.support(), mask.n_free)
@@ -136,6 +152,11 @@ class SparseAutoencoder(nn.Module):
         self.encoder_bias = nn.Parameter(torch.zeros(mask.d_sae))
         self.decoder = nn.Parameter(rows)
         self.decoder_bias = nn.Parameter(torch.zeros(d_model))
+        self.position_bias_kind: PositionBias | None = position_bias
+        table = None
+        if position_bias is not None:
+            table = nn.Parameter(torch.zeros(mask.n_positions, d_model), requires_grad=position_bias == "learned")
+        self.register_parameter("position_bias", table)
         self.register_buffer("center", torch.zeros(d_model))
         self.register_buffer("scale", torch.ones(()))
 
@@ -156,6 +177,43 @@ class SparseAutoencoder(nn.Module):
     def normalize(self, vectors: Float[Tensor, "*token d_model"]) -> Float[Tensor, "*token d_model"]:
         """Vectors in the SAE's units: (vectors - center) / scale."""
         return (vectors.to(self.encoder.dtype) - self.center) / self.scale
+
+    @torch.no_grad()
+    def start_position_bias_(self, means: Float[Tensor, "position d_model"]) -> None:
+        """Set the bias per position to these vectors, which are in the model's units; does nothing without a bias.
+
+        Args:
+            means: such as `Activations.position_means`. The bias is 0 where a row is NaN.
+        """
+        if self.position_bias is not None:
+            self.position_bias.copy_(self.normalize(means).nan_to_num(0.0))
+
+    def without_position_bias(
+        self, x: Float[Tensor, "*token d_model"], position: Int[Tensor, "*token"]
+    ) -> Float[Tensor, "*token d_model"]:
+        """Normalized vectors minus the bias of their positions."""
+        return x if self.position_bias is None else x - self._bias_at(position)
+
+    def _bias_at(self, position: Int[Tensor, "*token"]) -> Float[Tensor, "*token d_model"]:
+        assert self.position_bias is not None
+        # index_select adds gradients in the same order in every run.
+        rows = self.position_bias.index_select(0, position.to(self.position_bias.device).reshape(-1))
+        return rows.view(*position.shape, self.d_model)
+
+    @torch.no_grad()
+    def encoder_inputs(
+        self, vectors: Float[Tensor, "token d_model"], position: Int[Tensor, " token"], order: Tensor | None
+    ) -> Float[Tensor, "token d_model"]:
+        """What the encoder multiplies: normalized vectors without the biases of their positions and of the decoder.
+
+        Args:
+            order: [token] indices of the tokens of the result; None for all in their order.
+        """
+        center, scale = self.center, self.scale
+        if self.position_bias is not None:
+            vectors = self.without_position_bias(self.normalize(vectors), position)
+            center, scale = torch.zeros_like(center), torch.ones_like(scale)
+        return operations.centered(vectors, order, center, scale, self.decoder_bias.detach())
 
     @_in_float32
     def encode(
@@ -178,21 +236,38 @@ class SparseAutoencoder(nn.Module):
         position = self._checked(position)
         x = self.normalize(vectors)
         routing = self.mask.route(x, position)
-        preactivation = (x - self.decoder_bias) @ self.encoder.T + self.encoder_bias
+        x = self.without_position_bias(x, position) - self.decoder_bias
+        preactivation = x @ self.encoder.T + self.encoder_bias
         openness = self.mask.table()[routing.mask_row] if self.mask.gates_code() and use_mask else None
         codes = self.rule.codes(preactivation, openness, lambda parameter: parameter)
         return codes if routing.strength is None else codes * routing.strength[..., None]
 
     @_in_float32
-    def decode(self, codes: Float[Tensor, "*token latent"]) -> Float[Tensor, "*token d_model"]:
-        """The reconstructions of codes, in the model's units."""
-        return (codes @ self.decoder + self.decoder_bias) * self.scale + self.center
+    def decode(
+        self, codes: Float[Tensor, "*token latent"], position: Int[Tensor, "*token"] | None = None
+    ) -> Float[Tensor, "*token d_model"]:
+        """The reconstructions of codes, in the model's units.
+
+        Args:
+            position: as in `encode`; only an SAE with a bias per position needs it.
+
+        Raises:
+            BadSetting: the SAE needs positions, or one is outside the context.
+        """
+        return self._with_position_bias(codes @ self.decoder + self.decoder_bias, position) * self.scale + self.center
+
+    def _with_position_bias(self, x_hat: Tensor, position: Tensor | None) -> Tensor:
+        if self.position_bias is None:
+            return x_hat
+        if position is None:
+            raise BadSetting("this SAE has a bias per position, and codes do not contain positions: pass the positions")
+        return x_hat + self._bias_at(self._checked(position))
 
     def forward(
         self, vectors: Float[Tensor, "*token d_model"], position: Int[Tensor, "*token"]
     ) -> Float[Tensor, "*token d_model"]:
         """The reconstructions of vectors, in the model's units."""
-        return self.decode(self.encode(vectors, position))
+        return self.decode(self.encode(vectors, position), position)
 
     @_in_float32
     @torch.no_grad()
@@ -225,7 +300,7 @@ class SparseAutoencoder(nn.Module):
         gates = self.mask.gates_code() and use_mask
         softens = gates and not self.mask.is_strict()
         order, ends = in_group_order(groups, routing.mask_row)
-        x = operations.centered(vectors, order, self.center, self.scale, self.decoder_bias.detach())
+        x = self.encoder_inputs(vectors, position, order)
         inputs = GroupedInputs(x, routing.mask_row if order is None else routing.mask_row[order], ends)
         choice = self.rule.choice()
         if choice is None:
@@ -273,15 +348,21 @@ class SparseAutoencoder(nn.Module):
 
     @_in_float32
     @torch.no_grad()
-    def sparse_decode(self, codes: Codes) -> Float[Tensor, "token d_model"]:
+    def sparse_decode(
+        self, codes: Codes, position: Int[Tensor, " token"] | None = None
+    ) -> Float[Tensor, "token d_model"]:
         """`decode` of sparse codes, on the device of the codes."""
-        x_hat = self._sums(codes) + self.decoder_bias
+        x_hat = self._with_position_bias(self._sums(codes) + self.decoder_bias, position)
         return (x_hat * self.scale + self.center).to(codes.value.device)
+
+    def decode_batch(self, codes: Codes, batch: PositionedVectors) -> Float[Tensor, "token d_model"]:
+        """`sparse_decode` of the codes of a batch, such as those of `encode_batch`."""
+        return self.sparse_decode(codes, batch.positions(self.mask.settings.position_origin))
 
     @_in_float32
     @torch.no_grad()
     def share_of(self, codes: Codes) -> Float[Tensor, "token d_model"]:
-        """The contribution of these codes to the reconstruction, without the bias, in the model's units."""
+        """The contribution of these codes to the reconstruction, without the biases, in the model's units."""
         return (self._sums(codes) * self.scale).to(codes.value.device)
 
     def _sums(self, codes: Codes) -> Float[Tensor, "token d_model"]:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -12,7 +12,7 @@ from torch import Tensor
 from posmask.errors import BadSetting, DamagedFolder, first_line
 from posmask.masks import MASKS, make_mask, mask_settings
 from posmask.masks.base import PositionMask
-from posmask.sae.autoencoder import SparseAutoencoder, check_sizes, check_table
+from posmask.sae.autoencoder import PositionBias, SparseAutoencoder, check_sizes, check_table
 from posmask.sae.rules import rule_settings
 from posmask.storage.atomic import check_file
 from posmask.storage.json_file import read_json
@@ -51,6 +51,8 @@ def write_sae(sae: SparseAutoencoder, folder: Path, origin: Mapping[str, Any] | 
         "mask": sae.mask.settings.model_dump(),
         "origin": dict(origin or {}),
     }
+    if sae.position_bias_kind is not None:
+        description["position_bias"] = sae.position_bias_kind
     (folder / SAE_FILE).write_text(json.dumps(description, indent=1), encoding="utf8")
 
 
@@ -75,7 +77,9 @@ def read_sae(folder: Path, *, verify: bool = False) -> SparseAutoencoder:
         settings = mask_settings(description["mask"])
         _check_sizes(description, tensors, MASKS[settings.kind])
         mask = make_mask(settings, description["n_positions"], description["d_sae"])
-        sae = SparseAutoencoder(description["d_model"], rule_settings(description["rule"]), mask)
+        position_bias = _checked_position_bias(description, tensors)
+        rule = rule_settings(description["rule"])
+        sae = SparseAutoencoder(description["d_model"], rule, mask, position_bias=position_bias)
         _check_kinds(sae, tensors)
         sae.load_state_dict(tensors)
         if (flaw := flaw_of(sae)) is not None:
@@ -104,6 +108,21 @@ def _check_sizes(description: Any, tensors: Mapping[str, Tensor], kind: type[Pos
     if described != actual:
         raise ValueError(f"its description has the sizes {described}, its tensors {actual}")
     check_table(described["d_model"], described["d_sae"], described["n_positions"])
+
+
+def _checked_position_bias(description: Any, tensors: Mapping[str, Tensor]) -> PositionBias | None:
+    """The kind of the bias per position, with the tensor that a description names; checked before it is allocated.
+
+    Raises:
+        ValueError: the kind is unknown, or the tensor is missing or has other sizes.
+    """
+    kind = description.get("position_bias")
+    if kind is not None and kind not in get_args(PositionBias):
+        raise ValueError(f"position_bias = {kind!r} is unknown: {' or '.join(get_args(PositionBias))}")
+    shape = [description["n_positions"], description["d_model"]]
+    if kind is not None and list(tensors["position_bias"].shape) != shape:
+        raise ValueError(f"position_bias has the sizes {list(tensors['position_bias'].shape)}, not {shape}")
+    return kind
 
 
 def _check_kinds(sae: SparseAutoencoder, tensors: Mapping[str, Tensor]) -> None:

@@ -25,7 +25,7 @@ def without_mask(sae: SparseAutoencoder) -> SparseAutoencoder:
     """A copy of an SAE with every latent open everywhere."""
     settings = mask_settings({"kind": "open", "position_origin": sae.mask.settings.position_origin})
     mask = make_mask(settings, sae.mask.n_positions, sae.d_sae)
-    copy = SparseAutoencoder(sae.d_model, sae.rule.settings, mask)
+    copy = SparseAutoencoder(sae.d_model, sae.rule.settings, mask, position_bias=sae.position_bias_kind)
     weights = {name: value for name, value in sae.state_dict().items() if "mask." not in name}
     copy.load_state_dict({**copy.state_dict(), **weights})
     return copy
@@ -39,6 +39,8 @@ def renormalize_(sae: SparseAutoencoder, center: Float[Tensor, " d_model"], scal
     factor = sae.scale / scale
     with torch.no_grad():
         sae.decoder_bias.copy_((sae.decoder_bias * sae.scale + sae.center - center) / scale)
+        if sae.position_bias is not None:
+            sae.position_bias.mul_(factor)
         sae.encoder_bias.mul_(factor)
         sae.rule.rescale_(factor.expand(sae.d_sae))
     sae.center, sae.scale = center.clone(), scale.clone()
@@ -66,7 +68,9 @@ def warm_start(
     _check_source(source, mask)
     unborn = ~(mask.live() > 0).any(0)
     copied = copied_latents(source, mask)
-    sae = SparseAutoencoder(source.d_model, rule or source.rule.settings, mask, seed).to(source.encoder.dtype)
+    sae = SparseAutoencoder(source.d_model, rule or source.rule.settings, mask, seed, source.position_bias_kind).to(
+        source.encoder.dtype
+    )
     mask.copied_from[~unborn] = copied[~unborn]
     weights = source.state_dict()
     with torch.no_grad():

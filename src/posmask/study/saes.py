@@ -20,7 +20,7 @@ __all__ = ["check_buildable", "make_sae", "read_init", "untrained"]
 
 def make_sae(study: StudySettings, cell: CellSettings, d_model: int, seed: int) -> SparseAutoencoder:
     """The SAE of a cell that starts from random weights."""
-    return SparseAutoencoder(d_model, study.rule_of(cell), _make_mask(study, cell, seed), seed)
+    return SparseAutoencoder(d_model, study.rule_of(cell), _make_mask(study, cell, seed), seed, cell.position_bias)
 
 
 def _make_mask(study: StudySettings, cell: CellSettings, seed: int) -> PositionMask:
@@ -34,6 +34,11 @@ def _init_sae(study: StudySettings, cell: CellSettings, source: SparseAutoencode
         raise BadSetting(
             f"{cell.name} would start from an SAE with the rule {source.rule.settings.model_dump()}, but its own is "
             f"{rule.model_dump()}: make them equal"
+        )
+    if source.position_bias_kind != cell.position_bias:
+        raise BadSetting(
+            f"{cell.name} has position_bias = {cell.position_bias!r}, but would start from an SAE with "
+            f"{source.position_bias_kind!r}: make them equal"
         )
     return warm_start(source, _make_mask(study, cell, seed), seed, rule)
 
@@ -84,6 +89,9 @@ def untrained(study: StudySettings, target: Target, training: Activations) -> tu
     if target.init_folder is None:
         sae = make_sae(study, target.cell, training.d_model, target.seed)
         sae.center, sae.scale = training.center_and_scale
+        if sae.position_bias is not None:
+            means = training.position_means(sae.mask.n_positions, sae.mask.settings.position_origin)
+            sae.start_position_bias_(means)
         return sae.to(study.device), 0
     if target.init_identity is None:
         check_sha256(target.init_folder / WEIGHTS_FILE, target.made_from["init_from"]["sha256"])

@@ -27,6 +27,7 @@ from posmask.probing.order_tasks import ORDER_TASKS
 from posmask.results.rows import CONTROLS
 from posmask.results.table import COMPARED, MIN_SEEDS
 from posmask.sae import rules
+from posmask.sae.autoencoder import PositionBias
 from posmask.training import trackers
 from posmask.training.settings import TrainingSettings
 
@@ -148,7 +149,7 @@ class SaeSettings(_Settings):
         return _settings_of(rules.rule_settings, value)
 
 
-_LATER = frozenset({"rule"})
+_LATER = frozenset({"rule", "position_bias"})
 
 
 class CellSettings(_Settings):
@@ -173,6 +174,9 @@ class CellSettings(_Settings):
     """Whether to continue training a copy without the mask and measure retention; doubles the cost of training."""
     rule: SerializeAsAny[rules.RuleSettings] | None = None
     """The activation rule, if it differs from the study's."""
+    position_bias: PositionBias | None = None
+    """A vector per position that is subtracted before encoding and added back after decoding. mean: the mean of the
+    training vectors at the position. learned: a parameter that starts at that mean."""
 
     @property
     def init_folder(self) -> Path | None:
@@ -347,6 +351,12 @@ class StudySettings(MeasurementSettings):
                     f"{of_source.model_dump()}: give both the same"
                 )
                 continue
+            if source.position_bias != cell.position_bias:
+                yield (
+                    f"{cell.name} has position_bias = {cell.position_bias!r}, but starts from {cell.init_from} with "
+                    f"{source.position_bias!r}: give both the same"
+                )
+                continue
             if lacking := sorted(set(self.seeds_of(cell)) - set(self.seeds_of(source))):
                 yield f"{cell.name} starts from {cell.init_from}, which has no seeds {lacking}: give it those too"
             if self.n_steps(cell) < 1:
@@ -427,11 +437,12 @@ class StudySettings(MeasurementSettings):
     def baseline(self) -> str | None:
         """The cell that every other cell is compared with.
 
-        It is the first open cell at full width with all steps and the study's rule.
+        It is the first open cell at full width with all steps, the study's rule and no bias per position.
         """
         for cell in self.cells:
             is_plain = cell.mask.kind == "open" and cell.budget == "width" and cell.d_sae is None
-            if is_plain and cell.step_fraction == 1 and self.rule_of(cell) == self.sae.rule:
+            is_plain = is_plain and self.rule_of(cell) == self.sae.rule and cell.position_bias is None
+            if is_plain and cell.step_fraction == 1:
                 return cell.name
         return None
 

@@ -120,8 +120,8 @@ def targets_of(study: StudySettings, source: Source, root: Path) -> list[Target]
         unmasked = None if study.baseline is None else by_name[study.baseline]
         if unmasked is None or not may_have_controls(cell.mask) or seed not in study.seeds_of(unmasked):
             return target
-        if study.rule_of(cell) != study.rule_of(unmasked):  # The controls would differ by more than the training.
-            return target
+        if (study.rule_of(cell), cell.position_bias) != (study.rule_of(unmasked), unmasked.position_bias):
+            return target  # The controls would differ by more than the training.
         of_unmasked = made_from_of(unmasked, seed)
         if unmasked.init_folder is not None:
             of_unmasked["init_from"] = checked_init(unmasked.init_folder, source.made_from)

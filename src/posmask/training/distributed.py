@@ -4,7 +4,8 @@
 
 - By data, each process has a full copy of the SAE and a part of every batch, and gradients are summed.
 - By position, for strict masks, each process owns groups of positions with the latents that are open there, their
-  gradients and their optimizer moments. It trains on the tokens at these positions. Only the decoder bias is shared.
+  gradients and their optimizer moments. It trains on the tokens at these positions. Only biases that belong to no
+  latent are shared.
 
 Either way the numbers equal those of a single process with the same batches, up to the order of sums.
 """
@@ -195,19 +196,23 @@ class ByPosition(Distributed):
         return (self._owner[position.long()] == self.rank).nonzero()[:, 0]
 
     def combine(self, sae: SparseAutoencoder, step: StepLoss) -> StepLoss:
-        """Sum the gradient of the decoder bias, the only shared parameter."""
-        assert sae.decoder_bias.grad is not None
-        self._sum_(sae.decoder_bias.grad)
+        """Sum the gradients of the shared parameters."""
+        for parameter in _shared(sae):
+            assert parameter.grad is not None
+            self._sum_(parameter.grad)
         return step
 
     def gradient_norm(self, sae: SparseAutoencoder, parameters: list[nn.Parameter]) -> Tensor:
-        """The norm of the gradients over the latents of all processes and the decoder bias."""
+        """The norm of the gradients over the latents of all processes and the shared parameters."""
+        shared = _shared(sae)
         norms = [
-            torch.linalg.vector_norm(parameter.grad) for parameter in parameters if parameter is not sae.decoder_bias
+            torch.linalg.vector_norm(parameter.grad)
+            for parameter in parameters
+            if all(parameter is not other for other in shared)
         ]
         of_latents = self._sum_(torch.stack(norms).square().sum())
-        of_shared = torch.linalg.vector_norm(sae.decoder_bias.grad).square()
-        return (of_latents + of_shared).sqrt()
+        of_shared = [torch.linalg.vector_norm(parameter.grad).square() for parameter in shared]
+        return (of_latents + torch.stack(of_shared).sum()).sqrt()
 
     def full_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The training state of all latents, gathered from all processes."""
@@ -231,8 +236,16 @@ class ByPosition(Distributed):
             for full, local in parameters:
                 for latents, rows in zip(self._latents, self._gather(local.detach()), strict=True):
                     full[latents] = rows
-            self._full_sae.decoder_bias.copy_(self.local_sae.decoder_bias)
+            for full, local in zip(_shared(self._full_sae), _shared(self.local_sae), strict=True):
+                full.copy_(local)
         return self._full_sae
+
+
+def _shared(sae: SparseAutoencoder) -> list[nn.Parameter]:
+    """The trained parameters that belong to no latent."""
+    of_positions = sae.position_bias
+    learned = of_positions is not None and of_positions.requires_grad
+    return [sae.decoder_bias, of_positions] if learned else [sae.decoder_bias]
 
 
 def _mask_state(sae: SparseAutoencoder) -> dict[str, Tensor]:
@@ -291,11 +304,15 @@ def position_groups(mask: PositionMask) -> tuple[int, Int[Tensor, " position"]]:
 
 
 def _local_sae(sae: SparseAutoencoder, latents: Int[Tensor, " local_latent"]) -> SparseAutoencoder:
-    local = SparseAutoencoder(sae.d_model, sae.rule.settings, sae.mask.part(latents))
+    local = SparseAutoencoder(
+        sae.d_model, sae.rule.settings, sae.mask.part(latents), position_bias=sae.position_bias_kind
+    )
     local = local.to(sae.encoder.device, sae.encoder.dtype)
     with torch.no_grad():
         for parameter, full in zip(local.latent_parameters(), sae.latent_parameters(), strict=True):
             parameter.copy_(full[latents])
         local.decoder_bias.copy_(sae.decoder_bias)
+        if local.position_bias is not None and sae.position_bias is not None:
+            local.position_bias.copy_(sae.position_bias)
     local.center, local.scale = sae.center, sae.scale
     return local

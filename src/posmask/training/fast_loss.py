@@ -12,8 +12,8 @@ together. Rules with a gate of their own add |gate_codes . decoder + decoder_bia
 constant. A router adds its penalty.
 
 Under `gating = "gradient"` codes are not gated. The gradient of a token at position p is multiplied by M[p, j] for the
-encoder row, encoder bias, decoder row and rule parameters of latent j. The decoder bias, which belongs to no latent,
-gets its full gradient.
+encoder row, encoder bias, decoder row and rule parameters of latent j. The decoder bias and a learned bias per
+position, which belong to no latent, get their full gradients.
 """
 
 from collections.abc import Callable
@@ -78,8 +78,9 @@ def fast_gradients(
     order, ends = in_group_order(sae.mask.groups(), routing.mask_row)
     work = _Work(
         sae,
-        inputs=operations.centered(vectors, order, sae.center, sae.scale, sae.decoder_bias.detach()),
+        inputs=sae.encoder_inputs(vectors, position, order),
         mask_row=_in_order(routing.mask_row, order),
+        position=_in_order(position, order).long(),
         ends=ends,
         strength=None if routing.strength is None else _in_order(routing.strength.detach(), order),
         loss_tokens=loss_tokens or len(vectors),
@@ -107,7 +108,7 @@ class _Work:
     """A batch with its tokens in the order of live groups, and its gradients with respect to mask and router.
 
     Attributes:
-        inputs: x - decoder_bias [token d_model].
+        inputs: `SparseAutoencoder.encoder_inputs` [token d_model].
         ends: where each live group ends in the order of tokens.
     """
 
@@ -116,6 +117,7 @@ class _Work:
         sae: SparseAutoencoder,
         inputs: Tensor,
         mask_row: Tensor,
+        position: Tensor,
         ends: list[int],
         strength: Tensor | None,
         loss_tokens: int,
@@ -124,6 +126,7 @@ class _Work:
         self.sae = sae
         self.inputs = inputs
         self.mask_row = mask_row
+        self.position = position
         self.ends = ends
         self.strength = strength
         self.loss_tokens = loss_tokens
@@ -131,6 +134,49 @@ class _Work:
         self.table = sae.mask.table().detach()
         self.table_gradient = torch.zeros_like(self.table) if sae.mask.learns else None
         self.strength_gradient = inputs.new_zeros(len(inputs))
+
+
+class _PositionGradient:
+    """Sums the gradient of a learned bias per position, which is coded and added back with a minus and a plus sign.
+
+    The gradient at a position is that of the output, summed over its tokens, minus that of the encoder's input.
+    """
+
+    def __init__(self, work: _Work) -> None:
+        self._work = work
+        sae = work.sae
+        self._of_output = sae.encoder.new_zeros(sae.mask.n_positions, sae.d_model)
+        self._of_preactivation = sae.encoder.new_zeros(sae.mask.n_positions, sae.d_sae)
+
+    def add_output(self, rows: slice, gradient: Tensor) -> None:
+        """Add the gradient [token d_model] of the output at the tokens `rows`."""
+        self._of_output += self._sums(rows, gradient)
+
+    def add_preactivations(self, rows: slice, latents: slice | Tensor, gradient: Tensor) -> None:
+        """Add the gradient [token live] of the pre-activations of live latents at the tokens `rows`."""
+        self._of_preactivation[:, latents] += self._sums(rows, gradient)
+
+    def add_entries(self, token: Tensor, latent: Tensor, gradient: Tensor) -> None:
+        """Add the gradient of pre-activations by entry; empty slots have a gradient of 0."""
+        index = self._work.position[token] * self._work.sae.d_sae + latent.clamp(min=0)
+        operations.add_at_(self._of_preactivation.view(-1), index, gradient)
+
+    def _sums(self, rows: slice, gradient: Tensor) -> Tensor:
+        tokens = torch.arange(len(gradient), device=gradient.device)
+        by_position = operations.Grouped(self._work.position[rows], self._work.sae.mask.n_positions)
+        return by_position.sum_rows(gradient.new_ones(len(gradient)), gradient.contiguous(), tokens)
+
+    def finish(self) -> None:
+        """Set the gradient."""
+        sae = self._work.sae
+        assert sae.position_bias is not None
+        sae.position_bias.grad = self._of_output - self._of_preactivation @ sae.encoder
+
+
+def _position_gradient(work: _Work) -> _PositionGradient | None:
+    """None without a learned bias per position."""
+    bias = work.sae.position_bias
+    return _PositionGradient(work) if bias is not None and bias.requires_grad else None
 
 
 def _in_order(tensor: Tensor, order: Tensor | None) -> Tensor:
@@ -168,6 +214,8 @@ def _through_entries(
     left = sums.explain(work.inputs, chosen, 2 / (work.loss_tokens * n_parts), sae.rule.level)
     # A latent of part m contributes to the errors of part m and all later parts; left[0] sums all of them.
     bias_gradient = left[0].sum(0) * (-2 / (work.loss_tokens * n_parts))
+    if sums.of_positions is not None:
+        sums.of_positions.add_output(slice(0, n), left[0] * (-2 / (work.loss_tokens * n_parts)))
     residual = left[-1]
     squares = [_square(residual)]
     # Asked here, the host waits for the GPU while that has work.
@@ -261,6 +309,7 @@ class _ParameterGradients:
                 parameter.grad = torch.empty_like(parameter)
         self._bias = torch.zeros_like(sae.encoder_bias)
         self._unmasked_bias = torch.zeros_like(sae.encoder_bias)
+        self.of_positions = _position_gradient(work)
 
     def explain(self, target: Tensor, chosen: _Chosen, slope: float, level: Tensor | None = None) -> Tensor:
         """Subtract the codes from the target, and add the gradients of slope / 2 * |remainder|^2.
@@ -298,6 +347,8 @@ class _ParameterGradients:
         by_latent.sum_rows(value * -slope, left.view(-1, sae.d_model), row, out=sae.decoder.grad, add=add)
         self._bias += by_latent.sum(masked)
         self._unmasked_bias += by_latent.sum(pulled)
+        if self.of_positions is not None:
+            self.of_positions.add_entries(token, latent, pulled)
         self._first = False
         return left
 
@@ -307,6 +358,8 @@ class _ParameterGradients:
         sae.encoder_bias.grad = self._bias
         # The encoder's input is x - decoder_bias, so pre-activations contribute with a minus sign.
         sae.decoder_bias.grad = bias_gradient - self._unmasked_bias @ sae.encoder
+        if self.of_positions is not None:
+            self.of_positions.finish()
 
 
 def _through_blocks(work: _Work, precision: runtime.Precision, details: bool) -> StepLoss:
@@ -347,6 +400,7 @@ class _BlockGradients:
         )
         self._residual = torch.empty_like(work.inputs)
         self._unmasked_bias = torch.zeros_like(sae.encoder_bias)
+        self._of_positions = _position_gradient(work)
         self._n_active = torch.zeros(sae.d_sae, dtype=torch.int64, device=work.inputs.device)
         self._latents = torch.arange(sae.d_sae, device=work.inputs.device)
         no_index = work.mask_row[:0]
@@ -366,6 +420,9 @@ class _BlockGradients:
         values, error, output_gradient = self._backward(rows, decoder, coded)
         assert preactivation.grad is not None
         self._add_to_parameters(rows, latents, gate, preactivation.grad, values, output_gradient)
+        if self._of_positions is not None:
+            self._of_positions.add_output(rows, output_gradient)
+            self._of_positions.add_preactivations(rows, latents, preactivation.grad)
         if work.table_gradient is not None and gate.leaf is not None and gate.leaf.grad is not None:
             # index_put_ would add in an order that differs between runs.
             tokens = torch.arange(rows.stop - rows.start, device=values.device)
@@ -438,6 +495,8 @@ class _BlockGradients:
         work, sae = self._work, self._work.sae
         assert sae.decoder_bias.grad is not None
         sae.decoder_bias.grad -= self._unmasked_bias @ sae.encoder
+        if self._of_positions is not None:
+            self._of_positions.finish()
         codes = None
         if self._details:
             token, latent, value = (torch.cat(parts) for parts in zip(*self._entries, strict=True))

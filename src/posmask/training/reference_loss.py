@@ -148,7 +148,7 @@ class _Forward:
     """The codes of a batch as dense tensors, with the graph of their gradients.
 
     Attributes:
-        x: normalized vectors, [token d_model].
+        x: normalized vectors without the biases of their positions, [token d_model].
         routing: each token's row of the mask's table.
         table: the mask's table, whose .grad is the openness gradient, [mask_row latent].
         share: of each token's gradient that the latents' parameters get, [token latent].
@@ -162,6 +162,7 @@ class _Forward:
         self.sae = sae
         self.x = sae.normalize(vectors)
         self.routing = sae.mask.route(self.x, position)
+        self.x = sae.without_position_bias(self.x, position)
         self.table = sae.mask.table().detach().clone().requires_grad_(sae.mask.learns)
         rows = self.table.index_select(0, self.routing.mask_row)  # adds gradients in the same order in every run
         if sae.mask.gates_code():
@@ -199,7 +200,7 @@ def _loss(forward: _Forward, error: Tensor, n: int) -> Tensor:
     if forward.routing.penalty is not None:
         loss = loss + forward.routing.penalty
     if coded.through_gate is not None:
-        gate_error = coded.through_gate @ sae.decoder.detach() + sae.decoder_bias.detach() - x
+        gate_error = coded.through_gate @ sae.decoder.detach() + sae.decoder_bias.detach() - x.detach()
         loss = loss + gate_error.square().sum() / n
     return loss
 
