@@ -163,6 +163,7 @@ RULES = {
     "topk": {"kind": "topk", "k": 4},
     "batchtopk": {"kind": "batchtopk", "k": 4},
     "matryoshka": {"kind": "matryoshka", "k": 4, "parts": (0.25, 0.5, 1.0)},
+    "temporal": {"kind": "temporal", "k": 4, "parts": (0.25, 1.0), "contrast_weight": 30.0},
     "jumprelu": {"kind": "jumprelu", "l0_coefficient": 0.3, "initial_threshold": 0.4, "bandwidth": 0.5},
     "gated": {"kind": "gated", "l1_coefficient": 0.3},
 }
@@ -179,7 +180,7 @@ def make_sae(
     with torch.no_grad():
         for parameter in (sae.encoder, sae.encoder_bias, sae.decoder, sae.decoder_bias, *sae.rule.parameters()):
             parameter += 0.2 * torch.randn(parameter.shape, generator=random)
-        if rule["kind"] in ("batchtopk", "matryoshka"):
+        if rule["kind"] in ("batchtopk", "matryoshka", "temporal"):
             sae.rule.threshold.fill_(1.1)
     grow(sae)
     return sae.to(dtype)
@@ -227,7 +228,8 @@ def codes_of(dense):
 def train_on(sae, activations, settings, seed=0, after_step=lambda done: None, positions=None):
     """Train on harvested vectors; with `positions`, on the tokens at these positions only."""
     sae.center, sae.scale = activations.center_and_scale
-    batches = training_batches(activations, settings.batch_tokens, settings.n_steps, seed)
+    pairs = sae.rule.pairs_tokens
+    batches = training_batches(activations, settings.batch_tokens, settings.n_steps, seed, pairs=pairs)
     if positions is not None:
         batches = (batch.select(positions[batch.position.long()]) for batch in batches)
     return train(sae, batches, settings, "test", after_step)

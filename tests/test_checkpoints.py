@@ -53,7 +53,8 @@ def trained(activations, kind, gating, rule, folder=None, stop=None, settings=SE
         if checkpoints is not None:
             checkpoints.due = lambda at_end: done == stop
 
-    batches = training_batches(activations, settings.batch_tokens, settings.n_steps - n_done, 0, after=n_done)
+    n_left, pairs = settings.n_steps - n_done, sae.rule.pairs_tokens
+    batches = training_batches(activations, settings.batch_tokens, n_left, 0, after=n_done, pairs=pairs)
     return train(sae, batches, settings, "test", after, checkpoints)
 
 

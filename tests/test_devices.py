@@ -150,7 +150,8 @@ def test_training_on_another_device_gives_the_same_sae(kind, rule, activations, 
     settings = SETTINGS.model_copy(update={"n_steps": 6})
     expected = train_on(here, activations, settings)
     there.center, there.scale = activations.center_and_scale
-    trained = train(there.to(THERE), training_batches(activations, 256, 6, 0), settings, "test")
+    batches = training_batches(activations, 256, 6, 0, pairs=there.rule.pairs_tokens)
+    trained = train(there.to(THERE), batches, settings, "test")
     assert there.encoder.device == THERE
     assert [point.loss for point in trained.curve] == pytest.approx([point.loss for point in expected.curve])
     torch.testing.assert_close(there.decoder.detach().cpu(), here.decoder.detach())

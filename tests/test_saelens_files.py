@@ -431,7 +431,7 @@ def test_a_zero_decoder_row_of_a_masked_sae_never_fires(rule, tmp_path):
     weights = load_file(folder / "sae_weights.safetensors")
     weights["W_dec"][5] = 0
     save_file(weights, folder / "sae_weights.safetensors")
-    if rule in ("topk", "batchtopk", "matryoshka"):
+    if rule in ("topk", "batchtopk", "matryoshka", "temporal"):
         assert_import_raises(folder, BadSetting, f"norms from 0 to 1 that {rule} does not account for")
         return
     vectors, position = contexts()

@@ -1,4 +1,5 @@
 import contextlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -108,6 +109,13 @@ def sparse_sums(n_batches, n_tokens, d_model):
     return batches
 
 
+def in_pairs(batch):
+    """The batch with positions of pairs of neighbors."""
+    pair = torch.arange(len(batch) // 2, dtype=torch.int32)
+    later = pair % (N_POSITIONS - 1) + 1
+    return replace(batch, position=torch.cat([later, later - 1]), text=pair.repeat(2))
+
+
 # Products of the other rules carry bfloat16's rounding: see test_contract.py.
 IN_BFLOAT16 = [
     (kind, rule, "bfloat16") for kind in ("open", "slice", "hard", "cohort") for rule in RULES if "k" in RULES[rule]
@@ -119,7 +127,7 @@ def quickly(kind, rule, precision):
     """Whether the case runs in `make test`: one kind of mask per rule in bfloat16, which takes seconds."""
     if precision == "float32":
         return kind in ("open", "slice")
-    return kind == {"topk": "slice", "batchtopk": "open", "matryoshka": "slice"}[rule]
+    return kind == {"topk": "slice", "batchtopk": "open", "matryoshka": "slice", "temporal": "open"}[rule]
 
 
 @pytest.mark.parametrize(
@@ -133,6 +141,8 @@ def test_the_loss_curve_equals_that_of_plain_autograd_and_adam(kind, rule, preci
         n_steps=12, batch_tokens=n_tokens, learning_rate=1e-3, warmup_fraction=0, decay_fraction=0, precision=precision
     )
     batches = sparse_sums(12, n_tokens, d_model)
+    if rule == "temporal":
+        batches = list(map(in_pairs, batches))
     dead = torch.arange(d_sae) % 7 == 0
     monkeypatch.setattr("posmask.training.loop.DeadLatents.to_revive", dead)
     rule = {**RULES[rule], "k": 16} if "k" in RULES[rule] else RULES[rule]

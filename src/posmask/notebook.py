@@ -137,7 +137,9 @@ def fit(
         settings: more of `TrainingSettings`.
     """
     training = TrainingSettings(n_steps=n_steps, batch_tokens=batch_tokens, learning_rate=learning_rate, **settings)
-    batches = training_batches(activations, batch_tokens, n_steps, seed, device=sae.encoder.device)
+    batches = training_batches(
+        activations, batch_tokens, n_steps, seed, pairs=sae.rule.pairs_tokens, device=sae.encoder.device
+    )
     return loop.train(sae, batches, training, label or sae.mask.settings.kind)
 
 

@@ -307,6 +307,7 @@ def training_batches(
     *,
     after: int = 0,
     token_indices: Callable[[Int[Tensor, " token"]], Int[Tensor, " selected"]] | None = None,
+    pairs: bool = False,
     device: torch.device | None = None,
 ) -> Iterator[Batch]:
     """Iterate over random batches of kept tokens: each token at most once per epoch, in a new order each epoch.
@@ -324,11 +325,14 @@ def training_batches(
         after: number of batches to skip.
         token_indices: given the positions of a batch's tokens, returns the indices of the tokens to read, for
             processes that share each batch; None reads all.
+        pairs: draw pairs of neighboring tokens of a text in a context. The first half of a batch holds the later token
+            of each, sorted by position, the second half the earlier ones. Each epoch divides the tokens into other
+            pairs, with each token in at most one of them.
         device: of the batches. For a CUDA device a thread reads two batches ahead into page-locked memory.
 
     Raises:
-        NothingToDo: there are fewer kept tokens than one batch.
-        BadSetting: the cache of a remote store is smaller than a window of shards.
+        NothingToDo: there are fewer kept tokens, or tokens in pairs, than one batch.
+        BadSetting: the cache of a remote store is smaller than a window of shards, or `batch_tokens` is odd with pairs.
     """
     activations.check_room()
     kept = activations.keep.nonzero()[:, 0]
@@ -336,7 +340,11 @@ def training_batches(
         raise NothingToDo(
             f"batch_tokens = {batch_tokens:,} is more than the {len(kept):,} kept tokens: lower it, or harvest more"
         )
-    indices = _batch_indices(activations, kept, batch_tokens, range(after, after + n_batches), seed)
+    numbers = range(after, after + n_batches)
+    if pairs:
+        indices = _pair_indices(activations, kept, batch_tokens, numbers, seed)
+    else:
+        indices = _batch_indices(activations, kept, batch_tokens, numbers, seed)
     if token_indices is not None:
         indices = (index[token_indices(activations.position[index])] for index in indices)
     yield from _batches(activations, indices, device)
@@ -369,3 +377,40 @@ def _batch_indices(
             continue
         index = order[batch_in_epoch * batch_tokens : (batch_in_epoch + 1) * batch_tokens]
         yield index[torch.sort(activations.position[index], stable=True).indices]
+
+
+def _pair_indices(
+    activations: Activations, kept: Int[Tensor, " token"], batch_tokens: int, numbers: range, seed: int
+) -> Iterator[Int[Tensor, " index"]]:
+    """The token indices of the batches of pairs with these numbers, see `training_batches`."""
+    if batch_tokens % 2:
+        raise BadSetting(f"batch_tokens = {batch_tokens} is odd, so it does not consist of pairs: make it even")
+    random = generator(seed, "batches")
+    run, place = _runs(activations, kept)
+    length = torch.bincount(run)
+    n_pairs = int(torch.where(length == 2, 1, (length - 1) // 2).sum())  # at least, in any epoch
+    if n_pairs < batch_tokens // 2:
+        raise NothingToDo(
+            f"batch_tokens = {batch_tokens:,} is more than the {2 * n_pairs:,} kept tokens that have neighbors in "
+            "their text and context: lower it, harvest more, or take longer contexts"
+        )
+    number = 0
+    while number < numbers.stop:
+        # An epoch leaves out the first token of some runs, but of none that has just one pair.
+        skipped = (torch.randint(2, length.shape, generator=random) * (length > 2))[run]
+        later = kept[(place > skipped) & ((place - skipped) % 2 == 1)]
+        order = activations.shuffled(later, random)
+        for index in order[: len(order) // (batch_tokens // 2) * (batch_tokens // 2)].split(batch_tokens // 2):
+            if number in numbers:
+                index = index[torch.sort(activations.position[index], stable=True).indices]
+                yield torch.cat([index, index - 1])
+            number += 1
+
+
+def _runs(activations: Activations, kept: Int[Tensor, " token"]) -> tuple[Int[Tensor, " token"], Int[Tensor, " token"]]:
+    """Number the runs of neighboring kept tokens of a text in a context; return each token's run and place in it."""
+    position, text = activations.position[kept], activations.text[kept]
+    follows = (kept.diff() == 1) & (position.diff() == 1) & (text.diff() == 0)
+    starts = torch.cat([torch.ones(1, dtype=torch.bool), ~follows])
+    run = starts.cumsum(0) - 1
+    return run, torch.arange(len(kept)) - starts.nonzero()[:, 0][run]

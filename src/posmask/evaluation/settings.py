@@ -2,7 +2,14 @@
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from posmask.masks import MASKS
 from posmask.masks.base import MaskSettings
@@ -54,6 +61,13 @@ class EvaluationSettings(BaseModel):
     """`saebench` reproduces two choices of sae-bench that make numbers optimistic or noisy; see docs/metrics.md."""
     ks: tuple[Annotated[int, Field(gt=0)], ...] = Field(default=(1, 5, 20, 50), min_length=1)
     """Numbers of latents that probes use."""
+    smoothness: bool = False
+    """Whether to measure how much codes change between neighboring held-out tokens (`activation_smoothness`)."""
+
+    @model_serializer(mode="wrap")
+    def _without_unset(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out a setting of a later version that is off, so that it changes no identity."""
+        return {name: value for name, value in serialize(self).items() if name != "smoothness" or value}
 
     def parts(self) -> dict[str, dict[str, Any]]:
         """The parts of an evaluation by name, in order, and the settings that each of them depends on.
@@ -73,6 +87,7 @@ class EvaluationSettings(BaseModel):
             "heldout": heldout,
             **{f"order {task}": order for task in self.order_tasks},
             **{f"probes {dataset}": probes for dataset in self.probe_datasets},
+            **({"smoothness": {}} if self.smoothness else {}),
             "forgetting": only("retention_positions", "forgetting_fractions"),
         }
 

@@ -35,6 +35,7 @@ from posmask.evaluation.retention import (
     special_positions,
 )
 from posmask.evaluation.settings import EvaluationSettings
+from posmask.evaluation.smoothness import Smoothness
 from posmask.evaluation.stored_codes import StoredCodes
 from posmask.kernels.devices import memory_for
 from posmask.probing import datasets, order_probes
@@ -147,6 +148,8 @@ def evaluate(
         n_passes = 2 if sae.mask.lifting_matters() else 1
         n_tokens += (data.heldout.n_kept + data.shift.n_kept) * n_passes + 3 * data.in_model.n_tokens
         n_tokens += data.heldout.n_kept * len(controls)
+    if data.settings.smoothness and "smoothness" not in measures:
+        n_tokens += data.heldout.n_kept
     poolings = ("mean", "fair", *controls)
     streams = {name: torch.Generator().manual_seed(datasets.SAEBENCH_SEED) for name in poolings}
     with progress_bar(stage_label("evaluate", label), n_tokens, "tokens") as advance:
@@ -166,7 +169,10 @@ def evaluate(
                 facts.keep_probes(dataset.name)
             else:
                 measures[part] = _topics(sae, controls, dataset, vectors, data, facts, streams, advance)
-    return {part: measures[part] for part in ("heldout", *order, *probes)}, facts
+        if data.settings.smoothness and "smoothness" not in measures:
+            measures["smoothness"] = measured(["activation_smoothness"], _smoothness, sae, data, advance)
+    further = ("smoothness",) if data.settings.smoothness else ()
+    return {part: measures[part] for part in ("heldout", *order, *probes, *further)}, facts
 
 
 def _explained_variance(measures: list[Measure]) -> float | None:
@@ -208,6 +214,22 @@ def _reconstruction_of_controls(
             reconstruction.update(batch, codes, control.sae.decode_batch(codes, batch))
         measures += reconstruction.overall({"control": name})
     return measures
+
+
+def _smoothness(sae: SparseAutoencoder, data: EvaluationData, advance: Callable[[int], None]) -> list[Measure]:
+    """How much codes change between neighboring held-out tokens."""
+    device = _statistics_device(sae.encoder.device)
+    level = None if sae.rule.level is None else sae.rule.level.to(device)
+    smoothness = Smoothness(float(sae.scale), level)
+    for batch in evaluation_batches(data.heldout, _SMOOTHNESS_TOKENS, device=device):
+        context = (batch.position == 0).cumsum(0)
+        kept = batch.kept()
+        smoothness.update(kept, sae.encode_batch(kept), context[batch.keep])
+        advance(len(kept))
+    return smoothness.measures()
+
+
+_SMOOTHNESS_TOKENS = 1024  # whose codes are dense
 
 
 class _StoredCodes:
@@ -486,7 +508,12 @@ def forgetting(
 
     continued = settings.model_copy(update={"n_steps": max(steps), "decay_fraction": 0.0})
     batches = training_batches(
-        data.training, continued.batch_tokens, continued.n_steps, seed, device=open_sae.encoder.device
+        data.training,
+        continued.batch_tokens,
+        continued.n_steps,
+        seed,
+        pairs=open_sae.rule.pairs_tokens,
+        device=open_sae.encoder.device,
     )
     loop.train(open_sae, batches, continued, unmasked_label(label), measure_retention)
     return measures

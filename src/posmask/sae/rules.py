@@ -6,6 +6,7 @@ With pre = (x - decoder_bias) . encoder[j] + encoder_bias[j], and M the openness
     topk        the k largest M relu(pre) of each token
     batchtopk   the k B largest M relu(pre) of a batch of B tokens; at inference all above a fixed threshold
     matryoshka  topk or batchtopk whose nested parts must reconstruct the vector too
+    temporal    matryoshka, with a first part that is alike at neighboring tokens  + contrast_weight InfoNCE
     jumprelu    code = M relu(pre) where that is above the latent's threshold   + l0_coefficient (active codes)
     gated       code = M relu(e^r pre + m) where pre > 0                        + l1_coefficient sum_j M relu(pre), and
                                                                                   those must reconstruct the vector too
@@ -16,14 +17,15 @@ To add a rule, write one subclass of `ActivationRule` with its `Settings`, and a
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.nn.functional import cross_entropy, normalize
 
 from posmask.errors import BadSetting, unknown_kind
 from posmask.sae.selection import Above, Choice, LargestOfBatch, LargestOfToken
@@ -80,6 +82,8 @@ class ActivationRule(nn.Module):
     """Whether dead latents are revived by an auxiliary loss (AuxK)."""
     compares_latents: ClassVar[bool] = False
     """Whether the values of latents are compared with each other, so that all must have one scale."""
+    pairs_tokens: ClassVar[bool] = False
+    """Whether a training batch holds pairs of neighbors: tokens, and in its second half the tokens before them."""
     uses_least: ClassVar[bool] = True
     """Whether `after_step` uses the smallest active code; without it the host need not wait for a GPU at each step."""
     level: Tensor | None
@@ -120,6 +124,20 @@ class ActivationRule(nn.Module):
 
     def training_choice(self) -> Choice | None:
         """The choice that gives `training_codes` if few codes are active from the start of training; otherwise None."""
+
+    def penalty_gradient(
+        self, token: Int[Tensor, " entry"], latent: Int[Tensor, " entry"], code: Float[Tensor, " entry"], n_tokens: int
+    ) -> Float[Tensor, " entry"] | None:
+        """The gradient of the penalty of `training_codes` with respect to active codes; None for 0.
+
+        Only for rules with a `training_choice`, whose codes are known as entries of token, latent and code.
+
+        Args:
+            token: in the order of the batch.
+            latent: -1 for empty entries, whose gradient is 0.
+            code: before a router's strength.
+            n_tokens: tokens of the batch.
+        """
 
     def before_step(self, done: int, n_steps: int) -> None:
         """Prepare a training step; called before each of `n_steps` steps, after `done` finished steps."""
@@ -342,6 +360,66 @@ class Matryoshka(BatchTopK):
         return len(self.settings.parts)
 
 
+class Temporal(Matryoshka):
+    """Nested dictionaries whose first part is alike at neighboring tokens (T-SAE; Bhalla et al. 2025, 2511.05541).
+
+    A training batch holds N pairs of neighbors. With z[i] the codes of the first part at the later token of pair i, and
+    y[i] those at the earlier one, the loss has the additional term
+
+        contrast_weight / parts * mean over i of -log softmax_j(s(z[i], y[j]))[i] - log softmax_j(s(z[j], y[i]))[i]
+
+    s is the cosine of the paper, or the dot product of its published code. The weight is divided by the number of
+    parts because the reconstruction errors are averaged over them, where the paper sums them.
+    """
+
+    class Settings(Matryoshka.Settings):
+        """Settings of nested dictionaries with a temporal first part."""
+
+        only_for_training = frozenset({"threshold_rate", "contrast_weight", "similarity"})
+
+        kind: Literal["temporal"] = "temporal"  # type: ignore[assignment]
+        parts: tuple[float, ...] = (0.2, 1.0)
+        """Share of the latents in each part, increasing to 1; the first one is contrasted."""
+        contrast_weight: float = Field(default=1.0, ge=0)
+        """Weight of the contrastive loss; 0 leaves nested dictionaries trained on pairs."""
+        similarity: Literal["cosine", "dot"] = "cosine"
+        """Similarity of two codes."""
+
+    settings: Settings
+    pairs_tokens = True
+
+    def training_codes(self, preactivation: Tensor, openness: Tensor | None, take: Take) -> Coded:
+        """The codes of all latents, and the contrastive loss of the first part."""
+        coded = super().training_codes(preactivation, openness, take)
+        return replace(coded, penalty=self._penalty(coded.codes[:, self.level == 0]))
+
+    def penalty_gradient(self, token: Tensor, latent: Tensor, code: Tensor, n_tokens: int) -> Tensor:
+        """The gradient of the contrastive loss with respect to the active codes of the first part; 0 for others."""
+        is_first = self.level == 0
+        entry = ((latent >= 0) & is_first[latent]).nonzero()[:, 0]
+        row, column = token[entry], (is_first.cumsum(0) - 1)[latent[entry]]
+        codes = code.new_zeros(n_tokens, int(is_first.sum()))
+        codes[row, column] = code[entry]
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(self._penalty(codes.requires_grad_()), codes)
+        of_entries = torch.zeros_like(code)
+        of_entries[entry] = gradient[row, column]
+        return of_entries
+
+    def _penalty(self, codes: Float[Tensor, "token first"]) -> Float[Tensor, ""]:
+        contrast = _contrast(codes, cosine=self.settings.similarity == "cosine")
+        return contrast * (self.settings.contrast_weight / self.n_parts * len(codes))
+
+
+def _contrast(codes: Float[Tensor, "token first"], *, cosine: bool) -> Float[Tensor, ""]:
+    """InfoNCE in both directions between the first half of the tokens and the second half."""
+    if len(codes) % 2:
+        raise BadSetting(f"a batch of {len(codes)} tokens does not consist of pairs of neighbors: pass an even number")
+    later, earlier = (normalize(half, eps=1e-8) if cosine else half for half in codes.chunk(2))
+    similarity, pair = later @ earlier.T, torch.arange(len(later), device=codes.device)
+    return cross_entropy(similarity, pair) + cross_entropy(similarity.T, pair)
+
+
 class _Jump(Function):
     """value where it exceeds threshold; the threshold learns from values within half a bandwidth of it."""
 
@@ -473,6 +551,7 @@ RULES: dict[str, type[ActivationRule]] = {
     "topk": TopK,
     "batchtopk": BatchTopK,
     "matryoshka": Matryoshka,
+    "temporal": Temporal,
     "jumprelu": JumpReLU,
     "gated": Gated,
 }

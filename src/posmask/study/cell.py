@@ -64,6 +64,7 @@ def train_cell(
         target.seed,
         after=n_steps_of_source + checkpoints.done,
         token_indices=None if processes is None else processes.token_indices,
+        pairs=sae.rule.pairs_tokens,
         device=sae.encoder.device,
     )
     track = study.track if processes is None or processes.leads else None

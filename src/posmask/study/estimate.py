@@ -33,7 +33,7 @@ from posmask.probing.order_tasks import ORDER_TASKS
 from posmask.probing.pooling import n_parts
 from posmask.progress import announce, shown_by
 from posmask.results.table import MODEL_LABEL
-from posmask.sae.rules import make_rule
+from posmask.sae.rules import RULES, make_rule
 from posmask.seeds import generator
 from posmask.storage import layout
 from posmask.study.harvests import Harvest, HarvestKind, harvests
@@ -247,6 +247,10 @@ def _step_factors(
         return []
     number = torch.arange(n_tokens)
     position = 1 + number * (study.corpus.n_positions - 1) // n_tokens  # in order, as in training
+    if RULES[study.rule_of(cell).kind].pairs_tokens:
+        earlier = position[::2].clamp(max=study.corpus.n_positions - 2)
+        position = torch.cat([earlier + 1, earlier])
+        number = number % (n_tokens // 2)  # Both tokens of a pair are of one text.
     vectors = torch.randn(n_tokens, d_model, generator=generator(0, "plan"))
     batch = Batch(vectors, position, number, number, number >= 0, position, position, position, position)
     moments = [left()]

@@ -149,6 +149,7 @@ class SaeSettings(_Settings):
         return _settings_of(rules.rule_settings, value)
 
 
+_LEAST_OF_PAIRS = 3  # positions: BOS and two tokens
 _LATER = frozenset({"rule", "position_bias"})
 
 
@@ -298,6 +299,7 @@ class StudySettings(MeasurementSettings):
                 f"training.batch_tokens = {self.training.batch_tokens:,} is more than corpus.training_tokens = "
                 f"{self.corpus.training_tokens:,}, which would make 0 steps: lower the one or raise the other"
             )
+        yield from self._problems_of_pairs()
         if self.evaluation.retention_positions >= self.corpus.n_positions - 1:
             yield (
                 f"evaluation.retention_positions = {self.evaluation.retention_positions} is not below the "
@@ -308,6 +310,18 @@ class StudySettings(MeasurementSettings):
                 f"evaluation.ks asks for probes on {max(self.evaluation.ks)} latents of sae.d_sae = {self.sae.d_sae}: "
                 "lower it"
             )
+
+    def _problems_of_pairs(self) -> Iterator[str]:
+        paired = [cell for cell in self.cells if rules.RULES[self.rule_of(cell).kind].pairs_tokens]
+        for cell in paired:
+            needs = f"the rule {self.rule_of(cell).kind} of {cell.name} trains on pairs of neighboring tokens"
+            if self.training.batch_tokens % 2:
+                yield f"training.batch_tokens = {self.training.batch_tokens} is odd, but {needs}: make it even"
+            if self.corpus.n_positions < _LEAST_OF_PAIRS:
+                yield (
+                    f"corpus.n_positions = {self.corpus.n_positions} leaves no two tokens after BOS, but {needs}: "
+                    f"raise it to at least {_LEAST_OF_PAIRS}"
+                )
 
     def _problems_of_starts(self) -> Iterator[str]:
         by_name = {cell.name: cell for cell in self.cells}

@@ -243,9 +243,8 @@ class ByPosition(Distributed):
 
 def _shared(sae: SparseAutoencoder) -> list[nn.Parameter]:
     """The trained parameters that belong to no latent."""
-    of_positions = sae.position_bias
-    learned = of_positions is not None and of_positions.requires_grad
-    return [sae.decoder_bias, of_positions] if learned else [sae.decoder_bias]
+    biases = (sae.decoder_bias, sae.position_bias)
+    return [bias for bias in biases if bias is not None and bias.requires_grad]
 
 
 def _mask_state(sae: SparseAutoencoder) -> dict[str, Tensor]:

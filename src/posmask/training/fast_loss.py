@@ -81,6 +81,7 @@ def fast_gradients(
         inputs=sae.encoder_inputs(vectors, position, order),
         mask_row=_in_order(routing.mask_row, order),
         position=_in_order(position, order).long(),
+        order=order,
         ends=ends,
         strength=None if routing.strength is None else _in_order(routing.strength.detach(), order),
         loss_tokens=loss_tokens or len(vectors),
@@ -118,6 +119,7 @@ class _Work:
         inputs: Tensor,
         mask_row: Tensor,
         position: Tensor,
+        order: Tensor | None,
         ends: list[int],
         strength: Tensor | None,
         loss_tokens: int,
@@ -127,6 +129,7 @@ class _Work:
         self.inputs = inputs
         self.mask_row = mask_row
         self.position = position
+        self.order = order
         self.ends = ends
         self.strength = strength
         self.loss_tokens = loss_tokens
@@ -211,11 +214,15 @@ def _through_entries(
     sums = _ParameterGradients(work)
     chosen = _choose(work, training_choice, precision)
     n_parts = 1 if sae.rule.level is None else int(sae.rule.level.max()) + 1
-    left = sums.explain(work.inputs, chosen, 2 / (work.loss_tokens * n_parts), sae.rule.level)
+    slope = 2 / (work.loss_tokens * n_parts)
+    ungated = chosen.value if work.strength is None else chosen.value / work.strength[chosen.token]
+    token = chosen.token if work.order is None else work.order[chosen.token]
+    of_penalty = sae.rule.penalty_gradient(token, chosen.latent, ungated, n)
+    left = sums.explain(work.inputs, chosen, slope, sae.rule.level, of_penalty)
     # A latent of part m contributes to the errors of part m and all later parts; left[0] sums all of them.
-    bias_gradient = left[0].sum(0) * (-2 / (work.loss_tokens * n_parts))
+    bias_gradient = left[0].sum(0) * -slope
     if sums.of_positions is not None:
-        sums.of_positions.add_output(slice(0, n), left[0] * (-2 / (work.loss_tokens * n_parts)))
+        sums.of_positions.add_output(slice(0, n), left[0] * -slope)
     residual = left[-1]
     squares = [_square(residual)]
     # Asked here, the host waits for the GPU while that has work.
@@ -225,7 +232,6 @@ def _through_entries(
         squares.append(_square(left[0]))
     sums.finish(bias_gradient)
     active = chosen.latent >= 0
-    ungated = chosen.value if work.strength is None else chosen.value / work.strength[chosen.token]
     least = ungated.masked_fill(~active, torch.inf)
     least = least.min() if len(least) else ungated.new_zeros(())
     numbers = torch.stack([*squares, least, active.sum().to(least.dtype)])
@@ -311,7 +317,14 @@ class _ParameterGradients:
         self._unmasked_bias = torch.zeros_like(sae.encoder_bias)
         self.of_positions = _position_gradient(work)
 
-    def explain(self, target: Tensor, chosen: _Chosen, slope: float, level: Tensor | None = None) -> Tensor:
+    def explain(
+        self,
+        target: Tensor,
+        chosen: _Chosen,
+        slope: float,
+        level: Tensor | None = None,
+        of_penalty: Tensor | None = None,
+    ) -> Tensor:
         """Subtract the codes from the target, and add the gradients of slope / 2 * |remainder|^2.
 
         Args:
@@ -319,6 +332,7 @@ class _ParameterGradients:
             chosen: the codes that reconstruct the target.
             slope: 2 / number of tokens, for a mean over them.
             level: [latent], see `operations.explain`.
+            of_penalty: [entry], see `ActivationRule.penalty_gradient`.
 
         Returns:
             The remainders [part token d_model] of `operations.explain`.
@@ -330,6 +344,8 @@ class _ParameterGradients:
         if work.strength is not None:
             operations.add_at_(work.strength_gradient, token, pulled * chosen.value / work.strength[token])
             pulled = pulled * work.strength[token]
+        if of_penalty is not None:
+            pulled = pulled + of_penalty / work.loss_tokens
         if work.table_gradient is not None:
             index = work.mask_row[token] * sae.d_sae + latent.clamp(min=0)
             operations.add_at_(work.table_gradient.view(-1), index, pulled * chosen.preactivation)

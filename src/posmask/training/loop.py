@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from posmask.data.activations import Batch
-from posmask.errors import DamagedFolder, DegenerateResult, first_line
+from posmask.errors import BadSetting, DamagedFolder, DegenerateResult, first_line
 from posmask.kernels import operations, runtime
 from posmask.kernels.devices import memory_for
 from posmask.masks.base import Copies, Observed
@@ -72,6 +72,7 @@ def train(
 
     Raises:
         NothingToDo: there are fewer kept tokens than a batch has.
+        BadSetting: the rule trains on pairs of tokens, and a batch does not hold pairs.
         DegenerateResult: the loss is not finite or diverges, all latents are dead, or the trained SAE explains
             nothing or holds numbers that are not finite. Checkpoints stay as they are.
         OutOfMemory: a step needs more memory than there is.
@@ -185,6 +186,8 @@ class _Trainer:
     def _set_gradients(self, batch: Batch, done: int) -> StepLoss:
         """Set the gradients of the batch over all processes, shared between copies."""
         sae, settings = self._sae, self._settings
+        if sae.rule.pairs_tokens:
+            _check_pairs(batch)
         step = fast_loss.fast_gradients(
             sae,
             batch.vectors,
@@ -306,6 +309,21 @@ class _Trainer:
         if self._checkpoints is None or not self._checkpoints.done:
             return ""
         return f"; the checkpoint after {self._checkpoints.done} steps stays in {self._checkpoints.folder}"
+
+
+def _check_pairs(batch: Batch) -> None:
+    """Check that a batch holds pairs of neighbors, as rules with `pairs_tokens` need.
+
+    Raises:
+        BadSetting: it does not.
+    """
+    half = len(batch) // 2
+    is_after = torch.equal(batch.position[:half], batch.position[half:] + 1)
+    if not is_after or not torch.equal(batch.text[:half], batch.text[half:]):
+        raise BadSetting(
+            "the rule trains on pairs of neighboring tokens, and the second half of a batch does not hold the tokens "
+            "before those of the first half: draw batches with training_batches(..., pairs=True)"
+        )
 
 
 class DeadLatents:
