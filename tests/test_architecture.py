@@ -8,6 +8,7 @@ from pathlib import Path
 
 import posmask
 from posmask.masks import MASKS
+from posmask.sae.rules import RULES
 from posmask.study.study_file import read_study
 
 LAYERS = [
@@ -94,7 +95,7 @@ def test_reports_need_no_torch():
 
 def test_the_library_names_no_cells_of_a_study():
     studies = sorted((Path(__file__).parents[1] / "studies").glob("*.toml"))
-    names = {cell.name for study in studies for cell in read_study(study).cells} - {*MASKS}
+    names = {cell.name for study in studies for cell in read_study(study).cells} - {*MASKS, *RULES}
     assert "split-width" in names
     for path in (path for ending in ("py", "html", "js", "css") for path in PACKAGE.rglob(f"*.{ending}")):
         text = path.read_text(encoding="utf8")

@@ -140,9 +140,9 @@ class _Work:
 
 
 class _PositionGradient:
-    """Sums the gradient of a learned bias per position, which is coded and added back with a minus and a plus sign.
+    """Sums the gradient of a learned bias per position, which is subtracted before encoding and added to the output.
 
-    The gradient at a position is that of the output, summed over its tokens, minus that of the encoder's input.
+    The gradient at a position is that of the output minus that of the encoder's input, summed over its tokens.
     """
 
     def __init__(self, work: _Work) -> None:

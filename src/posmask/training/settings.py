@@ -36,9 +36,9 @@ class TrainingSettings(BaseModel):
     aux_k: int = Field(default=32, ge=0)
     """Dead latents per token that reconstruct the error, which revives them; 0 disables the auxiliary loss."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of products with the dictionary. With topk, batchtopk and matryoshka bfloat16 affects only the
-    selection of latents, which may differ between pre-activations within 0.5 % of each other; values and gradients are
-    float32. With relu, jumprelu and gated the codes, reconstruction and gradients carry its rounding. auto is bfloat16
+    """Precision of products with the dictionary. With topk, batchtopk, matryoshka and temporal bfloat16 affects only
+    the selection of latents, which may differ between pre-activations within 0.5 % of each other; values and gradients
+    are float32. With relu, jumprelu and gated the codes, reconstruction and gradients carry its rounding. auto is bfloat16
     if the CPU or GPU multiplies it natively and only the selection depends on it, else float32."""
 
 
