@@ -38,8 +38,8 @@ class TrainingSettings(BaseModel):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of products with the dictionary. With topk, batchtopk, matryoshka and temporal bfloat16 affects only
     the selection of latents, which may differ between pre-activations within 0.5 % of each other; values and gradients
-    are float32. With relu, jumprelu and gated the codes, reconstruction and gradients carry its rounding. auto is bfloat16
-    if the CPU or GPU multiplies it natively and only the selection depends on it, else float32."""
+    are float32. With relu, jumprelu and gated the codes, reconstruction and gradients carry its rounding. auto is
+    bfloat16 if the CPU or GPU multiplies it natively and only the selection depends on it, else float32."""
 
 
 def product_precision(settings: TrainingSettings, rule: ActivationRule, device: str) -> runtime.Precision:
