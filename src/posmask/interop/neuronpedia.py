@@ -19,6 +19,7 @@ from posmask.interop.saelens_files import model_name_of
 from posmask.interop.sites import hook_name
 from posmask.sae.files import read_origin
 from posmask.storage.atomic import check_new_folder
+from posmask.storage.json_file import read_json
 from posmask.storage.layout import LATENT_WORDS_FILE, LATENTS_FILE, WEIGHTS_FILE
 from posmask.storage.manifest import file_sha256, read_manifest, write_folder
 
@@ -107,7 +108,7 @@ def _read(cell: Path) -> "_Latents":
         DamagedFolder: they are missing or unreadable.
     """
     try:
-        about = json.loads((cell / LATENT_WORDS_FILE).read_text(encoding="utf8"))
+        about = read_json(cell / LATENT_WORDS_FILE)
         with safe_open(cell / WEIGHTS_FILE, framework="pt") as weights:
             scale = float(weights.get_tensor("scale"))
         arrays = load_file(cell / LATENTS_FILE)

@@ -1,6 +1,5 @@
 """Codes of a text that a reader types: tokens, vectors and codes are those of a run."""
 
-import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import fields
@@ -19,6 +18,7 @@ from posmask.kernels.devices import memory_for
 from posmask.sae.autoencoder import Codes, SparseAutoencoder
 from posmask.sae.files import read_origin, read_sae
 from posmask.storage import layout
+from posmask.storage.json_file import read_json
 from posmask.storage.manifest import read_manifest
 from posmask.study.settings import ModelSettings
 from posmask.study.source import Source
@@ -145,7 +145,7 @@ def _model_name(root: Path, folder: Path) -> str:
     summary = folder / layout.SUMMARY_FILE
     try:
         if summary.is_file():
-            return json.loads(summary.read_text(encoding="utf8"))["model"]
+            return read_json(summary)["model"]
         if folder.parent != layout.cells_folder(root):  # Another tool may have another name for the model.
             for cell in sorted(layout.cells_folder(root).glob("[!.]*")):
                 with suppress(DamagedFolder, KeyError):
