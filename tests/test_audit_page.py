@@ -237,12 +237,24 @@ class Tables(HTMLParser):
             self._cell[1] += data
 
 
+def spec_of(page, name):
+    text = re.search(rf'id="block-chart-{name}">([^<]*)<', page.read_text(encoding="utf8")).group(1)
+    return json.loads(gzip.decompress(base64.b64decode(text)))
+
+
 def values_of(page, name):
     """The values of the first data set of a chart."""
-    text = re.search(rf'id="block-chart-{name}">([^<]*)<', page.read_text(encoding="utf8")).group(1)
-    spec = json.loads(gzip.decompress(base64.b64decode(text)))
+    spec = spec_of(page, name)
     part = spec["concat"][1] if "concat" in spec else spec
     return (part.get("data") or part["layer"][0]["data"])["values"]
+
+
+def panels_of(page):
+    """The values of each panel of the chart by position, by the first words of its title."""
+    return {
+        panel["title"]["text"].partition(",")[0]: (panel.get("data") or panel["layer"][0]["data"])["values"]
+        for panel in spec_of(page, "positions")["vconcat"]
+    }
 
 
 def test_tables_equal_the_summaries(page, tables):
@@ -269,17 +281,17 @@ def test_tables_equal_the_summaries(page, tables):
 
 
 @pytest.mark.parametrize(
-    ("chart", "column"),
+    ("panel", "column"),
     [
-        ("variance", "explained_variance"),
-        ("loss", "cross_entropy_increase"),
-        ("l0", "l0"),
-        ("silent", "silent_share"),
-        ("dense", "dense_share"),
+        ("explained variance", "explained_variance"),
+        ("increase of the cross-entropy", "cross_entropy_increase"),
+        ("L0", "l0"),
+        ("silent latents", "silent_share"),
+        ("dense latents", "dense_share"),
     ],
 )
-def test_curves_are_means_of_the_table_over_bins_of_positions(page, tables, chart, column):
-    values = [value for value in values_of(page, chart) if not value["dotted"]]
+def test_curves_are_means_of_the_table_over_bins_of_positions(page, tables, panel, column):
+    values = [value for value in panels_of(page)[panel] if not value["dotted"]]
     assert {value["sae"] for value in values} == set(NAMES)
     seen = []
     for value in values:
@@ -314,7 +326,7 @@ def test_charts_of_order_removal_and_classes_equal_the_summaries(page, tables):
 def test_the_stream_is_drawn_once_for_saes_of_the_same_vectors(tmp_path):
     for name in ("a", "b"):
         write_audit(tmp_path, name)
-    norms = values_of(write_audit_page(tmp_path, ["a", "b"]), "norm")
+    norms = panels_of(write_audit_page(tmp_path, ["a", "b"]))["mean norm of the stream"]
     assert [value["first position"] for value in norms] == list(range(1, N_POSITIONS))
     assert not any("sae" in value for value in norms)
 
@@ -324,7 +336,7 @@ def test_charts_leave_out_what_long_names_share(tmp_path):
     for name in names:
         write_audit(tmp_path, name)
     path = write_audit_page(tmp_path, names)
-    assert {value["sae"] for value in values_of(path, "variance")} == {"…average_l0_22", "…average_l0_82"}
+    assert {value["sae"] for value in panels_of(path)["explained variance"]} == {"…average_l0_22", "…average_l0_82"}
     assert [line[0][1] for line in Tables(path).rows["saes"][1:]] == names
 
 
@@ -335,13 +347,15 @@ def test_a_page_without_order_removal_and_beyond_says_so(root, tables, tmp_path)
         tables["profiles"] = tables["profiles"][tables["profiles"]["latent"] > 0]
 
     write_audit(tmp_path, "bare", order=False, removal=False, change=steady)
-    text = write_audit_page(tmp_path, ["bare"]).read_text(encoding="utf8")
+    page = write_audit_page(tmp_path, ["bare"])
+    text = page.read_text(encoding="utf8")
     assert "Not measured: no position-tracking latent fires often enough" in text
     assert "Not measured: the model reads no longer texts" in text
     assert 'id="order"' not in text
     assert "#order" not in text
     assert "L0 does not depend on position: 32.00 at all positions" in text
-    for name in ("order", "removal", "l0"):
+    assert "L0" not in panels_of(page)
+    for name in ("order", "removal"):
         assert f'id="block-chart-{name}"' not in text
 
 
@@ -381,7 +395,7 @@ def test_only_finished_audits_and_pages_of_posmask_are_read_and_replaced(root, t
 
 def test_figures_are_svg_and_pdf(root, tables, tmp_path):
     paths = write_audit_figures(root, ["masked"], tmp_path / "figures")
-    names = {"classes", "variance", "loss", "l0", "norm", "silent", "dense", "order", "removal"}
+    names = {"classes", "positions", "order", "removal"}
     assert {path.name for path in paths} == {f"{name}.{kind}" for name in names for kind in ("svg", "pdf")}
     for name in names:
         ElementTree.parse(tmp_path / "figures" / f"{name}.svg")

@@ -384,6 +384,14 @@ def test_a_gradient_only_mask_is_marked(tmp_path):
     assert shown == ["open", "hard, gradient only"]
 
 
+def panels_of(page):
+    """The values of each panel of the chart by position."""
+    panels = {}
+    for value in values_of(page, "positions"):
+        panels.setdefault(value["panel"], []).append(value)
+    return panels
+
+
 def values_of(page, name):
     spec = json.loads(block(page, f"chart-{name}"))
     return spec["data"]["values"] if "data" in spec else [part["data"]["values"] for part in spec["concat"]]
@@ -403,21 +411,22 @@ def test_every_number_in_a_chart_is_a_mean_of_rows(study, page):
             low, high = expected_interval(study, key)
             assert [value[f"{axis} low"], value[f"{axis} high"]] == pytest.approx([low, high])
             assert read(value[f"range of {axis}"]) == pytest.approx([low, high], abs=0.00051)
-    for name, metric in (("position", "explained_variance"), ("l0", "l0"), ("loss", "ce_recovered")):
-        values = values_of(page, name)
-        assert {(value["cell"], value["position"]) for value in values} >= {
+    strip = panels_of(page)
+    assert list(strip) == ["difference", "loss recovered", "L0", "norm"]
+    for name, metric in (("L0", "l0"), ("loss recovered", "ce_recovered")):
+        assert {(value["cell"], value["position"]) for value in strip[name]} == {
             (cell, position) for cell in cells for position in (1, 2, 3)
         }
-        for value in values:
+        for value in strip[name]:
             expected = mean_of_rows(study, f"{value['cell']}|{metric}|position={value['position']:g}")
             assert value["value"] == pytest.approx(expected), (name, value)
     baseline = {p: mean_of_rows(study, f"open|explained_variance|position={p}") for p in (1, 2, 3)}
-    differences = values_of(page, "difference")
-    assert {value["cell"] for value in differences} == cells - {"open"}
-    for value in differences:
-        key = f"{value['cell']}|explained_variance|position={value['position']:g}"
-        assert value["value"] == pytest.approx(mean_of_rows(study, key) - baseline[value["position"]])
-    assert [(value["position"], value["value"]) for value in values_of(page, "norm")] == [(1, 90), (2, 40), (3, 30)]
+    assert {value["cell"] for value in strip["difference"]} == cells - {"open"}
+    for value in strip["difference"]:
+        level = mean_of_rows(study, f"{value['cell']}|explained_variance|position={value['position']:g}")
+        assert value["explained variance"] == pytest.approx(level)
+        assert value["value"] == pytest.approx(level - baseline[value["position"]])
+    assert [(value["position"], value["value"]) for value in strip["norm"]] == [(1, 90), (2, 40), (3, 30)]
     metric = {"retention": "retention", "chance": "retention_chance"}
     decay = values_of(page, "decay")
     assert len(decay) == 6
@@ -436,27 +445,31 @@ def test_every_number_in_a_chart_is_a_mean_of_rows(study, page):
         assert value["latents"] == mean_of_rows(study, f"{value['cell']}|d_sae|")
 
 
-def test_curves_by_position_are_means_over_eighths_of_octaves(tmp_path):
+def test_curves_by_position_are_means_over_parts_of_octaves(tmp_path):
+    """Eighths; halves for loss recovered. Without a baseline, explained variance is drawn instead of a difference."""
     rows = [row for row in write_cell(tmp_path, "open", "open", latents=False) if "position" not in row.slice]
     values = np.random.default_rng(0).uniform(size=200)
     for p, value in enumerate(values):
-        for metric, number in (("explained_variance", value), ("l0", 32 + 1e-3 * value)):
+        for metric, number in (("explained_variance", value), ("ce_recovered", value), ("l0", 32 + 1e-3 * value)):
             measure = Measure(metric, number, n=9, slice={"position": p})
             rows.append(Row.of(measure, cell="open", mask="open", budget="width", gating="forward", seed=0))
     shutil.rmtree(tmp_path / "cells")
     (tmp_path / "cells").mkdir()
     write_rows(tmp_path / "results.csv", rows)
     page = write_report(tmp_path)
-    seen = []
-    for value in values_of(page, "position"):
-        first, last = (int(end) for end in (value["positions"].split("–") * 2)[:2])
-        assert last - first + 1 == (1 if first < 16 else min(2 ** int(math.log2(first / 8)), 200 - first))
-        assert value["value"] == pytest.approx(values[first : last + 1].mean())
-        seen += range(first, last + 1)
-    assert seen == list(range(1, 200))
-    text = page.read_text(encoding="utf8")
-    assert 'id="block-chart-l0"' not in text
-    assert "L0 does not depend on position: 32 active latents per token" in text
+    panels = panels_of(page)
+    assert list(panels) == ["explained variance", "loss recovered"]
+    for of_panel, per_octave in zip(panels.values(), (8, 2), strict=True):
+        seen = []
+        for value in of_panel:
+            first, last = (int(end) for end in (value["positions"].split("–") * 2)[:2])
+            width = 2 ** max(0, int(math.log2(first / per_octave)))
+            assert last - first + 1 == min(width, 200 - first)
+            assert value["position"] == (first + last) / 2
+            assert value["value"] == pytest.approx(values[first : last + 1].mean())
+            seen += range(first, last + 1)
+        assert seen == list(range(1, 200))
+    assert "L0 does not depend on position: 32 active latents per token" in page.read_text(encoding="utf8")
 
 
 def test_a_cell_has_one_color_and_cells_without_a_mask_are_gray(page):
@@ -465,10 +478,11 @@ def test_a_cell_has_one_color_and_cells_without_a_mask_are_gray(page):
     red, green, blue = (int(colors["open"][at : at + 2], 16) for at in (1, 3, 5))
     assert red == green == blue
     assert {value["cell"]: value["color"] for value in values_of(page, "trade-off")} == colors
-    for name in ("position", "loss", "curves", "decay"):
+    for name in ("positions", "curves", "decay"):
         spec = json.loads(block(page, f"chart-{name}"))
-        scale = spec.get("layer", [spec])[0]["encoding"]["color"]["scale"]
-        assert dict(zip(scale["domain"], scale["range"], strict=True)) == colors
+        for panel in spec.get("vconcat", [spec])[:2]:
+            scale = panel.get("layer", [panel])[-1]["encoding"]["color"]["scale"]
+            assert dict(zip(scale["domain"], scale["range"], strict=True)) == colors
 
 
 def test_the_page_warns_if_few_tokens_carry_the_variance(page):
@@ -738,7 +752,7 @@ def test_missing_latents_and_capped_sizes_are_reported(tmp_path):
 
 def test_paper_figures_are_svg_and_pdf(study, tmp_path):
     written = write_paper_figures(study, folder=tmp_path / "figures")
-    assert {path.stem for path in written} >= {"trade-off", "masks", "position", "decay", "shift", "curves", "cost"}
+    assert {path.stem for path in written} >= {"trade-off", "masks", "positions", "decay", "shift", "curves", "cost"}
     for path in written:
         if path.suffix == ".svg":
             ElementTree.parse(path)
@@ -969,7 +983,7 @@ def test_saved_csv_files_contain_no_formula(tmp_path, open_page):
     tab.click("[data-pick=all]")
     show_latents(tab)
     lines = []
-    for button in ("[data-csv=study]", "[data-save=csv][data-of-chart=position]", "#app button:has-text('CSV')"):
+    for button in ("[data-csv=study]", "[data-save=csv][data-of-chart=positions]", "#app button:has-text('CSV')"):
         with tab.expect_download() as saved:
             tab.locator(button).first.click()
         lines += csv.reader(Path(saved.value.path()).read_text(encoding="utf8").splitlines())
@@ -983,17 +997,21 @@ def test_saved_csv_files_contain_no_formula(tmp_path, open_page):
 
 def test_charts_are_drawn_filtered_redrawn_and_saved(page, open_page):
     tab = open_page(page)
-    show(tab, "[data-chart=position]")
-    tab.wait_for_selector("[data-chart=position] svg")
+    show(tab, "[data-chart=positions]")
+    tab.wait_for_selector("[data-chart=positions] svg")
     tab.click("[data-pick=none]")
     tab.click("#picks button[data-cell=hard]")
-    lines = "document.querySelectorAll('[data-chart=position]:not([data-compare]) .mark-line path')"
-    tab.wait_for_function(f"{lines}.length === 1")
-    for kind, start in (("svg", b"<svg"), ("png", b"\x89PNG"), ("csv", b"cell,position,positions,value")):
+    lines = "document.querySelectorAll('[data-chart=positions]:not([data-compare]) .mark-line path')"
+    tab.wait_for_function(f"{lines}.length === 4")  # three panels of the cell, and the stream's
+    symbols = tab.locator("[data-chart=positions]:not([data-compare]) .role-legend-symbol path")
+    assert symbols.evaluate_all("all => all.map(symbol => symbol.getAttribute('stroke'))") == [
+        json.loads(block(page, "page"))["colors"]["hard"]
+    ]
+    for kind, start in (("svg", b"<svg"), ("png", b"\x89PNG"), ("csv", b"panel,cell,position,positions,value")):
         with tab.expect_download() as saved:
-            tab.click(f"[data-save={kind}][data-of-chart=position]")
+            tab.click(f"[data-save={kind}][data-of-chart=positions]")
         assert Path(saved.value.path()).read_bytes().startswith(start)
-    ink = "getComputedStyle(document.querySelector('[data-chart=position] .role-axis-title text')).fill"
+    ink = "getComputedStyle(document.querySelector('[data-chart=positions] .role-axis-title text')).fill"
     before = tab.evaluate(ink)
     tab.click("#theme")
     tab.wait_for_function(f"{ink} !== '{before}'")
@@ -1314,8 +1332,8 @@ def test_pages_of_damaged_and_empty_folders_open_without_errors(root, tmp_path, 
     for part in ("latents.safetensors is not what was written", "soft-seed0 has no manifest.json", "are NaN"):
         assert part in warnings
     show_latents(tab)
-    show(tab, "[data-chart=position]")
-    tab.wait_for_selector("[data-chart=position] svg")
+    show(tab, "[data-chart=positions]")
+    tab.wait_for_selector("[data-chart=positions] svg")
     (tmp_path / "empty" / "cells").mkdir(parents=True)
     tab = open_page(write_report(tmp_path / "empty"))
     assert "The folder has no finished cell" in tab.locator(".warnings").first.inner_text()

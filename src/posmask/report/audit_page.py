@@ -11,7 +11,7 @@ from posmask.report import browser as latents
 from posmask.report import figures
 from posmask.report.audits import Audit, read_audits
 from posmask.report.browser import shown_text
-from posmask.report.figures.audit import audit_figures
+from posmask.report.figures.audit import audit_figures, l0_is_steady
 from posmask.report.reading import CellFolder
 from posmask.report.rendering import chart_blocks, render, zipped
 from posmask.storage.atomic import check_file, replacing
@@ -79,6 +79,7 @@ def _page(audits: Sequence[Audit]) -> dict[str, Any]:
         "classes": list(audits[0].summary["classes"]["on"]),
         "rules": audits[0].summary["rules"],
         "n_latents": _N_LATENTS,
+        "steady_l0": l0_is_steady(audits),
         "is_lifted": any("lifted" in audit.masks for audit in audits),
         "version": importlib.metadata.version("posmask"),
     }

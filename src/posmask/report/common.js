@@ -147,7 +147,7 @@ function loadVega() {
 function adapted(spec, holder) {
   spec = adaptedToPage(structuredClone(spec), holder);
   if (holder.clientWidth < 560 && spec.encoding?.color?.legend !== null && spec.encoding?.color?.field !== "cell") {
-    for (const layer of spec.layer ?? [spec]) for (const channel of ["color", "shape", "strokeDash"])
+    for (const layer of (spec.vconcat ?? [spec]).flatMap(part => part.layer ?? [part])) for (const channel of ["color", "shape", "strokeDash"])
       if (layer.encoding?.[channel]?.field && layer.encoding[channel].legend !== null) layer.encoding[channel].legend = { labelLimit: holder.clientWidth - 60, ...layer.encoding[channel].legend, orient: "top", columns: Math.min(2, layer.encoding[channel].legend?.columns ?? 2) };
   }
   if (spec.usermeta?.columns) spec.columns = Math.max(1, Math.floor(holder.clientWidth / spec.usermeta.columns));
@@ -156,6 +156,7 @@ function adapted(spec, holder) {
     const kept = new Set(Array.from({ length: n }, (_, at) => 1 + Math.round(at * (last - 1) / (n - 1))));
     spec.data.values = spec.data.values.filter(value => kept.has(value.moment));
   }
+  for (const part of spec.vconcat ?? []) part.width = Math.max(160, Math.min(1180, holder.clientWidth - 62));
   if (spec.concat && holder.clientWidth >= 700) for (const part of spec.concat) part.width = Math.floor(Math.min(1100, holder.clientWidth - 130) / spec.columns) - 70;
   if (spec.concat && holder.clientWidth < 700) { spec.columns = 1; for (const part of spec.concat) part.width = Math.max(160, holder.clientWidth - 110); spec.config = { ...spec.config, legend: { ...spec.config?.legend, orient: "bottom" } }; }
   return spec;
@@ -168,9 +169,9 @@ async function drawNow(holder) {
     const [spec] = await Promise.all([json("chart-" + name), loadVega(), ready]);
     const style = getComputedStyle(document.documentElement), ink = style.getPropertyValue("--ink").trim(), line = style.getPropertyValue("--line").trim();
     const font = "system-ui, sans-serif";
-    const config = { background: null, font, view: { stroke: null }, axis: { labelColor: ink, titleColor: ink, gridColor: line, tickColor: line, domainColor: line, titleFontWeight: 500, labelOverlap: "greedy", labelSeparation: 6 }, legend: { labelColor: ink, titleColor: ink, labelFontSize: 11, layout: { top: { anchor: "start", direction: "vertical" } } }, header: { labelColor: ink, titleColor: ink, labelFontWeight: 600 }, text: { color: ink } };
+    const config = { background: null, font, view: { stroke: null }, axis: { labelColor: ink, titleColor: ink, gridColor: line, tickColor: line, domainColor: line, titleFontWeight: 500, labelOverlap: "greedy", labelSeparation: 6 }, legend: { labelColor: ink, titleColor: ink, labelFontSize: 11, layout: { top: { anchor: "start", direction: "vertical" } } }, header: { labelColor: ink, titleColor: ink, labelFontWeight: 600 }, title: { color: ink, fontWeight: 500 }, mark: { color: ink }, text: { color: ink } };
     const shown = adapted(spec, holder);
-    if (shown.usermeta?.cells && !shown.data.values.length) { holder.textContent = "None of the selected cells has this metric."; return; }
+    if (shown.usermeta?.cells && !shown.data.values.some(value => value.cell)) { holder.textContent = "None of the selected cells has this metric."; return; }
     const { view } = await window.vegaEmbed(holder, shown, { config, renderer: spec.usermeta?.canvas ? "canvas" : "svg", actions: false });
     holder.style.minHeight = "0";
     if (!holder.hasAttribute("data-compare")) views.set(name, view);
@@ -185,8 +186,8 @@ $$("[data-save]").forEach(button => button.addEventListener("click", async () =>
   const kind = button.dataset.save, view = views.get(name);
   if (kind === "csv") {
     const spec = adapted(await json("chart-" + name), holder);
-    const parts = (spec.concat ?? [spec]).map(part => part.data ?? part.layer?.[0].data ?? spec.data);
-    save(`${pageName}-${name}.csv`, "text/csv", parts.map(part => csv(columnsOf(part.values))).join("\n"));
+    const parts = spec.data ? [spec] : (spec.concat ?? spec.vconcat ?? [spec]).map(part => ({ data: part.data ?? part.layer[0].data }));
+    save(`${pageName}-${name}.csv`, "text/csv", parts.map(part => csv(columnsOf(part.data.values))).join("\n"));
   } else if (kind === "svg") save(`${pageName}-${name}.svg`, "image/svg+xml", await view.toSVG());
   else save(`${pageName}-${name}.png`, "image/png", await view.toImageURL("png", 2));
 }));

@@ -3,12 +3,14 @@ let picked = new Set(), facts = null;
 function adaptedToPage(spec, holder) {
   const cells = holder.hasAttribute("data-compare") ? [$("#compare-a").value, $("#compare-b").value].map(name => name.split(" + ")[0]) : [...picked];
   if (spec.usermeta?.cells) {
-    spec.data.values = spec.data.values.filter(value => cells.includes(value.cell));
+    spec.data.values = spec.data.values.filter(value => value.cell === undefined || cells.includes(value.cell));
     if (spec.usermeta.step) spec.height = spec.usermeta.step * Math.max(1, new Set(spec.data.values.map(value => value[spec.encoding.y.field])).size);
-    const color = spec.encoding.color;
-    if (color?.field === "cell") {
+    for (const { encoding } of (spec.vconcat ?? [spec]).flatMap(part => part.layer ?? [part])) {
+      const color = encoding?.color;
+      if (color?.field !== "cell") continue;
       color.scale.domain = cells; color.scale.range = cells.map(cell => facts.colors[cell]);
-      if (cells.length > 14) color.legend = null;
+      if (spec.vconcat) color.legend = { ...color.legend, orient: "top", columns: Math.max(2, Math.floor(holder.clientWidth / 150)) };
+      else if (cells.length > 14) color.legend = null;
       else if (holder.clientWidth < 560) color.legend = { ...color.legend, orient: "bottom", columns: 2 };
     }
   }

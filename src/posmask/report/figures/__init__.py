@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 
 from posmask.report.figures.files import write_figures
 from posmask.report.figures.masks import learned_masks, mask_pictures, read_openness, snapshots
-from posmask.report.figures.metrics import by_position, cost, forgetting, shift_split, steady, stream_norm, strictness
+from posmask.report.figures.metrics import cost, forgetting, shift_split, strictness
+from posmask.report.figures.positions import position_strip, steady
 from posmask.report.figures.scatter import trade_off
 from posmask.report.figures.style import COLORS, Figure, as_spec, cell_colors
 from posmask.report.figures.training import read_curves, training
@@ -54,13 +55,12 @@ def figures(
         "learned": learned_masks(
             curves, {cell: openness for cell, openness in masks.items() if cell in learned}, colors
         ),
-        "position": by_position(numbers, colors, "explained_variance", "explained variance"),
-        "difference": by_position(
-            numbers, colors, "explained_variance", "explained variance − baseline", _baseline_of(colors, baselines)
+        "positions": position_strip(
+            numbers,
+            colors,
+            list(dict.fromkeys(row.cell for row in rows if row.mask == "none")),
+            _baseline_of(colors, baselines),
         ),
-        "l0": by_position(numbers, colors, "l0", "L0: active latents per token"),
-        "loss": by_position(numbers, colors, "ce_recovered", "cross-entropy recovered"),
-        "norm": stream_norm(numbers, list(dict.fromkeys(row.cell for row in rows if row.mask == "none"))),
         "strictness": strictness([line for line, _ in lines], baselines),
         "decay": forgetting(numbers, colors),
         "shift": shift_split(numbers, list(colors)),

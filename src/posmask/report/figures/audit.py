@@ -12,14 +12,23 @@ from typing import Any
 import altair as alt
 
 from posmask.report.audits import Audit
-from posmask.report.figures.style import COLORS, STEP, Figure, inline_data, position_axis, position_bin
+from posmask.report.figures.positions import is_steady, position_axis, position_bin, stacked, with_targets, zero_line
+from posmask.report.figures.style import COLORS, STEP, Figure, inline_data
 
-__all__ = ["audit_figures", "smoothed"]
+__all__ = ["audit_figures", "l0_is_steady", "smoothed"]
 
-_STEADY = 0.005  # L0 that varies by less, relative to its mean, is not drawn
 _GRAY = "#888"
 _SHORT = 28  # characters of names of which two fit beside each other
 _FEW_TICKS = alt.Axis(tickCount=6)
+_CURVES = {
+    "explained_variance": ("explained variance", ".2f"),
+    "cross_entropy_increase": ("increase of the cross-entropy, nats", "~g"),
+    "l0": ("L0, active latents per token", "~g"),
+    "stream_norm": ("mean norm of the stream, in the model's units", "~s"),
+    "silent_share": ("silent latents, share of those that fire anywhere", ".0%"),
+    "dense_share": ("dense latents, share of all", ".1%"),
+}
+"""Title and number format of each column of the table of positions that is drawn."""
 _BESIDE = {
     "explained_variance": ("explained_variance_with_sinks", "with sinks"),
     "silent_share": ("silent_share_null", "null"),
@@ -32,17 +41,9 @@ _Values = list[dict[str, Any]]
 def audit_figures(audits: Sequence[Audit]) -> dict[str, Figure]:
     """Return every chart for which the audits have numbers, by its name on the page."""
     audits = _shortened(audits)
-    curves = {
-        "variance": ("explained_variance", "explained variance", ".2f"),
-        "loss": ("cross_entropy_increase", "increase of the cross-entropy, nats", "~g"),
-        "l0": ("l0", "active latents per token", "~g"),
-        "norm": ("stream_norm", "mean norm of the vectors", "~s"),
-        "silent": ("silent_share", "silent share", ".0%"),
-        "dense": ("dense_share", "dense share", ".1%"),
-    }
     charts: dict[str, Figure | None] = {
         "classes": _classes(audits),
-        **{name: _by_position(audits, *about) for name, about in curves.items()},
+        "positions": _by_position(audits),
         "order": _order(audits),
         "removal": _removal(audits),
     }
@@ -111,34 +112,49 @@ def _colors(audits: Sequence[Audit], **symbols: Any) -> dict[str, Any]:
     return {"scale": scale, "legend": legend if len(names) > 1 else None}
 
 
-def _by_position(audits: Sequence[Audit], column: str, title: str, number: str) -> Figure | None:
-    """A column of the table of positions against position, with its interval and the column drawn beside it."""
-    lines = _lines(audits, column)
-    if not lines or (column == "l0" and _is_steady(lines)):
+def _by_position(audits: Sequence[Audit]) -> Figure | None:
+    """Columns of the table of positions with their intervals and the columns drawn beside them, a panel each."""
+    every = {column: _lines(audits, column) for column in _CURVES}
+    every = {column: lines for column, lines in every.items() if lines}
+    if l0_is_steady(audits):
+        every.pop("l0", None)
+    if not every:
         return None
-    last = max(value["last position"] for value in lines)
-    x = position_axis(last)
+    last = max(value["last position"] for lines in every.values() for value in lines)
+    dash = _dash([value for lines in every.values() for value in lines])
+    panels: dict[str, alt.LayerChart | alt.FacetChart] = {}
+    for column, lines in every.items():
+        title, number = _CURVES[column]
+        layers = _curve_layers(audits, column, lines, number, position_axis(last, column == list(every)[-1]), dash)
+        panels[title] = alt.layer(*layers, *_ends_of_contexts(audits, last, is_labeled=not panels))
+    return stacked(panels)
+
+
+def l0_is_steady(audits: Sequence[Audit]) -> bool:
+    """Return whether L0 does not depend on position in any SAE, as with top-k selection; then it is not drawn."""
+    return is_steady(_lines(audits, "l0"), "sae", "mask")
+
+
+def _curve_layers(
+    audits: Sequence[Audit], column: str, lines: _Values, number: str, x: alt.X, dash: alt.StrokeDash
+) -> list[alt.Chart]:
     domain = _domain(lines, highest=1 if column == "explained_variance" else math.inf)
-    y = alt.Y("value:Q", title=title, axis=alt.Axis(format=number), scale=alt.Scale(domain=domain, nice=False))
-    color = _color(audits, symbolType="stroke", symbolStrokeWidth=3)
-    if not any("sae" in line for line in lines):
-        color = alt.value(COLORS[0])
+    axis = alt.Axis(format=number, tickCount=4, minExtent=34)
+    y = alt.Y("value:Q", title=None, axis=axis, scale=alt.Scale(domain=domain, nice=False))
+    # The norm of the stream is the same for all SAEs of a site, so it is drawn once, in the color of text.
+    of_saes = any("sae" in line for line in lines)
+    color = _color(audits, symbolType="stroke", symbolStrokeWidth=3) if of_saes else alt.Undefined
     base = alt.Chart(inline_data(lines))
-    layers = [
-        base.mark_line(strokeWidth=1.8, clip=True).encode(
-            x=x, y=y, color=color, strokeDash=_dash(lines), detail="beyond:N", tooltip=_curve_tooltip(audits)
-        )
-    ]
+    line = base.mark_line(strokeWidth=1.8, clip=True).encode(x=x, y=y, strokeDash=dash, detail="beyond:N", color=color)
+    layers = with_targets(line, _curve_tooltip(audits))
     if any("low" in value for value in lines):
         band = base.mark_area(opacity=0.18, clip=True)
-        low = alt.Y("low:Q", title=title)
-        layers.append(band.encode(x=x, y=low, y2="high:Q", color=color, detail=["beyond:N", "line:N"]))
-    layers += _ends_of_contexts(audits, last)
+        layers.append(
+            band.encode(x=x, y=alt.Y("low:Q", title=None), y2="high:Q", detail=["beyond:N", "line:N"], color=color)
+        )
     if column == "stream_norm":
         layers += _sinks(audits)
-    if domain[0] < 0 < domain[1]:
-        layers.append(alt.Chart(inline_data([{"at": 0}])).mark_rule(color=_GRAY).encode(y="at:Q"))
-    return alt.layer(*layers).properties(width="container", height=220)
+    return [*layers, zero_line()] if domain[0] < 0 < domain[1] else layers
 
 
 def _lines(audits: Sequence[Audit], column: str) -> _Values:
@@ -170,19 +186,12 @@ def _curve_tooltip(audits: Sequence[Audit]) -> list[Any]:
     return [*names, "line:N", "first position:Q", "last position:Q", *numbers]
 
 
-def _is_steady(values: _Values) -> bool:
-    by_sae: dict[tuple[str, str], list[float]] = {}
-    for value in values:
-        by_sae.setdefault((value["sae"], value["mask"]), []).append(value["value"])
-    return all(max(each) - min(each) <= _STEADY * sum(each) / len(each) for each in by_sae.values())
-
-
 def _of_the_stream(lines: _Values) -> _Values:
     """The lines without what belongs to an SAE if all audits have the same vectors; those of the first audit."""
     by_sae: dict[str, _Values] = {}
     for line in lines:
         if line["mask"] == "mask on":
-            by_sae.setdefault(line["sae"], []).append({**line, "line": "stream"})
+            by_sae.setdefault(line["sae"], []).append(line)
     bare = [[{key: value for key, value in line.items() if key != "sae"} for line in each] for each in by_sae.values()]
     return bare[0] if all(each == bare[0] for each in bare) else [line for each in by_sae.values() for line in each]
 
@@ -198,15 +207,17 @@ def _domain(lines: _Values, highest: float) -> list[float]:
     return [low - margin if low < 0 else max(0.0, low - margin), min(highest, high + margin)]
 
 
-def _ends_of_contexts(audits: Sequence[Audit], last: int) -> list[alt.Chart]:
+def _ends_of_contexts(audits: Sequence[Audit], last: int, *, is_labeled: bool) -> list[alt.Chart]:
     """A line at the end of each context, where there are positions beyond it."""
     ends = sorted({audit.summary["n_positions"] for audit in audits if audit.summary["n_positions"] <= last})
     if not ends:
         return []
     base = alt.Chart(inline_data([{"end": end - 0.5, "label": f"end of context ({end})"} for end in ends]))
     at = alt.X("end:Q")
-    label = base.mark_text(align="right", baseline="bottom", fontSize=10).encode(x=at, y=alt.value(-3), text="label:N")
-    return [base.mark_rule(strokeDash=[4, 3], color=_GRAY).encode(x=at), label]
+    label = base.mark_text(align="right", baseline="top", dx=-4, fontSize=10)
+    label = label.encode(x=at, y=alt.value(2), text="label:N")
+    rule = base.mark_rule(strokeDash=[4, 3], color=_GRAY).encode(x=at)
+    return [rule, label] if is_labeled else [rule]
 
 
 def _sinks(audits: Sequence[Audit]) -> list[alt.Chart]:

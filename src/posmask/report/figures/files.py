@@ -27,8 +27,13 @@ def write_figures(charts: dict[str, Figure], folder: Path) -> list[Path]:
         spec = as_spec(chart)
         if spec.get("width") == "container":
             spec["width"] = 520
-        stacked = {"layout": {"top": {"anchor": "start", "direction": "vertical"}}}
-        config = {"background": "white", "font": "sans-serif", "view": {"stroke": None}, "legend": stacked}
+        config = {
+            "background": "white",
+            "font": "sans-serif",
+            "view": {"stroke": None},
+            "legend": {"layout": {"top": {"anchor": "start", "direction": "vertical"}}},
+            "mark": {"color": "#222"},
+        }
         spec["config"] = {**spec.get("config", {}), **config}
         svg = call_vl_convert("vegalite_to_svg", spec)
         contents = {

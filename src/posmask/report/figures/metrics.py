@@ -1,9 +1,8 @@
-"""Charts of metrics: by position, after training without the mask, under shifts, against openness, and cost."""
+"""Charts of metrics: after training without the mask, under shifts, against openness, and cost."""
 
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import altair as alt
 
@@ -12,131 +11,14 @@ from posmask.report.figures.style import (
     STEP,
     Figure,
     cell_color,
-    for_picked_cells,
     inline_data,
-    position_axis,
-    position_bin,
 )
 from posmask.report.reading import Numbers
-from posmask.results.rows import Row
 from posmask.results.table import COLUMNS, Column, Line
 
-__all__ = ["by_position", "cost", "forgetting", "shift_split", "steady", "stream_norm", "strictness"]
+__all__ = ["cost", "forgetting", "shift_split", "strictness"]
 
 _FAMILY_COLUMNS = ("explained_variance", "retention_gain", "block k=5", "probing k=5")
-
-
-_STEADY = 0.005
-"""A metric that varies by less over positions, relative to its mean, is not drawn."""
-_Values = list[dict[str, Any]]
-
-
-def by_position(
-    numbers: Numbers,
-    colors: Mapping[str, str],
-    metric: str,
-    title: str,
-    minus: Mapping[str, str] | None = None,
-) -> Figure | None:
-    """Return a metric by position after BOS, one line per cell, means over seeds and bins of positions.
-
-    None without numbers, or if the metric does not depend on position.
-
-    Args:
-        numbers: the rows.
-        colors: of the cells.
-        metric: name of the metric.
-        title: of its axis.
-        minus: the cell whose values are subtracted, by cell; cells without one are left out.
-    """
-    values: _Values = []
-    for cell in colors:
-        at = _at_positions(numbers, cell, metric)
-        if minus is not None:
-            other = _at_positions(numbers, minus[cell], metric) if minus.get(cell, cell) != cell else {}
-            at = {position: value - other[position] for position, value in at.items() if position in other}
-        values += [{"cell": cell, **value} for value in _binned(at)]
-    if not values or (minus is None and _is_steady(values)):
-        return None
-    y = alt.Y("value:Q", scale=alt.Scale(zero=False), title=title)
-    chart = _curve(values, y, cell_color(colors, colors))
-    return for_picked_cells(chart, 200)
-
-
-def stream_norm(numbers: Numbers, models: Sequence[str]) -> Figure | None:
-    """Return the mean norm of the model's vectors by position; None without numbers.
-
-    Args:
-        numbers: the rows.
-        models: names of the models themselves in the rows, one per study.
-    """
-    values = [
-        {"cell": model, **value} for model in models for value in _binned(_at_positions(numbers, model, "stream_norm"))
-    ]
-    if not values:
-        return None
-    color = alt.Color("cell:N", title=None, legend=alt.Legend(orient="top") if len(models) > 1 else None)
-    y = alt.Y("value:Q", scale=alt.Scale(zero=False), title="mean norm, model's units")
-    return _curve(values, y, color).properties(width="container", height=200)
-
-
-def steady(rows: Sequence[Row], metric: str) -> str:
-    """Return the value of a metric that does not depend on position in any cell; empty if it does or is missing."""
-    numbers = Numbers(rows)
-    values: _Values = []
-    for cell in dict.fromkeys(row.cell for row in rows if row.mask != "none"):
-        values += [{"cell": cell, **value} for value in _binned(_at_positions(numbers, cell, metric))]
-    if not values or not _is_steady(values):
-        return ""
-    ends = {f"{end(value['value'] for value in values):.4g}" for end in (min, max)}
-    return " to ".join(sorted(ends, key=float))
-
-
-def _at_positions(numbers: Numbers, cell: str, metric: str) -> dict[int, float]:
-    """Means over seeds at each position."""
-    values = {}
-    for position, rows in numbers.by(cell, metric, "position").items():
-        finite = [row.value for row in rows if math.isfinite(row.value)]
-        if finite:
-            values[int(position)] = sum(finite) / len(finite)
-    return values
-
-
-def _binned(at: Mapping[int, float]) -> _Values:
-    """Means over bins of positions."""
-    bins: dict[int, list[int]] = {}
-    for position in sorted(at):
-        bins.setdefault(position_bin(position), []).append(position)
-    return [
-        {
-            "position": sum(positions) / len(positions),
-            "positions": f"{positions[0]}–{positions[-1]}" if len(positions) > 1 else f"{positions[0]}",
-            "value": sum(at[position] for position in positions) / len(positions),
-        }
-        for positions in bins.values()
-        if positions[0] > 0
-    ]
-
-
-def _is_steady(values: _Values) -> bool:
-    """Whether the values of each cell vary little."""
-    by_cell: dict[str, list[float]] = {}
-    for value in values:
-        by_cell.setdefault(value["cell"], []).append(value["value"])
-    return all(max(each) - min(each) <= _STEADY * abs(sum(each)) / len(each) for each in by_cell.values())
-
-
-def _curve(values: _Values, y: alt.Y, color: alt.Color) -> alt.Chart:
-    return (
-        alt.Chart(inline_data(values))
-        .mark_line(strokeWidth=1.6)
-        .encode(
-            x=position_axis(max(value["position"] for value in values)),
-            y=y,
-            color=color,
-            tooltip=["cell:N", "positions:N", alt.Tooltip("value:Q", format=".3f")],
-        )
-    )
 
 
 def forgetting(numbers: Numbers, colors: Mapping[str, str]) -> Figure | None:

@@ -1,7 +1,6 @@
 """Colors and pieces that the charts share."""
 
 import itertools
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -19,8 +18,6 @@ __all__ = [
     "cell_colors",
     "for_picked_cells",
     "inline_data",
-    "position_axis",
-    "position_bin",
 ]
 
 # Okabe and Ito's colors and others: distinct for color-blind readers, on light and dark backgrounds.
@@ -45,7 +42,6 @@ OPEN_COLORS = ["#666666", "#9A9A9A", "#B8B8B8"]
 """Cells without a mask are gray, so that masks stand out."""
 STEP = 17
 """Height of a bar in pixels."""
-_PER_OCTAVE = 8
 Figure = alt.TopLevelMixin
 
 
@@ -62,23 +58,6 @@ def cell_color(cells: Iterable[str], colors: Mapping[str, str]) -> alt.Color:
     legend = alt.Legend(symbolLimit=0, columns=1, labelLimit=150, symbolType="stroke", symbolStrokeWidth=3)
     scale = alt.Scale(domain=cells, range=[colors[cell] for cell in cells])
     return alt.Color("cell:N", scale=scale, title=None, legend=legend)
-
-
-def position_bin(position: int) -> int:
-    """Return a number of the bin of a position: single positions up to 8, then eighths of octaves."""
-    octave = max(0, math.floor(math.log2(max(position, 1) / _PER_OCTAVE)))
-    return (octave << 32) + (position >> octave)
-
-
-def position_axis(last: int) -> alt.X:
-    """Return the channel of the field `position` on a logarithmic scale from 1 to `last`."""
-    ticks = [2**power for power in range(math.floor(math.log2(max(last, 1))) + 1)]
-    return alt.X(
-        "position:Q",
-        title="position in the context",
-        scale=alt.Scale(type="log", base=2, domain=[1, last], nice=False),
-        axis=alt.Axis(values=ticks, format="d", grid=False),
-    )
 
 
 def inline_data(values: list[dict[str, Any]]) -> alt.Data:
