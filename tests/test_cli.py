@@ -26,7 +26,7 @@ from posmask.errors import BadSetting, DamagedFolder, DegenerateResult, MissingA
 from posmask.kernels import runtime
 from posmask.report import write_report
 from posmask.results.comparisons import Verdict
-from posmask.results.finding import finding
+from posmask.results.finding import finding, headline
 from posmask.results.rows import Row
 from posmask.results.table import SHOWN, summarize
 from posmask.storage.manifest import write_folder
@@ -422,6 +422,50 @@ def test_a_table_on_a_terminal_without_unicode_keeps_signs(monkeypatch):
 )
 def test_the_finding_is_what_the_verdicts_say(verdicts, sentence):
     assert finding(verdicts, "open") == sentence
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "sentences"),
+    [
+        ([], ["Nothing is compared: the study has neither an open cell as baseline nor comparisons."]),
+        (
+            [
+                verdict("slice", "block k=5", 0.9, n_seeds=1),
+                verdict("slice", "block k=5", 0.9, n_seeds=1, against="slice + matched"),
+            ],
+            ["With 1 seed no difference to open can be established: comparisons need 3 seeds."],
+        ),
+        (
+            [verdict("slice", "probing k=5", 0.9)],
+            ["Compared with open (3 seeds), SAEs do not differ significantly in standard probing."],
+        ),
+        ([verdict("slice", "block k=1", 0.9, kind="better")], []),
+        (
+            [
+                verdict("slice", "block k=5", 0.3, kind="better"),
+                verdict("hard", "block k=5", 0.2, kind="better"),
+                verdict("hard", "probing k=5", -0.1, kind="worse"),
+                verdict("hard", "explained_variance", 0.9),
+                verdict("hard + zero-step", "block k=5", 0.9, kind="better"),
+                verdict("open + max", "local k=5", 0.4, kind="better"),
+                verdict("hard", "block k=5", 0.04, kind="better", against="hard + matched"),
+                verdict("slice", "block k=5", 0.5, against="slice + matched"),
+                verdict("slice", "local k=5", -0.02, against="slice + matched"),
+            ],
+            [
+                "Training with a mask improves on pooling the unmasked SAE's codes by the same mask: +0.040 in block "
+                "order (hard, 95 % CI [0.036, 0.044]); the largest other gain, −0.020 in local order (slice, 95 % CI "
+                "[−0.024, −0.016]), is not significant.",
+                "Compared with open (3 seeds), SAEs differ by up to +0.300 in block order (slice, 95 % CI [0.296, "
+                "0.304]), −0.100 in standard probing (hard, 95 % CI [−0.104, −0.096]) and not significantly in "
+                "explained variance; other poolings of codes differ by up to +0.400 in local order (open + max, 95 % "
+                "CI [0.396, 0.404]).",
+            ],
+        ),
+    ],
+)
+def test_the_headline_names_the_largest_effects(verdicts, sentences):
+    assert headline(verdicts, "open") == sentences
 
 
 def test_a_run_ends_with_finding_page_and_next_command(study_file, finish, tmp_path, monkeypatch):

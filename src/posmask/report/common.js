@@ -38,7 +38,7 @@ document.addEventListener("keydown", event => {
   const on = tipped(event), strip = on?.closest("[data-strip]"), [across, down] = { ArrowRight: [1, 0], ArrowLeft: [-1, 0], ArrowDown: [0, 1], ArrowUp: [0, -1] }[event.key] ?? [0, 0];
   if (!strip || !(across || down)) return;
   event.preventDefault();
-  const ofRows = strip.hasAttribute("data-rows") ? "tbody tr:not([hidden])" : "[data-row]", rows = $$(ofRows, strip), line = on.closest(ofRows) ?? strip, inLine = $$("[data-tip]", line);
+  const ofRows = strip.hasAttribute("data-rows") ? "tbody tr:not([hidden]):not(.heading)" : "[data-row]", rows = $$(ofRows, strip), line = on.closest(ofRows) ?? strip, inLine = $$("[data-tip]", line);
   let next = inLine[inLine.indexOf(on) + across];
   if (down) { const other = rows[rows.indexOf(line) + down], found = other && $$("[data-tip]", other); next = found && ($(".peak", other) ?? found[Math.min(found.length - 1, inLine.indexOf(on))]); }
   if (next) { next.setAttribute("tabindex", 0); next.focus({ preventScroll: false }); }
@@ -90,13 +90,14 @@ function sortable(sorted) {
       heads.forEach(other => other.removeAttribute("aria-sort"));
       head.setAttribute("aria-sort", down ? "descending" : "ascending");
       const key = line => { const cell = line.children[index], value = cell.dataset.value; return value === undefined ? cell.textContent.trim() : value === "" || value === "nan" ? null : Number(value); };
-      const body = sorted.tBodies[0];
-      const order = [...body.rows].map((line, at) => [key(line), at, line]).sort(([a, i], [b, j]) => {
-        if (a === null || b === null) return (a === null) - (b === null) || i - j;
-        const by = typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b), "en", { numeric: true });
-        return (down ? -by : by) || i - j;
-      });
-      body.append(...order.map(([, , line]) => line));
+      for (const body of sorted.tBodies) { // rows stay in their group
+        const order = [...body.rows].filter(line => !line.matches(".heading")).map((line, at) => [key(line), at, line]).sort(([a, i], [b, j]) => {
+          if (a === null || b === null) return (a === null) - (b === null) || i - j;
+          const by = typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b), "en", { numeric: true });
+          return (down ? -by : by) || i - j;
+        });
+        body.append(...order.map(([, , line]) => line));
+      }
       announce("Sorted by " + button.textContent);
     });
   });
@@ -105,10 +106,14 @@ $$("table.sortable").forEach(sortable);
 function refilter(id) {
   const words = ($(`[data-filter="${id}"]`)?.value ?? "").toLowerCase().split(/\s+/).filter(Boolean), only = $(`[data-only="${id}"]`)?.checked;
   let shown = 0;
-  for (const line of document.getElementById(id).tBodies[0].rows) {
-    const text = line.textContent.toLowerCase();
-    line.hidden = !words.every(word => text.includes(word)) || (only && !$(".better, .worse, .equivalent", line)) || (line.dataset.pooling === "fair" && !$(`[data-fair="${id}"]`)?.checked);
-    shown += !line.hidden;
+  for (const body of document.getElementById(id).tBodies) {
+    const lines = [...body.rows], heading = lines.find(line => line.matches(".heading"));
+    for (const line of lines.filter(line => line !== heading)) {
+      const text = (heading ? heading.textContent + " " : "").concat(line.textContent).toLowerCase();
+      line.hidden = !words.every(word => text.includes(word)) || (only && !$(".better, .worse", line)) || (line.dataset.pooling === "fair" && !$(`[data-fair="${id}"]`)?.checked);
+      shown += !line.hidden;
+    }
+    if (heading) heading.hidden = lines.every(line => line === heading || line.hidden);
   }
   announce(shown + " rows");
 }
@@ -119,10 +124,17 @@ $$("[data-csv]").forEach(button => button.addEventListener("click", () => {
   const saved = document.getElementById(button.dataset.csv);
   const named = $$("thead tr:last-child th", saved).map(head => ($("button", head)?.getAttribute("aria-label") ?? head.textContent).trim());
   // The interval below a number becomes a separate column.
-  const lines = [...saved.tBodies[0].rows].filter(line => !line.hidden), ranged = named.map((_, index) => lines.some(line => $(".i, small", line.children[index])));
-  const cells = line => [...line.children].flatMap((cell, index) => [cell.dataset.value ?? cell.textContent.trim(), ...(ranged[index] ? [$(".i, small", cell)?.textContent ?? ""] : [])]);
+  const lines = [...saved.tBodies].flatMap(body => [...body.rows]).filter(line => !line.hidden && !line.matches(".heading")), ranged = named.map((_, index) => lines.some(line => $(".i, small", line.children[index])));
+  const textOf = cell => [...cell.childNodes].filter(node => !node.matches?.("small")).map(node => node.textContent).join("").trim();
+  const cells = line => [...line.children].flatMap((cell, index) => [cell.dataset.value ?? textOf(cell), ...(ranged[index] ? [$(".i, small", cell)?.textContent ?? ""] : [])]);
   save(`${pageName}-${saved.id}.csv`, "text/csv", csv([named.flatMap((name, index) => ranged[index] ? [name, name + ", interval"] : [name]), ...lines.map(cells)]));
 }));
+
+// A narrow screen has room for one column of a table; probes are on one of two numbers of latents.
+for (const select of $$("[data-column-of]")) select.addEventListener("change", () => {
+  for (const { cells } of document.getElementById(select.dataset.columnOf).rows) for (const cell of cells) cell.classList.toggle("shown", cell.cellIndex === Number(select.value));
+});
+for (const select of $$("[data-k-of]")) select.addEventListener("change", () => { document.getElementById(select.dataset.kOf).dataset.k = select.value; });
 
 // Light and dark theme.
 const theme = $("#theme"), onTheme = [];

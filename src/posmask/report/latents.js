@@ -464,7 +464,7 @@ class Latents {
       ...line("near_latent", "near_cosine").map(([latent, cosine, n]) => ({ cell: row(b.near_cell, at)[n], latent, cosine }))].filter(({ cosine }) => cosine >= b.near);
     const windows = own.filter(({ cosine }) => cosine > b.copy), center = ({ latent }) => { const kept = this.rowOf.get(latent); return kept === undefined ? Infinity : openRanges(row(b.openness, kept)).center; };
     const family = windows.length ? [{ cell: here, latent: b.latent[at], cosine: 1 }, ...windows].sort((x, y) => center(x) - center(y)) : [];
-    const group = (title, cards, grow) => { if (cards.length) seen.push(make("div", { class: "group", style: `flex-grow:${Math.min(grow, cards.length)}` }, make("h4", {}, title), make("div", { class: "cards", tabindex: 0, role: "group", "aria-label": title }, ...cards.map(card => this.card(card, at))))); };
+    const group = (title, cards, grow) => { if (cards.length) seen.push(make("div", { class: "relation", style: `flex-grow:${Math.min(grow, cards.length)}` }, make("h4", {}, title), make("div", { class: "cards", tabindex: 0, role: "group", "aria-label": title }, ...cards.map(card => this.card(card, at))))); };
     group(`Copies in this SAE (cosine > ${b.copy})`, family, 4);
     group(`Nearest elsewhere (cosine > ${b.near})`, elsewhere, 2);
     group(`${windows.length ? "Others" : "Nearest"} in this SAE (cosine > ${b.near})`, own.filter(card => !windows.includes(card)), 2);

@@ -22,19 +22,16 @@ function pick(cells) {
   $$("#picks button").forEach(button => button.setAttribute("aria-pressed", picked.has(button.dataset.cell)));
   drawn.forEach(async holder => { if ((await json("chart-" + holder.dataset.chart)).usermeta?.cells) draw(holder); });
 }
-// Differences or values; columns without any difference are hidden beside differences.
+// Differences or values; columns and rows without any difference are hidden beside differences.
 $("#shown")?.addEventListener("change", event => {
-  const results = $("#study"), isDifferences = event.target.value === "differences", heads = $$("thead tr:last-child th", results);
+  const results = $("#study"), isDifferences = event.target.value === "differences", lines = [...results.tBodies[0].rows];
+  const isEmpty = cells => isDifferences && cells.every(cell => !$(".d", cell)?.textContent);
   results.classList.toggle("differences", isDifferences);
-  let group = 0, left = 0;
-  const groups = $$("thead tr.groups th", results), spans = groups.map(head => Number(head.dataset.span ??= head.colSpan)), shown = spans.map(() => 0);
-  heads.forEach((head, index) => {
-    const cells = [...results.tBodies[0].rows].map(line => line.children[index]), isEmpty = isDifferences && cells.some(cell => $(".d", cell)) && cells.every(cell => ($(".d", cell)?.textContent ?? "–") === "–");
-    for (const cell of [head, ...cells]) cell.hidden = isEmpty;
-    while (left === spans[group]) { group++; left = 0; }
-    left++; shown[group] += !isEmpty;
+  $$("thead th", results).forEach((head, index) => {
+    const cells = lines.map(line => line.children[index]), isHidden = index > 0 && isEmpty(cells);
+    for (const cell of [head, ...cells]) cell.hidden = isHidden;
   });
-  groups.forEach((head, at) => { head.hidden = !shown[at]; head.colSpan = Math.max(1, shown[at]); });
+  for (const line of lines) line.classList.toggle("empty", isEmpty([...line.children].slice(1)));
 });
 
 // Comparison of two cells.

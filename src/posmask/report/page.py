@@ -6,15 +6,16 @@ import json
 import math
 from collections.abc import Sequence
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from posmask.report import browser as latents
 from posmask.report import figures, tables
+from posmask.report.forest import forest_table
 from posmask.report.reading import CellFolder, Study, read_studies
 from posmask.report.rendering import chart_blocks, render, zipped
 from posmask.results.comparisons import LEVEL
+from posmask.results.finding import headline
 from posmask.results.rows import Row
 from posmask.results.table import COLUMNS, MIN_SEEDS
 from posmask.storage.atomic import check_file, replacing
@@ -109,13 +110,16 @@ def _page(studies: Sequence[Study], n_latents: int | None) -> tuple[dict[str, An
     browsed = latents.browser(shown, all_cells, n_latents, studies[0].warnings)
     rows = _rows(studies)
     cells = list(dict.fromkeys(row.cell for row in rows if row.mask != "none"))
-    facts = _facts(studies, study_tables, cells) | {"latents": browsed.cells}
+    measured = _measured(study_tables)
+    facts = _facts(studies, study_tables, measured, cells) | {"latents": browsed.cells}
     page = {
         "title": " and ".join(study.name for study in studies),
         "studies": [_study(study, table) for study, table in zip(studies, study_tables, strict=True)],
         "several": len(studies) > 1,
-        "columns": COLUMNS,
-        "groups": [(group, len(list(columns))) for group, columns in groupby(COLUMNS, lambda column: column.group)],
+        "columns": [COLUMNS[index] for index in measured],
+        "measured": measured,
+        "colors": facts["colors"],
+        "variants": tables.variants(label for table in study_tables for label in table.numbers),
         "tie_columns": [title for _, _, title in tables.TIES],
         "ties": tables.ties(rows),
         "tasks": tables.accuracies(rows, "order_accuracy", "task"),
@@ -137,13 +141,26 @@ def _page(studies: Sequence[Study], n_latents: int | None) -> tuple[dict[str, An
     return page, {"page": zipped(json.dumps(facts, allow_nan=False))} | chart_blocks(charts) | browsed.blocks
 
 
-def _facts(studies: Sequence[Study], study_tables: Sequence[tables.StudyTable], cells: list[str]) -> dict[str, Any]:
+def _measured(study_tables: Sequence[tables.StudyTable]) -> list[int]:
+    """The indices of the columns of which a study has a number."""
+    every = [numbers for table in study_tables for numbers in table.numbers.values()]
+    return [index for index in range(len(COLUMNS)) if any(numbers[index] is not None for numbers in every)]
+
+
+def _facts(
+    studies: Sequence[Study], study_tables: Sequence[tables.StudyTable], measured: list[int], cells: list[str]
+) -> dict[str, Any]:
     """What the page's script needs of tables, verdicts and cells."""
+
+    def shown(number: tables.Number | None) -> list[Any] | None:
+        return None if number is None else [number.value, number.text, number.interval]
+
+    columns = [COLUMNS[index] for index in measured]
     return {
-        "columns": [column.full_title for column in COLUMNS],
-        "digits": [column.digits for column in COLUMNS],
+        "columns": [column.full_title for column in columns],
+        "digits": [column.digits for column in columns],
         "numbers": {
-            label: [None if number is None else [number.value, number.text, number.interval] for number in numbers]
+            label: [shown(numbers[index]) for index in measured]
             for table in study_tables
             for label, numbers in table.numbers.items()
         },
@@ -153,7 +170,7 @@ def _facts(studies: Sequence[Study], study_tables: Sequence[tables.StudyTable], 
             for v in study.verdicts
             if all(map(math.isfinite, (v.effect, v.ci_low, v.ci_high)))
         ],
-        "compared": {column.name: index for index, column in enumerate(COLUMNS) if column.compared},
+        "compared": {column.name: index for index, column in enumerate(columns) if column.compared},
         "cells": cells,
         "baselines": _baselines(studies),
         "picked": _picked(studies, cells),
@@ -167,7 +184,8 @@ def _study(study: Study, table: tables.StudyTable) -> dict[str, Any]:
         "study": study,
         "table": table,
         "about": _about(study, next(heldout, 0)),
-        "verdicts": tables.verdict_table(study),
+        "findings": headline(study.verdicts, study.baseline),
+        "forest": forest_table(study, table),
         "capped": tables.capped(study),
         "missing": tables.missing(study, table),
         "settings": json.dumps(_settings(study), indent=1, ensure_ascii=False),

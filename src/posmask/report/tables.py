@@ -1,7 +1,8 @@
 """The page's tables: each number with the rows it comes from, its interval and its difference to the baseline."""
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,13 +10,13 @@ import numpy as np
 
 from posmask.errors import DegenerateResult
 from posmask.report.reading import MODEL_CELL, Numbers, Study
-from posmask.results.comparisons import Difference, Sample, Verdict, paired_difference, sample
-from posmask.results.finding import against_controls, finding
+from posmask.results.comparisons import Difference, Sample, paired_difference, sample
 from posmask.results.rows import CONTROLS, Row, Units, parse_slice, slice_text
-from posmask.results.table import COLUMNS, COMPARED, Column, Line, format_number, format_signed, summarize
+from posmask.results.table import COLUMNS, Column, Line, format_number, format_signed, summarize
 
 __all__ = [
     "TIES",
+    "Change",
     "Number",
     "StudyTable",
     "accuracies",
@@ -25,7 +26,7 @@ __all__ = [
     "missing",
     "study_table",
     "ties",
-    "verdict_table",
+    "variants",
 ]
 
 TIES = (
@@ -50,8 +51,48 @@ _ORDER_CONTROLS = {
 """Controls of order probing: heading by metric."""
 
 
+_VARIANTS = {
+    "segments": "codes pooled by position: the sum in each of n equal segments of the context, divided by all tokens",
+    "growing": "the same for segments that double in length",
+    "parts": "codes pooled in each of n equal parts of the text, counted in the text's own tokens",
+    "moment": "the mean, and the first moment over the text: how much earlier or later than its middle a latent fires",
+    "max": "the largest activation in the text instead of the mean",
+    "binary": "whether a latent fires in the text",
+    "last": "the last token of the text",
+    "fair": "the sum divided by the number of tokens at which the latent is open",
+    **CONTROLS,
+}
+"""What follows the + in a row's name, by how it begins."""
 _SHORT_CONTROLS = {"order_edges": "first and last tokens", "order_shuffled": "shuffled"}
 """Controls in the headings of order tasks."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A paired difference of a number to the baseline's.
+
+    Attributes:
+        low: end of the interval, or the smallest difference of a seed; NaN with one seed.
+        basis: what `low` and `high` are, in words.
+    """
+
+    effect: float
+    low: float
+    high: float
+    basis: str
+
+    @property
+    def text(self) -> str:
+        """The difference as the page shows it, with a line break allowed before the interval only."""
+        if math.isnan(self.low):
+            return f"{format_signed(self.effect)} (1{_NO_BREAK}seed)"
+        seeds = "seeds " if self.basis == _OVER_SEEDS else ""
+        interval = f"({seeds}{format_signed(self.low)} to {format_signed(self.high)})".replace(" ", _NO_BREAK)
+        return f"{format_signed(self.effect)} {interval}"
+
+
+_OVER_SEEDS = "range over seeds"
+_NO_BREAK = "\N{NO-BREAK SPACE}"
 
 
 @dataclass(frozen=True)
@@ -61,7 +102,7 @@ class Number:
     Attributes:
         of: `cell|metric|slice`, the rows of results.csv whose mean it is; the cell is * for all cells.
         about: kind of interval, seeds and n, in words.
-        difference: paired difference to the baseline with its interval, in words; empty if there is none.
+        difference: paired difference to the baseline; None if there is none.
     """
 
     value: float
@@ -69,7 +110,7 @@ class Number:
     ci_low: float = math.nan
     ci_high: float = math.nan
     about: str = ""
-    difference: str = ""
+    difference: Change | None = None
     digits: int = 3
 
     @property
@@ -139,7 +180,7 @@ class _TableNumbers:
         counts = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}" + (f", n = {n:,}" if n > 1 else "")
         low, high, kind = self._interval(column, cell, pooling, value, rows)
         about = f"{kind} {format_number(low)} to {format_number(high)}" if kind else "no interval"
-        difference = ""
+        difference = None
         if self._baseline is not None and (cell, pooling) != (self._baseline, "mean") and column.metric != "d_sae":
             difference = self._difference(column, cell, pooling, seeds)
         of = f"{cell}|{column.metric}{'-' + column.minus if column.minus else ''}|{slice_text(where)}"
@@ -168,7 +209,7 @@ class _TableNumbers:
             return rows[0].ci_low, rows[0].ci_high, "95 % interval over texts"
         if len(seeds) > 1 and column.metric != "d_sae":
             values = self._by_seed(column, cell, _where(column, pooling)).values()
-            return min(values), max(values), "range over seeds"
+            return min(values), max(values), _OVER_SEEDS
         return math.nan, math.nan, ""
 
     def _by_seed(self, column: Column, cell: str, where: dict[str, str]) -> dict[int, float]:
@@ -182,7 +223,7 @@ class _TableNumbers:
         values, minus = means(column.metric), means(column.minus) if column.minus else {}
         return {seed: value - minus.get(seed, 0.0) for seed, value in values.items()}
 
-    def _difference(self, column: Column, cell: str, pooling: str, seeds: Sequence[int]) -> str:
+    def _difference(self, column: Column, cell: str, pooling: str, seeds: Sequence[int]) -> Change | None:
         """The difference to the baseline on the same seeds and texts; without units, seed by seed."""
         assert self._baseline is not None
         shared = [seed for seed in seeds if seed in self._units.get(self._baseline, {})]
@@ -191,17 +232,16 @@ class _TableNumbers:
         if shared and all(a and a.keys() == b.keys() for a, b in zip(samples, base_samples, strict=True)):
             paired = _paired(samples, base_samples)
             if paired is not None:
-                low, high = format_signed(paired.ci_low), format_signed(paired.ci_high)
-                return f"{format_signed(paired.effect)} ({low} to {high})"
+                return Change(paired.effect, paired.ci_low, paired.ci_high, "95 % interval over texts and seeds")
         values = self._by_seed(column, cell, _where(column, pooling))
         base_values = self._by_seed(column, self._baseline, _where(column, "mean"))
         differences = [values[seed] - base_values[seed] for seed in sorted(values.keys() & base_values.keys())]
         if not differences or not all(map(math.isfinite, differences)):
-            return ""
-        mean = format_signed(sum(differences) / len(differences))
+            return None
+        mean = sum(differences) / len(differences)
         if len(differences) == 1:
-            return f"{mean} (1 seed)"
-        return f"{mean} (seeds {format_signed(min(differences))} to {format_signed(max(differences))})"
+            return Change(mean, math.nan, math.nan, "1 seed")
+        return Change(mean, min(differences), max(differences), _OVER_SEEDS)
 
 
 def _where(column: Column, pooling: str) -> dict[str, str]:
@@ -217,72 +257,23 @@ def _paired(samples: Sequence[Sample], others: Sequence[Sample]) -> Difference |
         return None
 
 
-@dataclass(frozen=True)
-class Mark:
-    """A difference as a picture: places in percent of the column's width.
+def variants(labels: Iterable[str]) -> dict[str, str]:
+    """Return what the poolings and controls in labels are, by name.
 
-    Attributes:
-        kind: significant, excludes-zero, equivalent or undecided.
+    >>> variants(["open", "open + max"])
+    {'max': 'the largest activation in the text instead of the mean'}
     """
-
-    low: float
-    value: float
-    high: float
-    zero: float
-    margin_low: float
-    margin_high: float
-    kind: str
-
-
-def _marks(verdicts: Sequence[Verdict]) -> dict[Verdict, Mark]:
-    """The marks of one column, on one scale that includes 0 and the margin."""
-    finite = [v for v in verdicts if all(map(math.isfinite, (v.effect, v.ci_low, v.ci_high)))]
-    low = min([0.0, *(min(v.ci_low, -v.margin) for v in finite)])
-    high = max([0.0, *(max(v.ci_high, v.margin) for v in finite)])
-
-    def place(value: float) -> float:
-        return round(4 + 92 * (value - low) / (high - low or 1), 1)
-
-    marks = {}
-    for v in finite:
-        kind = {"better": "significant", "worse": "significant", "equivalent": "equivalent"}.get(v.verdict, "undecided")
-        if kind == "undecided" and v.ci_low * v.ci_high > 0:
-            kind = "excludes-zero"
-        low_end, value, high_end = (place(end) for end in (v.ci_low, v.effect, v.ci_high))
-        marks[v] = Mark(low_end, value, high_end, place(0), place(-v.margin), place(v.margin), kind)
-    return marks
-
-
-def _group_of(label: str, against: str, study: Study, masks: Mapping[str, str]) -> str:
-    cell, _, variant = label.partition(" + ")
-    if against != study.baseline:
-        return "other pairs"
-    if variant in CONTROLS:
-        return "controls: masks without training"
-    return "masks" if masks.get(cell) != "open" else "unmasked SAEs: other poolings and sizes"
-
-
-def verdict_table(study: Study) -> dict[str, Any]:
-    """Return the verdicts by group of comparisons, comparison and column, and their marks."""
-    lines: dict[tuple[str, str], dict[str, Any]] = {}
-    for verdict in study.verdicts:
-        lines.setdefault((verdict.label, verdict.against), {})[verdict.column] = verdict
-    masks = {row.cell: row.mask for row in study.rows}
-    groups: dict[str, list[tuple[tuple[str, str], dict[str, Verdict]]]] = {}
-    for pair, line in sorted(lines.items(), key=lambda item: item[0][1] != study.baseline):
-        groups.setdefault(_group_of(*pair, study, masks), []).append((pair, line))
-    columns = [name for name in COMPARED if any(name in line for line in lines.values())]
-    columns += [name for name in dict.fromkeys(v.column for v in study.verdicts) if name not in columns]
-    marks: dict[Verdict, Mark] = {}
-    for name in columns:
-        marks |= _marks([verdict for verdict in study.verdicts if verdict.column == name])
-    return {
-        "groups": groups,
-        "columns": columns,
-        "marks": marks,
-        "findings": [finding(study.verdicts, study.baseline), against_controls(study.verdicts)],
-        "n_seeds": min((verdict.n_seeds for verdict in study.verdicts), default=0),
-    }
+    names = dict.fromkeys(label.partition(" + ")[2] for label in labels if " + " in label)
+    meanings = {}
+    for name in names:
+        meaning = next((text for start, text in _VARIANTS.items() if name.startswith(start)), "")
+        if name.endswith("-mean"):
+            meaning = f"{meaning.removesuffix(', divided by all tokens')}, divided by the tokens in it"
+        if number := re.search(r"\d+", name):
+            meaning = meaning.replace(" n ", f" {number[0]} ")
+        if meaning:
+            meanings[name] = meaning
+    return meanings
 
 
 def capped(study: Study) -> list[tuple[str, str, int, int]]:
@@ -306,13 +297,19 @@ def capped(study: Study) -> list[tuple[str, str, int, int]]:
 
 
 def missing(study: Study, table: StudyTable) -> list[tuple[str, list[str]]]:
-    """Return the columns that a cell lacks; other poolings and the model itself lack some by definition."""
+    """Return the columns that a cell lacks; other poolings and the model itself lack some by definition.
+
+    A study without attention sinks has no number with them.
+    """
+    has_sinks = any(row.metric == "sink_tokens" and row.value > 0 for row in study.rows)
     cells = []
     for line, label in table.lines:
         if line.mask == "none" or line.pooling != "mean":
             continue
         titles = [
-            column.full_title for column, number in zip(COLUMNS, table.numbers[label], strict=True) if number is None
+            column.full_title
+            for column, number in zip(COLUMNS, table.numbers[label], strict=True)
+            if number is None and (has_sinks or column.name != "explained_variance_sinks")
         ]
         if titles:
             cells.append((label, titles))

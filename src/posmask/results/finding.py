@@ -1,12 +1,12 @@
-"""One sentence on what a study found, generated from its verdicts."""
+"""Sentences on what a study found, generated from its verdicts."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from posmask.results.comparisons import MIN_SEEDS, Verdict
 from posmask.results.rows import CONTROLS
 from posmask.results.table import COMPARED, Column, format_number, format_signed
 
-__all__ = ["against_controls", "finding", "seeds_text"]
+__all__ = ["finding", "headline", "seeds_text"]
 
 
 def finding(verdicts: Sequence[Verdict], baseline: str | None) -> str:
@@ -39,32 +39,94 @@ def finding(verdicts: Sequence[Verdict], baseline: str | None) -> str:
     return f"{start}{'; '.join(clauses)}; no other difference is significant{end}."
 
 
-def against_controls(verdicts: Sequence[Verdict]) -> str:
-    """Return what training added to the masks of a study, in one sentence; empty if no cell has a control.
+def headline(verdicts: Sequence[Verdict], baseline: str | None) -> list[str]:
+    """Return the sentences at the head of the page: what training added to masks, and the largest differences.
 
-    Cells are compared with the unmasked SAE's codes pooled by their mask, in block and local order at k = 5.
+    Cells with a mask are compared with the unmasked SAE's codes pooled by it (`matched`). Of each kind of rows and each
+    metric the largest significant difference is named. Accuracies are of probes on 5 latents.
+
+    Args:
+        verdicts: all verdicts of a study.
+        baseline: as in `finding`.
     """
-    clauses = []
-    for label in dict.fromkeys(
-        verdict.label for verdict in verdicts if verdict.against == f"{verdict.label} + matched"
-    ):
-        numbers = [
-            f"{format_signed(verdict.effect)} in {COMPARED[verdict.column].group} (95 % CI "
-            f"[{format_number(verdict.ci_low)}, {format_number(verdict.ci_high)}], {verdict.verdict})"
-            for verdict in verdicts
-            if (verdict.label, verdict.against) == (label, f"{label} + matched") and verdict.column in _OF_CONTROLS
-        ]
-        if numbers:
-            clauses.append(f"{label} {' and '.join(numbers)}")
-    start = "Compared with pooling the unmasked SAE by the same mask, without training, at k = 5: "
-    return f"{start}{'; '.join(clauses)}." if clauses else ""
+    judged = [verdict for verdict in verdicts if verdict.against == baseline and not _is_control(verdict.label)]
+    if not any(verdict.n_seeds >= MIN_SEEDS for verdict in judged):
+        return [finding(verdicts, baseline)]
+    sentences = [_of_training(verdicts)]
+    n_seeds = seeds_text([verdict.n_seeds for verdict in judged])
+    cells = [verdict for verdict in judged if " + " not in verdict.label]
+    pooled = [verdict for verdict in judged if " + " in verdict.label]
+    clauses = [_differing("SAEs", cells), _differing("other poolings of codes", pooled)]
+    if any(clauses):
+        sentences.append(f"Compared with {baseline} ({n_seeds}), {'; '.join(filter(None, clauses))}.")
+    return [sentence for sentence in sentences if sentence]
+
+
+def _differing(which: str, verdicts: Sequence[Verdict]) -> str:
+    """The largest significant differences, and the metrics without any; empty without the metrics of the headline."""
+    named = _largest(verdicts)
+    others = [name for name in _HEADLINE if _of_column(verdicts, name) and not _of_column(named, name)]
+    same = f"significantly in {_joined(map(_name, others))}" if others else ""
+    if not named:
+        return f"{which} do not differ {same}" if same else ""
+    return f"{which} differ by up to {_joined([*map(_effect, named), *([f'not {same}'] if same else [])])}"
+
+
+def _of_training(verdicts: Sequence[Verdict]) -> str:
+    """What training added to the masks, in one sentence; empty if no cell has a control."""
+    own = [verdict for verdict in verdicts if verdict.against == f"{verdict.label} + matched"]
+    largest = [max(of_column, key=_gain) for name in _OF_TRAINING if (of_column := _of_column(own, name))]
+    if not largest:
+        return ""
+    shown = [verdict for verdict in largest if verdict.verdict == "better"]
+    unshown = [verdict for verdict in largest if verdict.verdict != "better"]
+    what = "pooling the unmasked SAE's codes by the same mask"
+    if not shown:
+        gains = "gains are" if len(unshown) > 1 else "gain is"
+        effects = _joined(map(_effect, unshown))
+        return f"Training with a mask is not shown to improve on {what}: the largest {gains} {effects}."
+    rest = f"; the largest other gain, {_effect(unshown[0])}, is not significant" if unshown else ""
+    return f"Training with a mask improves on {what}: {_joined(map(_effect, shown))}{rest}."
+
+
+_HEADLINE = ("block k=5", "local k=5", "probing k=5", "explained_variance")
+_OF_TRAINING = ("block k=5", "local k=5")
+
+
+def _of_column(verdicts: Sequence[Verdict], name: str) -> list[Verdict]:
+    return [verdict for verdict in verdicts if verdict.column == name]
+
+
+def _gain(verdict: Verdict) -> tuple[bool, float]:
+    return verdict.verdict == "better", verdict.effect
+
+
+def _largest(verdicts: Sequence[Verdict]) -> list[Verdict]:
+    """The largest significant difference upwards and downwards in each metric of the headline."""
+    return [
+        max(of_kind, key=lambda verdict: abs(verdict.effect))
+        for name in _HEADLINE
+        for kind in ("better", "worse")
+        if (of_kind := [verdict for verdict in _of_column(verdicts, name) if verdict.verdict == kind])
+    ]
+
+
+def _name(column: str) -> str:
+    return COMPARED[column].group if COMPARED[column].is_probing else COMPARED[column].title
+
+
+def _effect(verdict: Verdict) -> str:
+    interval = f"95 % CI [{format_number(verdict.ci_low)}, {format_number(verdict.ci_high)}]"
+    return f"{format_signed(verdict.effect)} in {_name(verdict.column)} ({verdict.label}, {interval})"
+
+
+def _joined(parts: Iterable[str]) -> str:
+    *others, last = parts
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def _is_control(label: str) -> bool:
     return label.partition(" + ")[2] in CONTROLS
-
-
-_OF_CONTROLS = ("block k=5", "local k=5")
 
 
 def seeds_text(n_seeds: Sequence[int]) -> str:

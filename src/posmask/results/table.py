@@ -94,11 +94,22 @@ COLUMNS = [
         heading="expl.\nvar.",
     ),
     Column(
-        "explained_variance_median", "its median over positions", "reconstruction", "explained_variance_position_median"
+        "explained_variance_median",
+        "its median over positions",
+        "reconstruction",
+        "explained_variance_position_median",
+        margin=0.005,
+    ),
+    Column(
+        "explained_variance_sinks",
+        "with attention sinks",
+        "reconstruction",
+        "explained_variance_with_sinks",
+        margin=0.005,
     ),
     Column(
         "ce_recovered",
-        "CE recovered",
+        "loss recovered",
         "reconstruction",
         "ce_recovered",
         compared=True,
@@ -236,19 +247,22 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def format_number(value: float, digits: int = 3) -> str:
-    """Format a number for a table: a real minus sign, a dash for NaN.
+    """Format a number for a table: a real minus sign, none for what reads as zero, a dash for NaN.
 
-    >>> format_number(0.8264), format_number(2304, 0)
-    ('0.826', '2,304')
+    >>> format_number(0.8264), format_number(2304, 0), format_number(-0.0002)
+    ('0.826', '2,304', '0.000')
     """
-    return "–" if math.isnan(value) else f"{value:,.{digits}f}".replace("-", "−")
+    if math.isnan(value):
+        return "–"
+    text = f"{value:,.{digits}f}"
+    return text.replace("-", "−") if float(text.replace(",", "")) else text.lstrip("-")
 
 
 def format_signed(value: float) -> str:
     """Format a difference with its sign, with a fourth decimal where three would read as zero.
 
-    >>> format_signed(0.0374), format_signed(0.00044)
-    ('+0.037', '+0.0004')
+    >>> format_signed(0.0374), format_signed(0.00044), format_signed(-0.00001)
+    ('+0.037', '+0.0004', '0.000')
     """
-    text = format_number(value, 4 if 0 < abs(value) < 0.0005 else 3)
-    return text if value < 0 or math.isnan(value) else f"+{text}"
+    text = format_number(value, 4 if 0.00005 <= abs(value) < 0.0005 else 3)
+    return f"+{text}" if value > 0 and float(text) else text
