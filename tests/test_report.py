@@ -322,8 +322,10 @@ def test_every_number_in_a_table_is_a_row_or_a_mean_of_rows(study, page):
             assert parts["word"] == "not tested"
             n_checked["untested"] += 1
         elif re.search(r"\d", "".join(parts.values())):  # metadata: seeds, identity, size, versions
-            is_metadata = table == "folders-1" and (
-                re.fullmatch(r"[0-9a-f]{16}|\d*\.\d", parts[""]) or "torch 2" in parts[""]
+            is_metadata = (
+                "settings" in table
+                or table == "folders-1"
+                and (re.fullmatch(r"[0-9a-f]{16}|\d*\.\d", parts[""]) or "torch 2" in parts[""])
             )
             assert is_metadata, (table, attributes, parts)
     assert not verdicts
@@ -617,6 +619,31 @@ def test_charts_initially_show_the_baseline_and_seven_other_cells(tmp_path):
     write_study_record(tmp_path, "plain")
     facts = json.loads(block(write_report(tmp_path), "page"))
     assert facts["picked"] == [*names[:7], "plain"]
+
+
+def test_a_control_far_from_all_saes_is_at_the_edge_of_the_trade_off(tmp_path):
+    rows = [
+        row
+        for name, kind in (("open", "open"), ("hard", "hard"))
+        for row in write_cell(tmp_path, name, kind, latents=False)
+    ]
+    order = {"task": "toy", "about": "block", "k": 5, "pooling": "zero-step", "control": "zero-step"}
+    for metric, value, where in (
+        ("explained_variance", 0.14, {"control": "zero-step"}),
+        ("order_accuracy", 0.7, order),
+    ):
+        measure = Measure(metric, value, value - 0.01, value + 0.01, 50, where)
+        rows.append(Row.of(measure, cell="hard", mask="hard", budget="width", gating="forward", seed=0))
+    shutil.rmtree(tmp_path / "cells")
+    (tmp_path / "cells").mkdir()
+    write_rows(tmp_path / "results.csv", rows)
+    values = {value["cell"]: value for value in values_of(write_report(tmp_path), "trade-off")}
+    outlier = values["hard + zero-step"]
+    assert outlier["what"] == "off the scale"
+    assert outlier["explained variance"] == 0.14
+    assert outlier["right"] == outlier["right narrow"] == "hard + zero-step: 0.140"
+    assert 0.14 < outlier["explained variance shown"] < values["hard"]["explained variance low"]
+    assert values["hard"]["explained variance shown"] == values["hard"]["explained variance"]
 
 
 def test_the_baseline_is_named_in_a_crowded_trade_off(tmp_path):
@@ -1421,15 +1448,98 @@ def test_the_page_is_accessible_and_fits(page, open_page, width, scheme):
 def test_print_clips_nothing_and_leaves_no_chart_blank(page, open_page):
     tab = open_page(page)
     wait_for_charts(tab)  # without scrolling to them
-    show_latents(tab)
+    tab.wait_for_selector(".latent h3", state="attached")
     tab.emulate_media(media="print")
     tab.set_viewport_size({"width": 703, "height": 1000})  # A4 without margins, in CSS pixels
     wide = "[...document.querySelectorAll('table, .chart svg, canvas, .excerpt, .card')]"
     clipped = f"{wide}.filter(e => e.getBoundingClientRect().right > 704).map(e => e.outerHTML.slice(0, 90))"
     assert tab.evaluate(clipped) == []
     assert tab.evaluate("document.documentElement.scrollWidth") <= 703
+    cut = (
+        "[...document.querySelectorAll('main :is(h2, h3, p, th, td, b, small, span, figcaption)')].filter(e => "
+        "e.innerText?.trim() && e.clientWidth && e.scrollWidth > e.clientWidth + 1 && "
+        "getComputedStyle(e).overflowX !== 'visible' && !e.closest('.app')).map(e => e.outerHTML.slice(0, 90))"
+    )
+    assert tab.evaluate(cut) == []
+    # Chromium leaves buttons of repeated table heads blank.
+    assert tab.locator("thead button").first.evaluate("button => getComputedStyle(button).display") == "contents"
     hidden = "[...document.querySelectorAll('.latent, .rows')].filter(e => e.scrollHeight > e.clientHeight + 1).length"
     assert tab.evaluate(hidden) == 0
+
+
+def test_heads_and_first_columns_stay_visible(tmp_path, open_page):
+    """24 rows and eight tasks are more than fits on a screen of 1024 pixels."""
+    names = [f"cell-{number:02}" for number in range(24)]
+    rows = [row for name in names for row in write_cell(tmp_path, name, "hard", latents=False)]
+    slices = [
+        {"task": f"task_{task}", "about": "block", "k": k, "pooling": "mean"} for task in range(8) for k in (1, 5, 20)
+    ]
+    tasks = [Measure("order_accuracy", 0.6, 0.5, 0.7, 50, slice) for slice in slices]
+    for name in names:
+        rows += [Row.of(m, cell=name, mask="hard", budget="width", gating="forward", seed=0) for m in tasks]
+    shutil.rmtree(tmp_path / "cells")
+    (tmp_path / "cells").mkdir()
+    write_rows(tmp_path / "results.csv", rows)
+    tab = open_page(write_report(tmp_path))
+    tab.set_viewport_size({"width": 1024, "height": 1100})
+    tab.evaluate("document.querySelectorAll('details').forEach(details => details.open = true)")
+    region = tab.locator(".scroll:has(#by-task)")
+    region.evaluate("region => { region.scrollTo(10000, 10000); region.scrollIntoView({block: 'center'}); }")
+    assert region.evaluate("region => region.scrollLeft > 100 && region.scrollTop > 100")
+    box = region.bounding_box()
+    first = tab.locator("#by-task tbody tr:last-child th").bounding_box()
+    head = tab.locator("#by-task thead tr:last-child th").last.bounding_box()
+    assert first["x"] == pytest.approx(box["x"], abs=1)
+    assert head["y"] == pytest.approx(box["y"], abs=1)
+    inside = "document.elementFromPoint({x}, {y}).closest('th, td')?.textContent"
+    assert tab.evaluate(inside.format(x=first["x"] + 20, y=first["y"] + 10)) == "cell-23"
+
+
+@pytest.mark.parametrize("width", [1440, 1024])
+def test_all_columns_of_the_differences_fit(page, open_page, width):
+    tab = open_page(page)
+    tab.set_viewport_size({"width": width, "height": 844})
+    table, region = tab.locator("#verdicts-1").bounding_box(), tab.locator(".forest").bounding_box()
+    assert table["width"] <= region["width"] + 1
+    assert tab.locator("#verdicts-1 td.k5:visible").count() == 3
+    assert tab.locator("[data-column-of=verdicts-1]:visible").count() == 0
+
+
+def test_a_narrow_screen_shows_one_column_at_a_time(page, open_page):
+    tab = open_page(page)
+    tab.set_viewport_size({"width": 390, "height": 844})
+    assert texts(tab, "#verdicts-1 thead th:visible") == ["difference to open", "block order, k\xa0=\xa05"]
+    tab.select_option("[data-column-of=verdicts-1]", label="explained variance")
+    assert texts(tab, "#verdicts-1 thead th:visible")[1:] == ["explained variance"]
+    assert tab.locator("#verdicts-1 td.worse").inner_text().startswith("▼ −0.100")
+    tab.select_option("[data-column-of=study]", label="dead")
+    assert texts(tab, "#study thead th:visible") == ["cell", "dead"]
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_probes_are_on_five_latents_or_one(page, open_page):
+    tab = open_page(page)
+    visible = "#study thead th:visible"
+    assert [title for title in texts(tab, visible) if "k" in title][-1].endswith("5")
+    tab.select_option("[data-k-of=study]", "1")
+    assert [title[-1] for title in texts(tab, visible) if "probing" in title] == ["1"]
+
+
+def test_links_at_the_head_lead_to_what_is_missing(tmp_path, open_page):
+    study = write_study(tmp_path, cells=(("open", "open"), ("hard", "hard")), seeds=(0,))
+    tab = open_page(write_report(study))
+    assert not tab.locator("#missing-1 li").first.is_visible()
+    tab.click("text=missing metrics")
+    assert "loss recovered" in tab.locator("#missing-1").inner_text()
+    tab.click("text=smaller sizes")
+    assert "50 of 60 requested test groups" in tab.locator("#capped-1").inner_text()
+
+
+def test_settings_are_tables_of_what_differs_and_what_is_shared(page, open_page):
+    tab = open_page(page)
+    assert tab.locator("[id^=settings-]").count() == 0  # the cells differ in their names only
+    tab.click("text=Settings that all cells share")
+    assert texts(tab, "#shared-settings-1 th[scope=row]") == ["note", "evaluation.order_test_groups"]
 
 
 def test_positions_are_selected_by_touch(page, open_page):

@@ -136,11 +136,15 @@ for (const select of $$("[data-column-of]")) select.addEventListener("change", (
 });
 for (const select of $$("[data-k-of]")) select.addEventListener("change", () => { document.getElementById(select.dataset.kOf).dataset.k = select.value; });
 
+// A link to details opens them.
+for (const link of $$("a[href^='#']")) link.addEventListener("click", () => { const details = document.getElementById(link.hash.slice(1)); if (details?.matches("details")) details.open = true; });
+
 // Light and dark theme.
 const theme = $("#theme"), onTheme = [];
+function nameTheme(isDark) { theme.textContent = isDark ? "Light mode" : "Dark mode"; }
 function setTheme(isDark) {
   document.documentElement.dataset.theme = isDark ? "dark" : "light";
-  theme.setAttribute("aria-pressed", isDark); drawn.forEach(holder => draw(holder)); onTheme.forEach(redraw => redraw());
+  nameTheme(isDark); drawn.forEach(holder => draw(holder)); onTheme.forEach(redraw => redraw());
 }
 
 // Charts are drawn when they are near the viewport, and the others in idle time, so that none is blank in print.
@@ -207,4 +211,4 @@ let width = innerWidth, resizing;
 addEventListener("resize", () => { if (innerWidth === width) return; width = innerWidth; clearTimeout(resizing); resizing = setTimeout(() => drawn.forEach(holder => draw(holder)), 200); });
 theme.addEventListener("click", () => setTheme(document.documentElement.dataset.theme !== "dark"));
 dark.addEventListener("change", () => setTheme(dark.matches));
-theme.setAttribute("aria-pressed", dark.matches);
+nameTheme(dark.matches);

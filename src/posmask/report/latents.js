@@ -122,7 +122,7 @@ class Latents {
     this.map.addEventListener("pointermove", event => { const at = this.nearestDot(event); this.map.style.cursor = at === null ? "" : "pointer"; at === null ? hideTip() : showTip(this.describe(at), { left: event.clientX, right: event.clientX, top: event.clientY - 4, bottom: event.clientY + 12 }); });
     this.map.addEventListener("pointerleave", hideTip);
     this.map.addEventListener("click", event => { const at = this.nearestDot(event); if (at !== null) this.select(at, "push"); });
-    addEventListener("popstate", () => { const state = this.fromAddress(); if (state) this.go(state, null); });
+    addEventListener("popstate", () => { const state = this.fromAddress(); if (!state) return; this.go(state, null); const { top, bottom } = holder.getBoundingClientRect(); if (bottom < 0 || top > innerHeight) holder.scrollIntoView(); });
     let waiting;
     new ResizeObserver(() => { clearTimeout(waiting); waiting = setTimeout(() => { if (this.block) { this.paint(); this.drawMap(); this.drawBrush(); if (this.chosen !== null && this.detail.clientWidth !== this.shownWidth) this.show(this.chosen); } }, 100); }).observe(holder);
     onTheme.push(() => this.block && this.drawMap());
@@ -505,5 +505,7 @@ function startLatents(cells, colors) {
     for (const name of ["wheel", "pointerdown", "keydown"]) addEventListener(name, () => { growth.disconnect(); leave.abort(); }, { signal: leave.signal });
     app.go(state, null).then(() => { holder.scrollIntoView(); growth.observe(document.body); });
   }
-  else new IntersectionObserver((entries, observer) => { if (entries.some(entry => entry.isIntersecting)) { observer.disconnect(); if (app.shown === undefined) app.go({}, null); } }, { rootMargin: "400px" }).observe(holder);
+  else new IntersectionObserver((entries, observer) => { if (entries.some(entry => entry.isIntersecting)) { observer.disconnect(); fillLatents(); } }, { rootMargin: "400px" }).observe(holder);
 }
+// Also called when all charts are drawn, so that print shows latents.
+function fillLatents() { if (latentApp && latentApp.shown === undefined && !location.hash.includes("=")) latentApp.go({}, null); }

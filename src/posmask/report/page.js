@@ -63,6 +63,6 @@ ready.then(async () => {
   }
   $$(".chart").forEach(holder => watcher.observe(holder));
   if (facts.latents.length) startLatents(facts.latents, facts.colors);
-  drawAll();
+  drawAll().then(fillLatents);
   document.documentElement.dataset.ready = "";
 });

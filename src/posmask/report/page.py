@@ -14,10 +14,11 @@ from posmask.report import figures, tables
 from posmask.report.forest import forest_table
 from posmask.report.reading import CellFolder, Study, read_studies
 from posmask.report.rendering import chart_blocks, render, zipped
+from posmask.report.settings_tables import settings_tables, shared_settings
 from posmask.results.comparisons import LEVEL
 from posmask.results.finding import headline
 from posmask.results.rows import Row
-from posmask.results.table import COLUMNS, MIN_SEEDS
+from posmask.results.table import COLUMNS, MIN_SEEDS, missing_lines
 from posmask.storage.atomic import check_file, replacing
 from posmask.storage.json_file import read_json
 from posmask.storage.layout import PAGE_MARK, REPORT_FILE, SAE_FILE
@@ -188,17 +189,18 @@ def _study(study: Study, table: tables.StudyTable) -> dict[str, Any]:
         "forest": forest_table(study, table),
         "capped": tables.capped(study),
         "missing": tables.missing(study, table),
-        "settings": json.dumps(_settings(study), indent=1, ensure_ascii=False),
+        "not_computed": missing_lines(study.rows),
+        "settings": settings_tables(study),
         "folders": [_folder(cell, study) for cell in study.cells],
     }
 
 
 def _about(study: Study, n_heldout: int) -> list[str]:
     """What the study is of: model, site, rule, sizes and seeds, as far as the cell folders say."""
-    settings, parts = _settings(study), []
+    settings, parts = shared_settings(study), []
     model, sae = settings.get("model"), settings.get("sae")
     if isinstance(model, dict) and "layer" in model:
-        parts.append(f"{_model_name(study)} after layer {model['layer']}")
+        parts.append(f"{_model_name(study).removeprefix('embedded:')}, after layer {model['layer']}")
     parts += _rules(study)
     if isinstance(sae, dict) and isinstance(sae.get("d_sae"), int):
         parts.append(f"{sae['d_sae']:,} latents")
@@ -246,18 +248,6 @@ def _picked(studies: Sequence[Study], cells: list[str]) -> list[str]:
     baselines = _baselines(studies)
     others = [cell for cell in cells if cell not in baselines][:7]
     return [cell for cell in cells if cell in baselines or cell in others]
-
-
-def _settings(study: Study) -> dict[str, Any]:
-    """The settings that all cells share; each cell's settings.json has the others."""
-    settings = [cell.manifest.get("made_from", {}) for cell in study.cells]
-    if not settings:
-        return {}
-    shared = {key: value for key, value in settings[0].items() if all(other.get(key) == value for other in settings)}
-    sizes = {json.dumps(of.get("sae", {}).get("d_sae")) for of in settings if isinstance(of.get("sae"), dict)}
-    if "sae" not in shared and len(sizes) == 1:  # The cells differ in their rules.
-        shared["sae"] = {"d_sae": settings[0]["sae"]["d_sae"]}
-    return shared
 
 
 def _folder(cell: CellFolder, study: Study) -> dict[str, Any]:

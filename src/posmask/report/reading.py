@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 from posmask.errors import DamagedFolder
 from posmask.results.comparisons import Verdict, read_verdicts
 from posmask.results.rows import Row, Units, parse_slice, read_rows, read_rows_of, read_units
-from posmask.results.table import missing_lines
 from posmask.storage import layout
 from posmask.storage.layout import STUDY_FILE
 from posmask.storage.manifest import identity, read_manifest
@@ -188,7 +187,6 @@ def _read_study(root: Path) -> Study:
     n_nan = sum(math.isnan(row.value) for row in rows if "position" not in parse_slice(row.slice) and not row.reason)
     if n_nan:
         warnings.append(f"{n_nan} numbers of {results.name} are NaN; they and means that need them are shown as –.")
-    warnings += missing_lines(rows)
     changed = [cell for cell in cells if cell.manifest["identity"] != identity(cell.manifest.get("made_from", {}))]
     if changed:
         warnings.append(

@@ -332,7 +332,7 @@ def accuracies(rows: Sequence[Row], metric: str, key: str) -> dict[str, Any]:
             by_label.setdefault(label, {}).setdefault((where[key], where["k"]), []).append(row)
     measured = list(dict.fromkeys(column for line in by_label.values() for column in line))
     names = list(dict.fromkeys(name for name, _ in measured))
-    ks = list(dict.fromkeys(k for _, k in measured))
+    ks = sorted({k for _, k in measured}, key=lambda k: int(k) if k.isdigit() else math.inf)
     columns = [(name, k) for name in names for k in ks]
     return {
         "names": names,

@@ -13,7 +13,16 @@ from posmask.results.table import COLUMNS, Line
 __all__ = ["trade_off"]
 
 _X, _Y = "explained variance", "block order accuracy"
-_MARKS = {"equal width": "circle", "equal compute": "square", "another pooling": "triangle-up", "control": "cross"}
+_SHOWN = f"{_X} shown"
+_OFF = "off the scale"
+_MARKS = {
+    "equal width": "circle",
+    "equal compute": "square",
+    "another pooling": "triangle-up",
+    "control": "cross",
+    _OFF: "triangle-left",
+}
+_LEAST_SPAN = 0.02  # of explained variance
 _NARROW = 270  # width of the plot on a phone, in pixels
 _HEIGHT = 330
 _LETTER, _LINE = 6.5, 12  # size of a letter in pixels
@@ -46,6 +55,7 @@ def trade_off(
         value["color"] = colors[value.pop("of")]
     if not values:
         return None
+    _set_shown(values)
     _set_name_sides(values, baselines, width)
     _set_name_sides(values, baselines, _NARROW, " narrow")
     kinds = {value["what"] for value in values}
@@ -59,7 +69,7 @@ def trade_off(
     )
     y_title = f"{_Y}, k = {k}"
     base = alt.Chart(inline_data(values)).encode(
-        x=alt.X(f"{_X}:Q", scale=alt.Scale(zero=False, padding=26), axis=alt.Axis(tickCount=8), title=_X),
+        x=alt.X(f"{_SHOWN}:Q", scale=alt.Scale(zero=False, padding=26), axis=alt.Axis(tickCount=8), title=_X),
         y=alt.Y(f"{_Y}:Q", scale=alt.Scale(zero=False, padding=22), title=y_title),
         tooltip=[
             "cell:N",
@@ -73,9 +83,13 @@ def trade_off(
     rule = base.mark_rule(strokeWidth=1, strokeOpacity=0.6).encode(color=color)
     horizontal = rule.encode(x=alt.X(f"{_X} low:Q", title=_X), x2=f"{_X} high:Q")
     vertical = rule.encode(y=alt.Y(f"{_Y} low:Q", title=y_title), y2=f"{_Y} high:Q")
+    intervals = [
+        rule.transform_filter(f"isValid(datum['{axis} low'])")
+        for axis, rule in ((_X, horizontal), (_Y, vertical))
+        if any(f"{axis} low" in value for value in values)
+    ]
     return alt.layer(
-        horizontal.transform_filter(f"isValid(datum['{_X} low'])"),
-        vertical.transform_filter(f"isValid(datum['{_Y} low'])"),
+        *intervals,
         base.mark_point(size=80, filled=True, opacity=1).encode(shape=shape, color=color),
         base.mark_text(align="right", dx=-9, dy=-7, fontSize=11).encode(text="left:N"),
         base.mark_text(align="left", dx=9, dy=-7, fontSize=11).encode(text="right:N"),
@@ -113,9 +127,27 @@ def _values(
     return values
 
 
+def _set_shown(values: list[dict[str, Any]]) -> None:
+    """Set where each value is drawn: at the edge if it is a control far from all SAEs, so that these stay apart."""
+    ends = [
+        [value.get(f"{_X} {end}", value[_X]) for value in values if value["what"] != "control"]
+        for end in ("low", "high")
+    ]
+    low, high = (min(ends[0]), max(ends[1])) if ends[0] else (-math.inf, math.inf)
+    span = max(high - low, _LEAST_SPAN)
+    for value in values:
+        nearest = min(max(value[_X], low - span / 4), high + span / 4)
+        is_off = value["what"] == "control" and abs(nearest - value[_X]) > span
+        value[_SHOWN] = nearest if is_off else value[_X]
+        if is_off:
+            value["what"] = _OFF
+            for end in ("low", "high"):
+                value.pop(f"{_X} {end}", None)
+
+
 def _set_name_sides(values: list[dict[str, Any]], baselines: Sequence[str], width: int, suffix: str = "") -> None:
     """Set `left` or `right` of each value to its name where the name hits no other mark or name."""
-    marks = list(zip(_pixels(values, _X, width), _pixels(values, _Y, _HEIGHT), strict=True))
+    marks = list(zip(_pixels(values, _SHOWN, width), _pixels(values, _Y, _HEIGHT), strict=True))
     taken: list[_Box] = [(x - 6, x + 6, y - 6, y + 6) for x, y in marks]
 
     def rank(index: int) -> tuple[bool, bool, float]:
@@ -126,7 +158,8 @@ def _set_name_sides(values: list[dict[str, Any]], baselines: Sequence[str], widt
     for index in sorted(range(len(values)), key=rank):
         value, (x, y) = values[index], marks[index]
         value |= {f"left{suffix}": "", f"right{suffix}": ""}
-        length = _LETTER * len(value["cell"])
+        name = f"{value['cell']}: {value[_X]:.3f}" if value["what"] == _OFF else value["cell"]
+        length = _LETTER * len(name)
         boxes: dict[str, _Box] = {
             side: (start, start + length, y + 7 - _LINE / 2, y + 7 + _LINE / 2)
             for side, start in (("left", x - 9 - length), ("right", x + 9))
@@ -136,17 +169,18 @@ def _set_name_sides(values: list[dict[str, Any]], baselines: Sequence[str], widt
             for side, box in boxes.items()
             if box[0] > -60 and box[1] < width + 60 and not any(_overlap(box, other) for other in taken)
         ]
-        if not free and value["cell"] in baselines:
-            free = ["left"]
+        if not free and (value["cell"] in baselines or value["what"] == _OFF):
+            free = ["left" if value["cell"] in baselines else "right"]
         if free:
-            value[free[0] + suffix] = value["cell"]
+            value[free[0] + suffix] = name
             taken.append(boxes[free[0]])
 
 
 def _pixels(values: list[dict[str, Any]], axis: str, n_pixels: int) -> list[float]:
     """The values' coordinates in pixels; the plot extends to the bounds of the intervals."""
-    low = min(value.get(f"{axis} low", value[axis]) for value in values)
-    high = max(value.get(f"{axis} high", value[axis]) for value in values)
+    bounds = axis.removesuffix(" shown")
+    low = min(value.get(f"{bounds} low", value[axis]) for value in values)
+    high = max(value.get(f"{bounds} high", value[axis]) for value in values)
     return [n_pixels * ((value[axis] - low) / (high - low) if high > low else 0.5) for value in values]
 
 

@@ -54,7 +54,7 @@ def training(curves: list[dict[str, Any]], colors: Mapping[str, str]) -> Figure 
         alt.Chart(inline_data(values))
         .mark_line(strokeWidth=1.5)
         .encode(
-            x=alt.X("tokens:Q", title="training tokens", axis=alt.Axis(format="~s")),
+            x=alt.X("tokens:Q", title="training tokens", axis=alt.Axis(format="~s", tickCount=6)),
             y=alt.Y("explained variance:Q"),
             color=cell_color((value["cell"] for value in values), colors),
             tooltip=["cell:N", "tokens:Q", alt.Tooltip("explained variance:Q", format=".3f")],
