@@ -324,8 +324,8 @@ def test_every_number_in_a_table_is_a_row_or_a_mean_of_rows(study, page):
         elif re.search(r"\d", "".join(parts.values())):  # metadata: seeds, identity, size, versions
             is_metadata = (
                 "settings" in table
-                or table == "folders-1"
-                and (re.fullmatch(r"[0-9a-f]{16}|\d*\.\d", parts[""]) or "torch 2" in parts[""])
+                or (table == "folders-1"
+                and (re.fullmatch(r"[0-9a-f]{16}|\d*\.\d", parts[""]) or "torch 2" in parts[""]))
             )
             assert is_metadata, (table, attributes, parts)
     assert not verdicts
@@ -1076,7 +1076,11 @@ def test_charts_are_drawn_filtered_redrawn_and_saved(page, open_page):
     show(tab, "[data-chart=positions]")
     tab.wait_for_selector("[data-chart=positions] svg")
     tab.click("[data-pick=none]")
+    tab.click("#picks button[data-cell=open]")  # the baseline, which has no difference
+    titles = "[...document.querySelectorAll('[data-chart=positions]:not([data-compare]) .role-title-text')].length"
+    tab.wait_for_function(f"{titles} === 3")
     tab.click("#picks button[data-cell=hard]")
+    tab.click("#picks button[data-cell=open]")
     lines = "document.querySelectorAll('[data-chart=positions]:not([data-compare]) .mark-line path')"
     tab.wait_for_function(f"{lines}.length === 4")  # three panels of the cell, and the stream's
     symbols = tab.locator("[data-chart=positions]:not([data-compare]) .role-legend-symbol path")
@@ -1295,7 +1299,7 @@ def test_values_are_shown_on_hover_focus_and_touch(page, open_page):
     tab.wait_for_selector(".excerpt")
     tip = tab.locator("#tip")
     assert tip.is_hidden()
-    for value in ("svg.profile .hit", ".excerpt .peak", ".moved i"):
+    for value in ("svg.profile .hit", ".excerpt .peak", ".moved i", ".facts li"):
         tab.locator(value).first.hover()
         assert tip.inner_text() == tab.locator(value).first.get_attribute("data-tip")
     tab.mouse.move(0, 0)
@@ -1503,6 +1507,15 @@ def test_all_columns_of_the_differences_fit(page, open_page, width):
     assert table["width"] <= region["width"] + 1
     assert tab.locator("#verdicts-1 td.k5:visible").count() == 3
     assert tab.locator("[data-column-of=verdicts-1]:visible").count() == 0
+
+
+def test_an_address_of_a_latent_on_an_open_page_scrolls_to_it(page, open_page):
+    tab = open_page(page)
+    tab.wait_for_selector(".latent h3", state="attached")
+    tab.evaluate("scrollTo(0, 0)")
+    tab.evaluate("location.hash = 'cell=hard&latent=9'")
+    tab.wait_for_function("document.querySelector('#app').getBoundingClientRect().top < innerHeight")
+    tab.wait_for_selector("text=Latent 9 of hard")
 
 
 def test_a_narrow_screen_shows_one_column_at_a_time(page, open_page):

@@ -69,7 +69,7 @@ const table = name => once("table " + name, async () => {
   return header;
 });
 const row = (array, number) => array.subarray(number * array.width, (number + 1) * array.width);
-const digits = (value, n = 3) => Number.isFinite(value) ? value.toFixed(n).replace("-", "−") : "–";
+const digits = (value, n = 3) => { const text = Number.isFinite(value) ? value.toFixed(n) : "–"; return text.replace("-", Number(text) === 0 ? "" : "−"); }; // what reads as zero has no sign
 function save(name, type, content) {
   const link = make("a", { href: typeof content === "string" && content.startsWith("data:") ? content : URL.createObjectURL(new Blob([content], { type })), download: name });
   document.body.append(link); link.click(); link.remove();

@@ -45,6 +45,14 @@ const METRICS = {
   elsewhere: ["cosine in other SAEs", (b, i) => b.near_cosine?.width ? row(b.near_cosine, i)[0] : NaN, value => digits(value, 2)],
   seeds: ["cosine in other seeds", (b, i) => b.seed_cosine?.width ? mean([...row(b.seed_cosine, i)]) : NaN, value => digits(value, 2)],
 };
+const MEANINGS = {
+  "fires on": "Share of the held-out tokens at which its activation is above zero.",
+  "position information": "Share of the uncertainty about whether it fires that position explains, beyond what content alone would give: 0 is none, 1 is all.",
+  "shift design:": "The same texts stand at several positions. Shares of the variance of its activation that the text explains at any position (content), the position whatever the text, and both together (interaction).",
+  retention: "Fraction of its activation, without the mask, that stays at the positions where the mask was open; chance is the fraction expected of a latent that ignores position.",
+  "mask open": "Positions at which the mask is at least half as open as at its most open position.",
+  probes: "Probes that selected it: the rank of the choice, and its weight.",
+};
 const ASCENDING = ["latent", "where", "peak", "q"];
 const SHORT = { rate: "fires", information: "position", content: "content", share: "share there", weight: "weight", where: "open at", peak: "peak", retention: "retained", shift: "shift pos.", copies: "copies", elsewhere: "elsewhere", seeds: "seeds" };
 const EXTRA = ["weight", "share", "where", "peak", "retention", "shift", "q", "copies", "elsewhere", "seeds"];
@@ -156,7 +164,7 @@ class Latents {
     const at = state.latent === undefined ? this.order[0] : this.rowOf.get(state.latent);
     if (at === undefined) {
       this.chosen = null; this.paint(); this.drawMap();
-      this.say(state.latent === undefined ? "No latent is listed." : `Latent ${state.latent} of ${this.block.cell} is not among the ${this.block.latent.length} latents on this page; \`posmask report DIR --all\` writes all of them.`);
+      this.say(state.latent === undefined ? "No latent is listed." : `Latent ${state.latent} of ${this.block.cell} is not among the ${this.block.latent.length} latents on this page: “posmask report DIR --all” writes all of them.`);
     } else this.select(at, null, true);
     if (how) this.remember(how);
   }
@@ -318,7 +326,7 @@ class Latents {
     for (const tick of [0, 0.5, 1]) { paper.beginPath(); paper.moveTo(left, y(tick)); paper.lineTo(right, y(tick)); paper.stroke(); paper.textAlign = "right"; paper.fillText(tick.toFixed(1), left - 8, y(tick) + 4); }
     paper.fillText("none", left - 8, none + 4); paper.textAlign = "center";
     for (const share of [0, 0.1, 0.4, 1]) paper.fillText((share * most).toFixed(2), Math.min(right - 12, x(share * most)), height - 17);
-    paper.fillText("position information", (left + right) / 2, height - 4);
+    paper.fillText("position information (square-root scale)", (left + right) / 2, height - 4);
     paper.save(); paper.translate(10, (top + base) / 2); paper.rotate(-Math.PI / 2); paper.fillText("content share", 0, 0); paper.restore();
     this.dots = Float32Array.from({ length: 2 * b.latent.length }, (_, index) => index % 2 ? y(b.shift_content[index >> 1]) : x(b.position_information[index >> 1]));
     const names = b.class_names ?? [], colors = names.map(name => colour(CLASS_COLORS[name] ?? "var(--bar)")), few = b.latent.length > 5000;
@@ -344,7 +352,7 @@ class Latents {
 
   // The selected latent.
   show(at) {
-    const b = this.block, fact = (name, ...value) => make("li", {}, name + " ", make("b", {}, ...value)), kind = b.kind_names?.[b.kind[at]];
+    const b = this.block, fact = (name, ...value) => make("li", { "data-tip": MEANINGS[name] }, name + " ", make("b", {}, ...value)), kind = b.kind_names?.[b.kind[at]];
     const interval = (low, high) => low && Number.isFinite(low[at]) ? ` (${digits(low[at])} to ${digits(high[at])})` : "";
     const serves = (this.serves.get(at) ?? []).sort((a, b) => a[1] - b[1]).slice(0, 3).map(([probe, choice, weight]) => `${b.probes[probe]} (choice ${choice}, ${signed(weight, size => size.toPrecision(2))})`);
     this.shownWidth = this.detail.clientWidth;
@@ -356,7 +364,7 @@ class Latents {
         name ? make("span", { class: "class", style: `border-color:${CLASS_COLORS[name]}` }, name + (kind ? ", " + kind : "") + (lifted && lifted !== name ? `; mask lifted: ${lifted}` : "")) : null,
         make("span", { class: "steps" }, make("button", { type: "button", "aria-label": "Previous latent", onclick: () => this.step(-1) }, "‹"), make("button", { type: "button", "aria-label": "Next latent", onclick: () => this.step(1) }, "›"),
           make("button", { type: "button", onclick: () => this.copy() }, "Copy link")),
-        make("ul", { class: "facts" }, fact("fires on", `${percent(b.firings[at] / b.tokens)} of ${b.tokens.toLocaleString("en")} tokens`), fact("position information", digits(b.position_information[at]) + interval(b.position_share_low, b.position_share_high)),
+        make("ul", { class: "facts", "data-strip": "", "aria-label": "Facts" }, fact("fires on", `${percent(b.firings[at] / b.tokens)} of ${b.tokens.toLocaleString("en")} tokens`), fact("position information", digits(b.position_information[at]) + interval(b.position_share_low, b.position_share_high)),
           Number.isFinite(b.shift_content?.[at]) ? fact("shift design:", `content ${digits(b.shift_content[at], 2)}, position ${digits(b.shift_position[at], 2)}, interaction ${digits(b.shift_interaction[at], 2)}`) : null,
           fact("retention", `${digits(b.retention[at], 2)}, chance ${digits(b.retention_chance[at], 2)}`), fact("mask open", openRanges(row(b.openness, at)).text), serves.length ? fact("probes", serves.join("; ")) : null)),
       make("div", { class: "main" }, profile, texts),
@@ -394,7 +402,7 @@ class Latents {
     for (let p = 1; p < open.length; p++) if (open[p] && p <= b.bin_end[n - 1]) svg.append(SVG("rect", { x: axis.at(p).toFixed(2), width: (axis.at(p + 1) - axis.at(p) + 0.3).toFixed(2), y: base + 8, height: 7, fill: "var(--open)", "fill-opacity": (open[p] / 255).toFixed(2) }));
     svg.append(SVG("text", { x: left - 5, y: base + 15, "text-anchor": "end" }, "mask"));
     for (const [x, p] of axis.ticks) svg.append(SVG("text", { x, y: base + 27, "text-anchor": "middle" }, p));
-    svg.append(SVG("text", { x: (left + width) / 2, y: height - 4, "text-anchor": "middle" }, "position in the context"));
+    svg.append(SVG("text", { x: (left + width) / 2, y: height - 4, "text-anchor": "middle" }, "position in the context, in bins of equal width"));
     for (let bin = 0; bin < n; bin++) {
       const told = name => { const value = end => shown(rateOf(b, name + end, at, bin)); return value("") + (b[name + "_low"] ? ` (${value("_low")} to ${value("_high")})` : ""); };
       const positions = Array.from(open.slice(b.bin_start[bin], b.bin_end[bin] + 1)), where = b.bin_start[bin] === b.bin_end[bin] ? "position " : "positions ";

@@ -4,6 +4,8 @@ function adaptedToPage(spec, holder) {
   const cells = holder.hasAttribute("data-compare") ? [$("#compare-a").value, $("#compare-b").value].map(name => name.split(" + ")[0]) : [...picked];
   if (spec.usermeta?.cells) {
     spec.data.values = spec.data.values.filter(value => value.cell === undefined || cells.includes(value.cell));
+    // Vega warns about a panel without values, as that of differences to the baseline if only the baseline is picked.
+    if (spec.vconcat) { const full = new Set(spec.data.values.map(value => value.panel)); spec.vconcat = spec.vconcat.filter(part => full.has(part.description)); }
     if (spec.usermeta.step) spec.height = spec.usermeta.step * Math.max(1, new Set(spec.data.values.map(value => value[spec.encoding.y.field])).size);
     for (const { encoding } of (spec.vconcat ?? [spec]).flatMap(part => part.layer ?? [part])) {
       const color = encoding?.color;
@@ -39,14 +41,14 @@ function compare() {
   const [a, b] = ["#compare-a", "#compare-b"].map(id => $(id).value), body = $("#compared").tBodies[0];
   const verdicts = new Map(), opposite = { better: "worse", worse: "better" };
   for (const [label, against, column, effect, low, high, verdict] of facts.verdicts) {
-    const sign = label === a && against === b ? 1 : label === b && against === a ? -1 : 0, plus = value => (value > 0 ? "+" : "") + digits(value);
+    const sign = label === a && against === b ? 1 : label === b && against === a ? -1 : 0, plus = value => (Number(value.toFixed(3)) > 0 ? "+" : "") + digits(value);
     const word = verdict in opposite && sign < 0 ? opposite[verdict] : verdict;
     if (sign) verdicts.set(facts.compared[column], `${plus(sign * effect)} (${plus(sign > 0 ? low : -high)} to ${plus(sign > 0 ? high : -low)}), ${word}`);
   }
   body.replaceChildren(...facts.columns.map((name, index) => {
     const first = facts.numbers[a][index], second = facts.numbers[b][index], shown = number => number ? make("td", { "data-value": number[0] }, number[1], make("span", { class: "i" }, number[2])) : make("td", { "data-value": "" }, "–");
     const difference = first && second ? first[0] - second[0] : NaN;
-    return make("tr", {}, make("th", { scope: "row" }, name), shown(first), shown(second), make("td", {}, Number.isFinite(difference) ? (difference > 0 ? "+" : "") + (facts.digits[index] ? digits(difference) : difference.toLocaleString("en")) : "–"), make("td", {}, verdicts.get(index) ?? "–"));
+    return make("tr", {}, make("th", { scope: "row" }, name), shown(first), shown(second), make("td", {}, Number.isFinite(difference) ? (Number(difference.toFixed(3)) > 0 ? "+" : "") + (facts.digits[index] ? digits(difference) : difference.toLocaleString("en")) : "–"), make("td", {}, verdicts.get(index) ?? "–"));
   }));
   $$("[data-compare]").forEach(holder => drawn.has(holder) && draw(holder));
 }

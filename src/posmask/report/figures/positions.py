@@ -139,11 +139,12 @@ def _panel(name: str, x: alt.X, color: alt.Color, n_models: int) -> alt.LayerCha
     if name != "norm":
         levels = [alt.Tooltip("explained variance:Q", format=".3f")] if name == "difference" else []
         layers = with_targets(line.encode(color=color), ["cell:N", "positions:N", value, *levels])
-        return alt.layer(zero_line(), *layers) if name == "difference" else alt.layer(*layers)
+        layers = [zero_line(), *layers] if name == "difference" else layers
+        return alt.layer(*layers).properties(description=name)
     if n_models > 1:
         legend = alt.Legend(orient="top", symbolType="stroke")
         line = line.encode(strokeDash=alt.StrokeDash("stream:N", title=None, legend=legend))
-    return alt.layer(*with_targets(line, ["positions:N", value]))
+    return alt.layer(*with_targets(line, ["positions:N", value])).properties(description=name)
 
 
 def _of_cells(numbers: Numbers, cells: Mapping[str, str], metric: str, per_octave: int = _PER_OCTAVE) -> _Values:
