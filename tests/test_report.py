@@ -322,10 +322,8 @@ def test_every_number_in_a_table_is_a_row_or_a_mean_of_rows(study, page):
             assert parts["word"] == "not tested"
             n_checked["untested"] += 1
         elif re.search(r"\d", "".join(parts.values())):  # metadata: seeds, identity, size, versions
-            is_metadata = (
-                "settings" in table
-                or (table == "folders-1"
-                and (re.fullmatch(r"[0-9a-f]{16}|\d*\.\d", parts[""]) or "torch 2" in parts[""]))
+            is_metadata = "settings" in table or (
+                table == "folders-1" and (re.fullmatch(r"[0-9a-f]{16}|\d*\.\d", parts[""]) or "torch 2" in parts[""])
             )
             assert is_metadata, (table, attributes, parts)
     assert not verdicts
