@@ -340,7 +340,7 @@ def test_the_tutorial_runs_and_gives_its_stored_output(tmp_path, monkeypatch):
         return texts, sum("image/png" in output.get("data", {}) for output in outputs)
 
     assert shown(run) == shown(stored)
-    assert shown(stored)[1] == 2
+    assert shown(stored)[1] == 4
 
 
 @pytest.mark.slow
