@@ -1,3 +1,4 @@
+import contextlib
 import importlib.metadata
 import io
 import json
@@ -558,12 +559,18 @@ def test_watching_on_a_terminal_refreshes_a_table_until_interrupted(tmp_path):
     environment = {**os.environ, "COLUMNS": "60", "TERM": "xterm"}
     with subprocess.Popen(command, stdout=slave, stderr=slave, cwd=ROOT, env=environment) as process:
         os.close(slave)
-        text = ""
-        while "0 of 9 finished" not in text:
-            text += os.read(master, 65536).decode()
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=20) == 0
-    os.close(master)
+        text, interrupted = "", False
+        try:
+            with contextlib.suppress(OSError):  # EIO: the process has ended.
+                while part := os.read(master, 65536):  # What it writes at its end must be read, too, or it waits.
+                    text += part.decode()
+                    if not interrupted and "0 of 9 finished" in text:
+                        process.send_signal(signal.SIGINT)
+                        interrupted = True
+            assert process.wait(timeout=20) == 0
+        finally:
+            process.kill()
+            os.close(master)
     assert "slice-gradient" in text
     assert "Traceback" not in text
 
