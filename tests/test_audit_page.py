@@ -421,6 +421,7 @@ def test_latents_of_each_sae_have_an_address(page, tables, open_page):
     told = [re.search(r"firing rate ([\d.]+) (%|ppm)", tip).groups() for tip in all_tips(tips)]
     scale = {"%": 0.01, "ppm": 1e-6}
     assert [float(number) * scale[unit] for number, unit in told] == pytest.approx(rates.tolist(), abs=6e-4)
+    tab.select_option("#app select[aria-label^='Classes with the mask']", label="mask on")
     tab.select_option("#app select[aria-label=Class]", "mixed")
     assert (
         tab.locator("#app .note").first.inner_text()

@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -557,13 +558,16 @@ def test_watching_on_a_terminal_refreshes_a_table_until_interrupted(tmp_path):
     master, slave = pty.openpty()
     command = [sys.executable, "-m", "posmask.cli", "status", "studies/quick.toml", "--root", tmp_path, "--watch"]
     environment = {**os.environ, "COLUMNS": "60", "TERM": "xterm"}
-    with subprocess.Popen(command, stdout=slave, stderr=slave, cwd=ROOT, env=environment) as process:
+    # A shell that runs the tests in the background ignores interrupts, also for the processes that they start.
+    heeds = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    with subprocess.Popen(command, stdout=slave, stderr=slave, cwd=ROOT, env=environment, **heeds) as process:
         os.close(slave)
         text, interrupted = "", False
         try:
             with contextlib.suppress(OSError):  # EIO: the process has ended.
-                while part := os.read(master, 65536):  # What it writes at its end must be read, too, or it waits.
-                    text += part.decode()
+                # What it writes at its end must be read, too, or it waits.
+                while select.select([master], [], [], 60)[0]:
+                    text += os.read(master, 65536).decode()
                     if not interrupted and "0 of 9 finished" in text:
                         process.send_signal(signal.SIGINT)
                         interrupted = True

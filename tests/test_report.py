@@ -1344,9 +1344,12 @@ def test_the_map_has_a_dot_per_latent(study, page, open_page):
     assert tab.locator("#tip").inner_text().startswith(f"latent {alone},")
     tab.mouse.click(x, y)
     assert title(tab) == f"Latent {alone} of hard"
-    shown = texts(tab, ".legend span")
-    counts = latent_table["class"].value_counts()
-    assert sorted(shown) == sorted(f"{name} {count}" for name, count in counts.items())
+    for mask, column in (("mask lifted", "lifted_class"), ("mask on", "class")):
+        tab.select_option("[aria-label^='Classes with the mask']", label=mask)
+        *shown, about_none = texts(tab, ".legend span")
+        counts = latent_table[column].value_counts()
+        assert sorted(shown) == sorted(f"{name} {count}" for name, count in counts.items())
+        assert about_none.startswith("none: ")
 
 
 def test_the_detail_of_a_latent_fits_on_a_screen(page, open_page):
@@ -1505,6 +1508,46 @@ def test_all_columns_of_the_differences_fit(page, open_page, width):
     assert table["width"] <= region["width"] + 1
     assert tab.locator("#verdicts-1 td.k5:visible").count() == 3
     assert tab.locator("[data-column-of=verdicts-1]:visible").count() == 0
+
+
+@pytest.mark.parametrize("width", [1440, 1024])
+def test_the_view_of_differences_fits_and_its_head_covers_no_row(page, open_page, width):
+    tab = open_page(page)
+    tab.set_viewport_size({"width": width, "height": 844})
+    tab.select_option("#shown", "differences")
+    region = tab.locator(".scroll:has(#study)").bounding_box()
+    head, first, table = (
+        tab.locator(f"#study {part}").first.bounding_box() for part in ("thead th", "tbody tr:not(.empty)", "thead")
+    )
+    assert head["y"] + head["height"] <= first["y"] + 1
+    assert table["width"] <= region["width"] + 1
+
+
+def test_two_cells_are_compared_in_the_words_of_the_differences(page, open_page):
+    tab = open_page(page)
+    verdicts, columns, labels = tab.evaluate("[facts.verdicts, facts.compared, Object.keys(facts.numbers)]")
+    shown = [verdict for verdict in verdicts if {verdict[0], verdict[1]} <= set(labels)]
+    assert shown
+    for label, against, column, _, low, high, verdict in shown:
+        tab.select_option("#compare-a", label)
+        tab.select_option("#compare-b", against)
+        said = tab.locator("#compared tbody tr").nth(columns[column]).locator("td").last.inner_text()
+        unclear = verdict == "undecided" and low * high > 0
+        assert said.endswith("not significant after correction" if unclear else verdict)
+
+
+def test_a_phone_shows_the_verdict_of_two_cells_and_the_latent_of_an_address(page, open_page):
+    tab = open_page(page)
+    tab.set_viewport_size({"width": 390, "height": 844})
+    last = tab.locator("#compared thead th").last.bounding_box()
+    assert last["x"] + last["width"] <= 390
+    tab.goto("about:blank")
+    tab.goto(f"{page.as_uri()}#cell=hard&latent=9")
+    tab.wait_for_selector("text=Latent 9 of hard")
+    below_navigation = (
+        "document.querySelector('.latent').getBoundingClientRect().top - document.querySelector('nav').offsetHeight"
+    )
+    tab.wait_for_function(f"Math.abs({below_navigation} - 8) < 30")
 
 
 def test_an_address_of_a_latent_on_an_open_page_scrolls_to_it(page, open_page):

@@ -139,6 +139,9 @@ for (const select of $$("[data-k-of]")) select.addEventListener("change", () => 
 // A link to details opens them.
 for (const link of $$("a[href^='#']")) link.addEventListener("click", () => { const details = document.getElementById(link.hash.slice(1)); if (details?.matches("details")) details.open = true; });
 
+// The height of the navigation, below which heads stay and addresses end.
+new ResizeObserver(() => document.documentElement.style.setProperty("--nav", $("nav").offsetHeight + "px")).observe($("nav"));
+
 // Light and dark theme.
 const theme = $("#theme"), onTheme = [];
 function nameTheme(isDark) { theme.textContent = isDark ? "Light mode" : "Dark mode"; }

@@ -91,6 +91,7 @@ class Latents {
     this.choice = make("select", { "aria-label": "Cell" }, ...cells.map((cell, index) => make("option", { value: index }, `${cell.label} (${cell.kept.toLocaleString("en")} of ${cell.of.toLocaleString("en")})`)));
     this.find = make("input", { type: "search", placeholder: "number or word", "aria-label": "Find latents by number, or by a word that they promote or that is in their texts" });
     this.kind = make("select", { "aria-label": "Class" });
+    this.maskOf = make("select", { "aria-label": "Classes with the mask on or lifted", "data-tip": "Classes in list, map and filter" }, make("option", { value: "" }, "mask on"), make("option", { value: "lifted_" }, "mask lifted"));
     this.task = make("select", { "aria-label": "Probe" });
     this.count = make("span", { class: "note" });
     this.from = make("input", { type: "number", "aria-label": "First position", placeholder: "from" });
@@ -109,13 +110,14 @@ class Latents {
     this.pick = pick; pick.value = this.extra;
     holder.append(
       make("div", { class: "browse" },
-        make("div", { class: "bar" }, this.choice, this.find, this.kind, this.task),
+        make("div", { class: "bar" }, this.choice, this.find, this.kind, this.maskOf, this.task),
         make("div", { class: "bar positions" }, make("span", {}, "Active at positions"), this.from, "–", this.to, this.clear, this.brushed),
         this.mapped,
         make("div", { class: "bar" }, this.count, make("label", {}, "Column ", pick), make("button", { type: "button", onclick: () => this.save() }, "CSV")),
         this.rows),
       this.detail);
     this.choice.addEventListener("change", () => this.go({ ...this.cellState(Number(this.choice.value)), p: this.range }, "push"));
+    this.maskOf.addEventListener("change", () => { this.listClasses(); this.refilter(); });
     this.find.addEventListener("input", () => this.refilter());
     this.kind.addEventListener("change", () => this.refilter());
     this.task.addEventListener("change", () => { this.setExtra("weight"); this.sort = ["weight", true]; this.weigh(); this.refilter(); });
@@ -184,8 +186,9 @@ class Latents {
       Object.assign(this, { block, shown: index, texts: null, keys: {}, chosen: null, range: null });
       this.rowOf = new Map([...block.latent].map((latent, at) => [latent, at]));
       this.task.replaceChildren(make("option", { value: "" }, "any probe"), ...block.probes.map((name, at) => make("option", { value: at }, name)));
-      const names = block.class_names ?? [];
-      this.kind.replaceChildren(make("option", { value: "" }, "any class"), ...names.map(name => make("option", {}, name))); this.kind.hidden = !names.length;
+      this.maskOf.hidden = !block.lifted_class_names; // With the mask on most latents of a mask depend on position by construction.
+      this.maskOf.value = block.lifted_class_names ? "lifted_" : "";
+      this.listClasses();
       this.mapped.hidden = !block.shift_content;
       if (!block.other_seeds.length && this.extra === "seeds") this.setExtra("where");
       this.weigh(); this.setRange(null);
@@ -193,6 +196,10 @@ class Latents {
       return true;
     } catch (error) { this.say("The latents of this cell cannot be read: " + error.message); return false; }
     finally { this.holder.removeAttribute("aria-busy"); }
+  }
+  listClasses() {
+    const names = this.classNames();
+    this.kind.replaceChildren(make("option", { value: "" }, "any class"), ...names.map(name => make("option", {}, name))); this.kind.hidden = !names.length;
   }
   weigh() { // weight in the selected probe, or the largest weight in any probe
     const b = this.block, only = this.task.value; this.weights = new Float32Array(b.latent.length); this.serves = new Map();
@@ -291,7 +298,10 @@ class Latents {
     this.rows.scrollTop = 0; this.paint(); this.drawMap();
   }
   sortBy(name, fresh = false) { this.sort = [name, this.sort[0] === name && !fresh ? !this.sort[1] : !ASCENDING.includes(name)]; this.refilter(); }
-  classOf(at) { return this.block.class_names?.[this.block.class[at]]; }
+  // Classes with the mask on or lifted, whichever is selected.
+  classNames() { return this.block[this.maskOf.value + "class_names"] ?? []; }
+  classIndex(at) { return this.block[this.maskOf.value + "class"][at]; }
+  classOf(at) { return this.classNames()[this.block.class_names && this.classIndex(at)]; }
   paint() { // only visible rows are in the document
     const b = this.block, first = Math.max(0, Math.floor(this.rows.scrollTop / ROW) - 8), last = Math.min(this.order.length, first + Math.ceil(this.rows.clientHeight / ROW) + 16);
     const space = height => make("tr", { "aria-hidden": true }, make("td", { colspan: 7, style: `padding:0;border:0;height:${height}px` }));
@@ -329,15 +339,15 @@ class Latents {
     paper.fillText("position information (square-root scale)", (left + right) / 2, height - 4);
     paper.save(); paper.translate(10, (top + base) / 2); paper.rotate(-Math.PI / 2); paper.fillText("content share", 0, 0); paper.restore();
     this.dots = Float32Array.from({ length: 2 * b.latent.length }, (_, index) => index % 2 ? y(b.shift_content[index >> 1]) : x(b.position_information[index >> 1]));
-    const names = b.class_names ?? [], colors = names.map(name => colour(CLASS_COLORS[name] ?? "var(--bar)")), few = b.latent.length > 5000;
+    const names = this.classNames(), colors = names.map(name => colour(CLASS_COLORS[name] ?? "var(--bar)")), few = b.latent.length > 5000;
     const dot = (at, radius) => { paper.beginPath(); paper.arc(this.dots[2 * at], this.dots[2 * at + 1], radius, 0, 7); };
     paper.fillStyle = style.getPropertyValue("--line"); for (let at = 0; at < b.latent.length; at++) if (!this.place.has(at)) { dot(at, 1.5); paper.fill(); }
     paper.globalAlpha = few ? 0.5 : 0.75;
-    for (const at of this.order) { paper.fillStyle = colors[b.class[at]]; dot(at, few ? 1.8 : 3); paper.fill(); }
+    for (const at of this.order) { paper.fillStyle = names.length ? colors[this.classIndex(at)] : colour("var(--bar)"); dot(at, few ? 1.8 : 3); paper.fill(); }
     paper.globalAlpha = 1;
     if (this.chosen !== null) { paper.strokeStyle = style.getPropertyValue("--ink"); paper.lineWidth = 2; dot(this.chosen, 6); paper.stroke(); }
-    const counts = names.map((_, index) => this.order.reduce((sum, at) => sum + (b.class[at] === index), 0));
-    this.legend.replaceChildren(...names.map((name, index) => make("span", {}, make("i", { class: "dot", style: `background:${CLASS_COLORS[name] ?? "var(--bar)"}` }), `${name} ${counts[index].toLocaleString("en")}`)));
+    const counts = names.map((_, index) => this.order.reduce((sum, at) => sum + (this.classIndex(at) === index), 0));
+    this.legend.replaceChildren(...names.map((name, index) => make("span", {}, make("i", { class: "dot", style: `background:${CLASS_COLORS[name] ?? "var(--bar)"}` }), `${name} ${counts[index].toLocaleString("en")}`)), make("span", {}, "none: fires too rarely in the shift design"));
     canvas.setAttribute("aria-label", `Map of ${this.order.length} latents: position information (horizontal) against content share (vertical). The arrow keys move through the list.`);
   }
   nearestDot(event) {
@@ -356,7 +366,7 @@ class Latents {
     const interval = (low, high) => low && Number.isFinite(low[at]) ? ` (${digits(low[at])} to ${digits(high[at])})` : "";
     const serves = (this.serves.get(at) ?? []).sort((a, b) => a[1] - b[1]).slice(0, 3).map(([probe, choice, weight]) => `${b.probes[probe]} (choice ${choice}, ${signed(weight, size => size.toPrecision(2))})`);
     this.shownWidth = this.detail.clientWidth;
-    const name = this.classOf(at), lifted = b.lifted_class_names?.[b.lifted_class[at]];
+    const name = b.class_names?.[b.class[at]], lifted = b.lifted_class_names?.[b.lifted_class[at]];
     const texts = make("div", { class: "texts" }), profile = make("div"), histogram = make("div"), strip = make("div"), cards = make("div", { class: "relatives" });
     this.detail.replaceChildren(
       make("header", {},
@@ -402,7 +412,7 @@ class Latents {
     for (let p = 1; p < open.length; p++) if (open[p] && p <= b.bin_end[n - 1]) svg.append(SVG("rect", { x: axis.at(p).toFixed(2), width: (axis.at(p + 1) - axis.at(p) + 0.3).toFixed(2), y: base + 8, height: 7, fill: "var(--open)", "fill-opacity": (open[p] / 255).toFixed(2) }));
     svg.append(SVG("text", { x: left - 5, y: base + 15, "text-anchor": "end" }, "mask"));
     for (const [x, p] of axis.ticks) svg.append(SVG("text", { x, y: base + 27, "text-anchor": "middle" }, p));
-    svg.append(SVG("text", { x: (left + width) / 2, y: height - 4, "text-anchor": "middle" }, "position in the context, in bins of equal width"));
+    svg.append(SVG("text", { x: (left + width) / 2, y: height - 4, "text-anchor": "middle" }, "position in the context (bins drawn equally wide)"));
     for (let bin = 0; bin < n; bin++) {
       const told = name => { const value = end => shown(rateOf(b, name + end, at, bin)); return value("") + (b[name + "_low"] ? ` (${value("_low")} to ${value("_high")})` : ""); };
       const positions = Array.from(open.slice(b.bin_start[bin], b.bin_end[bin] + 1)), where = b.bin_start[bin] === b.bin_end[bin] ? "position " : "positions ";
@@ -499,8 +509,9 @@ class Latents {
   save() {
     const b = this.block, keys = Object.keys(METRICS).filter(key => key !== "share" || this.range);
     const value = (key, at) => key === "where" ? METRICS.where[2](null, b, at) : METRICS[key][1](b, at, this);
-    const lines = this.order.map(at => [...keys.map(key => value(key, at)), this.classOf(at) ?? "", [...row(b.promoted, at)].map(word => b.words[word].trim()).join("  ")]);
-    save(`${pageName}-latents-${b.cell}.csv`.replace(/[^\w.-]+/g, "-"), "text/csv", csv([[...keys.map(key => METRICS[key][0]), "class", "promotes"], ...lines]));
+    const named = kind => at => b[kind + "class_names"]?.[b[kind + "class"][at]] ?? "", classes = b.lifted_class_names ? [named(""), named("lifted_")] : [named("")];
+    const lines = this.order.map(at => [...keys.map(key => value(key, at)), ...classes.map(name => name(at)), [...row(b.promoted, at)].map(word => b.words[word].trim()).join("  ")]);
+    save(`${pageName}-latents-${b.cell}.csv`.replace(/[^\w.-]+/g, "-"), "text/csv", csv([[...keys.map(key => METRICS[key][0]), "class", ...(classes[1] ? ["class, mask lifted"] : []), "promotes"], ...lines]));
   }
 }
 let latentApp = null;
@@ -509,9 +520,9 @@ function startLatents(cells, colors) {
   // The list is filled when it is near the viewport, or at once for an address of a latent, which stays in view while the
   // charts above are drawn.
   if (location.hash.includes("=") && state) {
-    const leave = new AbortController(), growth = new ResizeObserver(() => holder.scrollIntoView());
+    const leave = new AbortController(), shown = () => state.latent !== undefined && matchMedia("(max-width: 46rem)").matches ? app.detail : holder, growth = new ResizeObserver(() => shown().scrollIntoView());
     for (const name of ["wheel", "pointerdown", "keydown"]) addEventListener(name, () => { growth.disconnect(); leave.abort(); }, { signal: leave.signal });
-    app.go(state, null).then(() => { holder.scrollIntoView(); growth.observe(document.body); });
+    app.go(state, null).then(() => { shown().scrollIntoView(); growth.observe(document.body); });
   }
   else new IntersectionObserver((entries, observer) => { if (entries.some(entry => entry.isIntersecting)) { observer.disconnect(); fillLatents(); } }, { rootMargin: "400px" }).observe(holder);
 }

@@ -42,7 +42,8 @@ function compare() {
   const verdicts = new Map(), opposite = { better: "worse", worse: "better" };
   for (const [label, against, column, effect, low, high, verdict] of facts.verdicts) {
     const sign = label === a && against === b ? 1 : label === b && against === a ? -1 : 0, plus = value => (Number(value.toFixed(3)) > 0 ? "+" : "") + digits(value);
-    const word = verdict in opposite && sign < 0 ? opposite[verdict] : verdict;
+    const isUnclear = verdict === "undecided" && low * high > 0; // the interval excludes zero
+    const word = isUnclear ? "not significant after correction" : verdict in opposite && sign < 0 ? opposite[verdict] : verdict;
     if (sign) verdicts.set(facts.compared[column], `${plus(sign * effect)} (${plus(sign > 0 ? low : -high)} to ${plus(sign > 0 ? high : -low)}), ${word}`);
   }
   body.replaceChildren(...facts.columns.map((name, index) => {

@@ -83,16 +83,14 @@ class Change:
 
     @property
     def text(self) -> str:
-        """The difference as the page shows it, with a line break allowed before the interval only."""
+        """The difference as the page shows it, and the interval in parentheses."""
         if math.isnan(self.low):
-            return f"{format_signed(self.effect)} (1{_NO_BREAK}seed)"
+            return f"{format_signed(self.effect)} (1 seed)"
         seeds = "seeds " if self.basis == _OVER_SEEDS else ""
-        interval = f"({seeds}{format_signed(self.low)} to {format_signed(self.high)})".replace(" ", _NO_BREAK)
-        return f"{format_signed(self.effect)} {interval}"
+        return f"{format_signed(self.effect)} ({seeds}{format_signed(self.low)} to {format_signed(self.high)})"
 
 
 _OVER_SEEDS = "range over seeds"
-_NO_BREAK = "\N{NO-BREAK SPACE}"
 
 
 @dataclass(frozen=True)
