@@ -4,10 +4,19 @@ import numpy as np
 import pytest
 import scipy
 
-from posmask.errors import DegenerateResult
+from posmask.errors import DamagedFolder, DegenerateResult
 from posmask.results import comparisons
 from posmask.results.bootstrap import resample_counts
-from posmask.results.comparisons import Comparison, Hypothesis, equivalence, judge, paired_difference
+from posmask.results.comparisons import (
+    Comparison,
+    Hypothesis,
+    Verdict,
+    equivalence,
+    judge,
+    paired_difference,
+    read_verdicts,
+    write_verdicts,
+)
 from posmask.results.rows import Units
 from posmask.results.table import COMPARED
 
@@ -242,3 +251,13 @@ def test_written_verdicts_are_read_back(tmp_path):
     verdicts = judge({"slice": cell, "open": other}, [Comparison("slice", "open")])
     comparisons.write_verdicts(tmp_path / "verdicts.csv", verdicts)
     assert comparisons.read_verdicts(tmp_path / "verdicts.csv") == verdicts
+
+
+def test_a_table_with_an_unknown_verdict_is_damaged(tmp_path):
+    path = tmp_path / "verdicts.csv"
+    said = Verdict("slice", "open", "block k=5", 0.1, 0.0, 0.2, 0.5, 3, 1, "undecided", 0.5)
+    write_verdicts(path, [said])
+    assert read_verdicts(path) == [said]
+    path.write_text(path.read_text().replace("undecided", "perhaps"))
+    with pytest.raises(DamagedFolder, match="'perhaps' is no verdict"):
+        read_verdicts(path)

@@ -30,7 +30,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import scipy
@@ -198,6 +198,10 @@ class Verdict:
     n_agree: int = 0
     hypothesis: int = 0
     expected: str = ""
+
+    def __post_init__(self) -> None:
+        if self.verdict not in get_args(Outcome):
+            raise ValueError(f"{self.verdict!r} is no verdict")
 
 
 def sample(units: Mapping[str, Units], pooling: str, column: Column) -> Sample:
