@@ -147,7 +147,7 @@ def test_gemma_3_270m_is_the_model_and_can_be_read():
     for text, _ in embedded.read_table("100_news_fake")[:8]:
         ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"][:127]]])
         with torch.no_grad():
-            logits = model.causal_lm(ids).logits[0, :-1].float()
+            logits = model.logits(ids, model.vectors(ids))[0, :-1].float()
         total += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
         n += ids.shape[1] - 1
     assert math.exp(total / n) < 60
