@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -476,3 +477,22 @@ def open_page(chromium):
     for context in contexts:
         context.close()
     assert console_messages == []
+
+
+@pytest.fixture
+def serve():
+    """Serve a page in a thread and return the port."""
+    from posmask.report import page_server
+
+    servers = []
+
+    def serve(page, codes=None):
+        server = page_server(page, codes=codes)
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        return server.server_address[1]
+
+    yield serve
+    for server in servers:
+        server.shutdown()
+        server.server_close()

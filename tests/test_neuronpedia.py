@@ -173,6 +173,15 @@ def of_an_earlier_version(draft):
     save_file(arrays, draft / layout.LATENTS_FILE)
 
 
+def of_another_form(draft):
+    (draft / layout.LATENT_WORDS_FILE).write_text("[]")
+
+
+def without_excerpts(draft):
+    about = json.loads((draft / layout.LATENT_WORDS_FILE).read_text())
+    (draft / layout.LATENT_WORDS_FILE).write_text(json.dumps({key: about[key] for key in about if key != "excerpts"}))
+
+
 def unreadable(draft):
     (draft / layout.LATENT_WORDS_FILE).write_text("{")
 
@@ -183,6 +192,8 @@ def unreadable(draft):
         (without_latents, "has no data of latents to export.*posmask run"),
         (of_an_earlier_version, "they lack histogram, as in earlier versions"),
         (unreadable, "has no data of latents to export"),
+        (of_another_form, "has no data of latents to export"),
+        (without_excerpts, "has no data of latents to export .*excerpts"),
     ],
 )
 def test_cells_without_readable_latents_are_refused(tmp_path, change, sentence):

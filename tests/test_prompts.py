@@ -25,7 +25,7 @@ from posmask.data import models
 from posmask.data.activations import Activations, evaluation_batches
 from posmask.data.tokens import pad
 from posmask.errors import BadSetting, DamagedFolder, NothingToDo, PosmaskError
-from posmask.report import page_server, serving, write_audit_page, write_report, write_report_folder
+from posmask.report import serving, write_audit_page, write_report, write_report_folder
 from posmask.report.prompts import MOST_BYTES
 from posmask.sae.files import read_sae, write_sae
 from posmask.storage import layout, manifest
@@ -240,22 +240,6 @@ def test_an_evaluated_sae_is_encoded_with_the_model_of_its_run(root, model_folde
 
 
 # The server.
-
-
-@pytest.fixture
-def serve():
-    servers = []
-
-    def serve(page, codes=None):
-        server = page_server(page, codes=codes)
-        servers.append(server)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        return server.server_address[1]
-
-    yield serve
-    for server in servers:
-        server.shutdown()
-        server.server_close()
 
 
 @pytest.fixture

@@ -236,6 +236,17 @@ def test_every_difference_in_a_sentence_is_a_row_with_the_verdict_that_it_claims
     assert n_intervals > 3
 
 
+def test_the_accuracy_of_the_edges_of_texts_equals_the_rows():
+    edges = {
+        parse_slice(row.slice)["task"]: row.value
+        for row in read_rows(RESULTS / "controls" / "results.csv.zst")
+        if row.metric == "order_edges"
+    }
+    first, second = (f"{edges[task]:.2f}" for task in ("language_order", "chronology"))
+    said = f"{first} of the cases of `language_order` and {second} of `chronology`"
+    assert all(said in text for text in claims())
+
+
 def test_the_share_of_position_bound_latents_equals_the_rows():
     shares = [
         row.value

@@ -3,13 +3,12 @@
 import http.client
 import socket
 import struct
-import threading
 import time
 
 import pytest
 
 from posmask.cli import commands
-from posmask.report import page_server, serving
+from posmask.report import serving
 
 
 @pytest.fixture
@@ -25,22 +24,6 @@ def folder(tmp_path):
 def secret(tmp_path):
     (tmp_path / "id_rsa").write_text("PRIVATE KEY")
     return tmp_path / "id_rsa"
-
-
-@pytest.fixture
-def serve():
-    servers = []
-
-    def serve(page):
-        server = page_server(page)
-        servers.append(server)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        return server.server_address[1]
-
-    yield serve
-    for server in servers:
-        server.shutdown()
-        server.server_close()
 
 
 def get(port, path, **headers):

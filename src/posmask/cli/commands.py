@@ -469,8 +469,8 @@ def serve(
     """Serve a report page on this machine only, until interrupted.
 
     In a run folder, the page with all latents (written by `posmask report --all`) comes before report.html, and that
-    before audit.html. Where the run folder of the page's cells is at hand, the page has a box into which you type a
-    text to see which latents fire where; its model and SAE are read when the first text is typed.
+    before audit.html. If the page's cells are found, the page has a box: type a text to see which latents fire where.
+    Model and SAE are loaded for the first text.
     """
     from posmask import report
 

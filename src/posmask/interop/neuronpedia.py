@@ -115,11 +115,12 @@ def _read(cell: Path) -> "_Latents":
         missing = {"histogram", "text_peak", "tokens_by_position"} - arrays.keys()
         if missing:
             raise ValueError(f"they lack {', '.join(sorted(missing))}, as in earlier versions")
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        latents = _Latents(arrays, about, scale)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise DamagedFolder(
             f"{cell} has no data of latents to export ({first_line(error)}): `posmask run` writes them for each cell"
         ) from None
-    return _Latents(arrays, about, scale)
+    return latents
 
 
 class _Latents:
@@ -132,8 +133,9 @@ class _Latents:
     """
 
     def __init__(self, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any], scale: float) -> None:
-        self.arrays, self._about, self._scale = arrays, about, scale
+        self.arrays, self._scale = arrays, scale
         self._words = {int(token): word for token, word in about["words"].items()}
+        self._n_tokens, self._n_strongest = int(about["n_tokens"]), int(about["excerpts"]["strongest"])
 
     @property
     def n_positions(self) -> int:
@@ -156,7 +158,7 @@ class _Latents:
             values[f"{name}_values"] = _rounded(arrays[f"{effect}_logit"][latent])
         return values | {
             "feature_index": latent,
-            "frac_nonzero": float(arrays["firings"][latent]) / self._about["n_tokens"],
+            "frac_nonzero": float(arrays["firings"][latent]) / self._n_tokens,
             "freq_hist_data_bar_heights": heights.tolist(),
             "freq_hist_data_bar_values": _rounded((edges[1:] + edges[:-1]) / 2),
             "activations": list(self._activations(latent, heights / max(1, heights.sum()), edges)),
@@ -164,14 +166,14 @@ class _Latents:
 
     def _activations(self, latent: int, shares: np.ndarray, edges: np.ndarray) -> Iterator[dict[str, Any]]:
         """The excerpts: the strongest, then those at quantiles and by position, in the bin of their marked token."""
-        arrays, n_strongest, ends = self.arrays, self._about["excerpts"]["strongest"], _rounded(edges)
+        arrays, ends = self.arrays, _rounded(edges)
         columns = (arrays[f"text_{part}"][latent] for part in ("start", "length", "peak", "value"))
         for number, (start, length, peak, shown) in enumerate(zip(*columns, strict=True)):
             if start < 0:
                 continue
             values = shown[:length] / 255 * edges[-1]
             bin = min(len(shares) - 1, int(np.searchsorted(edges, values[peak], side="left")) - 1)
-            is_strongest = number < n_strongest
+            is_strongest = number < self._n_strongest
             yield {
                 "bin_min": _TOP if is_strongest else ends[bin],
                 "bin_max": ends[-1] if is_strongest else ends[bin + 1],

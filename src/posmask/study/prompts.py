@@ -151,7 +151,7 @@ def _model_name(root: Path, folder: Path) -> str:
                 with suppress(DamagedFolder, KeyError):
                     return read_origin(cell)["model"]
         return read_origin(folder)["model"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedFolder(f"{folder} does not state its model ({first_line(error)}): compute it again") from None
 
 
