@@ -12,7 +12,8 @@ from posmask.data import embedded, models
 from posmask.data.embedded_models import DEFAULT_MODEL
 from posmask.data.tokens import equal_segments, growing_segments, split_of, text_key, unique_texts
 from posmask.errors import BadSetting, DegenerateResult
-from posmask.probing import datasets, order_probes, order_tasks
+from posmask.probing import attention, datasets, order_probes, order_tasks
+from posmask.probing.attention import N_HEADS, TextCodes, attention_correct
 from posmask.probing.order_tasks import OrderTask
 from posmask.probing.pooling import PooledTexts, Pooling
 from posmask.probing.probes import (
@@ -425,6 +426,100 @@ def test_order_probes_are_correct_with_order_features_and_controls_are_at_chance
     bag = torch.cat([bag, bag[-n_shuffled:]])
     bag_measures = order_probes.order_accuracy(task, pooled(torch.cat([bag, (bag % 7) ** 2], 1)), (1,), "mean")
     assert [measure.value for measure in bag_measures] == [0.5, 0.5, 0.5, 0.5]
+
+
+def early_and_late(n_texts=280, n_tokens=12, *, seed=0):
+    """Texts in which latent 0 fires once: early in even texts, late in odd ones, while latents 1 to 5 are noise."""
+    random = torch.Generator().manual_seed(seed)
+    dense = torch.zeros(n_texts, n_tokens, 6)
+    dense[:, :, 1:] = torch.rand(n_texts, n_tokens, 5, generator=random) * (
+        torch.rand(n_texts, n_tokens, 5, generator=random) < 0.5
+    )
+    early = torch.randint(0, n_tokens // 2, (n_texts,), generator=random)
+    where = torch.where(torch.arange(n_texts) % 2 == 0, early, n_tokens - 1 - early)
+    dense[torch.arange(n_texts), where, 0] = 3.0
+    batch = batch_of(
+        torch.zeros(n_texts * n_tokens, 1),
+        torch.arange(1, n_tokens + 1).repeat(n_texts),
+        torch.arange(n_texts).repeat_interleave(n_tokens).to(torch.int32),
+    )
+    return batch, codes_of(dense.view(-1, 6)), dense
+
+
+def text_codes(batch, codes, n_texts):
+    texts = TextCodes(n_texts, codes.d_sae)
+    for some in torch.arange(n_texts).split(90):  # as in several batches
+        chosen = torch.isin(batch.text, some)
+        texts.update(batch.select(chosen), codes.select(chosen))
+    return texts
+
+
+def test_an_attention_probe_finds_where_a_latent_fires():
+    task, (batch, codes, dense) = toy_order(), early_and_late()
+    (measure,) = order_probes.attention_accuracy(task, text_codes(batch, codes, 280))
+    assert measure.slice == {"task": "toy", "about": "block", "k": "all", "pooling": "attention"}
+    assert measure.n == 40
+    assert measure.value > 0.9
+    of_mean = order_probes.order_accuracy(task, pooled(dense.mean(1)), (1,), "mean")
+    assert abs(of_mean[0].value - 0.5) < 0.15
+    (again,) = order_probes.attention_accuracy(task, text_codes(batch, codes, 280))
+    assert again.value == measure.value
+    silent = codes_of(torch.zeros(280 * 12, 6))
+    (missing,) = order_probes.attention_accuracy(task, text_codes(batch, silent, 280))
+    assert missing.reason.startswith("none of 6 latents is active on 96 training texts")
+
+
+def test_an_attention_probe_does_not_use_the_test_labels():
+    batch, codes, _ = early_and_late()
+    texts = text_codes(batch, codes, 280)
+    train = torch.arange(200)
+    task = ProbeTask(train, train % 2 == 0, 200 + torch.arange(80), torch.arange(80) % 2 == 0)
+    correct = attention_correct(texts, task, torch.Generator().manual_seed(0))
+    inverted = ProbeTask(task.train, task.train_label, task.test, ~task.test_label)
+    assert torch.equal(attention_correct(texts, inverted, torch.Generator().manual_seed(0)), ~correct)
+
+
+def test_attention_equals_a_plain_loop():
+    batch, codes, dense = early_and_late(30)
+    random = torch.Generator().manual_seed(1)
+    table, of_place, bias = (torch.randn(size, generator=random) for size in ((6, 2 * N_HEADS), N_HEADS, 1))
+    chosen = torch.tensor([7, 2, 29])
+    logits = attention._logits(text_codes(batch, codes, 30).part(chosen), 1.7, table, of_place, bias)
+    for logit, text in zip(logits, chosen, strict=True):
+        expected = bias.clone()
+        for head in range(N_HEADS):
+            scores = [
+                dense[text, t] @ table[:, head] / 1.7 + of_place[head] * (2 * (t + 0.5) / 12 - 1) for t in range(12)
+            ]
+            share = torch.stack(scores).softmax(0)
+            expected += sum(share[t] * (dense[text, t] @ table[:, N_HEADS + head]) / 1.7 for t in range(12))
+        torch.testing.assert_close(logit[None], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_chosen_pooling_is_the_best_on_validation_texts_not_on_test_texts():
+    """Pooling `a` is right on all training groups, `b` on the test groups alone."""
+    task, random = toy_order(), torch.Generator().manual_seed(0)
+    label = (torch.arange(280) % 2).float()[:, None]
+    noise = torch.rand(280, 1, generator=random)
+    is_test = torch.arange(280)[:, None] >= 120
+    by_pooling = {"a": torch.where(is_test, noise, label), "b": torch.where(is_test, label, noise)}
+    measures = []
+    for name, rows in by_pooling.items():
+        measures += order_probes.order_accuracy(task, pooled(rows), (1,), name)
+        measures += order_probes.validation_accuracy(task, pooled(rows), (1,), name)
+    chosen = order_probes.with_chosen(measures)[-1]
+    of_a = next(m for m in measures if m.metric == "order_accuracy" and m.slice["pooling"] == "a")
+    assert (chosen.metric, chosen.slice["pooling"], chosen.value) == ("order_accuracy", "chosen", of_a.value)
+    assert chosen.units is of_a.units
+    validated = {m.slice["pooling"]: (m.value, m.n) for m in measures if m.metric == "order_validation"}
+    assert validated["a"] == (1.0, 15)
+    assert validated["b"][0] < 0.8
+    constant = [
+        *order_probes.order_accuracy(task, pooled(torch.ones(280, 1)), (1,), "c"),
+        *order_probes.validation_accuracy(task, pooled(torch.ones(280, 1)), (1,), "c"),
+    ]
+    assert order_probes.with_chosen(constant) == constant
+    assert order_probes.with_chosen([*constant, *measures])[-1].value == of_a.value
 
 
 def test_accuracies_on_constant_features_are_missing_with_the_reason():

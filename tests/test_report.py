@@ -39,7 +39,7 @@ from posmask.errors import BadSetting, DamagedFolder
 from posmask.evaluation.latent_table import CLASSES
 from posmask.masks.learned import Soft
 from posmask.report import page as page_module
-from posmask.report import page_server, write_paper_figures, write_report, write_report_folder
+from posmask.report import page_server, terms, write_paper_figures, write_report, write_report_folder
 from posmask.report.browser import shown_word
 from posmask.results.comparisons import Verdict, paired_difference, read_verdicts, sample, write_verdicts
 from posmask.results.rows import Measure, Row, Units, read_rows, read_units, write_rows, write_units
@@ -342,6 +342,28 @@ def test_the_page_begins_with_what_was_found(study, page):
         "−0.050]) and not significantly in block order."
     ) in text
     assert "4,096 training tokens · 1,000 held-out tokens · 2 seeds (0, 1) · 6 trained SAEs" in text
+    for words in (
+        "open every latent is open at every position",
+        "hard each latent is open at a few positions drawn at random",
+        "block order probes tell where passages of a text stand",
+    ):
+        assert words in re.sub(r"\s+", " ", text.replace("<dd>", " "))
+
+
+def test_masks_and_kinds_of_order_of_a_study_are_explained():
+    assert terms.MASKS.keys() == MASKS.keys()
+    cells = [("open", "open"), *((name, "slice") for name in ("slice", "slice-4", "slice-16", "slice"))]
+    measure = Measure("d_sae", 16, n=1)
+    rows = [Row.of(measure, cell=name, mask=mask, budget="", gating="", seed=0) for name, mask in cells]
+    explained = terms.terms(rows, ["explained_variance", "local k=5", "local k=1"])
+    assert list(explained) == ["open", "slice, slice-4 and 1 more", "local order"]
+
+
+def test_the_head_of_the_page_counts_the_latents_of_each_cell(tmp_path):
+    rows = write_cell(tmp_path, "open", "open") + write_cell(tmp_path, "wide", "hard", d_sae=2 * D_SAE)
+    write_rows(tmp_path / "results.csv", rows)
+    write_study_record(tmp_path)
+    assert f"{D_SAE} latents (wide {2 * D_SAE})" in write_report(tmp_path).read_text(encoding="utf8")
 
 
 def forest_of(page):
@@ -1197,7 +1219,11 @@ def test_related_latents_are_those_of_largest_cosine_above_a_limit(study, page, 
     cards = tab.locator(".relation", has_text="Nearest elsewhere").locator(".card")
     cards.first.wait_for()
     parts = [[part.inner_text() for part in card.locator(".title > :not(i)").all()] for card in cards.all()]
+    absent = tab.locator(".relation", has_text="Nearest elsewhere").locator(".absent").inner_text()
+    if found := re.fullmatch(r"Not on this page: (seed 1) (\d+) \((\d\.\d\d)\)", absent):
+        parts.append([f"latent {found[2]}", found[1], found[3]])
     assert set(map(tuple, parts)) == expected
+    assert ("seed 1" in absent) == any(name == "seed 1" for _, name, _ in expected)
     own = hard @ hard[9]
     near = sorted((cosine for latent, cosine in enumerate(own) if latent != 9 and cosine >= 0.4), reverse=True)[:8]
     shown = tab.locator(".relation", has_text="in this SAE").locator(".cosine")
@@ -1455,11 +1481,13 @@ def test_print_clips_nothing_and_leaves_no_chart_blank(page, open_page):
     wait_for_charts(tab)  # without scrolling to them
     tab.wait_for_selector(".latent h3", state="attached")
     tab.emulate_media(media="print")
-    tab.set_viewport_size({"width": 703, "height": 1000})  # A4 without margins, in CSS pixels
+    tab.set_viewport_size({"width": 1032, "height": 703})  # A4 without margins, in CSS pixels
     wide = "[...document.querySelectorAll('table, .chart svg, canvas, .excerpt, .card')]"
-    clipped = f"{wide}.filter(e => e.getBoundingClientRect().right > 704).map(e => e.outerHTML.slice(0, 90))"
+    clipped = f"{wide}.filter(e => e.getBoundingClientRect().right > 1033).map(e => e.outerHTML.slice(0, 90))"
     assert tab.evaluate(clipped) == []
-    assert tab.evaluate("document.documentElement.scrollWidth") <= 703
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 1032
+    tab.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert tab.locator("details[data-print][open]").count() == tab.locator("details[data-print]").count() > 0
     cut = (
         "[...document.querySelectorAll('main :is(h2, h3, p, th, td, b, small, span, figcaption)')].filter(e => "
         "e.innerText?.trim() && e.clientWidth && e.scrollWidth > e.clientWidth + 1 && "

@@ -206,6 +206,25 @@ def test_only_the_parts_of_an_evaluation_that_changed_are_computed(
             assert (root / "cells" / path.parent.name / path.name).read_bytes() == path.read_bytes(), path
 
 
+def test_poolings_that_training_texts_decide_are_rows_of_the_unmasked_cell(study_file, finish, tmp_path):
+    root = tmp_path / "run"
+    before = finish(root)
+    study_file.write_text(study_file.read_text().replace('"moment"]', '"moment", "attention", "chosen"]'))
+    after, _ = run(study_file, root)
+    assert {row.cell for row in after if "pooling=chosen" in row.slice or "pooling=attention" in row.slice} == {"open"}
+    value = {(row.cell, row.metric, row.slice): row.value for row in after}
+    for k in (1, 5, 20):
+        where = f"task=toy_order;about=local;k={k};pooling="
+        validated = {name: value["open", "order_validation", where + name] for name in ("mean", "segments4", "moment")}
+        best = max(validated, key=validated.__getitem__)
+        assert value["open", "order_accuracy", f"{where}chosen"] == value["open", "order_accuracy", where + best]
+    assert 0 < value["open", "order_accuracy", "task=toy_order;about=local;k=all;pooling=attention"] <= 1
+    new = {"order_validation", "order_accuracy"}
+    kept = [repr(row) for row in after if row.metric not in {*SECONDS, *new}]
+    assert kept == [repr(row) for row in before if row.metric not in {*SECONDS, *new}]
+    assert "open + chosen" in {verdict.label for verdict in read_verdicts(root / "verdicts.csv")}
+
+
 @pytest.mark.parametrize("damaged", ["rows.csv", "sae.safetensors"])
 def test_a_training_is_not_kept_from_a_damaged_folder(study_file, finish, tmp_path, damaged):
     root = tmp_path / "run"
@@ -903,6 +922,12 @@ def test_a_new_mask_or_rule_needs_one_class_and_one_registry_entry(study_file, b
         ('"open + segments4"', '"open"', "'slice-compute' against 'open' twice, or for nothing"),
         ('"moment"]', '"momentum"]', "order_poolings has 'momentum', which is unknown: choose from segmentsN"),
         ('"moment"]', '"segments0"]', "order_poolings has 'segments0', which is unknown"),
+        ('["segments4", "moment"]', '["chosen"]', "'chosen', but nothing beside the mean to choose from"),
+        (
+            '"moment"]',
+            '"chosen"]\norder_train_groups = 7',
+            "order_train_groups = 7, of which a quarter is for the choice",
+        ),
         ("ks = [1, 5, 20]", "ks = [1, 20]", "ks = [1, 20] must include 1 and 5"),
         ("model_contexts = 8", "model_contexts = 1", "evaluation.model_contexts = 1 must be above 1"),
         ("model_contexts = 8", "model_contexts = 6", "gives 4 causal windows less than two contexts each"),

@@ -17,7 +17,11 @@ from posmask.probing import datasets
 from posmask.probing.order_tasks import ORDER_TASKS
 from posmask.probing.pooling import is_pooling_of_codes
 
-__all__ = ["EvaluationSettings", "may_have_controls"]
+__all__ = ["ATTENTION", "CHOSEN", "LEARNED_POOLINGS", "EvaluationSettings", "may_have_controls"]
+
+ATTENTION, CHOSEN = LEARNED_POOLINGS = ("attention", "chosen")
+"""Poolings that training texts decide: an attention probe, and the best of the other poolings on validation texts."""
+_LEAST_GROUPS_TO_CHOOSE = 8
 
 
 def may_have_controls(mask: MaskSettings) -> bool:
@@ -50,7 +54,9 @@ class EvaluationSettings(BaseModel):
     order_test_groups: int = Field(default=155, gt=1)
     """Test groups per order task."""
     order_poolings: tuple[str, ...] = ("segments8", "growing", "moment")
-    """Further poolings of an unmasked SAE's codes in order tasks, the baselines of masks; see `probing.pooling`."""
+    """Further poolings of an unmasked SAE's codes in order tasks, the baselines of masks; see `probing.pooling`.
+    `chosen` is, for each task and k, the one of `mean` and the others that is best on a quarter of the training groups;
+    `attention` is an attention probe on the codes of the tokens."""
     probe_datasets: tuple[str, ...] = ()
     """Names of embedded probe datasets, or of SAEBench's datasets on the hub."""
     probe_train: int = Field(default=800, gt=1)
@@ -111,10 +117,17 @@ class EvaluationSettings(BaseModel):
             if name not in known
         ] + [
             f"order_poolings has {name!r}, which is unknown: choose from segmentsN, segmentsN-mean (N segments), "
-            "growing, growing-mean, partsN, moment, max, binary, last"
+            "growing, growing-mean, partsN, moment, max, binary, last, attention, chosen"
             for name in self.order_poolings
-            if not is_pooling_of_codes(name)
+            if not (is_pooling_of_codes(name) or name in LEARNED_POOLINGS)
         ]
+        if CHOSEN in self.order_poolings and self.order_train_groups < _LEAST_GROUPS_TO_CHOOSE:
+            problems.append(
+                f"order_poolings has 'chosen' with order_train_groups = {self.order_train_groups}, of which a quarter "
+                f"is for the choice: raise it to at least {_LEAST_GROUPS_TO_CHOOSE}, or remove 'chosen'"
+            )
+        if CHOSEN in self.order_poolings and set(self.order_poolings) <= set(LEARNED_POOLINGS):
+            problems.append("order_poolings has 'chosen', but nothing beside the mean to choose from: add poolings")
         if problems:
             raise ValueError("\n".join(problems))
         return self

@@ -34,11 +34,12 @@ from posmask.evaluation.retention import (
     retention_by_latent,
     special_positions,
 )
-from posmask.evaluation.settings import EvaluationSettings
+from posmask.evaluation.settings import ATTENTION, CHOSEN, LEARNED_POOLINGS, EvaluationSettings
 from posmask.evaluation.smoothness import Smoothness
 from posmask.evaluation.stored_codes import StoredCodes
 from posmask.kernels.devices import memory_for
 from posmask.probing import datasets, order_probes
+from posmask.probing.attention import TextCodes
 from posmask.probing.order_tasks import OrderTask
 from posmask.probing.pooling import PooledTexts, Pooling
 from posmask.probing.probes import OnFit
@@ -386,14 +387,20 @@ def _order(
     further = data.settings.order_poolings if sae.mask.settings.kind == "open" else ()
     classes = order_probes.positives(task)
     names = [_probe_name(task.name, number, len(classes)) for number in classes]
-    for name, texts in _pooled(sae, controls, activations, data, further, advance).items():
+    learned = TextCodes(activations.n_texts, sae.d_sae) if ATTENTION in further else None
+    fixed = [name for name in further if name not in LEARNED_POOLINGS]
+    for name, texts in _pooled(sae, controls, activations, data, fixed, advance, learned).items():
         on_fit = _record_probes(facts, name, data.settings.ks, names)
         measures += order_probes.order_accuracy(
             task, texts, data.settings.ks, name, permutations=name not in controls, on_fit=on_fit
         )
         if name in _PROBED_ON_ALL:
             measures += order_probes.order_accuracy_of_all(task, texts, name)
-    return measures
+        if CHOSEN in further:
+            measures += order_probes.validation_accuracy(task, texts, data.settings.ks, name)
+    if learned is not None:
+        measures += order_probes.attention_accuracy(task, learned)
+    return order_probes.with_chosen(measures) if CHOSEN in further else measures
 
 
 def _probe_name(task: str, positive: int, n_probes: int) -> str:
@@ -446,8 +453,12 @@ def _pooled(
     data: EvaluationData,
     further: Sequence[str],
     advance: Callable[[int], None],
+    of_tokens: TextCodes | None = None,
 ) -> dict[str, PooledTexts]:
-    """The codes of each text by name of the pooling: `mean`, further ones, `fair` where it differs, and controls."""
+    """The codes of each text by name of the pooling: `mean`, further ones, `fair` where it differs, and controls.
+
+    The codes of the texts' tokens are added to `of_tokens`.
+    """
     device, n_texts = _statistics_device(sae.encoder.device), activations.n_texts
 
     def pooling(name: str, n_latents: int = sae.d_sae, **options: Any) -> Pooling:
@@ -462,6 +473,8 @@ def _pooled(
         codes = sae.encode_batch(batch)
         for each in own.values():
             each.update(batch, codes)
+        if of_tokens is not None:
+            of_tokens.update(batch, codes)
         for name, control in controls.items():
             of_controls[name].update(batch, control.encode(batch))
     return {name: each.texts for name, each in (own | of_controls).items()}

@@ -4,7 +4,9 @@ Chance is 0.5 for every probe. A task of more than two classes has one probe per
 same group, so the texts of every probe come in pairs of equal bags of tokens.
 """
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from posmask.data import tokens
 from posmask.errors import BadSetting, DegenerateResult
+from posmask.probing.attention import TextCodes, attention_correct
 from posmask.probing.order_tasks import OrderTask, edge_features
 from posmask.probing.pooling import PooledTexts
 from posmask.probing.probes import OnFit, ProbeTask, all_feature_correct, k_sparse_correct
@@ -22,7 +25,17 @@ from posmask.results.intervals import ratio
 from posmask.results.rows import Measure, missing
 from posmask.seeds import generator
 
-__all__ = ["bag_accuracy", "edge_accuracy", "order_accuracy", "order_accuracy_of_all", "order_tokens", "positives"]
+__all__ = [
+    "attention_accuracy",
+    "bag_accuracy",
+    "edge_accuracy",
+    "order_accuracy",
+    "order_accuracy_of_all",
+    "order_tokens",
+    "positives",
+    "validation_accuracy",
+    "with_chosen",
+]
 
 N_PERMUTATIONS = 5
 
@@ -103,6 +116,61 @@ def order_accuracy_of_all(task: OrderTask, features: PooledTexts, pooling: str) 
         probe = ProbeTask(*pairs[0], *pairs[1])
         right.append(all_feature_correct(features, probe, random).double().view(-1, 2).mean(1))
     return [ratio("order_accuracy", torch.stack(right).mean(0), slice=slices)]
+
+
+def attention_accuracy(task: OrderTask, codes: TextCodes) -> list[Measure]:
+    """`order_accuracy` with `pooling=attention;k=all`: that of attention probes, mean over classes."""
+    slices = {"task": task.name, "about": task.about, "k": "all", "pooling": "attention"}
+    random, right = generator(0, f"attention {task.name}"), []
+    for positive in positives(task):
+        train, test = (_pairs(task, groups, positive) for groups in _groups(task))
+        try:
+            correct = attention_correct(codes, ProbeTask(*train, *test), random)
+        except DegenerateResult as error:
+            return missing(str(error), ["order_accuracy"], [slices])
+        right.append(correct.double().view(-1, 2).mean(1))
+    return [ratio("order_accuracy", torch.stack(right).mean(0), slice=slices)]
+
+
+def validation_accuracy(task: OrderTask, features: PooledTexts, ks: Sequence[int], pooling: str) -> list[Measure]:
+    """`order_validation`: `order_accuracy` on the last quarter of the training groups, of probes on the others."""
+    train, _ = _groups(task)
+    cut = 3 * len(train) // 4
+    probes = [
+        ProbeTask(*_pairs(task, train[:cut], positive), *_pairs(task, train[cut:], positive))
+        for positive in positives(task)
+    ]
+    slices = {k: {"task": task.name, "about": task.about, "k": k, "pooling": pooling} for k in ks}
+    try:
+        correct_by_k = k_sparse_correct(features, probes, ks)
+    except DegenerateResult as error:
+        return missing(str(error), ["order_validation"], slices.values())
+    return [
+        ratio(
+            "order_validation",
+            torch.stack([right.double().view(-1, 2).mean(1) for right in correct]).mean(0),
+            slice=slices[k],
+        )
+        for k, correct in correct_by_k.items()
+    ]
+
+
+def with_chosen(measures: Sequence[Measure]) -> list[Measure]:
+    """Return a task's measures, and the `order_accuracy` of `pooling=chosen`.
+
+    It is that of the pooling with the highest `order_validation` at the same k; the first of several.
+    """
+    chosen = []
+    of_metric = {
+        metric: [measure for measure in measures if measure.metric == metric and math.isfinite(measure.value)]
+        for metric in ("order_validation", "order_accuracy")
+    }
+    for k in dict.fromkeys(measure.slice["k"] for measure in of_metric["order_validation"] if measure.slice):
+        at_k = [measure for measure in of_metric["order_validation"] if measure.slice and measure.slice["k"] == k]
+        best = max(at_k, key=lambda measure: measure.value)
+        (tested,) = [measure for measure in of_metric["order_accuracy"] if measure.slice == best.slice]
+        chosen.append(replace(tested, slice={**(tested.slice or {}), "pooling": "chosen"}))
+    return [*measures, *chosen]
 
 
 def _groups(task: OrderTask) -> tuple[Int[Tensor, " train_group"], Int[Tensor, " test_group"]]:

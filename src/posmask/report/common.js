@@ -139,6 +139,9 @@ for (const select of $$("[data-k-of]")) select.addEventListener("change", () => 
 // A link to details opens them.
 for (const link of $$("a[href^='#']")) link.addEventListener("click", () => { const details = document.getElementById(link.hash.slice(1)); if (details?.matches("details")) details.open = true; });
 
+// Explanations are printed; wide tables of details are not.
+addEventListener("beforeprint", () => { for (const details of $$("details[data-print]")) details.open = true; });
+
 // The height of the navigation, below which heads stay and addresses end.
 new ResizeObserver(() => document.documentElement.style.setProperty("--nav", $("nav").offsetHeight + "px")).observe($("nav"));
 

@@ -482,23 +482,27 @@ class Latents {
       ...line("near_latent", "near_cosine").map(([latent, cosine, n]) => ({ cell: row(b.near_cell, at)[n], latent, cosine }))].filter(({ cosine }) => cosine >= b.near);
     const windows = own.filter(({ cosine }) => cosine > b.copy), center = ({ latent }) => { const kept = this.rowOf.get(latent); return kept === undefined ? Infinity : openRanges(row(b.openness, kept)).center; };
     const family = windows.length ? [{ cell: here, latent: b.latent[at], cosine: 1 }, ...windows].sort((x, y) => center(x) - center(y)) : [];
-    const group = (title, cards, grow) => { if (cards.length) seen.push(make("div", { class: "relation", style: `flex-grow:${Math.min(grow, cards.length)}` }, make("h4", {}, title), make("div", { class: "cards", tabindex: 0, role: "group", "aria-label": title }, ...cards.map(card => this.card(card, at))))); };
+    const group = (title, cards, grow) => { if (cards.length) seen.push(make("div", { class: "relation", style: `flex-grow:${Math.min(grow, cards.length)}` }, make("h4", {}, title), make("div", { class: "cards", tabindex: 0, role: "group", "aria-label": title }), make("p", { class: "note absent" }))); this.fill(seen.at(-1), cards, at); };
     group(`Copies in this SAE (cosine > ${b.copy})`, family, 4);
     group(`Nearest elsewhere (cosine > ${b.near})`, elsewhere, 2);
     group(`${windows.length ? "Others" : "Nearest"} in this SAE (cosine > ${b.near})`, own.filter(card => !windows.includes(card)), 2);
     holder.replaceChildren(...(seen.length ? seen : [make("p", { class: "note" }, `No other latent on this page or in another seed has a decoder cosine above ${b.near}.`)]));
   }
-  card({ cell, latent, cosine, label }, at) {
+  async fill(relation, cards, at) { // a card for each latent on this page, and one line for the others
+    const loaded = await Promise.all(cards.map(({ cell }) => this.cells[cell] ? this.load(cell).catch(() => null) : null)), absent = [];
+    cards.forEach((card, n) => {
+      const index = loaded[n] ? [...loaded[n].latent].indexOf(card.latent) : -1;
+      if (index >= 0) $(".cards", relation).append(this.card(card, at, loaded[n], index));
+      else absent.push(`${card.label ?? (card.cell === this.shown ? "" : this.cells[card.cell].cell)} ${card.latent} (${digits(card.cosine, 2)})`.trim());
+    });
+    $(".cards", relation).hidden = absent.length === cards.length;
+    $(".absent", relation).textContent = absent.length ? `Not on this page: ${absent.join(", ")}` : "";
+  }
+  card({ cell, latent, cosine, label }, at, b, index) {
     const entry = this.cells[cell], isSelf = cell === this.shown && latent === this.block.latent[at];
-    const inside = make("span", { class: "inside" }), title = [make("i", { class: "dot", style: `background:${this.colors[entry?.cell] ?? "var(--soft)"}` }), make("b", {}, isSelf ? "this latent" : `latent ${latent}`), make("span", { class: "where" }, isSelf || cell === this.shown ? "" : label ?? entry.cell), isSelf ? "" : make("span", { class: "cosine" }, digits(cosine, 2))];
-    const card = make(entry && !isSelf ? "button" : "div", { class: "card", ...(entry && !isSelf ? { type: "button", onclick: () => this.go({ ...this.cellState(cell), latent, p: this.range }, "push") } : {}) }, make("span", { class: "title" }, ...title), inside);
-    if (entry) this.load(cell).then(b => {
-      const index = [...b.latent].indexOf(latent);
-      if (index < 0) { card.classList.add("absent"); inside.append(make("small", {}, "not on this page")); return; }
-      inside.append(make("span", { class: "line" }, spark(b, index, 84, 24), make("small", {}, openRanges(row(b.openness, index)).text.replace("everywhere", "open").replace(/^(\d)/, "at $1"))), ...[0, 1].map(n => this.snippet(b, index, n)).filter(Boolean));
-    }).catch(() => inside.append(make("small", {}, "cannot be read")));
-    else inside.append(make("small", {}, "not on this page"));
-    return card;
+    const inside = make("span", { class: "inside" }), title = [make("i", { class: "dot", style: `background:${this.colors[entry.cell] ?? "var(--soft)"}` }), make("b", {}, isSelf ? "this latent" : `latent ${latent}`), make("span", { class: "where" }, isSelf || cell === this.shown ? "" : label ?? entry.cell), isSelf ? "" : make("span", { class: "cosine" }, digits(cosine, 2))];
+    inside.append(make("span", { class: "line" }, spark(b, index, 84, 24), make("small", {}, openRanges(row(b.openness, index)).text.replace("everywhere", "open").replace(/^(\d)/, "at $1"))), ...[0, 1].map(n => this.snippet(b, index, n)).filter(Boolean));
+    return make(isSelf ? "div" : "button", { class: "card", ...(isSelf ? {} : { type: "button", onclick: () => this.go({ ...this.cellState(cell), latent, p: this.range }, "push") }) }, make("span", { class: "title" }, ...title), inside);
   }
   snippet(b, at, n) { // the strongest token of a text with its neighbors
     const per = b.text_start.width, width = b.text_value.width / per, start = b.text_start[at * per + n]; if (start < 0) return null;

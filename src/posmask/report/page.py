@@ -15,6 +15,7 @@ from posmask.report.forest import forest_table
 from posmask.report.reading import CellFolder, Study, read_studies
 from posmask.report.rendering import chart_blocks, render, zipped
 from posmask.report.settings_tables import settings_tables, shared_settings
+from posmask.report.terms import terms, variants
 from posmask.results.comparisons import LEVEL
 from posmask.results.finding import headline
 from posmask.results.rows import Row
@@ -120,7 +121,8 @@ def _page(studies: Sequence[Study], n_latents: int | None) -> tuple[dict[str, An
         "columns": [COLUMNS[index] for index in measured],
         "measured": measured,
         "colors": facts["colors"],
-        "variants": tables.variants(label for table in study_tables for label in table.numbers),
+        "variants": variants(label for table in study_tables for label in table.numbers),
+        "terms": terms(rows, (COLUMNS[index].name for index in measured)),
         "tie_columns": [title for _, _, title in tables.TIES],
         "ties": tables.ties(rows),
         "tasks": tables.accuracies(rows, "order_accuracy", "task"),
@@ -198,12 +200,11 @@ def _study(study: Study, table: tables.StudyTable) -> dict[str, Any]:
 def _about(study: Study, n_heldout: int) -> list[str]:
     """What the study is of: model, site, rule, sizes and seeds, as far as the cell folders say."""
     settings, parts = shared_settings(study), []
-    model, sae = settings.get("model"), settings.get("sae")
+    model = settings.get("model")
     if isinstance(model, dict) and "layer" in model:
         parts.append(f"{_model_name(study).removeprefix('embedded:')}, after layer {model['layer']}")
     parts += _rules(study)
-    if isinstance(sae, dict) and isinstance(sae.get("d_sae"), int):
-        parts.append(f"{sae['d_sae']:,} latents")
+    parts += _widths(study)
     tokens = {row.value for row in study.rows if row.metric == "train_tokens"}
     if tokens:
         parts.append(f"{max(tokens):,.0f} training tokens")
@@ -211,6 +212,16 @@ def _about(study: Study, n_heldout: int) -> list[str]:
     n_seeds = len(study.seeds)
     parts.append(f"{n_seeds} seed{'s' * (n_seeds != 1)} ({', '.join(map(str, study.seeds))})")
     return [*parts, f"{study.n_saes} trained SAEs"]
+
+
+def _widths(study: Study) -> list[str]:
+    """Number of latents of the baseline, or of the first cell, and those of the cells with another number."""
+    by_cell = {row.cell: row.value for row in study.rows if row.metric == "d_sae"}
+    if not by_cell:
+        return []
+    usual = by_cell.get(study.baseline or "", next(iter(by_cell.values())))
+    others = [f"{cell} {n_latents:,.0f}" for cell, n_latents in by_cell.items() if n_latents != usual]
+    return [f"{usual:,.0f} latents" + (f" ({', '.join(others)})" if others else "")]
 
 
 def _rules(study: Study) -> list[str]:

@@ -1,8 +1,7 @@
 """The page's tables: each number with the rows it comes from, its interval and its difference to the baseline."""
 
 import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +25,6 @@ __all__ = [
     "missing",
     "study_table",
     "ties",
-    "variants",
 ]
 
 TIES = (
@@ -50,19 +48,6 @@ _ORDER_CONTROLS = {
 }
 """Controls of order probing: heading by metric."""
 
-
-_VARIANTS = {
-    "segments": "codes pooled by position: the sum in each of n equal segments of the context, divided by all tokens",
-    "growing": "the same for segments that double in length",
-    "parts": "codes pooled in each of n equal parts of the text, counted in the text's own tokens",
-    "moment": "the mean, and the first moment over the text: how much earlier or later than its middle a latent fires",
-    "max": "the largest activation in the text instead of the mean",
-    "binary": "whether a latent fires in the text",
-    "last": "the last token of the text",
-    "fair": "the sum divided by the number of tokens at which the latent is open",
-    **CONTROLS,
-}
-"""What follows the + in a row's name, by how it begins."""
 _SHORT_CONTROLS = {"order_edges": "first and last tokens", "order_shuffled": "shuffled"}
 """Controls in the headings of order tasks."""
 
@@ -253,25 +238,6 @@ def _paired(samples: Sequence[Sample], others: Sequence[Sample]) -> Difference |
         return paired_difference(samples, others)
     except DegenerateResult:
         return None
-
-
-def variants(labels: Iterable[str]) -> dict[str, str]:
-    """Return what the poolings and controls in labels are, by name.
-
-    >>> variants(["open", "open + max"])
-    {'max': 'the largest activation in the text instead of the mean'}
-    """
-    names = dict.fromkeys(label.partition(" + ")[2] for label in labels if " + " in label)
-    meanings = {}
-    for name in names:
-        meaning = next((text for start, text in _VARIANTS.items() if name.startswith(start)), "")
-        if name.endswith("-mean"):
-            meaning = f"{meaning.removesuffix(', divided by all tokens')}, divided by the tokens in it"
-        if number := re.search(r"\d+", name):
-            meaning = meaning.replace(" n ", f" {number[0]} ")
-        if meaning:
-            meanings[name] = meaning
-    return meanings
 
 
 def capped(study: Study) -> list[tuple[str, str, int, int]]:

@@ -24,7 +24,7 @@ from posmask.data.embedded_models import embedded_model
 from posmask.data.harvest import sink_sentence
 from posmask.data.tokens import shift_length
 from posmask.errors import BadSetting, DegenerateResult
-from posmask.evaluation.settings import may_have_controls
+from posmask.evaluation.settings import LEARNED_POOLINGS, may_have_controls
 from posmask.evaluation.stored_codes import LATENTS_PER_BLOCK, MOST_BYTES_IN_MEMORY
 from posmask.kernels import cpu, devices, runtime
 from posmask.masks.base import PositionMask
@@ -497,7 +497,8 @@ class _Costs:
         n_encoded = heldout + shift + self._n_probed + 3 * self._n_in_model
         n_lifted = (heldout + shift) * masked + heldout * len(self._forgetting_steps | {0}) * cell.measure_forgetting
         widths = [d_sae, d_sae] if masked else [d_sae]  # pooled by mean, and where a latent is open
-        further = [n_parts(name, n_positions) for name in self._study.evaluation.order_poolings]
+        poolings = self._study.evaluation.order_poolings
+        further = [n_parts(name, n_positions) for name in poolings if name not in LEARNED_POOLINGS]
         n_controls = 2 + mask.may_have_copies() if masked and may_have_controls(cell.mask) else 0
         n_encoded += n_controls * (self._n_probed + heldout)
         widths += n_controls * [d_sae]

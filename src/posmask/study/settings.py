@@ -21,7 +21,7 @@ from posmask import masks
 from posmask.data import sites, texts, tokens
 from posmask.data.activations import StorageDtype
 from posmask.errors import BadSetting
-from posmask.evaluation.settings import EvaluationSettings
+from posmask.evaluation.settings import ATTENTION, EvaluationSettings
 from posmask.masks.base import MaskSettings
 from posmask.probing.order_tasks import ORDER_TASKS
 from posmask.results.rows import CONTROLS
@@ -397,7 +397,7 @@ class StudySettings(MeasurementSettings):
         baseline = self.baseline
         pairs = {(cell.name, baseline) for cell in self.cells if baseline not in (None, cell.name)}
         open_cells = {cell.name for cell in self.cells if cell.mask.kind == "open"}
-        pooled = set(self.evaluation.order_poolings)
+        pooled = set(self.evaluation.order_poolings) - {ATTENTION}  # It has no accuracy on few latents.
         for comparison in (*self.comparisons, *self.hypotheses):
             what = "hypotheses" if isinstance(comparison, HypothesisSettings) else "comparisons"
             sides = comparison.cell, comparison.against
