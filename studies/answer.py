@@ -1,11 +1,13 @@
 """docs/results/*/results.csv.zst and verdicts.csv -> the tables of docs/results/README.md: `python studies/answer.py`.
 
 A `results.csv` that was copied from a run is compressed first; `summary.csv` is written from the full table. The text
-between `<!-- name -->` and `<!-- end of name -->` is generated; a test checks that it is current.
+between `<!-- name -->` and `<!-- end of name -->` is generated; a test checks that it is current. `python
+studies/answer.py RUN NAME` also keeps latents of the run folder RUN in docs/results/NAME/, for its page.
 """
 
 import math
 import re
+import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,7 @@ from pathlib import Path
 import altair as alt
 import zstandard
 
-from posmask.report import figures
+from posmask.report import figures, keep_latents
 from posmask.report.reading import read_studies
 from posmask.report.tables import study_table
 from posmask.results.comparisons import Verdict, read_verdicts
@@ -23,6 +25,7 @@ from posmask.results.table import COMPARED, PRINTED, Line, format_number, summar
 ROOT = Path(__file__).parents[1] / "docs" / "results"
 PAGE = ROOT / "README.md"
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
+N_LATENTS = 80
 PICTURED = ("open", "slice", "hard", "switch", "windows", "open + segments8-mean")
 
 CONTROLLED = {
@@ -252,6 +255,8 @@ def trade_off() -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        keep_latents(Path(sys.argv[1]), ROOT / sys.argv[2], N_LATENTS)
     for path in ROOT.glob("*/results.csv"):
         pack(path.parent)
     for folder in folders():

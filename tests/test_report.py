@@ -38,15 +38,15 @@ from posmask.cli.commands import app
 from posmask.errors import BadSetting, DamagedFolder
 from posmask.evaluation.latent_table import CLASSES
 from posmask.masks.learned import Soft
+from posmask.report import keep_latents, page_server, terms, write_paper_figures, write_report, write_report_folder
 from posmask.report import page as page_module
-from posmask.report import page_server, terms, write_paper_figures, write_report, write_report_folder
 from posmask.report.browser import shown_word
 from posmask.results.comparisons import Verdict, paired_difference, read_verdicts, sample, write_verdicts
 from posmask.results.rows import Measure, Row, Units, read_rows, read_units, write_rows, write_units
 from posmask.results.table import COMPARED
 from posmask.sae.files import write_sae
 from posmask.storage.layout import cell_label
-from posmask.storage.manifest import read_manifest, write_folder
+from posmask.storage.manifest import read_manifest, sealed_manifest, write_folder
 from posmask.storage.record import StudyRecord, write_record
 
 
@@ -343,11 +343,11 @@ def test_the_page_begins_with_what_was_found(study, page):
     ) in text
     assert "4,096 training tokens · 1,000 held-out tokens · 2 seeds (0, 1) · 6 trained SAEs" in text
     for words in (
-        "open every latent is open at every position",
-        "hard each latent is open at a few positions drawn at random",
-        "block order probes tell where passages of a text stand",
+        "open: every latent is open at every position",
+        "hard: each latent is open at a few positions drawn at random",
+        "block order: probes tell where passages of a text stand",
     ):
-        assert words in re.sub(r"\s+", " ", text.replace("<dd>", " "))
+        assert words in text
 
 
 def test_masks_and_kinds_of_order_of_a_study_are_explained():
@@ -832,6 +832,49 @@ def test_compressed_results_without_cells_show_differences_to_the_baseline(root,
     text = page.read_text(encoding="utf8")
     assert "results.csv is missing" not in text
     assert "−0.100 in explained variance (hard" in text
+
+
+def test_latents_kept_beside_results_are_on_their_page(root, tmp_path, open_page):
+    results = tmp_path / "published"
+    results.mkdir()
+    for name in ("results.csv", "verdicts.csv", "study.json"):
+        shutil.copy(root / name, results)
+    without = write_report(results).read_text(encoding="utf8")
+    assert "no figures of masks or training and no latents" in without
+    assert '<div id="app"' not in without
+    folder = keep_latents(root, results, 6)
+    page, of_run = write_report(results), write_report(root, n_latents=6)
+    assert {path.stem for path in folder.glob("*.gz")} == {"cell-0", "cell-1", "cell-2", "texts-0"}
+    for name in ("cell-0", "cell-2", "texts-0"):
+        assert block(page, name) == block(of_run, name)
+    text = page.read_text(encoding="utf8")
+    assert "no figures of masks or training." in text
+    assert "Up to 6 latents per cell: half" in text
+    tab = open_page(f"{page.as_uri()}#cell=hard")
+    tab.wait_for_selector("text=/Latent \\d+ of hard/")
+    tab.wait_for_selector(".excerpt")
+    keep_latents(root, results, 4)  # replaces them
+    assert "Up to 4 latents per cell" in write_report(results).read_text(encoding="utf8")
+    manifest = folder / "manifest.json"
+    for damage in ("cell-1.gz", "manifest.json"):
+        before = (folder / damage).read_bytes()
+        (folder / damage).write_bytes(before[:-1])
+        text = write_report(results).read_text(encoding="utf8")
+        assert "The latents beside the results are left out: " in text
+        assert str(tmp_path) not in text
+        (folder / damage).write_bytes(before)
+    cells = read_manifest(folder)["made_from"]["cells"]
+    for wrong in (
+        {"cells": [{**cells[0], "block": "cell-9"}]},
+        {"cells": [{**cells[0], "seed": "0"}]},
+        {"cells": 3},
+        {},
+    ):
+        files = read_manifest(folder)["files"]
+        manifest.write_text(sealed_manifest({"what": "latents", **wrong}, {}, files))
+        assert "The latents beside the results are left out: " in write_report(results).read_text(encoding="utf8")
+    with pytest.raises(DamagedFolder, match="has no cell with latents"):
+        keep_latents(results, tmp_path / "other", 4)
 
 
 def test_missing_latents_and_capped_sizes_are_reported(tmp_path):

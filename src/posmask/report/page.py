@@ -12,6 +12,7 @@ from typing import Any
 from posmask.report import browser as latents
 from posmask.report import figures, tables
 from posmask.report.forest import forest_table
+from posmask.report.kept_latents import read_kept_latents
 from posmask.report.reading import CellFolder, Study, read_studies
 from posmask.report.rendering import chart_blocks, render, zipped
 from posmask.report.settings_tables import settings_tables, shared_settings
@@ -110,6 +111,8 @@ def _page(studies: Sequence[Study], n_latents: int | None) -> tuple[dict[str, An
     all_cells = [cell for study in studies for cell in study.in_order]
     shown = [cell for study in studies for cell in study.pictured] if n_latents else all_cells
     browsed = latents.browser(shown, all_cells, n_latents, studies[0].warnings)
+    if is_kept := not all_cells and len(studies) == 1:
+        browsed = read_kept_latents(studies[0].root, studies[0].warnings)
     rows = _rows(studies)
     cells = list(dict.fromkeys(row.cell for row in rows if row.mask != "none"))
     measured = _measured(study_tables)
@@ -135,7 +138,8 @@ def _page(studies: Sequence[Study], n_latents: int | None) -> tuple[dict[str, An
         "charts": list(charts),
         "cells": cells,
         "browsed": browsed.cells,
-        "n_latents": n_latents,
+        "n_latents": n_latents and max((cell["kept"] for cell in browsed.cells), default=0),
+        "all_latents": "" if is_kept else "posmask report DIR --all",
         "level": LEVEL,
         "min_seeds": MIN_SEEDS,
         "warnings": list(dict.fromkeys(warning for study in studies for warning in study.warnings)),

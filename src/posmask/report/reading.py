@@ -304,7 +304,8 @@ def _finished(root: Path, record: StudyRecord | None, warnings: list[str]) -> _F
             f"Unfinished cells: {n_drafts}. They are running or were interrupted; `posmask run` recomputes the latter."
         )
     if not cells:
-        warnings.append("The folder has no finished cell, so there are no figures of masks or training and no latents.")
+        what = "" if layout.kept_latents_folder(root).is_dir() else " and no latents"
+        warnings.append(f"The folder has no finished cell, so there are no figures of masks or training{what}.")
     excluded = {*other_settings, *([layout.BASELINES] if of_baselines is None else [])}
     return _Finished(cells, rows, excluded)
 

@@ -51,6 +51,7 @@ __all__ = [
     "folders",
     "job_log",
     "jobs_folder",
+    "kept_latents_folder",
     "locks_folder",
     "parse_cell_label",
     "root_of",
@@ -171,6 +172,11 @@ def stale_folder(root: Path) -> Path:
 def stale_paths(root: Path, label: str) -> Iterator[Path]:
     """The paths for folders of a label that are moved out of the way, in the order of use."""
     return (stale_folder(root) / f"{label}-{number}" for number in itertools.count(1))
+
+
+def kept_latents_folder(results: Path) -> Path:
+    """Where latents are kept beside results that are published without their cells."""
+    return results / "latents"
 
 
 def jobs_folder(root: Path) -> Path:
