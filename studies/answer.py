@@ -24,6 +24,7 @@ from posmask.results.table import COMPARED, PRINTED, Line, format_number, summar
 
 ROOT = Path(__file__).parents[1] / "docs" / "results"
 PAGE = ROOT / "README.md"
+README = Path(__file__).parents[1] / "README.md"
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 N_LATENTS = 80
 PICTURED = ("open", "slice", "hard", "switch", "windows", "open + segments8-mean")
@@ -45,6 +46,15 @@ COMPARED_IN = {
     "probing k=5": "standard probing, k = 5",
 }
 """The columns of that picture."""
+
+SHORT = {
+    "open": "`open`: no mask",
+    "slice": "`slice`: each latent is open in one eighth of the context",
+    "windows": "`windows`: copies of each latent, each open in a window of its own",
+    "windows + matched": "`open` pooled by the windows of that mask, without training",
+    "open + moment": "`open`, mean and first moment of its codes",
+}
+"""Rows of the README's table."""
 
 LOG_ROWS = (
     ("Run 0, no mask", "0.5 everywhere", "open"),
@@ -109,6 +119,22 @@ def cells(lines: list[Line]) -> str:
     """Return the table of all cells."""
     rows = [[line.label, line.budget, str(line.n_seeds), *_numbers(line)] for line in lines]
     return _table(["cell", "budget", "seeds", *HEAD], rows)
+
+
+def short(lines: list[Line]) -> str:
+    """Return the README's table: what was tried, and the columns of the picture."""
+    by_label = {line.label: line for line in lines}
+    rows = [
+        [what, *(format_number(_of(by_label[label], by_label, name)) for name in COMPARED_IN)]
+        for label, what in SHORT.items()
+    ]
+    return _table(["", *COMPARED_IN.values()], rows)
+
+
+def _of(line: Line, by_label: dict[str, Line], column: str) -> float:
+    """A number of a line; other poolings are not made in standard probing, where their cell has the mean."""
+    value = line.numbers[column]
+    return by_label[line.label.partition(" + ")[0]].numbers[column] if math.isnan(value) else value
 
 
 def log(lines: list[Line]) -> str:
@@ -200,6 +226,8 @@ def page(text: str) -> str:
         tables = {"cells": cells(lines), "verdicts": verdicts(read_verdicts(folder / "verdicts.csv"))}
         if folder.name == "full":
             tables |= {"log": log(lines), "strictness": strictness(lines)}
+        if folder.name == "confirm":
+            tables["short"] = short(lines)
         for name, table in tables.items():
             mark = f"{folder.name} {name}"
             inside = rf"(<!-- {mark} -->\n).*?(<!-- end of {mark} -->)"
@@ -263,4 +291,5 @@ if __name__ == "__main__":
         write_rows(folder / "summary.csv", summary_rows(read_rows(folder / "results.csv.zst")))
     trade_off()
     controls()
-    PAGE.write_text(page(PAGE.read_text(encoding="utf8")), encoding="utf8")
+    for path in (PAGE, README):
+        path.write_text(page(path.read_text(encoding="utf8")), encoding="utf8")
