@@ -174,6 +174,23 @@ def verdicts(judged: list[Verdict]) -> str:
     return _table(["comparison", "seeds", *columns.values()], rows)
 
 
+def hypotheses(judged: list[Verdict]) -> str:
+    """Return the table of a study's hypotheses in their order: what was expected, and what came out."""
+    rows = [
+        [
+            str(verdict.hypothesis),
+            f"{verdict.label} against {verdict.against}",
+            COMPARED[verdict.column].full_title,
+            verdict.expected,
+            _verdict_text(verdict).removesuffix(f" {verdict.verdict}**").removeprefix("**"),
+            verdict.verdict,
+        ]
+        for verdict in sorted(judged, key=lambda verdict: verdict.hypothesis)
+        if verdict.hypothesis
+    ]
+    return _table(["", "comparison", "in", "expected", "difference (95 % interval)", "found"], rows)
+
+
 def _verdict_text(verdict: Verdict) -> str:
     effect, low, high = (format_number(value) for value in (verdict.effect, verdict.ci_low, verdict.ci_high))
     text = f"{effect} ({low} to {high})"
@@ -227,7 +244,8 @@ def page(text: str) -> str:
         if folder.name == "full":
             tables |= {"log": log(lines), "strictness": strictness(lines)}
         if folder.name == "confirm":
-            tables["short"] = short(lines)
+            judged = read_verdicts(folder / "verdicts.csv")
+            tables |= {"short": short(lines), "hypotheses": hypotheses(judged)}
         for name, table in tables.items():
             mark = f"{folder.name} {name}"
             inside = rf"(<!-- {mark} -->\n).*?(<!-- end of {mark} -->)"

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -442,6 +443,17 @@ def test_the_finding_is_what_the_verdicts_say(verdicts, sentence):
             ["Compared with open (3 seeds), SAEs do not differ significantly in standard probing."],
         ),
         ([verdict("slice", "block k=1", 0.9, kind="better")], []),
+        (
+            [
+                replace(verdict("slice", "block k=5", 0.9), hypothesis=2, expected="better"),
+                replace(verdict("slice", "probing k=5", 0.0, kind="equivalent"), hypothesis=1, expected="equivalent"),
+            ],
+            [
+                "1 of 2 hypotheses stated beforehand came out as expected; slice against open is undecided in block "
+                "order where better was expected (+0.900, 95 % CI [0.896, 0.904]).",
+                "Compared with open (3 seeds), SAEs do not differ significantly in block order and standard probing.",
+            ],
+        ),
         (
             [
                 verdict("slice", "block k=5", 0.3, kind="better"),

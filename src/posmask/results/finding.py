@@ -40,10 +40,11 @@ def finding(verdicts: Sequence[Verdict], baseline: str | None) -> str:
 
 
 def headline(verdicts: Sequence[Verdict], baseline: str | None) -> list[str]:
-    """Return the sentences at the head of the page: what training added to masks, and the largest differences.
+    """Return the sentences at the head of the page: hypotheses, what training added to masks, the largest differences.
 
-    Cells with a mask are compared with the unmasked SAE's codes pooled by it (`matched`). Of each kind of rows and each
-    metric the largest significant difference is named. Accuracies are of probes on 5 latents.
+    Hypotheses that did not come out as expected are named. Cells with a mask are compared with the unmasked SAE's codes
+    pooled by it (`matched`). Of each kind of rows and each metric the largest significant difference is named.
+    Accuracies are of probes on 5 latents.
 
     Args:
         verdicts: all verdicts of a study.
@@ -52,7 +53,7 @@ def headline(verdicts: Sequence[Verdict], baseline: str | None) -> list[str]:
     judged = [verdict for verdict in verdicts if verdict.against == baseline and not _is_control(verdict.label)]
     if not any(verdict.n_seeds >= MIN_SEEDS for verdict in judged):
         return [finding(verdicts, baseline)]
-    sentences = [_of_training(verdicts)]
+    sentences = [_of_hypotheses(verdicts), _of_training(verdicts)]
     n_seeds = seeds_text([verdict.n_seeds for verdict in judged])
     cells = [verdict for verdict in judged if " + " not in verdict.label]
     pooled = [verdict for verdict in judged if " + " in verdict.label]
@@ -60,6 +61,22 @@ def headline(verdicts: Sequence[Verdict], baseline: str | None) -> list[str]:
     if any(clauses):
         sentences.append(f"Compared with {baseline} ({n_seeds}), {'; '.join(filter(None, clauses))}.")
     return [sentence for sentence in sentences if sentence]
+
+
+def _of_hypotheses(verdicts: Sequence[Verdict]) -> str:
+    """How many hypotheses came out as expected, and what became of the others; empty if the study states none."""
+    stated = sorted((verdict for verdict in verdicts if verdict.hypothesis), key=lambda verdict: verdict.hypothesis)
+    if not stated:
+        return ""
+    others = [
+        f"{verdict.label} against {verdict.against} is {verdict.verdict} in {_name(verdict.column)} where "
+        f"{verdict.expected} was expected ({format_signed(verdict.effect)}, {_interval(verdict)})"
+        for verdict in stated
+        if verdict.verdict != verdict.expected
+    ]
+    n_expected = len(stated) - len(others)
+    count = f"{n_expected} of {len(stated)} hypothes{'es' if len(stated) > 1 else 'is'} stated beforehand"
+    return "; ".join([f"{count} came out as expected", *others]) + "."
 
 
 def _differing(which: str, verdicts: Sequence[Verdict]) -> str:
@@ -116,8 +133,11 @@ def _name(column: str) -> str:
 
 
 def _effect(verdict: Verdict) -> str:
-    interval = f"95 % CI [{format_number(verdict.ci_low)}, {format_number(verdict.ci_high)}]"
-    return f"{format_signed(verdict.effect)} in {_name(verdict.column)} ({verdict.label}, {interval})"
+    return f"{format_signed(verdict.effect)} in {_name(verdict.column)} ({verdict.label}, {_interval(verdict)})"
+
+
+def _interval(verdict: Verdict) -> str:
+    return f"95 % CI [{format_number(verdict.ci_low)}, {format_number(verdict.ci_high)}]"
 
 
 def _joined(parts: Iterable[str]) -> str:
