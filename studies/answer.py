@@ -16,8 +16,6 @@ import altair as alt
 import zstandard
 
 from posmask.report import figures, keep_latents
-from posmask.report.reading import read_studies
-from posmask.report.tables import study_table
 from posmask.results.comparisons import Verdict, read_verdicts
 from posmask.results.rows import Row, parse_slice, read_rows, write_rows
 from posmask.results.table import COMPARED, PRINTED, Line, format_number, summarize
@@ -27,7 +25,6 @@ PAGE = ROOT / "README.md"
 README = Path(__file__).parents[1] / "README.md"
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 N_LATENTS = 80
-PICTURED = ("open", "slice", "hard", "switch", "windows", "open + segments8-mean")
 
 CONTROLLED = {
     "windows": "windows: trained with its mask",
@@ -206,22 +203,22 @@ def pack(folder: Path) -> None:
 
 
 def summary_rows(rows: Iterable[Row]) -> list[Row]:
-    """Return the rows without a slice, and mean accuracies over tasks and datasets per cell, seed, k and pooling.
+    """Return the rows of whole cells and of their controls, and mean accuracies over tasks and datasets per cell, seed, k and pooling.
 
     `n` of such a mean is the number of tasks or datasets.
     """
     groups: dict[tuple[str, int, str, str], list[Row]] = {}
     for row in rows:
         where = parse_slice(row.slice)
-        if not where:
-            groups[row.cell, row.seed, row.metric, ""] = [row]
+        if where.keys() <= {"control"}:
+            groups[row.cell, row.seed, row.metric, row.slice] = [row]
         elif row.metric in ("order_accuracy", "probe_accuracy") and "class" not in where:
             about = f"about={where['about']};" if "about" in where else ""
             slice = f"{about}k={where['k']};pooling={where['pooling']}"
             groups.setdefault((row.cell, row.seed, row.metric, slice), []).append(row)
     return [
         replace(group[0], slice=slice, value=_mean(group), ci_low=math.nan, ci_high=math.nan, n=len(group))
-        if slice
+        if "k=" in slice
         else group[0]
         for (_, _, _, slice), group in groups.items()
     ]
@@ -264,7 +261,7 @@ def controls() -> None:
         }
         for number, (label, what) in enumerate(CONTROLLED.items())
         for column, title in COMPARED_IN.items()
-        for verdict in read_verdicts(ROOT / "controls" / "verdicts.csv")
+        for verdict in read_verdicts(ROOT / "confirm" / "verdicts.csv")
         if (verdict.label, verdict.against, verdict.column) == (label, "open", column)
     ]
     names = alt.Y("row:O", scale=alt.Scale(domain=list(range(len(CONTROLLED)))), title=None, axis=None)
@@ -291,15 +288,6 @@ def _numbers_of(verdict: Verdict) -> tuple[float, float, float]:
     return verdict.effect, verdict.ci_low, verdict.ci_high
 
 
-def trade_off() -> None:
-    """Write the README's figure of reconstruction against order accuracy."""
-    study = read_studies([ROOT / "full"])[0]
-    table = study_table(study)
-    lines = [(line, label) for line, label in table.lines if label in PICTURED]
-    chart = figures.trade_off(lines, table.numbers, 5, [study.baseline], figures.cell_colors(study.rows), width=540)
-    chart.properties(width=620, height=380).save(IMAGES / "trade-off.png", scale_factor=1.3)
-
-
 if __name__ == "__main__":
     if len(sys.argv) > 1:
         keep_latents(Path(sys.argv[1]), ROOT / sys.argv[2], N_LATENTS)
@@ -307,7 +295,6 @@ if __name__ == "__main__":
         pack(path.parent)
     for folder in folders():
         write_rows(folder / "summary.csv", summary_rows(read_rows(folder / "results.csv.zst")))
-    trade_off()
     controls()
     for path in (PAGE, README):
         path.write_text(page(path.read_text(encoding="utf8")), encoding="utf8")

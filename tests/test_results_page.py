@@ -33,17 +33,15 @@ def answer():
 
 
 def test_every_table_of_the_page_is_generated_from_the_result_files():
-    text = (RESULTS / "README.md").read_text(encoding="utf8")
-    assert answer().page(text) == text
-    marks = set(re.findall(r"<!-- (?!end of )(.+?) -->", text))
+    marks = set()
+    for page in PAGES:
+        text = (RESULTS.parents[1] / page).read_text(encoding="utf8")
+        assert answer().page(text) == text
+        marks |= set(re.findall(r"<!-- (?!end of )(.+?) -->", text))
     assert {
-        "full log",
-        "full cells",
-        "full verdicts",
-        "full strictness",
-        "controls cells",
-        "controls verdicts",
-    } <= marks
+        "full log", "full cells", "full verdicts", "full strictness", "controls cells", "controls verdicts",
+        "confirm short", "confirm hypotheses", "confirm cells", "confirm verdicts",
+    } <= marks  # fmt: skip
     changed = re.sub(r"\| 0\.\d\d\d \|", "| 0.999 |", text, count=1)
     assert changed != text
     assert answer().page(changed) == text
@@ -74,7 +72,7 @@ def test_results_are_small_and_their_summaries_are_current():
     files = [path for path in RESULTS.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 6_000_000
     assert not [path for path in files if path.name in ("results.csv", "report.html")]
-    for study in STUDIES:
+    for study in (folder.name for folder in answer().folders()):
         full = read_rows(RESULTS / study / "results.csv.zst")
         summary = RESULTS / study / "summary.csv"
         assert repr(read_rows(summary)) == repr(answer().summary_rows(full))
@@ -128,10 +126,9 @@ def test_most_of_the_order_gain_comes_from_two_block_order_tasks():
     assert len(others) == 6
     assert f"{block / sum(gains.values()):.0%}" == "85%"
     assert f"{sum(others) / 6:.3f}" == "0.011"
-    for text in claims():
-        assert "85 %" in text
-        assert "`language_order` and `topic_permutation`" in text
-        assert "over the other six it is 0.011" in text
+    assert "85 %" in claims()[1]
+    assert "`language_order` and `topic_permutation`" in claims()[1]
+    assert "over the other six it is 0.011" in claims()[1]
     late = [gain for task, gain in order_gains("key-late").items() if task not in BLOCK_ORDER]
     assert f"{sum(late) / 6:.3f}" == "-0.008"
     assert "the other six lose 0.008" in claims()[1]
@@ -169,17 +166,13 @@ def test_the_controls_are_those_of_the_page():
         v = verdicts[label, against, column]
         return f"{format_signed(v.effect)} [{format_number(v.ci_low)}, {format_number(v.ci_high)}]"
 
-    main, page = claims()
+    page = claims()[1]
     for pair in (
         ("windows", "open"), ("windows + zero-step", "open"), ("windows", "windows + matched"),
         ("open + moment", "open"), ("open + parts3", "open"), ("open + moment", "open", "local k=1"),
         ("slice", "open"), ("slice", "slice + matched"), ("slice", "open", "probing k=5"),
     ):  # fmt: skip
         assert said(*pair) in page, pair
-    for label in ("windows", "windows + zero-step", "open + moment"):
-        v = verdicts[label, "open", "block k=5"]
-        assert f"{v.effect:.3f}" in main
-        assert f"[{v.ci_low:.3f}, {v.ci_high:.3f}]" in main
     zero_step, matched = (
         [(v.effect, v.ci_low) for (label, _, _), v in verdicts.items() if label == f"windows + {name}"]
         for name in ("zero-step", "matched")
@@ -189,6 +182,15 @@ def test_the_controls_are_those_of_the_page():
     local = [v for (_, against, column), v in verdicts.items() if (against, column) == ("open", "local k=5")]
     assert len(local) > 8
     assert {v.verdict for v in local} == {"undecided"}
+
+
+def test_what_became_of_each_hypothesis_is_said():
+    stated = {v.hypothesis: v for v in read_verdicts(RESULTS / "confirm" / "verdicts.csv") if v.hypothesis}
+    registered = (RESULTS.parents[1] / "studies" / "preregistered.md").read_text(encoding="utf8")
+    assert sorted(stated) == [1, 2, 3, 4]
+    assert all(f"\n{number}. " in registered for number in stated)
+    n_expected = sum(v.verdict == v.expected for v in stated.values())
+    assert f"{['None', 'One', 'Two', 'Three', 'All'][n_expected]} of the four" in claims()[1]
 
 
 NUMBER = r"([+−]?\d+\.\d+)"
@@ -208,7 +210,7 @@ def verdicts_of(difference):
     numbers = [number.replace("−", "-") for number in difference.groups()]
     return {
         verdict.verdict
-        for study in (*STUDIES, "controls")
+        for study in (*STUDIES, "controls", "confirm")
         for verdict in read_verdicts(RESULTS / study / "verdicts.csv")
         if all(
             abs(f(round(value, len(number.partition(".")[2]))) - f(float(number))) < 1e-9
@@ -244,7 +246,28 @@ def test_the_accuracy_of_the_edges_of_texts_equals_the_rows():
     }
     first, second = (f"{edges[task]:.2f}" for task in ("language_order", "chronology"))
     said = f"{first} of the cases of `language_order` and {second} of `chronology`"
-    assert all(said in text for text in claims())
+    assert said in claims()[1]
+
+
+def test_the_accuracies_of_the_confirmation_equal_the_rows():
+    accuracy = {}
+    for row in read_rows(RESULTS / "confirm" / "results.csv.zst"):
+        where = parse_slice(row.slice)
+        if row.metric == "order_edges" or (row.metric == "order_accuracy" and row.cell == "open" and where["k"] == "5"):
+            kind = where.get("pooling", "edges")
+            accuracy.setdefault((kind, where["task"]), []).append(row.value)
+    tasks = ("genre_order", "rating_order", "story_order", "review_shift")
+    edges, moment, mean = (
+        [sum(accuracy[kind, task]) / len(accuracy[kind, task]) for task in tasks]
+        for kind in ("edges", "moment", "mean")
+    )
+    for said in (
+        f"{edges[0]:.3f} of `genre_order`, {edges[1]:.3f} of `rating_order`, {edges[2]:.3f} of `story_order` and "
+        f"{edges[3]:.3f} of `review_shift`",
+        "the moment has {:.3f}, {:.3f}, {:.3f} and {:.3f}".format(*moment),
+        "the mean {:.3f}, {:.3f}, {:.3f} and {:.3f}".format(*mean),
+    ):
+        assert said in claims()[1]
 
 
 def test_the_share_of_position_bound_latents_equals_the_rows():
