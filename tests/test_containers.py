@@ -174,6 +174,7 @@ def test_a_page_under_a_limit_of_address_space_is_made_or_refused(finish, tmp_pa
     assert (tmp_path / "run" / "report.html").is_file()
 
 
+@pytest.mark.slow  # It compiles every loop, because it finds none compiled.
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("setpriv") is None, reason="only root may become another user")
 def test_a_run_of_a_user_who_is_unknown_and_has_no_home(model_folder, read_only, tmp_path):
     """As in containers that are started with a number for a user; the package's folder is not writable either."""

@@ -60,7 +60,7 @@ def test_a_cell_has_its_own_rule(study_file, begin, tmp_path):
     assert controls == {"slice"}
     about = page._about(read_studies([root])[0], 1)
     assert about[1:3] == ["topk, k = 4", "nested: matryoshka, k = 4"]
-    assert "32 latents" in about
+    assert "32 latents (nested-slice 128, slice 128)" in about
 
 
 def test_a_rule_of_its_own_is_the_only_change_of_an_identity(study_file, tmp_path):

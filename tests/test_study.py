@@ -924,8 +924,8 @@ def test_a_new_mask_or_rule_needs_one_class_and_one_registry_entry(study_file, b
         ('"moment"]', '"segments0"]', "order_poolings has 'segments0', which is unknown"),
         ('["segments4", "moment"]', '["chosen"]', "'chosen', but nothing beside the mean to choose from"),
         (
-            '"moment"]',
-            '"chosen"]\norder_train_groups = 7',
+            'order_train_groups = 30\norder_test_groups = 10\norder_poolings = ["segments4", "moment"]',
+            'order_train_groups = 7\norder_test_groups = 10\norder_poolings = ["segments4", "chosen"]',
             "order_train_groups = 7, of which a quarter is for the choice",
         ),
         ("ks = [1, 5, 20]", "ks = [1, 20]", "ks = [1, 20] must include 1 and 5"),
