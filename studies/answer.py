@@ -203,9 +203,9 @@ def pack(folder: Path) -> None:
 
 
 def summary_rows(rows: Iterable[Row]) -> list[Row]:
-    """Return the rows of whole cells and of their controls, and mean accuracies over tasks and datasets per cell, seed, k and pooling.
+    """Return the rows of whole cells and of their controls, and mean accuracies over tasks and datasets.
 
-    `n` of such a mean is the number of tasks or datasets.
+    The means are per cell, seed, k and pooling; their `n` is the number of tasks or datasets.
     """
     groups: dict[tuple[str, int, str, str], list[Row]] = {}
     for row in rows:
