@@ -210,7 +210,7 @@ def verdicts_of(difference):
     numbers = [number.replace("−", "-") for number in difference.groups()]
     return {
         verdict.verdict
-        for study in (*STUDIES, "controls", "confirm")
+        for study in (*STUDIES, "controls", "confirm", "readouts")
         for verdict in read_verdicts(RESULTS / study / "verdicts.csv")
         if all(
             abs(f(round(value, len(number.partition(".")[2]))) - f(float(number))) < 1e-9
@@ -268,6 +268,21 @@ def test_the_accuracies_of_the_confirmation_equal_the_rows():
         "the mean {:.3f}, {:.3f}, {:.3f} and {:.3f}".format(*mean),
     ):
         assert said in claims()[1]
+
+
+def test_the_accuracies_of_readouts_on_all_latents_equal_the_rows():
+    accuracy = {}
+    for row in read_rows(RESULTS / "readouts" / "results.csv.zst"):
+        where = parse_slice(row.slice)
+        if row.metric == "order_accuracy" and row.cell == "open" and where["k"] == "all":
+            accuracy.setdefault((where["pooling"], where["task"]), []).append(row.value)
+    assert {len(values) for values in accuracy.values()} == {5}
+    for pooling in ("attention", "moment", "mean"):
+        values = [
+            f"{sum(accuracy[pooling, task]) / 5:.3f}"
+            for task in ("genre_order", "rating_order", "story_order", "review_shift")
+        ]
+        assert f"in {', '.join(values[:3])} and {values[3]}" in claims()[1], pooling
 
 
 def test_the_share_of_position_bound_latents_equals_the_rows():

@@ -4,7 +4,9 @@
 
 z_t are the codes of token t = 0 .. n - 1, and r_t = 2 (t + 1/2) / n - 1 is its place in the text. This is the form of
 EleutherAI's attention probes (https://github.com/EleutherAI/attention-probes), which count t in tokens. Codes are
-divided by the mean of the active codes of the training texts. q and w start at 0, where the probe is one on mean codes.
+divided by the mean of the active codes of the training texts. q starts at 0, and w at -3, -1, 1 and 3, so that the heads
+begin with different places in the text. From w = 0, where the probe is one on mean codes, it does not leave chance in order
+tasks, whose texts have equal means.
 """
 
 import math
@@ -110,7 +112,7 @@ def attention_correct(codes: TextCodes, task: ProbeTask, random: torch.Generator
     # The columns of the first heads are queries, those of the others values.
     table = torch.zeros(codes.n_features, 2 * N_HEADS)
     table[:, N_HEADS:].uniform_(-1, 1, generator=random).div_(math.sqrt(codes.n_features))
-    parameters = [table, torch.zeros(N_HEADS), torch.zeros(1)]
+    parameters = [table, torch.linspace(-3, 3, N_HEADS), torch.zeros(1)]
     optimizer = torch.optim.AdamW([each.requires_grad_() for each in parameters], lr=_LEARNING_RATE)
     best, right, since = (-1.0, 0.0), torch.zeros(len(task.test), dtype=torch.bool), 0
     for _ in range(_N_STEPS):
