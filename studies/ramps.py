@@ -3,7 +3,6 @@
 Used by candidates.toml as `ramps:Ramps`.
 """
 
-from fractions import Fraction
 from typing import ClassVar
 
 import torch
@@ -33,8 +32,3 @@ class Ramps(PositionMask):
         if self.gates_code():
             self.copied_from[self.n_free :] = torch.arange(self.n_free, self.n_free + half).repeat(self._N_COPIES)
         self._fix(torch.cat([(1 - share).expand(-1, half), share.expand(-1, half)], 1))
-
-    @classmethod
-    def growth(cls, settings: MaskSettings, n_positions: int) -> Fraction:
-        """Two: both copies are partly open at every position but the first and the last."""
-        return Fraction(cls._N_COPIES)

@@ -5,14 +5,17 @@ import os
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from conftest import make_texts
 from posmask import masks
 from posmask.cli.commands import app
 from posmask.errors import BadSetting
+from posmask.masks import make_mask, mask_settings
 from posmask.results.rows import read_rows
 from posmask.sae.files import read_sae
 from posmask.study import targets
@@ -130,3 +133,13 @@ def test_a_study_with_an_own_kind_runs_in_two_processes(study_file, tmp_path):
     sys.path.append(str(study_file.parent))
     assert masks.MASKS[kind].__name__ == "HeadTail"
     assert read_sae(cell).mask.settings.head == 4
+
+
+def test_the_two_latents_of_a_ramp_are_together_open_once_everywhere(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "studies")
+    mask = make_mask(mask_settings({"kind": "ramps:Ramps"}, may_import=True), 16, 6)
+    openness = mask.openness()
+    torch.testing.assert_close(openness[:, :3] + openness[:, 3:], torch.ones(16, 3))
+    assert openness[0].tolist() == [1, 1, 1, 0, 0, 0]
+    assert openness[-1].tolist() == [0, 0, 0, 1, 1, 1]
+    assert mask.copied_from.tolist() == [0, 1, 2, 0, 1, 2]

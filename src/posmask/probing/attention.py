@@ -4,9 +4,9 @@
 
 z_t are the codes of token t = 0 .. n - 1, and r_t = 2 (t + 1/2) / n - 1 is its place in the text. This is the form of
 EleutherAI's attention probes (https://github.com/EleutherAI/attention-probes), which count t in tokens. Codes are
-divided by the mean of the active codes of the training texts. q starts at 0, and w at -3, -1, 1 and 3, so that the heads
-begin with different places in the text. From w = 0, where the probe is one on mean codes, it does not leave chance in order
-tasks, whose texts have equal means.
+divided by the mean of the active codes of the training texts. q starts at 0, and w at -3, -1, 1 and 3, so that the
+heads begin with different places in the text. From w = 0, where the probe is one on mean codes, it does not leave
+chance in order tasks, whose texts have equal means.
 """
 
 import math
