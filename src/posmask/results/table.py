@@ -177,10 +177,6 @@ def summarize(rows: Sequence[Row]) -> list[Line]:
         poolings = list(dict.fromkeys(["mean", *(variant_of(slice) for _, slice in cell_rows)]))
         for pooling in poolings:
             line = _line(cell_rows, pooling)
-            if pooling != "mean" and all(
-                math.isnan(line.numbers[column.name]) for column in COLUMNS if line.printed(column)
-            ):
-                continue  # Its numbers, as those of an attention probe, are in no column.
             kind = "model" if line.mask == "none" else "cell" if pooling == "mean" else "pooled"
             lines[kind].append(line)
     return lines["cell"] + lines["pooled"] + lines["model"]
